@@ -1,0 +1,63 @@
+"""Gradient clipping that is right when the gradient is spread over many processes.
+
+::
+
+    gradients ─▶ sources ─▶ shards ─▶ measure ─▶ reduce ─▶ policies ─▶ apply ─▶ report
+                 who holds   local     Σ|g|^p     ONE all-   norm →     in        norm, coef,
+                 what        pieces    or max|g|  reduce     verdict    place     clipped …
+
+A gradient of the model is spread over many processes. Some hold different pieces of it, some hold copies of the same
+piece. Clipping is right only if every element is counted exactly once and every process applies the same factor.
+A module imports only from stages to its left; `call` runs the stages up to the totals, `clip` all of them.
+
+Words: a *norm* is a root, a *power sum* is Σ|g|^p without it; *max_norm* is the user's bound; *coef* ≤ 1 multiplies a
+gradient; an *axis* belongs to a mesh, a *dim* to a tensor; a *shard* is one rank's piece of a gradient, and its
+*copies* are the ranks that hold that same piece; a trailing underscore changes its argument. *mesh*, *placements*,
+*rank*, *world size* are torch.distributed's.
+"""
+
+from ._version import __version__
+from .clip import (
+    GradClipper,
+    clip_grad_norm_,
+    clip_grad_value_,
+    clip_grads_with_norm_,
+    get_total_norm,
+)
+from .comm import Comm, LocalComm, ProcessGroupComm
+from .errors import (
+    ArgumentError,
+    DisagreementError,
+    DistclipError,
+    LayoutError,
+    NonFiniteError,
+    PeerError,
+)
+from .policies import NormPolicy, Policy, Value, global_norm, value
+from .report import Report
+from .sources import annotate_
+
+__all__ = [
+    "ArgumentError",
+    "Comm",
+    "DisagreementError",
+    "DistclipError",
+    "GradClipper",
+    "LayoutError",
+    "LocalComm",
+    "NonFiniteError",
+    "NormPolicy",
+    "PeerError",
+    "Policy",
+    "ProcessGroupComm",
+    "Report",
+    "Value",
+    "__version__",
+    "annotate_",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_grads_with_norm_",
+    "get_total_norm",
+    "global_norm",
+    "value",
+]

@@ -1,0 +1,114 @@
+"""Verdict → gradients: the only place that writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import LayoutError
+from .shards import Shard
+
+__all__ = ["clamp_", "outside", "scale_"]
+
+
+def scale_(shards: Sequence[Shard], coef: Tensor, foreach: bool | None = None) -> None:
+    """Multiply every gradient by `coef` in place; a gradient that is a summand of the true one is scaled alike.
+
+    On CPU a coefficient of exactly 1 writes nothing.
+
+    Args:
+        shards: of this rank.
+        coef: 0-d, ≤ 1 or NaN.
+        foreach: use torch's multi-tensor operators; None lets the device decide.
+
+    Collectives: none. Host syncs: none (one if `coef` lies on another device than a gradient).
+    """
+    if coef.device.type == "cpu" and float(coef) == 1.0:
+        return
+    by_place: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for shard in shards:
+        values = _values(shard.grad)
+        by_place.setdefault((values.device, values.dtype), []).append(values)
+    for (device, dtype), tensors in by_place.items():
+        factor = coef.to(device)
+        if device.type == "cpu":
+            # As a number it multiplies in float32 also what is stored in bfloat16 or float16.
+            _multiply(tensors, float(factor), foreach is True)
+        elif dtype in (torch.float16, torch.bfloat16):
+            for tensor in tensors:
+                tensor.copy_(tensor.float() * factor)
+        else:
+            _multiply(tensors, factor.to(dtype), foreach is not False)
+
+
+def clamp_(shards: Sequence[Shard], low: float, high: float, foreach: bool | None = None) -> None:
+    """Clamp every element of every gradient to [low, high] in place. NaN stays NaN.
+
+    Args:
+        shards: of this rank.
+        low: lower bound.
+        high: upper bound, ≥ low.
+        foreach: use torch's multi-tensor operators; None lets the device decide.
+
+    Raises:
+        LayoutError: a gradient that is complex, holds summands, or is sparse with bounds that exclude 0; nothing is
+            written then.
+
+    Collectives: none. Host syncs: none.
+    """
+    for shard in shards:
+        _check_clampable(shard, low, high)
+    tensors = [_values(shard.grad) for shard in shards]
+    if foreach or (foreach is None and tensors and all(t.is_cuda for t in tensors)):
+        torch._foreach_clamp_min_(tensors, low)
+        torch._foreach_clamp_max_(tensors, high)
+    else:
+        for tensor in tensors:
+            tensor.clamp_(low, high)
+
+
+def outside(shard: Shard, low: float, high: float) -> Tensor:
+    """Whether some element of a gradient lies outside of [low, high], 0-d bool on its device.
+
+    Raises:
+        LayoutError: see `clamp_`.
+    """
+    _check_clampable(shard, low, high)
+    values = _values(shard.grad)
+    return (values < low).any() | (values > high).any()
+
+
+def _check_clampable(shard: Shard, low: float, high: float) -> None:
+    """Refuse gradients whose elements cannot be clamped one by one.
+
+    Raises:
+        LayoutError: complex, unreduced summands, or a sparse gradient whose missing zeros lie outside of the bounds.
+    """
+    why = (
+        "is complex, and complex numbers have no order: clip its norm"
+        if shard.grad.is_complex()
+        else "holds summands of the gradient (Partial): redistribute it to Replicate() or Shard(dim) first"
+        if shard.pending
+        else f"is sparse, and its zeros lie outside of [{low}, {high}]: use bounds around 0 or a dense gradient"
+        if shard.grad.layout is not torch.strided and not low <= 0 <= high
+        else None
+    )
+    if why is not None:
+        raise LayoutError(f"clip_value: the gradient of {shard.name} {why}.")
+
+
+def _multiply(tensors: list[Tensor], factor: float | Tensor, foreach: bool) -> None:
+    if foreach:
+        torch._foreach_mul_(tensors, factor)
+    else:
+        for tensor in tensors:
+            tensor.mul_(factor)
+
+
+def _values(grad: Tensor) -> Tensor:
+    """What is stored of a gradient, as a dense tensor that shares its memory."""
+    if grad.is_sparse:
+        return grad._values()
+    return grad if grad.layout is torch.strided else grad.values()

@@ -1,0 +1,165 @@
+"""One call from plan to totals: the place that keeps every rank in the same collectives, whatever happens to one.
+
+Whatever a rank finds wrong, before or while it measures, is kept; the rank still enters the reduction and says so there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+
+from .comm import Comm, LocalComm, ProcessGroupComm
+from .comm.derive import communicator, widened
+from .errors import as_peer
+from .measure import measure
+from .reduce import Totals, reduce
+from .settle import settle
+from .shards import Shard
+from .sources import Plan
+
+__all__ = ["Attempt", "Measured", "agree", "total"]
+
+T = TypeVar("T")
+
+
+class Attempt:
+    """Runs steps that may find something wrong and keeps the first failure, to be raised by all ranks together.
+
+    >>> attempt = Attempt()
+    >>> attempt(int, "3"), attempt(int, "three")
+    (3, None)
+    >>> attempt.failure
+    ValueError("invalid literal for int() with base 10: 'three'")
+    """
+
+    def __init__(self) -> None:
+        self.failure: Exception | None = None
+
+    def __call__(self, step: Callable[..., T], *args: Any) -> T | None:
+        try:
+            return step(*args)
+        except Exception as error:
+            self.failure = self.failure or error
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a call knows once everything is added up.
+
+    Args:
+        shards: this rank's pieces.
+        totals: of all ranks.
+        wide: whether some gradient is float64.
+    """
+
+    shards: list[Shard]
+    totals: Totals
+    wide: bool
+
+    @property
+    def norm(self) -> Tensor:
+        """0-d float64 on the gradients' device."""
+        return self.totals.norm
+
+    @property
+    def outside(self) -> Tensor:
+        """0-d bool: some element of the whole gradient lies outside of the policy's bounds."""
+        return self.totals.outside > 0
+
+    def guard(self, coef: Tensor) -> Tensor:
+        """`coef`, or 1 if another rank failed and this one was not to wait to learn it: no gradient is touched then."""
+        return coef if coef.device.type == "cpu" else torch.where(self.totals.stop > 0, 1.0, coef)
+
+    def presented(self) -> Tensor:
+        """The norm as the caller gets it: float32, or float64 where a gradient is or where float32 cannot hold it."""
+        norm = self.norm
+        narrow = norm.to(torch.float32)
+        if self.wide or (norm.device.type == "cpu" and narrow.isinf() and norm.isfinite()):
+            return norm
+        return narrow
+
+
+def agree(plan: Plan, comm: Comm | None, failure: Exception | None) -> Comm:
+    """The communicator of a plan; if a rank failed so far, all of them raise (those of a first call, or of `comm`).
+
+    Collectives: a gather over `comm` if one is given; otherwise see `communicator`.
+    """
+    failure = failure or plan.failure
+    if comm is None:
+        comm = communicator(plan.groups, plan.axes, failure)
+    elif any(told := comm.gather_objects(_described(failure))):
+        _raise(failure, told)
+    if failure is not None and isinstance(comm, LocalComm):
+        raise failure
+    return comm
+
+
+def total(
+    plan: Plan,
+    norm_type: float,
+    comm: Comm,
+    failure: Exception | None = None,
+    inspect: Callable[[Shard], Tensor] | None = None,
+) -> Measured:
+    """Measure the gradients that exist now and add them up over everybody concerned.
+
+    Args:
+        plan: of this rank.
+        norm_type: p.
+        comm: everybody concerned.
+        failure: what this rank found wrong so far.
+        inspect: see `measure`.
+
+    Raises:
+        What this rank, or the lowest other rank, found wrong: on every rank, where it may be read without a host sync.
+
+    Collectives: one all-reduce over `comm`; more if a rank failed, came with a wider mesh, or holds summands (`settle`).
+    """
+    attempt = Attempt()
+    attempt.failure = failure or plan.failure
+    device = _device(plan)
+    shards = attempt(plan.shards, comm.size) or []
+    partials = attempt(measure, shards, norm_type, device, inspect) or measure((), norm_type, device)
+    wider = isinstance(comm, ProcessGroupComm) and any(not set(g) <= set(comm.ranks) for g in plan.groups)
+    stop = wider or partials.pending or attempt.failure is not None
+    totals = reduce(partials, norm_type, comm, stop=stop)
+    if not stop and not _flags_matter(plan, device):
+        return Measured(shards, totals, partials.wide)
+    if totals.stop > 0:
+        told = comm.gather_objects(_described(attempt.failure) or wider)
+        if any(isinstance(said, tuple) for said in told):
+            _raise(attempt.failure, told)
+        if any(told):
+            assert isinstance(comm, ProcessGroupComm)
+            return total(plan, norm_type, widened(comm, plan.groups, plan.axes), None, inspect)
+        totals = settle(totals, plan, shards, comm, device)
+    return Measured(shards, totals, bool(totals.wide))
+
+
+def _flags_matter(plan: Plan, device: torch.device) -> bool:
+    """Whether to read the flags on the host: a fact that all ranks have alike. On CPU it costs nothing."""
+    return device.type == "cpu" or bool(plan.axes) or plan.may_be_partial
+
+
+def _device(plan: Plan) -> torch.device:
+    """Where the norm goes: to the gradients."""
+    for _, tensor, _ in plan.entries:
+        grad = plan.gradient(tensor)
+        if grad is not None:
+            return grad.device
+    return plan.entries[0][1].device if plan.entries else torch.device("cpu")
+
+
+def _described(failure: Exception | None) -> tuple[str, str] | None:
+    return None if failure is None else (type(failure).__name__, str(failure))
+
+
+def _raise(failure: Exception | None, told: list[Any]) -> NoReturn:
+    if failure is not None:
+        raise failure
+    raise next(as_peer(rank, *said) for rank, said in enumerate(told) if isinstance(said, tuple))

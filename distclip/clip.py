@@ -1,0 +1,282 @@
+"""The functional drop-ins and `GradClipper`: composition, no algorithm of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .apply import clamp_, outside, scale_
+from .call import Attempt, Measured, agree, total
+from .comm import Comm
+from .errors import ArgumentError, NonFiniteError
+from .policies import NormPolicy, Policy, Scale, Value, global_norm, value
+from .report import Report
+from .shards import Axis, Shard
+from .sources import Plan, gradient_plan, parameter_plan, split_axes
+from .sources.arguments import Parameters
+from .sources.split import SplitOver
+
+__all__ = ["GradClipper", "clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Parameters,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    split_over: SplitOver = None,
+    comm: Comm | None = None,
+) -> Tensor:
+    r"""Clip the norm of the whole gradient of a model, wherever its pieces lie.
+
+    .. math:: g \leftarrow g \cdot \min\left(1, \frac{max\_norm}{\lVert g \rVert_p + 10^{-6}}\right)
+
+    where g is the one true gradient of the model: every element counted once, shards added up, copies not.
+
+    Args:
+        parameters: a module (FSDP1 needs the wrapped root), a tensor, or an iterable of tensors or (name, tensor)
+            pairs; gradients of any floating or complex dtype, dense or sparse, on any mesh, also None.
+        max_norm: ≥ 0; `inf` only measures and never writes.
+        norm_type: p; any number, `inf` for the largest element.
+        error_if_nonfinite: raise, on every rank, if the norm is NaN or infinite, and leave the gradients as they are.
+        foreach: use torch's multi-tensor operators to scale; None lets the device decide.
+        split_over: axes along which ranks hold *different* parameters and no placement says so: mesh["pp"] for
+            pipeline stages, the expert group for experts kept as plain tensors. A DeviceMesh, a ProcessGroup, several,
+            or {name: one of them}; every rank passes its own slice of the same axes.
+        comm: add up over this communicator instead of the one derived from meshes and `split_over`.
+
+    Returns:
+        The norm before clipping: a plain 0-d tensor on the gradients' device, float32 (float64 if any rank has a
+        float64 gradient, or where float32 cannot hold it), the same bits on every rank.
+
+    Raises:
+        ArgumentError: a negative or NaN bound, no p-norm, something that holds no tensors, a mesh without this rank.
+        LayoutError: parameters that do not say where they lie (bare FSDP1 parameters).
+        DisagreementError: ranks passed different `split_over`.
+        NonFiniteError: see `error_if_nonfinite`.
+        All of them on every rank that takes part.
+
+    Collectives: one all-reduce of two float64 numbers over everybody concerned, whatever the meshes; none where nothing
+    is spread (one process, DDP). More only if a gradient is Partial: see `distclip.settle`. The first call with
+    new meshes exchanges who they are through the store of torch.distributed.
+    Host syncs: none on CUDA, except one with `error_if_nonfinite`, with `split_over` or with tensor-parallel replicas.
+
+    Source: Pascanu, Mikolov, Bengio 2013, algorithm 1; the signature and the 1e-6 are torch.nn.utils.clip_grad_norm_'s.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> weight.grad = torch.tensor([3.0, 4.0])
+    >>> clip_grad_norm_([weight], max_norm=1.0)
+    tensor(5.)
+    >>> weight.grad
+    tensor([0.6000, 0.8000])
+    """
+    attempt = Attempt()
+    policy = attempt(global_norm, max_norm, norm_type) or global_norm()
+    measured = _measured(attempt, parameter_plan, parameters, policy, split_over, comm)
+    _refuse_nonfinite(measured, policy.norm_type, error_if_nonfinite)
+    coef = measured.guard(policy.decide(measured.norm).coef)
+    scale_(measured.shards, coef, foreach)
+    return measured.presented()
+
+
+@torch.no_grad()
+def get_total_norm(
+    tensors: Parameters,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    split_over: SplitOver = None,
+    comm: Comm | None = None,
+) -> Tensor:
+    r"""The norm of tensors taken together, :math:`(\sum |t|^p)^{1/p}`, wherever their pieces lie.
+
+    Args:
+        tensors: usually gradients: a tensor, or an iterable of tensors or (name, tensor) pairs. A DTensor is the one
+            tensor that its placements mean; a plain one is replicated, or different along `split_over`.
+        norm_type: p; any number, `inf` for the largest element.
+        error_if_nonfinite: raise, on every rank, if the norm is NaN or infinite.
+        foreach: accepted for the signature's sake; the sums are made one way.
+        split_over: see `clip_grad_norm_`.
+        comm: see `clip_grad_norm_`.
+
+    Returns:
+        The norm: see `clip_grad_norm_`.
+
+    Raises, Collectives, Host syncs: see `clip_grad_norm_`. A rank that passes nothing at all still takes part if it passes
+    `split_over`; without, it cannot know that others do: prefer passing parameters to `clip_grad_norm_`.
+
+    >>> get_total_norm([torch.tensor([3.0]), torch.tensor([4.0], dtype=torch.bfloat16)])
+    tensor(5.)
+    """
+    attempt = Attempt()
+    policy = attempt(global_norm, math.inf, norm_type) or global_norm()
+    measured = _measured(attempt, gradient_plan, tensors, policy, split_over, comm)
+    _refuse_nonfinite(measured, policy.norm_type, error_if_nonfinite)
+    return measured.presented()
+
+
+@torch.no_grad()
+def clip_grads_with_norm_(
+    parameters: Parameters, max_norm: float, total_norm: Tensor, foreach: bool | None = None
+) -> None:
+    r"""Scale gradients by :math:`\min(1, max\_norm / (total\_norm + 10^{-6}))`, a norm that is known already.
+
+    Args:
+        parameters: see `clip_grad_norm_`.
+        max_norm: ≥ 0; `inf` never writes.
+        total_norm: 0-d, as `get_total_norm` returns it, the same on every rank.
+        foreach: see `clip_grad_norm_`.
+
+    Raises:
+        ArgumentError: a negative or NaN bound, something that holds no tensors.
+
+    Collectives: none. Host syncs: none.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> weight.grad = torch.tensor([3.0, 4.0])
+    >>> clip_grads_with_norm_(weight, 1.0, torch.tensor(10.0))
+    >>> weight.grad
+    tensor([0.3000, 0.4000])
+    """
+    coef = global_norm(max_norm).decide(torch.as_tensor(total_norm)).coef
+    scale_(_local_shards(parameters), coef, foreach)
+
+
+@torch.no_grad()
+def clip_grad_value_(
+    parameters: Parameters, clip_value: float | tuple[float, float], foreach: bool | None = None
+) -> None:
+    r"""Clamp every gradient element to [−clip_value, clip_value], or to [low, high].
+
+    Args:
+        parameters: see `clip_grad_norm_`. Every rank clamps the pieces it holds.
+        clip_value: ≥ 0, or a pair (low, high).
+        foreach: use torch's multi-tensor operators; None lets the device decide.
+
+    Raises:
+        ArgumentError: a negative or NaN bound, a lower bound above the upper one, something that holds no tensors.
+        LayoutError: a gradient that cannot be clamped element by element (complex, or Partial).
+
+    Collectives: none. Host syncs: none.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> weight.grad = torch.tensor([-3.0, 4.0])
+    >>> clip_grad_value_(weight, (-1.0, 2.0))
+    >>> weight.grad
+    tensor([-1.,  2.])
+    """
+    bounds = value(*clip_value) if isinstance(clip_value, tuple) else value(clip_value)
+    clamp_(_local_shards(parameters), bounds.low, bounds.high, foreach)
+
+
+class GradClipper:
+    """A policy bound to the parameters of a model: who holds what is found out once, at construction.
+
+    Args:
+        parameters: see `clip_grad_norm_`.
+        policy: what to do, for example `distclip.global_norm(1.0)`.
+        split_over: see `clip_grad_norm_`.
+        comm: see `clip_grad_norm_`.
+
+    Raises:
+        ArgumentError, LayoutError, DisagreementError: see `clip_grad_norm_`; on every rank that takes part.
+
+    Collectives: construct it on every rank that holds something of the model; ranks find each other through the store of
+    torch.distributed. With `comm`, one gather.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> clipper = GradClipper([("weight", weight)], global_norm(1.0))
+    >>> weight.grad = torch.tensor([3.0, 4.0])
+    >>> clipper.clip().as_dict()
+    {'norm': 5.0, 'coef': 0.199999960000008, 'clipped': True, 'finite': True}
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        parameters: Parameters,
+        policy: Policy,
+        *,
+        split_over: SplitOver = None,
+        comm: Comm | None = None,
+    ) -> None:
+        attempt = Attempt()
+        attempt(_check_policy, policy)
+        axes = attempt(split_axes, split_over) or ()
+        self._plan = attempt(parameter_plan, parameters, axes) or Plan([], axes)
+        self._comm = agree(self._plan, comm, attempt.failure)
+        self.policy = policy
+
+    @torch.no_grad()
+    def clip(self) -> Report:
+        """Measure, decide and apply, once, in place; call it after backward on every rank.
+
+        Returns:
+            What was seen and done, as device scalars.
+
+        Raises:
+            LayoutError: gradients that the policy cannot deal with; on every rank.
+
+        Collectives: one all-reduce of two float64 numbers; see `clip_grad_norm_`. Host syncs: see `clip_grad_norm_`.
+        """
+        policy = self.policy
+        inspect = partial(outside, low=policy.low, high=policy.high) if isinstance(policy, Value) else None
+        measured = total(self._plan, policy.norm_type, self._comm, inspect=inspect)
+        verdict = policy.decide(measured.norm)
+        coef = torch.ones_like(measured.norm)
+        if isinstance(verdict, Scale):
+            coef = measured.guard(verdict.coef)
+            scale_(measured.shards, coef)
+        else:
+            clamp_(measured.shards, verdict.low, verdict.high)
+        return Report(
+            norm=measured.presented(),
+            coef=coef,
+            clipped=(coef != 1.0) | measured.outside,
+            finite=measured.norm.isfinite(),
+        )
+
+
+def _measured(
+    attempt: Attempt,
+    make_plan: Callable[[Parameters, tuple[Axis, ...]], Plan],
+    tensors: Parameters,
+    policy: NormPolicy,
+    split_over: SplitOver,
+    comm: Comm | None,
+) -> Measured:
+    """One call of a functional drop-in up to its totals; everything found wrong is raised by all ranks together."""
+    axes = attempt(split_axes, split_over) or ()
+    plan = attempt(make_plan, tensors, axes) or Plan([], axes)
+    if comm is None:
+        comm = agree(plan, None, attempt.failure)
+    return total(plan, policy.norm_type, comm, attempt.failure)
+
+
+def _local_shards(parameters: Parameters) -> list[Shard]:
+    """This rank's pieces, for what needs no other rank."""
+    plan = parameter_plan(parameters, None)
+    return plan.shards(1)
+
+
+def _refuse_nonfinite(measured: Measured, norm_type: float, error_if_nonfinite: bool) -> None:
+    if error_if_nonfinite and not bool(measured.norm.isfinite()):
+        raise NonFiniteError(
+            f"The total norm of order {norm_type} for gradients from `parameters` is {float(measured.norm)}, so it cannot "
+            "be clipped; no gradient was changed. Pass error_if_nonfinite=False to scale by it all the same."
+        )
+
+
+def _check_policy(policy: object) -> None:
+    if not isinstance(policy, Policy):
+        raise ArgumentError(
+            f"policy={policy!r:.80}: expected a policy. Write distclip.global_norm(1.0) or distclip.value(0.5)."
+        )

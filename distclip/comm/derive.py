@@ -1,0 +1,138 @@
+"""From meshes and `split_over=` to the one communicator that a call reduces over."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, _resolve_process_group
+from torch.distributed import distributed_c10d
+
+from ..errors import DistclipError
+from ..shards import Axis, Ranks
+from .agreement import Post, meet
+from .c10d import ProcessGroupComm
+from .local import LocalComm
+
+__all__ = ["communicator", "widened"]
+
+_Key = tuple[str, ...] | tuple[Ranks, ...]
+
+
+class _Known:
+    """Communicators agreed on so far, as long as torch.distributed is not started anew."""
+
+    def __init__(self) -> None:
+        self.world: weakref.ref[dist.ProcessGroup] | None = None
+        self.comms: dict[_Key, ProcessGroupComm] = {}
+
+    def current(self) -> dict[_Key, ProcessGroupComm]:
+        world = dist.group.WORLD
+        assert world is not None
+        if self.world is None or self.world() is not world:
+            self.world, self.comms = weakref.ref(world), {}
+        return self.comms
+
+
+_known = _Known()
+
+
+def communicator(
+    groups: Iterable[Ranks], axes: Sequence[Axis], failure: Exception | None = None
+) -> LocalComm | ProcessGroupComm:
+    """The communicator of everybody who holds something of the same model.
+
+    With `split_over=` it is looked up by those axes alone: they are the same on all ranks concerned, whichever of
+    them holds parameters, so that either all of them find it or all of them agree on it.
+
+    Args:
+        groups: rank groups of this rank's parameters, from their layouts.
+        axes: of `split_over=`.
+        failure: what this rank found wrong with its arguments. Every rank then raises, if this is the first call.
+
+    Returns:
+        `LocalComm` where nothing is spread over ranks (one process, or plain tensors of which nothing is said).
+
+    Raises:
+        DistclipError: see `meet`.
+
+    Collectives: none; the first time an exchange through the store, and the creation of a process group where the
+    component is neither the world nor one of the groups at hand. Host syncs: none.
+    """
+    spans = {tuple(sorted(ranks)) for ranks in groups} | {tuple(sorted(a.ranks)) for a in axes}
+    if not (dist.is_available() and dist.is_initialized()) or all(len(ranks) == 1 for ranks in spans):
+        return LocalComm()
+    known = _known.current()
+    key = _key(spans, axes)
+    if key not in known:
+        known[key] = _agree(spans, axes, failure)
+    return known[key]
+
+
+def widened(comm: ProcessGroupComm, groups: Iterable[Ranks], axes: Sequence[Axis]) -> ProcessGroupComm:
+    """Agree anew after a rank came with a mesh that reaches beyond `comm`; all ranks of `comm` call this together."""
+    spans = {tuple(sorted(ranks)) for ranks in groups} | {tuple(sorted(a.ranks)) for a in axes}
+    wider = _agree(spans | {tuple(sorted(comm.ranks))}, axes, None)
+    _known.current()[_key(spans, axes)] = wider
+    return wider
+
+
+def _key(spans: set[Ranks], axes: Sequence[Axis]) -> _Key:
+    return tuple(axis.identity for axis in axes) if axes else tuple(sorted(spans))
+
+
+def _agree(spans: set[Ranks], axes: Sequence[Axis], failure: Exception | None) -> ProcessGroupComm:
+    rank = dist.get_rank()
+    post = Post(
+        groups=tuple(sorted(spans)),
+        axes=tuple(axes),
+        named=_groups_at_hand(),
+        pg_count=_pg_count(),
+        failure=None if failure is None else (type(failure).__name__, str(failure)),
+    )
+    try:
+        posts = meet(PrefixStore("distclip", _store()), rank, post, _timeout())
+    except DistclipError:
+        if failure is not None:
+            raise failure from None
+        raise
+    return ProcessGroupComm(_process_group(tuple(sorted(posts)), posts))
+
+
+def _process_group(ranks: Ranks, posts: dict[int, Post]) -> dist.ProcessGroup:
+    """The world, a group that all ranks have already, or a new one: the same choice on all of them."""
+    assert dist.group.WORLD is not None
+    if len(ranks) == dist.get_world_size():
+        return dist.group.WORLD
+    common = set.intersection(*({name for name, r in p.named if tuple(sorted(r)) == ranks} for p in posts.values()))
+    if common:
+        return _resolve_process_group(min(common))  # type: ignore[arg-type]
+    # A group made by its own members alone takes its name from how many groups each of them has seen:
+    # make that number the same first, or the members would wait for each other under different names.
+    for _ in range(max(p.pg_count for p in posts.values()) - _pg_count()):
+        dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    group = dist.new_group(list(ranks), timeout=_timeout(), use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def _groups_at_hand() -> tuple[tuple[str, Ranks], ...]:
+    """The process groups that this rank belongs to."""
+    held = distributed_c10d._world.pg_group_ranks.items()
+    return tuple((group.group_name, tuple(ranks)) for group, ranks in held if isinstance(group, dist.ProcessGroup))
+
+
+def _pg_count() -> int:
+    return len(distributed_c10d._world.pg_names)
+
+
+def _store() -> Store:
+    return distributed_c10d._get_default_store()
+
+
+def _timeout() -> timedelta:
+    """What the job gave its process group: the store has the same."""
+    timeout: timedelta = _store().timeout  # type: ignore[attr-defined]
+    return timeout

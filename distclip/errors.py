@@ -1,0 +1,72 @@
+"""What distclip raises, and on whom.
+
+::
+
+    DistclipError
+    ├── ArgumentError      (ValueError)    an argument of the call cannot be meant
+    ├── LayoutError        (ValueError)    the tensors do not say enough about where they lie, or contradict it
+    ├── DisagreementError  (ValueError)    the ranks of one call do not ask for the same thing
+    ├── PeerError          (RuntimeError)  another rank failed in this call for a reason of its own
+    └── NonFiniteError     (RuntimeError)  the total norm is NaN or infinite, and that was to be an error
+
+All of them are raised on every rank that takes part in the call, and before any gradient is touched.
+A message says what was seen and where, why it is wrong, and what to write instead.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArgumentError",
+    "DisagreementError",
+    "DistclipError",
+    "LayoutError",
+    "NonFiniteError",
+    "PeerError",
+    "as_peer",
+]
+
+
+class DistclipError(Exception):
+    """The root of everything that distclip raises."""
+
+
+class ArgumentError(DistclipError, ValueError):
+    """An argument cannot be meant: a negative bound, an unknown norm type, something that holds no tensors."""
+
+
+class LayoutError(DistclipError, ValueError):
+    """Nobody can say which ranks hold which piece of a gradient, or two statements about it clash."""
+
+
+class DisagreementError(DistclipError, ValueError):
+    """The ranks of one call passed different `split_over=`, or some of them never came."""
+
+
+class PeerError(DistclipError, RuntimeError):
+    """Another rank of the call failed with an exception that is not distclip's own."""
+
+
+class NonFiniteError(DistclipError, RuntimeError):
+    """The total norm is NaN or infinite and `error_if_nonfinite=True` was given."""
+
+
+_SHARED = {kind.__name__: kind for kind in (ArgumentError, LayoutError, DisagreementError)}
+
+
+def as_peer(rank: int, kind: str, message: str) -> DistclipError:
+    """The exception to raise here for what `rank` ran into.
+
+    Args:
+        rank: the rank that failed.
+        kind: the class name of its exception.
+        message: its text.
+
+    Returns:
+        An exception of the same class where the class is one of ours, a `PeerError` otherwise.
+
+    >>> as_peer(3, "ArgumentError", "max_norm=-1.0: negative")
+    ArgumentError('rank 3: max_norm=-1.0: negative')
+    """
+    if kind in _SHARED:
+        return _SHARED[kind](f"rank {rank}: {message}")
+    return PeerError(f"rank {rank} failed with {kind}: {message}")

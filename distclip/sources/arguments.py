@@ -1,0 +1,75 @@
+"""What a caller may pass as `parameters` or `tensors`, made into one list of (name, tensor)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from ..errors import ArgumentError
+
+__all__ = ["Named", "Parameters", "named"]
+
+Parameters: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+"""A module, one tensor, an iterable of tensors, or of (name, tensor) pairs."""
+
+Named: TypeAlias = list[tuple[str, Tensor]]
+
+
+def named(parameters: Parameters, argument: str = "parameters") -> Named:
+    """Every tensor of the argument once, with a name.
+
+    Args:
+        parameters: a module, a tensor, or an iterable (a generator too) of tensors or (name, tensor) pairs.
+        argument: what the caller calls it, for messages.
+
+    Returns:
+        (name, tensor) in the order given; a tensor listed twice, or tied within a module, only once.
+
+    Raises:
+        ArgumentError: it is none of these.
+
+    >>> import torch
+    >>> w = torch.ones(2)
+    >>> [name for name, _ in named([w, w])]
+    ['parameters[0]']
+    """
+    seen: set[int] = set()
+    unique: Named = []
+    for name, tensor in _pairs(parameters, argument):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            unique.append((name, tensor))
+    return unique
+
+
+def _pairs(parameters: Any, argument: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(parameters, nn.Module):
+        yield from parameters.named_parameters()
+        return
+    if isinstance(parameters, Tensor):
+        yield argument, parameters
+        return
+    try:
+        items = iter(parameters)
+    except TypeError:
+        raise _refused(f"{argument}={parameters!r}", argument) from None
+    index = -1
+    for index, item in enumerate(items):
+        if isinstance(item, Tensor):
+            yield f"{argument}[{index}]", item
+        elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Tensor):
+            yield item
+        else:
+            raise _refused(f"{argument}[{index}] is {item!r:.80}", argument)
+    if index < 0 and items is parameters:
+        warnings.warn(f"`{argument}` is an empty generator, no gradient clipping will occur.", stacklevel=5)
+
+
+def _refused(seen: str, argument: str) -> ArgumentError:
+    return ArgumentError(
+        f"{seen}: expected a torch.nn.Module, a tensor, or an iterable of tensors or of (name, tensor) pairs. "
+        f"Write {argument}=model, {argument}=model.parameters() or {argument}=model.named_parameters()."
+    )

@@ -1,0 +1,164 @@
+"""A plan: which tensors take part in a call, where each of them lies, and how to find its gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..errors import DistclipError
+from ..shards import Axis, Layout, Pending, Ranks, Shard, copies
+from .arguments import Named, Parameters, named
+from .dtensor import dtensor_axes, dtensor_layout, dtensor_pending
+from .flat import flat_layouts, refuse_bare
+from .split import split_of
+from .tagged import annotation_of, check_tags, tags_in_use
+
+__all__ = ["Plan", "gradient_plan", "parameter_plan"]
+
+
+@dataclass(slots=True)
+class Plan:
+    """Tensors of a call with their layouts.
+
+    Args:
+        entries: (name, tensor, layout). The tensors are parameters, or gradients themselves.
+        axes: of `split_over=`.
+        are_gradients: the tensors are gradients; otherwise gradients are their `.grad`.
+        failure: the first thing found wrong with a tensor, kept so that all ranks can raise together.
+    """
+
+    entries: list[tuple[str, Tensor, Layout]]
+    axes: tuple[Axis, ...]
+    are_gradients: bool = False
+    failure: DistclipError | None = None
+
+    @property
+    def groups(self) -> set[Ranks]:
+        """Every rank group that some tensor of the plan spans."""
+        return {ranks for _, _, layout in self.entries for ranks in layout.groups}
+
+    @property
+    def may_be_partial(self) -> bool:
+        """Whether a gradient of the plan may come as unreduced summands."""
+        return any(layout.may_be_partial for _, _, layout in self.entries)
+
+    def gradient(self, tensor: Tensor) -> Tensor | None:
+        """The gradient that an entry's tensor stands for."""
+        return tensor if self.are_gradients else tensor.grad
+
+    def shards(self, world_size: int) -> list[Shard]:
+        """This rank's pieces of the gradients that exist now.
+
+        Args:
+            world_size: ranks of the communicator.
+        """
+        found: list[Shard] = []
+        for name, tensor, layout in self.entries:
+            grad = self.gradient(tensor)
+            if grad is None:
+                continue
+            note = annotation_of(tensor)
+            pending: tuple[Pending, ...] = () if note is None else note.pending
+            if isinstance(grad, DTensor):
+                pending += dtensor_pending(grad)
+                if not self.are_gradients and (not isinstance(tensor, DTensor) or grad.placements != tensor.placements):
+                    layout = _as_gradient(layout, dtensor_layout(grad), tensor)
+                grad = grad.to_local()
+            found.append(Shard(name, grad, copies(world_size, layout, self.axes), pending))
+        return found
+
+    def sums(self, name: str) -> tuple[Pending, ...]:
+        """Every sum that a gradient of that name could wait for, from its parameter alone."""
+        tensor, _ = self._entry(name)
+        note = annotation_of(tensor)
+        pending = () if note is None else note.pending
+        return pending + (dtensor_axes(tensor) if isinstance(tensor, DTensor) else ())
+
+    def absent(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, world_size: int) -> Shard:
+        """Zeros in place of a gradient that only other ranks have."""
+        tensor, layout = self._entry(name)
+        zeros = torch.zeros(shape, dtype=dtype, device=tensor.device)
+        return Shard(name, zeros, copies(world_size, layout, self.axes))
+
+    def _entry(self, name: str) -> tuple[Tensor, Layout]:
+        return next((tensor, layout) for other, tensor, layout in self.entries if other == name)
+
+
+def parameter_plan(parameters: Parameters, axes: tuple[Axis, ...] | None) -> Plan:
+    """A plan over parameters, whose gradients are looked up at every call.
+
+    Args:
+        parameters: see `named`.
+        axes: of `split_over=`; None for what needs no other rank, so that it matters not where anything lies.
+
+    Raises:
+        ArgumentError: `parameters` holds something else. What is wrong with a tensor's layout is kept in the plan.
+    """
+    if axes is None:
+        return Plan([(name, tensor, Layout()) for name, tensor in named(parameters)], ())
+    known = flat_layouts(parameters) if isinstance(parameters, nn.Module) else {}
+    return _plan(named(parameters), axes, known)
+
+
+def gradient_plan(tensors: Parameters, axes: tuple[Axis, ...]) -> Plan:
+    """A plan over gradients themselves."""
+    plan = _plan(named(tensors, "tensors"), axes, {})
+    plan.are_gradients = True
+    return plan
+
+
+def _plan(tensors: Named, axes: tuple[Axis, ...], known: dict[int, Layout]) -> Plan:
+    plan = Plan([], axes)
+    plain = [(name, t) for name, t in tensors if not isinstance(t, DTensor)]
+    tags = tags_in_use([t for _, t in plain])
+    try:
+        check_tags(plain, axes, tags)
+    except DistclipError as error:
+        plan.failure = error
+    for name, tensor in tensors:
+        try:
+            layout = known.get(id(tensor)) or _layout(name, tensor, axes, tags)
+        except DistclipError as error:
+            plan.failure = plan.failure or error
+            continue
+        if len(layout.split) != len(axes):
+            layout = _with_split(layout, (True,) * len(axes))
+        plan.entries.append((name, tensor, layout))
+    return plan
+
+
+def _layout(name: str, tensor: Tensor, axes: tuple[Axis, ...], tags: frozenset[str]) -> Layout:
+    note = annotation_of(tensor)
+    if isinstance(tensor, DTensor):
+        layout = dtensor_layout(tensor)
+        return layout if note is None else _product(layout, note.layout)
+    refuse_bare(name, tensor)
+    if note is not None:
+        return note.layout
+    counted = not getattr(tensor, "shared", False)
+    return Layout(split=split_of(tensor, axes, tags), counted=counted)
+
+
+def _product(one: Layout, two: Layout) -> Layout:
+    """A DTensor with an annotation: the axes of both."""
+    return Layout(
+        groups=one.groups + two.groups,
+        pieces=one.pieces * two.pieces,
+        split=one.split,
+        may_be_partial=one.may_be_partial,
+    )
+
+
+def _as_gradient(layout: Layout, of_grad: Layout, tensor: Tensor) -> Layout:
+    """A gradient with placements of its own: those count, with what was annotated and split as for its parameter."""
+    note = annotation_of(tensor)
+    if note is not None:
+        of_grad = _product(of_grad, note.layout)
+    return _with_split(of_grad, layout.split)
+
+
+def _with_split(layout: Layout, split: tuple[bool, ...]) -> Layout:
+    return Layout(layout.groups, layout.pieces, split, layout.counted, layout.may_be_partial)

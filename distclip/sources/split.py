@@ -1,0 +1,127 @@
+"""`split_over=`: the axes along which ranks hold different parameters, and what Megatron's tags say along them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..errors import ArgumentError, LayoutError
+from ..shards import Axis, Ranks
+
+__all__ = ["SplitOver", "group_ranks", "mesh_ranks", "split_axes", "split_of"]
+
+_One: TypeAlias = DeviceMesh | dist.ProcessGroup
+SplitOver: TypeAlias = _One | Iterable[_One] | Mapping[str, _One] | None
+"""A DeviceMesh (every axis of it), a ProcessGroup, several of them, or {name: one of them}."""
+
+
+def split_axes(split_over: SplitOver) -> tuple[Axis, ...]:
+    """The axes that `split_over=` names.
+
+    Args:
+        split_over: a DeviceMesh (usually a slice: mesh["pp"]), a ProcessGroup, an iterable of them, or a mapping from
+            the axis' name. Names are taken from the mesh, and from a group's description where it has one.
+
+    Returns:
+        One axis per mesh axis or group, through this rank.
+
+    Raises:
+        ArgumentError: it is none of these, or does not contain this rank.
+    """
+    if split_over is None:
+        return ()
+    if isinstance(split_over, Mapping):
+        return tuple(axis for name, one in split_over.items() for axis in _axes(one, str(name)))
+    if isinstance(split_over, DeviceMesh | dist.ProcessGroup) or not isinstance(split_over, Iterable):
+        return tuple(_axes(split_over, None))
+    return tuple(axis for one in split_over for axis in _axes(one, None))
+
+
+def split_of(tensor: Tensor, axes: tuple[Axis, ...], tags_in_use: frozenset[str]) -> tuple[bool, ...]:
+    """Whether each axis of `split_over=` holds different parameters for this plain tensor.
+
+    Without tags every axis does. Megatron's tags are finer: on a tensor-parallel axis only what carries
+    `tensor_model_parallel=True` is split and everything else is a copy; on an expert axis only what carries
+    `allreduce=False`. An axis without a name is what the tags in use speak of; any other (pp) splits all.
+
+    Args:
+        tensor: a plain parameter.
+        axes: of `split_over=`.
+        tags_in_use: which of the two attributes any parameter of the call carries.
+    """
+    return tuple(_splits(axis, tensor, tags_in_use) for axis in axes)
+
+
+def mesh_ranks(mesh: DeviceMesh) -> Ranks:
+    """All global ranks of a mesh.
+
+    Raises:
+        LayoutError: this rank is not one of them.
+    """
+    ranks = tuple(mesh.mesh.flatten().tolist())
+    if mesh.get_coordinate() is None:
+        raise LayoutError(
+            f"{mesh} holds ranks {list(ranks)} and not rank {dist.get_rank()}, on which it was passed. "
+            "Pass each rank the mesh that it is part of."
+        )
+    return ranks
+
+
+def group_ranks(group: Any) -> Ranks:
+    """All global ranks of a process group.
+
+    Raises:
+        LayoutError: this rank is not one of them.
+    """
+    if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
+        raise LayoutError(
+            f"{group!r} is a process group that does not contain rank {dist.get_rank()}, on which it was passed. "
+            "Pass each rank the group that it is part of."
+        )
+    return tuple(dist.get_process_group_ranks(group))
+
+
+def _axes(one: Any, name: str | None) -> Iterator[Axis]:
+    try:
+        if isinstance(one, DeviceMesh):
+            mesh_ranks(one)
+            names = one.mesh_dim_names or (None,) * one.ndim
+            for i, dim_name in enumerate(names):
+                group = one.get_group(i)
+                yield Axis(group_ranks(group), name or dim_name, group.group_name)
+        elif isinstance(one, dist.ProcessGroup):
+            yield Axis(group_ranks(one), name or _described(one), one.group_name)
+        elif one == dist.GroupMember.NON_GROUP_MEMBER:
+            group_ranks(one)
+        else:
+            raise ArgumentError(
+                f"split_over={one!r:.120}: expected a DeviceMesh, a ProcessGroup, several of them, or a mapping from "
+                'their names. Write split_over=mesh["pp"] or split_over={"pp": pp_group}.'
+            )
+    except LayoutError as error:
+        raise ArgumentError(f"split_over=: {error}") from None
+
+
+def _described(group: dist.ProcessGroup) -> str | None:
+    """A group's name from its description: "mesh_pp" (DeviceMesh), "TENSOR_MODEL_PARALLEL_GROUP" (Megatron)."""
+    text = (group.group_desc or "").removeprefix("mesh_").removesuffix("_GROUP").lower()
+    return None if text in ("", "undefined", "default", "default_pg") else text
+
+
+def _splits(axis: Axis, tensor: Tensor, tags_in_use: frozenset[str]) -> bool:
+    name = axis.name or ""
+    speaking = tags_in_use
+    if name:
+        tensor_axis, expert_axis = name == "tp" or "tensor" in name, name == "ep" or "expert" in name
+        # "expert_tensor_parallel" is a tensor axis of experts: the tensor tag speaks of it.
+        spoken = {"tensor_model_parallel"} if tensor_axis else {"allreduce"} if expert_axis else set[str]()
+        speaking = tags_in_use & spoken
+    if not speaking:
+        return True
+    return ("tensor_model_parallel" in speaking and bool(getattr(tensor, "tensor_model_parallel", False))) or (
+        "allreduce" in speaking and getattr(tensor, "allreduce", True) is False
+    )
