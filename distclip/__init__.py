@@ -8,7 +8,8 @@
 
 A gradient of the model is spread over many processes. Some hold different pieces of it, some hold copies of the same
 piece. Clipping is right only if every element is counted exactly once and every process applies the same factor.
-A module imports only from stages to its left; `call` runs the stages up to the totals, `clip` all of them.
+A module imports only from stages to its left; `call` runs the stages up to the totals, `clip` and
+`clipper` all of them.
 
 Words: a *norm* is a root, a *power sum* is Σ|g|^p without it; *max_norm* is the user's bound; *coef* ≤ 1 multiplies a
 gradient; an *axis* belongs to a mesh, a *dim* to a tensor; a *shard* is one rank's piece of a gradient, and its
@@ -17,13 +18,8 @@ gradient; an *axis* belongs to a mesh, a *dim* to a tensor; a *shard* is one ran
 """
 
 from ._version import __version__
-from .clip import (
-    GradClipper,
-    clip_grad_norm_,
-    clip_grad_value_,
-    clip_grads_with_norm_,
-    get_total_norm,
-)
+from .clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from .clipper import GradClipper
 from .comm import Comm, LocalComm, ProcessGroupComm
 from .errors import (
     ArgumentError,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,11 +28,7 @@ def scale_(shards: Sequence[Shard], coef: Tensor, foreach: bool | None = None) -
     """
     if coef.device.type == "cpu" and float(coef) == 1.0:
         return
-    by_place: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for shard in shards:
-        values = _values(shard.grad)
-        by_place.setdefault((values.device, values.dtype), []).append(values)
-    for (device, dtype), tensors in by_place.items():
+    for (device, dtype), tensors in _by_place(shards).items():
         factor = coef.to(device)
         if device.type == "cpu":
             # As a number it multiplies in float32 also what is stored in bfloat16 or float16.
@@ -60,13 +57,14 @@ def clamp_(shards: Sequence[Shard], low: float, high: float, foreach: bool | Non
     """
     for shard in shards:
         _check_clampable(shard, low, high)
-    tensors = [_values(shard.grad) for shard in shards]
-    if foreach or (foreach is None and tensors and all(t.is_cuda for t in tensors)):
-        torch._foreach_clamp_min_(tensors, low)
-        torch._foreach_clamp_max_(tensors, high)
-    else:
-        for tensor in tensors:
-            tensor.clamp_(low, high)
+    for (device, dtype), tensors in _by_place(shards).items():
+        least, most = _representable(low, dtype), _representable(high, dtype)
+        if foreach or (foreach is None and device.type == "cuda"):
+            torch._foreach_clamp_min_(tensors, least)
+            torch._foreach_clamp_max_(tensors, most)
+        else:
+            for tensor in tensors:
+                tensor.clamp_(least, most)
 
 
 def outside(shard: Shard, low: float, high: float) -> Tensor:
@@ -77,7 +75,8 @@ def outside(shard: Shard, low: float, high: float) -> Tensor:
     """
     _check_clampable(shard, low, high)
     values = _values(shard.grad)
-    return (values < low).any() | (values > high).any()
+    least, most = _representable(low, values.dtype), _representable(high, values.dtype)
+    return (values < least).any() | (values > most).any()
 
 
 def _check_clampable(shard: Shard, low: float, high: float) -> None:
@@ -97,6 +96,20 @@ def _check_clampable(shard: Shard, low: float, high: float) -> None:
     )
     if why is not None:
         raise LayoutError(f"clip_value: the gradient of {shard.name} {why}.")
+
+
+def _by_place(shards: Sequence[Shard]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
+    """What is stored of the gradients, grouped as the multi-tensor operators want it."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for shard in shards:
+        values = _values(shard.grad)
+        groups.setdefault((values.device, values.dtype), []).append(values)
+    return groups
+
+
+def _representable(bound: float, dtype: torch.dtype) -> float:
+    """The bound, or ±inf where the dtype reaches less far: nothing finite lies beyond it."""
+    return bound if abs(bound) <= torch.finfo(dtype).max else math.copysign(math.inf, bound)
 
 
 def _multiply(tensors: list[Tensor], factor: float | Tensor, foreach: bool) -> None:

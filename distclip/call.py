@@ -1,6 +1,6 @@
 """One call from plan to totals: the place that keeps every rank in the same collectives, whatever happens to one.
 
-Whatever a rank finds wrong, before or while it measures, is kept; the rank still enters the reduction and says so there.
+Whatever a rank finds wrong, before or while it measures, is kept; it still enters the reduction and says so there.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def total(
     Raises:
         What this rank, or the lowest other rank, found wrong: on every rank, where it may be read without a host sync.
 
-    Collectives: one all-reduce over `comm`; more if a rank failed, came with a wider mesh, or holds summands (`settle`).
+    Collectives: one all-reduce over `comm`; more if a rank failed, came with a wider mesh, or holds summands
+    (`settle`).
     """
     attempt = Attempt()
     attempt.failure = failure or plan.failure

@@ -1,26 +1,24 @@
-"""The functional drop-ins and `GradClipper`: composition, no algorithm of its own."""
+"""The drop-ins for torch.nn.utils: composition, no algorithm of its own."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from .apply import clamp_, outside, scale_
+from .apply import clamp_, scale_
 from .call import Attempt, Measured, agree, total
 from .comm import Comm
-from .errors import ArgumentError, NonFiniteError
-from .policies import NormPolicy, Policy, Scale, Value, global_norm, value
-from .report import Report
+from .errors import NonFiniteError
+from .policies import NormPolicy, global_norm, value
 from .shards import Axis, Shard
 from .sources import Plan, gradient_plan, parameter_plan, split_axes
 from .sources.arguments import Parameters
 from .sources.split import SplitOver
 
-__all__ = ["GradClipper", "clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
+__all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
 
 
 @torch.no_grad()
@@ -110,8 +108,8 @@ def get_total_norm(
     Returns:
         The norm: see `clip_grad_norm_`.
 
-    Raises, Collectives, Host syncs: see `clip_grad_norm_`. A rank that passes nothing at all still takes part if it passes
-    `split_over`; without, it cannot know that others do: prefer passing parameters to `clip_grad_norm_`.
+    Raises, Collectives, Host syncs: see `clip_grad_norm_`. A rank that passes nothing at all still takes part if it
+    passes `split_over`; without, it cannot know that others do: prefer passing parameters to `clip_grad_norm_`.
 
     >>> get_total_norm([torch.tensor([3.0]), torch.tensor([4.0], dtype=torch.bfloat16)])
     tensor(5.)
@@ -177,74 +175,6 @@ def clip_grad_value_(
     clamp_(_local_shards(parameters), bounds.low, bounds.high, foreach)
 
 
-class GradClipper:
-    """A policy bound to the parameters of a model: who holds what is found out once, at construction.
-
-    Args:
-        parameters: see `clip_grad_norm_`.
-        policy: what to do, for example `distclip.global_norm(1.0)`.
-        split_over: see `clip_grad_norm_`.
-        comm: see `clip_grad_norm_`.
-
-    Raises:
-        ArgumentError, LayoutError, DisagreementError: see `clip_grad_norm_`; on every rank that takes part.
-
-    Collectives: construct it on every rank that holds something of the model; ranks find each other through the store of
-    torch.distributed. With `comm`, one gather.
-
-    >>> weight = torch.nn.Parameter(torch.zeros(2))
-    >>> clipper = GradClipper([("weight", weight)], global_norm(1.0))
-    >>> weight.grad = torch.tensor([3.0, 4.0])
-    >>> clipper.clip().as_dict()
-    {'norm': 5.0, 'coef': 0.199999960000008, 'clipped': True, 'finite': True}
-    """
-
-    @torch.no_grad()
-    def __init__(
-        self,
-        parameters: Parameters,
-        policy: Policy,
-        *,
-        split_over: SplitOver = None,
-        comm: Comm | None = None,
-    ) -> None:
-        attempt = Attempt()
-        attempt(_check_policy, policy)
-        axes = attempt(split_axes, split_over) or ()
-        self._plan = attempt(parameter_plan, parameters, axes) or Plan([], axes)
-        self._comm = agree(self._plan, comm, attempt.failure)
-        self.policy = policy
-
-    @torch.no_grad()
-    def clip(self) -> Report:
-        """Measure, decide and apply, once, in place; call it after backward on every rank.
-
-        Returns:
-            What was seen and done, as device scalars.
-
-        Raises:
-            LayoutError: gradients that the policy cannot deal with; on every rank.
-
-        Collectives: one all-reduce of two float64 numbers; see `clip_grad_norm_`. Host syncs: see `clip_grad_norm_`.
-        """
-        policy = self.policy
-        inspect = partial(outside, low=policy.low, high=policy.high) if isinstance(policy, Value) else None
-        measured = total(self._plan, policy.norm_type, self._comm, inspect=inspect)
-        verdict = policy.decide(measured.norm)
-        coef = torch.ones_like(measured.norm)
-        if isinstance(verdict, Scale):
-            coef = measured.guard(verdict.coef)
-            scale_(measured.shards, coef)
-        else:
-            clamp_(measured.shards, verdict.low, verdict.high)
-        return Report(
-            norm=measured.presented(),
-            coef=coef,
-            clipped=(coef != 1.0) | measured.outside,
-            finite=measured.norm.isfinite(),
-        )
-
-
 def _measured(
     attempt: Attempt,
     make_plan: Callable[[Parameters, tuple[Axis, ...]], Plan],
@@ -270,13 +200,6 @@ def _local_shards(parameters: Parameters) -> list[Shard]:
 def _refuse_nonfinite(measured: Measured, norm_type: float, error_if_nonfinite: bool) -> None:
     if error_if_nonfinite and not bool(measured.norm.isfinite()):
         raise NonFiniteError(
-            f"The total norm of order {norm_type} for gradients from `parameters` is {float(measured.norm)}, so it cannot "
-            "be clipped; no gradient was changed. Pass error_if_nonfinite=False to scale by it all the same."
-        )
-
-
-def _check_policy(policy: object) -> None:
-    if not isinstance(policy, Policy):
-        raise ArgumentError(
-            f"policy={policy!r:.80}: expected a policy. Write distclip.global_norm(1.0) or distclip.value(0.5)."
+            f"The total norm of order {norm_type} for gradients from `parameters` is {float(measured.norm)}, so it "
+            "cannot be clipped; no gradient was changed. Pass error_if_nonfinite=False to scale by it all the same."
         )

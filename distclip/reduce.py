@@ -74,8 +74,8 @@ def reduce(partials: Partials, norm_type: float, comm: Comm, *, stop: bool = Fal
         return Totals(value, norm_type, *flags)
     if math.isinf(norm_type):
         # A maximum over ranks may lose a NaN, depending on who comes first: it travels as a flag.
-        nan = value.isnan().to(value.dtype)
-        buffer = torch.cat([value.nan_to_num(nan=-math.inf).view(1), nan.view(1), flags])
+        nan = value.isnan()
+        buffer = torch.cat([torch.stack([torch.where(nan, -math.inf, value), nan.to(value.dtype)]), flags])
         comm.max_(buffer)
         return Totals(torch.where(buffer[1] > 0, math.nan, buffer[0]), norm_type, *buffer[2:])
     weights = torch.tensor([1.0, _FLAG, _FLAG * _FLAG], dtype=value.dtype, device=value.device)

@@ -82,7 +82,7 @@ def _check(told: list[_Told]) -> None:
                 if summand.name not in known.get(rank, set()):
                     raise LayoutError(
                         f"{summand.name} holds summands of a gradient (Partial) on rank {holder}, and rank {rank} of "
-                        "the same mesh axis did not pass it. Pass parameters, also those without a gradient, on every rank."
+                        "the same mesh axis did not pass it. Pass every parameter on every rank, also without gradient."
                     )
 
 

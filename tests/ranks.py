@@ -44,6 +44,8 @@ def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
     warnings.simplefilter("error")
     # The layouts use NO_SHARD on purpose.
     warnings.filterwarnings("ignore", message="The `NO_SHARD` sharding strategy is deprecated")
+    # FSDP2's, about any module that ends in a view.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     dist.init_process_group(
         "gloo",

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -24,9 +25,14 @@ from torch._C._distributed_c10d import Store
 from ..errors import DisagreementError, as_peer
 from ..shards import Axis, Ranks
 
-__all__ = ["Post", "check", "meet"]
+__all__ = ["Meeting", "Post", "check"]
 
 T = TypeVar("T")
+
+_log = logging.getLogger("distclip")
+
+_PATIENCE = 20.0
+"""Seconds after which a rank says whom it is waiting for."""
 
 _GRACE = 5.0
 """Seconds that a rank which will raise waits for the others to have read why."""
@@ -42,7 +48,8 @@ class Post:
         named: the process groups it has, as (name, ranks): candidates to carry the reduction.
         pg_count: how many process groups it belongs to.
         failure: (class name, message) of what it found wrong with its arguments.
-        token: unique to the post.
+        heard: every rank it has heard of by now, through other ranks too.
+        token: unique to the call.
     """
 
     groups: tuple[Ranks, ...]
@@ -50,12 +57,13 @@ class Post:
     named: tuple[tuple[str, Ranks], ...] = ()
     pg_count: int = 0
     failure: tuple[str, str] | None = None
+    heard: Ranks = ()
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
     def reach(self) -> frozenset[int]:
         """Every rank this one has heard of."""
-        return frozenset(rank for ranks in self.groups for rank in ranks)
+        return frozenset(rank for ranks in (*self.groups, self.heard) for rank in ranks)
 
     def encode(self) -> str:
         """As JSON."""
@@ -71,42 +79,96 @@ class Post:
             named=tuple((name, tuple(ranks)) for name, ranks in raw["named"]),
             pg_count=raw["pg_count"],
             failure=None if raw["failure"] is None else tuple(raw["failure"]),
+            heard=tuple(raw["heard"]),
             token=raw["token"],
         )
 
 
-def meet(store: Store, rank: int, post: Post, timeout: timedelta) -> dict[int, Post]:
-    """Exchange posts with everyone reachable from this rank.
+class Meeting:
+    """One rank's place in the exchange, for as long as the store lives.
 
     Args:
         store: a store that all ranks share, used by nothing else under its prefix.
         rank: this global rank.
-        post: what this rank says.
-        timeout: how long to wait for a rank that never comes.
-
-    Returns:
-        The post of every rank of the component, this one's among them, the same on all of them.
-
-    Raises:
-        DisagreementError: a rank did not come, or the ranks' axes contradict each other; everyone who
-            can be reached raises it too.
-        DistclipError: what some rank found wrong with its own arguments.
-
-    Collectives: none. Host syncs: none (a store on the host is read).
     """
-    deadline = time.monotonic() + timeout.total_seconds()
-    store.set(str(rank), post.encode())
-    posts = {rank: post}
-    try:
-        while missing := sorted(_reach(posts) - posts.keys()):
-            posts[missing[0]] = _await(store, missing[0], posts, deadline)
-        verdict = _first_failure(posts) or check(posts)
-        _leave(store, posts, deadline if verdict is None else time.monotonic() + _GRACE)
-    finally:
-        store.delete_key(str(rank))
-    if verdict is not None:
-        raise verdict
-    return posts
+
+    def __init__(self, store: Store, rank: int) -> None:
+        self._store = store
+        self._rank = rank
+        self._done: set[str] = set()
+
+    def agree(self, post: Post, timeout: timedelta) -> dict[int, Post]:
+        """Exchange posts with everyone reachable from this rank.
+
+        Args:
+            post: what this rank says.
+            timeout: how long to wait for a rank that never comes.
+
+        Returns:
+            The post of every rank of the component, this one's among them, the same on all of them.
+
+        Raises:
+            DisagreementError: a rank did not come, or the ranks' axes contradict each other; everyone who can be
+                reached raises it too.
+            DistclipError: what some rank found wrong with its own arguments.
+
+        Collectives: none. Host syncs: none (a store on the host is read).
+        """
+        deadline = time.monotonic() + timeout.total_seconds()
+        self._store.set(str(self._rank), post.encode())
+        posts = {self._rank: post}
+        try:
+            while _reach(posts) - posts.keys():
+                posts.update(self._await(posts, deadline))
+                told = replace(post, heard=tuple(sorted(_reach(posts))))
+                self._store.set(str(self._rank), told.encode())
+            verdict = _first_failure(posts) or check(posts)
+            self._leave(posts, deadline if verdict is None else time.monotonic() + _GRACE)
+        finally:
+            self._store.delete_key(str(self._rank))
+        if verdict is not None:
+            raise verdict
+        return posts
+
+    def _await(self, posts: Mapping[int, Post], deadline: float) -> dict[int, Post]:
+        """Posts of ranks that were heard of but not read, as soon as there is one."""
+        reach = _reach(posts)
+        missing = sorted(reach - posts.keys())
+
+        def look() -> dict[int, Post] | None:
+            there = {
+                peer: Post.decode(self._store.get(str(peer))) for peer in missing if self._store.check([str(peer)])
+            }
+            # A rank may still be busy with another call: in this one it has heard of somebody here besides itself.
+            ours = {
+                peer: post
+                for peer, post in there.items()
+                if post.token not in self._done and post.reach & (reach - {peer})
+            }
+            return ours or None
+
+        found = _poll(look, min(deadline, time.monotonic() + _PATIENCE))
+        if found is None:
+            said = ", ".join(f"rank {r} passed {_said(p)}" for r, p in sorted(posts.items()))
+            absent = (
+                f"rank(s) {missing} share a mesh or an axis of split_over= with {said}, and have not come to this "
+                "call. Every rank concerned must make the call, with the same split_over=."
+            )
+            _log.warning("still waiting: %s", absent)
+            found = _poll(look, deadline)
+            if found is None:
+                raise DisagreementError(absent)
+        return found
+
+    def _leave(self, posts: Mapping[int, Post], deadline: float) -> None:
+        """Wait until every rank has read every post: only then may a post be taken away."""
+        tokens = sorted(post.token for post in posts.values())
+        # A rank that is quicker than this one may come back before the others have taken theirs away.
+        self._done.update(tokens)
+        key = hashlib.sha1("".join(tokens).encode(), usedforsecurity=False).hexdigest()
+        if self._store.add(key, 1) == len(posts):
+            self._store.set(f"{key}/all", "1")
+        _poll(lambda: self._store.check([f"{key}/all"]) or None, deadline)
 
 
 def check(posts: Mapping[int, Post]) -> DisagreementError | None:
@@ -142,35 +204,6 @@ def _first_failure(posts: Mapping[int, Post]) -> Exception | None:
         if post.failure is not None:
             return as_peer(rank, *post.failure)
     return None
-
-
-def _await(store: Store, peer: int, posts: Mapping[int, Post], deadline: float) -> Post:
-    """The post of `peer` that belongs to this call: one that has heard of somebody here besides itself."""
-    here = _reach(posts) - {peer}
-
-    def ours() -> Post | None:
-        if not store.check([str(peer)]):
-            return None
-        found = Post.decode(store.get(str(peer)))
-        return found if found.reach & here else None
-
-    found = _poll(ours, deadline)
-    if found is None:
-        said = ", ".join(f"rank {r} passed {_said(p)}" for r, p in sorted(posts.items()))
-        raise DisagreementError(
-            f"rank {peer} shares a mesh or an axis of split_over= with rank {min(posts)} but did not come to this "
-            f"call in time. Every rank concerned must make the call, with the same split_over=; {said}."
-        )
-    return found
-
-
-def _leave(store: Store, posts: Mapping[int, Post], deadline: float) -> None:
-    """Wait until every rank has read every post: only then may a post be taken away."""
-    tokens = "".join(sorted(post.token for post in posts.values()))
-    key = hashlib.sha1(tokens.encode(), usedforsecurity=False).hexdigest()
-    if store.add(key, 1) == len(posts):
-        store.set(f"{key}/all", "1")
-    _poll(lambda: store.check([f"{key}/all"]) or None, deadline)
 
 
 def _poll(look: Callable[[], T | None], deadline: float) -> T | None:

@@ -12,7 +12,7 @@ from torch.distributed import distributed_c10d
 
 from ..errors import DistclipError
 from ..shards import Axis, Ranks
-from .agreement import Post, meet
+from .agreement import Meeting, Post
 from .c10d import ProcessGroupComm
 from .local import LocalComm
 
@@ -22,21 +22,24 @@ _Key = tuple[str, ...] | tuple[Ranks, ...]
 
 
 class _Known:
-    """Communicators agreed on so far, as long as torch.distributed is not started anew."""
+    """What was agreed on so far within one life of torch.distributed."""
 
-    def __init__(self) -> None:
-        self.world: weakref.ref[dist.ProcessGroup] | None = None
+    def __init__(self, world: dist.ProcessGroup) -> None:
+        self.world = weakref.ref(world)
         self.comms: dict[_Key, ProcessGroupComm] = {}
-
-    def current(self) -> dict[_Key, ProcessGroupComm]:
-        world = dist.group.WORLD
-        assert world is not None
-        if self.world is None or self.world() is not world:
-            self.world, self.comms = weakref.ref(world), {}
-        return self.comms
+        self.meeting = Meeting(PrefixStore("distclip", _store()), dist.get_rank())
 
 
-_known = _Known()
+_lives: list[_Known] = []
+
+
+def _known() -> _Known:
+    """The present life's; process groups of an earlier one are forgotten."""
+    world = dist.group.WORLD
+    assert world is not None
+    if not _lives or _lives[0].world() is not world:
+        _lives[:] = [_Known(world)]
+    return _lives[0]
 
 
 def communicator(
@@ -56,7 +59,7 @@ def communicator(
         `LocalComm` where nothing is spread over ranks (one process, or plain tensors of which nothing is said).
 
     Raises:
-        DistclipError: see `meet`.
+        DistclipError: see `Meeting.agree`.
 
     Collectives: none; the first time an exchange through the store, and the creation of a process group where the
     component is neither the world nor one of the groups at hand. Host syncs: none.
@@ -64,18 +67,18 @@ def communicator(
     spans = {tuple(sorted(ranks)) for ranks in groups} | {tuple(sorted(a.ranks)) for a in axes}
     if not (dist.is_available() and dist.is_initialized()) or all(len(ranks) == 1 for ranks in spans):
         return LocalComm()
-    known = _known.current()
+    comms = _known().comms
     key = _key(spans, axes)
-    if key not in known:
-        known[key] = _agree(spans, axes, failure)
-    return known[key]
+    if key not in comms:
+        comms[key] = _agree(spans, axes, failure)
+    return comms[key]
 
 
 def widened(comm: ProcessGroupComm, groups: Iterable[Ranks], axes: Sequence[Axis]) -> ProcessGroupComm:
     """Agree anew after a rank came with a mesh that reaches beyond `comm`; all ranks of `comm` call this together."""
     spans = {tuple(sorted(ranks)) for ranks in groups} | {tuple(sorted(a.ranks)) for a in axes}
     wider = _agree(spans | {tuple(sorted(comm.ranks))}, axes, None)
-    _known.current()[_key(spans, axes)] = wider
+    _known().comms[_key(spans, axes)] = wider
     return wider
 
 
@@ -84,7 +87,6 @@ def _key(spans: set[Ranks], axes: Sequence[Axis]) -> _Key:
 
 
 def _agree(spans: set[Ranks], axes: Sequence[Axis], failure: Exception | None) -> ProcessGroupComm:
-    rank = dist.get_rank()
     post = Post(
         groups=tuple(sorted(spans)),
         axes=tuple(axes),
@@ -93,7 +95,7 @@ def _agree(spans: set[Ranks], axes: Sequence[Axis], failure: Exception | None) -
         failure=None if failure is None else (type(failure).__name__, str(failure)),
     )
     try:
-        posts = meet(PrefixStore("distclip", _store()), rank, post, _timeout())
+        posts = _known().meeting.agree(post, _timeout())
     except DistclipError:
         if failure is not None:
             raise failure from None

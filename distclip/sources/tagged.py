@@ -100,8 +100,8 @@ def check_tags(named: Sequence[tuple[str, Tensor]], axes: Sequence[Axis], used: 
     experts = [n for n, t in named if getattr(t, "allreduce", True) is False]
     if used and (len(unnamed) > 1 or (unnamed and sharded and experts)):
         raise ArgumentError(
-            f"split_over= has {len(unnamed)} axes without a name and the parameters carry {sorted(used)}: which axis do "
-            'the tags speak of? Name them: split_over={"pp": pp_group, "tp": tp_group, "ep": ep_group}.'
+            f"split_over= has {len(unnamed)} axes without a name and the parameters carry {sorted(used)}: which axis "
+            'do the tags speak of? Name them: split_over={"pp": pp_group, "tp": tp_group, "ep": ep_group}.'
         )
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1 or unnamed:
         return

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 __all__ = ["LAYOUTS", "Case", "Row", "row"]
@@ -27,6 +28,7 @@ class Case:
         other_collectives: how many of other kinds.
         tolerance: relative, of the norm.
         idle: this rank has nothing to do with the model.
+        ranks: the group of those that have, None for all.
     """
 
     parameters: Any
@@ -36,6 +38,7 @@ class Case:
     other_collectives: int = 0
     tolerance: float = 1e-6
     idle: bool = False
+    ranks: dist.ProcessGroup | None = None
 
 
 @dataclass

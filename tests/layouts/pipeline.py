@@ -132,4 +132,4 @@ def second_model() -> Case:
     mesh = axis("model", "dp")
     grad = known(6, 4)
     param = made(grad, mesh["dp"], [Shard(0)])
-    return Case([param], [grad], idle=mesh.get_local_rank("model") == 1)
+    return Case([param], [grad], idle=mesh.get_local_rank("model") == 1, ranks=mesh.get_group("dp"))
