@@ -14,14 +14,14 @@ from torch import Tensor
 
 from .comm import Comm, LocalComm, ProcessGroupComm
 from .comm.derive import communicator, widened
-from .errors import as_peer
+from .errors import LayoutError, as_peer
 from .measure import measure
 from .reduce import Totals, reduce
 from .settle import settle
 from .shards import Shard
 from .sources import Plan
 
-__all__ = ["Attempt", "Measured", "agree", "total"]
+__all__ = ["Attempt", "Measured", "agree", "check_covered", "total"]
 
 T = TypeVar("T")
 
@@ -92,8 +92,12 @@ def agree(plan: Plan, comm: Comm | None, failure: Exception | None) -> Comm:
     failure = failure or plan.failure
     if comm is None:
         comm = communicator(plan.groups, plan.axes, failure)
-    elif any(told := comm.gather_objects(_described(failure))):
-        _raise(failure, told)
+    else:
+        attempt = Attempt()
+        attempt(check_covered, plan, comm)
+        failure = failure or attempt.failure
+        if any(told := comm.gather_objects(_described(failure))):
+            _raise(failure, told)
     if failure is not None and isinstance(comm, LocalComm):
         raise failure
     return comm
@@ -126,10 +130,13 @@ def total(
     device = _device(plan)
     shards = attempt(plan.shards, comm.size) or []
     partials = attempt(measure, shards, norm_type, device, inspect) or measure((), norm_type, device)
-    wider = isinstance(comm, ProcessGroupComm) and any(not set(g) <= set(comm.ranks) for g in plan.groups)
+    wider = bool(_beyond(plan, comm))
     stop = wider or partials.pending or attempt.failure is not None
     totals = reduce(partials, norm_type, comm, stop=stop)
-    if not stop and not _flags_matter(plan, device):
+    if not _flags_matter(plan, device):
+        # Nobody waits for the flags: who failed raises alone, and `guard` keeps the others from touching anything.
+        if attempt.failure is not None:
+            raise attempt.failure
         return Measured(shards, totals, partials.wide)
     if totals.stop > 0:
         told = comm.gather_objects(_described(attempt.failure) or wider)
@@ -140,6 +147,25 @@ def total(
             return total(plan, norm_type, widened(comm, plan.groups, plan.axes), None, inspect)
         totals = settle(totals, plan, shards, comm, device)
     return Measured(shards, totals, bool(totals.wide))
+
+
+def check_covered(plan: Plan, comm: Comm) -> None:
+    """Refuse a communicator that leaves out ranks which hold something.
+
+    Raises:
+        LayoutError: it does.
+    """
+    if missing := _beyond(plan, comm):
+        raise LayoutError(
+            f"comm= does not contain ranks {sorted(missing)}, on which parameters lie by their meshes. Leave it out, "
+            "or pass a communicator over all ranks concerned."
+        )
+
+
+def _beyond(plan: Plan, comm: Comm) -> frozenset[int]:
+    """The ranks that parameters lie on, by their meshes, and that `comm` does not reach."""
+    reached = comm.ranks if isinstance(comm, ProcessGroupComm) else None
+    return frozenset(r for ranks in plan.groups for r in ranks if reached is not None and r not in reached)
 
 
 def _flags_matter(plan: Plan, device: torch.device) -> bool:

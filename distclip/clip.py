@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .apply import clamp_, scale_
-from .call import Attempt, Measured, agree, total
+from .call import Attempt, Measured, agree, check_covered, total
 from .comm import Comm
 from .errors import NonFiniteError
 from .policies import NormPolicy, global_norm, value
@@ -188,6 +188,8 @@ def _measured(
     plan = attempt(make_plan, tensors, axes) or Plan([], axes)
     if comm is None:
         comm = agree(plan, None, attempt.failure)
+    else:
+        attempt(check_covered, plan, comm)
     return total(plan, policy.norm_type, comm, attempt.failure)
 
 

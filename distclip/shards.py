@@ -41,8 +41,7 @@ class Layout:
     """Where one parameter lies across ranks, as far as it or its owner says so.
 
     Args:
-        groups: rank groups that the parameter spans, each holding pieces or copies of it. Empty for a
-            plain tensor: nothing is said.
+        groups: the ranks of each mesh or process group that it spans. Empty for a plain tensor: nothing is said.
         pieces: into how many different pieces it is cut within those groups together.
         split: for each axis of `split_over=`, whether the axis holds different parameters for it.
         counted: False for a copy that its owner declared not to count (Megatron's `shared`).

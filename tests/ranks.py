@@ -40,6 +40,8 @@ def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
     import torch
     import torch.distributed as dist
 
+    from distclip.comm import derive
+
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     # The layouts use NO_SHARD on purpose.
@@ -61,6 +63,8 @@ def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
             break
         try:
             torch.manual_seed(0)
+            # Every job is the first of its program: nothing was agreed on before.
+            derive._lives.clear()
             answer = (True, job(**kwargs))
         except BaseException:
             answer = (False, traceback.format_exc())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -18,15 +18,13 @@ from .local import LocalComm
 
 __all__ = ["communicator", "widened"]
 
-_Key = tuple[str, ...] | tuple[Ranks, ...]
-
 
 class _Known:
     """What was agreed on so far within one life of torch.distributed."""
 
     def __init__(self, world: dist.ProcessGroup) -> None:
         self.world = weakref.ref(world)
-        self.comms: dict[_Key, ProcessGroupComm] = {}
+        self.comms: dict[tuple[str, ...], ProcessGroupComm] = {}
         self.meeting = Meeting(PrefixStore("distclip", _store()), dist.get_rank())
 
 
@@ -43,15 +41,16 @@ def _known() -> _Known:
 
 
 def communicator(
-    groups: Iterable[Ranks], axes: Sequence[Axis], failure: Exception | None = None
+    groups: Collection[Ranks], axes: Sequence[Axis], failure: Exception | None = None
 ) -> LocalComm | ProcessGroupComm:
     """The communicator of everybody who holds something of the same model.
 
     With `split_over=` it is looked up by those axes alone: they are the same on all ranks concerned, whichever of
-    them holds parameters, so that either all of them find it or all of them agree on it.
+    them holds parameters, so that either all of them find it or all of them agree on it. Meshes are looked up by their
+    ranks and not by identity: torch's DTensor operators exchange equal meshes for one another.
 
     Args:
-        groups: rank groups of this rank's parameters, from their layouts.
+        groups: what this rank's parameters span, from their layouts.
         axes: of `split_over=`.
         failure: what this rank found wrong with its arguments. Every rank then raises, if this is the first call.
 
@@ -64,26 +63,29 @@ def communicator(
     Collectives: none; the first time an exchange through the store, and the creation of a process group where the
     component is neither the world nor one of the groups at hand. Host syncs: none.
     """
-    spans = {tuple(sorted(ranks)) for ranks in groups} | {tuple(sorted(a.ranks)) for a in axes}
+    spans = _spans(groups, axes)
     if not (dist.is_available() and dist.is_initialized()) or all(len(ranks) == 1 for ranks in spans):
         return LocalComm()
     comms = _known().comms
-    key = _key(spans, axes)
+    key = _key(groups, axes)
     if key not in comms:
         comms[key] = _agree(spans, axes, failure)
     return comms[key]
 
 
-def widened(comm: ProcessGroupComm, groups: Iterable[Ranks], axes: Sequence[Axis]) -> ProcessGroupComm:
+def widened(comm: ProcessGroupComm, groups: Collection[Ranks], axes: Sequence[Axis]) -> ProcessGroupComm:
     """Agree anew after a rank came with a mesh that reaches beyond `comm`; all ranks of `comm` call this together."""
-    spans = {tuple(sorted(ranks)) for ranks in groups} | {tuple(sorted(a.ranks)) for a in axes}
-    wider = _agree(spans | {tuple(sorted(comm.ranks))}, axes, None)
-    _known().comms[_key(spans, axes)] = wider
+    wider = _agree(_spans(groups, axes) | {tuple(sorted(comm.ranks))}, axes, None)
+    _known().comms[_key(groups, axes)] = wider
     return wider
 
 
-def _key(spans: set[Ranks], axes: Sequence[Axis]) -> _Key:
-    return tuple(axis.identity for axis in axes) if axes else tuple(sorted(spans))
+def _key(groups: Collection[Ranks], axes: Sequence[Axis]) -> tuple[str, ...]:
+    return tuple(axis.identity for axis in axes) if axes else tuple(sorted(map(str, groups)))
+
+
+def _spans(groups: Collection[Ranks], axes: Sequence[Axis]) -> set[Ranks]:
+    return {tuple(sorted(ranks)) for ranks in (*groups, *(axis.ranks for axis in axes))}
 
 
 def _agree(spans: set[Ranks], axes: Sequence[Axis], failure: Exception | None) -> ProcessGroupComm:

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Partial, Placement
+from torch import Tensor
 
 from ..errors import LayoutError
 from ..shards import Layout, Pending
 from .split import mesh_ranks
 
-__all__ = ["dtensor_axes", "dtensor_layout", "dtensor_pending", "pending_of", "pieces_of"]
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
+
+__all__ = ["dtensor_axes", "dtensor_layout", "dtensor_pending", "is_dtensor", "pending_of", "pieces_of"]
+
+
+def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is a DTensor, without importing what defines it (a second's work) to find out."""
+    defined: Any = sys.modules.get("torch.distributed.tensor")
+    return defined is not None and isinstance(tensor, defined.DTensor)
 
 
 def dtensor_layout(tensor: DTensor) -> Layout:
@@ -30,7 +41,7 @@ def dtensor_layout(tensor: DTensor) -> Layout:
     return Layout(
         groups=(mesh_ranks(mesh),),
         pieces=pieces_of(sizes, placements),
-        may_be_partial=any(p.is_replicate() and n > 1 for p, n in zip(placements, sizes, strict=True)),
+        may_be_partial=any(_whole(p) and n > 1 for p, n in zip(placements, sizes, strict=True)),
     )
 
 
@@ -54,11 +65,7 @@ def dtensor_axes(tensor: DTensor) -> tuple[Pending, ...]:
 
 def pieces_of(sizes: Sequence[int], placements: Sequence[Placement]) -> int:
     """Into how many different pieces the placements cut a tensor over a mesh of those sizes."""
-    return math.prod(
-        size
-        for size, placement in zip(sizes, placements, strict=True)
-        if not placement.is_replicate() and not placement.is_partial()
-    )
+    return math.prod(size for size, placement in zip(sizes, placements, strict=True) if not _whole(placement))
 
 
 def pending_of(groups: Sequence[dist.ProcessGroup], placements: Sequence[Placement]) -> tuple[Pending, ...]:
@@ -67,7 +74,7 @@ def pending_of(groups: Sequence[dist.ProcessGroup], placements: Sequence[Placeme
     for group, placement in zip(groups, placements, strict=True):
         if not placement.is_partial() or dist.get_world_size(group) == 1:
             continue
-        op = placement.reduce_op if isinstance(placement, Partial) else type(placement).__name__
+        op = getattr(placement, "reduce_op", None)
         if op not in ("sum", "avg"):
             raise LayoutError(
                 f"a gradient has placement {placement}, which is neither a sum nor a mean over ranks and so no "
@@ -75,3 +82,8 @@ def pending_of(groups: Sequence[dist.ProcessGroup], placements: Sequence[Placeme
             )
         found.append(Pending(tuple(dist.get_process_group_ranks(group)), group, op == "avg"))
     return tuple(found)
+
+
+def _whole(placement: Placement) -> bool:
+    """Whether every rank of the axis holds all of the tensor, or a summand of all of it."""
+    return placement.is_replicate() or placement.is_partial()

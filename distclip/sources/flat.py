@@ -35,7 +35,8 @@ def flat_layouts(module: nn.Module) -> dict[int, Layout]:
         if handle.uses_sharded_strategy:
             shards = group_ranks(wrapped.process_group)
             across = getattr(wrapped, "_inter_node_pg", None)
-            layout = Layout((shards,) if across is None else (shards, group_ranks(across)), pieces=len(shards))
+            groups = (shards,) if across is None else (shards, group_ranks(across))
+            layout = Layout(groups, pieces=len(shards))
         flat = handle.flat_param
         for param in (flat, *(flat._params or ()), *(flat._shared_params or ())):
             layouts[id(param)] = layout

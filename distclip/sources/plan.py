@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..errors import DistclipError
 from ..shards import Axis, Layout, Pending, Ranks, Shard, copies
 from .arguments import Named, Parameters, named
-from .dtensor import dtensor_axes, dtensor_layout, dtensor_pending
+from .dtensor import dtensor_axes, dtensor_layout, dtensor_pending, is_dtensor
 from .flat import flat_layouts, refuse_bare
 from .split import split_of
 from .tagged import annotation_of, check_tags, tags_in_use
@@ -37,7 +36,7 @@ class Plan:
 
     @property
     def groups(self) -> set[Ranks]:
-        """Every rank group that some tensor of the plan spans."""
+        """The ranks of everything that some tensor of the plan spans."""
         return {ranks for _, _, layout in self.entries for ranks in layout.groups}
 
     @property
@@ -62,9 +61,9 @@ class Plan:
                 continue
             note = annotation_of(tensor)
             pending: tuple[Pending, ...] = () if note is None else note.pending
-            if isinstance(grad, DTensor):
+            if is_dtensor(grad):
                 pending += dtensor_pending(grad)
-                if not self.are_gradients and (not isinstance(tensor, DTensor) or grad.placements != tensor.placements):
+                if not self.are_gradients and (not is_dtensor(tensor) or grad.placements != tensor.placements):
                     layout = _as_gradient(layout, dtensor_layout(grad), tensor)
                 grad = grad.to_local()
             found.append(Shard(name, grad, copies(world_size, layout, self.axes), pending))
@@ -75,7 +74,7 @@ class Plan:
         tensor, _ = self._entry(name)
         note = annotation_of(tensor)
         pending = () if note is None else note.pending
-        return pending + (dtensor_axes(tensor) if isinstance(tensor, DTensor) else ())
+        return pending + (dtensor_axes(tensor) if is_dtensor(tensor) else ())
 
     def absent(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, world_size: int) -> Shard:
         """Zeros in place of a gradient that only other ranks have."""
@@ -112,7 +111,7 @@ def gradient_plan(tensors: Parameters, axes: tuple[Axis, ...]) -> Plan:
 
 def _plan(tensors: Named, axes: tuple[Axis, ...], known: dict[int, Layout]) -> Plan:
     plan = Plan([], axes)
-    plain = [(name, t) for name, t in tensors if not isinstance(t, DTensor)]
+    plain = [(name, t) for name, t in tensors if not is_dtensor(t)]
     tags = tags_in_use([t for _, t in plain])
     try:
         check_tags(plain, axes, tags)
@@ -132,7 +131,7 @@ def _plan(tensors: Named, axes: tuple[Axis, ...], known: dict[int, Layout]) -> P
 
 def _layout(name: str, tensor: Tensor, axes: tuple[Axis, ...], tags: frozenset[str]) -> Layout:
     note = annotation_of(tensor)
-    if isinstance(tensor, DTensor):
+    if is_dtensor(tensor):
         layout = dtensor_layout(tensor)
         return layout if note is None else _product(layout, note.layout)
     refuse_bare(name, tensor)
@@ -148,7 +147,7 @@ def _product(one: Layout, two: Layout) -> Layout:
         groups=one.groups + two.groups,
         pieces=one.pieces * two.pieces,
         split=one.split,
-        may_be_partial=one.may_be_partial,
+        may_be_partial=one.may_be_partial or two.may_be_partial,
     )
 
 

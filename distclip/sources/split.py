@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -56,6 +57,7 @@ def split_of(tensor: Tensor, axes: tuple[Axis, ...], tags_in_use: frozenset[str]
     return tuple(_splits(axis, tensor, tags_in_use) for axis in axes)
 
 
+@functools.lru_cache(maxsize=1024)
 def mesh_ranks(mesh: DeviceMesh) -> Ranks:
     """All global ranks of a mesh.
 
@@ -93,10 +95,8 @@ def _axes(one: Any, name: str | None) -> Iterator[Axis]:
             for i, dim_name in enumerate(names):
                 group = one.get_group(i)
                 yield Axis(group_ranks(group), name or dim_name, group.group_name)
-        elif isinstance(one, dist.ProcessGroup):
+        elif isinstance(one, dist.ProcessGroup) or one == dist.GroupMember.NON_GROUP_MEMBER:
             yield Axis(group_ranks(one), name or _described(one), one.group_name)
-        elif one == dist.GroupMember.NON_GROUP_MEMBER:
-            group_ranks(one)
         else:
             raise ArgumentError(
                 f"split_over={one!r:.120}: expected a DeviceMesh, a ProcessGroup, several of them, or a mapping from "
@@ -106,7 +106,7 @@ def _axes(one: Any, name: str | None) -> Iterator[Axis]:
         raise ArgumentError(f"split_over=: {error}") from None
 
 
-def _described(group: dist.ProcessGroup) -> str | None:
+def _described(group: Any) -> str | None:
     """A group's name from its description: "mesh_pp" (DeviceMesh), "TENSOR_MODEL_PARALLEL_GROUP" (Megatron)."""
     text = (group.group_desc or "").removeprefix("mesh_").removesuffix("_GROUP").lower()
     return None if text in ("", "undefined", "default", "default_pg") else text

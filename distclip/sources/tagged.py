@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor.placement_types import Placement
 
 from ..errors import ArgumentError, LayoutError
 from ..shards import Axis, Layout, Pending
 from .dtensor import pending_of, pieces_of
 from .split import group_ranks, mesh_ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.placement_types import Placement
 
 __all__ = ["Annotation", "annotate_", "annotation_of", "check_tags", "tags_in_use"]
 
@@ -55,6 +58,8 @@ def annotate_(param: Tensor, mesh: DeviceMesh | dist.ProcessGroup, placements: S
 
             annotate_(experts.w1, mesh=mesh["ep"], placements=[Shard(0)])
     """
+    from torch.distributed.tensor.placement_types import Placement
+
     spans = mesh.ndim if isinstance(mesh, DeviceMesh) else 1
     if len(placements) != spans or not all(isinstance(p, Placement) for p in placements):
         raise ArgumentError(
@@ -67,8 +72,9 @@ def annotate_(param: Tensor, mesh: DeviceMesh | dist.ProcessGroup, placements: S
     else:
         ranks = group_ranks(mesh)
         sizes, axis_groups = (len(ranks),), [mesh]
-    layout = Layout(groups=(ranks,), pieces=pieces_of(sizes, placements))
-    setattr(param, _ATTRIBUTE, Annotation(layout, pending_of(axis_groups, placements)))
+    pending = pending_of(axis_groups, placements)
+    layout = Layout(groups=(ranks,), pieces=pieces_of(sizes, placements), may_be_partial=bool(pending))
+    setattr(param, _ATTRIBUTE, Annotation(layout, pending))
     return param
 
 

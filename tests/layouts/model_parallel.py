@@ -44,9 +44,8 @@ def step(model: nn.Module, *, seed: int = 0) -> None:
 
 def made(grad: Tensor, mesh: DeviceMesh, placements: list[Shard | Replicate]) -> nn.Parameter:
     """A parameter with a known whole gradient, laid out by hand; no communication."""
-    laid = distribute_tensor(grad, mesh, placements, src_data_rank=None)
-    param = nn.Parameter(torch.zeros_like(laid))
-    param.grad = laid
+    param = nn.Parameter(distribute_tensor(torch.zeros_like(grad), mesh, placements, src_data_rank=None))
+    param.grad = distribute_tensor(grad, mesh, placements, src_data_rank=None)
     return param
 
 
