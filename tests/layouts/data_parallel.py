@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.layouts import Case, row
@@ -208,3 +210,22 @@ def _enter_fsdp1() -> None:
 
 
 _enter_fsdp1()
+
+
+@row(2, 4, why="FSDP2 that cuts columns, and leaves one parameter plain")
+def fsdp2_columns_and_ignored() -> Case:
+    model = mlp(8, 16, 8)
+    kept = model[2].bias
+    fully_shard(model, shard_placement_fn=lambda p: Shard(p.ndim - 1), ignored_params={kept})
+    backward(model, 8)
+    dist.all_reduce(kept.grad)
+    return Case(model.parameters(), full(model.parameters()))
+
+
+@row(4, why="a model on two of four ranks, neither of them the first")
+def fsdp2_inner_ranks() -> Case:
+    mesh = DeviceMesh("cpu", [1, 2])
+    ranks = dist.new_group([1, 2])
+    if dist.get_rank() in (0, 3):
+        return Case([], [], idle=True)
+    return dataclasses.replace(_fsdp2(mlp(8, 16, 8), 8, mesh=mesh), ranks=ranks)

@@ -216,3 +216,27 @@ def experts_plain_dp() -> Case:
     expert = nn.Parameter(torch.zeros(3, 4))
     expert.grad = mine[mesh.get_local_rank("ep")].clone()
     return Case([expert], mine, split_over=mesh.get_group("ep"))
+
+
+@row(2, 4, why="a gradient laid out unlike its parameter")
+def gradient_elsewhere() -> Case:
+    mesh = axis("dp")
+    grads = [known(8, 6), known(4, 8, seed=1)]
+    parameters = [made(grads[0], mesh, [Replicate()]), made(grads[1], mesh, [Shard(0)])]
+    with torch.no_grad():
+        parameters[0].grad = distribute_tensor(grads[0], mesh, [Shard(1)], src_data_rank=None)
+        parameters[1].grad = distribute_tensor(grads[1], mesh, [Replicate()], src_data_rank=None)
+    return Case(parameters, grads)
+
+
+@row(8, why="HSDP x tensor parallel on three axes, by a real backward", norms=(2.0, float("inf")))
+def hsdp_tp() -> Case:
+    mesh = axis("replicate", "shard", "tp")
+    model = parallelize_module(Block(), mesh["tp"], PLAN)
+    parallelize_module(model.norm, mesh["tp"], _Copies())
+    data = mesh["replicate", "shard"]
+    for part in (model.norm, model.up, model.down):
+        fully_shard(part, mesh=data)
+    fully_shard(model, mesh=data)
+    step(model, seed=2 * mesh.get_local_rank("replicate") + mesh.get_local_rank("shard"))
+    return Case(model.parameters(), full(model.parameters()))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import distclip
 from tests.layouts import Case, row
@@ -133,3 +135,60 @@ def second_model() -> Case:
     grad = known(6, 4)
     param = made(grad, mesh["dp"], [Shard(0)])
     return Case([param], [grad], idle=mesh.get_local_rank("model") == 1, ranks=mesh.get_group("dp"))
+
+
+@row(4, why="stages of unequal width: three ranks and one, told by the world as the axis")
+def stages_uneven() -> Case:
+    wide, narrow = dist.DeviceMesh("cpu", [0, 1, 2]), dist.DeviceMesh("cpu", [3])
+    grads = [known(7, 4), known(5, 3, seed=1)]
+    first = dist.get_rank() < 3
+    param = made(grads[0], wide, [Shard(0)]) if first else made(grads[1], narrow, [Shard(0)])
+    return Case([param], grads, split_over=dist.group.WORLD)
+
+
+@row(4, why="a real GPipe schedule over stages that DDP copies")
+def stages_ddp() -> Case:
+    mesh = axis("pp", "dp")
+    stage = mesh.get_local_rank("pp")
+    model = mlp(8, 6 + 2 * stage, 8)
+    torch.manual_seed(100 + mesh.get_local_rank("dp"))
+    x = torch.randn(4, 8)
+    pipe = PipelineStage(
+        DistributedDataParallel(model, process_group=mesh.get_group("dp")),
+        stage,
+        2,
+        torch.device("cpu"),
+        input_args=(x[:2].clone().requires_grad_(stage > 0),),
+        output_args=(x[:2].clone().requires_grad_(),),
+        group=mesh.get_group("pp"),
+    )
+    schedule = ScheduleGPipe(pipe, 2, loss_fn=lambda y, t: (y - t).square().sum() * 30)
+    if stage == 0:
+        schedule.step(x)
+    else:
+        schedule.step(target=torch.zeros(4, 8))
+    both: list[list[Tensor]] = [[], []]
+    dist.all_gather_object(both, full(model.parameters()), group=mesh.get_group("pp"))
+    return Case(model, both[0] + both[1], split_over=mesh["pp"])
+
+
+@row(4, why="stages x FSDP1: slices that the module places, stages that split_over tells")
+def stages_fsdp1() -> Case:
+    mesh = axis("pp", "dp")
+    stage, replica = mesh.get_local_rank("pp"), mesh.get_local_rank("dp")
+    reference = DistributedDataParallel(mlp(8, 6 + stage, 1), process_group=mesh.get_group("dp"))
+    model = FullyShardedDataParallel(
+        mlp(8, 6 + stage, 1), process_group=mesh.get_group("dp"), device_id=torch.device("cpu"), use_orig_params=True
+    )
+    step(reference, seed=replica)
+    step(model, seed=replica)
+    both: list[list[Tensor]] = [[], []]
+    dist.all_gather_object(both, full(reference.parameters()), group=mesh.get_group("pp"))
+    return Case(model, both[0] + both[1], split_over=mesh["pp"], tolerance=2e-6)
+
+
+@row(4, why="stages x plain experts: two axes hold different parameters, both as process groups")
+def stages_experts() -> Case:
+    mesh = axis("pp", "ep")
+    grads = [known(3, 4, seed=rank) for rank in range(4)]
+    return Case([plain(grads[dist.get_rank()])], grads, split_over=[mesh.get_group("pp"), mesh.get_group("ep")])
