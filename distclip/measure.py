@@ -18,8 +18,8 @@ from .shards import Shard
 
 __all__ = ["Partials", "measure", "power_sum"]
 
-_CHUNK = 1 << 18
-"""Elements widened at a time: the temporary stays in the cache and does not grow with the model."""
+_CHUNK = {"cpu": 1 << 15}
+"""Elements widened at a time, so that the temporary does not grow with the model; on a CPU it stays in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +72,11 @@ def measure(
         if shard.pending:
             pending = True
             continue
-        value = power_sum(shard.grad, norm_type)
-        values.append((value if extreme else value / shard.copies).to(device))
+        value = power_sum(shard.grad, norm_type).to(device)
+        values.append(value if extreme or shard.copies == 1 else value / shard.copies)
     if not values:
         return Partials(_neutral(norm_type, device), outside, pending, wide)
-    stacked = torch.stack(values)
-    return Partials(stacked.amax() if extreme else stacked.sum(), outside, pending, wide)
+    return Partials(_together(values, norm_type), outside, pending, wide)
 
 
 def power_sum(grad: Tensor, norm_type: float) -> Tensor:
@@ -90,21 +89,30 @@ def power_sum(grad: Tensor, norm_type: float) -> Tensor:
     >>> power_sum(torch.tensor([300.0, 400.0], dtype=torch.float16), 2.0).sqrt()
     tensor(500., dtype=torch.float64)
     """
-    total = _neutral(norm_type, grad.device)
-    for chunk in _chunks(grad):
-        if norm_type == math.inf:
-            total = torch.maximum(total, chunk.abs().amax())
-        elif norm_type == -math.inf:
-            total = torch.maximum(total, -chunk.abs().amin())
-        elif norm_type == 2:
-            total += torch.dot(chunk, chunk)
-        elif norm_type == 1:
-            total += chunk.abs().sum()
-        elif norm_type == 0:
-            total += torch.count_nonzero(chunk)
-        else:
-            total += chunk.abs().pow_(norm_type).sum()
-    return total
+    powers = [_power(chunk, norm_type) for chunk in _chunks(grad)]
+    if len(powers) == 1:
+        return powers[0]
+    return _together(powers, norm_type) if powers else _neutral(norm_type, grad.device)
+
+
+def _power(chunk: Tensor, norm_type: float) -> Tensor:
+    """Σ|g|^p, or the extreme, of a piece that is not empty."""
+    if norm_type == 2:
+        return torch.dot(chunk, chunk)
+    if norm_type == 0:
+        return torch.count_nonzero(chunk).to(chunk.dtype)
+    size = chunk.abs()
+    if norm_type == math.inf:
+        return size.amax()
+    if norm_type == -math.inf:
+        return -size.amin()
+    return size.sum() if norm_type == 1 else size.pow_(norm_type).sum()
+
+
+def _together(values: list[Tensor], norm_type: float) -> Tensor:
+    """Of several pieces what `_power` is of one."""
+    stacked = torch.stack(values)
+    return stacked.amax() if math.isinf(norm_type) else stacked.sum()
 
 
 def _chunks(grad: Tensor) -> Iterator[Tensor]:
@@ -115,7 +123,7 @@ def _chunks(grad: Tensor) -> Iterator[Tensor]:
         grad = grad.values()
     if grad.is_complex():
         grad = grad.abs()
-    for piece in torch.split(_flat(grad), _CHUNK):
+    for piece in torch.split(_flat(grad), _CHUNK.get(grad.device.type, 1 << 24)):
         if piece.numel():
             yield piece.to(_wide(grad.device))
 
