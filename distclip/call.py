@@ -55,11 +55,13 @@ class Measured:
         shards: this rank's pieces.
         totals: of all ranks.
         wide: whether some gradient is float64.
+        passed: how many tensors this rank passed.
     """
 
     shards: list[Shard]
     totals: Totals
     wide: bool
+    passed: int
 
     @property
     def norm(self) -> Tensor:
@@ -137,7 +139,7 @@ def total(
         # Nobody waits for the flags: who failed raises alone, and `guard` keeps the others from touching anything.
         if attempt.failure is not None:
             raise attempt.failure
-        return Measured(shards, totals, partials.wide)
+        return Measured(shards, totals, partials.wide, len(plan.entries))
     if totals.stop > 0:
         told = comm.gather_objects(_described(attempt.failure) or wider)
         if any(isinstance(said, tuple) for said in told):
@@ -146,7 +148,7 @@ def total(
             assert isinstance(comm, ProcessGroupComm)
             return total(plan, norm_type, widened(comm, plan.groups, plan.axes), None, inspect)
         totals = settle(totals, plan, shards, comm, device)
-    return Measured(shards, totals, bool(totals.wide))
+    return Measured(shards, totals, bool(totals.wide), len(plan.entries))
 
 
 def check_covered(plan: Plan, comm: Comm) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
+from types import GeneratorType
 
 import torch
 from torch import Tensor
@@ -76,8 +78,12 @@ def clip_grad_norm_(
     tensor([0.6000, 0.8000])
     """
     attempt = Attempt()
-    policy = attempt(global_norm, max_norm, norm_type) or global_norm()
+    # The p that was asked for also where max_norm is refused: it decides which collective the others are in.
+    fallback = attempt(global_norm, math.inf, norm_type) or global_norm()
+    policy = attempt(global_norm, max_norm, norm_type) or fallback
     measured = _measured(attempt, parameter_plan, parameters, policy, split_over, comm)
+    if isinstance(parameters, GeneratorType) and not measured.passed:
+        warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3)
     _refuse_nonfinite(measured, policy.norm_type, error_if_nonfinite)
     coef = measured.guard(policy.decide(measured.norm).coef)
     scale_(measured.shards, coef, foreach)

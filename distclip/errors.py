@@ -53,11 +53,11 @@ class NonFiniteError(DistclipError, RuntimeError):
 _SHARED = {kind.__name__: kind for kind in (ArgumentError, LayoutError, DisagreementError)}
 
 
-def as_peer(rank: int, kind: str, message: str) -> DistclipError:
+def as_peer(rank: int | None, kind: str, message: str) -> DistclipError:
     """The exception to raise here for what `rank` ran into.
 
     Args:
-        rank: the rank that failed.
+        rank: the rank that failed; None for what the ranks ran into together.
         kind: the class name of its exception.
         message: its text.
 
@@ -68,5 +68,5 @@ def as_peer(rank: int, kind: str, message: str) -> DistclipError:
     ArgumentError('rank 3: max_norm=-1.0: negative')
     """
     if kind in _SHARED:
-        return _SHARED[kind](f"rank {rank}: {message}")
+        return _SHARED[kind](message if rank is None else f"rank {rank}: {message}")
     return PeerError(f"rank {rank} failed with {kind}: {message}")

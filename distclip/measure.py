@@ -121,11 +121,11 @@ def _chunks(grad: Tensor) -> Iterator[Tensor]:
         grad = grad.coalesce().values()
     elif grad.layout is not torch.strided:
         grad = grad.values()
-    if grad.is_complex():
-        grad = grad.abs()
+    wide = _wide(grad.device)
     for piece in torch.split(_flat(grad), _CHUNK.get(grad.device.type, 1 << 24)):
         if piece.numel():
-            yield piece.to(_wide(grad.device))
+            # The magnitude of a complex number may not fit into the dtype of its parts.
+            yield piece.to(wide.to_complex()).abs() if piece.is_complex() else piece.to(wide)
 
 
 def _flat(grad: Tensor) -> Tensor:

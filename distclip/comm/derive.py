@@ -12,7 +12,7 @@ from torch.distributed import distributed_c10d
 
 from ..errors import DistclipError
 from ..shards import Axis, Ranks
-from .agreement import Meeting, Post
+from .agreement import Agreement, Meeting, Post, key
 from .c10d import ProcessGroupComm
 from .local import LocalComm
 
@@ -67,20 +67,20 @@ def communicator(
     if not (dist.is_available() and dist.is_initialized()) or all(len(ranks) == 1 for ranks in spans):
         return LocalComm()
     comms = _known().comms
-    key = _key(groups, axes)
-    if key not in comms:
-        comms[key] = _agree(spans, axes, failure)
-    return comms[key]
+    place = _place(groups, axes)
+    if place not in comms:
+        comms[place] = _agree(spans, axes, failure)
+    return comms[place]
 
 
 def widened(comm: ProcessGroupComm, groups: Collection[Ranks], axes: Sequence[Axis]) -> ProcessGroupComm:
     """Agree anew after a rank came with a mesh that reaches beyond `comm`; all ranks of `comm` call this together."""
     wider = _agree(_spans(groups, axes) | {tuple(sorted(comm.ranks))}, axes, None)
-    _known().comms[_key(groups, axes)] = wider
+    _known().comms[_place(groups, axes)] = wider
     return wider
 
 
-def _key(groups: Collection[Ranks], axes: Sequence[Axis]) -> tuple[str, ...]:
+def _place(groups: Collection[Ranks], axes: Sequence[Axis]) -> tuple[str, ...]:
     return tuple(axis.identity for axis in axes) if axes else tuple(sorted(map(str, groups)))
 
 
@@ -97,35 +97,37 @@ def _agree(spans: set[Ranks], axes: Sequence[Axis], failure: Exception | None) -
         failure=None if failure is None else (type(failure).__name__, str(failure)),
     )
     try:
-        posts = _known().meeting.agree(post, _timeout())
+        agreed = _known().meeting.agree(post, _timeout())
     except DistclipError:
         if failure is not None:
             raise failure from None
         raise
-    return ProcessGroupComm(_process_group(tuple(sorted(posts)), posts))
+    return ProcessGroupComm(_process_group(agreed))
 
 
-def _process_group(ranks: Ranks, posts: dict[int, Post]) -> dist.ProcessGroup:
+def _process_group(agreed: Agreement) -> dist.ProcessGroup:
     """The world, a group that all ranks have already, or a new one: the same choice on all of them."""
     assert dist.group.WORLD is not None
-    if len(ranks) == dist.get_world_size():
+    if len(agreed.ranks) == dist.get_world_size():
         return dist.group.WORLD
-    common = set.intersection(*({name for name, r in p.named if tuple(sorted(r)) == ranks} for p in posts.values()))
-    if common:
-        return _resolve_process_group(min(common))  # type: ignore[arg-type]
+    if agreed.group is not None:
+        return _resolve_process_group(agreed.group)  # type: ignore[arg-type]
     # A group made by its own members alone takes its name from how many groups each of them has seen:
     # make that number the same first, or the members would wait for each other under different names.
-    for _ in range(max(p.pg_count for p in posts.values()) - _pg_count()):
+    for _ in range(agreed.pg_count - _pg_count()):
         dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    group = dist.new_group(list(ranks), timeout=_timeout(), use_local_synchronization=True)
+    group = dist.new_group(list(agreed.ranks), timeout=_timeout(), use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)
     return group
 
 
-def _groups_at_hand() -> tuple[tuple[str, Ranks], ...]:
-    """The process groups that this rank belongs to."""
-    held = distributed_c10d._world.pg_group_ranks.items()
-    return tuple((group.group_name, tuple(ranks)) for group, ranks in held if isinstance(group, dist.ProcessGroup))
+def _groups_at_hand() -> dict[str, list[str]]:
+    """Names of the process groups that this rank belongs to, by the `key` of their ranks."""
+    names: dict[str, list[str]] = {}
+    for group, ranks in distributed_c10d._world.pg_group_ranks.items():
+        if isinstance(group, dist.ProcessGroup):
+            names.setdefault(key(ranks), []).append(group.group_name)
+    return names
 
 
 def _pg_count() -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .verdict import Scale
+from .verdict import Scale, as_number
 
 __all__ = ["Fixed", "NormPolicy", "coefficient", "global_norm"]
 
@@ -31,11 +31,13 @@ class Fixed:
     max_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.max_norm, int | float) or not self.max_norm >= 0:
+        bound = as_number(self.max_norm)
+        if not bound >= 0:
             raise ArgumentError(
                 f"max_norm={self.max_norm!r}: the bound must be a number ≥ 0. "
                 "Write max_norm=1.0, or max_norm=inf to measure without clipping."
             )
+        object.__setattr__(self, "max_norm", bound)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +53,7 @@ class NormPolicy:
     norm_type: float = 2.0
 
     def __post_init__(self) -> None:
-        try:
-            p = float(self.norm_type)
-        except (TypeError, ValueError):
-            p = math.nan
+        p = as_number(self.norm_type)
         if math.isnan(p):
             raise ArgumentError(
                 f'norm_type={self.norm_type!r}: expected the p of a p-norm. Write norm_type=2.0, or "inf".'

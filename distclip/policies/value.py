@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .verdict import Clamp
+from .verdict import Clamp, as_number
 
 __all__ = ["Value", "value"]
 
@@ -25,11 +25,14 @@ class Value:
     high: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.low <= self.high:
+        low, high = as_number(self.low), as_number(self.high)
+        if not low <= high:
             raise ArgumentError(
                 f"clip_value={(self.low, self.high)!r}: the bounds must be two numbers, the lower one first. "
                 "Write clip_value=0.5 for [-0.5, 0.5], or clip_value=(low, high)."
             )
+        object.__setattr__(self, "low", low)
+        object.__setattr__(self, "high", high)
 
     @property
     def norm_type(self) -> float:
@@ -54,4 +57,4 @@ def value(low: float, high: float | None = None) -> Value:
     >>> value(0.5)
     Value(low=-0.5, high=0.5)
     """
-    return Value(-low, low) if high is None else Value(low, high)
+    return Value(-as_number(low), low) if high is None else Value(low, high)

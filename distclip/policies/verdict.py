@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["Clamp", "Policy", "Scale", "Verdict"]
+__all__ = ["Clamp", "Policy", "Scale", "Verdict", "as_number"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,3 +41,15 @@ class Policy(Protocol):
     def decide(self, norm: Tensor) -> Verdict:
         """The verdict on a total norm, 0-d float64. No host sync, no collective."""
         ...
+
+
+def as_number(value: Any) -> float:
+    """A bound as a float: what float() takes (numpy and 0-d tensors too), NaN for what it does not.
+
+    >>> as_number("inf"), as_number(None)
+    (inf, nan)
+    """
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
@@ -56,7 +55,6 @@ def _pairs(parameters: Any, argument: str) -> Iterator[tuple[str, Tensor]]:
         items = iter(parameters)
     except TypeError:
         raise _refused(f"{argument}={parameters!r}", argument) from None
-    index = -1
     for index, item in enumerate(items):
         if isinstance(item, Tensor):
             yield f"{argument}[{index}]", item
@@ -64,8 +62,6 @@ def _pairs(parameters: Any, argument: str) -> Iterator[tuple[str, Tensor]]:
             yield item
         else:
             raise _refused(f"{argument}[{index}] is {item!r:.80}", argument)
-    if index < 0 and items is parameters:
-        warnings.warn(f"`{argument}` is an empty generator, no gradient clipping will occur.", stacklevel=5)
 
 
 def _refused(seen: str, argument: str) -> ArgumentError:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from math import inf, nan
+from math import inf, isnan, nan
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -23,8 +23,7 @@ from distclip.shards import Shard
 CPU = torch.device("cpu")
 
 # The same examples on every run; nothing is stored, nothing depends on how fast the machine is.
-settings.register_profile("distclip", deadline=None, database=None, derandomize=True, max_examples=100)
-many = settings(settings.get_profile("distclip"))
+many = settings(deadline=None, database=None, derandomize=True, max_examples=100)
 some = settings(many, max_examples=30)
 
 RANGES: dict[torch.dtype, tuple[int, int]] = {
@@ -63,9 +62,9 @@ def gradients(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = tuple(RANGES)) ->
     dtype = draw(st.sampled_from(dtypes))
     scale = 10.0 ** draw(st.integers(*RANGES[dtype]))
     generator = torch.Generator().manual_seed(draw(seeds))
-    wide = torch.complex128 if dtype.is_complex else torch.float64
+    drawn = torch.complex128 if dtype.is_complex else torch.float64
     shape = draw(shapes)
-    numbers = torch.randn(shape, generator=generator, dtype=wide)
+    numbers = torch.randn(shape, generator=generator, dtype=drawn)
     if not dtype.is_complex:
         # Or a float16 would overflow.
         numbers.clamp_(-3, 3)
@@ -169,7 +168,7 @@ def test_no_norm_above_the_bound_is_left(grads: list[Tensor], norm_type: float) 
 
 @many
 @given(
-    st.lists(gradients([torch.float16, torch.bfloat16, torch.float32, torch.float64]), min_size=1, max_size=3),
+    st.lists(gradients([torch.float16, torch.bfloat16, torch.float32, torch.float64]), max_size=3),
     st.floats(0, 1e3, width=16),
     st.floats(0, 1e3, width=16),
     st.sampled_from([None, False, True]),
@@ -245,24 +244,24 @@ def test_any_split_over_ranks_has_the_norm_of_the_whole(
 
 
 @some
-@given(st.integers(2, 5), st.data(), norm_types, st.sampled_from([nan, inf, -inf]))
+@given(st.integers(2, 5), st.data(), norm_types, st.sampled_from([nan, inf, -inf]), st.sampled_from([1.0, inf]))
 def test_what_is_not_finite_on_one_rank_is_seen_by_all(
-    size: int, data: st.DataObject, norm_type: float, number: float
+    size: int, data: st.DataObject, norm_type: float, number: float, max_norm: float
 ) -> None:
-    """A NaN must not get lost in a maximum, nor an infinity between ranks: same norm, same gradients everywhere."""
+    """A NaN must not get lost in a maximum, nor an infinity between ranks; who only measures still writes nothing."""
     bad = data.draw(st.integers(0, size - 1))
     copies = [torch.ones(3) for _ in range(size)]
     copies[bad][data.draw(st.integers(0, 2))] = number
 
     def job(comm: Comm) -> Tensor:
-        return distclip.clip_grad_norm_(parameters_with([copies[comm.rank]]), 1.0, norm_type, comm=comm)
+        return distclip.clip_grad_norm_(parameters_with([copies[comm.rank]]), max_norm, norm_type, comm=comm)
 
     norms = together(size, job)
-    assert all(bool(norm.isnan() if number != number else norm == inf) for norm in norms), f"{norms}"
-    good = torch.full((3,), nan if number != number else 0.0)
+    assert all(bool(norm.isnan() if isnan(number) else norm == inf) for norm in norms), f"{norms}"
+    left = torch.full((3,), 1.0 if max_norm == inf else nan if isnan(number) else 0.0)
     for rank, grad in enumerate(copies):
         if rank != bad:
-            torch.testing.assert_close(grad, good, rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(grad, left, rtol=0, atol=0, equal_nan=True)
 
 
 @some
@@ -303,9 +302,11 @@ FAILURES: dict[str, tuple[dict[str, Any], type[Exception], type[Exception]]] = {
 
 @pytest.mark.parametrize("failure", FAILURES)
 @some
-@given(st.integers(2, 5), st.data(), st.sampled_from([0.5, 1.0, 2.0, 3.0]))
+@given(st.integers(2, 5), st.data(), st.sampled_from([0.5, 1.0, 2.0, 3.0, inf]))
 def test_one_rank_failing_is_raised_by_all(failure: str, size: int, data: st.DataObject, norm_type: float) -> None:
     """Whatever one rank passes wrongly, the others neither hang nor clip: they say which rank it was."""
+    # A rank that names no p cannot know that the others take a maximum; a first call finds it out before that.
+    assume(not (failure == "no norm type" and norm_type == inf))
     bad = data.draw(st.integers(0, size - 1))
     wrong, own, others = FAILURES[failure]
     copies = [torch.full((3,), 2.0) for _ in range(size)]
