@@ -46,6 +46,7 @@ def clip_grad_norm_(
         max_norm: ≥ 0; `inf` only measures and never writes.
         norm_type: p; any number, `inf` for the largest element.
         error_if_nonfinite: raise, on every rank, if the norm is NaN or infinite, and leave the gradients as they are.
+            Otherwise they are multiplied by the coefficient that follows, NaN or 0, as torch does.
         foreach: use torch's multi-tensor operators to scale; None lets the device decide.
         split_over: axes along which ranks hold *different* parameters and no placement says so: mesh["pp"] for
             pipeline stages, the expert group for experts kept as plain tensors. A DeviceMesh, a ProcessGroup, several,

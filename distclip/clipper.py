@@ -62,6 +62,8 @@ class GradClipper:
     def clip(self) -> Report:
         """Measure, decide and apply, once, in place; call it after backward on every rank.
 
+        A norm that is not finite gives a coefficient of NaN or 0, as in `clip_grad_norm_`: `report.finite` says so.
+
         Returns:
             What was seen and done, as device scalars.
 

@@ -8,13 +8,13 @@ zeros, and holds a copy of the sum like the others.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from .comm import Comm
 from .errors import LayoutError
@@ -32,6 +32,8 @@ class _Summand:
 
     name: str
     ranks: Ranks
+    axis: int
+    mean: bool
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -53,22 +55,35 @@ def settle(totals: Totals, plan: Plan, shards: list[Shard], comm: Comm, device: 
     Raises:
         LayoutError: a rank of the mesh axis did not pass the tensor at all; raised by all.
 
-    Collectives: one gather of descriptions and one all-reduce of two numbers over `comm`, one all-reduce of each such
-    gradient over its mesh axis. Host syncs: one.
+    Collectives: one gather of descriptions and one all-reduce of two numbers over `comm`, one all-reduce of all
+    such gradients of a dtype over each mesh axis. Host syncs: one.
     """
     here = dist.get_rank()
-    by_name = {shard.name: shard for shard in shards}
-    own = [_Summand(s.name, p.ranks, tuple(s.grad.shape), s.grad.dtype) for s in shards for p in s.pending]
+    waiting = [(shard, pending) for shard in shards for pending in shard.pending]
+    own = [_Summand(s.name, p.ranks, p.axis, p.mean, tuple(s.grad.shape), s.grad.dtype) for s, p in waiting]
     told: list[_Told] = comm.gather_objects((here, {name for name, _, _ in plan.entries}, own))
     _check(told)
-    wanted = {(s.name, s.ranks): s for _, _, summands in told for s in summands if here in s.ranks}
+    wanted = {
+        (s.axis, s.ranks, str(_wide(s.dtype)), s.name): s
+        for _, _, summands in told
+        for s in summands
+        if here in s.ranks
+    }
+    current = {shard.name: shard for shard in shards}
+    groups = {p.ranks: p.group for s in wanted.values() for p in plan.sums(s.name)}
+    groups |= {pending.ranks: pending.group for _, pending in waiting}
     settled: dict[str, Shard] = {}
-    for (name, ranks), summand in sorted(wanted.items(), key=lambda item: item[0]):
-        shard = settled.get(name) or by_name.get(name) or plan.absent(name, summand.shape, summand.dtype, comm.size)
-        pending = next(p for p in (*by_name.get(name, shard).pending, *plan.sums(name)) if p.ranks == ranks)
-        grad = _widened(shard.grad)
-        dist.all_reduce(torch.view_as_real(grad) if grad.is_complex() else grad, group=pending.group)
-        settled[name] = replace(shard, grad=grad / len(ranks) if pending.mean else grad, pending=())
+    # The same order on every rank, axis by axis, and all of one axis and dtype at once.
+    for (_, ranks, _), batch in itertools.groupby(sorted(wanted), key=lambda key: key[:3]):
+        summands = [wanted[key] for key in batch]
+        dtype = _wide(summands[0].dtype)
+        for s in summands:
+            settled[s.name] = current.get(s.name) or plan.absent(s.name, s.shape, s.dtype, comm.size)
+        flat = torch.cat([settled[s.name].grad.to(dtype).reshape(-1) for s in summands])
+        dist.all_reduce(torch.view_as_real(flat) if flat.is_complex() else flat, group=groups[ranks])
+        for s, total in zip(summands, torch.split(flat, [math.prod(s.shape) for s in summands]), strict=True):
+            grad = total.view(s.shape) / (len(ranks) if s.mean else 1)
+            settled[s.name] = current[s.name] = replace(settled[s.name], grad=grad, pending=())
     more = reduce(measure(settled.values(), totals.norm_type, device), totals.norm_type, comm)
     join = torch.maximum if math.isinf(totals.norm_type) else torch.add
     return replace(totals, value=join(totals.value, more.value))
@@ -86,6 +101,6 @@ def _check(told: list[_Told]) -> None:
                     )
 
 
-def _widened(grad: Tensor) -> Tensor:
-    """A copy in at least float32, to add up in."""
-    return grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What to add up in: at least float32."""
+    return torch.promote_types(dtype, torch.float32)

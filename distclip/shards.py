@@ -67,11 +67,14 @@ class Pending:
     Args:
         ranks: who holds a summand.
         group: their process group.
+        axis: which axis of its mesh that is. Sums are made axis by axis: ranks that took them in another order would
+            add up sums with summands.
         mean: divide by the number of ranks afterwards (Partial("avg")).
     """
 
     ranks: Ranks
     group: torch.distributed.ProcessGroup
+    axis: int
     mean: bool = False
 
 

@@ -60,7 +60,7 @@ def dtensor_pending(tensor: DTensor) -> tuple[Pending, ...]:
 def dtensor_axes(tensor: DTensor) -> tuple[Pending, ...]:
     """A sum over each axis of the tensor's mesh: those that its gradient could wait for."""
     groups = [tensor.device_mesh.get_group(i) for i in range(tensor.device_mesh.ndim)]
-    return tuple(Pending(tuple(dist.get_process_group_ranks(group)), group) for group in groups)
+    return tuple(Pending(tuple(dist.get_process_group_ranks(group)), group, i) for i, group in enumerate(groups))
 
 
 def pieces_of(sizes: Sequence[int], placements: Sequence[Placement]) -> int:
@@ -71,7 +71,7 @@ def pieces_of(sizes: Sequence[int], placements: Sequence[Placement]) -> int:
 def pending_of(groups: Sequence[dist.ProcessGroup], placements: Sequence[Placement]) -> tuple[Pending, ...]:
     """One `Pending` per Partial placement over more than one rank."""
     found: list[Pending] = []
-    for group, placement in zip(groups, placements, strict=True):
+    for i, (group, placement) in enumerate(zip(groups, placements, strict=True)):
         if not placement.is_partial() or dist.get_world_size(group) == 1:
             continue
         op = getattr(placement, "reduce_op", None)
@@ -80,7 +80,7 @@ def pending_of(groups: Sequence[dist.ProcessGroup], placements: Sequence[Placeme
                 f"a gradient has placement {placement}, which is neither a sum nor a mean over ranks and so no "
                 "gradient. Redistribute it to Replicate() or Shard(dim) before clipping."
             )
-        found.append(Pending(tuple(dist.get_process_group_ranks(group)), group, op == "avg"))
+        found.append(Pending(tuple(dist.get_process_group_ranks(group)), group, i, op == "avg"))
     return tuple(found)
 
 

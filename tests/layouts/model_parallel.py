@@ -73,9 +73,8 @@ def tp_sequence() -> Case:
     normed = model.norm(DTensor.from_local(x.chunk(dist.get_world_size(), 1)[dist.get_rank()], axis("tp"), [Shard(1)]))
     out = model.down(torch.relu(model.up(normed)))
     (out * 5).square().sum().backward()
-    partial = [p for p in model.parameters() if any(q.is_partial() for q in p.grad.placements)]
-    extra = {"all_reduces": 2 + len(partial), "other_collectives": 1} if partial else {}
-    return Case(model.parameters(), full(model.parameters()), **extra)
+    # Both parameters of the norm are summands: one collective for the two.
+    return Case(model.parameters(), full(model.parameters()), all_reduces=3, other_collectives=1)
 
 
 @row(
@@ -240,3 +239,24 @@ def hsdp_tp() -> Case:
     fully_shard(model, mesh=data)
     step(model, seed=2 * mesh.get_local_rank("replicate") + mesh.get_local_rank("shard"))
     return Case(model.parameters(), full(model.parameters()))
+
+
+@row(4, why="summands over two axes, of two dtypes, some as a mean, beside what is whole")
+def partial_two_axes() -> Case:
+    mesh = axis("dp", "tp")
+    layouts = [[Partial(), Partial()], [Partial("avg"), Shard(0)], [Shard(0), Partial()], [Replicate(), Replicate()]]
+    dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float32]
+    parameters = []
+    for i, (placements, dtype) in enumerate(zip(layouts, dtypes, strict=True)):
+        seed = 7 if placements[0].is_replicate() else 7 + dist.get_rank()
+        local = known(4, 3, seed=10 * i + seed).to(dtype)
+        grad = DTensor.from_local(local, mesh, placements, run_check=False)
+        whole = [Replicate() if p.is_partial() else p for p in placements]
+        param = nn.Parameter(DTensor.from_local(torch.zeros_like(local), mesh, whole, run_check=False))
+        param.grad = grad
+        parameters.append(param)
+    wide = [
+        DTensor.from_local(p.grad.to_local().double(), mesh, p.grad.placements, run_check=False) for p in parameters
+    ]
+    # Two of their own, and one sum per axis: bfloat16 travels as float32 with the rest.
+    return Case(parameters, [w.full_tensor().float() for w in wide], all_reduces=4, other_collectives=1)
