@@ -1,0 +1,119 @@
+"""Data that is already on board, as whole batches: the same global batches whatever the layout."""
+
+import math
+import pydoc_data.topics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    x: Tensor
+    y: Tensor
+    first: bool
+    """Whether a pass over the data starts here, so that a carried state starts from zero."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training batches for ever, held-out batches once, and what a model has to know to fit."""
+
+    train: Callable[[int], Iterator[Batch]]
+    held_out: list[Batch]
+    criterion: Callable[[Tensor, Tensor], Tensor]
+    outputs: int
+    guess: float
+    """The held-out loss of a model that has learnt nothing."""
+    unit: str
+    """What the targets of a batch are counted in."""
+
+
+@dataclass(frozen=True)
+class Text(Data):
+    vocabulary: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Table(Data):
+    features: int
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float().flatten(0, -2), target.flatten())
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(prediction.float(), target)
+
+
+def topics(batch: int, length: int, held_out: float) -> Text:
+    texts = pydoc_data.topics.topics
+    text = "\n".join(texts[name] for name in sorted(texts))
+    index = {character: i for i, character in enumerate(sorted(set(text)))}
+    ids = torch.tensor([index[character] for character in text])
+    cut = int(len(ids) * (1 - held_out))
+    train, rest = _streams(ids[:cut], batch, length), _streams(ids[cut:], batch, length)
+
+    def passes(seed: int) -> Iterator[Batch]:
+        while True:
+            yield from train
+
+    v = len(index)
+    return Text(passes, rest, cross_entropy, v, math.log(v), "tokens", v, length)
+
+
+def _streams(ids: Tensor, batch: int, length: int) -> list[Batch]:
+    """Cut a text into `batch` contiguous streams, read side by side `length` characters a time."""
+    rows = ids[: len(ids) // batch * batch].view(batch, -1)
+    n = (rows.shape[1] - 1) // length * length
+    if n < 1:
+        raise SystemExit(
+            f"batch={batch} streams of data.length={length} need more text than the "
+            f"{len(ids)} characters there are: write a smaller batch or data.length"
+        )
+    xs, ys = rows[:, :n].split(length, dim=1), rows[:, 1 : n + 1].split(length, dim=1)
+    return [Batch(x, y, i == 0) for i, (x, y) in enumerate(zip(xs, ys, strict=True))]
+
+
+def digits(batch: int, held_out: float) -> Table:
+    from sklearn.datasets import load_digits  # two seconds that a language model does not need
+
+    x, y = load_digits(return_X_y=True)
+    return _table(torch.tensor(x).float() / 16, torch.tensor(y), batch, held_out, cross_entropy, outputs=10)
+
+
+def diabetes(batch: int, held_out: float) -> Table:
+    from sklearn.datasets import load_diabetes
+
+    x, y = (torch.tensor(a).float() for a in load_diabetes(return_X_y=True))
+    x, y = ((a - a.mean(0)) / a.std(0) for a in (x, y))
+    return _table(x, y[:, None], batch, held_out, squared_error, outputs=1)
+
+
+def _table(x: Tensor, y: Tensor, batch: int, held_out: float, criterion: Any, outputs: int) -> Table:
+    """Shuffle once, hold out whole batches, reshuffle the rest with the seed on every pass."""
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x, y = x[order], y[order]
+    held = int(len(x) * held_out) // batch * batch
+    if held == 0 or len(x) - held < batch:
+        raise SystemExit(
+            f"batch={batch} is too large to hold out data.held_out={held_out} of {len(x)} "
+            f"samples in whole batches: write a smaller batch"
+        )
+    rest = [Batch(*pair, False) for pair in zip(x[:held].split(batch), y[:held].split(batch), strict=True)]
+    x, y = x[held:], y[held:]
+
+    def passes(seed: int) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            for rows in torch.randperm(len(x), generator=generator).split(batch):
+                if len(rows) == batch:
+                    yield Batch(x[rows], y[rows], False)
+
+    guess = math.log(outputs) if outputs > 1 else float(y.var())
+    return Table(passes, rest, criterion, outputs, guess, "samples", x.shape[1])

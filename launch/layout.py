@@ -1,0 +1,64 @@
+"""How the ranks are laid out: the axes of the mesh, and which of them share out the batch."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from parallel import Placed
+
+MODEL_AXES = ("tp", "pp")  # ranks along these see the same batch, along all others a share of it
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`place` puts a model on a mesh with these axis sizes; one of them may be -1, the rest."""
+
+    mesh: Mapping[str, int]
+    place: Callable[..., Placed]
+
+    def sizes(self, world: int) -> dict[str, int]:
+        """The axis sizes on this many ranks, or exit saying how many ranks or what to write."""
+        if not self.mesh:
+            if world != 1:
+                raise SystemExit(
+                    f"parallel=single is one process, but {world} were started: "
+                    f"start one (NPROC=1), or write parallel=ddp"
+                )
+            return {}
+        given = list(self.mesh.values())
+        fixed = math.prod(n for n in given if n != -1)
+        if fixed < 1 or given.count(-1) > 1:
+            raise SystemExit(
+                f"parallel.mesh={dict(self.mesh)} is no mesh: write sizes of 1 or more, one of "
+                f"which may be -1 (all the ranks that are left)"
+            )
+        if world % fixed or (-1 not in given and fixed != world):
+            axis, n = next((axis, n) for axis, n in self.mesh.items() if n != -1)
+            raise SystemExit(
+                f"parallel.mesh={dict(self.mesh)} does not fit on {world} rank(s): "
+                f"start {fixed} (NPROC={fixed}), or write another parallel.mesh.{axis} than {n}"
+            )
+        return {axis: world // fixed if n == -1 else n for axis, n in self.mesh.items()}
+
+    def shares(self, world: int) -> int:
+        """Into how many shares the global batch is split."""
+        return math.prod(n for axis, n in self.sizes(world).items() if axis not in MODEL_AXES)
+
+    def build(self, device: str, world: int) -> DeviceMesh | None:
+        sizes = self.sizes(world)
+        if not sizes:
+            return None
+        return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def share(batch: Tensor, mesh: DeviceMesh | None) -> Tensor:
+    """This rank's rows of a global batch, on this rank's device."""
+    if mesh is None:
+        return batch
+    for axis in mesh.mesh_dim_names or ():
+        if axis not in MODEL_AXES:
+            batch = batch.chunk(mesh[axis].size())[mesh.get_local_rank(axis)]
+    return batch

@@ -1,0 +1,70 @@
+"""Small models, each a sequence of parts: any run of parts is a pipeline stage."""
+
+from collections.abc import Callable
+
+from torch import Tensor, autocast, nn
+
+from data import Data, Table, Text
+
+
+class Recurrence(nn.Module):
+    """One recurrent layer that carries its state, cut off from its history, to the next batch."""
+
+    def __init__(self, cell: nn.RNNBase) -> None:
+        super().__init__()
+        self.cell = cell
+        self.state: Tensor | tuple[Tensor, ...] | None = None
+
+    def reset(self) -> None:
+        self.state = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A state that lives for the whole text adds up rounding errors: never below fp32.
+        with autocast(x.device.type, enabled=False):
+            y, state = self.cell(x.float(), self.state)
+        self.state = tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach()
+        return y.contiguous()  # a view of time-first data, which a pipeline can't send
+
+
+def reset_state(model: nn.Module) -> None:
+    for part in model.modules():
+        if isinstance(part, Recurrence):
+            part.reset()
+
+
+def carries_state(model: nn.Module) -> bool:
+    return any(isinstance(part, Recurrence) for part in model.modules())
+
+
+def needs_text(data: Data, model: str) -> Text:
+    if not isinstance(data, Text):
+        raise SystemExit(f"model={model} reads characters: write model={model} data=topics")
+    return data
+
+
+def rnn(data: Data, hidden: int, layers: int) -> nn.Sequential:
+    return _recurrent(needs_text(data, "rnn"), nn.RNN, hidden, layers)
+
+
+def lstm(data: Data, hidden: int, layers: int) -> nn.Sequential:
+    return _recurrent(needs_text(data, "lstm"), nn.LSTM, hidden, layers)
+
+
+def _recurrent(data: Text, cell: Callable[..., nn.RNNBase], hidden: int, layers: int) -> nn.Sequential:
+    embedding, head = nn.Embedding(data.vocabulary, hidden), nn.Linear(hidden, data.vocabulary)
+    for weight in (embedding.weight, head.weight):
+        nn.init.uniform_(weight, -0.1, 0.1)
+    nn.init.zeros_(head.bias)
+    middle = (Recurrence(cell(hidden, hidden, batch_first=True)) for _ in range(layers))
+    return nn.Sequential(embedding, *middle, head)
+
+
+def mlp(data: Data, hidden: int, layers: int) -> nn.Sequential:
+    if not isinstance(data, Table):
+        raise SystemExit("model=mlp reads numbers: write model=mlp data=digits (or data=diabetes)")
+    parts: list[nn.Module] = []
+    width = data.features
+    for _ in range(layers):
+        parts += [nn.Linear(width, hidden), nn.ReLU()]
+        width = hidden
+    return nn.Sequential(*parts, nn.Linear(width, data.outputs))

@@ -1,0 +1,73 @@
+"""What a run leaves behind: its config, a line of JSON for every step, and its outcome."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    steps: int
+    held_out: float
+    guess: float
+    norms: dict[str, float]
+    """Percentiles of those that are finite."""
+    nonfinite: int
+    clip_rate: float
+    seconds: float
+    directory: str
+
+
+class Record:
+    """Collects rows on every rank and writes them where a directory is given: on rank 0."""
+
+    def __init__(self, directory: Path | None, cfg: DictConfig) -> None:
+        self.rows: list[Row] = []
+        self.directory = directory
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(cfg, directory / "config.yaml", resolve=True)
+            (directory / "metrics.jsonl").write_text("")
+
+    def add(self, rows: list[Row]) -> None:
+        self.rows += rows
+        if self.directory is not None:
+            with (self.directory / "metrics.jsonl").open("a") as file:
+                file.writelines(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
+
+    @property
+    def clip_rate(self) -> float:
+        return sum(bool(row["clipped"]) for row in self.rows) / len(self.rows)
+
+    def close(self, held_out: float, guess: float, seconds: float) -> Outcome:
+        every = np.array([row["norm"] for row in self.rows])
+        norms = every[np.isfinite(every)]
+        levels = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
+        outcome = Outcome(
+            steps=len(self.rows),
+            held_out=held_out,
+            guess=guess,
+            norms={k: float(np.percentile(norms, p)) if len(norms) else math.nan for k, p in levels.items()},
+            nonfinite=len(every) - len(norms),
+            clip_rate=self.clip_rate,
+            seconds=seconds,
+            directory=str(self.directory),
+        )
+        if self.directory is not None:
+            summary = json.dumps(_finite(asdict(outcome)), indent=2, allow_nan=False)
+            (self.directory / "summary.json").write_text(summary + "\n")
+        return outcome
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity: null stands for both."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,60 @@
+"""What a run shows on the terminal; nothing on ranks other than 0."""
+
+import os
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.table import Table
+
+from record import Outcome, Row
+
+
+class Terminal:
+    def __init__(self, rank: int) -> None:
+        self.console = Console(quiet=rank != 0)
+
+    def title(self, text: str) -> None:
+        self.console.print(text, style="bold", soft_wrap=True, highlight=False)
+
+    def bar(self, wanted: bool) -> Progress:
+        """A progress bar, or on a pipe (where every update would be a line) an invisible one."""
+        return Progress(
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not (wanted and self.console.is_terminal),
+        )
+
+    def line(self, row: Row, steps: int, clip_rate: float) -> None:
+        self.console.print(
+            f"step {row['step']:>{len(str(steps))}}/{steps}  loss {row['loss']:<7.4g} "
+            f"norm {row['norm']:<8.3g} coef {row['coef']:<8.3g} clipped {clip_rate:.1%}",
+            highlight=False,
+        )
+
+    def outcomes(self, outcomes: Mapping[str, Outcome]) -> None:
+        """The closing table: a column per run."""
+        table = Table(show_header=len(outcomes) > 1)
+        table.add_column()
+        for name in outcomes:
+            table.add_column(name, justify="right")
+        runs = list(outcomes.values())
+        table.add_row("steps", *(str(run.steps) for run in runs))
+        table.add_row("held-out loss", *(f"{run.held_out:.3f}" for run in runs), style="bold")
+        table.add_row("  of a blind guess", *(f"{run.guess:.3f}" for run in runs))
+        for level in runs[0].norms:
+            table.add_row(f"norm {level}", *(f"{run.norms[level]:.3g}" for run in runs))
+        if any(run.nonfinite for run in runs):
+            table.add_row("norm not finite", *(f"{run.nonfinite} steps" for run in runs))
+        table.add_row("clip rate", *(f"{run.clip_rate:.1%}" for run in runs))
+        table.add_row("time", *(f"{run.seconds:.1f} s" for run in runs))
+        self.console.print(table)
+        # A path is for copying: outside the table, never folded.
+        self.console.print(
+            f"run directory: {os.path.commonpath([run.directory for run in runs])}",
+            soft_wrap=True,
+            highlight=False,
+        )

@@ -1,0 +1,83 @@
+"""Train a model, clipping its gradient: `torchrun ... launch/train.py [Hydra overrides]`."""
+
+import sys
+import traceback
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+import loop
+import settings
+from processes import RANK, WORLD, join, leave, pick_device
+from record import Record
+from terminal import Terminal
+
+
+def build(cfg: DictConfig) -> loop.Run:
+    """Everything that can be refused is refused here, alike on every rank and before any waits."""
+    for key in ("steps", "batch", "log.every"):
+        if (value := OmegaConf.select(cfg, key)) < 1:
+            raise SystemExit(f"{key}={value}: write 1 or more")
+    if cfg.precision.dtype not in ("float32", "bfloat16"):
+        raise SystemExit(f"precision.dtype={cfg.precision.dtype}: write precision=fp32 or bf16")
+    layout = instantiate(cfg.parallel)
+    shares = layout.shares(WORLD)
+    if cfg.batch % shares:
+        raise SystemExit(
+            f"batch={cfg.batch} does not split over {shares} data-parallel ranks: "
+            f"write batch={-(-cfg.batch // shares) * shares}"
+        )
+    device = pick_device(cfg.device)
+    data = instantiate(cfg.data)(batch=cfg.batch)
+    torch.manual_seed(cfg.seed)
+    model = instantiate(cfg.model)(data)
+    try:
+        policy = instantiate(cfg.clip)
+        instantiate(cfg.optim)(model.parameters())  # the real one gets the placed parameters
+    except (InstantiationException, TypeError, ValueError) as error:
+        raise SystemExit(f"clip or optim: {error.__cause__ or error}") from None
+    dtype = getattr(torch, cfg.precision.dtype)
+    if dtype != torch.float32:
+        for part in model:
+            part.forward = torch.autocast(device.type, dtype)(part.forward)
+    return loop.Run(cfg, data, model, policy, layout, device)
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+def main(cfg: DictConfig) -> None:
+    runs = {name: build(each) for name, each in settings.runs(cfg).items()}
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    if directory.is_relative_to(Path.cwd()):
+        directory = directory.relative_to(Path.cwd())
+    terminal = Terminal(RANK)
+    terminal.title(f"{settings.headline()}, {WORLD} rank(s)")
+    outcomes = {}
+    if any(run.layout.mesh for run in runs.values()):
+        join(next(iter(runs.values())).device)
+    try:
+        for name, run in runs.items():
+            if name:
+                terminal.title(name)
+            record = Record(directory / name.replace(" ", "_") if RANK == 0 else None, run.cfg)
+            outcomes[name] = loop.train(run, record, terminal)
+    except Exception:
+        # A multirun would start its next job here while the other ranks wait in this one: exit.
+        traceback.print_exc()
+        raise SystemExit(1) from None
+    terminal.outcomes(outcomes)
+
+
+if __name__ == "__main__":
+    # Hydra makes directories and files in every process: give all but rank 0 one that vanishes.
+    with TemporaryDirectory() as scratch:
+        if RANK != 0:
+            sys.argv += [f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}"]
+            sys.argv += ["hydra/hydra_logging=none"]
+        main()
+        leave()

@@ -1,0 +1,154 @@
+"""The real launcher: every way to lay out the ranks trains every model as one process does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODELS = {"rnn": [], "gpt": ["model=gpt"], "mlp": ["model=mlp", "data=digits"]}
+TWO_RANKS = ["ddp", "fsdp1", "fsdp2", "hsdp", "tp", "fsdp2_tp", "pp"]
+FOUR_RANKS = ["hsdp", "fsdp2_tp", "pp"]  # what has two axes
+STEPS = 5
+FILES = {"config.yaml", "metrics.jsonl", "summary.json"}
+
+
+def launch(cwd: Path, ranks: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """`launch/torchrun.sh` as a user calls it, but from anywhere and with this interpreter."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
+    env |= {"NPROC": str(ranks), "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(ROOT / "launch" / "torchrun.sh"), *overrides]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=400, check=False)
+
+
+@dataclass
+class Job:
+    """What one call left: its output and the directory it ran in."""
+
+    cwd: Path
+    out: str
+
+    def files(self) -> set[str]:
+        """Every file under the one run directory, relative to it."""
+        (top,) = (self.cwd / "outputs").iterdir()
+        assert [path.name for path in self.cwd.iterdir()] == ["outputs"]
+        return {str(path.relative_to(top)) for path in top.rglob("*") if path.is_file()}
+
+    def rows(self, run: str) -> list[dict[str, Any]]:
+        (path,) = self.cwd.glob(f"outputs/*/{run}/metrics.jsonl")
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def held_out(self, run: str) -> float:
+        (path,) = self.cwd.glob(f"outputs/*/{run}/summary.json")
+        return float(json.loads(path.read_text(encoding="utf-8"))["held_out"])
+
+
+def train_all_models(tmp_path_factory: pytest.TempPathFactory, ranks: int, *overrides: str) -> Job:
+    """One launch for many runs: a Hydra multirun over layouts, in each a comparison of models."""
+    cwd = tmp_path_factory.mktemp("job")
+    compare = "+compare={" + ",".join(f"{name}:{changes}" for name, changes in MODELS.items()) + "}"
+    job = launch(cwd, ranks, *overrides, compare, f"steps={STEPS}", "data.held_out=0.02", "log.every=2")
+    assert job.returncode == 0, job.stdout + job.stderr
+    return Job(cwd, job.stdout)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return train_all_models(tmp_path_factory, 1, "parallel=single")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return train_all_models(tmp_path_factory, 2, "-m", f"parallel={','.join(TWO_RANKS)}")
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return train_all_models(tmp_path_factory, 4, "-m", f"parallel={','.join(FOUR_RANKS)}")
+
+
+def assert_trains_as(single: Job, job: Job, number: int, model: str) -> None:
+    rows, expected = job.rows(f"{number}/{model}"), single.rows(model)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    for row, one in zip(rows, expected, strict=True):
+        assert row.keys() == one.keys()
+        assert {k: row[k] for k in row} == pytest.approx(one, rel=1e-4, abs=1e-5)
+    assert job.held_out(f"{number}/{model}") == pytest.approx(single.held_out(model), rel=1e-4)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("parallel", TWO_RANKS)
+def test_two_ranks_train_as_one(single: Job, two: Job, parallel: str, model: str) -> None:
+    assert_trains_as(single, two, TWO_RANKS.index(parallel), model)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("parallel", FOUR_RANKS)
+def test_four_ranks_train_as_one(single: Job, four: Job, parallel: str, model: str) -> None:
+    assert_trains_as(single, four, FOUR_RANKS.index(parallel), model)
+
+
+def test_the_losses_fall_and_the_norms_are_clipped(single: Job) -> None:
+    """Otherwise the agreement above would say nothing."""
+    for model in MODELS:
+        rows = single.rows(model)
+        assert rows[-1]["loss"] < rows[0]["loss"]
+    assert any(row["clipped"] for model in MODELS for row in single.rows(model))
+
+
+def test_only_rank_0_writes_and_only_once(single: Job, two: Job) -> None:
+    assert single.files() == {f"{model}/{file}" for model in MODELS for file in FILES}
+    jobs = {f"{n}/{model}/{file}" for n in range(len(TWO_RANKS)) for model in MODELS for file in FILES}
+    assert two.files() == jobs | {"multirun.yaml"}
+    assert two.out.count("held-out loss") == len(TWO_RANKS)
+
+
+def test_a_pipe_gets_lines_and_no_progress_bar(two: Job) -> None:
+    assert "\r" not in two.out and "\x1b" not in two.out
+    assert two.out.count(f"step {STEPS}/{STEPS}") == len(TWO_RANKS) * len(MODELS)
+
+
+def test_a_refusal_comes_from_every_rank_before_anything_starts(tmp_path: Path) -> None:
+    done = launch(tmp_path, 2, "batch=5")
+    assert done.returncode != 0
+    assert "batch=5 does not split over 2 data-parallel ranks: write batch=6" in done.stderr
+    assert not done.stdout
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides", "said"),
+    [
+        (1, "stepz=3", "Key 'stepz' is not in struct"),
+        (1, "steps=abc", "Value 'abc' of type 'str' could not be converted to Integer"),
+        (1, "clip.max_norm=-1", "max_norm=-1"),
+        (1, "data=digits", "write model=rnn data=topics"),
+        (3, "parallel=hsdp batch=30", "NPROC=2"),
+        (2, "parallel=single", "write parallel=ddp"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_process_group_starts(
+    tmp_path: Path, world: int, overrides: str, said: str
+) -> None:
+    # One rank of a world whose others never come: a process group would wait for them.
+    env = os.environ | {"RANK": "1", "WORLD_SIZE": str(world), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), *overrides.split()]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_rescue_sets_three_runs_side_by_side(tmp_path: Path) -> None:
+    done = launch(tmp_path, 1, "parallel=single", "experiment=rescue", "steps=2", "data.held_out=0.02", "log=quiet")
+    assert done.returncode == 0, done.stderr
+    (row,) = (line for line in done.stdout.splitlines() if "held-out loss" in line)
+    clipped, unclipped, control = (float(cell) for cell in row.strip(" │").split("│")[1:])
+    assert clipped == unclipped != control  # nothing is clipped yet in the first two steps

@@ -1,0 +1,96 @@
+"""The configuration: every YAML composes, what other apps mount is right, and typos are refused."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+import distclip
+
+CONF = Path(__file__).parents[2] / "conf"
+CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
+OURS = [choice for choice in CHOICES if choice[0] != "distclip"]
+POLICIES = [name for group, name in CHOICES if group == "distclip"]
+
+
+@pytest.fixture
+def conf() -> Iterator[None]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def load(path: Path) -> DictConfig:
+    loaded = OmegaConf.load(path)
+    assert isinstance(loaded, DictConfig)
+    return loaded
+
+
+@pytest.mark.usefixtures("conf")
+@pytest.mark.parametrize(("group", "name"), OURS)
+def test_every_choice_composes(group: str, name: str) -> None:
+    cfg = compose("config", [f"{group}={name}"])
+    assert OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_file_says_what_it_is_for(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    first = next(line for line in lines if line != "# @package _global_")  # where Hydra wants it: on top
+    assert first.startswith("# ")
+
+
+def test_every_exported_policy_is_a_choice_of_our_job() -> None:
+    assert [name for group, name in OURS if group == "clip"] == POLICIES
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_policies_instantiate(name: str) -> None:
+    assert isinstance(instantiate(load(CONF / "distclip" / f"{name}.yaml")), distclip.Policy)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_yaml_defaults_are_the_defaults_of_the_code(name: str) -> None:
+    cfg = dict(load(CONF / "distclip" / f"{name}.yaml"))
+    parameters = inspect.signature(get_object(cfg.pop("_target_"))).parameters
+    given: dict[Any, Any] = {k: p.default for k, p in parameters.items() if p.default is not p.empty}
+    if name == "off":
+        given["max_norm"] = float("inf")
+    assert {key: cfg[key] for key in given} == given
+    assert cfg.keys() == parameters.keys()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_another_app_mounts_a_policy_where_it_likes(tmp_path: Path, name: str) -> None:
+    app = f'defaults: [_self_, distclip@trainer.clip: "{name}"]\nhydra: {{searchpath: [pkg://distclip.conf]}}\n'
+    (tmp_path / "app.yaml").write_text(app, encoding="utf-8")
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        cfg = compose("app")
+    assert cfg.trainer.clip == load(CONF / "distclip" / f"{name}.yaml")
+    assert list(cfg) == ["trainer"]
+
+
+@pytest.mark.usefixtures("conf")
+def test_typos_are_refused() -> None:
+    with pytest.raises(ConfigCompositionException, match="stepz"):
+        compose("config", ["stepz=3"])
+    with pytest.raises(ConfigCompositionException, match="max_nrom"):
+        compose("config", ["clip.max_nrom=3"])
+    with pytest.raises(MissingConfigException, match="fsdp2_tp"):  # the choices there are
+        compose("config", ["parallel=fdsp2"])
+
+
+@pytest.mark.usefixtures("conf")
+def test_the_command_line_changes_what_the_choice_brings() -> None:
+    assert compose("config", ["clip=value", "clip.low=-3"]).clip == {
+        "_target_": "distclip.Value",
+        "low": -3,
+        "high": 1.0,
+    }
