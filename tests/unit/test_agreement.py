@@ -49,6 +49,14 @@ def test_neighbours_of_neighbours_are_found() -> None:
     assert together({rank: stage_post(rank) for rank in range(4)}) == dict.fromkeys(range(4), [0, 1, 2, 3])
 
 
+def test_a_wide_grid() -> None:
+    """64 ranks, each of which knows 18 others."""
+    place = grid(4, 16)
+    posts = {r: Post(place(r), (Axis(place(r)[0], "pp", f"pp{r % 16}"),)) for r in range(64)}
+    found = together(posts)
+    assert found == dict.fromkeys(range(64), list(range(64)))
+
+
 @pytest.mark.parametrize("empty", [{3}, {0}, {2, 3}, {0, 3}])
 def test_ranks_that_hold_nothing_take_part(empty: set[int]) -> None:
     found = together({rank: stage_post(rank, empty=rank in empty) for rank in range(4)})
