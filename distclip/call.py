@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .comm import Comm, LocalComm, ProcessGroupComm
 from .comm.derive import communicator, widened
-from .errors import LayoutError, as_peer
+from .errors import LayoutError, as_peer, as_told
 from .measure import measure
 from .reduce import Totals, reduce
 from .settle import settle
@@ -185,7 +185,7 @@ def _device(plan: Plan) -> torch.device:
 
 
 def _described(failure: Exception | None) -> tuple[str, str] | None:
-    return None if failure is None else (type(failure).__name__, str(failure))
+    return None if failure is None else as_told(failure)
 
 
 def _raise(failure: Exception | None, told: list[Any]) -> NoReturn:

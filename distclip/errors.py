@@ -23,6 +23,7 @@ __all__ = [
     "NonFiniteError",
     "PeerError",
     "as_peer",
+    "as_told",
 ]
 
 
@@ -51,6 +52,15 @@ class NonFiniteError(DistclipError, RuntimeError):
 
 
 _SHARED = {kind.__name__: kind for kind in (ArgumentError, LayoutError, DisagreementError)}
+
+
+def as_told(error: Exception) -> tuple[str, str]:
+    """What other ranks are told of a failure, (class name, message): what `as_peer` makes an exception of again.
+
+    >>> as_told(ArgumentError("max_norm=-1.0: negative"))
+    ('ArgumentError', 'max_norm=-1.0: negative')
+    """
+    return type(error).__name__, str(error)
 
 
 def as_peer(rank: int | None, kind: str, message: str) -> DistclipError:

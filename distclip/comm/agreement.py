@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 from torch._C._distributed_c10d import Store
 
-from ..errors import DisagreementError, as_peer
+from ..errors import DisagreementError, as_peer, as_told
 from ..shards import Axis, Ranks
 
 __all__ = ["Agreement", "Meeting", "Post", "check", "key"]
@@ -176,7 +176,7 @@ class Meeting:
             return  # Another leader is telling the same.
         for rank in posts:
             self._store.set(str(rank), _NOTHING.decode())
-        told = _answer(posts) if failure is None else _failed(None, type(failure).__name__, str(failure))
+        told = _answer(posts) if failure is None else _failed(None, *as_told(failure))
         for _, post in sorted(posts.items(), key=lambda item: item[0] != min(item[1].reach)):
             self._store.set(post.token, json.dumps(told))
 
@@ -220,7 +220,7 @@ def _answer(posts: Mapping[int, Post]) -> dict[str, Any]:
         if post.failure is not None:
             return _failed(rank, *post.failure)
     if (clash := check(posts)) is not None:
-        return _failed(None, type(clash).__name__, str(clash))
+        return _failed(None, *as_told(clash))
     ranks = sorted(posts)
     names = [set(post.named.get(key(ranks), ())) for post in posts.values()]
     common = set.intersection(*names)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, _resolve_process_group
 from torch.distributed import distributed_c10d
 
-from ..errors import DistclipError
+from ..errors import DistclipError, as_told
 from ..shards import Axis, Ranks
 from .agreement import Agreement, Meeting, Post, key
 from .c10d import ProcessGroupComm
@@ -94,7 +94,7 @@ def _agree(spans: set[Ranks], axes: Sequence[Axis], failure: Exception | None) -
         axes=tuple(axes),
         named=_groups_at_hand(),
         pg_count=_pg_count(),
-        failure=None if failure is None else (type(failure).__name__, str(failure)),
+        failure=None if failure is None else as_told(failure),
     )
     try:
         agreed = _known().meeting.agree(post, _timeout())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -59,12 +59,13 @@ class Plan:
             grad = self.gradient(tensor)
             if grad is None:
                 continue
-            note = annotation_of(tensor)
-            pending: tuple[Pending, ...] = () if note is None else note.pending
+            pending = annotation_of(tensor).pending
             if is_dtensor(grad):
                 pending += dtensor_pending(grad)
                 if not self.are_gradients and (not is_dtensor(tensor) or grad.placements != tensor.placements):
-                    layout = _as_gradient(layout, dtensor_layout(grad), tensor)
+                    # A gradient with placements of its own: those count, split as for its parameter.
+                    own = _product(dtensor_layout(grad), annotation_of(tensor).layout)
+                    layout = replace(own, split=layout.split)
                 grad = grad.to_local()
             found.append(Shard(name, grad, copies(world_size, layout, self.axes), pending))
         return found
@@ -72,9 +73,7 @@ class Plan:
     def sums(self, name: str) -> tuple[Pending, ...]:
         """Every sum that a gradient of that name could wait for, from its parameter alone."""
         tensor, _ = self._entry(name)
-        note = annotation_of(tensor)
-        pending = () if note is None else note.pending
-        return pending + (dtensor_axes(tensor) if is_dtensor(tensor) else ())
+        return annotation_of(tensor).pending + (dtensor_axes(tensor) if is_dtensor(tensor) else ())
 
     def absent(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, world_size: int) -> Shard:
         """Zeros in place of a gradient that only other ranks have."""
@@ -124,40 +123,27 @@ def _plan(tensors: Named, axes: tuple[Axis, ...], known: dict[int, Layout]) -> P
             plan.failure = plan.failure or error
             continue
         if len(layout.split) != len(axes):
-            layout = _with_split(layout, (True,) * len(axes))
+            layout = replace(layout, split=(True,) * len(axes))
         plan.entries.append((name, tensor, layout))
     return plan
 
 
 def _layout(name: str, tensor: Tensor, axes: tuple[Axis, ...], tags: frozenset[str]) -> Layout:
-    note = annotation_of(tensor)
+    noted = annotation_of(tensor).layout
     if is_dtensor(tensor):
-        layout = dtensor_layout(tensor)
-        return layout if note is None else _product(layout, note.layout)
+        return _product(dtensor_layout(tensor), noted)
     refuse_bare(name, tensor)
-    if note is not None:
-        return note.layout
+    if noted.groups:
+        return noted
     counted = not getattr(tensor, "shared", False)
     return Layout(split=split_of(tensor, axes, tags), counted=counted)
 
 
 def _product(one: Layout, two: Layout) -> Layout:
     """A DTensor with an annotation: the axes of both."""
-    return Layout(
+    return replace(
+        one,
         groups=one.groups + two.groups,
         pieces=one.pieces * two.pieces,
-        split=one.split,
         may_be_partial=one.may_be_partial or two.may_be_partial,
     )
-
-
-def _as_gradient(layout: Layout, of_grad: Layout, tensor: Tensor) -> Layout:
-    """A gradient with placements of its own: those count, with what was annotated and split as for its parameter."""
-    note = annotation_of(tensor)
-    if note is not None:
-        of_grad = _product(of_grad, note.layout)
-    return _with_split(of_grad, layout.split)
-
-
-def _with_split(layout: Layout, split: tuple[bool, ...]) -> Layout:
-    return Layout(layout.groups, layout.pieces, split, layout.counted, layout.may_be_partial)

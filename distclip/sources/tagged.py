@@ -78,9 +78,13 @@ def annotate_(param: Tensor, mesh: DeviceMesh | dist.ProcessGroup, placements: S
     return param
 
 
-def annotation_of(param: Tensor) -> Annotation | None:
-    """What `annotate_` was told of the tensor, None if nothing was."""
-    return getattr(param, _ATTRIBUTE, None)
+_UNSAID = Annotation(Layout(), ())
+
+
+def annotation_of(param: Tensor) -> Annotation:
+    """What `annotate_` was told of the tensor; if nothing was, a layout that spans nothing."""
+    found: Annotation = getattr(param, _ATTRIBUTE, _UNSAID)
+    return found
 
 
 def tags_in_use(tensors: Sequence[Tensor]) -> frozenset[str]:
