@@ -9,35 +9,75 @@ import torch
 from torch import Tensor
 
 from .errors import LayoutError
-from .shards import Shard
+from .shards import Rows, Shard
 
-__all__ = ["clamp_", "outside", "scale_"]
+__all__ = ["clamp_", "outside", "scale_", "stored"]
 
 
-def scale_(shards: Sequence[Shard], coef: Tensor, foreach: bool | None = None) -> None:
-    """Multiply every gradient by `coef` in place; a gradient that is a summand of the true one is scaled alike.
+def scale_(shards: Sequence[Shard], coefs: Tensor, foreach: bool | None = None) -> None:
+    """Multiply every gradient by the coefficient of its slot in place; a summand of the true one is scaled alike.
 
     On CPU a coefficient of exactly 1 writes nothing.
 
     Args:
         shards: of this rank.
-        coef: 0-d, ≤ 1 or NaN.
+        coefs: (slots,), or 0-d for one.
         foreach: use torch's multi-tensor operators; None lets the device decide.
 
-    Collectives: none. Host syncs: none (one if `coef` lies on another device than a gradient).
+    Collectives: none. Host syncs: none (one if `coefs` lies on another device than a gradient).
     """
-    if coef.device.type == "cpu" and float(coef) == 1.0:
+    if coefs.numel() == 1:
+        _scale_alike(shards, coefs.view(()), foreach)
         return
+    on_host = coefs.tolist() if coefs.device.type == "cpu" else None
+    for shard in shards:
+        if shard.rows is not None:
+            _scale_rows(shard, shard.rows, coefs, known=on_host is not None)
+        elif on_host is not None:
+            _scale_alike([shard], coefs[shard.slot], False, on_host[shard.slot])
+        else:
+            _scale_alike([shard], coefs[shard.slot], False)
+
+
+def _scale_alike(shards: Sequence[Shard], coef: Tensor, foreach: bool | None, known: float | None = None) -> None:
+    if coef.device.type == "cpu":
+        known = float(coef) if known is None else known
+        if known == 1.0:
+            return
     for (device, dtype), tensors in _by_place(shards).items():
         factor = coef.to(device)
         if device.type == "cpu":
             # As a number it multiplies in float32 also what is stored in bfloat16 or float16.
-            _multiply(tensors, float(factor), foreach is True)
+            _multiply(tensors, float(factor) if known is None else known, foreach is True)
         elif dtype in (torch.float16, torch.bfloat16):
             for tensor in tensors:
                 tensor.copy_(tensor.float() * factor)
         else:
             _multiply(tensors, factor.to(dtype), foreach is not False)
+
+
+def _scale_rows(shard: Shard, rows: Rows, coefs: Tensor, known: bool) -> None:
+    first = shard.slot + rows.first
+    factors, grad = coefs[first : first + rows.count], shard.grad
+    if known and bool((factors == 1).all()):
+        return
+    factors, values = factors.to(grad.device), stored(grad)
+    if grad.layout is not torch.strided:
+        index = grad._indices()[0] if grad.is_sparse else _csr_rows(grad)
+        factors = factors[index]
+    elif rows.width:
+        factors = factors.repeat_interleave(rows.width)[rows.lead : rows.lead + values.numel()]
+    wide = torch.promote_types(values.dtype, torch.float32)
+    factors = factors.view(-1, *(1,) * (values.ndim - 1)).to(wide)
+    if wide == values.dtype:
+        values.mul_(factors)
+    else:
+        values.copy_(values.to(wide) * factors)
+
+
+def _csr_rows(grad: Tensor) -> Tensor:
+    lengths = grad.crow_indices().diff()
+    return torch.arange(len(lengths), device=grad.device).repeat_interleave(lengths)
 
 
 def clamp_(shards: Sequence[Shard], low: float, high: float, foreach: bool | None = None) -> None:
@@ -74,7 +114,7 @@ def outside(shard: Shard, low: float, high: float) -> Tensor:
         LayoutError: see `clamp_`.
     """
     _check_clampable(shard, low, high)
-    values = _values(shard.grad)
+    values = stored(shard.grad)
     least, most = _representable(low, values.dtype), _representable(high, values.dtype)
     return (values < least).any() | (values > most).any()
 
@@ -102,7 +142,7 @@ def _by_place(shards: Sequence[Shard]) -> dict[tuple[torch.device, torch.dtype],
     """What is stored of the gradients, grouped as the multi-tensor operators want it."""
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for shard in shards:
-        values = _values(shard.grad)
+        values = stored(shard.grad)
         groups.setdefault((values.device, values.dtype), []).append(values)
     return groups
 
@@ -120,7 +160,7 @@ def _multiply(tensors: list[Tensor], factor: float | Tensor, foreach: bool) -> N
             tensor.mul_(factor)
 
 
-def _values(grad: Tensor) -> Tensor:
+def stored(grad: Tensor) -> Tensor:
     """What is stored of a gradient, as a dense tensor that shares its memory."""
     if grad.is_sparse:
         return grad._values()

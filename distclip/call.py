@@ -21,7 +21,7 @@ from .settle import settle
 from .shards import Shard
 from .sources import Plan
 
-__all__ = ["Attempt", "Measured", "agree", "check_covered", "total"]
+__all__ = ["Attempt", "Measured", "agree", "check_covered", "meet", "total"]
 
 T = TypeVar("T")
 
@@ -56,12 +56,14 @@ class Measured:
         totals: of all ranks.
         wide: whether some gradient is float64.
         passed: how many tensors this rank passed.
+        each: what this rank measured of each of its gradients, by name.
     """
 
     shards: list[Shard]
     totals: Totals
     wide: bool
     passed: int
+    each: tuple[tuple[str, Tensor], ...] = ()
 
     @property
     def norm(self) -> Tensor:
@@ -73,9 +75,9 @@ class Measured:
         """0-d bool: some element of the whole gradient lies outside of the policy's bounds."""
         return self.totals.outside > 0
 
-    def guard(self, coef: Tensor) -> Tensor:
-        """`coef`, or 1 if another rank failed and this one was not to wait to learn it: no gradient is touched then."""
-        return coef if coef.device.type == "cpu" else torch.where(self.totals.stop > 0, 1.0, coef)
+    def guard(self, coefs: Tensor) -> Tensor:
+        """`coefs`, or 1 if another rank failed and this one did not wait to learn it: no gradient is touched then."""
+        return coefs if coefs.device.type == "cpu" else torch.where(self.totals.stop > 0, 1.0, coefs)
 
     def presented(self) -> Tensor:
         """The norm as the caller gets it: float32, or float64 where a gradient is or where float32 cannot hold it."""
@@ -105,12 +107,25 @@ def agree(plan: Plan, comm: Comm | None, failure: Exception | None) -> Comm:
     return comm
 
 
+def meet(comm: Comm, failure: Exception | None, said: T) -> list[T]:
+    """What every rank says, in order; if one of them failed, all raise.
+
+    Collectives: one gather over `comm`.
+    """
+    told = comm.gather_objects((_described(failure), said))
+    if any(described for described, _ in told):
+        _raise(failure, [described for described, _ in told])
+    return [value for _, value in told]
+
+
 def total(
     plan: Plan,
     norm_type: float,
     comm: Comm,
     failure: Exception | None = None,
     inspect: Callable[[Shard], Tensor] | None = None,
+    slots: int = 1,
+    weights: bool = False,
 ) -> Measured:
     """Measure the gradients that exist now and add them up over everybody concerned.
 
@@ -120,6 +135,8 @@ def total(
         comm: everybody concerned.
         failure: what this rank found wrong so far.
         inspect: see `measure`.
+        slots: how many norms there are; the plan's `places` say whose is which.
+        weights: measure the parameters too.
 
     Raises:
         What this rank, or the lowest other rank, found wrong: on every rank, where it may be read without a host sync.
@@ -131,7 +148,9 @@ def total(
     attempt.failure = failure or plan.failure
     device = _device(plan)
     shards = attempt(plan.shards, comm.size) or []
-    partials = attempt(measure, shards, norm_type, device, inspect) or measure((), norm_type, device)
+    parameters = (attempt(plan.weights, comm.size) or []) if weights else None
+    partials = attempt(measure, shards, norm_type, device, inspect, slots, parameters)
+    partials = partials or measure((), norm_type, device, None, slots, () if weights else None)
     wider = bool(_beyond(plan, comm))
     stop = wider or partials.pending or attempt.failure is not None
     totals = reduce(partials, norm_type, comm, stop=stop)
@@ -139,16 +158,16 @@ def total(
         # Nobody waits for the flags: who failed raises alone, and `guard` keeps the others from touching anything.
         if attempt.failure is not None:
             raise attempt.failure
-        return Measured(shards, totals, partials.wide, len(plan.entries))
+        return Measured(shards, totals, partials.wide, len(plan.entries), partials.each)
     if totals.stop > 0:
         told = comm.gather_objects(_described(attempt.failure) or wider)
         if any(isinstance(said, tuple) for said in told):
             _raise(attempt.failure, told)
         if any(told):
             assert isinstance(comm, ProcessGroupComm)
-            return total(plan, norm_type, widened(comm, plan.groups, plan.axes), None, inspect)
+            return total(plan, norm_type, widened(comm, plan.groups, plan.axes), None, inspect, slots, weights)
         totals = settle(totals, plan, shards, comm, device)
-    return Measured(shards, totals, bool(totals.wide), len(plan.entries))
+    return Measured(shards, totals, bool(totals.wide), len(plan.entries), partials.each)
 
 
 def check_covered(plan: Plan, comm: Comm) -> None:

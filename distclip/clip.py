@@ -14,7 +14,7 @@ from .apply import clamp_, scale_
 from .call import Attempt, Measured, agree, check_covered, total
 from .comm import Comm
 from .errors import NonFiniteError
-from .policies import NormPolicy, global_norm, value
+from .policies import Fixed, NormPolicy, coefficient, global_norm, value
 from .shards import Axis, Shard
 from .sources import Plan, gradient_plan, parameter_plan, split_axes
 from .sources.arguments import Parameters
@@ -86,8 +86,8 @@ def clip_grad_norm_(
     if isinstance(parameters, GeneratorType) and not measured.passed:
         warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3)
     _refuse_nonfinite(measured, policy.norm_type, error_if_nonfinite)
-    coef = measured.guard(policy.decide(measured.norm).coef)
-    scale_(measured.shards, coef, foreach)
+    verdict, _ = policy.decide(measured.totals, {})
+    scale_(measured.shards, measured.guard(verdict.coefs), foreach)
     return measured.presented()
 
 
@@ -151,8 +151,9 @@ def clip_grads_with_norm_(
     >>> weight.grad
     tensor([0.3000, 0.4000])
     """
-    coef = global_norm(max_norm).decide(torch.as_tensor(total_norm)).coef
-    scale_(_local_shards(parameters), coef, foreach)
+    norm = torch.as_tensor(total_norm)
+    bound = torch.tensor(Fixed(max_norm).max_norm, dtype=torch.float64)
+    scale_(_local_shards(parameters), coefficient(norm, bound), foreach)
 
 
 @torch.no_grad()

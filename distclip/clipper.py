@@ -1,19 +1,33 @@
-"""`GradClipper`: a policy bound to a model; composition, no algorithm of its own."""
+"""`GradClipper`: a policy bound to a model, and to the optimizer's step; composition, no algorithm of its own."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterable, Sequence
+from typing import Any, get_args
 
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch._compile import _disable_dynamo
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from .apply import clamp_, outside, scale_
-from .call import Attempt, agree, total
+from .amp import Scaling
+from .apply import clamp_, scale_
+from .call import Attempt, agree, meet
 from .comm import Comm
-from .errors import ArgumentError
-from .policies import Policy, Scale, Value
+from .errors import ArgumentError, DisagreementError
+from .fold import folded, takes_factor
+from .judge import Decision, Judge
+from .memory import restored, rule_of, saved
+from .nonfinite import Incident, OnNonFinite, Watch
+from .policies import Policy
 from .report import Report
+from .slots import Found, Slots, arrange, find
 from .sources import Plan, parameter_plan, split_axes
 from .sources.arguments import Parameters
+from .sources.flat import flat_slices
 from .sources.split import SplitOver
 
 __all__ = ["GradClipper"]
@@ -23,23 +37,33 @@ class GradClipper:
     """A policy bound to the parameters of a model: who holds what is found out once, at construction.
 
     Args:
-        parameters: see `clip_grad_norm_`.
+        parameters: see `clip_grad_norm_`. With a policy per tensor or row, a module or (name, parameter) pairs: names
+            tell which pieces on different ranks belong together, and find what a checkpoint remembers.
         policy: what to do, for example `distclip.global_norm(1.0)`.
         split_over: see `clip_grad_norm_`.
         comm: see `clip_grad_norm_`.
+        on_nonfinite: what to do about NaN and Inf, alike on all ranks wherever they are. "skip": the step leaves
+            parameters, optimizer and the policy's memory as they are, and a `NonFiniteWarning` names the culprits.
+            "raise": `NonFiniteError`, before any gradient is touched. "zero": set these elements to 0, warn, and
+            clip the rest. "propagate": whatever follows from the numbers, as torch does. With a GradScaler such steps
+            are its way to find the scale: they are skipped and counted, without a warning, under any of the four.
+        max_skips: raise `TooManySkippedSteps` at so many skipped steps in a row, ≥ 1; None for never.
 
     Raises:
         ArgumentError, LayoutError, DisagreementError: see `clip_grad_norm_`; on every rank that takes part.
 
     Collectives: construct it on every rank that holds something of the model; ranks find each other through the store
-    of torch.distributed. With `comm`, one gather.
+    of torch.distributed, and then one gather tells them each other's parameters. With `comm`, one gather more.
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
     >>> from distclip import global_norm
     >>> clipper = GradClipper([("weight", weight)], global_norm(1.0))
+    >>> optimizer = torch.optim.SGD([weight], lr=1.0)
     >>> weight.grad = torch.tensor([3.0, 4.0])
-    >>> clipper.clip().as_dict()
-    {'norm': 5.0, 'coef': 0.199999960000008, 'clipped': True, 'finite': True}
+    >>> clipper.step(optimizer).as_dict()
+    {'norm': 5.0, 'coef': 0.199999960000008, 'clipped': True, 'finite': True, 'skipped': False}
+    >>> weight.data
+    tensor([-0.6000, -0.8000])
     """
 
     @torch.no_grad()
@@ -50,48 +74,305 @@ class GradClipper:
         *,
         split_over: SplitOver = None,
         comm: Comm | None = None,
+        on_nonfinite: OnNonFinite = "skip",
+        max_skips: int | None = None,
     ) -> None:
         attempt = Attempt()
-        attempt(_check_policy, policy)
+        attempt(_check, policy, on_nonfinite, max_skips)
         axes = attempt(split_axes, split_over) or ()
-        self._plan = attempt(parameter_plan, parameters, axes) or Plan([], axes)
-        self._comm = agree(self._plan, comm, attempt.failure)
+        plan = attempt(parameter_plan, parameters, axes) or Plan([], axes)
+        everybody = agree(plan, comm, attempt.failure)
+        found = attempt(_find, parameters, plan, policy, everybody) or []
+        asked = f"{policy!r}, on_nonfinite={on_nonfinite!r}, max_skips={max_skips}"
+        told = meet(everybody, attempt.failure or plan.failure, (asked, found))
+        if len({other for other, _ in told}) > 1:
+            raise DisagreementError(
+                f"the ranks of one clipper were given different policies: {sorted({other for other, _ in told})}. "
+                "Write the same on each."
+            )
+        slots = _arrange([said for _, said in told], everybody.rank, policy)
+        plan.places = slots.places
         self.policy = policy
+        self._slots = slots
+        self._watch = Watch(max_skips)
+        self._judge = Judge(plan, everybody, policy, slots, on_nonfinite, self._watch)
+        self._round: tuple[object, Decision, bool] | None = None
+        self._turn: set[int] = set()
+        self._busy = False
 
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The names of what has a norm of its own, in the order of `Report.norms`; of rows, a name for each."""
+        rows = self.policy.per == "row"
+        named = zip(self._slots.names, self._slots.counts, strict=True)
+        return tuple(f"{name}[{i}]" if rows and n > 1 else name for name, n in named for i in range(n))
+
+    @property
+    def incidents(self) -> Sequence[Incident]:
+        """The last hundred steps that were not finite, and whose gradients were to blame; the same on every rank."""
+        return tuple(self._watch.incidents)
+
+    @property
+    def skipped(self) -> int:
+        """How many steps were skipped, as far as the host knows (see `step`)."""
+        return self._watch.skipped
+
+    @_disable_dynamo
     @torch.no_grad()
     def clip(self) -> Report:
-        """Measure, decide and apply, once, in place; call it after backward on every rank.
+        """Measure, decide and apply, once, in place; call it after backward on every rank, before your own step.
 
-        A norm that is not finite gives a coefficient of NaN or 0, as in `clip_grad_norm_`: `report.finite` says so.
+        A step that is to be skipped loses its gradients (`.grad = None`), so that an optimizer's step does nothing and
+        accumulation starts afresh; `report.skipped` says so.
 
         Returns:
             What was seen and done, as device scalars.
 
         Raises:
             LayoutError: gradients that the policy cannot deal with; on every rank.
+            NonFiniteError, TooManySkippedSteps: see `on_nonfinite` and `max_skips`; on every rank, nothing is changed.
 
-        Collectives: one all-reduce of two float64 numbers; see `clip_grad_norm_`. Host syncs: see `clip_grad_norm_`.
+        Collectives: one all-reduce of (slots + 1) float64 numbers; see `clip_grad_norm_`. On a step that is not finite
+        a gather more. Host syncs: one on an accelerator, unless `on_nonfinite="propagate"`; see `clip_grad_norm_`.
         """
-        policy = self.policy
-        inspect = partial(outside, low=policy.low, high=policy.high) if isinstance(policy, Value) else None
-        measured = total(self._plan, policy.norm_type, self._comm, inspect=inspect)
-        verdict = policy.decide(measured.norm)
-        coef = torch.ones_like(measured.norm)
-        if isinstance(verdict, Scale):
-            coef = measured.guard(verdict.coef)
-            scale_(measured.shards, coef)
+        decision = self._judge.decide(None, None)
+        if decision.skip_known:
+            for _, tensor, _ in self._judge.plan.entries:
+                tensor.grad = None
         else:
-            clamp_(measured.shards, verdict.low, verdict.high)
-        return Report(
-            norm=measured.presented(),
-            coef=coef,
-            clipped=(coef != 1.0) | measured.outside,
-            finite=measured.norm.isfinite(),
-        )
+            _apply(decision)
+        return decision.report()
+
+    @_disable_dynamo
+    def step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None = None) -> Report:
+        """Clip and step, or skip, on all ranks alike; call it after backward on every rank.
+
+        A skipped step leaves parameters, optimizer state and step counters untouched, and gradients as they are: go on
+        with `zero_grad()` as after any step. Whether a scheduler counts it is yours to say, by `report.skipped`.
+        With gradient accumulation call it once, at the end; a NaN in any of the micro-batches skips all of them.
+
+        Args:
+            optimizer: what steps; several, if they share a loss (with a scaler also in a call each).
+            scaler: unscale, clip and check in one pass, and tell the scaler what all ranks have found, so that its
+                scale stays the same on each. Call `scaler.update()` yourself, once, after all optimizers have stepped.
+                After `scaler.unscale_` gradients are not unscaled again.
+
+        Returns:
+            What was seen and done, as device scalars.
+
+        Raises:
+            ArgumentError: an optimizer that has stepped since the last `scaler.update()`, or (with a scaler) holds
+                parameters that the clipper does not; float16 gradients with a scaler; on every rank.
+            LayoutError, NonFiniteError, TooManySkippedSteps: see `clip`.
+
+        Collectives: those of `clip`. Host syncs: on an accelerator one, as GradScaler has; none where all optimizers
+        are fused and `on_nonfinite` is "skip" or "propagate": the device leaves the step out, and warnings, counters
+        and `max_skips` follow one step later, on all ranks at the same.
+        """
+        attempt = Attempt()
+        optimizers = attempt(_several, optimizer) or []
+        scaling = None
+        if scaler is not None and (not isinstance(scaler, GradScaler) or scaler.is_enabled()):
+            scaling = attempt(Scaling, scaler, optimizers)
+        if scaling is not None and self._round is not None and self._round[0] is scaling.round:
+            _, decision, in_place = self._round
+            self._advance(optimizers, decision, scaling, in_place)
+            return decision.report()
+        loss_scale = None if scaling is None else attempt(self._loss_scale, scaling, optimizers)
+        fused = bool(optimizers) and all(map(takes_factor, optimizers))
+        lazily = fused and self._judge.on_nonfinite in ("skip", "propagate")
+        with torch.no_grad():
+            decision = self._judge.decide(attempt.failure, loss_scale, scaled=scaling is not None, wait=not lazily)
+        fold = fused and decision.clamp is None and len(decision.coefs) == 1 and self._knows(optimizers)
+        fold = fold and (loss_scale is not None or decision.skip_known is None)
+        if not fold and not decision.skip_known:
+            with torch.no_grad():
+                _apply(decision)
+        self._advance(optimizers, decision, scaling, in_place=not fold)
+        if scaling is not None:
+            self._round = (scaling.round, decision, not fold)
+        return decision.report()
+
+    def attach(self, *optimizers: Optimizer) -> RemovableHandle:
+        """Clip inside of every `optimizer.step()`, whoever calls it; of several optimizers, once for all of them.
+
+        A step that is to be skipped loses its gradients, as in `clip`. Not together with a GradScaler, which would not
+        let every rank come here: write `clipper.step(optimizer, scaler)`.
+
+        Args:
+            optimizers: that step the clipper's parameters, each once in a turn.
+
+        Returns:
+            A handle; `handle.remove()` detaches.
+
+        Raises:
+            ArgumentError: no optimizer, or one with a GradScaler, in its step.
+
+        Collectives and host syncs in a step: those of `clip`.
+
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = torch.optim.SGD([weight], lr=1.0)
+        >>> from distclip import global_norm
+        >>> handle = GradClipper([weight], global_norm(1.0)).attach(optimizer)
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([-0.6000, -0.8000])
+        >>> handle.remove()
+        """
+        several = _several(optimizers)
+        handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in several]
+        return _Together(handles)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the clipper remembers, the same on every rank; a Stateful for torch.distributed.checkpoint.
+
+        By the names of parameters, so that it fits another world size and another layout. Host syncs: one per tensor.
+        """
+        self._judge.settle()
+        watch = self._watch
+        counts = {"steps": watch.steps, "skipped": watch.skipped, "in_a_row": watch.in_a_row, "reseeds": watch.reseeds}
+        return {
+            "rule": rule_of(self.policy),
+            "counts": {key: torch.tensor(count) for key, count in counts.items()},
+            "state": saved(self._judge.state, self._slots),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a clipper with the same kind of policy was saved.
+
+        Args:
+            state_dict: of `state_dict`; numbers of the policy may have changed, except its windows.
+
+        Raises:
+            ArgumentError: another kind of policy, or another window.
+        """
+        if state_dict["rule"] != rule_of(self.policy):
+            raise ArgumentError(
+                f"the checkpoint remembers what {state_dict['rule']} knew, and the policy is {rule_of(self.policy)}: "
+                "resume with the policy that the run was started with, or leave the clipper's state out."
+            )
+        self._judge.settle()
+        self._judge.state = restored(self._judge.state, self._slots, state_dict.get("state", {}))
+        for key, count in state_dict["counts"].items():
+            setattr(self._watch, key, int(count))
+
+    def _loss_scale(self, scaling: Scaling, optimizers: Sequence[Optimizer]) -> torch.Tensor | None:
+        if not self._knows(optimizers):
+            raise ArgumentError(
+                "with a scaler every parameter of the optimizer has to be unscaled here, and some are not the "
+                "clipper's. Construct the clipper with all of them, or call scaler.unscale_(optimizer) first."
+            )
+        if isinstance(getattr(self.policy, "low", None), float):
+            for optimizer in optimizers:
+                scaling.unscale(optimizer)
+        loss_scale = scaling.loss_scale()
+        if loss_scale is not None:
+            scaling.check_dtypes()
+        return loss_scale
+
+    def _knows(self, optimizers: Sequence[Optimizer]) -> bool:
+        own = {id(tensor) for _, tensor, _ in self._judge.plan.entries}
+        return all(id(p) in own for o in optimizers for group in o.param_groups for p in group["params"])
+
+    def _advance(
+        self, optimizers: Sequence[Optimizer], decision: Decision, scaling: Scaling | None, in_place: bool
+    ) -> None:
+        """Step, or leave the step out; the gradients have been scaled already if `in_place`."""
+        found_inf = decision.skip.to(torch.float32)
+        if scaling is not None:
+            scaling.tell(found_inf)
+        self._busy = True
+        try:
+            if decision.skip_known:
+                pass
+            elif not in_place and all(map(takes_factor, optimizers)):
+                with folded(optimizers, decision.factors.reciprocal().float().view(()), found_inf):
+                    for optimizer in optimizers:
+                        optimizer.step()
+            else:
+                if not in_place:
+                    self._scale_those_of(optimizers, decision)
+                for optimizer in optimizers:
+                    if decision.skip_known is None:
+                        with folded([optimizer], None, found_inf):
+                            optimizer.step()
+                    else:
+                        optimizer.step()
+        finally:
+            self._busy = False
+        if scaling is not None:
+            scaling.stepped()
+
+    def _scale_those_of(self, optimizers: Sequence[Optimizer], decision: Decision) -> None:
+        """What another optimizer of the same round has left to its own kernel."""
+        ids = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+        names = {name for name, tensor, _ in self._judge.plan.entries if id(tensor) in ids}
+        with torch.no_grad():
+            scale_([shard for shard in decision.measured.shards if shard.name in names], decision.factors)
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._busy:
+            return
+        if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
+            raise ArgumentError("an attached clipper and a GradScaler: write clipper.step(optimizer, scaler) instead.")
+        # A new turn begins with the first optimizer that comes again.
+        if not self._turn or id(optimizer) in self._turn:
+            self._turn = set()
+            self.clip()
+        self._turn.add(id(optimizer))
 
 
-def _check_policy(policy: object) -> None:
+class _Together(RemovableHandle):
+    """Several hooks, removed as one."""
+
+    def __init__(self, handles: Sequence[RemovableHandle]) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _apply(decision: Decision) -> None:
+    scale_(decision.measured.shards, decision.factors)
+    if decision.clamp is not None:
+        clamp_(decision.measured.shards, decision.clamp.low, decision.clamp.high)
+
+
+def _several(optimizer: Any) -> list[Optimizer]:
+    optimizers = [optimizer] if hasattr(optimizer, "step") else list(optimizer)
+    if not optimizers or not all(hasattr(o, "step") and hasattr(o, "param_groups") for o in optimizers):
+        raise ArgumentError(f"optimizer={optimizer!r:.80}: expected a torch.optim.Optimizer, or several of them.")
+    return optimizers
+
+
+def _check(policy: Any, on_nonfinite: Any, max_skips: Any) -> None:
     if not isinstance(policy, Policy):
         raise ArgumentError(
             f"policy={policy!r:.80}: expected a policy. Write distclip.global_norm(1.0) or distclip.value(0.5)."
         )
+    if not policy.norm_type > 0:
+        raise ArgumentError(
+            f"norm_type={policy.norm_type}: NaN and Inf would not show in such a norm. Write a p above 0, or inf."
+        )
+    if on_nonfinite not in get_args(OnNonFinite):
+        raise ArgumentError(f"on_nonfinite={on_nonfinite!r}: write one of {', '.join(get_args(OnNonFinite))}.")
+    if max_skips is not None and (not isinstance(max_skips, int) or max_skips < 1):
+        raise ArgumentError(f"max_skips={max_skips!r}: write how many skipped steps in a row are too many, or None.")
+
+
+def _find(parameters: Any, plan: Plan, policy: Policy, comm: Comm) -> list[Found]:
+    """What the other ranks have to know of this one's parameters."""
+    if policy.per == "model" and not getattr(policy, "exclude", ()):
+        return []
+    slices = {}
+    if policy.per in ("tensor", "row") and isinstance(parameters, nn.Module):
+        slices = flat_slices(parameters)
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return find(plan, comm.size, rank, policy.per == "row", slices)
+
+
+def _arrange(told: list[list[Found]], mine: int, policy: Policy) -> Slots:
+    groups, exclude = getattr(policy, "groups", {}), getattr(policy, "exclude", ())
+    return arrange(told, mine, policy.per, groups, exclude)

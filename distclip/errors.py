@@ -8,6 +8,10 @@
     ├── DisagreementError  (ValueError)    the ranks of one call do not ask for the same thing
     ├── PeerError          (RuntimeError)  another rank failed in this call for a reason of its own
     └── NonFiniteError     (RuntimeError)  the total norm is NaN or infinite, and that was to be an error
+        └── TooManySkippedSteps            so many steps in a row were skipped for it as were to be borne
+
+    NonFiniteWarning       (UserWarning)   a step was skipped, or elements were set to zero
+    LimiterWarning         (UserWarning)   an adaptive policy clips more than half of the steps
 
 All of them are raised on every rank that takes part in the call, and before any gradient is touched.
 A message says what was seen and where, why it is wrong, and what to write instead.
@@ -20,8 +24,11 @@ __all__ = [
     "DisagreementError",
     "DistclipError",
     "LayoutError",
+    "LimiterWarning",
     "NonFiniteError",
+    "NonFiniteWarning",
     "PeerError",
+    "TooManySkippedSteps",
     "as_peer",
     "as_told",
 ]
@@ -48,7 +55,19 @@ class PeerError(DistclipError, RuntimeError):
 
 
 class NonFiniteError(DistclipError, RuntimeError):
-    """The total norm is NaN or infinite and `error_if_nonfinite=True` was given."""
+    """The total norm is NaN or infinite and `error_if_nonfinite=True` or `on_nonfinite="raise"` was given."""
+
+
+class TooManySkippedSteps(NonFiniteError):
+    """`max_skips` steps in a row had gradients that are not finite."""
+
+
+class NonFiniteWarning(UserWarning):
+    """A step was skipped because its gradients are not finite, or elements of them were set to zero."""
+
+
+class LimiterWarning(UserWarning):
+    """An adaptive policy clips more than half of the steps: what it follows it also holds back."""
 
 
 _SHARED = {kind.__name__: kind for kind in (ArgumentError, LayoutError, DisagreementError)}

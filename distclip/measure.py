@@ -7,16 +7,17 @@ means a non-finite element.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .shards import Shard
+from .shards import Rows, Shard
 
-__all__ = ["Partials", "measure", "power_sum"]
+__all__ = ["Partials", "measure", "power_sum", "row_powers"]
 
 _CHUNK = {"cpu": 1 << 15}
 """Elements widened at a time, so that the temporary does not grow with the model; on a CPU it stays in the cache."""
@@ -27,16 +28,20 @@ class Partials:
     """What one rank adds to the total.
 
     Args:
-        value: 0-d float64 on the gradients' device: Σ|g|^p / copies, or max|g| for p = inf (−min|g| for −inf).
+        value: (slots,) float64 on the gradients' device: Σ|g|^p / copies, or max|g| for p = inf (−min|g| for −inf).
         outside: 0-d bool, whether some element lies outside of the policy's bounds.
         pending: whether some gradient has to be summed over ranks before it can be measured; it is not in `value`.
         wide: whether some gradient is float64 or complex128.
+        weight: (slots,), the same of the parameters, or None.
+        each: what each measured shard has alone, in their order: evidence of which one is not finite.
     """
 
     value: Tensor
     outside: Tensor
     pending: bool = False
     wide: bool = False
+    weight: Tensor | None = None
+    each: tuple[tuple[str, Tensor], ...] = ()
 
 
 def measure(
@@ -44,14 +49,18 @@ def measure(
     norm_type: float,
     device: torch.device,
     inspect: Callable[[Shard], Tensor] | None = None,
+    slots: int = 1,
+    weights: Sequence[Shard] | None = None,
 ) -> Partials:
-    r"""Sum this rank's powers, :math:`\sum_s \frac{1}{copies_s} \sum_i |g_{s,i}|^p`, or take the extreme.
+    r"""Sum this rank's powers, :math:`\sum_s \frac{1}{copies_s} \sum_i |g_{s,i}|^p`, or take the extreme, by slot.
 
     Args:
         shards: of this rank; those that wait for a sum are only counted.
         norm_type: p.
         device: where the result goes.
         inspect: says of a shard whether it has elements outside of the policy's bounds, 0-d bool.
+        slots: how many norms there are; shards say in which one they count.
+        weights: this rank's pieces of the parameters, to be measured as well.
 
     Returns:
         `Partials`. Nothing at all gives the neutral element.
@@ -61,8 +70,7 @@ def measure(
 
     Collectives: none. Host syncs: none on the gradients' own device.
     """
-    extreme = math.isinf(norm_type)
-    values: list[Tensor] = []
+    each: list[tuple[Shard, Tensor]] = []
     outside = torch.zeros((), dtype=torch.bool, device=device)
     pending = wide = False
     for shard in shards:
@@ -71,12 +79,13 @@ def measure(
             outside |= inspect(shard).to(device)
         if shard.pending:
             pending = True
-            continue
-        value = power_sum(shard.grad, norm_type).to(device)
-        values.append(value if extreme or shard.copies == 1 else value / shard.copies)
-    if not values:
-        return Partials(_neutral(norm_type, device), outside, pending, wide)
-    return Partials(_together(values, norm_type), outside, pending, wide)
+        else:
+            each.append((shard, _own(shard, norm_type, device)))
+    value = _by_slot(each, norm_type, device, slots)
+    weight = None
+    if weights is not None:
+        weight = _by_slot([(w, _own(w, norm_type, device)) for w in weights], norm_type, device, slots)
+    return Partials(value, outside, pending, wide, weight, tuple((shard.name, own) for shard, own in each))
 
 
 def power_sum(grad: Tensor, norm_type: float) -> Tensor:
@@ -95,6 +104,67 @@ def power_sum(grad: Tensor, norm_type: float) -> Tensor:
     return _together(powers, norm_type) if powers else _neutral(norm_type, grad.device)
 
 
+def row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor:
+    """Σ|g|^p, or max|g|, of each row of one local tensor, (rows.count,) float64.
+
+    Args:
+        grad: any floating or complex dtype; dense, a slice of a flattened parameter, or sparse.
+        rows: which rows these are.
+        norm_type: p > 0, or `inf`.
+
+    >>> row_powers(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), Rows(0, 2), 2.0)
+    tensor([25.,  1.], dtype=torch.float64)
+    >>> row_powers(torch.tensor([4.0, 0.0, 1.0]), Rows(0, 2, lead=1, width=2), 2.0)
+    tensor([16.,  1.], dtype=torch.float64)
+    """
+    if grad.layout is not torch.strided:
+        return _sparse_row_powers(grad, rows, norm_type)
+    if grad.numel() == 0:
+        return _neutral(norm_type, grad.device).repeat(rows.count)
+    if rows.width:
+        flat = grad.reshape(-1)
+        grad = flat.new_zeros(rows.count * rows.width)
+        grad[rows.lead : rows.lead + len(flat)] = flat
+    matrix = grad.reshape(rows.count, -1)
+    per = max(1, _CHUNK.get(grad.device.type, 1 << 24) // matrix.shape[1])
+    return torch.cat([_row_power(piece, norm_type) for piece in torch.split(matrix, per)])
+
+
+def _own(shard: Shard, norm_type: float, device: torch.device) -> Tensor:
+    """What a shard adds to its slot (0-d), or to the slots of its rows (1-D)."""
+    if shard.rows is None:
+        value = power_sum(shard.grad, norm_type).to(device)
+    else:
+        value = row_powers(shard.grad, shard.rows, norm_type).to(device)
+    return value if math.isinf(norm_type) or shard.copies == 1 else value / shard.copies
+
+
+def _by_slot(each: list[tuple[Shard, Tensor]], norm_type: float, device: torch.device, slots: int) -> Tensor:
+    """Put together what counts in the same slot: always in the same order, so that copies have the same bits."""
+    if slots == 1:
+        values = [value for _, value in each]
+        return (_together(values, norm_type) if values else _neutral(norm_type, device)).view(1)
+    total = _neutral(norm_type, device).repeat(slots)
+    whole: dict[int, list[Tensor]] = {}
+    for shard, value in each:
+        if shard.rows is None:
+            whole.setdefault(shard.slot, []).append(value)
+        elif shard.rows.count:
+            first = shard.slot + shard.rows.first
+            part = total[first : first + shard.rows.count]
+            part.copy_(torch.maximum(part, value) if math.isinf(norm_type) else part + value)
+    if whole:
+        values = [_together(v, norm_type) if len(v) > 1 else v[0] for v in whole.values()]
+        total.index_copy_(0, _index(tuple(whole), device), torch.stack(values))
+    return total
+
+
+@functools.lru_cache(maxsize=64)
+def _index(slots: tuple[int, ...], device: torch.device) -> Tensor:
+    """The same slots come every step: they travel to the device once."""
+    return torch.tensor(slots, device=device)
+
+
 def _power(chunk: Tensor, norm_type: float) -> Tensor:
     """Σ|g|^p, or the extreme, of a piece that is not empty."""
     if norm_type == 2:
@@ -109,6 +179,23 @@ def _power(chunk: Tensor, norm_type: float) -> Tensor:
     return size.sum() if norm_type == 1 else size.pow_(norm_type).sum()
 
 
+def _row_power(piece: Tensor, norm_type: float) -> Tensor:
+    size = _widened(piece).abs()
+    return size.amax(1) if math.isinf(norm_type) else size.pow_(norm_type).sum(1)
+
+
+def _sparse_row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor:
+    if grad.is_sparse:
+        grad = grad.coalesce()
+        index, values = grad.indices()[0], grad.values()
+    else:
+        lengths = grad.crow_indices().diff()
+        index, values = torch.arange(len(lengths), device=grad.device).repeat_interleave(lengths), grad.values()
+    powers = _row_power(values.reshape(len(index), -1), norm_type)
+    extreme = "amax" if math.isinf(norm_type) else "sum"
+    return torch.zeros(rows.count, dtype=powers.dtype, device=grad.device).scatter_reduce(0, index, powers, extreme)
+
+
 def _together(values: list[Tensor], norm_type: float) -> Tensor:
     """Of several pieces what `_power` is of one."""
     stacked = torch.stack(values)
@@ -121,11 +208,15 @@ def _chunks(grad: Tensor) -> Iterator[Tensor]:
         grad = grad.coalesce().values()
     elif grad.layout is not torch.strided:
         grad = grad.values()
-    wide = _wide(grad.device)
     for piece in torch.split(_flat(grad), _CHUNK.get(grad.device.type, 1 << 24)):
         if piece.numel():
-            # The magnitude of a complex number may not fit into the dtype of its parts.
-            yield piece.to(wide.to_complex()).abs() if piece.is_complex() else piece.to(wide)
+            yield _widened(piece)
+
+
+def _widened(piece: Tensor) -> Tensor:
+    """In float64; the magnitude of a complex number, which may not fit into the dtype of its parts."""
+    wide = _wide(piece.device)
+    return piece.to(wide.to_complex()).abs() if piece.is_complex() else piece.to(wide)
 
 
 def _flat(grad: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
-"""Partials → Totals: one all-reduce over everybody concerned, whatever the meshes.
+"""Partials → Totals: one all-reduce over everybody concerned, whatever the meshes and however many the slots.
 
-Besides the number itself the ranks must learn three facts of each other: that somebody cannot go on as usual (`stop`),
-that somebody's gradients are float64 (`wide`), that somebody's elements lie outside of a policy's bounds (`outside`).
-They travel in the same buffer, so that no rank ever has to decide alone whether there will be another collective.
+Besides the numbers themselves the ranks must learn three facts of each other: that somebody cannot go on as usual
+(`stop`), that somebody's gradients are float64 (`wide`), that somebody's elements lie outside of a policy's bounds
+(`outside`). They travel in the same buffer, so that no rank ever has to decide alone whether there will be another
+collective.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,17 +24,19 @@ _FLAG = 1 << 17
 """Flags are counts of ranks packed into one float64 beside the sum: three times 17 bits, up to 131,071 ranks."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Totals:
     """What all ranks know after the reduction, the same bits on each.
 
     Args:
-        value: 0-d float64: Σ|g|^p over the whole gradient, or its max|g| (−min|g|).
+        value: (slots,) float64: Σ|g|^p over the whole gradient of each slot, or its max|g| (−min|g|).
         norm_type: p.
         stop: 0-d, how many ranks (for p = ±inf: whether any) cannot go on as usual: they failed, came with a mesh that
             reaches further, or hold summands that are not in `value`.
         wide: 0-d, likewise: have float64 gradients.
         outside: 0-d, likewise: have elements outside of the policy's bounds.
+        weight: (slots,) float64: the same of the parameters themselves, where the policy asked for it.
+        loss_scale: 0-d, what the gradients are multiplied by (a GradScaler's); norms are free of it. None for 1.
     """
 
     value: Tensor
@@ -40,19 +44,46 @@ class Totals:
     stop: Tensor
     wide: Tensor
     outside: Tensor
+    weight: Tensor | None = None
+    loss_scale: Tensor | None = None
 
-    @property
-    def norm(self) -> Tensor:
-        r"""The root, :math:`(\sum |g|^p)^{1/p}`, 0-d float64; for p = 0 the number of non-zero elements.
+    @cached_property
+    def norms(self) -> Tensor:
+        r"""The root of each slot, :math:`(\sum |g|^p)^{1/p}`, (slots,) float64; for p = 0 how many are not zero.
 
-        >>> Totals(torch.tensor(25.0), 2.0, *torch.zeros(3)).norm
-        tensor(5.)
+        >>> zero = torch.zeros(())
+        >>> Totals(torch.tensor([25.0, 1.0]), 2.0, zero, zero, zero).norms
+        tensor([5., 1.])
         """
-        if self.norm_type == -math.inf:
-            return -self.value
-        if self.norm_type in (math.inf, 1.0, 0.0):
-            return self.value
-        return self.value.sqrt() if self.norm_type == 2 else self.value.pow(1.0 / self.norm_type)
+        return self._free(_root(self.value, self.norm_type))
+
+    @cached_property
+    def norm(self) -> Tensor:
+        """The norm of the whole gradient: of all slots together, 0-d float64."""
+        together = self.value.amax() if math.isinf(self.norm_type) else self.value.sum()
+        return self._free(_root(together, self.norm_type))
+
+    @cached_property
+    def weight_norms(self) -> Tensor:
+        """Of the parameters, for a policy with `needs_weights`: (slots,) float64."""
+        assert self.weight is not None, "a policy has to say needs_weights = True"
+        return _root(self.weight, self.norm_type)
+
+    @cached_property
+    def finite(self) -> Tensor:
+        """0-d bool: no element is NaN or infinite, and no power sum is beyond float64."""
+        return self.value.isfinite().all()
+
+    def _free(self, norm: Tensor) -> Tensor:
+        return norm if self.loss_scale is None else norm / self.loss_scale.to(norm)
+
+
+def _root(power_sum: Tensor, norm_type: float) -> Tensor:
+    if norm_type == -math.inf:
+        return -power_sum
+    if norm_type in (math.inf, 1.0, 0.0):
+        return power_sum
+    return power_sum.sqrt() if norm_type == 2 else power_sum.pow(1.0 / norm_type)
 
 
 def reduce(partials: Partials, norm_type: float, comm: Comm, *, stop: bool = False) -> Totals:
@@ -64,21 +95,26 @@ def reduce(partials: Partials, norm_type: float, comm: Comm, *, stop: bool = Fal
         comm: everybody concerned.
         stop: this rank cannot go on as usual, and the others must know.
 
-    Collectives: one all-reduce over `comm`, of two float64 numbers for a finite p and of five for ±inf; none for
-    `LocalComm`. Host syncs: none.
+    Collectives: one all-reduce over `comm`, of slots + 1 float64 numbers for a finite p and of 2 slots + 3 for ±inf
+    (with weights: twice as many slots); none for `LocalComm`. Host syncs: none.
     """
-    value = partials.value
+    value, slots = partials.value, len(partials.value)
     known = torch.tensor([stop, partials.wide], dtype=value.dtype, device=value.device)
     flags = torch.cat([known, partials.outside.to(value.dtype).view(1)])
     if isinstance(comm, LocalComm):
-        return Totals(value, norm_type, *flags)
+        return Totals(value, norm_type, flags[0], flags[1], flags[2], partials.weight)
+    values = value if partials.weight is None else torch.cat([value, partials.weight])
+    n = len(values)
     if math.isinf(norm_type):
         # A maximum over ranks may lose a NaN, depending on who comes first: it travels as a flag.
-        nan = value.isnan()
-        buffer = torch.cat([torch.stack([torch.where(nan, -math.inf, value), nan.to(value.dtype)]), flags])
+        nan = values.isnan()
+        buffer = torch.cat([torch.where(nan, -math.inf, values), nan.to(value.dtype), flags])
         comm.max_(buffer)
-        return Totals(torch.where(buffer[1] > 0, math.nan, buffer[0]), norm_type, *buffer[2:])
-    weights = torch.tensor([1.0, _FLAG, _FLAG * _FLAG], dtype=value.dtype, device=value.device)
-    buffer = torch.stack([value, flags.dot(weights)])
-    comm.sum_(buffer)
-    return Totals(buffer[0], norm_type, *((buffer[1] / weights).floor() % _FLAG))
+        values, flags = torch.where(buffer[n : 2 * n] > 0, math.nan, buffer[:n]), buffer[2 * n :]
+    else:
+        weights = torch.tensor([1.0, _FLAG, _FLAG * _FLAG], dtype=value.dtype, device=value.device)
+        buffer = torch.cat([values, flags.dot(weights).view(1)])
+        comm.sum_(buffer)
+        values, flags = buffer[:n], (buffer[n] / weights).floor() % _FLAG
+    weight = None if partials.weight is None else values[slots:]
+    return Totals(values[:slots], norm_type, flags[0], flags[1], flags[2], weight)

@@ -1,17 +1,30 @@
 """The formulas on whole gradients in float64, in the order in which they are written: what everything else must equal.
 
 Nothing here knows of ranks. It is the oracle of the tests, public so that anyone can check a layout of their own.
+
+The rules that follow the norms are loops over plain floats here: each takes the norms of one slot, step by step, all of
+them finite and above zero (a policy never shows its rule another), and returns the bound at every step, `inf` for
+none.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["clip_coefficient", "total_norm"]
+__all__ = [
+    "adagc_bounds",
+    "agc_bound",
+    "autoclip_bounds",
+    "clip_coefficient",
+    "ema_bounds",
+    "median_mad_bounds",
+    "total_norm",
+    "zclip_bounds",
+]
 
 
 def total_norm(grads: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
@@ -47,3 +60,165 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
     tensor(0.2500, dtype=torch.float64)
     """
     return torch.minimum(torch.ones_like(norm), max_norm / (norm + 1e-6))
+
+
+def agc_bound(weight_norm: float, ratio: float = 0.01, eps: float = 1e-3) -> float:
+    r"""The bound of one row, :math:`ratio \cdot \max(\lVert w \rVert, eps)`.
+
+    Source: Brock, De, Smith, Simonyan 2021, arXiv 2102.06171, equation 3.
+
+    >>> agc_bound(2.0)
+    0.02
+    """
+    return ratio * max(weight_norm, eps)
+
+
+def autoclip_bounds(
+    norms: Sequence[float], percentile: float = 10.0, window: int = 1000, cap: float = math.inf
+) -> list[float]:
+    """The percentile of the norms so far, this one among them; of the last `window` of them.
+
+    Source: Seetharaman, Wichern, Pardo, Le Roux 2020, arXiv 2007.14469, algorithm 1.
+
+    >>> autoclip_bounds([1.0, 3.0, 2.0], percentile=50)
+    [1.0, 2.0, 2.0]
+    """
+    bounds = []
+    for t in range(len(norms)):
+        history = norms[max(0, t + 1 - window) : t + 1]
+        bounds.append(min(_percentile(history, percentile), cap))
+    return bounds
+
+
+def zclip_bounds(
+    norms: Sequence[float],
+    z: float = 2.5,
+    decay: float = 0.97,
+    warmup: int = 25,
+    eps: float = 1e-6,
+    cap: float = math.inf,
+) -> list[float]:
+    """z-score clipping with the reciprocal rule.
+
+    Source: Kumar, Owen, Chowdhury, Güra 2025, arXiv 2504.02507.
+
+    >>> zclip_bounds([1.0, 3.0, 100.0], warmup=2)[-1] < 3.0
+    True
+    """
+    bounds: list[float] = []
+    collected: list[float] = []
+    mean = var = 0.0
+    for norm in norms:
+        if len(collected) < warmup:
+            bounds.append(cap)
+            collected.append(min(norm, cap))
+            mean = math.fsum(collected) / len(collected)
+            var = math.fsum((x - mean) ** 2 for x in collected) / len(collected)
+            continue
+        std = math.sqrt(var)
+        score = (norm - mean) / (std + eps)
+        bound = mean + z * std / (score / z) if score > z else math.inf
+        bounds.append(min(bound, cap))
+        x = min(norm, bounds[-1])
+        mean = decay * mean + (1 - decay) * x
+        var = decay * var + (1 - decay) * (x - mean) ** 2
+    return bounds
+
+
+def ema_bounds(
+    norms: Sequence[float],
+    ratio: float = 2.0,
+    target: float = 1.1,
+    slow: float = 0.99,
+    fast: float = 0.9,
+    warmup: int = 20,
+    cap: float = math.inf,
+) -> list[float]:
+    """Above `ratio` times the slow average of the clipped norms: to `target` times the fast one.
+
+    Source: the EmaGradClip of PDE-Transformer (arXiv 2505.24717), with the bias correction of Adam (arXiv 1412.6980).
+
+    >>> ema_bounds([1.0, 1.0, 5.0], warmup=1, target=1.5)
+    [inf, inf, 1.5]
+    """
+    bounds: list[float] = []
+    ema_slow = ema_fast = 0.0
+    for t, norm in enumerate(norms):
+        bound = math.inf
+        if t >= warmup and norm > ratio * ema_slow / (1 - slow**t):
+            bound = target * ema_fast / (1 - fast**t)
+        bounds.append(min(bound, cap))
+        x = min(norm, bounds[-1])
+        ema_slow = slow * ema_slow + (1 - slow) * x
+        ema_fast = fast * ema_fast + (1 - fast) * x
+    return bounds
+
+
+def adagc_bounds(
+    norms: Sequence[float],
+    totals: Sequence[float] | None = None,
+    ratio: float = 1.04,
+    decay: float = 0.99,
+    warmup: int = 100,
+    warmup_norm: float = 1.0,
+    eps: float = 1e-6,
+    cap: float = math.inf,
+) -> list[float]:
+    """Clipping of one tensor to its own average, after a warm-up under a global bound.
+
+    Args:
+        totals: the norm of the whole gradient at each of the steps; None if that is this one tensor's.
+
+    Source: Wang et al. 2025, arXiv 2502.11034.
+
+    >>> adagc_bounds([0.5, 0.25, 1.0], warmup=2, ratio=2)[-1]
+    0.5
+    """
+    bounds: list[float] = []
+    gamma = math.inf
+    for t, (norm, total) in enumerate(zip(norms, norms if totals is None else totals, strict=True)):
+        if t < warmup:
+            h = min(1.0, warmup_norm / (total + eps), cap / (norm + eps))
+            gamma = min(gamma, h * norm)
+            bounds.append(min(cap, (norm + eps) * min(1.0, warmup_norm / (total + eps))))
+        else:
+            bounds.append(min(cap, ratio * gamma))
+            h = min(1.0, ratio * gamma / (norm + eps), cap / (norm + eps))
+            gamma = decay * gamma + (1 - decay) * h * norm
+    return bounds
+
+
+def median_mad_bounds(
+    norms: Sequence[float],
+    k: float = 3.0,
+    window: int = 128,
+    warmup: int = 16,
+    floor: float = 0.1,
+    cap: float = math.inf,
+) -> list[float]:
+    """The median of the logarithms before this step plus k times their median deviation from it.
+
+    Source: Hampel 1974 (JASA 69), on logarithms; 1.4826 is 1 / Φ⁻¹(3/4).
+
+    >>> median_mad_bounds([1.0, 1.0, 50.0], warmup=2, floor=0.5, k=2)[-1] == math.e
+    True
+    """
+    bounds = []
+    for t in range(len(norms)):
+        logs = [math.log(norm) for norm in norms[max(0, t - window) : t]]
+        bound = math.inf
+        if t >= warmup:
+            median = _percentile(logs, 50)
+            mad = _percentile([abs(x - median) for x in logs], 50)
+            bound = math.exp(median + k * max(1.4826 * mad, floor))
+        bounds.append(min(bound, cap))
+    return bounds
+
+
+def _percentile(numbers: Sequence[float], percent: float) -> float:
+    """numpy's: linear between the two neighbours."""
+    ordered = sorted(numbers)
+    rank = percent / 100 * (len(ordered) - 1)
+    below = math.floor(rank)
+    above = math.ceil(rank)
+    return ordered[below] + (rank - below) * (ordered[above] - ordered[below])

@@ -14,19 +14,27 @@ class Report:
     """What one call of a clipper saw and did, the same on every rank. Reading it is free until `as_dict`.
 
     Args:
-        norm: 0-d, the total norm before clipping, float32 (float64 if some gradient is).
-        coef: 0-d float64, what the gradients were multiplied by; 1 where nothing was.
+        norm: 0-d, the total norm before clipping, float32 (float64 if some gradient is); free of a loss scale.
+        coef: 0-d float64, by what clipping shortened the whole gradient; 1 where nothing was. With one slot, the factor
+            itself; with several, ‖(coefs · norms)‖ / ‖norms‖.
         clipped: 0-d bool, whether the policy changed the gradients.
         finite: 0-d bool, whether the norm is.
+        skipped: 0-d bool, whether this step leaves parameters and optimizer as they are. A scheduler that is to count
+            updates only is stepped where this is False.
+        norms: (slots,) float64, the norm of each slot; `GradClipper.slots` has the names.
+        coefs: (slots,) float64, the factor of each.
     """
 
     norm: Tensor
     coef: Tensor
     clipped: Tensor
     finite: Tensor
+    skipped: Tensor
+    norms: Tensor
+    coefs: Tensor
 
     def as_dict(self) -> dict[str, float | bool]:
-        """Python numbers for a log: {"norm", "coef", "clipped", "finite"}.
+        """Python numbers for a log: {"norm", "coef", "clipped", "finite", "skipped"}.
 
         Collectives: none. Host syncs: one per value; the only place that has any.
         """
@@ -35,4 +43,5 @@ class Report:
             "coef": float(self.coef),
             "clipped": bool(self.clipped),
             "finite": bool(self.finite),
+            "skipped": bool(self.skipped),
         }

@@ -55,7 +55,7 @@ def settle(totals: Totals, plan: Plan, shards: list[Shard], comm: Comm, device: 
     Raises:
         LayoutError: a rank of the mesh axis did not pass the tensor at all; raised by all.
 
-    Collectives: one gather of descriptions and one all-reduce of two numbers over `comm`, one all-reduce of all
+    Collectives: one gather of descriptions and one all-reduce of slots + 1 numbers over `comm`, one all-reduce of all
     such gradients of a dtype over each mesh axis. Host syncs: one.
     """
     here = dist.get_rank()
@@ -84,7 +84,8 @@ def settle(totals: Totals, plan: Plan, shards: list[Shard], comm: Comm, device: 
         for s, total in zip(summands, torch.split(flat, [math.prod(s.shape) for s in summands]), strict=True):
             grad = total.view(s.shape) / (len(ranks) if s.mean else 1)
             settled[s.name] = current[s.name] = replace(settled[s.name], grad=grad, pending=())
-    more = reduce(measure(settled.values(), totals.norm_type, device), totals.norm_type, comm)
+    slots = len(totals.value)
+    more = reduce(measure(settled.values(), totals.norm_type, device, slots=slots), totals.norm_type, comm)
     join = torch.maximum if math.isinf(totals.norm_type) else torch.add
     return replace(totals, value=join(totals.value, more.value))
 

@@ -1,4 +1,5 @@
-"""The nouns about place: `Layout` (where a parameter lies across ranks), `Shard` (what of its gradient lies here).
+"""The nouns about place: `Layout` (where a parameter lies across ranks), `Shard` (what of its gradient lies here),
+`Rows` (which rows of the parameter that is).
 
 After a source has made them, no code asks about DDP, FSDP, tensor, pipeline or expert parallelism again.
 """
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Axis", "Layout", "Pending", "Ranks", "Shard", "copies"]
+__all__ = ["Axis", "Layout", "Pending", "Ranks", "Rows", "Shard", "copies"]
 
 Ranks = tuple[int, ...]
 """Global ranks, in the order of their process group."""
@@ -43,7 +44,8 @@ class Layout:
     Args:
         groups: the ranks of each mesh or process group that it spans. Empty for a plain tensor: nothing is said.
         pieces: into how many different pieces it is cut within those groups together.
-        split: for each axis of `split_over=`, whether the axis holds different parameters for it.
+        split: for each axis of `split_over=`, whether the axis holds different tensors for it.
+        cut: for each of them, whether these are pieces of one parameter; otherwise they are different parameters.
         counted: False for a copy that its owner declared not to count (Megatron's `shared`).
         may_be_partial: whether its gradient may come as unreduced summands (a Partial placement).
     """
@@ -51,6 +53,7 @@ class Layout:
     groups: tuple[Ranks, ...] = ()
     pieces: int = 1
     split: tuple[bool, ...] = ()
+    cut: tuple[bool, ...] = ()
     counted: bool = True
     may_be_partial: bool = False
 
@@ -78,6 +81,23 @@ class Pending:
     mean: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Which rows (places along dim 0) of its parameter a local piece holds.
+
+    Args:
+        first: the first of them.
+        count: how many it touches.
+        lead: elements of the first row that lie on other ranks, where a flattened parameter was cut anywhere.
+        width: elements of a row, where a flattened parameter was cut; 0 where the piece has the rows as its dim 0.
+    """
+
+    first: int
+    count: int
+    lead: int = 0
+    width: int = 0
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Shard:
     """This rank's piece of one gradient.
@@ -88,12 +108,16 @@ class Shard:
         copies: how many ranks of the communicator hold this same piece, > 0; infinite for a copy that does
             not count. Each of them adds power_sum / copies.
         pending: sums to make before the piece can be measured.
+        slot: the slot that it is counted in, or that its row 0 would be.
+        rows: which rows it holds, each with a slot of its own; None where all of it is one slot.
     """
 
     name: str
     grad: Tensor
     copies: float = 1.0
     pending: tuple[Pending, ...] = field(default=())
+    slot: int = 0
+    rows: Rows | None = None
 
 
 def copies(world_size: int, layout: Layout, axes: Sequence[Axis]) -> float:

@@ -1,10 +1,50 @@
 """Totals → Verdict: what to do about a gradient, decided from numbers that every rank has alike.
 
-A policy is a frozen dataclass that knows nothing of ranks, process groups or gradients, and never waits for a device.
+A norm-clipping policy is a granularity (`per`: what has a norm of its own) times a threshold (which norm is allowed);
+the well-known names are presets of `NormPolicy`. A policy is a frozen dataclass of pure functions: it knows nothing of
+ranks, process groups or gradients, keeps its memory in tensors that are passed in and out, and never waits for a
+device.
 """
 
-from .norm import Fixed, NormPolicy, global_norm
+from .adagc import AdaGC
+from .adaptive import adagc, autoclip, ema, median_mad, zclip
+from .ema import EMA
+from .fixed import Fixed
+from .mad import MedianMAD
+from .norm import NormPolicy, coefficient
+from .percentile import Percentile
+from .presets import agc, global_norm, group_norm, per_tensor_norm
 from .value import Value, value
-from .verdict import Clamp, Policy, Scale, Verdict
+from .verdict import Clamp, Per, Policy, Scale, State, Threshold, Verdict
+from .weight import RelativeToWeight
+from .zscore import ZScore
 
-__all__ = ["Clamp", "Fixed", "NormPolicy", "Policy", "Scale", "Value", "Verdict", "global_norm", "value"]
+__all__ = [
+    "EMA",
+    "AdaGC",
+    "Clamp",
+    "Fixed",
+    "MedianMAD",
+    "NormPolicy",
+    "Per",
+    "Percentile",
+    "Policy",
+    "RelativeToWeight",
+    "Scale",
+    "State",
+    "Threshold",
+    "Value",
+    "Verdict",
+    "ZScore",
+    "adagc",
+    "agc",
+    "autoclip",
+    "coefficient",
+    "ema",
+    "global_norm",
+    "group_norm",
+    "median_mad",
+    "per_tensor_norm",
+    "value",
+    "zclip",
+]

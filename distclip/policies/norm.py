@@ -1,56 +1,61 @@
-r"""Clipping by norm: a threshold rule says which norm is allowed, and longer gradients are shortened to it.
+r"""Clipping by norm: a threshold rule says which norm is allowed, and what is longer is shortened to it, slot by slot.
 
-.. math:: coef = \min\left(1, \frac{bound}{norm + 10^{-6}}\right)
+.. math:: coef_s = \min\left(1, \frac{bound_s}{norm_s + \varepsilon}\right)
 
 Source: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", ICML 2013, algorithm 1;
-the 1e-6 is torch.nn.utils.clip_grad_norm_'s.
+ε = 1e-6 is torch.nn.utils.clip_grad_norm_'s.
+
+Every threshold that follows the norms is kept from three traps here. A step with a norm that is not finite leaves the
+state as it was; so does, for its slot, a norm of zero (a tensor without gradient tells nothing). And a rule that has
+clipped more than half of its last `window` steps has lost the norms it should follow: it starts anew from those norms
+as they were before clipping.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .verdict import Scale, as_number
+from ..reduce import Totals
+from .arguments import NOT_NEGATIVE, Range, take
+from .fixed import Fixed
+from .verdict import Per, Scale, State, Threshold, as_number
 
-__all__ = ["Fixed", "NormPolicy", "coefficient", "global_norm"]
+__all__ = ["NormPolicy", "coefficient"]
 
-
-@dataclass(frozen=True, slots=True)
-class Fixed:
-    """A bound that never moves.
-
-    Args:
-        max_norm: ≥ 0; `inf` measures and never clips.
-    """
-
-    max_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        bound = as_number(self.max_norm)
-        if not bound >= 0:
-            raise ArgumentError(
-                f"max_norm={self.max_norm!r}: the bound must be a number ≥ 0. "
-                "Write max_norm=1.0, or max_norm=inf to measure without clipping."
-            )
-        object.__setattr__(self, "max_norm", bound)
+_OWN = ("recent", "over", "seen", "reseeds")
+"""What a policy remembers itself, beside its threshold: the last raw norms, (slots, window); whether the rule was below
+them; how many entered since the last new start; how often that happened."""
 
 
 @dataclass(frozen=True, slots=True)
 class NormPolicy:
-    """Shorten the whole gradient to a bound on its norm.
+    """Shorten every slot of the gradient to a bound on its norm.
 
     Args:
-        threshold: the bound.
-        norm_type: p of the norm: any number, `inf` for the largest element.
+        threshold: the rule that gives the bound.
+        norm_type: p of the norm: any number > 0, `inf` for the largest element.
+        per: what has a norm of its own: "model", "group", "tensor" or "row" (see `Per`).
+        groups: for per="group": {name: regular expression that is searched in parameter names}; the first that matches
+            takes a parameter, what none matches forms the last group, "rest".
+        exclude: regular expressions; parameters whose name one matches are measured and never clipped.
+        eps: ε, ≥ 0.
+        window: after how many steps, more than half of them clipped by the rule, it starts anew; 0 for never.
     """
 
-    threshold: Fixed = field(default_factory=Fixed)
+    threshold: Threshold = field(default_factory=Fixed)
     norm_type: float = 2.0
+    per: Per = "model"
+    groups: Mapping[str, str] = field(default_factory=dict)
+    exclude: Sequence[str] = ()
+    eps: float = 1e-6
+    window: int = 128
 
     def __post_init__(self) -> None:
         p = as_number(self.norm_type)
@@ -59,34 +64,73 @@ class NormPolicy:
                 f'norm_type={self.norm_type!r}: expected the p of a p-norm. Write norm_type=2.0, or "inf".'
             )
         object.__setattr__(self, "norm_type", p)
+        take(self, eps=NOT_NEGATIVE, window=Range(0, whole=True))
+        object.__setattr__(self, "groups", dict(self.groups))
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+        if self.per not in get_args(Per):
+            raise ArgumentError(f"per={self.per!r}: write one of {', '.join(map(repr, get_args(Per)))}.")
+        if (self.per == "group") != bool(self.groups):
+            raise ArgumentError(
+                f"per={self.per!r} with groups={dict(self.groups)}: groups belong to per='group'. "
+                'Write per="group", groups={"embedding": "embed"}, or neither.'
+            )
 
-    def decide(self, norm: Tensor) -> Scale:
-        """The coefficient for a total norm."""
-        return Scale(coefficient(norm, self.threshold.max_norm))
+    @property
+    def needs_weights(self) -> bool:
+        """Whether the parameters have to be measured beside their gradients."""
+        return bool(getattr(self.threshold, "needs_weights", False))
+
+    def init(self, slots: int, device: torch.device) -> State:
+        """The state before the first step; empty where the threshold has none."""
+        state = dict(self.threshold.init(slots, device))
+        if state and self.window and hasattr(self.threshold, "seed"):
+            kind = torch.float32 if device.type == "mps" else torch.float64
+            state["recent"] = torch.zeros(slots, self.window, dtype=kind, device=device)
+            state["over"] = torch.zeros(slots, self.window, dtype=torch.bool, device=device)
+            state["seen"] = torch.zeros(slots, dtype=torch.int64, device=device)
+            state["reseeds"] = torch.zeros(slots, dtype=torch.int64, device=device)
+        return state
+
+    def decide(self, totals: Totals, state: State) -> tuple[Scale, State]:
+        """The coefficient of every slot, and the state after this step."""
+        norms = totals.norms
+        rule = {key: value for key, value in state.items() if key not in _OWN}
+        bound, moved = self.threshold(totals, rule)
+        verdict = Scale(coefficient(norms, bound, self.eps))
+        if not state:
+            return verdict, state
+        if "seen" in state:
+            moved |= self._watched(norms, bound, moved, state)
+        entered = totals.finite & (norms > 0)
+        return verdict, {key: _where(entered, moved[key], old) for key, old in state.items()}
+
+    def _watched(self, norms: Tensor, bound: Tensor, moved: State, state: State) -> State:
+        """What this policy remembers, after this step; with it the threshold's state, where it starts anew."""
+        place = (state["seen"] % self.window).unsqueeze(1)
+        # Where the cap did it, the rule itself has lost nothing.
+        by_rule = (norms > bound) & (bound < getattr(self.threshold, "cap", math.inf))
+        recent = state["recent"].scatter(1, place, norms.unsqueeze(1))
+        over = state["over"].scatter(1, place, by_rule.unsqueeze(1))
+        seen = state["seen"] + 1
+        lost = (seen >= self.window) & (2 * over.sum(1) > self.window)
+        seeded = self.threshold.seed(recent, moved)  # type: ignore[attr-defined]
+        watched = {"recent": recent, "over": over, "seen": torch.where(lost, 0, seen)}
+        watched["reseeds"] = state["reseeds"] + lost
+        return watched | {key: _where(lost, seeded[key], value) for key, value in moved.items()}
 
 
-def coefficient(norm: Tensor, max_norm: float) -> Tensor:
-    """min(1, max_norm / (norm + 1e-6)) in float64; exactly 1 for max_norm = inf, whatever the norm.
+def coefficient(norm: Tensor, bound: Tensor | float, eps: float = 1e-6) -> Tensor:
+    """min(1, bound / (norm + eps)) in float64; exactly 1 for an infinite bound, whatever the norm; NaN for a NaN.
 
     >>> coefficient(torch.tensor(4.0), 1.0)
     tensor(0.2500, dtype=torch.float64)
     """
-    if math.isinf(max_norm):
-        return torch.ones_like(norm, dtype=torch.float64)
-    return (max_norm / (norm.to(torch.float64) + 1e-6)).clamp(max=1.0)
+    wide = torch.float32 if norm.device.type == "mps" else torch.float64
+    length, bound = norm.to(wide) + eps, torch.as_tensor(bound, dtype=wide, device=norm.device)
+    # Written so that NaN is not "short enough", and 0 / 0 is.
+    return torch.where((length <= bound) | bound.isposinf(), 1.0, bound / length)
 
 
-def global_norm(max_norm: float = 1.0, norm_type: float = 2.0) -> NormPolicy:
-    """The standard: one fixed bound on the norm of the whole gradient.
-
-    Args:
-        max_norm: ≥ 0; `inf` measures and never clips.
-        norm_type: p of the norm.
-
-    Raises:
-        ArgumentError: a negative or NaN bound, a norm type that is no number.
-
-    >>> global_norm(1.0)
-    NormPolicy(threshold=Fixed(max_norm=1.0), norm_type=2.0)
-    """
-    return NormPolicy(Fixed(max_norm), norm_type)
+def _where(condition: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """By slot, the first dim of all three."""
+    return torch.where(condition.view(-1, *(1,) * (new.ndim - 1)), new, old)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
 from ..errors import ArgumentError
-from .verdict import Clamp, as_number
+from ..reduce import Totals
+from .verdict import Clamp, Per, State, as_number
 
 __all__ = ["Value", "value"]
 
@@ -39,9 +40,18 @@ class Value:
         """The norm that a clipper reports beside: the Euclidean one."""
         return 2.0
 
-    def decide(self, norm: Tensor) -> Clamp:
+    @property
+    def per(self) -> Per:
+        """One norm is reported."""
+        return "model"
+
+    def init(self, slots: int, device: torch.device) -> State:
+        """Nothing to remember."""
+        return {}
+
+    def decide(self, totals: Totals, state: State) -> tuple[Clamp, State]:
         """The same clamp whatever the norm."""
-        return Clamp(self.low, self.high)
+        return Clamp(self.low, self.high), state
 
 
 def value(low: float, high: float | None = None) -> Value:

@@ -1,21 +1,31 @@
-"""What a policy can decide, and what one has to offer."""
+"""What a policy is asked and what it can decide."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
+import torch
 from torch import Tensor
 
-__all__ = ["Clamp", "Policy", "Scale", "Verdict", "as_number"]
+from ..reduce import Totals
+
+__all__ = ["Clamp", "Per", "Policy", "Scale", "State", "Threshold", "Verdict", "as_number"]
+
+Per: TypeAlias = Literal["model", "group", "tensor", "row"]
+"""What has a norm, and so a slot, of its own: the whole model, each named group of parameters, each parameter, or each
+row (place along dim 0) of each parameter, one with a single dim counting as one row."""
+
+State: TypeAlias = dict[str, Tensor]
+"""What a policy remembers: tensors whose first dim is the slot, on the device of the norms."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Multiply every gradient by `coef`, 0-d float64 on the device of the norm, ≤ 1."""
+    """Multiply every gradient by the coefficient of its slot: (slots,) float64 on the device of the norms, ≤ 1."""
 
-    coef: Tensor
+    coefs: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +39,28 @@ class Clamp:
 Verdict: TypeAlias = Scale | Clamp
 
 
+class Threshold(Protocol):
+    """A rule for which norm is allowed: a pure function of the totals and of its own state.
+
+    A frozen dataclass with these two methods is a threshold; neither measuring nor reducing knows of it. One that
+    follows the norms may also have `seed(norms, state) -> state`, the state after starting anew from the last raw
+    norms, (slots, window); a `cap`, the bound that always holds; and one that compares with the parameters says
+    `needs_weights = True`.
+    """
+
+    def init(self, slots: int, device: torch.device) -> State:
+        """The state before the first step; empty for a rule that remembers nothing."""
+        ...
+
+    def __call__(self, totals: Totals, state: State) -> tuple[Tensor, State]:
+        """The bound of each slot, (slots,) float64, `inf` where there is none; and the state after this step.
+
+        Every norm may be anything here: what comes of one that is not finite, or of a slot without gradient, is
+        discarded by the caller. No host sync.
+        """
+        ...
+
+
 @runtime_checkable
 class Policy(Protocol):
     """What a clipper asks of a policy."""
@@ -38,8 +70,17 @@ class Policy(Protocol):
         """p of the norm to measure."""
         ...
 
-    def decide(self, norm: Tensor) -> Verdict:
-        """The verdict on a total norm, 0-d float64. No host sync, no collective."""
+    @property
+    def per(self) -> Per:
+        """What has a slot of its own."""
+        ...
+
+    def init(self, slots: int, device: torch.device) -> State:
+        """The state before the first step."""
+        ...
+
+    def decide(self, totals: Totals, state: State) -> tuple[Verdict, State]:
+        """The verdict on this step, and the state after it. No host sync, no collective."""
         ...
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ArgumentError
 
@@ -16,6 +18,10 @@ Parameters: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[s
 
 Named: TypeAlias = list[tuple[str, Tensor]]
 
+_WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
+"""What FSDP1, torch.compile and activation checkpointing put into the names of what they wrap: a parameter is called
+the same with and without them, so that what is remembered of it finds it again."""
+
 
 def named(parameters: Parameters, argument: str = "parameters") -> Named:
     """Every tensor of the argument once, with a name.
@@ -25,7 +31,8 @@ def named(parameters: Parameters, argument: str = "parameters") -> Named:
         argument: what the caller calls it, for messages.
 
     Returns:
-        (name, tensor) in the order given; a tensor listed twice, or tied within a module, only once.
+        (name, tensor) in the order given; a tensor listed twice, or tied within a module, only once. A module's names
+        are those of the bare module, whatever wraps it.
 
     Raises:
         ArgumentError: it is none of these.
@@ -46,7 +53,9 @@ def named(parameters: Parameters, argument: str = "parameters") -> Named:
 
 def _pairs(parameters: Any, argument: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(parameters, nn.Module):
-        yield from parameters.named_parameters()
+        inside = "module." if isinstance(parameters, DistributedDataParallel) else ""
+        for name, tensor in parameters.named_parameters():
+            yield _WRAPPERS.sub("", name).removeprefix(inside), tensor
         return
     if isinstance(parameters, Tensor):
         yield argument, parameters

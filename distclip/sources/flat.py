@@ -11,7 +11,7 @@ from ..errors import LayoutError
 from ..shards import Layout
 from .split import group_ranks
 
-__all__ = ["flat_layouts", "refuse_bare"]
+__all__ = ["flat_layouts", "flat_slices", "refuse_bare"]
 
 
 def flat_layouts(module: nn.Module) -> dict[int, Layout]:
@@ -41,6 +41,29 @@ def flat_layouts(module: nn.Module) -> dict[int, Layout]:
         for param in (flat, *(flat._params or ()), *(flat._shared_params or ())):
             layouts[id(param)] = layout
     return layouts
+
+
+def flat_slices(module: nn.Module) -> dict[int, tuple[tuple[int, ...], int]]:
+    """By `id`, the shape of every parameter that FSDP1 cut and where in it, counted in elements, this rank's slice is.
+
+    Raises:
+        LayoutError: the module has flattened its parameters for good, so that none of them has a norm of its own.
+    """
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    slices: dict[int, tuple[tuple[int, ...], int]] = {}
+    for wrapped in fsdp.FullyShardedDataParallel.fsdp_modules(module) if fsdp is not None else ():
+        flat = None if wrapped._handle is None else wrapped._handle.flat_param
+        if flat is None:
+            continue
+        if flat._params is None:
+            raise LayoutError(
+                "FullyShardedDataParallel without use_orig_params=True has made one flat parameter of many: none of "
+                'them has a norm of its own. Wrap with use_orig_params=True, or write per="model".'
+            )
+        if wrapped._handle.uses_sharded_strategy:
+            for param, shape, here in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
+                slices[id(param)] = (tuple(shape), here.intra_param_start_idx or 0)
+    return slices
 
 
 def refuse_bare(name: str, tensor: Tensor) -> None:

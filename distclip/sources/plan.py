@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import DistclipError
-from ..shards import Axis, Layout, Pending, Ranks, Shard, copies
+from ..shards import Axis, Layout, Pending, Ranks, Rows, Shard, copies
 from .arguments import Named, Parameters, named
 from .dtensor import dtensor_axes, dtensor_layout, dtensor_pending, is_dtensor
 from .flat import flat_layouts, refuse_bare
-from .split import split_of
+from .rows import dtensor_rows
+from .split import cut_along, split_of
 from .tagged import annotation_of, check_tags, tags_in_use
 
 __all__ = ["Plan", "gradient_plan", "parameter_plan"]
@@ -27,12 +29,14 @@ class Plan:
         axes: of `split_over=`.
         are_gradients: the tensors are gradients; otherwise gradients are their `.grad`.
         failure: the first thing found wrong with a tensor, kept so that all ranks can raise together.
+        places: by name, the first slot of a parameter and which of its rows are here; all in slot 0 if there are none.
     """
 
     entries: list[tuple[str, Tensor, Layout]]
     axes: tuple[Axis, ...]
     are_gradients: bool = False
     failure: DistclipError | None = None
+    places: Mapping[str, tuple[int, Rows | None]] = field(default_factory=dict)
 
     @property
     def groups(self) -> set[Ranks]:
@@ -45,8 +49,10 @@ class Plan:
         return any(layout.may_be_partial for _, _, layout in self.entries)
 
     def gradient(self, tensor: Tensor) -> Tensor | None:
-        """The gradient that an entry's tensor stands for."""
-        return tensor if self.are_gradients else tensor.grad
+        """The gradient that an entry's tensor stands for: itself, `.grad`, or Megatron's fp32 `.main_grad`."""
+        if self.are_gradients:
+            return tensor
+        return tensor.grad if tensor.grad is not None else getattr(tensor, "main_grad", None)
 
     def shards(self, world_size: int) -> list[Shard]:
         """This rank's pieces of the gradients that exist now.
@@ -60,14 +66,26 @@ class Plan:
             if grad is None:
                 continue
             pending = annotation_of(tensor).pending
+            slot, rows = self.places.get(name, (0, None))
             if is_dtensor(grad):
                 pending += dtensor_pending(grad)
                 if not self.are_gradients and (not is_dtensor(tensor) or grad.placements != tensor.placements):
                     # A gradient with placements of its own: those count, split as for its parameter.
                     own = _product(dtensor_layout(grad), annotation_of(tensor).layout)
                     layout = replace(own, split=layout.split)
+                    rows = rows and dtensor_rows(grad)
                 grad = grad.to_local()
-            found.append(Shard(name, grad, copies(world_size, layout, self.axes), pending))
+            found.append(Shard(name, grad, copies(world_size, layout, self.axes), pending, slot, rows))
+        return found
+
+    def weights(self, world_size: int) -> list[Shard]:
+        """This rank's pieces of the parameters themselves, also of those without gradient."""
+        found: list[Shard] = []
+        for name, tensor, layout in self.entries:
+            local = tensor.to_local() if is_dtensor(tensor) else tensor.detach()
+            found.append(
+                Shard(name, local, copies(world_size, layout, self.axes), (), *self.places.get(name, (0, None)))
+            )
         return found
 
     def sums(self, name: str) -> tuple[Pending, ...]:
@@ -79,7 +97,7 @@ class Plan:
         """Zeros in place of a gradient that only other ranks have."""
         tensor, layout = self._entry(name)
         zeros = torch.zeros(shape, dtype=dtype, device=tensor.device)
-        return Shard(name, zeros, copies(world_size, layout, self.axes))
+        return Shard(name, zeros, copies(world_size, layout, self.axes), (), *self.places.get(name, (0, None)))
 
     def _entry(self, name: str) -> tuple[Tensor, Layout]:
         return next((tensor, layout) for other, tensor, layout in self.entries if other == name)
@@ -124,6 +142,8 @@ def _plan(tensors: Named, axes: tuple[Axis, ...], known: dict[int, Layout]) -> P
             continue
         if len(layout.split) != len(axes):
             layout = replace(layout, split=(True,) * len(axes))
+        if not layout.cut:
+            layout = replace(layout, cut=(False,) * len(axes))
         plan.entries.append((name, tensor, layout))
     return plan
 
@@ -136,7 +156,7 @@ def _layout(name: str, tensor: Tensor, axes: tuple[Axis, ...], tags: frozenset[s
     if noted.groups:
         return noted
     counted = not getattr(tensor, "shared", False)
-    return Layout(split=split_of(tensor, axes, tags), counted=counted)
+    return Layout(split=split_of(tensor, axes, tags), cut=cut_along(tensor, axes, tags), counted=counted)
 
 
 def _product(one: Layout, two: Layout) -> Layout:

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..errors import ArgumentError, LayoutError
 from ..shards import Axis, Ranks
 
-__all__ = ["SplitOver", "group_ranks", "mesh_ranks", "split_axes", "split_of"]
+__all__ = ["SplitOver", "cut_along", "group_ranks", "mesh_ranks", "split_axes", "split_of"]
 
 _One: TypeAlias = DeviceMesh | dist.ProcessGroup
 SplitOver: TypeAlias = _One | Iterable[_One] | Mapping[str, _One] | None
@@ -112,16 +112,38 @@ def _described(group: Any) -> str | None:
     return None if text in ("", "undefined", "default", "default_pg") else text
 
 
+def cut_along(tensor: Tensor, axes: tuple[Axis, ...], tags_in_use: frozenset[str]) -> tuple[bool, ...]:
+    """Whether each axis that holds different tensors under one name holds the pieces of one parameter.
+
+    It does on a tensor-parallel axis, by its name or by the tag; on any other the tensors are parameters of their own.
+    """
+    tagged = bool(getattr(tensor, "tensor_model_parallel", False))
+    return tuple(
+        _splits(axis, tensor, tags_in_use)
+        and (_is_tensor_axis(axis) or (tagged and "tensor_model_parallel" in _speaking(axis, tags_in_use)))
+        for axis in axes
+    )
+
+
 def _splits(axis: Axis, tensor: Tensor, tags_in_use: frozenset[str]) -> bool:
-    name = axis.name or ""
-    speaking = tags_in_use
-    if name:
-        tensor_axis, expert_axis = name == "tp" or "tensor" in name, name == "ep" or "expert" in name
-        # "expert_tensor_parallel" is a tensor axis of experts: the tensor tag speaks of it.
-        spoken = {"tensor_model_parallel"} if tensor_axis else {"allreduce"} if expert_axis else set[str]()
-        speaking = tags_in_use & spoken
+    speaking = _speaking(axis, tags_in_use)
     if not speaking:
         return True
     return ("tensor_model_parallel" in speaking and bool(getattr(tensor, "tensor_model_parallel", False))) or (
         "allreduce" in speaking and getattr(tensor, "allreduce", True) is False
     )
+
+
+def _speaking(axis: Axis, tags_in_use: frozenset[str]) -> frozenset[str]:
+    """Which of the tags in use speak of this axis: all of an axis without a name."""
+    if not axis.name:
+        return tags_in_use
+    # "expert_tensor_parallel" is a tensor axis of experts: the tensor tag speaks of it.
+    spoken = {"tensor_model_parallel"} if _is_tensor_axis(axis) else set[str]()
+    if not spoken and (axis.name == "ep" or "expert" in axis.name):
+        spoken = {"allreduce"}
+    return tags_in_use & spoken
+
+
+def _is_tensor_axis(axis: Axis) -> bool:
+    return axis.name is not None and (axis.name == "tp" or "tensor" in axis.name)

@@ -25,10 +25,12 @@ _ATTRIBUTE = "_distclip_annotation"
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """What `annotate_` was told: the layout it means, and the sums that a gradient still waits for."""
+    """What `annotate_` was told: the layout it means, the sums that a gradient still waits for, and along each axis
+    that cuts the parameter (dim, this rank's place)."""
 
     layout: Layout
     pending: tuple[Pending, ...]
+    cuts: tuple[tuple[int, int], ...] = ()
 
 
 def annotate_(param: Tensor, mesh: DeviceMesh | dist.ProcessGroup, placements: Sequence[Placement]) -> Tensor:
@@ -74,7 +76,12 @@ def annotate_(param: Tensor, mesh: DeviceMesh | dist.ProcessGroup, placements: S
         sizes, axis_groups = (len(ranks),), [mesh]
     pending = pending_of(axis_groups, placements)
     layout = Layout(groups=(ranks,), pieces=pieces_of(sizes, placements), may_be_partial=bool(pending))
-    setattr(param, _ATTRIBUTE, Annotation(layout, pending))
+    cuts = tuple(
+        (int(getattr(placement, "dim", 0)), dist.get_rank(group))
+        for group, placement in zip(axis_groups, placements, strict=True)
+        if not (placement.is_replicate() or placement.is_partial())
+    )
+    setattr(param, _ATTRIBUTE, Annotation(layout, pending, cuts))
     return param
 
 

@@ -15,13 +15,16 @@ STAGES = [
     ["_version", "errors", "reference", "shards", "conf"],
     ["comm"],
     ["sources"],
+    ["slots"],
     ["measure"],
     ["reduce"],
     ["settle"],
     ["policies"],
     ["apply"],
     ["report"],
-    ["call"],
+    ["call", "fold", "amp"],
+    ["nonfinite", "memory"],
+    ["judge"],
     ["clip", "clipper"],
     ["__init__"],
 ]
@@ -30,7 +33,8 @@ STAGES = [
 PLACE = {name: i for i, names in enumerate(STAGES) for name in names}
 """What a stage may import besides those to its left: itself."""
 
-FREE_OF_RANKS = {"policies", "measure", "apply", "report", "reference", "errors"}
+FREE_OF_RANKS = {"measure", "policies", "apply", "report", "reference", "errors"}
+FREE_OF_RANKS |= {"slots", "fold", "amp", "nonfinite", "memory", "judge"}
 
 
 def modules() -> list[tuple[str, Path]]:

@@ -175,7 +175,7 @@ def check_failure_while_measuring() -> None:
     clipper.clip()
     if dist.get_rank() == 1:
         complex_one = plain(torch.complex(known(3), known(3)))
-        clipper._plan.entries.append(("odd", complex_one, clipper._plan.entries[0][2]))
+        clipper._judge.plan.entries.append(("odd", complex_one, clipper._judge.plan.entries[0][2]))
     refused(clipper.clip, DistclipError, "odd", "complex", touched=param.grad.to_local())
 
 

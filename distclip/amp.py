@@ -1,0 +1,101 @@
+"""A torch.amp.GradScaler's part in a step: the scale that gradients carry, and a found_inf that is the world's.
+
+The scaler itself looks at the gradients of one rank, or at DTensors over the mesh of the first of them, so that under
+tensor, pipeline or expert parallelism some ranks step and others skip. Here it is told what all ranks have found.
+It is told through the records that it keeps between `unscale_` and `update`; `update` stays the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler, OptState
+from torch.optim import Optimizer
+
+from .errors import ArgumentError
+
+__all__ = ["Scaling"]
+
+
+class Scaling:
+    """One step of some optimizers under an enabled scaler.
+
+    Args:
+        scaler: a GradScaler, or a subclass (ShardedGradScaler).
+        optimizers: that step together.
+
+    Raises:
+        ArgumentError: no scaler at all, one that has scaled nothing yet, an optimizer that has stepped since the last
+            `scaler.update()`.
+    """
+
+    def __init__(self, scaler: GradScaler, optimizers: Sequence[Optimizer]) -> None:
+        if not isinstance(scaler, GradScaler):
+            raise ArgumentError(f"scaler={scaler!r:.80}: expected a torch.amp.GradScaler, or None.")
+        if scaler._scale is None:
+            raise ArgumentError("the scaler has not scaled a loss yet: write scaler.scale(loss).backward() first.")
+        self.scaler, self.optimizers = scaler, optimizers
+        if any(record["stage"] is OptState.STEPPED for record in self._records()):
+            raise ArgumentError(
+                "an optimizer has stepped since the last scaler.update(): call scaler.update() once after every step, "
+                "when all optimizers have stepped."
+            )
+
+    @property
+    def round(self) -> object:
+        """What is the same object from one `scaler.update()` to the next."""
+        return self.scaler._per_optimizer_states
+
+    def loss_scale(self) -> Tensor | None:
+        """What the gradients are multiplied by, 0-d; None if the caller has unscaled them.
+
+        Where only some optimizers' were, the others' are unscaled here: a pass that a call for all of them saves.
+        """
+        if all(record["stage"] is OptState.READY for record in self._records()):
+            return self.scaler._scale
+        for optimizer in self.optimizers:
+            self.unscale(optimizer)
+        return None
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        """Unscale in a pass of its own, for what cannot wait until gradients are multiplied."""
+        if self.scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
+            self.scaler.unscale_(optimizer)
+
+    def check_dtypes(self) -> None:
+        """Refuse gradients that unscaling would flush to zero, as the scaler itself does.
+
+        Raises:
+            ArgumentError: a float16 gradient (those of a ShardedGradScaler may be).
+        """
+        if type(self.scaler).__name__ == "ShardedGradScaler":
+            return
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                if any(p.grad is not None and p.grad.dtype == torch.float16 for p in group["params"]):
+                    raise ArgumentError(
+                        "Attempting to unscale FP16 gradients: small ones would become 0. Keep parameters in float32 "
+                        "and compute under torch.autocast."
+                    )
+
+    def tell(self, found_inf: Tensor) -> None:
+        """Let the scaler know what all ranks have found, so that `update` moves the scale alike on each.
+
+        Args:
+            found_inf: 0-d float32, 1.0 if a gradient of any rank is not finite, otherwise 0.0.
+        """
+        for record in self._records():
+            own = found_inf.detach().clone()
+            record["found_inf_per_device"] = {own.device: own}
+            record["stage"] = OptState.UNSCALED
+
+    def stepped(self) -> None:
+        """Note that the optimizers have stepped, or left the step out."""
+        for record in self._records():
+            record["stage"] = OptState.STEPPED
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [self.scaler._per_optimizer_states[id(optimizer)] for optimizer in self.optimizers]

@@ -1,0 +1,203 @@
+"""From gradients to a decision: measure, let the policy decide, and deal with what is not finite.
+
+Whatever depends on a number is decided from the totals, which all ranks have alike, so that all of them take the same
+branch, into the same collectives. On CPU the host reads them at once. Elsewhere it waits only where it must; otherwise
+it learns of a step while it makes the next one, again at the same place on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from .apply import outside
+from .call import Measured, total
+from .comm import Comm
+from .nonfinite import OnNonFinite, Watch, blame, counted, suspected, zero_
+from .policies import Clamp, Policy, Scale, State, Value
+from .report import Report
+from .slots import Slots
+from .sources import Plan
+
+__all__ = ["Decision", "Judge"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is to happen to the gradients of one step.
+
+    Args:
+        measured: the gradients and their totals.
+        coefs: (slots,) float64; 1 where the step is skipped.
+        clamp: bounds of the elements, instead.
+        skip: 0-d bool, whether the step leaves everything as it is.
+        skip_known: the same on the host; None where the host has not waited for it.
+    """
+
+    measured: Measured
+    coefs: Tensor
+    clamp: Clamp | None
+    skip: Tensor
+    skip_known: bool | None
+
+    @cached_property
+    def factors(self) -> Tensor:
+        """(slots,): what gradients are multiplied by: the coefficients, free of a loss scale."""
+        scale = self.measured.totals.loss_scale
+        factors = self.coefs if scale is None else self.coefs / scale.to(self.coefs)
+        return factors if self.skip_known is not None else torch.where(self.skip, 1.0, factors)
+
+    def report(self) -> Report:
+        """For the caller."""
+        totals, coefs = self.measured.totals, self.coefs
+        coef = coefs[0] if len(coefs) == 1 else _shortening(totals.norms, coefs, totals.norm_type)
+        return Report(
+            norm=self.measured.presented(),
+            coef=coef,
+            clipped=(coefs != 1.0).any() | (self.measured.outside & ~self.skip),
+            finite=totals.finite,
+            skipped=self.skip,
+            norms=totals.norms,
+            coefs=coefs,
+        )
+
+
+@dataclass(frozen=True)
+class _Later:
+    """What the host will read of a step when it makes the next one."""
+
+    step: int
+    numbers: Tensor
+    ready: Callable[[], None]
+    each: tuple[tuple[str, Tensor], ...]
+    quiet: bool
+
+
+class Judge:
+    """A policy with its memory, over the gradients of a plan.
+
+    Args:
+        plan: of this rank.
+        comm: everybody concerned.
+        policy: what to decide.
+        slots: what has a norm of its own.
+        on_nonfinite: see `GradClipper`.
+        watch: counts and warns.
+    """
+
+    def __init__(
+        self, plan: Plan, comm: Comm, policy: Policy, slots: Slots, on_nonfinite: OnNonFinite, watch: Watch
+    ) -> None:
+        self.plan, self.comm, self.policy, self.slots = plan, comm, policy, slots
+        self.on_nonfinite, self.watch = on_nonfinite, watch
+        self.state: State = policy.init(slots.total, torch.device("cpu"))
+        self._later: _Later | None = None
+
+    def decide(
+        self, failure: Exception | None, loss_scale: Tensor | None, *, scaled: bool = False, wait: bool = True
+    ) -> Decision:
+        """Measure, decide, and handle what is not finite; no gradient is written yet, save by "zero".
+
+        Args:
+            failure: what this rank found wrong so far.
+            loss_scale: what gradients are multiplied by, 0-d.
+            scaled: a GradScaler is in use: what is not finite is skipped, and no surprise.
+            wait: the host has to know whether to skip.
+
+        Raises:
+            NonFiniteError, TooManySkippedSteps: on every rank.
+
+        Collectives: those of `total`; on a step that is not finite a gather, and with "zero" those of `total` again.
+        """
+        self.settle()
+        self.watch.steps += 1
+        measured = self._measure(failure, loss_scale)
+        skips = scaled or self.on_nonfinite != "propagate"
+        wait = wait or measured.totals.finite.device.type == "cpu"
+        finite = bool(measured.totals.finite) if wait and skips else None
+        if finite is False:
+            measured, finite = self._handle(measured, loss_scale, scaled)
+        totals = measured.totals
+        self.state = {key: value.to(totals.value.device) for key, value in self.state.items()}
+        verdict, moved = self.policy.decide(totals, self.state)
+        if finite is not False:
+            self.state = moved
+        coefs = verdict.coefs if isinstance(verdict, Scale) else torch.ones_like(totals.value)
+        if any(self.slots.spared):
+            coefs = torch.where(self._spared(coefs.device), 1.0, coefs)
+        skip = ~totals.finite if skips else torch.zeros_like(totals.finite)
+        coefs = torch.where(skip, 1.0, measured.guard(coefs))
+        known = None if finite is None and skips else finite is False
+        decision = Decision(measured, coefs, verdict if isinstance(verdict, Clamp) else None, skip, known)
+        self._count(decision, scaled)
+        return decision
+
+    def settle(self) -> None:
+        """Read what the host has not read yet of the last step.
+
+        Raises:
+            TooManySkippedSteps: on every rank.
+        """
+        later, self._later = self._later, None
+        if later is None:
+            return
+        later.ready()
+        finite, clipped, reseeds = later.numbers.tolist()
+        if finite:
+            self.watch.went_well(clipped, int(reseeds))
+        elif self.on_nonfinite != "propagate" or later.quiet:
+            self.watch.skip(later.step, blame(suspected(later.each), self.comm), later.quiet)
+
+    def _measure(self, failure: Exception | None, loss_scale: Tensor | None) -> Measured:
+        policy = self.policy
+        inspect = partial(outside, low=policy.low, high=policy.high) if isinstance(policy, Value) else None
+        weights = bool(getattr(policy, "needs_weights", False))
+        measured = total(self.plan, policy.norm_type, self.comm, failure, inspect, self.slots.total, weights)
+        return replace(measured, totals=replace(measured.totals, loss_scale=loss_scale))
+
+    def _handle(self, measured: Measured, loss_scale: Tensor | None, scaled: bool) -> tuple[Measured, bool]:
+        """A step that is not finite, known to be so by the host of every rank; and what it is after that."""
+        step = self.watch.steps
+        culprits = blame(counted(measured.shards), self.comm)
+        if self.on_nonfinite == "raise" and not scaled:
+            self.watch.refuse(step, culprits)
+        if self.on_nonfinite == "zero" and not scaled and culprits:
+            zero_(measured.shards)
+            self.watch.zeroed(step, culprits)
+            measured = self._measure(None, loss_scale)
+            if bool(measured.totals.finite):
+                return measured, True
+            culprits = ()
+        self.watch.skip(step, culprits, scaled)
+        return measured, False
+
+    def _count(self, decision: Decision, scaled: bool) -> None:
+        """Take note of a step: now, or when the next one is made."""
+        if decision.skip_known:
+            return
+        totals, coefs = decision.measured.totals, decision.coefs
+        often = (coefs != 1).to(coefs.dtype).mean() * bool(self.state)
+        reseeds = self.state["reseeds"].sum() if "reseeds" in self.state else coefs.new_zeros(())
+        numbers = torch.stack([totals.finite.to(coefs.dtype), often, reseeds.to(coefs.dtype)])
+        ready: Callable[[], None] = lambda: None  # noqa: E731
+        if numbers.device.type == "cuda":
+            numbers = numbers.to("cpu", non_blocking=True)
+            ready = torch.cuda.current_stream().record_event().synchronize
+        self._later = _Later(self.watch.steps, numbers, ready, decision.measured.each, scaled)
+        if totals.finite.device.type == "cpu":
+            self.settle()
+
+    def _spared(self, device: torch.device) -> Tensor:
+        counts = torch.tensor(self.slots.counts)
+        return torch.tensor(self.slots.spared).repeat_interleave(counts).to(device)
+
+
+def _shortening(norms: Tensor, coefs: Tensor, norm_type: float) -> Tensor:
+    """By what the whole gradient is shorter, 1 where nothing is clipped."""
+    before = torch.linalg.vector_norm(norms, norm_type)
+    after = torch.linalg.vector_norm(norms * coefs, norm_type)
+    return torch.where((coefs == 1).all() | (before == 0), 1.0, after / before)
