@@ -17,7 +17,18 @@ from torch.optim import Optimizer
 
 from .errors import ArgumentError
 
-__all__ = ["Scaling"]
+__all__ = ["Scaling", "initial_scale"]
+
+
+def initial_scale(scaler: Any) -> float | None:
+    """What an enabled scaler starts with; None if it has not scaled a loss on this rank.
+
+    Raises:
+        ArgumentError: no GradScaler.
+    """
+    if not isinstance(scaler, GradScaler):
+        raise ArgumentError(f"scaler={scaler!r:.80}: expected a torch.amp.GradScaler, or None.")
+    return None if scaler._scale is None else scaler.get_scale()
 
 
 class Scaling:
@@ -28,15 +39,16 @@ class Scaling:
         optimizers: that step together.
 
     Raises:
-        ArgumentError: no scaler at all, one that has scaled nothing yet, an optimizer that has stepped since the last
-            `scaler.update()`.
+        ArgumentError: an optimizer that has stepped since the last `scaler.update()`.
     """
 
     def __init__(self, scaler: GradScaler, optimizers: Sequence[Optimizer]) -> None:
-        if not isinstance(scaler, GradScaler):
-            raise ArgumentError(f"scaler={scaler!r:.80}: expected a torch.amp.GradScaler, or None.")
         if scaler._scale is None:
-            raise ArgumentError("the scaler has not scaled a loss yet: write scaler.scale(loss).backward() first.")
+            # A pipeline stage that sees no loss: it starts at the scale with which the last one started.
+            devices = [
+                p.device for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
+            ]
+            scaler._lazy_init_scale_growth_tracker((devices or [torch.device("cpu")])[0])
         self.scaler, self.optimizers = scaler, optimizers
         if any(record["stage"] is OptState.STEPPED for record in self._records()):
             raise ArgumentError(

@@ -13,13 +13,10 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .amp import Scaling
-from .apply import clamp_, scale_
 from .call import Attempt, agree, meet
 from .comm import Comm
 from .errors import ArgumentError, DisagreementError
-from .fold import folded, takes_factor
-from .judge import Decision, Judge
+from .judge import Judge
 from .memory import restored, rule_of, saved
 from .nonfinite import Incident, OnNonFinite, Watch
 from .policies import Policy
@@ -29,6 +26,7 @@ from .sources import Plan, parameter_plan, split_axes
 from .sources.arguments import Parameters
 from .sources.flat import flat_slices
 from .sources.split import SplitOver
+from .stepper import Stepper, apply_, several
 
 __all__ = ["GradClipper"]
 
@@ -96,7 +94,7 @@ class GradClipper:
         self._slots = slots
         self._watch = Watch(max_skips)
         self._judge = Judge(plan, everybody, policy, slots, on_nonfinite, self._watch)
-        self._round: tuple[object, Decision, bool] | None = None
+        self._stepper = Stepper(self._judge)
         self._turn: set[int] = set()
         self._busy = False
 
@@ -140,7 +138,7 @@ class GradClipper:
             for _, tensor, _ in self._judge.plan.entries:
                 tensor.grad = None
         else:
-            _apply(decision)
+            apply_(decision)
         return decision.report()
 
     @_disable_dynamo
@@ -152,7 +150,8 @@ class GradClipper:
         With gradient accumulation call it once, at the end; a NaN in any of the micro-batches skips all of them.
 
         Args:
-            optimizer: what steps; several, if they share a loss (with a scaler also in a call each).
+            optimizer: what steps; several, if they share a loss (with a scaler also in a call each); none, on a rank
+                that holds no parameters.
             scaler: unscale, clip and check in one pass, and tell the scaler what all ranks have found, so that its
                 scale stays the same on each. Call `scaler.update()` yourself, once, after all optimizers have stepped.
                 After `scaler.unscale_` gradients are not unscaled again.
@@ -165,33 +164,15 @@ class GradClipper:
                 parameters that the clipper does not; float16 gradients with a scaler; on every rank.
             LayoutError, NonFiniteError, TooManySkippedSteps: see `clip`.
 
-        Collectives: those of `clip`. Host syncs: on an accelerator one, as GradScaler has; none where all optimizers
-        are fused and `on_nonfinite` is "skip" or "propagate": the device leaves the step out, and warnings, counters
-        and `max_skips` follow one step later, on all ranks at the same.
+        Collectives: those of `clip`; a gather the first time with these optimizers. Host syncs: on an accelerator one,
+        as GradScaler has; none where all optimizers are fused and `on_nonfinite` is "skip" or "propagate": the device
+        leaves the step out, and warnings, counters and `max_skips` follow one step later, on all ranks at the same.
         """
-        attempt = Attempt()
-        optimizers = attempt(_several, optimizer) or []
-        scaling = None
-        if scaler is not None and (not isinstance(scaler, GradScaler) or scaler.is_enabled()):
-            scaling = attempt(Scaling, scaler, optimizers)
-        if scaling is not None and self._round is not None and self._round[0] is scaling.round:
-            _, decision, in_place = self._round
-            self._advance(optimizers, decision, scaling, in_place)
-            return decision.report()
-        loss_scale = None if scaling is None else attempt(self._loss_scale, scaling, optimizers)
-        fused = bool(optimizers) and all(map(takes_factor, optimizers))
-        lazily = fused and self._judge.on_nonfinite in ("skip", "propagate")
-        with torch.no_grad():
-            decision = self._judge.decide(attempt.failure, loss_scale, scaled=scaling is not None, wait=not lazily)
-        fold = fused and decision.clamp is None and len(decision.coefs) == 1 and self._knows(optimizers)
-        fold = fold and (loss_scale is not None or decision.skip_known is None)
-        if not fold and not decision.skip_known:
-            with torch.no_grad():
-                _apply(decision)
-        self._advance(optimizers, decision, scaling, in_place=not fold)
-        if scaling is not None:
-            self._round = (scaling.round, decision, not fold)
-        return decision.report()
+        self._busy = True
+        try:
+            return self._stepper.step(optimizer, scaler).report()
+        finally:
+            self._busy = False
 
     def attach(self, *optimizers: Optimizer) -> RemovableHandle:
         """Clip inside of every `optimizer.step()`, whoever calls it; of several optimizers, once for all of them.
@@ -220,8 +201,7 @@ class GradClipper:
         tensor([-0.6000, -0.8000])
         >>> handle.remove()
         """
-        several = _several(optimizers)
-        handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in several]
+        handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in several(*optimizers)]
         return _Together(handles)
 
     def state_dict(self) -> dict[str, Any]:
@@ -257,60 +237,6 @@ class GradClipper:
         for key, count in state_dict["counts"].items():
             setattr(self._watch, key, int(count))
 
-    def _loss_scale(self, scaling: Scaling, optimizers: Sequence[Optimizer]) -> torch.Tensor | None:
-        if not self._knows(optimizers):
-            raise ArgumentError(
-                "with a scaler every parameter of the optimizer has to be unscaled here, and some are not the "
-                "clipper's. Construct the clipper with all of them, or call scaler.unscale_(optimizer) first."
-            )
-        if isinstance(getattr(self.policy, "low", None), float):
-            for optimizer in optimizers:
-                scaling.unscale(optimizer)
-        loss_scale = scaling.loss_scale()
-        if loss_scale is not None:
-            scaling.check_dtypes()
-        return loss_scale
-
-    def _knows(self, optimizers: Sequence[Optimizer]) -> bool:
-        own = {id(tensor) for _, tensor, _ in self._judge.plan.entries}
-        return all(id(p) in own for o in optimizers for group in o.param_groups for p in group["params"])
-
-    def _advance(
-        self, optimizers: Sequence[Optimizer], decision: Decision, scaling: Scaling | None, in_place: bool
-    ) -> None:
-        """Step, or leave the step out; the gradients have been scaled already if `in_place`."""
-        found_inf = decision.skip.to(torch.float32)
-        if scaling is not None:
-            scaling.tell(found_inf)
-        self._busy = True
-        try:
-            if decision.skip_known:
-                pass
-            elif not in_place and all(map(takes_factor, optimizers)):
-                with folded(optimizers, decision.factors.reciprocal().float().view(()), found_inf):
-                    for optimizer in optimizers:
-                        optimizer.step()
-            else:
-                if not in_place:
-                    self._scale_those_of(optimizers, decision)
-                for optimizer in optimizers:
-                    if decision.skip_known is None:
-                        with folded([optimizer], None, found_inf):
-                            optimizer.step()
-                    else:
-                        optimizer.step()
-        finally:
-            self._busy = False
-        if scaling is not None:
-            scaling.stepped()
-
-    def _scale_those_of(self, optimizers: Sequence[Optimizer], decision: Decision) -> None:
-        """What another optimizer of the same round has left to its own kernel."""
-        ids = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
-        names = {name for name, tensor, _ in self._judge.plan.entries if id(tensor) in ids}
-        with torch.no_grad():
-            scale_([shard for shard in decision.measured.shards if shard.name in names], decision.factors)
-
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._busy:
             return
@@ -332,19 +258,6 @@ class _Together(RemovableHandle):
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-
-
-def _apply(decision: Decision) -> None:
-    scale_(decision.measured.shards, decision.factors)
-    if decision.clamp is not None:
-        clamp_(decision.measured.shards, decision.clamp.low, decision.clamp.high)
-
-
-def _several(optimizer: Any) -> list[Optimizer]:
-    optimizers = [optimizer] if hasattr(optimizer, "step") else list(optimizer)
-    if not optimizers or not all(hasattr(o, "step") and hasattr(o, "param_groups") for o in optimizers):
-        raise ArgumentError(f"optimizer={optimizer!r:.80}: expected a torch.optim.Optimizer, or several of them.")
-    return optimizers
 
 
 def _check(policy: Any, on_nonfinite: Any, max_skips: Any) -> None:

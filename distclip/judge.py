@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .apply import outside
 from .call import Measured, total
-from .comm import Comm
+from .comm import Comm, LocalComm
 from .nonfinite import OnNonFinite, Watch, blame, counted, suspected, zero_
 from .policies import Clamp, Policy, Scale, State, Value
 from .report import Report
@@ -50,6 +50,10 @@ class Decision:
         scale = self.measured.totals.loss_scale
         factors = self.coefs if scale is None else self.coefs / scale.to(self.coefs)
         return factors if self.skip_known is not None else torch.where(self.skip, 1.0, factors)
+
+    def without_gradients(self) -> Decision:
+        """The same, without keeping gradients alive."""
+        return replace(self, measured=replace(self.measured, shards=[], each=()))
 
     def report(self) -> Report:
         """For the caller."""
@@ -97,6 +101,13 @@ class Judge:
         self.state: State = policy.init(slots.total, torch.device("cpu"))
         self._later: _Later | None = None
 
+    @property
+    def on_host(self) -> bool:
+        """Whether totals are on the host anyway: a fact of the communicator, so the same on all of its ranks."""
+        if isinstance(self.comm, LocalComm):
+            return all(tensor.device.type == "cpu" for _, tensor, _ in self.plan.entries)
+        return getattr(self.comm, "device", torch.device("cpu")).type == "cpu"
+
     def decide(
         self, failure: Exception | None, loss_scale: Tensor | None, *, scaled: bool = False, wait: bool = True
     ) -> Decision:
@@ -117,7 +128,7 @@ class Judge:
         self.watch.steps += 1
         measured = self._measure(failure, loss_scale)
         skips = scaled or self.on_nonfinite != "propagate"
-        wait = wait or measured.totals.finite.device.type == "cpu"
+        wait = wait or self.on_host
         finite = bool(measured.totals.finite) if wait and skips else None
         if finite is False:
             measured, finite = self._handle(measured, loss_scale, scaled)
@@ -188,7 +199,7 @@ class Judge:
             numbers = numbers.to("cpu", non_blocking=True)
             ready = torch.cuda.current_stream().record_event().synchronize
         self._later = _Later(self.watch.steps, numbers, ready, decision.measured.each, scaled)
-        if totals.finite.device.type == "cpu":
+        if self.on_host:
             self.settle()
 
     def _spared(self, device: torch.device) -> Tensor:

@@ -26,7 +26,7 @@ class ProcessGroupComm:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.ranks = tuple(dist.get_process_group_ranks(group))
-        self._device = _device(group)
+        self.device = _device(group)
 
     def sum_(self, tensor: Tensor) -> None:
         """One all-reduce (SUM)."""
@@ -43,7 +43,7 @@ class ProcessGroupComm:
         return values
 
     def _all_reduce(self, tensor: Tensor, op: Any) -> None:
-        travelling = tensor.to(self._device)
+        travelling = tensor.to(self.device)
         dist.all_reduce(travelling, op=op, group=self.group)
         if travelling is not tensor:
             tensor.copy_(travelling)

@@ -13,6 +13,7 @@ from ..shards import Axis, Layout, Pending, Ranks, Rows, Shard, copies
 from .arguments import Named, Parameters, named
 from .dtensor import dtensor_axes, dtensor_layout, dtensor_pending, is_dtensor
 from .flat import flat_layouts, refuse_bare
+from .replicated import replicated_ranks
 from .rows import dtensor_rows
 from .split import cut_along, split_of
 from .tagged import annotation_of, check_tags, tags_in_use
@@ -115,18 +116,19 @@ def parameter_plan(parameters: Parameters, axes: tuple[Axis, ...] | None) -> Pla
     """
     if axes is None:
         return Plan([(name, tensor, Layout()) for name, tensor in named(parameters)], ())
-    known = flat_layouts(parameters) if isinstance(parameters, nn.Module) else {}
-    return _plan(named(parameters), axes, known)
+    if not isinstance(parameters, nn.Module):
+        return _plan(named(parameters), axes, {}, {})
+    return _plan(named(parameters), axes, flat_layouts(parameters), replicated_ranks(parameters))
 
 
 def gradient_plan(tensors: Parameters, axes: tuple[Axis, ...]) -> Plan:
     """A plan over gradients themselves."""
-    plan = _plan(named(tensors, "tensors"), axes, {})
+    plan = _plan(named(tensors, "tensors"), axes, {}, {})
     plan.are_gradients = True
     return plan
 
 
-def _plan(tensors: Named, axes: tuple[Axis, ...], known: dict[int, Layout]) -> Plan:
+def _plan(tensors: Named, axes: tuple[Axis, ...], known: Mapping[int, Layout], copied: Mapping[int, Ranks]) -> Plan:
     plan = Plan([], axes)
     plain = [(name, t) for name, t in tensors if not is_dtensor(t)]
     tags = tags_in_use([t for _, t in plain])
@@ -142,6 +144,8 @@ def _plan(tensors: Named, axes: tuple[Axis, ...], known: dict[int, Layout]) -> P
             continue
         if len(layout.split) != len(axes):
             layout = replace(layout, split=(True,) * len(axes))
+        if id(tensor) in copied:
+            layout = replace(layout, groups=(*layout.groups, copied[id(tensor)]))
         if not layout.cut:
             layout = replace(layout, cut=(False,) * len(axes))
         plan.entries.append((name, tensor, layout))

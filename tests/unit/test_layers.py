@@ -25,6 +25,7 @@ STAGES = [
     ["call", "fold", "amp"],
     ["nonfinite", "memory"],
     ["judge"],
+    ["stepper"],
     ["clip", "clipper"],
     ["__init__"],
 ]
@@ -34,7 +35,7 @@ PLACE = {name: i for i, names in enumerate(STAGES) for name in names}
 """What a stage may import besides those to its left: itself."""
 
 FREE_OF_RANKS = {"measure", "policies", "apply", "report", "reference", "errors"}
-FREE_OF_RANKS |= {"slots", "fold", "amp", "nonfinite", "memory", "judge"}
+FREE_OF_RANKS |= {"slots", "fold", "amp", "nonfinite", "memory", "judge", "stepper"}
 
 
 def modules() -> list[tuple[str, Path]]:

@@ -1,0 +1,159 @@
+"""A clipper's decision and the optimizers: who has already unscaled, who scales by itself, who steps.
+
+Everything that calls for a collective depends only on what all ranks share: the program's order of calls, and what was
+agreed on the first time.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from .amp import Scaling, initial_scale
+from .apply import clamp_, scale_
+from .call import Attempt, meet
+from .errors import ArgumentError, DisagreementError
+from .fold import folded, takes_factor
+from .judge import Decision, Judge
+from .policies import Value
+
+__all__ = ["Stepper", "apply_", "several"]
+
+
+class Stepper:
+    """Steps of optimizers by the decisions of a judge.
+
+    Args:
+        judge: what decides.
+    """
+
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+        self._met: list[tuple[tuple[weakref.ref[Any], ...], bool]] = []
+        self._round: tuple[object, Decision, bool] | None = None
+
+    def step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None) -> Decision:
+        """See `GradClipper.step`."""
+        attempt = Attempt()
+        optimizers = attempt(several, optimizer) or []
+        if isinstance(scaler, GradScaler) and not scaler.is_enabled():
+            scaler = None
+        lazily = self._meet(attempt, optimizers, scaler) and self._judge.on_nonfinite in ("skip", "propagate")
+        scaling = None if scaler is None else attempt(Scaling, scaler, optimizers)
+        if scaling is not None and self._round is not None and self._round[0] is scaling.round:
+            _, decision, in_place = self._round
+            self._advance(optimizers, decision, scaling, in_place)
+            return decision
+        loss_scale = None if scaling is None else attempt(self._loss_scale, scaling, optimizers)
+        with torch.no_grad():
+            decision = self._judge.decide(attempt.failure, loss_scale, scaled=scaling is not None, wait=not lazily)
+        fold = loss_scale is not None or decision.skip_known is None
+        fold = fold and decision.clamp is None and len(decision.coefs) == 1
+        fold = fold and all(map(takes_factor, optimizers)) and self._knows(optimizers)
+        if not fold and not decision.skip_known:
+            with torch.no_grad():
+                apply_(decision)
+        self._advance(optimizers, decision, scaling, in_place=not fold)
+        if scaling is not None:
+            self._round = (scaling.round, decision.without_gradients(), not fold)
+        return decision
+
+    def _meet(self, attempt: Attempt, optimizers: Sequence[Optimizer], scaler: GradScaler | None) -> bool:
+        """The first time with these optimizers and this scaler, agree with all ranks; whether all optimizers are fused.
+
+        A rank may have no optimizer at all, or (a pipeline stage) a scaler that has seen no loss.
+        """
+        party = (*optimizers, *([] if scaler is None else [scaler]))
+        for known, fused in self._met:
+            if len(known) == len(party) and all(ref() is one for ref, one in zip(known, party, strict=True)):
+                return fused
+        if attempt.failure is not None and self._met:
+            return False  # the others may have met before: they will hear of it in the reduction
+        scale = None if scaler is None else attempt(initial_scale, scaler)
+        fuses = attempt(lambda: all(map(takes_factor, optimizers))) or False
+        told = meet(self._judge.comm, attempt.failure, (fuses, scaler is not None, scale))
+        scales = {scale for _, _, scale in told} - {None}
+        if len({scaled for _, scaled, _ in told}) > 1 or len(scales) > 1:
+            raise DisagreementError(
+                f"the scalers of the ranks start at {[scale for _, _, scale in told]}: write the same one on each."
+            )
+        if scaler is not None and not scales:
+            raise ArgumentError("the scaler has not scaled a loss on any rank: write scaler.scale(loss).backward().")
+        self._met.append((tuple(map(weakref.ref, party)), all(fused for fused, _, _ in told)))
+        return self._met[-1][1]
+
+    def _loss_scale(self, scaling: Scaling, optimizers: Sequence[Optimizer]) -> Tensor | None:
+        if not self._knows(optimizers):
+            raise ArgumentError(
+                "with a scaler every parameter of the optimizer has to be unscaled here, and some are not the "
+                "clipper's. Construct the clipper with all of them, or call scaler.unscale_(optimizer) first."
+            )
+        if isinstance(self._judge.policy, Value):
+            for optimizer in optimizers:
+                scaling.unscale(optimizer)
+        loss_scale = scaling.loss_scale()
+        if loss_scale is not None:
+            scaling.check_dtypes()
+        return loss_scale
+
+    def _knows(self, optimizers: Sequence[Optimizer]) -> bool:
+        own = {id(tensor) for _, tensor, _ in self._judge.plan.entries}
+        return all(id(p) in own for o in optimizers for group in o.param_groups for p in group["params"])
+
+    def _advance(
+        self, optimizers: Sequence[Optimizer], decision: Decision, scaling: Scaling | None, in_place: bool
+    ) -> None:
+        """Step, or leave the step out; the gradients have been scaled already if `in_place`."""
+        found_inf = decision.skip.to(torch.float32)
+        if scaling is not None:
+            scaling.tell(found_inf)
+        if decision.skip_known:
+            pass
+        elif not in_place and all(map(takes_factor, optimizers)):
+            with folded(optimizers, decision.factors.reciprocal().float().view(()), found_inf):
+                for optimizer in optimizers:
+                    optimizer.step()
+        else:
+            if not in_place:
+                self._scale_those_of(optimizers, decision)
+            for optimizer in optimizers:
+                if decision.skip_known is None and takes_factor(optimizer):
+                    with folded([optimizer], None, found_inf):
+                        optimizer.step()
+                elif decision.skip_known is not None or not bool(decision.skip):
+                    optimizer.step()
+        if scaling is not None:
+            scaling.stepped()
+
+    def _scale_those_of(self, optimizers: Sequence[Optimizer], decision: Decision) -> None:
+        """What another optimizer of the same round has left to its own kernel."""
+        ids = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+        names = {name for name, tensor, _ in self._judge.plan.entries if id(tensor) in ids}
+        with torch.no_grad():
+            shards = self._judge.plan.shards(self._judge.comm.size)
+            scale_([shard for shard in shards if shard.name in names], decision.factors)
+
+
+def apply_(decision: Decision) -> None:
+    """Write a decision into the gradients."""
+    scale_(decision.measured.shards, decision.factors)
+    if decision.clamp is not None:
+        clamp_(decision.measured.shards, decision.clamp.low, decision.clamp.high)
+
+
+def several(optimizer: Any) -> list[Optimizer]:
+    """One optimizer or some, as a list.
+
+    Raises:
+        ArgumentError: it is neither.
+    """
+    optimizers = [optimizer] if hasattr(optimizer, "step") else list(optimizer)
+    if not all(hasattr(o, "step") and hasattr(o, "param_groups") for o in optimizers):
+        raise ArgumentError(f"optimizer={optimizer!r:.80}: expected a torch.optim.Optimizer, or several of them.")
+    return optimizers
