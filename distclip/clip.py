@@ -9,6 +9,7 @@ from types import GeneratorType
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from .apply import clamp_, scale_
 from .call import Attempt, Measured, agree, check_covered, total
@@ -23,6 +24,7 @@ from .sources.split import SplitOver
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
 
 
+@_disable_dynamo
 @torch.no_grad()
 def clip_grad_norm_(
     parameters: Parameters,
@@ -91,6 +93,7 @@ def clip_grad_norm_(
     return measured.presented()
 
 
+@_disable_dynamo
 @torch.no_grad()
 def get_total_norm(
     tensors: Parameters,
@@ -128,6 +131,7 @@ def get_total_norm(
     return measured.presented()
 
 
+@_disable_dynamo
 @torch.no_grad()
 def clip_grads_with_norm_(
     parameters: Parameters, max_norm: float, total_norm: Tensor, foreach: bool | None = None
@@ -156,6 +160,7 @@ def clip_grads_with_norm_(
     scale_(_local_shards(parameters), coefficient(norm, bound), foreach)
 
 
+@_disable_dynamo
 @torch.no_grad()
 def clip_grad_value_(
     parameters: Parameters, clip_value: float | tuple[float, float], foreach: bool | None = None
