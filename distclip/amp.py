@@ -20,15 +20,15 @@ from .errors import ArgumentError
 __all__ = ["Scaling", "initial_scale"]
 
 
-def initial_scale(scaler: Any) -> float | None:
-    """What an enabled scaler starts with; None if it has not scaled a loss on this rank.
+def initial_scale(scaler: Any) -> tuple[float, bool]:
+    """What an enabled scaler starts with, and whether it has scaled a loss on this rank.
 
     Raises:
         ArgumentError: no GradScaler.
     """
     if not isinstance(scaler, GradScaler):
         raise ArgumentError(f"scaler={scaler!r:.80}: expected a torch.amp.GradScaler, or None.")
-    return None if scaler._scale is None else scaler.get_scale()
+    return scaler.get_scale(), scaler._scale is not None
 
 
 class Scaling:
@@ -61,21 +61,22 @@ class Scaling:
         """What is the same object from one `scaler.update()` to the next."""
         return self.scaler._per_optimizer_states
 
-    def loss_scale(self) -> Tensor | None:
-        """What the gradients are multiplied by, 0-d; None if the caller has unscaled them.
+    @property
+    def loss_scale(self) -> Tensor:
+        """What gradients are multiplied by until they are unscaled, 0-d."""
+        assert self.scaler._scale is not None
+        return self.scaler._scale
 
-        Where only some optimizers' were, the others' are unscaled here: a pass that a call for all of them saves.
-        """
-        if all(record["stage"] is OptState.READY for record in self._records()):
-            return self.scaler._scale
-        for optimizer in self.optimizers:
-            self.unscale(optimizer)
-        return None
+    def scaled(self) -> list[Optimizer]:
+        """The optimizers whose gradients still carry the scale: the caller has not called `scaler.unscale_`."""
+        records = zip(self.optimizers, self._records(), strict=True)
+        return [optimizer for optimizer, record in records if record["stage"] is OptState.READY]
 
-    def unscale(self, optimizer: Optimizer) -> None:
-        """Unscale in a pass of its own, for what cannot wait until gradients are multiplied."""
-        if self.scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
-            self.scaler.unscale_(optimizer)
+    def others_unscaled(self) -> bool:
+        """Whether the caller has unscaled an optimizer that is not among these."""
+        own = {id(optimizer) for optimizer in self.optimizers}
+        records = self.scaler._per_optimizer_states.items()
+        return any(record["stage"] is OptState.UNSCALED for one, record in records if one not in own)
 
     def check_dtypes(self) -> None:
         """Refuse gradients that unscaling would flush to zero, as the scaler itself does.

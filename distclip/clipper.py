@@ -107,7 +107,10 @@ class GradClipper:
 
     @property
     def incidents(self) -> Sequence[Incident]:
-        """The last hundred steps that were not finite, and whose gradients were to blame; the same on every rank."""
+        """The last hundred steps that were not finite, and whose gradients were to blame; the same on every rank.
+
+        Where the host is a step behind (see `step`), `state_dict()` brings it up to date.
+        """
         return tuple(self._watch.incidents)
 
     @property
@@ -120,8 +123,8 @@ class GradClipper:
     def clip(self) -> Report:
         """Measure, decide and apply, once, in place; call it after backward on every rank, before your own step.
 
-        A step that is to be skipped loses its gradients (`.grad = None`), so that an optimizer's step does nothing and
-        accumulation starts afresh; `report.skipped` says so.
+        A step that is to be skipped loses its gradients (`.grad = None`, a `main_grad` becomes 0), so that an
+        optimizer's step does nothing and accumulation starts afresh; `report.skipped` says so.
 
         Returns:
             What was seen and done, as device scalars.
@@ -137,6 +140,8 @@ class GradClipper:
         if decision.skip_known:
             for _, tensor, _ in self._judge.plan.entries:
                 tensor.grad = None
+                if (main := getattr(tensor, "main_grad", None)) is not None:
+                    main.zero_()
         else:
             apply_(decision)
         return decision.report()
@@ -201,7 +206,7 @@ class GradClipper:
         tensor([-0.6000, -0.8000])
         >>> handle.remove()
         """
-        handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in several(*optimizers)]
+        handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in _some(optimizers)]
         return _Together(handles)
 
     def state_dict(self) -> dict[str, Any]:
@@ -258,6 +263,12 @@ class _Together(RemovableHandle):
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+def _some(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
+    if not optimizers:
+        raise ArgumentError("no optimizer to attach to: write clipper.attach(optimizer).")
+    return several(optimizers)
 
 
 def _check(policy: Any, on_nonfinite: Any, max_skips: Any) -> None:

@@ -36,6 +36,7 @@ class Decision:
         clamp: bounds of the elements, instead.
         skip: 0-d bool, whether the step leaves everything as it is.
         skip_known: the same on the host; None where the host has not waited for it.
+        overflow: 0-d bool, whether that is because something is not finite.
     """
 
     measured: Measured
@@ -43,6 +44,7 @@ class Decision:
     clamp: Clamp | None
     skip: Tensor
     skip_known: bool | None
+    overflow: Tensor
 
     @cached_property
     def factors(self) -> Tensor:
@@ -135,15 +137,21 @@ class Judge:
         totals = measured.totals
         self.state = {key: value.to(totals.value.device) for key, value in self.state.items()}
         verdict, moved = self.policy.decide(totals, self.state)
+        if finite is None and skips:
+            moved = {key: torch.where(totals.finite, value, self.state[key]) for key, value in moved.items()}
         if finite is not False:
             self.state = moved
         coefs = verdict.coefs if isinstance(verdict, Scale) else torch.ones_like(totals.value)
         if any(self.slots.spared):
             coefs = torch.where(self._spared(coefs.device), 1.0, coefs)
-        skip = ~totals.finite if skips else torch.zeros_like(totals.finite)
+        overflow = ~totals.finite if skips else torch.zeros_like(totals.finite)
+        by_policy = verdict.skip if isinstance(verdict, Scale) else None
+        skip = overflow if by_policy is None else overflow | (by_policy & totals.finite)
         coefs = torch.where(skip, 1.0, measured.guard(coefs))
-        known = None if finite is None and skips else finite is False
-        decision = Decision(measured, coefs, verdict if isinstance(verdict, Clamp) else None, skip, known)
+        on_host = finite is not None or not skips
+        known = (finite is False or (by_policy is not None and bool(skip))) if on_host else None
+        clamp = verdict if isinstance(verdict, Clamp) else None
+        decision = Decision(measured, coefs, clamp, skip, known, overflow)
         self._count(decision, scaled)
         return decision
 
@@ -157,9 +165,13 @@ class Judge:
         if later is None:
             return
         later.ready()
-        finite, clipped, reseeds = later.numbers.tolist()
+        finite, skipped, clipped, reseeds = later.numbers.tolist()
         if finite:
             self.watch.went_well(clipped, int(reseeds))
+            if skipped:
+                self.watch.leave_out(later.step)
+            else:
+                self.watch.in_a_row = 0
         elif self.on_nonfinite != "propagate" or later.quiet:
             self.watch.skip(later.step, blame(suspected(later.each), self.comm), later.quiet)
 
@@ -188,12 +200,12 @@ class Judge:
 
     def _count(self, decision: Decision, scaled: bool) -> None:
         """Take note of a step: now, or when the next one is made."""
-        if decision.skip_known:
+        if decision.skip_known and bool(decision.overflow):
             return
         totals, coefs = decision.measured.totals, decision.coefs
-        often = (coefs != 1).to(coefs.dtype).mean() * bool(self.state)
+        often = ((coefs != 1) | decision.skip).to(coefs.dtype).mean() * bool(self.state)
         reseeds = self.state["reseeds"].sum() if "reseeds" in self.state else coefs.new_zeros(())
-        numbers = torch.stack([totals.finite.to(coefs.dtype), often, reseeds.to(coefs.dtype)])
+        numbers = torch.stack([x.to(coefs.dtype) for x in (totals.finite, decision.skip, often, reseeds)])
         ready: Callable[[], None] = lambda: None  # noqa: E731
         if numbers.device.type == "cuda":
             numbers = numbers.to("cpu", non_blocking=True)

@@ -33,7 +33,7 @@ class Culprit:
         name: of the parameter.
         nans: how many NaN, on all `ranks` together.
         infs: how many infinite ones.
-        ranks: of the communicator that hold them.
+        ranks: that hold them, as torch.distributed counts; empty for a process that clips alone.
     """
 
     name: str
@@ -43,8 +43,8 @@ class Culprit:
 
     def __str__(self) -> str:
         counts = [f"{n} {kind}" for n, kind in ((self.nans, "NaN"), (self.infs, "Inf")) if n]
-        on = f"rank {self.ranks[0]}" if len(self.ranks) == 1 else f"ranks {list(self.ranks)}"
-        return f"{self.name} ({' and '.join(counts)} on {on})"
+        on = f" on rank{'s' * (len(self.ranks) > 1)} {', '.join(map(str, self.ranks))}" if self.ranks else ""
+        return f"{self.name} ({' and '.join(counts)}{on})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +86,14 @@ def suspected(each: Iterable[tuple[str, Tensor]]) -> list[tuple[str, int, int]]:
 def blame(found: list[tuple[str, int, int]], comm: Comm) -> tuple[Culprit, ...]:
     """What all ranks found. Collectives: one gather over `comm`."""
     culprits: dict[str, Culprit] = {}
-    for rank, told in enumerate(comm.gather_objects(found)):
+    told_by = comm.gather_objects(found)
+    ranks = getattr(comm, "ranks", range(comm.size)) if comm.size > 1 else (None,)
+    for rank, told in zip(ranks, told_by, strict=True):
         for name, nans, infs in told:
             old = culprits.get(name, Culprit(name, 0, 0, ()))
-            culprits[name] = Culprit(name, old.nans + nans, old.infs + infs, (*old.ranks, rank))
+            culprits[name] = Culprit(
+                name, old.nans + nans, old.infs + infs, (*old.ranks, *(() if rank is None else (rank,)))
+            )
     return tuple(culprits.values())
 
 
@@ -156,14 +160,27 @@ class Watch:
             text = f"step {step} was skipped ({self.skipped} in all): {described(culprits)}."
             warnings.warn(text, NonFiniteWarning, stacklevel=5)
 
+    def leave_out(self, step: int) -> None:
+        """Count a step that the policy left out.
+
+        Raises:
+            TooManySkippedSteps: it is the last of too many in a row.
+        """
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.max_skips is not None and self.in_a_row >= self.max_skips:
+            raise TooManySkippedSteps(
+                f"step {step}: {self.in_a_row} steps in a row were skipped (max_skips={self.max_skips}), this one by "
+                "the policy: its norm is finite and beyond the bound."
+            )
+
     def went_well(self, clipped: float, reseeds: int) -> None:
-        """Count a step that was finite.
+        """Take note of a step that was finite.
 
         Args:
             clipped: which part of the slots was clipped, for a policy that adapts.
             reseeds: how often the policy started anew so far.
         """
-        self.in_a_row = 0
         self._clipped.append(clipped)
         often = len(self._clipped) == 128 and sum(self._clipped) > 64
         if (often or reseeds > self.reseeds) and not self._warned:

@@ -18,7 +18,7 @@ class Report:
         coef: 0-d float64, by what clipping shortened the whole gradient; 1 where nothing was. With one slot, the factor
             itself; with several, ‖(coefs · norms)‖ / ‖norms‖.
         clipped: 0-d bool, whether the policy changed the gradients.
-        finite: 0-d bool, whether the norm is.
+        finite: 0-d bool, whether the norm is; with on_nonfinite="zero", of what is left.
         skipped: 0-d bool, whether this step leaves parameters and optimizer as they are. A scheduler that is to count
             updates only is stepped where this is False.
         norms: (slots,) float64, the norm of each slot; `GradClipper.slots` has the names.

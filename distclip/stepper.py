@@ -22,6 +22,7 @@ from .errors import ArgumentError, DisagreementError
 from .fold import folded, takes_factor
 from .judge import Decision, Judge
 from .policies import Value
+from .shards import Shard
 
 __all__ = ["Stepper", "apply_", "several"]
 
@@ -36,7 +37,7 @@ class Stepper:
     def __init__(self, judge: Judge) -> None:
         self._judge = judge
         self._met: list[tuple[tuple[weakref.ref[Any], ...], bool]] = []
-        self._round: tuple[object, Decision, bool] | None = None
+        self._round: tuple[object, Decision, bool, bool] | None = None
 
     def step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None) -> Decision:
         """See `GradClipper.step`."""
@@ -47,11 +48,19 @@ class Stepper:
         lazily = self._meet(attempt, optimizers, scaler) and self._judge.on_nonfinite in ("skip", "propagate")
         scaling = None if scaler is None else attempt(Scaling, scaler, optimizers)
         if scaling is not None and self._round is not None and self._round[0] is scaling.round:
-            _, decision, in_place = self._round
+            _, decision, in_place, were_scaled = self._round
+            self._check_known(optimizers)
+            if len(scaling.scaled()) != (len(optimizers) if were_scaled else 0):
+                raise ArgumentError(
+                    "an earlier call has clipped all of the clipper's gradients since the last scaler.update(), and "
+                    f"{'unscaled them itself' if were_scaled else 'found them unscaled'}: scaler.unscale_ is for all "
+                    "optimizers before the first call, or for none. Write clipper.step([one, other], scaler)."
+                )
             self._advance(optimizers, decision, scaling, in_place)
             return decision
-        loss_scale = None if scaling is None else attempt(self._loss_scale, scaling, optimizers)
+        were_scaled = scaling is not None and len(scaling.scaled()) == len(optimizers)
         with torch.no_grad():
+            loss_scale = None if scaling is None else attempt(self._loss_scale, scaling, optimizers)
             decision = self._judge.decide(attempt.failure, loss_scale, scaled=scaling is not None, wait=not lazily)
         fold = loss_scale is not None or decision.skip_known is None
         fold = fold and decision.clamp is None and len(decision.coefs) == 1
@@ -61,7 +70,7 @@ class Stepper:
                 apply_(decision)
         self._advance(optimizers, decision, scaling, in_place=not fold)
         if scaling is not None:
-            self._round = (scaling.round, decision.without_gradients(), not fold)
+            self._round = (scaling.round, decision.without_gradients(), not fold, were_scaled)
         return decision
 
     def _meet(self, attempt: Attempt, optimizers: Sequence[Optimizer], scaler: GradScaler | None) -> bool:
@@ -75,32 +84,48 @@ class Stepper:
                 return fused
         if attempt.failure is not None and self._met:
             return False  # the others may have met before: they will hear of it in the reduction
-        scale = None if scaler is None else attempt(initial_scale, scaler)
+        scale, scaled = (None if scaler is None else attempt(initial_scale, scaler)) or (None, False)
         fuses = attempt(lambda: all(map(takes_factor, optimizers))) or False
-        told = meet(self._judge.comm, attempt.failure, (fuses, scaler is not None, scale))
-        scales = {scale for _, _, scale in told} - {None}
-        if len({scaled for _, scaled, _ in told}) > 1 or len(scales) > 1:
+        told = meet(self._judge.comm, attempt.failure, (fuses, scale, scaled))
+        if len({scale for _, scale, _ in told}) > 1:
             raise DisagreementError(
-                f"the scalers of the ranks start at {[scale for _, _, scale in told]}: write the same one on each."
+                f"the scalers of the ranks start at {[scale for _, scale, _ in told]}: write the same one on each."
             )
-        if scaler is not None and not scales:
+        if scaler is not None and not any(scaled for _, _, scaled in told):
             raise ArgumentError("the scaler has not scaled a loss on any rank: write scaler.scale(loss).backward().")
         self._met.append((tuple(map(weakref.ref, party)), all(fused for fused, _, _ in told)))
         return self._met[-1][1]
 
     def _loss_scale(self, scaling: Scaling, optimizers: Sequence[Optimizer]) -> Tensor | None:
+        self._check_known(optimizers)
+        scaled = scaling.scaled()
+        alike = len(scaled) in (0, len(optimizers)) and scaling.others_unscaled() == (not scaled)
+        if not alike and not self._covered_by(optimizers):
+            raise ArgumentError(
+                "some of the clipper's gradients have been unscaled (scaler.unscale_) and others may have not, so that "
+                "they have no norm together. Write clipper.step([one, other], scaler) with all optimizers."
+            )
+        if scaled:
+            scaling.check_dtypes()
+        if len(scaled) == len(optimizers) and not isinstance(self._judge.policy, Value):
+            return scaling.loss_scale
+        if scaled:
+            # In a pass of its own: elements are to be compared with bounds, or only some gradients carry the scale.
+            every = len(scaled) == len(optimizers)
+            shards = self._judge.plan.shards(self._judge.comm.size) if every else self._shards_of(scaled)
+            scale_(shards, scaling.loss_scale.double().reciprocal())
+        return None
+
+    def _check_known(self, optimizers: Sequence[Optimizer]) -> None:
         if not self._knows(optimizers):
             raise ArgumentError(
                 "with a scaler every parameter of the optimizer has to be unscaled here, and some are not the "
-                "clipper's. Construct the clipper with all of them, or call scaler.unscale_(optimizer) first."
+                "clipper's. Construct the clipper with all of them."
             )
-        if isinstance(self._judge.policy, Value):
-            for optimizer in optimizers:
-                scaling.unscale(optimizer)
-        loss_scale = scaling.loss_scale()
-        if loss_scale is not None:
-            scaling.check_dtypes()
-        return loss_scale
+
+    def _covered_by(self, optimizers: Sequence[Optimizer]) -> bool:
+        ids = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+        return all(id(tensor) in ids for _, tensor, _ in self._judge.plan.entries)
 
     def _knows(self, optimizers: Sequence[Optimizer]) -> bool:
         own = {id(tensor) for _, tensor, _ in self._judge.plan.entries}
@@ -112,7 +137,7 @@ class Stepper:
         """Step, or leave the step out; the gradients have been scaled already if `in_place`."""
         found_inf = decision.skip.to(torch.float32)
         if scaling is not None:
-            scaling.tell(found_inf)
+            scaling.tell(decision.overflow.to(torch.float32))
         if decision.skip_known:
             pass
         elif not in_place and all(map(takes_factor, optimizers)):
@@ -121,7 +146,8 @@ class Stepper:
                     optimizer.step()
         else:
             if not in_place:
-                self._scale_those_of(optimizers, decision)
+                # An earlier call of the round has left them to its own optimizer's kernel.
+                scale_(self._shards_of(optimizers), decision.factors)
             for optimizer in optimizers:
                 if decision.skip_known is None and takes_factor(optimizer):
                     with folded([optimizer], None, found_inf):
@@ -131,13 +157,10 @@ class Stepper:
         if scaling is not None:
             scaling.stepped()
 
-    def _scale_those_of(self, optimizers: Sequence[Optimizer], decision: Decision) -> None:
-        """What another optimizer of the same round has left to its own kernel."""
+    def _shards_of(self, optimizers: Sequence[Optimizer]) -> list[Shard]:
         ids = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
         names = {name for name, tensor, _ in self._judge.plan.entries if id(tensor) in ids}
-        with torch.no_grad():
-            shards = self._judge.plan.shards(self._judge.comm.size)
-            scale_([shard for shard in shards if shard.name in names], decision.factors)
+        return [shard for shard in self._judge.plan.shards(self._judge.comm.size) if shard.name in names]
 
 
 def apply_(decision: Decision) -> None:

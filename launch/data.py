@@ -30,6 +30,8 @@ class Data:
     """The held-out loss of a model that has learnt nothing."""
     unit: str
     """What the targets of a batch are counted in."""
+    variance: float | None
+    """Of the held-out targets, where they are quantities: what R2 compares with."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def topics(batch: int, length: int, held_out: float) -> Text:
             yield from train
 
     v = len(index)
-    return Text(passes, rest, cross_entropy, v, math.log(v), "tokens", v, length)
+    return Text(passes, rest, cross_entropy, v, math.log(v), "tokens", None, v, length)
 
 
 def _streams(ids: Tensor, batch: int, length: int) -> list[Batch]:
@@ -83,22 +85,26 @@ def _streams(ids: Tensor, batch: int, length: int) -> list[Batch]:
 def digits(batch: int, held_out: float) -> Table:
     from sklearn.datasets import load_digits  # two seconds that a language model does not need
 
-    x, y = load_digits(return_X_y=True)
-    return _table(torch.tensor(x).float() / 16, torch.tensor(y), batch, held_out, cross_entropy, outputs=10)
+    x, y = (torch.tensor(a) for a in load_digits(return_X_y=True))
+    return _table(x.float() / 16, y, y, batch, held_out, cross_entropy, outputs=10)
 
 
-def diabetes(batch: int, held_out: float) -> Table:
+def diabetes(batch: int, held_out: float, bad_label: float) -> Table:
     from sklearn.datasets import load_diabetes
 
     x, y = (torch.tensor(a).float() for a in load_diabetes(return_X_y=True))
+    bad = (y * bad_label - y.mean()) / y.std()
     x, y = ((a - a.mean(0)) / a.std(0) for a in (x, y))
-    return _table(x, y[:, None], batch, held_out, squared_error, outputs=1)
+    return _table(x, y[:, None], bad[:, None], batch, held_out, squared_error, outputs=1)
 
 
-def _table(x: Tensor, y: Tensor, batch: int, held_out: float, criterion: Any, outputs: int) -> Table:
-    """Shuffle once, hold out whole batches, reshuffle the rest with the seed on every pass."""
+def _table(x: Tensor, y: Tensor, bad: Tensor, batch: int, held_out: float, criterion: Any, outputs: int) -> Table:
+    """Shuffle once, hold out whole batches, reshuffle the rest with the seed on every pass.
+
+    One training sample, which the seed picks, has the target that `bad` holds for it.
+    """
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    x, y = x[order], y[order]
+    x, y, bad = x[order], y[order], bad[order]
     held = int(len(x) * held_out) // batch * batch
     if held == 0 or len(x) - held < batch:
         raise SystemExit(
@@ -106,14 +112,17 @@ def _table(x: Tensor, y: Tensor, batch: int, held_out: float, criterion: Any, ou
             f"samples in whole batches: write a smaller batch"
         )
     rest = [Batch(*pair, False) for pair in zip(x[:held].split(batch), y[:held].split(batch), strict=True)]
-    x, y = x[held:], y[held:]
+    variance = float(y[:held].var(correction=0)) if outputs == 1 else None
+    x, y, bad = x[held:], y[held:], bad[held:]
 
     def passes(seed: int) -> Iterator[Batch]:
+        chosen = torch.randint(len(x), (1,), generator=torch.Generator().manual_seed(seed))
+        targets = y.index_copy(0, chosen, bad[chosen])
         generator = torch.Generator().manual_seed(seed)
         while True:
             for rows in torch.randperm(len(x), generator=generator).split(batch):
                 if len(rows) == batch:
-                    yield Batch(x[rows], y[rows], False)
+                    yield Batch(x[rows], targets[rows], False)
 
     guess = math.log(outputs) if outputs > 1 else float(y.var())
-    return Table(passes, rest, criterion, outputs, guess, "samples", x.shape[1])
+    return Table(passes, rest, criterion, outputs, guess, "samples", variance, x.shape[1])

@@ -54,11 +54,15 @@ class Layout:
         return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
+def data_axes(mesh: DeviceMesh) -> tuple[str, ...]:
+    """The axes along which ranks see different rows of the batch."""
+    return tuple(axis for axis in mesh.mesh_dim_names or () if axis not in MODEL_AXES)
+
+
 def share(batch: Tensor, mesh: DeviceMesh | None) -> Tensor:
     """This rank's rows of a global batch, on this rank's device."""
     if mesh is None:
         return batch
-    for axis in mesh.mesh_dim_names or ():
-        if axis not in MODEL_AXES:
-            batch = batch.chunk(mesh[axis].size())[mesh.get_local_rank(axis)]
+    for axis in data_axes(mesh):
+        batch = batch.chunk(mesh[axis].size())[mesh.get_local_rank(axis)]
     return batch

@@ -1,8 +1,10 @@
 """Training and evaluation: the same in every layout."""
 
 import time
+import warnings
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,12 +12,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+import checkpoint
 from data import Batch, Data
-from distclip import GradClipper
+from distclip import GradClipper, LimiterWarning, NonFiniteWarning
+from inject import Inject
 from layout import Layout, share
 from models import reset_state
 from parallel import Placed
-from processes import WORLD, world_mean
+from processes import RANK, WORLD, gathered, world_mean
 from record import Outcome, Record, Row
 from terminal import Terminal
 
@@ -30,6 +34,9 @@ class Run:
     policy: Any
     layout: Layout
     device: torch.device
+    inject: Inject | None
+    start: int
+    """The first step."""
 
 
 def train(run: Run, record: Record, terminal: Terminal) -> Outcome:
@@ -42,31 +49,52 @@ def train(run: Run, record: Record, terminal: Terminal) -> Outcome:
     example, _ = mine(data.held_out[0])
     placed = run.layout.place(run.model.to(run.device), mesh, data.criterion, example)
     optimizer = instantiate(cfg.optim)(placed.module.parameters())
-    clipper = GradClipper(placed.module, run.policy, split_over=placed.split_over)
+    guard = {"on_nonfinite": cfg.on_nonfinite, "max_skips": cfg.max_skips}
+    clipper = GradClipper(placed.module, run.policy, split_over=placed.split_over, **guard)
+    scaler = None
+    if "init_scale" in cfg.precision:
+        scaler = torch.amp.GradScaler(run.device.type, init_scale=cfg.precision.init_scale)
+        scaler.scale(torch.zeros((), device=run.device))  # a pipeline stage without the loss needs the scale, too
+        placed.scale = scaler.scale
+    strike = run.inject.aim(placed.module) if run.inject else None
+    progress = checkpoint.Progress(placed.module, optimizer, clipper, scaler, mesh, len(example))
+    if cfg.resume is not None:
+        progress.load(checkpoint.newest(Path(cfg.resume))[1])
+    directory = gathered(record.directory and record.directory.resolve())[0]
 
     start = time.perf_counter()
     pending: list[tuple[Row, Tensor | None, Any]] = []
-    with terminal.bar(cfg.log.bar) as bar:
-        task = bar.add_task("", total=cfg.steps)
-        for step, batch in enumerate(islice(data.train(cfg.seed), cfg.steps), 1):
+    with terminal.bar(cfg.log.bar) as bar, warnings.catch_warnings():
+        for category in (LimiterWarning, NonFiniteWarning):  # all ranks would say the same
+            warnings.simplefilter("default" if RANK == 0 else "ignore", category)
+        task = bar.add_task("", total=cfg.steps, completed=run.start - 1)
+        for step, batch in enumerate(islice(data.train(cfg.seed), run.start - 1, cfg.steps), run.start):
             if batch.first:
                 reset_state(placed.module)
             optimizer.zero_grad()
             loss = placed.train(*mine(batch))
-            report = clipper.clip()
-            optimizer.step()
+            if strike is not None:
+                strike(step)
+            report = clipper.step(optimizer, scaler)
+            if scaler is not None:
+                scaler.update()
+            if clipper.incidents:
+                warnings.simplefilter("ignore", NonFiniteWarning)  # once is enough: the table names all
             bar.advance(task)
             row = {"step": step, "lr": optimizer.param_groups[0]["lr"]}
             row[data.unit] = step * batch.y.numel()
             pending.append((row, loss, report))
-            # Nothing above waits for the device: losses and reports are read a few steps at a time.
-            if step % cfg.log.every == 0 or step == cfg.steps:
-                record.add(_settle(pending, run.device))
+            saving = bool(cfg.checkpoint.every) and step % cfg.checkpoint.every == 0
+            # Losses and reports are read a few steps at a time, not to wait for the device.
+            if step % cfg.log.every == 0 or step == cfg.steps or saving:
+                record.add(_settle(pending, run.device), clipper.incidents)
                 pending.clear()
-                if cfg.log.lines:
-                    terminal.line(record.rows[-1], cfg.steps, record.clip_rate)
+            if cfg.log.lines and (step % cfg.log.every == 0 or step == cfg.steps):
+                terminal.line(record.rows[-1], cfg.steps, record.clip_rate)
+            if saving:
+                progress.save(directory, step)
     held_out = evaluate(placed, [mine(batch) for batch in data.held_out], run.device)
-    return record.close(held_out, data.guess, time.perf_counter() - start)
+    return record.close(held_out, data, time.perf_counter() - start)
 
 
 def _settle(pending: list[tuple[Row, Tensor | None, Any]], device: torch.device) -> list[Row]:

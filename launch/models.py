@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, autocast, nn
 
 from data import Data, Table, Text
@@ -24,6 +25,16 @@ class Recurrence(nn.Module):
             y, state = self.cell(x.float(), self.state)
         self.state = tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach()
         return y.contiguous()  # a view of time-first data, which a pipeline can't send
+
+    def zeros(self, rows: int) -> tuple[Tensor, ...]:
+        """A state of the right shape for so many rows of a batch, along dim 1."""
+        shape, device = (self.cell.num_layers, rows, self.cell.hidden_size), next(self.cell.parameters()).device
+        return tuple(torch.zeros(shape, device=device) for _ in range(2 if isinstance(self.cell, nn.LSTM) else 1))
+
+
+def bare(name: str) -> str:
+    """The name of a part or a parameter without what DDP and FSDP1 put into it."""
+    return ".".join(part for part in name.split(".") if part != "_fsdp_wrapped_module").removeprefix("module.")
 
 
 def reset_state(model: nn.Module) -> None:

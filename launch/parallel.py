@@ -31,11 +31,12 @@ class Placed:
         self.module = module
         self.criterion = criterion
         self.split_over = split_over  # the axis on which ranks hold different parameters
+        self.scale: Callable[[Tensor], Tensor] = lambda loss: loss  # before backward; losses are reported without
 
     def train(self, x: Tensor, y: Tensor) -> Tensor | None:
         """Forward and backward; None on a rank that does not see the loss."""
         loss = self.criterion(self.module(x), y)
-        loss.backward()
+        self.scale(loss).backward()
         return loss.detach()
 
     @torch.no_grad()

@@ -18,7 +18,8 @@ class Staged(Placed):
     def __init__(self, stage: PipelineStage, microbatches: int, criterion: Criterion, axis: DeviceMesh) -> None:
         super().__init__(stage.submod, criterion, split_over=axis)
         self.stage = stage
-        self.schedule = ScheduleGPipe(stage, microbatches, criterion)
+        self.losses: list[Tensor] = []
+        self.schedule = ScheduleGPipe(stage, microbatches, self._loss)
 
     def train(self, x: Tensor, y: Tensor) -> Tensor | None:
         return self._run(self.schedule.step, x, y)
@@ -27,14 +28,19 @@ class Staged(Placed):
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor | None:
         return self._run(self.schedule.eval, x, y)
 
+    def _loss(self, output: Tensor, target: Tensor) -> Tensor:
+        loss = self.criterion(output, target)
+        self.losses.append(loss.detach())
+        return self.scale(loss)
+
     def _run(self, step: Callable[..., object], x: Tensor, y: Tensor) -> Tensor | None:
         inputs = (x,) if self.stage.is_first else ()
         if not self.stage.is_last:
             step(*inputs)
             return None
-        losses: list[Tensor] = []
-        step(*inputs, target=y, losses=losses)
-        return torch.stack(losses).mean().detach()
+        self.losses.clear()
+        step(*inputs, target=y)
+        return torch.stack(self.losses).mean()
 
 
 def pp(model: nn.Sequential, mesh: DeviceMesh, criterion: Criterion, x: Tensor, microbatches: int) -> Placed:

@@ -2,10 +2,13 @@
 
 import os
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 RANK = int(os.environ.get("RANK", "0"))
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
@@ -45,6 +48,14 @@ def join(device: torch.device) -> None:
 def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def gathered(value: T) -> list[T]:
+    """What each rank has, in the order of ranks."""
+    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
 
 
 def world_mean(values: Sequence[Tensor | None], device: torch.device) -> list[float]:

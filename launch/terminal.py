@@ -45,10 +45,17 @@ class Terminal:
         table.add_row("steps", *(str(run.steps) for run in runs))
         table.add_row("held-out loss", *(f"{run.held_out:.3f}" for run in runs), style="bold")
         table.add_row("  of a blind guess", *(f"{run.guess:.3f}" for run in runs))
+        if any(run.r2 is not None for run in runs):
+            table.add_row("held-out R2", *("" if run.r2 is None else f"{run.r2:.3g}" for run in runs))
         for level in runs[0].norms:
             table.add_row(f"norm {level}", *(f"{run.norms[level]:.3g}" for run in runs))
         if any(run.nonfinite for run in runs):
             table.add_row("norm not finite", *(f"{run.nonfinite} steps" for run in runs))
+        for title, counts in {"skipped": [r.skipped for r in runs], "zeroed": [r.zeroed for r in runs]}.items():
+            if any(counts):
+                table.add_row(title, *(f"{count} steps" for count in counts))
+        if any(run.incidents for run in runs):
+            table.add_row("culprits", *("\n".join(culprits(run, 3 if len(runs) == 1 else 1)) for run in runs))
         table.add_row("clip rate", *(f"{run.clip_rate:.1%}" for run in runs))
         table.add_row("time", *(f"{run.seconds:.1f} s" for run in runs))
         self.console.print(table)
@@ -58,3 +65,14 @@ class Terminal:
             soft_wrap=True,
             highlight=False,
         )
+
+
+def culprits(run: Outcome, most: int) -> list[str]:
+    """The first few parameters whose gradients were not finite: `0.weight: 3 NaN on rank 1 (step 12)`."""
+    found = [(each, incident["step"]) for incident in run.incidents for each in incident["culprits"]]
+    lines = []
+    for each, step in found[:most]:
+        numbers = ", ".join(f"{n} {what}" for n, what in ((each["nans"], "NaN"), (each["infs"], "inf")) if n)
+        ranks = f" on rank{'s' * (len(each['ranks']) > 1)} {', '.join(map(str, each['ranks']))}" if each["ranks"] else ""
+        lines.append(f"{each['name']}: {numbers}{ranks} (step {step})")
+    return [*lines, f"and {len(found) - most} more"] if len(found) > most else lines

@@ -12,11 +12,14 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+import checkpoint
 import loop
 import settings
 from processes import RANK, WORLD, join, leave, pick_device
 from record import Record
 from terminal import Terminal
+
+ON_NONFINITE = ("skip", "raise", "zero", "propagate")
 
 
 def build(cfg: DictConfig) -> loop.Run:
@@ -24,8 +27,13 @@ def build(cfg: DictConfig) -> loop.Run:
     for key in ("steps", "batch", "log.every"):
         if (value := OmegaConf.select(cfg, key)) < 1:
             raise SystemExit(f"{key}={value}: write 1 or more")
-    if cfg.precision.dtype not in ("float32", "bfloat16"):
-        raise SystemExit(f"precision.dtype={cfg.precision.dtype}: write precision=fp32 or bf16")
+    if cfg.precision.dtype not in ("float32", "bfloat16", "float16"):
+        raise SystemExit(f"precision.dtype={cfg.precision.dtype}: write precision=fp32, bf16 or fp16")
+    if cfg.on_nonfinite not in ON_NONFINITE:
+        raise SystemExit(f"on_nonfinite={cfg.on_nonfinite}: write {', '.join(ON_NONFINITE[:-1])} or {ON_NONFINITE[-1]}")
+    if cfg.max_skips is not None and not (isinstance(cfg.max_skips, int) and cfg.max_skips > 0):
+        raise SystemExit(f"max_skips={cfg.max_skips}: write 1 or more, or null for any number")
+    start = checkpoint.check(cfg)
     layout = instantiate(cfg.parallel)
     shares = layout.shares(WORLD)
     if cfg.batch % shares:
@@ -42,11 +50,14 @@ def build(cfg: DictConfig) -> loop.Run:
         instantiate(cfg.optim)(model.parameters())  # the real one gets the placed parameters
     except (InstantiationException, TypeError, ValueError) as error:
         raise SystemExit(f"clip or optim: {error.__cause__ or error}") from None
+    inject = instantiate(cfg.get("inject"))
+    if inject is not None:
+        inject.check(model, range(start, cfg.steps + 1))
     dtype = getattr(torch, cfg.precision.dtype)
     if dtype != torch.float32:
         for part in model:
             part.forward = torch.autocast(device.type, dtype)(part.forward)
-    return loop.Run(cfg, data, model, policy, layout, device)
+    return loop.Run(cfg, data, model, policy, layout, device, inject, start)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")

@@ -173,9 +173,11 @@ def ema(
 def median_mad(
     k: float = 3.0,
     window: int = 128,
+    warmup: int = 16,
     cap: float = math.inf,
     norm_type: float = 2.0,
     per: Per = "model",
+    skip: bool = False,
 ) -> NormPolicy:
     r"""The median of the last norms times k of their usual factors of scatter: a guard against spikes only.
 
@@ -187,9 +189,12 @@ def median_mad(
     Args:
         k: ≥ 0.
         window: how many norms it remembers, ≥ 1.
+        warmup: so many norms meet the cap only, ≥ 1.
         cap: ≥ 0.
         norm_type: p of the norm.
         per: what has a norm of its own.
+        skip: leave spikes out rather than shorten them, as suits a bad sample that comes again every epoch; up to the
+            cap norms are shortened, in warm-up and after it.
 
     Raises:
         ArgumentError: a number outside of its range.
@@ -200,4 +205,4 @@ def median_mad(
     >>> median_mad(6.0).threshold
     MedianMAD(k=6.0, window=128, warmup=16, floor=0.1, cap=inf)
     """
-    return NormPolicy(MedianMAD(k, window, cap=cap), norm_type, per)
+    return NormPolicy(MedianMAD(k, window, warmup, cap=cap), norm_type, per, skip=skip)

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ class NormPolicy:
         exclude: regular expressions; parameters whose name one matches are measured and never clipped.
         eps: ε, ≥ 0.
         window: after how many steps, more than half of them clipped by the rule, it starts anew; 0 for never.
+        skip: leave out the whole step where a norm is beyond the rule's bound, rather than shorten it. What is only
+            beyond the threshold's `cap` is shortened all the same: a cap that is too low must not stop training.
     """
 
     threshold: Threshold = field(default_factory=Fixed)
@@ -56,6 +58,7 @@ class NormPolicy:
     exclude: Sequence[str] = ()
     eps: float = 1e-6
     window: int = 128
+    skip: bool = False
 
     def __post_init__(self) -> None:
         p = as_number(self.norm_type)
@@ -96,13 +99,21 @@ class NormPolicy:
         norms = totals.norms
         rule = {key: value for key, value in state.items() if key not in _OWN}
         bound, moved = self.threshold(totals, rule)
-        verdict = Scale(coefficient(norms, bound, self.eps))
+        verdict = Scale(coefficient(norms, bound, self.eps), self._leaves_out(totals, rule) if self.skip else None)
         if not state:
             return verdict, state
         if "seen" in state:
             moved |= self._watched(norms, bound, moved, state)
         entered = totals.finite & (norms > 0)
         return verdict, {key: _where(entered, moved[key], old) for key, old in state.items()}
+
+    def _leaves_out(self, totals: Totals, rule: State) -> Tensor:
+        """Whether some norm is beyond what the rule would allow without a cap."""
+        threshold: Any = self.threshold
+        if hasattr(threshold, "cap"):
+            threshold = replace(threshold, cap=math.inf)
+        bound: Tensor = threshold(totals, rule)[0]
+        return (totals.norms > bound).any()
 
     def _watched(self, norms: Tensor, bound: Tensor, moved: State, state: State) -> State:
         """What this policy remembers, after this step; with it the threshold's state, where it starts anew."""

@@ -23,9 +23,15 @@ State: TypeAlias = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Multiply every gradient by the coefficient of its slot: (slots,) float64 on the device of the norms, ≤ 1."""
+    """Multiply every gradient by the coefficient of its slot, or leave the step out.
+
+    Args:
+        coefs: (slots,) float64 on the device of the norms, ≤ 1.
+        skip: 0-d bool, whether the step is to change nothing; None for never.
+    """
 
     coefs: Tensor
+    skip: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,6 +132,10 @@ def test_a_refusal_comes_from_every_rank_before_anything_starts(tmp_path: Path) 
         (1, "data=digits", "write model=rnn data=topics"),
         (3, "parallel=hsdp batch=30", "NPROC=2"),
         (2, "parallel=single", "write parallel=ddp"),
+        (1, "inject=spike inject.rank=1", "inject.rank=1 of 1 rank(s): write 0 to 0"),
+        (1, "inject=one_nan inject.step=9 steps=5", "inject.step=9: write one of the steps 1 to 5"),
+        (1, "inject=one_inf inject.parameter=head", "is in no name: the model has 0.weight, 1.cell."),
+        (1, "resume=nowhere", "has no checkpoint: write the directory of a run with checkpoint.every=N"),
     ],
 )
 def test_what_is_wrong_is_said_before_a_process_group_starts(

@@ -19,6 +19,7 @@ CONF = Path(__file__).parents[2] / "conf"
 CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
 OURS = [choice for choice in CHOICES if choice[0] != "distclip"]
 POLICIES = [name for group, name in CHOICES if group == "distclip"]
+YOURS = {"group_norm": {"groups": {"embedding": {"pattern": "embed", "max_norm": 0.1}}}}  # what has no default
 
 
 @pytest.fixture
@@ -53,7 +54,18 @@ def test_every_exported_policy_is_a_choice_of_our_job() -> None:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_policies_instantiate(name: str) -> None:
-    assert isinstance(instantiate(load(CONF / "distclip" / f"{name}.yaml")), distclip.Policy)
+    assert isinstance(instantiate(load(CONF / "distclip" / f"{name}.yaml"), **YOURS.get(name, {})), distclip.Policy)
+
+
+def test_every_preset_is_a_choice() -> None:
+    presets = {"per_tensor_norm", "group_norm", "agc", "autoclip", "zclip", "adagc", "ema", "median_mad"}
+    assert set(POLICIES) == presets | {"global_norm", "value", "off"}
+
+
+@pytest.mark.usefixtures("conf")
+@pytest.mark.parametrize("name", POLICIES)
+def test_our_job_has_a_policy_for_every_choice(name: str) -> None:
+    assert isinstance(instantiate(compose("config", [f"clip={name}"]).clip), distclip.Policy)
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -74,6 +86,7 @@ def test_another_app_mounts_a_policy_where_it_likes(tmp_path: Path, name: str) -
     with initialize_config_dir(str(tmp_path), version_base="1.3"):
         cfg = compose("app")
     assert cfg.trainer.clip == load(CONF / "distclip" / f"{name}.yaml")
+    assert isinstance(instantiate(cfg.trainer.clip, **YOURS.get(name, {})), distclip.Policy)
     assert list(cfg) == ["trainer"]
 
 

@@ -1,0 +1,117 @@
+"""Checkpoints of whole runs, which go on in any layout and on any number of ranks.
+
+Everything goes by names, and as pieces of whole tensors, through torch.distributed.checkpoint. Of randomness there is
+nothing to save: it ends with the first weights and the order of the data, which come from the seed.
+"""
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from distclip import GradClipper
+from layout import data_axes
+from models import Recurrence, bare
+from processes import RANK
+
+warnings.filterwarnings("ignore", r"torch\.distributed is disabled, unavailable or uninitialized")
+
+# Parameter groups by parameter names: a list of groups would differ between pipeline stages.
+OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+SAME = ("model", "data", "batch", "seed", "optim._target_", "precision.dtype")
+SAME_CLIP = ("clip._target_", "clip.norm_type", "clip.per", "clip.window", "clip.reseed", "clip.groups")
+
+
+def newest(run: Path) -> tuple[int, Path]:
+    """The last step of a run that was saved completely, and where."""
+    saved = {int(path.name[5:]): path for path in run.glob("checkpoints/step_*") if path.name[5:].isdigit()}
+    if not saved:
+        raise SystemExit(f"resume={run} has no checkpoint: write the directory of a run with checkpoint.every=N")
+    return max(saved.items())
+
+
+def check(cfg: DictConfig) -> int:
+    """At which step to start, having refused what cannot go on from there."""
+    if cfg.checkpoint.every < 0:
+        raise SystemExit(f"checkpoint.every={cfg.checkpoint.every}: write 0 (never) or more")
+    if cfg.resume is None:
+        return 1
+    run = Path(cfg.resume)
+    step, _ = newest(run)
+    if step >= cfg.steps:
+        raise SystemExit(f"resume={run} is through step {step} already: write steps={step + 1} or more")
+    before = OmegaConf.load(run / "config.yaml")
+    for key in (*SAME, *SAME_CLIP):
+        then, now = OmegaConf.select(before, key), OmegaConf.select(cfg, key)
+        if then != now:
+            raise SystemExit(f"resume={run} was trained with {key}={then}, and not {now}: write the same")
+    return step + 1
+
+
+@dataclass(frozen=True)
+class Progress:
+    """All that changes in training, to be saved and loaded."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    clipper: GradClipper
+    scaler: torch.amp.GradScaler | None
+    mesh: DeviceMesh | None
+    rows: int
+    """Of the batch, on this rank."""
+
+    def save(self, run: Path, step: int) -> None:
+        """It gets its name once it is complete: what a killed job leaves is never taken for a checkpoint."""
+        path = run / "checkpoints" / f"step_{step:06}"
+        unfinished = path.with_suffix(".unfinished")
+        dcp.save(self._state(), checkpoint_id=unfinished, no_dist=not dist.is_initialized())
+        if RANK == 0:
+            unfinished.rename(path)
+
+    def load(self, path: Path) -> None:
+        state = self._state()
+        dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+        set_state_dict(
+            self.module,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=OPTIONS,
+        )
+        for name, part in self._recurrent():
+            carried = tuple(_here(state["carried"][f"{name}.{i}"]) for i in range(len(part.zeros(0))))
+            part.state = carried if isinstance(part.cell, nn.LSTM) else carried[0]
+
+    def _state(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.module, self.optimizer, options=OPTIONS)
+        carried = {}
+        for name, part in self._recurrent():
+            states = part.zeros(self.rows) if part.state is None else part.state
+            for i, state in enumerate((states,) if isinstance(states, Tensor) else states):
+                carried[f"{name}.{i}"] = self._whole(state)
+        state = {"model": model, "optimizer": optimizer, "carried": carried, "clipper": self.clipper}
+        return state if self.scaler is None else state | {"scaler": self.scaler}
+
+    def _recurrent(self) -> Iterable[tuple[str, Recurrence]]:
+        return ((bare(name), part) for name, part in self.module.named_modules() if isinstance(part, Recurrence))
+
+    def _whole(self, state: Tensor) -> Tensor:
+        """A carried state as this rank's piece of that of the global batch."""
+        axes = data_axes(self.mesh) if self.mesh is not None else ()
+        if not axes:
+            return state
+        return DTensor.from_local(state, self.mesh[axes], [Shard(1)] * len(axes), run_check=False)
+
+
+def _here(state: Tensor) -> Tensor:
+    return state.to_local() if isinstance(state, DTensor) else state
