@@ -13,6 +13,8 @@ from record import Outcome, Row
 class Terminal:
     def __init__(self, rank: int) -> None:
         self.console = Console(quiet=rank != 0)
+        if not self.console.is_terminal:
+            self.console.width = 120  # a pipe has no width of its own, and 80 folds a table of several runs
 
     def title(self, text: str) -> None:
         self.console.print(text, style="bold", soft_wrap=True, highlight=False)
@@ -54,11 +56,13 @@ class Terminal:
         for title, counts in {"skipped": [r.skipped for r in runs], "zeroed": [r.zeroed for r in runs]}.items():
             if any(counts):
                 table.add_row(title, *(f"{count} steps" for count in counts))
-        if any(run.incidents for run in runs):
-            table.add_row("culprits", *("\n".join(culprits(run, 3 if len(runs) == 1 else 1)) for run in runs))
         table.add_row("clip rate", *(f"{run.clip_rate:.1%}" for run in runs))
         table.add_row("time", *(f"{run.seconds:.1f} s" for run in runs))
         self.console.print(table)
+        for name, run in outcomes.items():
+            if run.incidents:
+                title = f"not finite{name and f' ({name})'}"
+                self.console.print(f"{title}: {'; '.join(culprits(run, 3))}", soft_wrap=True, highlight=False)
         # A path is for copying: outside the table, never folded.
         self.console.print(
             f"run directory: {os.path.commonpath([run.directory for run in runs])}",
@@ -73,6 +77,7 @@ def culprits(run: Outcome, most: int) -> list[str]:
     lines = []
     for each, step in found[:most]:
         numbers = ", ".join(f"{n} {what}" for n, what in ((each["nans"], "NaN"), (each["infs"], "inf")) if n)
-        ranks = f" on rank{'s' * (len(each['ranks']) > 1)} {', '.join(map(str, each['ranks']))}" if each["ranks"] else ""
-        lines.append(f"{each['name']}: {numbers}{ranks} (step {step})")
+        ranks = ", ".join(map(str, each["ranks"]))
+        on = f" on rank{'s' * (len(each['ranks']) > 1)} {ranks}" if ranks else ""
+        lines.append(f"{each['name']}: {numbers}{on} (step {step})")
     return [*lines, f"and {len(found) - most} more"] if len(found) > most else lines
