@@ -142,7 +142,7 @@ def _own(shard: Shard, norm_type: float, device: torch.device) -> Tensor:
 def _by_slot(each: list[tuple[Shard, Tensor]], norm_type: float, device: torch.device, slots: int) -> Tensor:
     """Put together what counts in the same slot: always in the same order, so that copies have the same bits."""
     if slots == 1:
-        values = [value for _, value in each]
+        values = [value.view(()) for _, value in each if value.numel()]
         return (_together(values, norm_type) if values else _neutral(norm_type, device)).view(1)
     total = _neutral(norm_type, device).repeat(slots)
     whole: dict[int, list[Tensor]] = {}

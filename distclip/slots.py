@@ -14,6 +14,7 @@ from .errors import ArgumentError, LayoutError
 from .shards import Axis, Layout, Rows, copies
 from .sources import Plan
 from .sources.rows import Cut, cut_of
+from .sources.tagged import annotation_of
 
 __all__ = ["Found", "Slots", "arrange", "find"]
 
@@ -49,6 +50,7 @@ class Found:
         where: along which axes of `split_over=` it is another parameter than its namesakes, as (axis, places).
         shape: of the local tensor, to tell copies under different names from one another.
         share: which part of the whole this rank's contribution is, of 1 in all.
+        tied: whether it is a copy by `annotate_`, and may have another name elsewhere.
         cut: its rows, for per="row".
     """
 
@@ -56,6 +58,7 @@ class Found:
     where: tuple[tuple[str, tuple[int, ...]], ...]
     shape: tuple[int, ...]
     share: float
+    tied: bool = False
     cut: Cut | None = None
 
     @property
@@ -83,7 +86,8 @@ def find(
     for name, tensor, layout in plan.entries:
         cut = cut_of(name, tensor, layout, plan.axes, slices, rank) if rows else None
         share = 1 / (copies(world_size, layout, plan.axes) * layout.pieces * _pieces_along(layout, plan.axes))
-        found.append(Found(name, _where(layout, plan.axes, rank), tuple(tensor.shape), share, cut))
+        tied = bool(annotation_of(tensor).layout.groups)
+        found.append(Found(name, _where(layout, plan.axes, rank), tuple(tensor.shape), share, tied, cut))
     return found
 
 
@@ -113,6 +117,8 @@ def arrange(
         _matching(groups.values(), every, "groups")
         return _grouped(told[mine], {**groups, "rest": ""}, spare)
     keys = _keys(told)
+    if not keys:
+        return Slots()
     counts: dict[str, int] = {}
     firsts: dict[tuple[str, tuple[int, ...]], int] = {}
     for key, founds in keys.items():
@@ -161,9 +167,14 @@ def _joined(keys: dict[str, list[Found]]) -> dict[str, list[Found]]:
             continue
         shape = keys[key][0].shape
         if share[key]:
-            same = [k for k in keys if 0 < share[k] < 1 - 1e-6 and keys[k][0].shape == shape]
-            if len(same) < 2 or sum(share[k] for k in same) > 1 + 1e-6:
+            same = [k for k in keys if 0 < share[k] < 1 - 1e-6 and keys[k][0].shape == shape and keys[k][0].tied]
+            if key not in same or len(same) < 2:
                 continue
+            if sum(share[k] for k in same) > 1 + 1e-6:
+                raise LayoutError(
+                    f"{', '.join(same)} are annotated as copies and have one shape: which are copies of each other? "
+                    "Pass each pair as (name, parameter) with the same name on all ranks."
+                )
         else:
             name = keys[key][0].name
             same = [k for k in keys if share[k] and keys[k][0].shape == shape]
@@ -182,12 +193,9 @@ def _joined(keys: dict[str, list[Found]]) -> dict[str, list[Found]]:
 
 def _count(key: str, founds: list[Found], firsts: dict[tuple[str, tuple[int, ...]], int]) -> int:
     """How many slots a parameter has; and in `firsts` where each of its pieces begins."""
-    cuts = [found.cut for found in founds if found.cut is not None]
-    if not cuts:
+    lengths = {found.cut.piece: found.cut.length for found in founds if found.cut is not None}
+    if not lengths:
         return 1
-    if any(cut.whole for cut in cuts):
-        return max(cut.whole for cut in cuts)
-    lengths = {cut.piece: cut.rows.count for cut in cuts}
     begins = _begins([lengths[piece] for piece in sorted(lengths)])
     firsts.update({(key, piece): begin for piece, begin in zip(sorted(lengths), begins, strict=True)})
     return sum(lengths.values())

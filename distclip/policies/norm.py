@@ -131,15 +131,17 @@ class NormPolicy:
 
 
 def coefficient(norm: Tensor, bound: Tensor | float, eps: float = 1e-6) -> Tensor:
-    """min(1, bound / (norm + eps)) in float64; exactly 1 for an infinite bound, whatever the norm; NaN for a NaN.
+    """min(1, bound / (norm + eps)) in float64; NaN for a norm of NaN.
+
+    Exactly 1 for an infinite bound, whatever the norm, and for a norm of 0, which nothing can shorten.
 
     >>> coefficient(torch.tensor(4.0), 1.0)
     tensor(0.2500, dtype=torch.float64)
     """
     wide = torch.float32 if norm.device.type == "mps" else torch.float64
     length, bound = norm.to(wide) + eps, torch.as_tensor(bound, dtype=wide, device=norm.device)
-    # Written so that NaN is not "short enough", and 0 / 0 is.
-    return torch.where((length <= bound) | bound.isposinf(), 1.0, bound / length)
+    # Written so that NaN is not "short enough".
+    return torch.where((length <= bound) | bound.isposinf() | (norm == 0), 1.0, bound / length)
 
 
 def _where(condition: Tensor, new: Tensor, old: Tensor) -> Tensor:

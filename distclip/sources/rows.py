@@ -29,14 +29,14 @@ class Cut:
     """What one rank knows of a parameter's rows.
 
     Args:
-        rows: those that it holds, counted from the first of its own piece.
-        piece: which piece that is, in the order of the rows; empty where `rows` counts from the parameter's first.
-        whole: how many rows the parameter has, 0 where only all pieces together say so.
+        rows: those that it holds, counted from the first of the piece.
+        length: how many rows the piece has.
+        piece: which piece of the parameter that is, in the order of the rows; empty where there is only one.
     """
 
     rows: Rows
+    length: int
     piece: tuple[int, ...] = ()
-    whole: int = 0
 
 
 def cut_of(
@@ -67,12 +67,10 @@ def cut_of(
         width = math.prod(shape[1:])
         lead = start % width if width else 0
         count = -(-(lead + tensor.numel()) // width) if tensor.numel() else 0
-        return Cut(Rows(start // max(1, width), count, lead, width), whole=shape[0])
+        return Cut(Rows(start // max(1, width), count, lead, width), shape[0])
     if tensor.ndim < 2:
         return None
-    if is_dtensor(tensor):
-        return Cut(dtensor_rows(tensor), whole=tensor.shape[0])
-    local = Rows(0, tensor.shape[0])
+    rows = dtensor_rows(tensor) if is_dtensor(tensor) else Rows(0, tensor.shape[0])
     piece = tuple(place for dim, place in annotation_of(tensor).cuts if dim % tensor.ndim == 0)
     for axis, cut in zip(axes, layout.cut, strict=True):
         dim = getattr(tensor, "partition_dim", None)
@@ -83,7 +81,7 @@ def cut_of(
             )
         if cut and dim == 0:
             piece += (axis.ranks.index(rank),)
-    return Cut(local, piece, 0 if piece else tensor.shape[0])
+    return Cut(rows, tensor.shape[0], piece)
 
 
 def dtensor_rows(tensor: DTensor) -> Rows:
