@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
@@ -81,7 +83,8 @@ class GradClipper:
         plan = attempt(parameter_plan, parameters, axes) or Plan([], axes)
         everybody = agree(plan, comm, attempt.failure)
         found = attempt(_find, parameters, plan, policy, everybody) or []
-        asked = f"{policy!r}, on_nonfinite={on_nonfinite!r}, max_skips={max_skips}"
+        # Where an object lies in memory says nothing.
+        asked = re.sub(r" at 0x\w+", "", f"{policy!r}, on_nonfinite={on_nonfinite!r}, max_skips={max_skips}")
         told = meet(everybody, attempt.failure or plan.failure, (asked, found))
         if len({other for other, _ in told}) > 1:
             raise DisagreementError(
@@ -95,6 +98,7 @@ class GradClipper:
         self._watch = Watch(max_skips)
         self._judge = Judge(plan, everybody, policy, slots, on_nonfinite, self._watch)
         self._stepper = Stepper(self._judge)
+        self._attached: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._turn: set[int] = set()
         self._busy = False
 
@@ -192,7 +196,7 @@ class GradClipper:
             A handle; `handle.remove()` detaches.
 
         Raises:
-            ArgumentError: no optimizer, or one with a GradScaler, in its step.
+            ArgumentError: no optimizer, one that the clipper is attached to already; in a step, one with a GradScaler.
 
         Collectives and host syncs in a step: those of `clip`.
 
@@ -206,8 +210,14 @@ class GradClipper:
         tensor([-0.6000, -0.8000])
         >>> handle.remove()
         """
-        handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in _some(optimizers)]
-        return _Together(handles)
+        if not optimizers or any(optimizer in self._attached for optimizer in several(optimizers)):
+            raise ArgumentError(
+                f"attach{optimizers!r:.80}: expected optimizers that the clipper is not attached to yet: it would clip "
+                "twice in a step. Write handle = clipper.attach(optimizer) once, and handle.remove() before again."
+            )
+        self._attached.update(optimizers)
+        handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
+        return _Attached(handles, self._attached, optimizers)
 
     def state_dict(self) -> dict[str, Any]:
         """What the clipper remembers, the same on every rank; a Stateful for torch.distributed.checkpoint.
@@ -254,21 +264,21 @@ class GradClipper:
         self._turn.add(id(optimizer))
 
 
-class _Together(RemovableHandle):
+class _Attached(RemovableHandle):
     """Several hooks, removed as one."""
 
-    def __init__(self, handles: Sequence[RemovableHandle]) -> None:
-        self._handles = handles
+    def __init__(
+        self,
+        handles: Sequence[RemovableHandle],
+        attached: weakref.WeakSet[Optimizer],
+        optimizers: Sequence[Optimizer],
+    ) -> None:
+        self._handles, self._all, self._own = handles, attached, weakref.WeakSet(optimizers)
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-
-
-def _some(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
-    if not optimizers:
-        raise ArgumentError("no optimizer to attach to: write clipper.attach(optimizer).")
-    return several(optimizers)
+        self._all -= self._own
 
 
 def _check(policy: Any, on_nonfinite: Any, max_skips: Any) -> None:

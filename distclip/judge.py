@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -143,7 +143,7 @@ class Judge:
             self.state = moved
         coefs = verdict.coefs if isinstance(verdict, Scale) else torch.ones_like(totals.value)
         if any(self.slots.spared):
-            coefs = torch.where(self._spared(coefs.device), 1.0, coefs)
+            coefs = torch.where(_mask(self.slots.spared, self.slots.counts, coefs.device), 1.0, coefs)
         overflow = ~totals.finite if skips else torch.zeros_like(totals.finite)
         by_policy = verdict.skip if isinstance(verdict, Scale) else None
         skip = overflow if by_policy is None else overflow | (by_policy & totals.finite)
@@ -214,9 +214,11 @@ class Judge:
         if self.on_host:
             self.settle()
 
-    def _spared(self, device: torch.device) -> Tensor:
-        counts = torch.tensor(self.slots.counts)
-        return torch.tensor(self.slots.spared).repeat_interleave(counts).to(device)
+
+@lru_cache(maxsize=16)
+def _mask(spared: tuple[bool, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """(slots,): it travels to the device once, not every step."""
+    return torch.tensor(spared).repeat_interleave(torch.tensor(counts)).to(device)
 
 
 def _shortening(norms: Tensor, coefs: Tensor, norm_type: float) -> Tensor:

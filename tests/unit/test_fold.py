@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
@@ -16,9 +17,10 @@ import distclip
 from distclip import ArgumentError, GradClipper, NonFiniteWarning
 from distclip.fold import folded, takes_factor
 from distclip.judge import Judge
+from distclip.policies import Scale
 from tests.ranks import World
+from tests.world.rig import bits, build, frozen, quietly
 from tests.world.test_amp import SCALE, scaler_of
-from tests.world.test_nonfinite import bits, build, frozen, quietly
 
 KINDS: list[tuple[type[Optimizer], dict[str, Any]]] = [
     (Adam, {"lr": 0.01}),
@@ -317,3 +319,42 @@ def test_main_grad() -> None:
         report = clipper.clip()
     assert report.skipped
     assert weight.main_grad is None or bool(weight.main_grad.isfinite().all()), "an optimizer would learn the NaN"
+
+
+def test_attached_twice() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    clipper = GradClipper([weight], distclip.global_norm(1.0))
+    handle = clipper.attach(optimizer)
+    with pytest.raises(ArgumentError, match="clip twice"):
+        clipper.attach(optimizer)
+    handle.remove()
+    clipper.attach(optimizer)
+    weight.grad = torch.tensor([3.0, 4.0])
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.tensor([-0.6, -0.8]))
+
+
+class Rule:
+    """A policy that is no dataclass: where it lies in memory differs from rank to rank."""
+
+    norm_type, per = 2.0, "model"
+
+    def init(self, slots: int, device: torch.device) -> dict[str, Tensor]:
+        return {}
+
+    def decide(self, totals: Any, state: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        return Scale(torch.full_like(totals.norms, 0.5)), state
+
+
+def check_own_policy() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    kept = [object() for _ in range(1000 * dist.get_rank())]
+    clipper = GradClipper([weight], Rule(), split_over=dist.group.WORLD)
+    weight.grad = torch.ones(2)
+    clipper.clip()
+    assert torch.equal(weight.grad, torch.full((2,), 0.5)) and len(kept) % 1000 == 0
+
+
+def test_own_policy(world: Callable[[int], World]) -> None:
+    world(2).run(check_own_policy)

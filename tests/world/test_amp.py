@@ -19,7 +19,7 @@ from distclip import ArgumentError, DisagreementError, GradClipper, reference
 from tests.layouts.data_parallel import mlp
 from tests.layouts.pipeline import plain
 from tests.ranks import World
-from tests.world.test_nonfinite import CASES, INF, KINDS, Rig, alike, bits, build, everywhere_, frozen, local, made_up
+from tests.world.rig import CASES, INF, KINDS, Rig, alike, bits, build, everywhere_, frozen, local, made_up
 
 SCALE = 2.0**10
 

@@ -21,7 +21,7 @@ from distclip import ArgumentError, GradClipper, MedianMAD, NormPolicy
 from tests.layouts.model_parallel import axis, known
 from tests.layouts.pipeline import plain
 from tests.ranks import World
-from tests.world.test_nonfinite import NAN, bits, build, everywhere, quietly
+from tests.world.rig import NAN, bits, build, everywhere, quietly
 
 ADAPTIVE: dict[str, Callable[[], NormPolicy]] = {
     "autoclip": lambda: distclip.autoclip(50, window=5),
