@@ -77,6 +77,8 @@ class NormPolicy:
                 f"per={self.per!r} with groups={dict(self.groups)}: groups belong to per='group'. "
                 'Write per="group", groups={"embedding": "embed"}, or neither.'
             )
+        if "rest" in self.groups:
+            raise ArgumentError('groups: "rest" is what no group takes. Write another name.')
 
     @property
     def needs_weights(self) -> bool:

@@ -428,3 +428,8 @@ def test_a_preset_is_its_rule(preset: Callable[..., NormPolicy]) -> None:
     assert preset().per == ("tensor" if preset is adagc else "model")
     assert preset().threshold == type(preset().threshold)()
     assert all(getattr(preset().threshold, f.name) == f.default for f in fields(preset().threshold))
+
+
+def test_a_group_cannot_be_the_rest() -> None:
+    with pytest.raises(ArgumentError, match="another name"):
+        group_norm({"rest": ("head", 1.0)})
