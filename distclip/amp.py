@@ -7,7 +7,7 @@ It is told through the records that it keeps between `unscale_` and `update`; `u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,12 @@ from torch.optim import Optimizer
 
 from .errors import ArgumentError
 
-__all__ = ["Scaling", "initial_scale"]
+__all__ = ["Scaling", "initial_scale", "parameters_of"]
+
+
+def parameters_of(optimizers: Iterable[Optimizer]) -> list[Tensor]:
+    """All that they step."""
+    return [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
 
 
 def initial_scale(scaler: Any) -> tuple[float, bool]:
@@ -45,10 +50,8 @@ class Scaling:
     def __init__(self, scaler: GradScaler, optimizers: Sequence[Optimizer]) -> None:
         if scaler._scale is None:
             # A pipeline stage that sees no loss: it starts at the scale with which the last one started.
-            devices = [
-                p.device for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
-            ]
-            scaler._lazy_init_scale_growth_tracker((devices or [torch.device("cpu")])[0])
+            devices = (param.device for param in parameters_of(optimizers))
+            scaler._lazy_init_scale_growth_tracker(next(devices, torch.device("cpu")))
         self.scaler, self.optimizers = scaler, optimizers
         if any(record["stage"] is OptState.STEPPED for record in self._records()):
             raise ArgumentError(
@@ -86,13 +89,11 @@ class Scaling:
         """
         if type(self.scaler).__name__ == "ShardedGradScaler":
             return
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                if any(p.grad is not None and p.grad.dtype == torch.float16 for p in group["params"]):
-                    raise ArgumentError(
-                        "Attempting to unscale FP16 gradients: small ones would become 0. Keep parameters in float32 "
-                        "and compute under torch.autocast."
-                    )
+        if any(p.grad is not None and p.grad.dtype == torch.float16 for p in parameters_of(self.optimizers)):
+            raise ArgumentError(
+                "Attempting to unscale FP16 gradients: small ones would become 0. Keep parameters in float32 and "
+                "compute under torch.autocast."
+            )
 
     def tell(self, found_inf: Tensor) -> None:
         """Let the scaler know what all ranks have found, so that `update` moves the scale alike on each.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import LayoutError
+from .measure import row_index
 from .shards import Rows, Shard
 
 __all__ = ["clamp_", "outside", "scale_", "stored"]
@@ -63,8 +64,7 @@ def _scale_rows(shard: Shard, rows: Rows, coefs: Tensor, known: bool) -> None:
         return
     factors, values = factors.to(grad.device), stored(grad)
     if grad.layout is not torch.strided:
-        index = grad._indices()[0] if grad.is_sparse else _csr_rows(grad)
-        factors = factors[index]
+        factors = factors[row_index(grad)]
     elif rows.width:
         factors = factors.repeat_interleave(rows.width)[rows.lead : rows.lead + values.numel()]
     wide = torch.promote_types(values.dtype, torch.float32)
@@ -73,11 +73,6 @@ def _scale_rows(shard: Shard, rows: Rows, coefs: Tensor, known: bool) -> None:
         values.mul_(factors)
     else:
         values.copy_(values.to(wide) * factors)
-
-
-def _csr_rows(grad: Tensor) -> Tensor:
-    lengths = grad.crow_indices().diff()
-    return torch.arange(len(lengths), device=grad.device).repeat_interleave(lengths)
 
 
 def clamp_(shards: Sequence[Shard], low: float, high: float, foreach: bool | None = None) -> None:

@@ -21,7 +21,7 @@ from .settle import settle
 from .shards import Shard
 from .sources import Plan
 
-__all__ = ["Attempt", "Measured", "agree", "check_covered", "meet", "total"]
+__all__ = ["Attempt", "Measured", "agree", "meet", "total"]
 
 T = TypeVar("T")
 
@@ -88,23 +88,25 @@ class Measured:
         return narrow
 
 
-def agree(plan: Plan, comm: Comm | None, failure: Exception | None) -> Comm:
-    """The communicator of a plan; if a rank failed so far, all of them raise (those of a first call, or of `comm`).
+def agree(plan: Plan, comm: Comm | None, attempt: Attempt) -> Comm:
+    """The communicator of a plan: `comm`, or the one that its meshes and axes call for.
 
-    Collectives: a gather over `comm` if one is given; otherwise see `communicator`.
+    Args:
+        plan: of this rank.
+        comm: given by the caller; whether it covers the plan is left in `attempt`.
+        attempt: what this rank found wrong so far. All ranks of a first call without `comm` raise it here; otherwise it
+            is for what comes next (`meet`, `total`) to let them all raise.
+
+    Collectives: none over `comm`; otherwise see `communicator`.
     """
-    failure = failure or plan.failure
-    if comm is None:
-        comm = communicator(plan.groups, plan.axes, failure)
-    else:
-        attempt = Attempt()
-        attempt(check_covered, plan, comm)
-        failure = failure or attempt.failure
-        if any(told := comm.gather_objects(_described(failure))):
-            _raise(failure, told)
-    if failure is not None and isinstance(comm, LocalComm):
+    if comm is not None:
+        attempt(_check_covered, plan, comm)
+        return comm
+    failure = attempt.failure or plan.failure
+    found = communicator(plan.groups, plan.axes, failure)
+    if failure is not None and isinstance(found, LocalComm):
         raise failure
-    return comm
+    return found
 
 
 def meet(comm: Comm, failure: Exception | None, said: T) -> list[T]:
@@ -170,7 +172,7 @@ def total(
     return Measured(shards, totals, bool(totals.wide), len(plan.entries), partials.each)
 
 
-def check_covered(plan: Plan, comm: Comm) -> None:
+def _check_covered(plan: Plan, comm: Comm) -> None:
     """Refuse a communicator that leaves out ranks which hold something.
 
     Raises:

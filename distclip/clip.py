@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from .apply import clamp_, scale_
-from .call import Attempt, Measured, agree, check_covered, total
+from .call import Attempt, Measured, agree, total
 from .comm import Comm
 from .errors import NonFiniteError
 from .policies import Fixed, NormPolicy, coefficient, global_norm, value
@@ -199,11 +199,8 @@ def _measured(
     """One call of a functional drop-in up to its totals; everything found wrong is raised by all ranks together."""
     axes = attempt(split_axes, split_over) or ()
     plan = attempt(make_plan, tensors, axes) or Plan([], axes)
-    if comm is None:
-        comm = agree(plan, None, attempt.failure)
-    else:
-        attempt(check_covered, plan, comm)
-    return total(plan, policy.norm_type, comm, attempt.failure)
+    everybody = agree(plan, comm, attempt)
+    return total(plan, policy.norm_type, everybody, attempt.failure)
 
 
 def _local_shards(parameters: Parameters) -> list[Shard]:

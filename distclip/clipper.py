@@ -53,7 +53,7 @@ class GradClipper:
         ArgumentError, LayoutError, DisagreementError: see `clip_grad_norm_`; on every rank that takes part.
 
     Collectives: construct it on every rank that holds something of the model; ranks find each other through the store
-    of torch.distributed, and then one gather tells them each other's parameters. With `comm`, one gather more.
+    of torch.distributed, and then one gather, the only one with `comm`, tells them each other's parameters.
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
     >>> from distclip import global_norm
@@ -81,7 +81,7 @@ class GradClipper:
         attempt(_check, policy, on_nonfinite, max_skips)
         axes = attempt(split_axes, split_over) or ()
         plan = attempt(parameter_plan, parameters, axes) or Plan([], axes)
-        everybody = agree(plan, comm, attempt.failure)
+        everybody = agree(plan, comm, attempt)
         found = attempt(_find, parameters, plan, policy, everybody) or []
         # Where an object lies in memory says nothing.
         asked = re.sub(r" at 0x\w+", "", f"{policy!r}, on_nonfinite={on_nonfinite!r}, max_skips={max_skips}")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .shards import Rows, Shard
 
-__all__ = ["Partials", "measure", "power_sum", "row_powers"]
+__all__ = ["Partials", "constant", "measure", "power_sum", "row_index", "row_powers", "wide"]
 
 _CHUNK = {"cpu": 1 << 15}
 """Elements widened at a time, so that the temporary does not grow with the model; on a CPU it stays in the cache."""
@@ -72,9 +72,9 @@ def measure(
     """
     each: list[tuple[Shard, Tensor]] = []
     outside = torch.zeros((), dtype=torch.bool, device=device)
-    pending = wide = False
+    pending = is_wide = False
     for shard in shards:
-        wide = wide or shard.grad.dtype in (torch.float64, torch.complex128)
+        is_wide = is_wide or shard.grad.dtype in (torch.float64, torch.complex128)
         if inspect is not None:
             outside |= inspect(shard).to(device)
         if shard.pending:
@@ -85,7 +85,7 @@ def measure(
     weight = None
     if weights is not None:
         weight = _by_slot([(w, _own(w, norm_type, device)) for w in weights], norm_type, device, slots)
-    return Partials(value, outside, pending, wide, weight, tuple((shard.name, own) for shard, own in each))
+    return Partials(value, outside, pending, is_wide, weight, tuple((shard.name, own) for shard, own in each))
 
 
 def power_sum(grad: Tensor, norm_type: float) -> Tensor:
@@ -130,6 +130,18 @@ def row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor:
     return torch.cat([_row_power(piece, norm_type) for piece in torch.split(matrix, per)])
 
 
+def row_index(grad: Tensor) -> Tensor:
+    """Of what is stored of a sparse gradient, the row that each value is in.
+
+    >>> row_index(torch.tensor([[0.0, 1.0], [2.0, 0.0]]).to_sparse())
+    tensor([0, 1])
+    """
+    if grad.is_sparse:
+        return grad._indices()[0]
+    lengths = grad.crow_indices().diff()
+    return torch.arange(len(lengths), device=grad.device).repeat_interleave(lengths)
+
+
 def _own(shard: Shard, norm_type: float, device: torch.device) -> Tensor:
     """What a shard adds to its slot (0-d), or to the slots of its rows (1-D)."""
     if shard.rows is None:
@@ -155,14 +167,14 @@ def _by_slot(each: list[tuple[Shard, Tensor]], norm_type: float, device: torch.d
             part.copy_(torch.maximum(part, value) if math.isinf(norm_type) else part + value)
     if whole:
         values = [_together(v, norm_type) if len(v) > 1 else v[0] for v in whole.values()]
-        total.index_copy_(0, _index(tuple(whole), device), torch.stack(values))
+        total.index_copy_(0, constant(tuple(whole), device), torch.stack(values))
     return total
 
 
 @functools.lru_cache(maxsize=64)
-def _index(slots: tuple[int, ...], device: torch.device) -> Tensor:
-    """The same slots come every step: they travel to the device once."""
-    return torch.tensor(slots, device=device)
+def constant(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers that are the same at every step: they travel to the device once. Not to be written to."""
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def _power(chunk: Tensor, norm_type: float) -> Tensor:
@@ -187,10 +199,7 @@ def _row_power(piece: Tensor, norm_type: float) -> Tensor:
 def _sparse_row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor:
     if grad.is_sparse:
         grad = grad.coalesce()
-        index, values = grad.indices()[0], grad.values()
-    else:
-        lengths = grad.crow_indices().diff()
-        index, values = torch.arange(len(lengths), device=grad.device).repeat_interleave(lengths), grad.values()
+    index, values = row_index(grad), grad.values()
     powers = _row_power(values.reshape(len(index), -1), norm_type)
     extreme = "amax" if math.isinf(norm_type) else "sum"
     return torch.zeros(rows.count, dtype=powers.dtype, device=grad.device).scatter_reduce(0, index, powers, extreme)
@@ -215,8 +224,8 @@ def _chunks(grad: Tensor) -> Iterator[Tensor]:
 
 def _widened(piece: Tensor) -> Tensor:
     """In float64; the magnitude of a complex number, which may not fit into the dtype of its parts."""
-    wide = _wide(piece.device)
-    return piece.to(wide.to_complex()).abs() if piece.is_complex() else piece.to(wide)
+    dtype = wide(piece.device)
+    return piece.to(dtype.to_complex()).abs() if piece.is_complex() else piece.to(dtype)
 
 
 def _flat(grad: Tensor) -> Tensor:
@@ -228,9 +237,9 @@ def _flat(grad: Tensor) -> Tensor:
 
 def _neutral(norm_type: float, device: torch.device) -> Tensor:
     start = -math.inf if norm_type == -math.inf else 0.0
-    return torch.tensor(start, dtype=_wide(device), device=device)
+    return torch.tensor(start, dtype=wide(device), device=device)
 
 
-def _wide(device: torch.device) -> torch.dtype:
-    """float64, except where the device has none."""
+def wide(device: torch.device) -> torch.dtype:
+    """What numbers are added up and kept in: float64, except where the device has none."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -119,17 +119,15 @@ def arrange(
     keys = _keys(told)
     if not keys:
         return Slots()
-    counts: dict[str, int] = {}
     firsts: dict[tuple[str, tuple[int, ...]], int] = {}
-    for key, founds in keys.items():
-        counts[key] = _count(key, founds, firsts)
+    counts = {key: _count(key, founds, firsts) for key, founds in keys.items()}
     names = tuple(keys)
     begin = dict(zip(names, _begins(list(counts.values())), strict=True))
     key_of = {id(found): key for key, founds in keys.items() for found in founds}
     places = {}
     for found in told[mine]:
         key, cut = key_of[id(found)], found.cut
-        rows = None if cut is None else replace(cut.rows, first=cut.rows.first + firsts.get((key, cut.piece), 0))
+        rows = None if cut is None else replace(cut.rows, first=cut.rows.first + firsts[key, cut.piece])
         places[found.name] = (begin[key], rows)
     spared = tuple(any(found.name in spare for found in founds) for founds in keys.values())
     return Slots(names, tuple(counts.values()), places, spared)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from .amp import Scaling, initial_scale
+from .amp import Scaling, initial_scale, parameters_of
 from .apply import clamp_, scale_
 from .call import Attempt, meet
 from .errors import ArgumentError, DisagreementError
@@ -56,7 +56,12 @@ class Stepper:
                     f"{'unscaled them itself' if were_scaled else 'found them unscaled'}: scaler.unscale_ is for all "
                     "optimizers before the first call, or for none. Write clipper.step([one, other], scaler)."
                 )
-            self._advance(optimizers, decision, scaling, in_place)
+            fold = not in_place and all(map(takes_factor, optimizers))
+            if not in_place and not fold and not decision.skip_known:
+                # The earlier call has left them to its own optimizer's kernel.
+                with torch.no_grad():
+                    scale_(self._shards_of(optimizers), decision.factors)
+            self._advance(optimizers, decision, scaling, fold)
             return decision
         were_scaled = scaling is not None and len(scaling.scaled()) == len(optimizers)
         with torch.no_grad():
@@ -64,11 +69,12 @@ class Stepper:
             decision = self._judge.decide(attempt.failure, loss_scale, scaled=scaling is not None, wait=not lazily)
         fold = loss_scale is not None or decision.skip_known is None
         fold = fold and decision.clamp is None and len(decision.coefs) == 1
-        fold = fold and all(map(takes_factor, optimizers)) and self._knows(optimizers)
+        # With a loss scale it has been checked already that these are the clipper's.
+        fold = fold and all(map(takes_factor, optimizers)) and (loss_scale is not None or self._knows(optimizers))
         if not fold and not decision.skip_known:
             with torch.no_grad():
                 apply_(decision)
-        self._advance(optimizers, decision, scaling, in_place=not fold)
+        self._advance(optimizers, decision, scaling, fold)
         if scaling is not None:
             self._round = (scaling.round, decision.without_gradients(), not fold, were_scaled)
         return decision
@@ -124,30 +130,27 @@ class Stepper:
             )
 
     def _covered_by(self, optimizers: Sequence[Optimizer]) -> bool:
-        ids = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+        ids = set(map(id, parameters_of(optimizers)))
         return all(id(tensor) in ids for _, tensor, _ in self._judge.plan.entries)
 
     def _knows(self, optimizers: Sequence[Optimizer]) -> bool:
         own = {id(tensor) for _, tensor, _ in self._judge.plan.entries}
-        return all(id(p) in own for o in optimizers for group in o.param_groups for p in group["params"])
+        return all(id(param) in own for param in parameters_of(optimizers))
 
     def _advance(
-        self, optimizers: Sequence[Optimizer], decision: Decision, scaling: Scaling | None, in_place: bool
+        self, optimizers: Sequence[Optimizer], decision: Decision, scaling: Scaling | None, fold: bool
     ) -> None:
-        """Step, or leave the step out; the gradients have been scaled already if `in_place`."""
+        """Step, or leave the step out; without `fold` the gradients have been scaled already."""
         found_inf = decision.skip.to(torch.float32)
         if scaling is not None:
             scaling.tell(decision.overflow.to(torch.float32))
         if decision.skip_known:
             pass
-        elif not in_place and all(map(takes_factor, optimizers)):
+        elif fold:
             with folded(optimizers, decision.factors.reciprocal().float().view(()), found_inf):
                 for optimizer in optimizers:
                     optimizer.step()
         else:
-            if not in_place:
-                # An earlier call of the round has left them to its own optimizer's kernel.
-                scale_(self._shards_of(optimizers), decision.factors)
             for optimizer in optimizers:
                 if decision.skip_known is None and takes_factor(optimizer):
                     with folded([optimizer], None, found_inf):
@@ -158,7 +161,7 @@ class Stepper:
             scaling.stepped()
 
     def _shards_of(self, optimizers: Sequence[Optimizer]) -> list[Shard]:
-        ids = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+        ids = set(map(id, parameters_of(optimizers)))
         names = {name for name, tensor, _ in self._judge.plan.entries if id(tensor) in ids}
         return [shard for shard in self._judge.plan.shards(self._judge.comm.size) if shard.name in names]
 

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from distclip import GradClipper
-from layout import data_axes
+from layout import data_axes, local
 from models import Recurrence, bare
 from processes import RANK
 
@@ -89,7 +89,7 @@ class Progress:
             options=OPTIONS,
         )
         for name, part in self._recurrent():
-            carried = tuple(_here(state["carried"][f"{name}.{i}"]) for i in range(len(part.zeros(0))))
+            carried = tuple(local(state["carried"][f"{name}.{i}"]) for i in range(len(part.zeros(0))))
             part.state = carried if isinstance(part.cell, nn.LSTM) else carried[0]
 
     def _state(self) -> dict[str, Any]:
@@ -111,7 +111,3 @@ class Progress:
         if not axes:
             return state
         return DTensor.from_local(state, self.mesh[axes], [Shard(1)] * len(axes), run_check=False)
-
-
-def _here(state: Tensor) -> Tensor:
-    return state.to_local() if isinstance(state, DTensor) else state

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from layout import local
 from models import bare
 from processes import RANK, WORLD, gathered
 
@@ -48,7 +49,7 @@ class Inject:
 
         Every copy of the piece is hit, as by a bad number that a reduction of gradients hands out.
         """
-        pieces = {_key(module, name, p): p for name, p in module.named_parameters() if _local(p).numel()}
+        pieces = {_key(module, name, p): p for name, p in module.named_parameters() if local(p).numel()}
         there = gathered(list(pieces))[self.rank]
         key = next((key for key in there if re.search(self.parameter, key[0])), None)
         if key is None:
@@ -61,17 +62,13 @@ class Inject:
         @torch.no_grad()
         def strike(step: int) -> None:
             if step == self.step and target is not None and target.grad is not None:
-                grad = _local(target.grad)
+                grad = local(target.grad)
                 if self.kind == "spike":
                     grad.mul_(self.factor)
                 else:
                     grad[(0,) * grad.ndim] = VALUES[self.kind]
 
         return strike
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _key(module: nn.Module, name: str, parameter: Tensor) -> Key:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from parallel import Placed
 
@@ -57,6 +58,11 @@ class Layout:
 def data_axes(mesh: DeviceMesh) -> tuple[str, ...]:
     """The axes along which ranks see different rows of the batch."""
     return tuple(axis for axis in mesh.mesh_dim_names or () if axis not in MODEL_AXES)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def share(batch: Tensor, mesh: DeviceMesh | None) -> Tensor:

@@ -54,7 +54,6 @@ def train(run: Run, record: Record, terminal: Terminal) -> Outcome:
     scaler = None
     if "init_scale" in cfg.precision:
         scaler = torch.amp.GradScaler(run.device.type, init_scale=cfg.precision.init_scale)
-        scaler.scale(torch.zeros((), device=run.device))  # a pipeline stage without the loss needs the scale, too
         placed.scale = scaler.scale
     strike = run.inject.aim(placed.module) if run.inject else None
     progress = checkpoint.Progress(placed.module, optimizer, clipper, scaler, mesh, len(example))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..measure import constant
 from ..reduce import Totals
 from .verdict import State, as_number
 
@@ -47,10 +47,4 @@ class Fixed:
         """The bound, whatever the norms."""
         bounds = self.max_norm if isinstance(self.max_norm, tuple) else (self.max_norm,)
         norms = totals.norms
-        return _there(bounds, norms.dtype, norms.device).expand(norms.shape), state
-
-
-@functools.lru_cache(maxsize=64)
-def _there(bounds: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers travel to a device once, not every step."""
-    return torch.tensor(bounds, dtype=dtype, device=device)
+        return constant(bounds, norms.device, norms.dtype).expand(norms.shape), state

@@ -11,12 +11,14 @@ import math
 import torch
 from torch import Tensor
 
+from ..measure import wide
+
 __all__ = ["append", "numbers", "quantile"]
 
 
 def numbers(*shape: int, device: torch.device, fill: float = 0.0) -> Tensor:
-    """State in the dtype of the norms: float64, or float32 on a device that has none."""
-    return torch.full(shape, fill, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    """State in the dtype of the norms."""
+    return torch.full(shape, fill, dtype=wide(device), device=device)
 
 
 def append(history: Tensor, count: Tensor, values: Tensor) -> Tensor:

@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..measure import wide
 from ..reduce import Totals
 from .arguments import NOT_NEGATIVE, Range, take
 from .fixed import Fixed
+from .history import append, numbers
 from .verdict import Per, Scale, State, Threshold, as_number
 
 __all__ = ["NormPolicy", "coefficient"]
@@ -89,8 +91,7 @@ class NormPolicy:
         """The state before the first step; empty where the threshold has none."""
         state = dict(self.threshold.init(slots, device))
         if state and self.window and hasattr(self.threshold, "seed"):
-            kind = torch.float32 if device.type == "mps" else torch.float64
-            state["recent"] = torch.zeros(slots, self.window, dtype=kind, device=device)
+            state["recent"] = numbers(slots, self.window, device=device)
             state["over"] = torch.zeros(slots, self.window, dtype=torch.bool, device=device)
             state["seen"] = torch.zeros(slots, dtype=torch.int64, device=device)
             state["reseeds"] = torch.zeros(slots, dtype=torch.int64, device=device)
@@ -119,11 +120,10 @@ class NormPolicy:
 
     def _watched(self, norms: Tensor, bound: Tensor, moved: State, state: State) -> State:
         """What this policy remembers, after this step; with it the threshold's state, where it starts anew."""
-        place = (state["seen"] % self.window).unsqueeze(1)
         # Where the cap did it, the rule itself has lost nothing.
         by_rule = (norms > bound) & (bound < getattr(self.threshold, "cap", math.inf))
-        recent = state["recent"].scatter(1, place, norms.unsqueeze(1))
-        over = state["over"].scatter(1, place, by_rule.unsqueeze(1))
+        recent = append(state["recent"], state["seen"], norms)
+        over = append(state["over"], state["seen"], by_rule)
         seen = state["seen"] + 1
         lost = (seen >= self.window) & (2 * over.sum(1) > self.window)
         seeded = self.threshold.seed(recent, moved)  # type: ignore[attr-defined]
@@ -140,8 +140,8 @@ def coefficient(norm: Tensor, bound: Tensor | float, eps: float = 1e-6) -> Tenso
     >>> coefficient(torch.tensor(4.0), 1.0)
     tensor(0.2500, dtype=torch.float64)
     """
-    wide = torch.float32 if norm.device.type == "mps" else torch.float64
-    length, bound = norm.to(wide) + eps, torch.as_tensor(bound, dtype=wide, device=norm.device)
+    dtype = wide(norm.device)
+    length, bound = norm.to(dtype) + eps, torch.as_tensor(bound, dtype=dtype, device=norm.device)
     # Written so that NaN is not "short enough".
     return torch.where((length <= bound) | bound.isposinf() | (norm == 0), 1.0, bound / length)
 

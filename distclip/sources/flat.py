@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,14 +24,8 @@ def flat_layouts(module: nn.Module) -> dict[int, Layout]:
     Args:
         module: the root that was wrapped.
     """
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return {}
     layouts: dict[int, Layout] = {}
-    for wrapped in fsdp.FullyShardedDataParallel.fsdp_modules(module):
-        handle = wrapped._handle
-        if handle is None:
-            continue
+    for wrapped, handle in _managed(module):
         layout = Layout()
         if handle.uses_sharded_strategy:
             shards = group_ranks(wrapped.process_group)
@@ -49,18 +44,15 @@ def flat_slices(module: nn.Module) -> dict[int, tuple[tuple[int, ...], int]]:
     Raises:
         LayoutError: the module has flattened its parameters for good, so that none of them has a norm of its own.
     """
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     slices: dict[int, tuple[tuple[int, ...], int]] = {}
-    for wrapped in fsdp.FullyShardedDataParallel.fsdp_modules(module) if fsdp is not None else ():
-        flat = None if wrapped._handle is None else wrapped._handle.flat_param
-        if flat is None:
-            continue
+    for _, handle in _managed(module):
+        flat = handle.flat_param
         if flat._params is None:
             raise LayoutError(
                 "FullyShardedDataParallel without use_orig_params=True has made one flat parameter of many: none of "
                 'them has a norm of its own. Wrap with use_orig_params=True, or write per="model".'
             )
-        if wrapped._handle.uses_sharded_strategy:
+        if handle.uses_sharded_strategy:
             for param, shape, here in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
                 slices[id(param)] = (tuple(shape), here.intra_param_start_idx or 0)
     return slices
@@ -78,3 +70,11 @@ def refuse_bare(name: str, tensor: Tensor) -> None:
             "this rank holds, nor over which ranks the others lie. Pass the wrapped root module itself: "
             "parameters=model instead of model.parameters()."
         )
+
+
+def _managed(module: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """Every FSDP1 module in `module` that has parameters, with its handle; FSDP1 is not imported to find out."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    for wrapped in () if fsdp is None else fsdp.FullyShardedDataParallel.fsdp_modules(module):
+        if wrapped._handle is not None:
+            yield wrapped, wrapped._handle
