@@ -1,0 +1,136 @@
+"""A world of ranks for one job: fresh processes, a file to meet at, nothing that is left behind."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing as mp
+import os
+import signal
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .errors import BenchError
+
+__all__ = ["default_size", "on_ranks"]
+
+PATIENCE = timedelta(minutes=5)
+"""After which a collective gives up."""
+
+
+def default_size(device: str) -> int:
+    """Four ranks on a CPU, one per GPU."""
+    return torch.cuda.device_count() if device == "cuda" else 4
+
+
+def on_ranks(
+    job: Callable[..., Any], size: int, device: str, threads: int | None, advance: Callable[[], object], **kwargs: Any
+) -> list[Any]:
+    """Call `job(**kwargs, advance=…)` on every rank of a new world.
+
+    Args:
+        job: a function that is importable by name.
+        size: how many ranks.
+        device: "cpu" (gloo) or "cuda" (nccl).
+        threads: of torch on each rank; None to share the processors.
+        advance: called here whenever the first rank calls its own.
+        kwargs: picklable.
+
+    Returns:
+        What the ranks returned, in their order; picklable.
+
+    Raises:
+        BenchError: a rank failed; with the traceback of the first that did.
+    """
+    # A server that has imported torch starts a rank in a fraction of a second, and has called nothing of it.
+    context: Any = mp.get_context("spawn" if sys.platform == "win32" else "forkserver")
+    if sys.platform != "win32":
+        context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.tensor.debug", __name__])
+    threads = threads or max(1, (os.cpu_count() or 1) // size)
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [context.Pipe(duplex=False) for _ in range(size)]
+        processes = [
+            context.Process(target=_rank, args=(rank, size, device, threads, folder, pipe[1], job, kwargs), daemon=True)
+            for rank, pipe in enumerate(pipes)
+        ]
+        try:
+            for process, (_, there) in zip(processes, pipes, strict=True):
+                process.start()
+                there.close()
+            return _collect([here for here, _ in pipes], advance)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _collect(connections: list[Connection], advance: Callable[[], object]) -> list[Any]:
+    answers: dict[int, Any] = {}
+    open_ = dict(zip(connections, range(len(connections)), strict=True))
+    while open_:
+        for connection in wait(list(open_)):
+            assert isinstance(connection, Connection)
+            try:
+                kind, content = connection.recv()
+            except EOFError:
+                kind, content = "failed", "the process died"
+            if kind == "advance":
+                advance()
+                continue
+            rank = open_.pop(connection)
+            if kind == "failed":
+                raise BenchError(f"rank {rank} of {len(connections)}:\n{content}")
+            answers[rank] = content
+    return [answers[rank] for rank in range(len(connections))]
+
+
+def _rank(
+    rank: int,
+    size: int,
+    device: str,
+    threads: int,
+    folder: str,
+    connection: Connection,
+    job: Callable[..., Any],
+    kwargs: dict[str, Any],
+) -> None:
+    """The life of a rank."""
+    # Ctrl-C is the parent's business, which ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Whatever torch has to say about a contestant, it says on every rank.
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(threads)
+
+    def advance() -> None:
+        if rank == 0:
+            connection.send(("advance", None))
+
+    try:
+        backend, device_id = "gloo", None
+        if device == "cuda":
+            backend, device_id = "nccl", torch.device("cuda", rank)
+            torch.cuda.set_device(device_id)
+        dist.init_process_group(
+            backend,
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=size,
+            timeout=PATIENCE,
+            device_id=device_id,
+        )
+        answer = ("done", job(**kwargs, advance=advance))
+        # Nobody leaves while another one may still read from it.
+        dist.barrier()
+        dist.destroy_process_group()
+    except Exception:
+        answer = ("failed", traceback.format_exc())
+    connection.send(answer)
