@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from .errors import LayoutError
-from .measure import row_index
-from .shards import Rows, Shard
+from .kernels.operators import row_index
+from .shards import Rows, Shard, Shards
 
 __all__ = ["clamp_", "outside", "scale_", "stored"]
 
+_NARROW = (torch.float16, torch.bfloat16)
 
-def scale_(shards: Sequence[Shard], coefs: Tensor, foreach: bool | None = None) -> None:
+
+def scale_(shards: Iterable[Shard], coefs: Tensor, foreach: bool | None = None) -> None:
     """Multiply every gradient by the coefficient of its slot in place; a summand of the true one is scaled alike.
 
     On CPU a coefficient of exactly 1 writes nothing.
@@ -27,34 +29,37 @@ def scale_(shards: Sequence[Shard], coefs: Tensor, foreach: bool | None = None) 
 
     Collectives: none. Host syncs: none (one if `coefs` lies on another device than a gradient).
     """
+    shards = Shards.of(shards)
     if coefs.numel() == 1:
-        _scale_alike(shards, coefs.view(()), foreach)
+        _scale_alike(shards.grads, coefs.view(()), foreach)
         return
     on_host = coefs.tolist() if coefs.device.type == "cpu" else None
     for shard in shards:
         if shard.rows is not None:
             _scale_rows(shard, shard.rows, coefs, known=on_host is not None)
-        elif on_host is not None:
-            _scale_alike([shard], coefs[shard.slot], False, on_host[shard.slot])
-        else:
-            _scale_alike([shard], coefs[shard.slot], False)
+        elif on_host is None or on_host[shard.slot] != 1.0:
+            _scale_alike([shard.grad], coefs[shard.slot], False)
 
 
-def _scale_alike(shards: Sequence[Shard], coef: Tensor, foreach: bool | None, known: float | None = None) -> None:
-    if coef.device.type == "cpu":
-        known = float(coef) if known is None else known
-        if known == 1.0:
-            return
-    for (device, dtype), tensors in _by_place(shards).items():
-        factor = coef.to(device)
+def _scale_alike(grads: Sequence[Tensor], coef: Tensor, foreach: bool | None) -> None:
+    if coef.device.type == "cpu" and float(coef) == 1.0:
+        return
+    for (device, dtype), tensors in _by_place(grads).items():
         if device.type == "cpu":
-            # As a number it multiplies in float32 also what is stored in bfloat16 or float16.
-            _multiply(tensors, float(factor) if known is None else known, foreach is True)
-        elif dtype in (torch.float16, torch.bfloat16):
-            for tensor in tensors:
-                tensor.copy_(tensor.float() * factor)
+            # As a number it multiplies in float32 also what is stored in bfloat16 or float16, save by the multi-tensor
+            # operator. Backwards: the last gradients have just been read and may still be in the cache.
+            _multiply(tensors[::-1], float(coef), foreach is not False and dtype not in _NARROW)
         else:
-            _multiply(tensors, factor.to(dtype), foreach is not False)
+            _scale_on_device(tensors, coef.to(device), foreach)
+
+
+def _scale_on_device(tensors: list[Tensor], coef: Tensor, foreach: bool | None) -> None:
+    """Multiply by a factor that the host does not know."""
+    if tensors[0].dtype in _NARROW:
+        for tensor in tensors:
+            tensor.copy_(tensor.float() * coef)
+    else:
+        _multiply(tensors, coef.to(tensors[0].dtype), foreach is not False)
 
 
 def _scale_rows(shard: Shard, rows: Rows, coefs: Tensor, known: bool) -> None:
@@ -75,7 +80,7 @@ def _scale_rows(shard: Shard, rows: Rows, coefs: Tensor, known: bool) -> None:
         values.copy_(values.to(wide) * factors)
 
 
-def clamp_(shards: Sequence[Shard], low: float, high: float, foreach: bool | None = None) -> None:
+def clamp_(shards: Iterable[Shard], low: float, high: float, foreach: bool | None = None) -> None:
     """Clamp every element of every gradient to [low, high] in place. NaN stays NaN.
 
     Args:
@@ -90,9 +95,10 @@ def clamp_(shards: Sequence[Shard], low: float, high: float, foreach: bool | Non
 
     Collectives: none. Host syncs: none.
     """
+    shards = Shards.of(shards)
     for shard in shards:
         _check_clampable(shard, low, high)
-    for (device, dtype), tensors in _by_place(shards).items():
+    for (device, dtype), tensors in _by_place(shards.grads).items():
         least, most = _representable(low, dtype), _representable(high, dtype)
         if foreach or (foreach is None and device.type == "cuda"):
             torch._foreach_clamp_min_(tensors, least)
@@ -133,11 +139,10 @@ def _check_clampable(shard: Shard, low: float, high: float) -> None:
         raise LayoutError(f"clip_value: the gradient of {shard.name} {why}.")
 
 
-def _by_place(shards: Sequence[Shard]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
+def _by_place(grads: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
     """What is stored of the gradients, grouped as the multi-tensor operators want it."""
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for shard in shards:
-        values = stored(shard.grad)
+    for values in map(stored, grads):
         groups.setdefault((values.device, values.dtype), []).append(values)
     return groups
 

@@ -5,6 +5,7 @@ Whatever a rank finds wrong, before or while it measures, is kept; it still ente
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
@@ -15,10 +16,10 @@ from torch import Tensor
 from .comm import Comm, LocalComm, ProcessGroupComm
 from .comm.derive import communicator, widened
 from .errors import LayoutError, as_peer, as_told
-from .measure import measure
+from .measure import Evidence, measure
 from .reduce import Totals, reduce
 from .settle import settle
-from .shards import Shard
+from .shards import Shard, Shards
 from .sources import Plan
 
 __all__ = ["Attempt", "Measured", "agree", "meet", "total"]
@@ -56,14 +57,14 @@ class Measured:
         totals: of all ranks.
         wide: whether some gradient is float64.
         passed: how many tensors this rank passed.
-        each: what this rank measured of each of its gradients, by name.
+        each: what this rank measured of each of its gradients.
     """
 
-    shards: list[Shard]
+    shards: Shards
     totals: Totals
     wide: bool
     passed: int
-    each: tuple[tuple[str, Tensor], ...] = ()
+    each: tuple[Evidence, ...] = ()
 
     @property
     def norm(self) -> Tensor:
@@ -71,21 +72,21 @@ class Measured:
         return self.totals.norm
 
     @property
-    def outside(self) -> Tensor:
-        """0-d bool: some element of the whole gradient lies outside of the policy's bounds."""
+    def outside(self) -> Tensor | bool:
+        """0-d bool, on a CPU a bool: some element of the whole gradient lies outside of the policy's bounds."""
         return self.totals.outside > 0
 
     def guard(self, coefs: Tensor) -> Tensor:
         """`coefs`, or 1 if another rank failed and this one did not wait to learn it: no gradient is touched then."""
-        return coefs if coefs.device.type == "cpu" else torch.where(self.totals.stop > 0, 1.0, coefs)
+        stop = self.totals.stop
+        return torch.where(stop > 0, 1.0, coefs) if isinstance(stop, Tensor) else coefs
 
     def presented(self) -> Tensor:
         """The norm as the caller gets it: float32, or float64 where a gradient is or where float32 cannot hold it."""
         norm = self.norm
-        narrow = norm.to(torch.float32)
-        if self.wide or (norm.device.type == "cpu" and narrow.isinf() and norm.isfinite()):
+        if self.wide or (norm.device.type == "cpu" and torch.finfo(torch.float32).max < float(norm) < math.inf):
             return norm
-        return narrow
+        return norm.to(torch.float32)
 
 
 def agree(plan: Plan, comm: Comm | None, attempt: Attempt) -> Comm:
@@ -148,9 +149,9 @@ def total(
     """
     attempt = Attempt()
     attempt.failure = failure or plan.failure
-    device = _device(plan)
-    shards = attempt(plan.shards, comm.size) or []
-    parameters = (attempt(plan.weights, comm.size) or []) if weights else None
+    shards = attempt(plan.shards, comm.size) or Shards.of(())
+    device = _device(plan, shards)
+    parameters = (attempt(plan.weights, comm.size) or ()) if weights else None
     partials = attempt(measure, shards, norm_type, device, inspect, slots, parameters)
     partials = partials or measure((), norm_type, device, None, slots, () if weights else None)
     wider = bool(_beyond(plan, comm))
@@ -160,7 +161,7 @@ def total(
         # Nobody waits for the flags: who failed raises alone, and `guard` keeps the others from touching anything.
         if attempt.failure is not None:
             raise attempt.failure
-        return Measured(shards, totals, partials.wide, len(plan.entries), partials.each)
+        return Measured(shards, totals, partials.wide, len(plan.tensors), partials.each)
     if totals.stop > 0:
         told = comm.gather_objects(_described(attempt.failure) or wider)
         if any(isinstance(said, tuple) for said in told):
@@ -169,7 +170,7 @@ def total(
             assert isinstance(comm, ProcessGroupComm)
             return total(plan, norm_type, widened(comm, plan.groups, plan.axes), None, inspect, slots, weights)
         totals = settle(totals, plan, shards, comm, device)
-    return Measured(shards, totals, bool(totals.wide), len(plan.entries), partials.each)
+    return Measured(shards, totals, bool(totals.wide), len(plan.tensors), partials.each)
 
 
 def _check_covered(plan: Plan, comm: Comm) -> None:
@@ -196,13 +197,11 @@ def _flags_matter(plan: Plan, device: torch.device) -> bool:
     return device.type == "cpu" or bool(plan.axes) or plan.may_be_partial
 
 
-def _device(plan: Plan) -> torch.device:
+def _device(plan: Plan, shards: Shards) -> torch.device:
     """Where the norm goes: to the gradients."""
-    for _, tensor, _ in plan.entries:
-        grad = plan.gradient(tensor)
-        if grad is not None:
-            return grad.device
-    return plan.entries[0][1].device if plan.entries else torch.device("cpu")
+    if shards.grads:
+        return shards.grads[0].device
+    return plan.tensors[0].device if plan.tensors else torch.device("cpu")
 
 
 def _described(failure: Exception | None) -> tuple[str, str] | None:

@@ -16,8 +16,8 @@ from .call import Attempt, Measured, agree, total
 from .comm import Comm
 from .errors import NonFiniteError
 from .policies import Fixed, NormPolicy, coefficient, global_norm, value
-from .shards import Axis, Shard
-from .sources import Plan, gradient_plan, parameter_plan, split_axes
+from .shards import Axis, Shards
+from .sources import Plan, gradient_plan, parameter_plan, recent_plan, split_axes
 from .sources.arguments import Parameters
 from .sources.split import SplitOver
 
@@ -84,7 +84,7 @@ def clip_grad_norm_(
     # The p that was asked for also where max_norm is refused: it decides which collective the others are in.
     fallback = attempt(global_norm, math.inf, norm_type) or global_norm()
     policy = attempt(global_norm, max_norm, norm_type) or fallback
-    measured = _measured(attempt, parameter_plan, parameters, policy, split_over, comm)
+    measured = _measured(attempt, recent_plan, parameters, policy, split_over, comm)
     if isinstance(parameters, GeneratorType) and not measured.passed:
         warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3)
     _refuse_nonfinite(measured, policy.norm_type, error_if_nonfinite)
@@ -198,12 +198,12 @@ def _measured(
 ) -> Measured:
     """One call of a functional drop-in up to its totals; everything found wrong is raised by all ranks together."""
     axes = attempt(split_axes, split_over) or ()
-    plan = attempt(make_plan, tensors, axes) or Plan([], axes)
+    plan = attempt(make_plan, tensors, axes) or Plan.empty(axes)
     everybody = agree(plan, comm, attempt)
     return total(plan, policy.norm_type, everybody, attempt.failure)
 
 
-def _local_shards(parameters: Parameters) -> list[Shard]:
+def _local_shards(parameters: Parameters) -> Shards:
     """This rank's pieces, for what needs no other rank."""
     plan = parameter_plan(parameters, None)
     return plan.shards(1)

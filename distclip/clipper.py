@@ -80,7 +80,7 @@ class GradClipper:
         attempt = Attempt()
         attempt(_check, policy, on_nonfinite, max_skips)
         axes = attempt(split_axes, split_over) or ()
-        plan = attempt(parameter_plan, parameters, axes) or Plan([], axes)
+        plan = attempt(parameter_plan, parameters, axes) or Plan.empty(axes)
         everybody = agree(plan, comm, attempt)
         found = attempt(_find, parameters, plan, policy, everybody) or []
         # Where an object lies in memory says nothing.
@@ -92,7 +92,7 @@ class GradClipper:
                 "Write the same on each."
             )
         slots = _arrange([said for _, said in told], everybody.rank, policy)
-        plan.places = slots.places
+        plan.arrangement.assign(slots.places)
         self.policy = policy
         self._slots = slots
         self._watch = Watch(max_skips)
@@ -142,7 +142,7 @@ class GradClipper:
         """
         decision = self._judge.decide(None, None)
         if decision.skip_known:
-            for _, tensor, _ in self._judge.plan.entries:
+            for tensor in self._judge.plan.tensors:
                 tensor.grad = None
                 if (main := getattr(tensor, "main_grad", None)) is not None:
                     main.zero_()

@@ -17,9 +17,11 @@ from torch import Tensor
 from .apply import outside
 from .call import Measured, total
 from .comm import Comm, LocalComm
+from .measure import Evidence
 from .nonfinite import OnNonFinite, Watch, blame, counted, suspected, zero_
 from .policies import Clamp, Policy, Scale, State, Value
 from .report import Report
+from .shards import Shards
 from .slots import Slots
 from .sources import Plan
 
@@ -55,7 +57,7 @@ class Decision:
 
     def without_gradients(self) -> Decision:
         """The same, without keeping gradients alive."""
-        return replace(self, measured=replace(self.measured, shards=[], each=()))
+        return replace(self, measured=replace(self.measured, shards=Shards.of(()), each=()))
 
     def report(self) -> Report:
         """For the caller."""
@@ -79,7 +81,7 @@ class _Later:
     step: int
     numbers: Tensor
     ready: Callable[[], None]
-    each: tuple[tuple[str, Tensor], ...]
+    each: tuple[Evidence, ...]
     quiet: bool
 
 
@@ -103,11 +105,11 @@ class Judge:
         self.state: State = policy.init(slots.total, torch.device("cpu"))
         self._later: _Later | None = None
 
-    @property
+    @cached_property
     def on_host(self) -> bool:
         """Whether totals are on the host anyway: a fact of the communicator, so the same on all of its ranks."""
         if isinstance(self.comm, LocalComm):
-            return all(tensor.device.type == "cpu" for _, tensor, _ in self.plan.entries)
+            return all(tensor.device.type == "cpu" for tensor in self.plan.tensors)
         return getattr(self.comm, "device", torch.device("cpu")).type == "cpu"
 
     def decide(

@@ -12,11 +12,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from torch import Tensor
+import torch
 
 from .apply import stored
 from .comm import Comm
 from .errors import LimiterWarning, NonFiniteError, NonFiniteWarning, TooManySkippedSteps
+from .measure import Evidence
 from .shards import Shard
 
 __all__ = ["Culprit", "Incident", "OnNonFinite", "Watch", "blame", "counted", "described", "suspected", "zero_"]
@@ -73,13 +74,13 @@ def counted(shards: Iterable[Shard]) -> list[tuple[str, int, int]]:
     return found
 
 
-def suspected(each: Iterable[tuple[str, Tensor]]) -> list[tuple[str, int, int]]:
+def suspected(each: Iterable[Evidence]) -> list[tuple[str, int, int]]:
     """The same from the sums of powers alone, when the gradients are gone: at least one of its kind."""
     found = []
-    for name, power in each:
-        nans, infs = int(power.isnan().any()), int(power.isinf().any())
-        if nans or infs:
-            found.append((name, nans, infs))
+    for names, powers in each:
+        rows = powers.view(len(names), -1)
+        counts = torch.stack([rows.isnan().any(1), rows.isinf().any(1)], dim=1).tolist()
+        found += [(name, int(nan), int(inf)) for name, (nan, inf) in zip(names, counts, strict=True) if nan or inf]
     return found
 
 

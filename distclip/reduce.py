@@ -11,14 +11,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from .comm import Comm, LocalComm
+from .kernels.operators import together
 from .measure import Partials
 
-__all__ = ["Totals", "reduce"]
+__all__ = ["Flag", "Totals", "reduce"]
+
+Flag: TypeAlias = Tensor | float
+"""A count of ranks, or a bool: on an accelerator 0-d, so that the host need not wait for it."""
 
 _FLAG = 1 << 17
 """Flags are counts of ranks packed into one float64 beside the sum: three times 17 bits, up to 131,071 ranks."""
@@ -31,19 +36,19 @@ class Totals:
     Args:
         value: (slots,) float64: Σ|g|^p over the whole gradient of each slot, or its max|g| (−min|g|).
         norm_type: p.
-        stop: 0-d, how many ranks (for p = ±inf: whether any) cannot go on as usual: they failed, came with a mesh that
-            reaches further, or hold summands that are not in `value`.
-        wide: 0-d, likewise: have float64 gradients.
-        outside: 0-d, likewise: have elements outside of the policy's bounds.
+        stop: how many ranks (for p = ±inf: whether any) cannot go on as usual: they failed, came with a mesh that
+            reaches further, or hold summands that are not in `value`. On a CPU a number, elsewhere 0-d, as those below.
+        wide: likewise: have float64 gradients.
+        outside: likewise: have elements outside of the policy's bounds.
         weight: (slots,) float64: the same of the parameters themselves, where the policy asked for it.
         loss_scale: 0-d, what the gradients are multiplied by (a GradScaler's); norms are free of it. None for 1.
     """
 
     value: Tensor
     norm_type: float
-    stop: Tensor
-    wide: Tensor
-    outside: Tensor
+    stop: Flag
+    wide: Flag
+    outside: Flag
     weight: Tensor | None = None
     loss_scale: Tensor | None = None
 
@@ -51,8 +56,7 @@ class Totals:
     def norms(self) -> Tensor:
         r"""The root of each slot, :math:`(\sum |g|^p)^{1/p}`, (slots,) float64; for p = 0 how many are not zero.
 
-        >>> zero = torch.zeros(())
-        >>> Totals(torch.tensor([25.0, 1.0]), 2.0, zero, zero, zero).norms
+        >>> Totals(torch.tensor([25.0, 1.0]), 2.0, 0, 0, 0).norms
         tensor([5., 1.])
         """
         return self._free(_root(self.value, self.norm_type))
@@ -60,8 +64,9 @@ class Totals:
     @cached_property
     def norm(self) -> Tensor:
         """The norm of the whole gradient: of all slots together, 0-d float64."""
-        together = self.value.amax() if math.isinf(self.norm_type) else self.value.sum()
-        return self._free(_root(together, self.norm_type))
+        if len(self.value) == 1:
+            return self.norms[0]
+        return self._free(_root(together(self.value, self.norm_type), self.norm_type))
 
     @cached_property
     def weight_norms(self) -> Tensor:
@@ -98,23 +103,30 @@ def reduce(partials: Partials, norm_type: float, comm: Comm, *, stop: bool = Fal
     Collectives: one all-reduce over `comm`, of slots + 1 float64 numbers for a finite p and of 2 slots + 3 for ±inf
     (with weights: twice as many slots); none for `LocalComm`. Host syncs: none.
     """
-    value, slots = partials.value, len(partials.value)
-    known = torch.tensor([stop, partials.wide], dtype=value.dtype, device=value.device)
-    flags = torch.cat([known, partials.outside.to(value.dtype).view(1)])
+    value, slots, outside = partials.value, len(partials.value), partials.outside
+    on_host = value.device.type == "cpu"
+    flags: list[Flag] = [stop, partials.wide, bool(outside) if on_host or outside is None else outside]
     if isinstance(comm, LocalComm):
         return Totals(value, norm_type, flags[0], flags[1], flags[2], partials.weight)
     values = value if partials.weight is None else torch.cat([value, partials.weight])
     n = len(values)
     if math.isinf(norm_type):
         # A maximum over ranks may lose a NaN, depending on who comes first: it travels as a flag.
+        buffer = values.new_empty(2 * n + 3)
         nan = values.isnan()
-        buffer = torch.cat([torch.where(nan, -math.inf, values), nan.to(value.dtype), flags])
+        buffer[:n], buffer[n : 2 * n] = values.masked_fill(nan, -math.inf), nan
+        for i, flag in enumerate(flags):
+            buffer[2 * n + i] = flag
         comm.max_(buffer)
-        values, flags = torch.where(buffer[n : 2 * n] > 0, math.nan, buffer[:n]), buffer[2 * n :]
+        values, told = buffer[:n].masked_fill(buffer[n : 2 * n] > 0, math.nan), buffer[2 * n :]
+        flags = told.tolist() if on_host else list(told.unbind())
     else:
-        weights = torch.tensor([1.0, _FLAG, _FLAG * _FLAG], dtype=value.dtype, device=value.device)
-        buffer = torch.cat([values, flags.dot(weights).view(1)])
+        buffer = values.new_empty(n + 1)
+        buffer[:n] = values
+        buffer[n] = sum(flag * _FLAG**i for i, flag in enumerate(flags))
         comm.sum_(buffer)
-        values, flags = buffer[:n], (buffer[n] / weights).floor() % _FLAG
+        values = buffer[:n]
+        packed: Flag = float(buffer[n]) if on_host else buffer[n]
+        flags = [packed // _FLAG**i % _FLAG for i in range(3)]
     weight = None if partials.weight is None else values[slots:]
     return Totals(values[:slots], norm_type, flags[0], flags[1], flags[2], weight)

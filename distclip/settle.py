@@ -20,7 +20,7 @@ from .comm import Comm
 from .errors import LayoutError
 from .measure import measure
 from .reduce import Totals, reduce
-from .shards import Ranks, Shard
+from .shards import Ranks, Shard, Shards
 from .sources import Plan
 
 __all__ = ["settle"]
@@ -42,7 +42,7 @@ _Told: TypeAlias = tuple[int, set[str], list[_Summand]]
 """A rank, the names of the tensors it passed, and its summands."""
 
 
-def settle(totals: Totals, plan: Plan, shards: list[Shard], comm: Comm, device: torch.device) -> Totals:
+def settle(totals: Totals, plan: Plan, shards: Shards, comm: Comm, device: torch.device) -> Totals:
     """Add the gradients that are summands to totals that lack them.
 
     Args:
@@ -61,7 +61,7 @@ def settle(totals: Totals, plan: Plan, shards: list[Shard], comm: Comm, device: 
     here = dist.get_rank()
     waiting = [(shard, pending) for shard in shards for pending in shard.pending]
     own = [_Summand(s.name, p.ranks, p.axis, p.mean, tuple(s.grad.shape), s.grad.dtype) for s, p in waiting]
-    told: list[_Told] = comm.gather_objects((here, {name for name, _, _ in plan.entries}, own))
+    told: list[_Told] = comm.gather_objects((here, set(plan.arrangement.names), own))
     _check(told)
     wanted = {
         (s.axis, s.ranks, str(_wide(s.dtype)), s.name): s

@@ -1,19 +1,25 @@
 """The nouns about place: `Layout` (where a parameter lies across ranks), `Shard` (what of its gradient lies here),
 `Rows` (which rows of the parameter that is).
 
+What of a shard stays the same from one step to the next is its `Place`. A model has thousands of shards, so `Shards`
+keeps their places, made once, beside the list of gradients of the moment.
+
 After a source has made them, no code asks about DDP, FSDP, tensor, pipeline or expert parallelism again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import overload
 
 import torch
 from torch import Tensor
 
-__all__ = ["Axis", "Layout", "Pending", "Ranks", "Rows", "Shard", "copies"]
+__all__ = ["Axis", "Layout", "Pending", "Place", "Places", "Ranks", "Rows", "Shard", "Shards", "copies"]
 
 Ranks = tuple[int, ...]
 """Global ranks, in the order of their process group."""
@@ -118,6 +124,102 @@ class Shard:
     pending: tuple[Pending, ...] = field(default=())
     slot: int = 0
     rows: Rows | None = None
+
+    @property
+    def place(self) -> Place:
+        """All but the gradient."""
+        return Place(self.name, self.copies, self.pending, self.slot, self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A shard without its gradient: see `Shard`."""
+
+    name: str
+    copies: float = 1.0
+    pending: tuple[Pending, ...] = ()
+    slot: int = 0
+    rows: Rows | None = None
+
+
+class Places(tuple[Place, ...]):
+    """Places of a rank's shards, and what follows from them alone."""
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Of the parameters."""
+        return tuple(place.name for place in self)
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether each of them can be measured as it is, and counts in one slot."""
+        return all(not place.pending and place.rows is None for place in self)
+
+    @cached_property
+    def slots(self) -> tuple[int, ...]:
+        """In which each of them counts."""
+        return tuple(place.slot for place in self)
+
+    def by_slot(self, slots: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Their positions ordered by slot, and how many there are in each of `slots`."""
+        if self._by_slot is None:
+            counts = Counter(self.slots)
+            order = tuple(sorted(range(len(self)), key=self.slots.__getitem__))
+            self._by_slot = order, tuple(counts[slot] for slot in range(slots))
+        return self._by_slot
+
+    _by_slot: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+
+    @cached_property
+    def copies(self) -> tuple[float, ...]:
+        """Of each of them; empty where there is one of everything."""
+        return () if all(place.copies == 1 for place in self) else tuple(place.copies for place in self)
+
+
+class Shards(Sequence[Shard]):
+    """This rank's pieces of all gradients of one moment.
+
+    Args:
+        places: of each.
+        grads: the local tensors, in the same order.
+
+    >>> shards = Shards(Places([Place("w", copies=2.0)]), [torch.ones(3)])
+    >>> shards[0].name, shards[0].copies, len(shards)
+    ('w', 2.0, 1)
+    """
+
+    __slots__ = ("grads", "places")
+
+    def __init__(self, places: Places, grads: list[Tensor]) -> None:
+        self.places, self.grads = places, grads
+
+    @classmethod
+    def of(cls, shards: Iterable[Shard]) -> Shards:
+        """The same shards, if they are not of this class already."""
+        if isinstance(shards, Shards):
+            return shards
+        listed = list(shards)
+        return cls(Places(shard.place for shard in listed), [shard.grad for shard in listed])
+
+    def where(self, chosen: Sequence[int]) -> Shards:
+        """Those at some positions."""
+        return Shards(Places(self.places[i] for i in chosen), [self.grads[i] for i in chosen])
+
+    @overload
+    def __getitem__(self, i: int) -> Shard: ...
+    @overload
+    def __getitem__(self, i: slice) -> Shards: ...
+    def __getitem__(self, i: int | slice) -> Shard | Shards:
+        if isinstance(i, slice):
+            return Shards(Places(self.places[i]), self.grads[i])
+        place = self.places[i]
+        return Shard(place.name, self.grads[i], place.copies, place.pending, place.slot, place.rows)
+
+    def __iter__(self) -> Iterator[Shard]:
+        return map(self.__getitem__, range(len(self.grads)))
+
+    def __len__(self) -> int:
+        return len(self.grads)
 
 
 def copies(world_size: int, layout: Layout, axes: Sequence[Axis]) -> float:

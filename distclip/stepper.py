@@ -22,7 +22,7 @@ from .errors import ArgumentError, DisagreementError
 from .fold import folded, takes_factor
 from .judge import Decision, Judge
 from .policies import Value
-from .shards import Shard
+from .shards import Shards
 
 __all__ = ["Stepper", "apply_", "several"]
 
@@ -131,10 +131,10 @@ class Stepper:
 
     def _covered_by(self, optimizers: Sequence[Optimizer]) -> bool:
         ids = set(map(id, parameters_of(optimizers)))
-        return all(id(tensor) in ids for _, tensor, _ in self._judge.plan.entries)
+        return all(id(tensor) in ids for tensor in self._judge.plan.tensors)
 
     def _knows(self, optimizers: Sequence[Optimizer]) -> bool:
-        own = {id(tensor) for _, tensor, _ in self._judge.plan.entries}
+        own = set(map(id, self._judge.plan.tensors))
         return all(id(param) in own for param in parameters_of(optimizers))
 
     def _advance(
@@ -160,10 +160,11 @@ class Stepper:
         if scaling is not None:
             scaling.stepped()
 
-    def _shards_of(self, optimizers: Sequence[Optimizer]) -> list[Shard]:
+    def _shards_of(self, optimizers: Sequence[Optimizer]) -> Shards:
         ids = set(map(id, parameters_of(optimizers)))
         names = {name for name, tensor, _ in self._judge.plan.entries if id(tensor) in ids}
-        return [shard for shard in self._judge.plan.shards(self._judge.comm.size) if shard.name in names]
+        shards = self._judge.plan.shards(self._judge.comm.size)
+        return shards.where([i for i, name in enumerate(shards.places.names) if name in names])
 
 
 def apply_(decision: Decision) -> None:

@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..kernels import native
 from .contestants import Contestant, Setup
 
 __all__ = ["Counts", "count"]
@@ -33,7 +34,7 @@ class Counts:
     """Of one call on one rank.
 
     Args:
-        bytes_read: of gradients, by operators that torch dispatches.
+        bytes_read: of gradients, by operators that torch dispatches and by kernels of distclip's own.
         bytes_written: of gradients, likewise, and at least of those whose version has changed.
         collectives: of any kind.
         peak_bytes: memory allocated on top of what was there before, at its highest.
@@ -61,7 +62,7 @@ def count(setup: Setup, contestant: Contestant) -> Counts:
     cuda = setup.grads()[0].device.type == "cuda"
     call = contestant.call
     contestant.prepare()
-    with Traffic(setup.grads()) as traffic:
+    with Traffic(setup.grads()) as traffic, traffic.of_kernels():
         call()
     contestant.prepare()
     with CommDebugMode() as collectives:  # type: ignore[no-untyped-call]
@@ -108,6 +109,21 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.read += self._bytes((args, kwargs))
             self.written += self._bytes(_written(func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def of_kernels(self) -> Iterator[None]:
+        """Count also what distclip's own kernels read, which torch does not dispatch."""
+        measured = native.power_sums
+
+        def counted(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+            self.read += self._bytes(tensors)
+            return measured(tensors, norm_type)
+
+        native.power_sums = counted
+        try:
+            yield
+        finally:
+            native.power_sums = measured
 
     def _bytes(self, values: Any) -> int:
         return sum(t.nbytes for t in _tensors(values) if t.untyped_storage().data_ptr() in self._storages)

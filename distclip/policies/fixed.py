@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..measure import constant
+from ..kernels.operators import constant
 from ..reduce import Totals
 from .verdict import State, as_number
 

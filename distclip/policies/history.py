@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..measure import wide
+from ..kernels.operators import wide
 
 __all__ = ["append", "numbers", "quantile"]
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..measure import wide
+from ..kernels.operators import wide
 from ..reduce import Totals
 from .arguments import NOT_NEGATIVE, Range, take
 from .fixed import Fixed

@@ -8,7 +8,8 @@ knows is a plain tensor, taken as replicated.
 
 from .arguments import Named, named
 from .plan import Plan, gradient_plan, parameter_plan
+from .recent import recent_plan
 from .split import split_axes
 from .tagged import annotate_
 
-__all__ = ["Named", "Plan", "annotate_", "gradient_plan", "named", "parameter_plan", "split_axes"]
+__all__ = ["Named", "Plan", "annotate_", "gradient_plan", "named", "parameter_plan", "recent_plan", "split_axes"]

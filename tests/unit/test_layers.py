@@ -15,7 +15,7 @@ STAGES = [
     ["_version", "errors", "reference", "shards", "conf"],
     ["comm"],
     ["sources"],
-    ["slots"],
+    ["slots", "kernels"],
     ["measure"],
     ["reduce"],
     ["settle"],
@@ -35,7 +35,7 @@ STAGES = [
 PLACE = {name: i for i, names in enumerate(STAGES) for name in names}
 """What a stage may import besides those to its left: itself."""
 
-FREE_OF_RANKS = {"measure", "policies", "apply", "report", "reference", "errors"}
+FREE_OF_RANKS = {"kernels", "measure", "policies", "apply", "report", "reference", "errors"}
 FREE_OF_RANKS |= {"slots", "fold", "amp", "nonfinite", "memory", "judge", "stepper"}
 
 

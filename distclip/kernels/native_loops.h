@@ -1,0 +1,136 @@
+/* The loops of native.c, once for each instruction set: NAME(f) is f with the set's suffix.
+
+   Four sums side by side keep the adders busy; in a large block they walk through its four quarters, so that the
+   processor fetches four streams ahead. */
+
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+#define NAME(f) JOIN(f, SUFFIX)
+
+#ifndef LANES
+#define LANES 4
+#define QUARTERS (1 << 14) /* elements from which a block is read as four streams */
+#define SIGNLESS 0x7fffffffffffffffLL
+typedef double f64v __attribute__((vector_size(8 * LANES)));
+typedef int64_t i64v __attribute__((vector_size(8 * LANES)));
+typedef float f32v __attribute__((vector_size(4 * LANES)));
+typedef int32_t i32v __attribute__((vector_size(4 * LANES)));
+typedef uint32_t u32v __attribute__((vector_size(4 * LANES)));
+typedef uint16_t u16v __attribute__((vector_size(2 * LANES)));
+typedef float f32w __attribute__((vector_size(8 * LANES)));
+typedef uint32_t u32w __attribute__((vector_size(8 * LANES)));
+#endif
+
+/* LANES elements at p, of any sign that their magnitude does not show, as float64. */
+#define LOAD_F64(to, p) memcpy(&to, p, sizeof to)
+#define LOAD_F32(to, p) { f32v v_; memcpy(&v_, p, sizeof v_); to = __builtin_convertvector(v_, f64v); }
+#define LOAD_BF16(to, p) { \
+    u16v h_; memcpy(&h_, p, sizeof h_); \
+    to = __builtin_convertvector((f32v)(__builtin_convertvector(h_, u32v) << 16), f64v); }
+#ifdef __F16C__
+#define LOAD_F16(to, p) { \
+    __m128i h_; memcpy(&h_, p, 8); \
+    to = __builtin_convertvector((f32v)_mm_cvtph_ps(h_), f64v); }
+#else
+/* Exponent 0 is a multiple of 2^-24, exponent 31 is inf or NaN, all others move by 112. */
+#define LOAD_F16(to, p) { \
+    u16v h_; memcpy(&h_, p, sizeof h_); \
+    i32v w_ = __builtin_convertvector(h_, i32v) & 0x7fff, e_ = w_ & 0x7c00; \
+    i32v bits_ = (w_ << 13) + ((112 << 23) & (e_ != 0)) + ((112 << 23) & (e_ == 0x7c00)); \
+    f64v small_ = __builtin_convertvector(w_, f64v) * 0x1p-24; \
+    i64v is_ = __builtin_convertvector(e_ == 0, i64v); \
+    to = (f64v)(((i64v)small_ & is_) | ((i64v)__builtin_convertvector((f32v)bits_, f64v) & ~is_)); }
+#endif
+
+/* acc with x added to it. */
+#define SQUARE(acc, x) acc += x * x
+#define MAGNITUDE(acc, x) acc += (f64v)((i64v)x & SIGNLESS)
+#define LARGEST(acc, x) { \
+    f64v m_ = (f64v)((i64v)x & SIGNLESS); \
+    i64v take_ = (m_ > acc) | (m_ != m_) , keep_ = ~take_ | (acc != acc); \
+    acc = (f64v)(((i64v)acc & keep_) | ((i64v)m_ & ~keep_)); }
+
+#define LOOP(name, type, load, step) \
+    static double NAME(name)(const void *data, int64_t n) { \
+        const type *p = data; \
+        f64v a = {0}, b = {0}, c = {0}, d = {0}, x; \
+        int64_t turns = n / (4 * LANES); \
+        int64_t apart = n < QUARTERS ? LANES : turns * LANES, stride = n < QUARTERS ? 4 * LANES : LANES; \
+        const type *q = p; \
+        for (int64_t i = 0; i < turns; i++, q += stride) { \
+            load(x, q); step(a, x); \
+            load(x, q + apart); step(b, x); \
+            load(x, q + 2 * apart); step(c, x); \
+            load(x, q + 3 * apart); step(d, x); \
+        } \
+        type rest[4 * LANES] = {0}; /* zeros add nothing */ \
+        memcpy(rest, p + 4 * LANES * turns, (n - 4 * LANES * turns) * sizeof(type)); \
+        load(x, rest); step(a, x); \
+        load(x, rest + LANES); step(b, x); \
+        load(x, rest + 2 * LANES); step(c, x); \
+        load(x, rest + 3 * LANES); step(d, x); \
+        return NAME(step)(a, b, c, d); \
+    }
+
+static double NAME(SQUARE)(f64v a, f64v b, f64v c, f64v d) {
+    f64v all = (a + b) + (c + d);
+    return (all[0] + all[1]) + (all[2] + all[3]);
+}
+
+static double NAME(MAGNITUDE)(f64v a, f64v b, f64v c, f64v d) {
+    return NAME(SQUARE)(a, b, c, d);
+}
+
+static double NAME(LARGEST)(f64v a, f64v b, f64v c, f64v d) {
+    LARGEST(a, b);
+    LARGEST(c, d);
+    LARGEST(a, c);
+    double most = 0;
+    for (int i = 0; i < LANES; i++)
+        if (a[i] != a[i] || a[i] > most) most = most != most ? most : a[i];
+    return most;
+}
+
+LOOP(square_f64, double, LOAD_F64, SQUARE)
+LOOP(square_f32, float, LOAD_F32, SQUARE)
+LOOP(square_bf16_wide, uint16_t, LOAD_BF16, SQUARE)
+LOOP(square_f16, uint16_t, LOAD_F16, SQUARE)
+LOOP(magnitude_f64, double, LOAD_F64, MAGNITUDE)
+LOOP(magnitude_f32, float, LOAD_F32, MAGNITUDE)
+LOOP(magnitude_bf16, uint16_t, LOAD_BF16, MAGNITUDE)
+LOOP(magnitude_f16, uint16_t, LOAD_F16, MAGNITUDE)
+LOOP(largest_f64, double, LOAD_F64, LARGEST)
+LOOP(largest_f32, float, LOAD_F32, LARGEST)
+LOOP(largest_bf16, uint16_t, LOAD_BF16, LARGEST)
+LOOP(largest_f16, uint16_t, LOAD_F16, LARGEST)
+
+/* Squares of bfloat16 are exact in float32, and a run of them is added up in 64 sums of 32 each: twice as fast as in
+   float64. A run whose sum is not finite, or so small that a square may have underflowed, is added up again. */
+static double NAME(square_bf16)(const void *data, int64_t n) {
+    const uint16_t *p = data, *end = p + n / RUN * RUN;
+    double total = 0;
+    for (; p < end; p += RUN) {
+        f32w sums[8] = {{0}};
+        for (int i = 0; i < RUN; i += 8 * 2 * LANES)
+            for (int j = 0; j < 4; j++) {
+                u32w two;
+                memcpy(&two, p + i + 4 * LANES * j, sizeof two);
+                f32w odd = (f32w)(two & 0xffff0000u), even = (f32w)(two << 16);
+                sums[2 * j] += odd * odd;
+                sums[2 * j + 1] += even * even;
+            }
+        f32w all = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+        double run = 0;
+        for (int i = 0; i < 2 * LANES; i++) run += all[i];
+        total += run >= RUN * 1.2e-31 && run <= 3e38 ? run : NAME(square_bf16_wide)(p, RUN);
+    }
+    return total + NAME(square_bf16_wide)(p, (const uint16_t *)data + n - p);
+}
+
+static const loop NAME(loops)[3][4] = {
+    {NAME(square_f64), NAME(square_f32), NAME(square_bf16), NAME(square_f16)},
+    {NAME(magnitude_f64), NAME(magnitude_f32), NAME(magnitude_bf16), NAME(magnitude_f16)},
+    {NAME(largest_f64), NAME(largest_f32), NAME(largest_bf16), NAME(largest_f16)},
+};
+
+#undef LOAD_F16
