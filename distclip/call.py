@@ -188,8 +188,9 @@ def _check_covered(plan: Plan, comm: Comm) -> None:
 
 def _beyond(plan: Plan, comm: Comm) -> frozenset[int]:
     """The ranks that parameters lie on, by their meshes, and that `comm` does not reach."""
-    reached = comm.ranks if isinstance(comm, ProcessGroupComm) else None
-    return frozenset(r for ranks in plan.groups for r in ranks if reached is not None and r not in reached)
+    if not isinstance(comm, ProcessGroupComm):
+        return frozenset()
+    return frozenset().union(*plan.groups).difference(comm.ranks)
 
 
 def _flags_matter(plan: Plan, device: torch.device) -> bool:

@@ -143,18 +143,22 @@ class Judge:
             moved = {key: torch.where(totals.finite, value, self.state[key]) for key, value in moved.items()}
         if finite is not False:
             self.state = moved
-        coefs = verdict.coefs if isinstance(verdict, Scale) else torch.ones_like(totals.value)
+        scale = verdict if isinstance(verdict, Scale) else None
+        coefs = torch.ones_like(totals.value) if scale is None else scale.coefs
         if any(self.slots.spared):
             coefs = torch.where(_mask(self.slots.spared, self.slots.counts, coefs.device), 1.0, coefs)
         overflow = ~totals.finite if skips else torch.zeros_like(totals.finite)
-        by_policy = verdict.skip if isinstance(verdict, Scale) else None
+        by_policy = None if scale is None else scale.skip
         skip = overflow if by_policy is None else overflow | (by_policy & totals.finite)
-        coefs = torch.where(skip, 1.0, measured.guard(coefs))
-        on_host = finite is not None or not skips
-        known = (finite is False or (by_policy is not None and bool(skip))) if on_host else None
+        if finite is None and skips:
+            known, coefs = None, torch.where(skip, 1.0, measured.guard(coefs))
+        else:
+            known = finite is False or (by_policy is not None and bool(skip))
+            coefs = torch.ones_like(coefs) if known else measured.guard(coefs)
         clamp = verdict if isinstance(verdict, Clamp) else None
         decision = Decision(measured, coefs, clamp, skip, known, overflow)
-        self._count(decision, scaled)
+        if finite is not False:
+            self._count(decision, scaled)
         return decision
 
     def settle(self) -> None:
@@ -167,7 +171,10 @@ class Judge:
         if later is None:
             return
         later.ready()
-        finite, skipped, clipped, reseeds = later.numbers.tolist()
+        self._take_note(later, *later.numbers.tolist())
+
+    def _take_note(self, later: _Later, finite: float, skipped: float, clipped: float, reseeds: float) -> None:
+        """Count and warn."""
         if finite:
             self.watch.went_well(clipped, int(reseeds))
             if skipped:
@@ -182,6 +189,8 @@ class Judge:
         inspect = partial(outside, low=policy.low, high=policy.high) if isinstance(policy, Value) else None
         weights = bool(getattr(policy, "needs_weights", False))
         measured = total(self.plan, policy.norm_type, self.comm, failure, inspect, self.slots.total, weights)
+        if loss_scale is None:
+            return measured
         return replace(measured, totals=replace(measured.totals, loss_scale=loss_scale))
 
     def _handle(self, measured: Measured, loss_scale: Tensor | None, scaled: bool) -> tuple[Measured, bool]:
@@ -202,17 +211,18 @@ class Judge:
 
     def _count(self, decision: Decision, scaled: bool) -> None:
         """Take note of a step: now, or when the next one is made."""
-        if decision.skip_known and bool(decision.overflow):
-            return
         totals, coefs = decision.measured.totals, decision.coefs
+        later = _Later(self.watch.steps, coefs, lambda: None, decision.measured.each, scaled)
+        if self.on_host and not self.state:
+            self._take_note(later, bool(totals.finite), bool(decision.skip), 0.0, 0.0)
+            return
         often = ((coefs != 1) | decision.skip).to(coefs.dtype).mean() * bool(self.state)
         reseeds = self.state["reseeds"].sum() if "reseeds" in self.state else coefs.new_zeros(())
         numbers = torch.stack([x.to(coefs.dtype) for x in (totals.finite, decision.skip, often, reseeds)])
-        ready: Callable[[], None] = lambda: None  # noqa: E731
         if numbers.device.type == "cuda":
             numbers = numbers.to("cpu", non_blocking=True)
-            ready = torch.cuda.current_stream().record_event().synchronize
-        self._later = _Later(self.watch.steps, numbers, ready, decision.measured.each, scaled)
+            later = replace(later, ready=torch.cuda.current_stream().record_event().synchronize)
+        self._later = replace(later, numbers=numbers)
         if self.on_host:
             self.settle()
 

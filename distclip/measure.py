@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from .kernels import power_sums
-from .kernels.operators import constant, neutral, row_powers, together
+from .kernels.operators import constant, neutral, row_powers
 from .shards import Places, Rows, Shard, Shards
 
 __all__ = ["Evidence", "Partials", "measure"]
@@ -73,34 +72,36 @@ def measure(
     Collectives: none. Host syncs: none on the gradients' own device.
     """
     shards = Shards.of(shards)
-    is_wide = not {torch.float64, torch.complex128}.isdisjoint(map(attrgetter("dtype"), shards.grads))
     outside = None
     if inspect is not None:
         outside = torch.zeros((), dtype=torch.bool, device=device)
         for shard in shards:
             outside |= inspect(shard).to(device)
-    value, pending, each = _by_slot(shards, norm_type, device, slots)
+    value, pending, is_wide, each = _by_slot(shards, norm_type, device, slots)
     weight = None if weights is None else _by_slot(Shards.of(weights), norm_type, device, slots)[0]
     return Partials(value, outside, pending, is_wide, weight, each)
 
 
 def _by_slot(
     shards: Shards, norm_type: float, device: torch.device, slots: int
-) -> tuple[Tensor, bool, tuple[Evidence, ...]]:
-    """What all shards have together by slot, whether some had to be left out, and what each has alone."""
-    if shards.places.whole:
-        whole, by_row, pending = shards, [], False
-    else:
-        ready = [i for i, place in enumerate(shards.places) if not place.pending]
-        whole = shards.where([i for i in ready if shards.places[i].rows is None])
-        by_row = [shard for shard in shards if shard.rows is not None and not shard.pending]
-        pending = len(ready) < len(shards)
-    total = neutral(norm_type, device).repeat(slots)
+) -> tuple[Tensor, bool, bool, tuple[Evidence, ...]]:
+    """What all shards have together by slot, whether some had to be left out, whether any is float64, and what each has
+    alone."""
+    whole, others = shards, shards[:0]
+    if not shards.places.whole:
+        fit = [not place.pending and place.rows is None for place in shards.places]
+        whole = shards.where([i for i in range(len(fit)) if fit[i]])
+        others = shards.where([i for i in range(len(fit)) if not fit[i]])
+    by_row = [shard for shard in others if not shard.pending]
+    is_wide = any(grad.dtype in (torch.float64, torch.complex128) for grad in others.grads)
     each: list[Evidence] = []
     if whole.grads:
-        sums = power_sums(whole.grads, norm_type, device)
+        sums, some_wide = power_sums(whole.grads, norm_type, device)
+        is_wide = is_wide or some_wide
         each.append((whole.places.names, sums))
         total = _joined(_shared(sums, whole.places.copies, norm_type), whole.places, norm_type, slots)
+    else:
+        total = neutral(norm_type, device).repeat(slots)
     for shard in by_row:
         assert isinstance(shard.rows, Rows)
         powers = row_powers(shard.grad, shard.rows, norm_type).to(device)
@@ -109,7 +110,7 @@ def _by_slot(
         part = total[first : first + shard.rows.count]
         own = _shared(powers, (shard.copies,) * len(powers), norm_type)
         part.copy_(torch.maximum(part, own) if math.isinf(norm_type) else part + own)
-    return total, pending, tuple(each)
+    return total, len(by_row) < len(others), is_wide, tuple(each)
 
 
 def _shared(sums: Tensor, copies: Sequence[float], norm_type: float) -> Tensor:
@@ -122,7 +123,7 @@ def _shared(sums: Tensor, copies: Sequence[float], norm_type: float) -> Tensor:
 def _joined(sums: Tensor, places: Places, norm_type: float, slots: int) -> Tensor:
     """(slots,): what counts in the same slot together, always in the same order, so that copies have the same bits."""
     if slots == 1:
-        return together(sums, norm_type).view(1)
+        return sums.amax(0, keepdim=True) if math.isinf(norm_type) else sums.sum(0, keepdim=True)
     if math.isinf(norm_type):
         index = constant(places.slots, sums.device, torch.int64)
         return neutral(norm_type, sums.device).repeat(slots).scatter_reduce_(0, index, sums, "amax")

@@ -121,12 +121,12 @@ def reduce(partials: Partials, norm_type: float, comm: Comm, *, stop: bool = Fal
         values, told = buffer[:n].masked_fill(buffer[n : 2 * n] > 0, math.nan), buffer[2 * n :]
         flags = told.tolist() if on_host else list(told.unbind())
     else:
-        buffer = values.new_empty(n + 1)
-        buffer[:n] = values
-        buffer[n] = sum(flag * _FLAG**i for i, flag in enumerate(flags))
+        packed: Flag = sum(flag * _FLAG**i for i, flag in enumerate(flags))
+        last = packed.to(values.dtype).view(1) if isinstance(packed, Tensor) else values.new_full((1,), packed)
+        buffer = torch.cat([values, last])
         comm.sum_(buffer)
         values = buffer[:n]
-        packed: Flag = float(buffer[n]) if on_host else buffer[n]
+        packed = buffer.tolist()[n] if on_host else buffer[n]
         flags = [packed // _FLAG**i % _FLAG for i in range(3)]
     weight = None if partials.weight is None else values[slots:]
     return Totals(values[:slots], norm_type, flags[0], flags[1], flags[2], weight)

@@ -115,9 +115,10 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Count also what distclip's own kernels read, which torch does not dispatch."""
         measured = native.power_sums
 
-        def counted(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-            self.read += self._bytes(tensors)
-            return measured(tensors, norm_type)
+        def counted(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, bool] | None:
+            found = measured(tensors, norm_type)
+            self.read += 0 if found is None else self._bytes(tensors)
+            return found
 
         native.power_sums = counted
         try:

@@ -4,7 +4,9 @@
    float64 where float32 cannot hold them). A tensor is cut into blocks at fixed elements, and blocks are added up in
    order: the bits of a sum depend neither on threads nor on where in memory anything lies.
 
-   The loops are in native_loops.h, compiled once for the plain instruction set and once for AVX2. */
+   The loops are in native_loops.h, compiled once for the plain instruction set and once for AVX2. What torch knows of
+   its tensors is asked through DLPack's exchange API, a table of C functions that every torch.Tensor carries: neither
+   torch's headers nor Python's are needed, and a tensor costs 50 ns instead of five attribute look-ups. */
 
 #include <math.h>
 #include <pthread.h>
@@ -34,17 +36,90 @@ typedef double (*loop)(const void *, int64_t);
 #pragma GCC pop_options
 #endif
 
+/* DLPack 1.2 and later, as far as it is used here. */
 typedef struct {
-    loop sum;
-    int maximum;
-    int64_t size;                /* of an element */
+    void *data;
+    struct { int32_t type, index; } device;
+    int32_t ndim;
+    struct { uint8_t code, bits; uint16_t lanes; } dtype;
+    int64_t *shape, *strides;
+    uint64_t byte_offset;
+} dlpack_tensor;
+
+typedef struct {
+    struct { uint32_t major, minor; } version;
+    void *older, *allocate, *managed_from_object, *object_from_managed;
+    int (*tensor_from_object)(void *object, dlpack_tensor *out);
+} dlpack_api;
+
+enum { MAX_DIMS = 16 };
+
+/* Whether the elements fill a range of memory, each of them once, in whatever order. */
+static int is_dense(const dlpack_tensor *t) {
+    int64_t size[MAX_DIMS], stride[MAX_DIMS], expected = 1;
+    int dims = 0;
+    if (t->ndim > MAX_DIMS) return 0;
+    for (int i = t->ndim - 1; i >= 0; i--) {
+        if (t->shape[i] == 0) return 1;
+        if (t->shape[i] == 1) continue;
+        int j = dims++;
+        for (; j > 0 && stride[j - 1] > t->strides[i]; j--) size[j] = size[j - 1], stride[j] = stride[j - 1];
+        size[j] = t->shape[i], stride[j] = t->strides[i];
+    }
+    for (int i = 0; i < dims; expected *= size[i++])
+        if (stride[i] != expected) return 0;
+    return 1;
+}
+
+static int dtype_of(const dlpack_tensor *t) {
+    if (t->dtype.lanes != 1) return -1;
+    if (t->dtype.code == 4 && t->dtype.bits == 16) return 2;
+    if (t->dtype.code != 2) return -1;
+    return t->dtype.bits == 64 ? 0 : t->dtype.bits == 32 ? 1 : t->dtype.bits == 16 ? 3 : -1;
+}
+
+/* Whether the table is one that is understood here. */
+int distclip_speaks(const dlpack_api *api) {
+    return api->version.major == 1 && api->version.minor >= 2 && api->tensor_from_object != NULL;
+}
+
+/* Where each of `count` torch.Tensors lies (PyObjects; the caller holds the GIL), how many elements it has, and its
+   dtype: 0 float64, 1 float32, 2 bfloat16, 3 float16. device: DLPack's number, 1 for CPU.
+   Returns 0; 1 where one of them is something else, or elsewhere, or not dense; -1 with a Python exception set. */
+int distclip_describe(const dlpack_api *api, int64_t count, void *const *objects, int device, const char **tensors,
+                      int64_t *lengths, int32_t *dtypes) {
+    for (int64_t i = 0; i < count; i++) {
+        dlpack_tensor t;
+        /* Thousands of tensors lie far apart. What is behind the two words of every Python object's head is, for
+           torch, where the tensor is: fetching it early halves the time, and does no harm should it be something else. */
+        if (i + 16 < count) __builtin_prefetch(objects[i + 16]);
+        if (i + 8 < count) {
+            const char *inside = ((const char *const *)objects[i + 8])[2];
+            __builtin_prefetch(inside);
+            __builtin_prefetch(inside + 64);
+            __builtin_prefetch(inside + 128);
+        }
+        if (api->tensor_from_object(objects[i], &t) != 0) return -1;
+        if (t.device.type != device || (dtypes[i] = dtype_of(&t)) < 0 || !is_dense(&t)) return 1;
+        tensors[i] = (const char *)t.data + t.byte_offset;
+        lengths[i] = 1;
+        for (int d = 0; d < t.ndim; d++) lengths[i] *= t.shape[d];
+    }
+    return 0;
+}
+
+typedef struct {
+    const loop *sums;            /* by dtype */
     const char *const *tensors;
     const int64_t *lengths;
+    const int32_t *dtypes;
     int64_t count;               /* of tensors */
     const int64_t *first;        /* block of each tensor; first[count] is how many there are */
     double *partial;             /* by block */
     int64_t next;                /* group of blocks that nobody has taken yet */
 } work;
+
+static const int64_t sizes[] = {8, 4, 2, 2}; /* of an element, by dtype */
 
 /* The tensor that a block belongs to. */
 static int64_t tensor_of(const work *job, int64_t block) {
@@ -66,17 +141,17 @@ static void *help(void *argument) {
         for (int64_t tensor = tensor_of(job, block); block < end; block++) {
             while (job->first[tensor + 1] <= block) tensor++;
             int64_t begin = (block - job->first[tensor]) * BLOCK, left = job->lengths[tensor] - begin;
-            const char *place = job->tensors[tensor] + begin * job->size;
-            job->partial[block] = job->sum(place, left < BLOCK ? left : BLOCK);
+            int32_t dtype = job->dtypes[tensor];
+            const char *place = job->tensors[tensor] + begin * sizes[dtype];
+            job->partial[block] = job->sums[dtype](place, left < BLOCK ? left : BLOCK);
         }
     }
 }
 
 /* sums[i] = Σ|x|^2 (operation 0), Σ|x| (1) or max|x| (2) of lengths[i] elements at tensors[i]; NaN stays NaN.
-   dtype: 0 float64, 1 float32, 2 bfloat16, 3 float16. Returns 0, or 1 where there is no memory for the table. */
-int distclip_power_sums(int operation, int dtype, int64_t count, const char *const *tensors, const int64_t *lengths,
-                        double *sums, int threads) {
-    static const int64_t sizes[] = {8, 4, 2, 2};
+   dtypes: as distclip_describe has them. Returns 0, or 1 where there is no memory for the table. */
+int distclip_power_sums(int operation, int64_t count, const char *const *tensors, const int64_t *lengths,
+                        const int32_t *dtypes, double *sums, int threads) {
     int64_t elements = 0, *first = malloc((count + 1) * sizeof *first);
     if (first == NULL) return 1;
     first[0] = 0;
@@ -89,12 +164,12 @@ int distclip_power_sums(int operation, int dtype, int64_t count, const char *con
         free(first);
         return 1;
     }
-    loop sum = loops_plain[operation][dtype];
+    const loop *loops = loops_plain[operation];
 #ifdef HAS_AVX2
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-        sum = loops_avx2[operation][dtype];
+        loops = loops_avx2[operation];
 #endif
-    work job = {sum, operation == 2, sizes[dtype], tensors, lengths, count, first, partial, 0};
+    work job = {loops, tensors, lengths, dtypes, count, first, partial, 0};
 
     pthread_t helpers[MAX_THREADS];
     int64_t wanted = elements / MIN_PER_THREAD, started = 0;
@@ -108,7 +183,7 @@ int distclip_power_sums(int operation, int dtype, int64_t count, const char *con
         double total = 0;
         for (int64_t block = first[i]; block < first[i + 1]; block++) {
             double one = partial[block];
-            if (!job.maximum) total += one;
+            if (operation != 2) total += one;
             else if (one != one || one > total) total = total != total ? total : one;
         }
         sums[i] = total;

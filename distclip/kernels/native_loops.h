@@ -107,14 +107,16 @@ LOOP(largest_f16, uint16_t, LOAD_F16, LARGEST)
 /* Squares of bfloat16 are exact in float32, and a run of them is added up in 64 sums of 32 each: twice as fast as in
    float64. A run whose sum is not finite, or so small that a square may have underflowed, is added up again. */
 static double NAME(square_bf16)(const void *data, int64_t n) {
-    const uint16_t *p = data, *end = p + n / RUN * RUN;
+    const uint16_t *p = data;
+    int64_t runs = n / RUN;
+    int64_t apart = runs * (RUN / 4), stride = RUN / 4; /* a run is a quarter from each of four streams */
     double total = 0;
-    for (; p < end; p += RUN) {
+    for (int64_t r = 0; r < runs; r++, p += stride) {
         f32w sums[8] = {{0}};
-        for (int i = 0; i < RUN; i += 8 * 2 * LANES)
+        for (int i = 0; i < RUN / 4; i += 4 * LANES)
             for (int j = 0; j < 4; j++) {
                 u32w two;
-                memcpy(&two, p + i + 4 * LANES * j, sizeof two);
+                memcpy(&two, p + i + apart * j, sizeof two);
                 f32w odd = (f32w)(two & 0xffff0000u), even = (f32w)(two << 16);
                 sums[2 * j] += odd * odd;
                 sums[2 * j + 1] += even * even;
@@ -122,9 +124,14 @@ static double NAME(square_bf16)(const void *data, int64_t n) {
         f32w all = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
         double run = 0;
         for (int i = 0; i < 2 * LANES; i++) run += all[i];
-        total += run >= RUN * 1.2e-31 && run <= 3e38 ? run : NAME(square_bf16_wide)(p, RUN);
+        if (!(run >= RUN * 1.2e-31 && run <= 3e38)) {
+            run = 0;
+            for (int j = 0; j < 4; j++) run += NAME(square_bf16_wide)(p + apart * j, RUN / 4);
+        }
+        total += run;
     }
-    return total + NAME(square_bf16_wide)(p, (const uint16_t *)data + n - p);
+    p = (const uint16_t *)data + runs * RUN;
+    return total + NAME(square_bf16_wide)(p, n - runs * RUN);
 }
 
 static const loop NAME(loops)[3][4] = {

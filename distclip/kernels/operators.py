@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..shards import Rows
 
-__all__ = ["constant", "power_sum", "power_sums", "row_index", "row_powers", "together", "wide"]
+__all__ = ["constant", "is_dense", "neutral", "power_sum", "power_sums", "row_index", "row_powers", "together", "wide"]
 
 _CHUNK = {"cpu": 1 << 15}
 """Elements widened at a time, so that the temporary does not grow with the model; on a CPU it stays in the cache."""
@@ -32,20 +32,21 @@ _UNDERFLOW = 1.2e-31
 cannot hold, are then less than 1e-7 of it."""
 
 
-def power_sums(tensors: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    """Σ|g|^p of each tensor, (n,) float64: see `power_sum`.
+def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+    """Σ|g|^p of each tensor, (n,) float64 on their device: see `power_sum`.
 
     Args:
-        tensors: at least one; on any devices.
+        tensors: at least one; all of one device and dtype, and dense or not dense.
         norm_type: p.
-        device: where the result goes.
 
-    Host syncs: none; on a CPU one per large tensor, which cost nothing there.
+    Host syncs: none on an accelerator.
     """
-    if device.type != "cpu" and norm_type in (1, 2, math.inf) and _alike(tensors, device):
-        sums = torch.stack(torch._foreach_norm(list(tensors), norm_type, dtype=torch.float64))
+    first = tensors[0]
+    if first.is_cuda and first.dtype.is_floating_point and is_dense(first) and norm_type in (1, 2, math.inf):
+        norms = torch._foreach_norm([t if t.numel() else t.new_zeros(1) for t in tensors], norm_type, torch.float64)
+        sums = torch.stack(norms)
         return sums.square_() if norm_type == 2 else sums
-    return torch.stack([power_sum(tensor, norm_type).to(device) for tensor in tensors])
+    return torch.stack([power_sum(tensor, norm_type) for tensor in tensors])
 
 
 def power_sum(grad: Tensor, norm_type: float) -> Tensor:
@@ -126,11 +127,9 @@ def wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _alike(tensors: Sequence[Tensor], device: torch.device) -> bool:
-    """Whether torch's multi-tensor operators take them."""
-    return device.type == "cuda" and all(
-        t.device == device and t.layout is torch.strided and t.dtype.is_floating_point and t.numel() for t in tensors
-    )
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a range of memory, each of them once, in whatever order."""
+    return tensor.layout is torch.strided and bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
 
 
 def _is_narrow(dtype: torch.dtype) -> bool:
@@ -200,6 +199,6 @@ def _widened(piece: Tensor) -> Tensor:
 
 def _flat(grad: Tensor) -> Tensor:
     """All elements in one dimension, in any order: a view wherever the memory is dense, also when permuted."""
-    if not grad.is_contiguous() and torch.ops.aten.is_non_overlapping_and_dense(grad):
+    if not grad.is_contiguous() and is_dense(grad):
         return grad.as_strided((grad.numel(),), (1,))
     return grad.reshape(-1)

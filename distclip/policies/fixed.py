@@ -47,4 +47,5 @@ class Fixed:
         """The bound, whatever the norms."""
         bounds = self.max_norm if isinstance(self.max_norm, tuple) else (self.max_norm,)
         norms = totals.norms
-        return constant(bounds, norms.device, norms.dtype).expand(norms.shape), state
+        bound = constant(bounds, norms.device, norms.dtype)
+        return bound if len(bounds) == len(norms) else bound.expand(norms.shape), state

@@ -140,6 +140,11 @@ def coefficient(norm: Tensor, bound: Tensor | float, eps: float = 1e-6) -> Tenso
     >>> coefficient(torch.tensor(4.0), 1.0)
     tensor(0.2500, dtype=torch.float64)
     """
+    if norm.device.type == "cpu" and norm.numel() == 1:
+        # The same without a tensor for each step of it.
+        one, most = float(norm), float(bound)
+        coef = 1.0 if one + eps <= most or most == math.inf or one == 0 else most / (one + eps)
+        return torch.full(norm.shape, coef, dtype=torch.float64)
     dtype = wide(norm.device)
     length, bound = norm.to(dtype) + eps, torch.as_tensor(bound, dtype=dtype, device=norm.device)
     # Written so that NaN is not "short enough".

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..shards import Axis, Layout, Place, Places, Ranks, Rows, Shards, copies
-from .dtensor import dtensor_layout, dtensor_pending, is_dtensor
+from .dtensor import dtensor_class, dtensor_layout, dtensor_pending, is_dtensor
 from .rows import dtensor_rows
 from .tagged import annotation_of
 
@@ -27,6 +27,7 @@ _PLAIN = {Tensor, torch.nn.Parameter}
 _UNSEEN = object()
 
 _gradient: Callable[[Tensor], Tensor | None] = attrgetter("grad")
+_own_spec: Callable[[Tensor], Any] = attrgetter("_spec")
 
 
 class Arrangement:
@@ -82,7 +83,7 @@ class Arrangement:
     def gradients(self, tensors: Sequence[Tensor], world_size: int) -> Shards:
         """This rank's pieces of the gradients that parameters have now: `.grad`, or Megatron's fp32 `.main_grad`."""
         grads = list(map(_gradient, tensors))
-        if any(map(_is_none, grads)):
+        if type(None) in set(map(type, grads)):
             grads = [getattr(t, "main_grad", None) if g is None else g for t, g in zip(tensors, grads, strict=True)]
             there = tuple(i for i, grad in enumerate(grads) if grad is not None)
             if len(there) < len(tensors):
@@ -95,10 +96,10 @@ class Arrangement:
         return self._pieces(tensors, list(tensors), world_size)
 
     def _pieces(self, tensors: Sequence[Tensor], grads: list[Any], world_size: int) -> Shards:
-        places = self.usual(world_size)
-        if _PLAIN.issuperset(map(type, grads)):
+        places, kinds = self.usual(world_size), set(map(type, grads))
+        if kinds <= _PLAIN:
             return Shards(places, grads)
-        specs = list(map(_spec, grads))
+        specs = list(map(_own_spec if kinds == {dtensor_class()} else _spec, grads))
         if not all(map(is_, specs, self._specs)):
             places = self._own(places, tensors, grads, specs, world_size)
         return Shards(places, [g if spec is None else _local(g) for g, spec in zip(grads, specs, strict=True)])
@@ -153,10 +154,6 @@ def product(one: Layout, two: Layout) -> Layout:
         pieces=one.pieces * two.pieces,
         may_be_partial=one.may_be_partial or two.may_be_partial,
     )
-
-
-def _is_none(grad: Tensor | None) -> bool:
-    return grad is None
 
 
 def _spec(tensor: Tensor) -> Any:

@@ -18,13 +18,27 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
 
-__all__ = ["dtensor_axes", "dtensor_layout", "dtensor_pending", "is_dtensor", "pending_of", "pieces_of"]
+__all__ = [
+    "dtensor_axes",
+    "dtensor_class",
+    "dtensor_layout",
+    "dtensor_pending",
+    "is_dtensor",
+    "pending_of",
+    "pieces_of",
+]
+
+
+def dtensor_class() -> type[DTensor] | None:
+    """torch's DTensor, without importing what defines it (a second's work) where nobody has."""
+    defined: Any = sys.modules.get("torch.distributed.tensor")
+    return None if defined is None else defined.DTensor
 
 
 def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether a tensor is a DTensor, without importing what defines it (a second's work) to find out."""
-    defined: Any = sys.modules.get("torch.distributed.tensor")
-    return defined is not None and isinstance(tensor, defined.DTensor)
+    """Whether a tensor is a DTensor."""
+    defined = dtensor_class()
+    return defined is not None and isinstance(tensor, defined)
 
 
 def dtensor_layout(tensor: DTensor) -> Layout:

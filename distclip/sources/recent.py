@@ -47,14 +47,13 @@ def recent_plan(parameters: Parameters, axes: tuple[Axis, ...]) -> Plan:
         items = [parameters]
     names: tuple[str, ...] = ()
     tensors = items
-    if items and all(isinstance(item, tuple) and len(item) == 2 for item in items):
+    if items and set(map(type, items)) == {tuple} and set(map(len, items)) == {2}:
         names, tensors = (list(column) for column in zip(*items, strict=True))  # type: ignore[assignment]
-    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+    if not all(issubclass(kind, Tensor) for kind in set(map(type, tensors))):
         return parameter_plan(parameters, axes)
     ids = tuple(map(id, tensors))
-    marks = tuple(
-        (i, *map(marked.get, _MARKS)) for i, marked in enumerate(map(attrgetter("__dict__"), tensors)) if marked
-    )
+    noted: list[dict[str, Any]] = list(map(attrgetter("__dict__"), tensors))
+    marks = tuple((i, *map(own.get, _MARKS)) for i, own in enumerate(noted) if own) if any(noted) else ()
     key = (id(module), axes, tuple(names), ids, marks)
     if key in _recent:
         return Plan(tensors, _recent[key][0])
