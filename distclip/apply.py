@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .errors import LayoutError
-from .kernels.operators import row_index
+from .kernels import scale_ as scale_many_
+from .kernels.operators import constant, row_index
 from .shards import Rows, Shard, Shards
 
 __all__ = ["clamp_", "outside", "scale_", "stored"]
@@ -33,12 +34,22 @@ def scale_(shards: Iterable[Shard], coefs: Tensor, foreach: bool | None = None) 
     if coefs.numel() == 1:
         _scale_alike(shards.grads, coefs.view(()), foreach)
         return
-    on_host = coefs.tolist() if coefs.device.type == "cpu" else None
+    if coefs.device.type == "cpu":
+        on_host = coefs.tolist()
+        for shard in shards:
+            if shard.rows is not None:
+                _scale_rows(shard, shard.rows, coefs, known=True)
+            elif on_host[shard.slot] != 1.0:
+                _scale_alike([shard.grad], coefs[shard.slot], False)
+        return
+    whole = shards.where([i for i, place in enumerate(shards.places) if place.rows is None])
+    factors = coefs[constant(whole.places.slots, coefs.device, torch.int64)]
+    if whole.grads and not scale_many_(whole.grads, factors):
+        for grad, factor in zip(whole.grads, factors, strict=True):
+            _scale_alike([grad], factor, False)
     for shard in shards:
         if shard.rows is not None:
-            _scale_rows(shard, shard.rows, coefs, known=on_host is not None)
-        elif on_host is None or on_host[shard.slot] != 1.0:
-            _scale_alike([shard.grad], coefs[shard.slot], False)
+            _scale_rows(shard, shard.rows, coefs, known=False)
 
 
 def _scale_alike(grads: Sequence[Tensor], coef: Tensor, foreach: bool | None) -> None:
@@ -55,6 +66,8 @@ def _scale_alike(grads: Sequence[Tensor], coef: Tensor, foreach: bool | None) ->
 
 def _scale_on_device(tensors: list[Tensor], coef: Tensor, foreach: bool | None) -> None:
     """Multiply by a factor that the host does not know."""
+    if foreach is not False and scale_many_(tensors, coef.view(1)):
+        return
     if tensors[0].dtype in _NARROW:
         for tensor in tensors:
             tensor.copy_(tensor.float() * coef)

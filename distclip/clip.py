@@ -82,8 +82,7 @@ def clip_grad_norm_(
     """
     attempt = Attempt()
     # The p that was asked for also where max_norm is refused: it decides which collective the others are in.
-    fallback = attempt(global_norm, math.inf, norm_type) or global_norm()
-    policy = attempt(global_norm, max_norm, norm_type) or fallback
+    policy = attempt(global_norm, max_norm, norm_type) or attempt(global_norm, math.inf, norm_type) or global_norm()
     measured = _measured(attempt, recent_plan, parameters, policy, split_over, comm)
     if isinstance(parameters, GeneratorType) and not measured.passed:
         warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3)

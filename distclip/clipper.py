@@ -48,6 +48,9 @@ class GradClipper:
             clip the rest. "propagate": whatever follows from the numbers, as torch does. With a GradScaler such steps
             are its way to find the scale: they are skipped and counted, without a warning, under any of the four.
         max_skips: raise `TooManySkippedSteps` at so many skipped steps in a row, ≥ 1; None for never.
+        flat_grads: lay the gradients of the first step out as views of one storage (for each dtype), so that a norm of
+            all is one read whatever their number. They stay there as long as they are zeroed in place:
+            `zero_grad(set_to_none=False)`. Gradients that share storages already (DDP, FSDP) stay where they are.
 
     Raises:
         ArgumentError, LayoutError, DisagreementError: see `clip_grad_norm_`; on every rank that takes part.
@@ -76,6 +79,7 @@ class GradClipper:
         comm: Comm | None = None,
         on_nonfinite: OnNonFinite = "skip",
         max_skips: int | None = None,
+        flat_grads: bool = False,
     ) -> None:
         attempt = Attempt()
         attempt(_check, policy, on_nonfinite, max_skips)
@@ -93,6 +97,7 @@ class GradClipper:
             )
         slots = _arrange([said for _, said in told], everybody.rank, policy)
         plan.arrangement.assign(slots.places)
+        plan.flatten = flat_grads
         self.policy = policy
         self._slots = slots
         self._watch = Watch(max_skips)

@@ -167,9 +167,10 @@ class Judge:
         Raises:
             TooManySkippedSteps: on every rank.
         """
-        later, self._later = self._later, None
-        if later is None:
+        later = self._later
+        if later is None or _capturing():
             return
+        self._later = None
         later.ready()
         self._take_note(later, *later.numbers.tolist())
 
@@ -216,6 +217,9 @@ class Judge:
         if self.on_host and not self.state:
             self._take_note(later, bool(totals.finite), bool(decision.skip), 0.0, 0.0)
             return
+        if _capturing():
+            # The host takes no part in a replay.
+            return
         often = ((coefs != 1) | decision.skip).to(coefs.dtype).mean() * bool(self.state)
         reseeds = self.state["reseeds"].sum() if "reseeds" in self.state else coefs.new_zeros(())
         numbers = torch.stack([x.to(coefs.dtype) for x in (totals.finite, decision.skip, often, reseeds)])
@@ -225,6 +229,11 @@ class Judge:
         self._later = replace(later, numbers=numbers)
         if self.on_host:
             self.settle()
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being recorded."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @lru_cache(maxsize=16)

@@ -87,6 +87,8 @@ def _by_slot(
 ) -> tuple[Tensor, bool, bool, tuple[Evidence, ...]]:
     """What all shards have together by slot, whether some had to be left out, whether any is float64, and what each has
     alone."""
+    if slots == 1 and shards.merged is not None and device.type == "cpu":
+        shards = shards.merged
     whole, others = shards, shards[:0]
     if not shards.places.whole:
         fit = [not place.pending and place.rows is None for place in shards.places]

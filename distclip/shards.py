@@ -182,16 +182,17 @@ class Shards(Sequence[Shard]):
     Args:
         places: of each.
         grads: the local tensors, in the same order.
+        merged: the same elements in fewer pieces, for whoever only wants to know what all have together.
 
     >>> shards = Shards(Places([Place("w", copies=2.0)]), [torch.ones(3)])
     >>> shards[0].name, shards[0].copies, len(shards)
     ('w', 2.0, 1)
     """
 
-    __slots__ = ("grads", "places")
+    __slots__ = ("grads", "merged", "places")
 
-    def __init__(self, places: Places, grads: list[Tensor]) -> None:
-        self.places, self.grads = places, grads
+    def __init__(self, places: Places, grads: list[Tensor], merged: Shards | None = None) -> None:
+        self.places, self.grads, self.merged = places, grads, merged
 
     @classmethod
     def of(cls, shards: Iterable[Shard]) -> Shards:

@@ -20,10 +20,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..kernels import native
+from .. import kernels
 from .contestants import Contestant, Setup
 
-__all__ = ["Counts", "count"]
+__all__ = ["Counts", "count", "peak_bytes"]
 
 CHUNK = 1 << 22
 """Elements that the oracle widens at a time."""
@@ -35,7 +35,7 @@ class Counts:
 
     Args:
         bytes_read: of gradients, by operators that torch dispatches and by kernels of distclip's own.
-        bytes_written: of gradients, likewise, and at least of those whose version has changed.
+        bytes_written: of gradients, by operators that torch dispatches, and at least of those that have changed.
         collectives: of any kind.
         peak_bytes: memory allocated on top of what was there before, at its highest.
         norm_error: relative, against a float64 norm; None where no norm is returned.
@@ -68,7 +68,7 @@ def count(setup: Setup, contestant: Contestant) -> Counts:
     with CommDebugMode() as collectives:  # type: ignore[no-untyped-call]
         call()
     contestant.prepare()
-    peak = _peak_on_cuda(call) if cuda else _peak(call)
+    peak = _peak_on_cuda(call) if cuda else peak_bytes(call)
     host_syncs = kernels = None
     if cuda:
         contestant.prepare()
@@ -78,10 +78,10 @@ def count(setup: Setup, contestant: Contestant) -> Counts:
     contestant.prepare()
     truth = norm64(setup.parameters)
     grads = setup.grads()
-    versions = [grad._version for grad in grads]
+    before = [grad.clone() for grad in grads]
     norm = call()
-    # What is written past torch's operators shows in the versions, what a DTensor writes does not.
-    changed = sum(g.nbytes for g, version in zip(grads, versions, strict=True) if g._version != version)
+    # What is written past torch's operators shows nowhere else.
+    changed = sum(g.nbytes for g, old in zip(grads, before, strict=True) if not torch.equal(g, old))
     written = max(traffic.written, changed)
     error = _error(norm, truth)
     return Counts(traffic.read, written, collectives.get_total_counts(), peak, error, host_syncs, kernels)
@@ -113,18 +113,18 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def of_kernels(self) -> Iterator[None]:
         """Count also what distclip's own kernels read, which torch does not dispatch."""
-        measured = native.power_sums
+        measured = kernels.at_once
 
         def counted(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, bool] | None:
             found = measured(tensors, norm_type)
             self.read += 0 if found is None else self._bytes(tensors)
             return found
 
-        native.power_sums = counted
+        kernels.at_once = counted
         try:
             yield
         finally:
-            native.power_sums = measured
+            kernels.at_once = measured
 
     def _bytes(self, values: Any) -> int:
         return sum(t.nbytes for t in _tensors(values) if t.untyped_storage().data_ptr() in self._storages)
@@ -164,8 +164,9 @@ def _error(norm: Tensor | None, truth: float) -> float | None:
     return abs(found - truth) / truth
 
 
-def _peak(call: Callable[[], object]) -> int:
-    """By torch's allocator: the process' own high-water mark also moves with what was freed before."""
+def peak_bytes(call: Callable[[], object]) -> int:
+    """What a call has allocated on a CPU at its highest, by torch's allocator: the process' own high-water mark also
+    moves with what was freed before."""
     with _without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     assert profiler.profiler is not None

@@ -1,19 +1,24 @@
-"""Sums of powers of many local tensors at once, as fast as the memory allows.
+"""Sums of powers of many local tensors at once, and their multiplication, as fast as the memory allows.
 
-Every module here does the same in another way: `operators` with torch's operators, on any tensor and for any p;
-`native` by one C call, on a CPU. `power_sums` takes the fastest that can do it.
+Every module does the same in another way: `operators` with torch's operators, on any tensor and for any p; `native` by
+one C call, on a CPU; `multi_tensor` by Triton kernels, on a GPU. Here the fastest that can do it is taken. `library`
+and `description` tell C where tensors lie, `table` tells the GPU.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import native, operators
 
-__all__ = ["power_sums"]
+__all__ = ["at_once", "power_sums", "scale_"]
 
 _DOUBLES = (torch.float64, torch.complex128)
 
@@ -34,8 +39,8 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float, device: torch.device
     >>> power_sums([torch.tensor([3.0, 4.0]), torch.tensor([1.0])], 2.0, torch.device("cpu"))
     (tensor([25.,  1.], dtype=torch.float64), False)
     """
-    if device.type == "cpu" and (found := native.power_sums(tensors, norm_type)) is not None:
-        return found
+    if tensors and (found := at_once(tensors, norm_type)) is not None:
+        return found[0].to(device), found[1]
     wide = any(tensor.dtype in _DOUBLES for tensor in tensors)
     sums = torch.empty(len(tensors), dtype=operators.wide(device), device=device)
     kinds: dict[object, list[int]] = {}
@@ -43,7 +48,47 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float, device: torch.device
         kinds.setdefault((tensor.device, tensor.dtype, operators.is_dense(tensor)), []).append(i)
     for chosen in kinds.values():
         alike = [tensors[i] for i in chosen]
-        part = native.power_sums(alike, norm_type) if len(kinds) > 1 and alike[0].is_cpu else None
-        part = part or (operators.power_sums(alike, norm_type), wide)
-        sums[chosen if len(kinds) > 1 else slice(None)] = part[0].to(device)
+        found = at_once(alike, norm_type) if len(kinds) > 1 else None
+        part = operators.power_sums(alike, norm_type) if found is None else found[0]
+        sums[chosen if len(kinds) > 1 else slice(None)] = part.to(device)
     return sums, wide
+
+
+def scale_(tensors: Sequence[Tensor], coefs: Tensor) -> bool:
+    """Multiply tensors on a GPU in place by factors that the host does not know; a factor of 1 costs nothing.
+
+    Args:
+        tensors: at least one.
+        coefs: (1,), or one for each tensor; float64, on their device.
+
+    Returns:
+        Whether it could be done.
+
+    Host syncs: none.
+    """
+    kernels = on_gpu(tensors[0].device)
+    return kernels is not None and bool(kernels.scale_(tensors, coefs))
+
+
+def on_gpu(device: torch.device) -> Any:
+    """The Triton kernels, if the device can run them."""
+    return _triton() if device.type == "cuda" else None
+
+
+def at_once(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, bool] | None:
+    """`power_sums` by a kernel that takes all of them; None where there is none.
+
+    Args:
+        tensors: at least one.
+        norm_type: p.
+    """
+    kernels = on_gpu(tensors[0].device) or native
+    found: tuple[Tensor, bool] | None = kernels.power_sums(tensors, norm_type)
+    return found
+
+
+@functools.cache
+def _triton() -> Any:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module(".multi_tensor", __name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from .arguments import Named, Parameters, named
 from .arrangement import Arrangement, product
 from .dtensor import dtensor_axes, dtensor_layout, is_dtensor
 from .flat import flat_layouts, refuse_bare
+from .flattened import Flattened
 from .replicated import replicated_ranks
 from .split import cut_along, split_of
 from .tagged import annotation_of, check_tags, tags_in_use
@@ -30,12 +32,15 @@ class Plan:
         arrangement: what is known of each of them.
         are_gradients: the tensors are gradients; otherwise gradients are looked up at every call.
         failure: the first thing found wrong with a tensor, kept so that all ranks can raise together.
+        flatten: lay the gradients of the first step out as views of few storages.
     """
 
     tensors: list[Tensor]
     arrangement: Arrangement
     are_gradients: bool = False
     failure: DistclipError | None = None
+    flatten: bool = False
+    _flat: Flattened | None = None
 
     @classmethod
     def empty(cls, axes: tuple[Axis, ...] = ()) -> Plan:
@@ -69,7 +74,12 @@ class Plan:
             world_size: ranks of the communicator.
         """
         find = self.arrangement.pieces if self.are_gradients else self.arrangement.gradients
-        return find(self.tensors, world_size)
+        found = find(self.tensors, world_size)
+        if self.flatten and self._flat is None and len(found):
+            there = [t for t in self.tensors if t.grad is not None or getattr(t, "main_grad", None) is not None]
+            self._flat = Flattened(there, found, partial(find, self.tensors, world_size))
+            found = find(self.tensors, world_size)
+        return found if self._flat is None else self._flat.of(found)
 
     def weights(self, world_size: int) -> Shards:
         """This rank's pieces of the parameters themselves, also of those without gradient."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -23,7 +24,7 @@ _LIMIT = 16
 
 _recent: dict[Any, tuple[Arrangement, list[weakref.ref[Any]]]] = {}
 
-_MARKS = ("tensor_model_parallel", "allreduce", "shared", "partition_dim", "_fsdp_flattened", "_distclip_annotation")
+_MARKS = {"tensor_model_parallel", "allreduce", "shared", "partition_dim", "_fsdp_flattened", "_distclip_annotation"}
 """Attributes that tell where a plain tensor lies; when one is set between two calls, the second plans anew."""
 
 
@@ -53,7 +54,9 @@ def recent_plan(parameters: Parameters, axes: tuple[Axis, ...]) -> Plan:
         return parameter_plan(parameters, axes)
     ids = tuple(map(id, tensors))
     noted: list[dict[str, Any]] = list(map(attrgetter("__dict__"), tensors))
-    marks = tuple((i, *map(own.get, _MARKS)) for i, own in enumerate(noted) if own) if any(noted) else ()
+    marks: tuple[Any, ...] = ()
+    if not _MARKS.isdisjoint(chain.from_iterable(noted)):
+        marks = tuple((i, *map(own.get, sorted(_MARKS))) for i, own in enumerate(noted) if own)
     key = (id(module), axes, tuple(names), ids, marks)
     if key in _recent:
         return Plan(tensors, _recent[key][0])

@@ -1,0 +1,110 @@
+"""What a GPU runs for `multi_tensor`, in Triton's Python: one program for every chunk, or for every tensor."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["ELEMENTS", "gather", "powers", "scale"]
+
+ELEMENTS = (tl.float64, tl.float32, tl.bfloat16, tl.float16)
+"""By the number that a description has for a dtype."""
+
+BLOCK = tl.constexpr(2048)
+"""Elements that a program deals with at a time: eight for each thread of eight warps."""
+
+
+@triton.jit
+def _place(addresses, lengths, tensor_of, start_of, ELEMENT: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr):
+    """The chunk of this program: where it begins, how many elements it has, and whose it is."""
+    chunk = tl.program_id(0)
+    tensor = tl.load(tensor_of + chunk)
+    start = tl.load(start_of + chunk)
+    pointer = tl.load(addresses + tensor).to(tl.pointer_type(ELEMENT)) + start
+    if ALIGNED:
+        # Said here, loads come out 16 bytes wide.
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer, tl.minimum(tl.load(lengths + tensor) - start, CHUNK), tensor
+
+
+@triton.jit
+def _add(total, x, OPERATION: tl.constexpr):
+    """`total` with a block added to it. Extremes are kept as the bits of |x|: as integers they have the same order,
+    and NaN is above all of them, which no maximum of floating-point numbers can be trusted with."""
+    if OPERATION == 0:
+        total += x.to(tl.float64) * x.to(tl.float64)
+    elif OPERATION == 1:
+        total += tl.abs(x.to(tl.float64))
+    elif x.dtype == tl.float64:
+        total = tl.maximum(total, x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF)
+    else:
+        total = tl.maximum(total, (x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.int64))
+    return total
+
+
+@triton.jit(do_not_specialize=["first"])
+def powers(
+    addresses, lengths, tensor_of, start_of, partial, first,
+    OPERATION: tl.constexpr, ELEMENT: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """partial[first + chunk] = Σ|x|², Σ|x| or max|x| of a chunk."""
+    pointer, count, _ = _place(addresses, lengths, tensor_of, start_of, ELEMENT, CHUNK, ALIGNED)
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.int64 if OPERATION == 2 else tl.float64)
+    if count == CHUNK:
+        # Without masks: nothing stands between the loads.
+        for i in range(0, CHUNK, BLOCK):
+            total = _add(total, tl.load(pointer + i + lanes), OPERATION)
+    else:
+        for j in range(0, count, BLOCK):
+            total = _add(total, tl.load(pointer + j + lanes, mask=j + lanes < count, other=0.0), OPERATION)
+    if OPERATION == 2:
+        most = tl.max(total, 0)
+        if tl.float64 == ELEMENT:
+            value = most.to(tl.float64, bitcast=True)
+        else:
+            value = most.to(tl.int32).to(tl.float32, bitcast=True).to(tl.float64)
+    else:
+        value = tl.sum(total, 0)
+    tl.store(partial + first + tl.program_id(0), value)
+
+
+@triton.jit
+def gather(partial, bounds, sums, OPERATION: tl.constexpr):
+    """sums[tensor] = what its chunks have together, in their order."""
+    tensor = tl.program_id(0)
+    start, end = tl.load(bounds + tensor), tl.load(bounds + tl.num_programs(0) + tensor)
+    lanes = tl.arange(0, 128)
+    total = tl.zeros((128,), tl.int64 if OPERATION == 2 else tl.float64)
+    for i in range(start, end, 128):
+        x = tl.load(partial + i + lanes, mask=i + lanes < end, other=0.0)
+        if OPERATION == 2:
+            total = tl.maximum(total, x.to(tl.int64, bitcast=True))
+        else:
+            total += x
+    if OPERATION == 2:
+        tl.store(sums + tensor, tl.max(total, 0).to(tl.float64, bitcast=True))
+    else:
+        tl.store(sums + tensor, tl.sum(total, 0))
+
+
+@triton.jit
+def scale(
+    addresses, lengths, tensor_of, start_of, coefs, each,
+    ELEMENT: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Multiply a chunk by its tensor's factor (each = 1), or by the one there is; a factor of 1 ends it at once."""
+    pointer, count, tensor = _place(addresses, lengths, tensor_of, start_of, ELEMENT, CHUNK, ALIGNED)
+    coef = tl.load(coefs + tensor * each)
+    if coef != 1.0:
+        factor = coef if tl.float64 == ELEMENT else coef.to(tl.float32)
+        lanes = tl.arange(0, BLOCK)
+        if count == CHUNK:
+            for i in range(0, CHUNK, BLOCK):
+                x = tl.load(pointer + i + lanes).to(factor.dtype)
+                tl.store(pointer + i + lanes, (x * factor).to(ELEMENT))
+        else:
+            for j in range(0, count, BLOCK):
+                mask = j + lanes < count
+                x = tl.load(pointer + j + lanes, mask=mask).to(factor.dtype)
+                tl.store(pointer + j + lanes, (x * factor).to(ELEMENT), mask=mask)

@@ -1,0 +1,307 @@
+"""Every kernel against float64: sums of powers of any tensors, whatever their dtype, length, memory and magnitude."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import distclip
+from distclip import kernels
+from distclip.bench.counters import peak_bytes
+from distclip.kernels import native, operators
+from distclip.kernels.description import DTYPES, Description, _described, describe
+from distclip.kernels.library import library
+
+multi_tensor = pytest.importorskip("distclip.kernels.multi_tensor", reason="Triton is for Linux only")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+PowerSums = Callable[[Sequence[Tensor], float], Any]
+
+
+def by_operators(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, bool]:
+    return torch.stack([operators.power_sum(tensor, norm_type) for tensor in tensors]), False
+
+
+KERNELS: dict[str, tuple[PowerSums, str]] = {
+    "operators": (by_operators, "cpu"),
+    "native": (native.power_sums, "cpu"),
+    "multi_tensor": (multi_tensor.power_sums, DEVICE),
+}
+every_kernel = pytest.mark.parametrize("kernel", list(KERNELS))
+
+LENGTHS = [0, 1, 3, 15, 16, 17, 33, 1000, 2047, 2048, 2049, 4096, 4097, 16383, 16384, 16385, 65536, 65537, 262149]
+"""Around the sizes of lanes, runs, blocks and chunks."""
+
+SCALES = {torch.float64: 1e100, torch.float32: 1e25, torch.bfloat16: 1e25, torch.float16: 1e3}
+
+
+def sums(kernel: str, tensors: Sequence[Tensor], norm_type: float) -> list[float]:
+    compute, device = KERNELS[kernel]
+    found = compute([tensor.to(device) for tensor in tensors], norm_type)
+    assert found is not None
+    assert found[0].dtype == torch.float64 and found[0].shape == (len(tensors),)
+    return found[0].tolist()
+
+
+def truth(tensor: Tensor, norm_type: float) -> float:
+    size = tensor.double().abs()
+    if norm_type == math.inf:
+        return float(size.max()) if tensor.numel() else 0.0
+    return float(size.pow(norm_type).sum())
+
+
+def test_the_c_library_is_built() -> None:
+    """Without it everything would pass, slowly: here is a compiler, so it has to be there."""
+    assert library() is not None
+
+
+@every_kernel
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lengths_and_magnitudes(kernel: str, dtype: torch.dtype, norm_type: float) -> None:
+    """Squares that overflow and underflow in the dtype are counted; nothing is lost at the end of a block."""
+    generator = torch.Generator().manual_seed(0)
+    scales = [1.0, SCALES[dtype], 1 / SCALES[dtype]]
+    drawn = [torch.randn(n, generator=generator, dtype=torch.float64).clamp_(-3, 3) for n in LENGTHS]
+    tensors = [(x * scales[i % 3]).to(dtype) for i, x in enumerate(drawn)]
+    for tensor, found in zip(tensors, sums(kernel, tensors, norm_type), strict=True):
+        assert found == pytest.approx(truth(tensor, norm_type), rel=1e-7), f"{tensor.numel()} elements"
+
+
+@every_kernel
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_non_finite_elements_show(kernel: str, dtype: torch.dtype, norm_type: float, bad: float) -> None:
+    """Wherever they are, and in their own tensor only; NaN also beside an infinity, before and after it."""
+    tensors = [torch.ones(5000, dtype=dtype) for _ in range(5)]
+    for tensor, place in zip(tensors, [0, 77, 4999], strict=False):
+        tensor[place] = bad
+    tensors[4][[10, 20, 4000]] = torch.tensor([math.inf, math.nan, math.inf], dtype=dtype)
+    found = sums(kernel, tensors, norm_type)
+    assert [repr(x) for x in found[:3]] == [repr(abs(bad))] * 3
+    assert math.isfinite(found[3]) and math.isnan(found[4])
+
+
+@every_kernel
+def test_all_halves(kernel: str) -> None:
+    """Each of the float16 numbers, subnormal ones too."""
+    numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    finite = numbers[numbers.isfinite()]
+    assert sums(kernel, [finite], 2.0) == [pytest.approx(truth(finite, 2.0), rel=1e-6)]
+    assert sums(kernel, [finite], 1.0) == [pytest.approx(truth(finite, 1.0), rel=1e-7)]
+    assert sums(kernel, list(finite.split(1))[:2000], math.inf) == finite.abs().double()[:2000].tolist()
+
+
+@every_kernel
+@pytest.mark.parametrize("value", [0.1, 0.3, 0.7, 3e38, 1e-30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_elements(kernel: str, dtype: torch.dtype, value: float) -> None:
+    """The hardest case for sums in float32, which err in the same direction every time: torch's dot is 1e-4 off."""
+    tensor = torch.full((300_000,), value).to(dtype)
+    norm = math.sqrt(sums(kernel, [tensor], 2.0)[0])
+    assert norm == pytest.approx(math.sqrt(truth(tensor, 2.0)), rel=1e-6)
+
+
+@every_kernel
+def test_memory(kernel: str) -> None:
+    """Permuted, unaligned, one element, mixed dtypes, a parameter that requires a gradient."""
+    flat = torch.randn(200)
+    tensors = [
+        torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+        torch.randn(7, 9).t(),
+        flat[1:178],
+        torch.tensor(3.0),
+        torch.randn(33).bfloat16(),
+        torch.randn(5, dtype=torch.float64),
+        torch.nn.Parameter(torch.randn(6, 1, 2)),
+    ]
+    with torch.no_grad():
+        found = sums(kernel, tensors, 2.0)
+    assert found == [pytest.approx(truth(tensor.detach(), 2.0), rel=1e-7) for tensor in tensors]
+
+
+@pytest.mark.parametrize("kernel", ["native", "multi_tensor"])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        torch.zeros(12, 16)[::2, ::2],
+        torch.ones(3).expand(2, 3),
+        torch.ones(2, dtype=torch.complex64),
+        torch.ones(2, 2).to_sparse(),
+        torch.ones(2, dtype=torch.int32),
+    ],
+    ids=["strided", "expanded", "complex", "sparse", "int"],
+)
+def test_what_kernels_leave_to_operators(kernel: str, odd: Tensor) -> None:
+    compute, device = KERNELS[kernel]
+    assert compute([torch.ones(3, device=device), odd.to(device)], 2.0) is None
+    assert compute([torch.ones(3, device=device)], 3.0) is None
+    expected = float(odd.to_dense().abs().double().square().sum()) if odd.dtype != torch.int32 else 2.0
+    found, wide = kernels.power_sums([torch.ones(3), odd, torch.ones(2).bfloat16()], 2.0, torch.device("cpu"))
+    assert found.tolist() == [3.0, expected, 2.0] and not wide
+
+
+def test_descriptions_with_and_without_c() -> None:
+    """What C reads through DLPack is what torch says."""
+    tensors = [torch.randn(3, 4, dtype=dtype)[1:] for dtype in DTYPES] + [torch.zeros(0, 3), torch.tensor(1.0)]
+    found, other = describe(tensors, "cpu"), Description(len(tensors))
+    assert found is not None and _described(other, tensors, "cpu")
+    assert vars(found) == vars(other)
+    assert list(found.addresses) == [t.data_ptr() for t in tensors] and found.wide
+
+
+def test_dense_in_any_order() -> None:
+    """C and torch agree on what fills a range of memory."""
+    base = torch.zeros(2, 3, 4)
+    shapes = [base.permute(order) for order in ((0, 1, 2), (2, 0, 1), (1, 0, 2), (2, 1, 0))]
+    shapes += [
+        base[:, :1],
+        base[:1],
+        base[:, 1:2, :],
+        base.expand(2, 2, 3, 4),
+        base[..., ::2],
+        base[:0],
+        base.view(24, 1),
+    ]
+    for tensor in shapes:
+        assert (describe([tensor], "cpu") is not None) == operators.is_dense(tensor), tensor.stride()
+
+
+def test_bits_do_not_depend_on_threads_or_alignment() -> None:
+    base = torch.randn(1 << 21)
+    tensors = [base[i : i + 1_500_000] for i in range(4)]
+    copies = [tensor.clone() for tensor in tensors]
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            results += [sums("native", tensors, 2.0), sums("native", copies, 2.0)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(result == results[0] for result in results)
+
+
+def test_the_second_look_is_only_taken_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without C, a large float32 sum is made again in float64 where float32 cannot hold it, and not otherwise."""
+    widened: list[int] = []
+    real = operators._widened
+    monkeypatch.setattr(operators, "_widened", lambda piece: widened.append(piece.numel()) or real(piece))
+    operators.power_sum(torch.randn(8192), 2.0)
+    assert not widened
+    for scale in (1e25, 1e-25, 0.0):
+        widened.clear()
+        operators.power_sum(torch.randn(8192) * scale, 2.0)
+        assert sum(widened) == 8192
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_positive_elements(dtype: torch.dtype) -> None:
+    """16 M of them; torch's own norm is 3e-3 off, more with more."""
+    tensor = torch.rand(1 << 24).to(dtype)
+    for compute in (native.power_sums, by_operators):
+        found = compute([tensor], 2.0)
+        assert found is not None
+        error = abs(math.sqrt(float(found[0])) / math.sqrt(truth(tensor, 2.0)) - 1)
+        assert error < 1e-6, compute
+
+
+def test_no_temporary_grows_with_the_model() -> None:
+    """64 MB of gradients, in one tensor and in many; a table costs 20 bytes for each, what operators widen 8 MB."""
+    one, many = torch.randn(1 << 24), list(torch.randn(1 << 24).split(1 << 14))
+    assert peak_bytes(lambda: native.power_sums([one], 2.0)) < 1 << 12
+    assert peak_bytes(lambda: native.power_sums(many, 2.0)) < 1 << 16
+    for tensor in (one, one.bfloat16()):
+        assert peak_bytes(lambda tensor=tensor: by_operators([tensor], 2.0)) < 10 << 20  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("coefs", [[0.3], [1.0], [math.nan], [0.5, 1.0, 0.25, 1.0]])
+def test_conditional_scale(dtype: torch.dtype, coefs: list[float]) -> None:
+    """A factor of 1 leaves every bit; others multiply in at least float32; versions tell autograd of it."""
+    drawn = [torch.randn(70_000), torch.randn(5, 3), torch.randn(0), torch.randn(4097)[1:]]
+    tensors = [x.to(dtype).to(DEVICE) for x in drawn]
+    before = [tensor.clone() for tensor in tensors]
+    versions = [tensor._version for tensor in tensors]
+    assert multi_tensor.scale_(tensors, torch.tensor(coefs, dtype=torch.float64, device=DEVICE))
+    wide = torch.promote_types(dtype, torch.float32)
+    for i, (tensor, old) in enumerate(zip(tensors, before, strict=True)):
+        coef = coefs[i % len(coefs)]
+        expected = old if coef == 1 else (old.to(wide) * torch.tensor(coef, dtype=wide)).to(dtype)
+        # The interpreter cuts float32 to bfloat16, a GPU rounds it.
+        rtol = 2**-7 if coef != 1 and dtype == torch.bfloat16 and DEVICE == "cpu" else 0
+        torch.testing.assert_close(tensor, expected, rtol=rtol, atol=0, equal_nan=True)
+    assert all(tensor._version > version for tensor, version in zip(tensors, versions, strict=True))
+
+
+def test_a_table_is_made_once() -> None:
+    """And again when a tensor is elsewhere; its chunks only when lengths change."""
+    from distclip.kernels.table import table_of
+
+    tensors = [torch.ones(100, device=DEVICE), torch.ones(70_000, device=DEVICE)]
+    table = table_of(tensors)
+    assert table is not None and table is table_of(list(tensors)) and table.chunks == 3
+    moved = table_of([tensors[0].clone(), tensors[1]])
+    assert moved is not None and moved is not table and moved.bounds is table.bounds
+    assert table_of([torch.ones(101, device=DEVICE), tensors[1]]).bounds is not table.bounds  # type: ignore[union-attr]
+
+
+def test_a_clipper_on_the_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way with the kernels a GPU runs: policies with one norm and with many, clipped and not."""
+    monkeypatch.setattr(kernels, "on_gpu", lambda device: multi_tensor)
+    for policy in (distclip.global_norm(0.5), distclip.per_tensor_norm(0.5), distclip.global_norm(1e9)):
+        made = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 700, 12)]
+        twins = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 700, 12)]
+        for param, twin in zip(made, twins, strict=True):
+            param.grad = torch.randn(param.shape)
+            twin.grad = param.grad.clone()
+        report = distclip.GradClipper([(f"p{i}", p) for i, p in enumerate(made)], policy).clip()
+        with monkeypatch.context() as plain:
+            plain.setattr(kernels, "on_gpu", lambda device: None)
+            other = distclip.GradClipper([(f"p{i}", p) for i, p in enumerate(twins)], policy).clip()
+        torch.testing.assert_close(report.norms, other.norms, rtol=1e-13, atol=0)
+        for param, twin in zip(made, twins, strict=True):
+            torch.testing.assert_close(param.grad, twin.grad, rtol=3e-7, atol=0)
+
+
+COMPILE = """
+import re, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from distclip.kernels import programs
+
+def ptx(program, signature, **constants):
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(fn=program, signature=signature, constexprs=constants, attrs={})
+    options = {"num_warps": 8, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+tables = dict.fromkeys(["addresses", "lengths", "tensor_of", "start_of"], "*i64")
+for element, wide in zip(programs.ELEMENTS, ["v2.b64", "v4.b32", "v4.b32", "v4.b32"]):
+    one = ptx(programs.powers, tables | {"partial": "*fp64", "first": "i32"},
+              OPERATION=0 if element.name == "fp32" else 2, ELEMENT=element, CHUNK=1 << 16, ALIGNED=True)
+    assert f"ld.global.{wide}" in one, element
+    two = ptx(programs.scale, tables | {"coefs": "*fp64", "each": "i32"}, ELEMENT=element, CHUNK=1 << 16, ALIGNED=True)
+    assert f"ld.global.{wide}" in two and f"st.global.{wide}" in two, element
+ptx(programs.powers, tables | {"partial": "*fp64", "first": "i32"},
+    OPERATION=1, ELEMENT=programs.ELEMENTS[1], CHUNK=1 << 16, ALIGNED=False)
+for operation in (0, 2):
+    ptx(programs.gather, {"partial": "*fp64", "bounds": "*i64", "sums": "*fp64"}, OPERATION=operation)
+print("compiled")
+"""
+
+
+def test_gpu_kernels_compile_for_hopper() -> None:
+    """To PTX, which needs no GPU; with loads and stores 16 bytes wide where tensors are aligned."""
+    environment = {"PATH": "/usr/bin:/bin", "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout.strip() == "compiled", done.stderr
