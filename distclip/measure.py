@@ -89,13 +89,13 @@ def _by_slot(
     alone."""
     if slots == 1 and shards.merged is not None and device.type == "cpu":
         shards = shards.merged
-    whole, others = shards, shards[:0]
+    whole, others = shards, []
     if not shards.places.whole:
         fit = [not place.pending and place.rows is None for place in shards.places]
         whole = shards.where([i for i in range(len(fit)) if fit[i]])
-        others = shards.where([i for i in range(len(fit)) if not fit[i]])
+        others = [shards[i] for i in range(len(fit)) if not fit[i]]
     by_row = [shard for shard in others if not shard.pending]
-    is_wide = any(grad.dtype in (torch.float64, torch.complex128) for grad in others.grads)
+    is_wide = any(shard.grad.dtype in (torch.float64, torch.complex128) for shard in others)
     each: list[Evidence] = []
     if whole.grads:
         sums, some_wide = power_sums(whole.grads, norm_type, device)
