@@ -61,12 +61,13 @@ class Decision:
 
     def report(self) -> Report:
         """For the caller."""
-        totals, coefs = self.measured.totals, self.coefs
-        coef = coefs[0] if len(coefs) == 1 else _shortening(totals.norms, coefs, totals.norm_type)
+        totals, coefs, outside = self.measured.totals, self.coefs, self.measured.outside
+        one = len(coefs) == 1
+        clipped = (coefs[0] if one else coefs).ne(1.0).any()
         return Report(
             norm=self.measured.presented(),
-            coef=coef,
-            clipped=(coefs != 1.0).any() | (self.measured.outside & ~self.skip),
+            coef=coefs[0] if one else _shortening(totals.norms, coefs, totals.norm_type),
+            clipped=clipped if outside is False else clipped | (outside & ~self.skip),
             finite=totals.finite,
             skipped=self.skip,
             norms=totals.norms,

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kernels import power_sums
-from .kernels.operators import constant, neutral, row_powers
+from .kernels import power_sums, row_powers
+from .kernels.operators import constant, neutral
 from .shards import Places, Rows, Shard, Shards
 
 __all__ = ["Evidence", "Partials", "measure"]
@@ -89,11 +89,9 @@ def _by_slot(
     alone."""
     if slots == 1 and shards.merged is not None and device.type == "cpu":
         shards = shards.merged
-    whole, others = shards, []
-    if not shards.places.whole:
-        fit = [not place.pending and place.rows is None for place in shards.places]
-        whole = shards.where([i for i in range(len(fit)) if fit[i]])
-        others = [shards[i] for i in range(len(fit)) if not fit[i]]
+    places, chosen, apart = shards.places.whole
+    others = [shards[i] for i in apart]
+    whole = Shards(places, [shards.grads[i] for i in chosen]) if apart else shards
     by_row = [shard for shard in others if not shard.pending]
     is_wide = any(shard.grad.dtype in (torch.float64, torch.complex128) for shard in others)
     each: list[Evidence] = []
@@ -110,7 +108,7 @@ def _by_slot(
         each.append(((shard.name,), powers.view(1, -1)))
         first = shard.slot + shard.rows.first
         part = total[first : first + shard.rows.count]
-        own = _shared(powers, (shard.copies,) * len(powers), norm_type)
+        own = powers if math.isinf(norm_type) or shard.copies == 1 else powers / shard.copies
         part.copy_(torch.maximum(part, own) if math.isinf(norm_type) else part + own)
     return total, len(by_row) < len(others), is_wide, tuple(each)
 

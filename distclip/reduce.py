@@ -77,7 +77,8 @@ class Totals:
     @cached_property
     def finite(self) -> Tensor:
         """0-d bool: no element is NaN or infinite, and no power sum is beyond float64."""
-        return self.value.isfinite().all()
+        finite = self.value.isfinite()
+        return finite[0] if len(finite) == 1 else finite.all()
 
     def _free(self, norm: Tensor) -> Tensor:
         return norm if self.loss_scale is None else norm / self.loss_scale.to(norm)

@@ -151,9 +151,13 @@ class Places(tuple[Place, ...]):
         return tuple(place.name for place in self)
 
     @cached_property
-    def whole(self) -> bool:
-        """Whether each of them can be measured as it is, and counts in one slot."""
-        return all(not place.pending and place.rows is None for place in self)
+    def whole(self) -> tuple[Places, tuple[int, ...], tuple[int, ...]]:
+        """Those that can be measured as they are and count in one slot: their places, their positions, and those of
+        the others."""
+        fit = [not place.pending and place.rows is None for place in self]
+        chosen = tuple(i for i, fits in enumerate(fit) if fits)
+        others = tuple(i for i, fits in enumerate(fit) if not fits)
+        return (Places(self[i] for i in chosen) if others else self), chosen, others
 
     @cached_property
     def slots(self) -> tuple[int, ...]:

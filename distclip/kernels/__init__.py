@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..shards import Rows
 from . import native, operators
 
-__all__ = ["at_once", "power_sums", "scale_"]
+__all__ = ["at_once", "power_sums", "row_powers", "scale_"]
 
 _DOUBLES = (torch.float64, torch.complex128)
 
@@ -52,6 +53,21 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float, device: torch.device
         part = operators.power_sums(alike, norm_type) if found is None else found[0]
         sums[chosen if len(kinds) > 1 else slice(None)] = part.to(device)
     return sums, wide
+
+
+def row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor:
+    """Σ|g|^p, or max|g|, of each row of one local tensor, (rows.count,) float64 on its device.
+
+    Args:
+        grad: any floating or complex dtype; dense, a slice of a flattened parameter, or sparse.
+        rows: which rows these are.
+        norm_type: p > 0, or `inf`.
+
+    >>> row_powers(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), Rows(0, 2), 2.0)
+    tensor([25.,  1.], dtype=torch.float64)
+    """
+    found = native.row_powers(grad, rows, norm_type) if grad.is_cpu else None
+    return operators.row_powers(grad, rows, norm_type) if found is None else found
 
 
 def scale_(tensors: Sequence[Tensor], coefs: Tensor) -> bool:

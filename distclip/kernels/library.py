@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,11 +33,20 @@ class Library:
         self.describe: Any = with_gil.distclip_describe
         self.describe.argtypes = [pointer, size, pointer, number, pointer, pointer, pointer]
         self.power_sums: Any = without.distclip_power_sums
-        self.power_sums.argtypes = [number, size, pointer, pointer, pointer, pointer, number]
+        self.power_sums.argtypes = [number, size, pointer, pointer, pointer, pointer, number, pointer]
+        self.openmp = _openmp()
         speaks = with_gil.distclip_speaks
         speaks.argtypes = [pointer]
         if not speaks(self.dlpack):
             raise AttributeError("torch speaks another DLPack")
+
+
+def _openmp() -> int | None:
+    """The address of GOMP_parallel in the OpenMP library that torch brings; None where it brings another, or none."""
+    home = Path(torch.__file__).parent
+    for path in (*home.glob("lib/libgomp*"), *home.parent.glob("torch.libs/libgomp*")):
+        return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value
+    return None
 
 
 @functools.cache

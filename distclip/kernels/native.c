@@ -22,6 +22,7 @@
 enum { BLOCK = 1 << 18, GROUP = 4, MIN_PER_THREAD = 1 << 19, MAX_THREADS = 256, RUN = 2048 };
 
 typedef double (*loop)(const void *, int64_t);
+typedef void (*openmp)(void (*)(void *), void *, unsigned, unsigned);
 
 #define SUFFIX _plain
 #include "native_loops.h"
@@ -148,10 +149,25 @@ static void *help(void *argument) {
     }
 }
 
+static void help_all(void *job) {
+    help(job);
+}
+
+/* Work with `wanted` threads, this one among them. */
+static void start(work *job, int64_t wanted) {
+    pthread_t helpers[MAX_THREADS];
+    int64_t started = 0;
+    while (started < wanted - 1 && pthread_create(&helpers[started], NULL, help, job) == 0) started++;
+    help(job);
+    for (int64_t i = 0; i < started; i++) pthread_join(helpers[i], NULL);
+}
+
 /* sums[i] = Σ|x|^2 (operation 0), Σ|x| (1) or max|x| (2) of lengths[i] elements at tensors[i]; NaN stays NaN.
-   dtypes: as distclip_describe has them. Returns 0, or 1 where there is no memory for the table. */
+   dtypes: as distclip_describe has them. parallel: GOMP_parallel of the OpenMP that torch uses, whose threads may still
+   be awake from its last operator and would be in the way of others; NULL to start threads.
+   Returns 0, or 1 where there is no memory for the table. */
 int distclip_power_sums(int operation, int64_t count, const char *const *tensors, const int64_t *lengths,
-                        const int32_t *dtypes, double *sums, int threads) {
+                        const int32_t *dtypes, double *sums, int threads, openmp parallel) {
     int64_t elements = 0, *first = malloc((count + 1) * sizeof *first);
     if (first == NULL) return 1;
     first[0] = 0;
@@ -171,13 +187,11 @@ int distclip_power_sums(int operation, int64_t count, const char *const *tensors
 #endif
     work job = {loops, tensors, lengths, dtypes, count, first, partial, 0};
 
-    pthread_t helpers[MAX_THREADS];
-    int64_t wanted = elements / MIN_PER_THREAD, started = 0;
+    int64_t wanted = elements / MIN_PER_THREAD;
     if (wanted > threads) wanted = threads;
     if (wanted > MAX_THREADS) wanted = MAX_THREADS;
-    while (started < wanted - 1 && pthread_create(&helpers[started], NULL, help, &job) == 0) started++;
-    help(&job);
-    for (int64_t i = 0; i < started; i++) pthread_join(helpers[i], NULL);
+    if (wanted > 1 && parallel != NULL) parallel(help_all, &job, (unsigned)wanted, 0);
+    else start(&job, wanted);
 
     for (int64_t i = 0; i < count; i++) {
         double total = 0;

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .description import describe
+from ..shards import Rows
+from .description import Description, describe
 from .library import library
 
-__all__ = ["power_sums"]
+__all__ = ["power_sums", "row_powers"]
 
 _OPERATIONS = {2.0: 0, 1.0: 1, math.inf: 2}
 
@@ -33,11 +35,49 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, boo
     >>> found if library() else (torch.tensor([250000.0, 0.0], dtype=torch.float64), False)
     (tensor([250000.,      0.], dtype=torch.float64), False)
     """
-    c = library()
-    if c is None or norm_type not in _OPERATIONS or (found := describe(tensors, "cpu")) is None:
+    if norm_type not in _OPERATIONS or library() is None or (found := describe(tensors, "cpu")) is None:
         return None
-    sums = torch.empty(len(tensors), dtype=torch.float64)
+    return _summed(found, norm_type), found.wide
+
+
+def row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor | None:
+    """Σ|g|^p, or max|g|, of each row of one tensor, (rows.count,) float64: every row is a tensor of its own.
+
+    Args:
+        grad: contiguous; with `rows.width`, a slice of a flattened parameter.
+        rows: which rows these are.
+        norm_type: p.
+
+    Returns:
+        None where it cannot be done: see `power_sums`.
+
+    >>> found = row_powers(torch.tensor([4.0, 0.0, 1.0]), Rows(0, 2, lead=1, width=2), 2.0)
+    >>> found if library() else torch.tensor([16.0, 1.0], dtype=torch.float64)
+    tensor([16.,  1.], dtype=torch.float64)
+    """
+    if norm_type not in _OPERATIONS or library() is None or grad.layout is not torch.strided:
+        return None
+    if grad.numel() == 0:
+        return torch.zeros(rows.count, dtype=torch.float64)
+    if not grad.is_contiguous() or (whole := describe([grad], "cpu")) is None:
+        return None
+    count, size, base = rows.count, grad.element_size(), whole.addresses[0]
+    width = rows.width or grad.numel() // count
+    first = base - rows.lead * size
+    each = Description(0)
+    each.addresses = array("q", range(first, first + count * width * size, width * size))
+    each.lengths, each.dtypes = array("q", [width]) * count, array("i", whole.dtypes * count)
+    # The first and the last row may lie partly on other ranks.
+    each.addresses[0], each.lengths[0] = base, width - rows.lead
+    each.lengths[-1] = grad.numel() - (each.addresses[-1] - base) // size
+    return _summed(each, norm_type)
+
+
+def _summed(found: Description, norm_type: float) -> Tensor:
+    c, count = library(), len(found.addresses)
+    assert c is not None
+    sums = torch.empty(count, dtype=torch.float64)
     operation, threads = _OPERATIONS[norm_type], torch.get_num_threads()
-    if c.power_sums(operation, len(tensors), *found.pointers(), sums.data_ptr(), threads):
-        raise MemoryError(f"no memory for the table of {len(tensors)} tensors")
-    return sums, found.wide
+    if c.power_sums(operation, count, *found.pointers(), sums.data_ptr(), threads, c.openmp):
+        raise MemoryError(f"no memory for the table of {count} tensors")
+    return sums

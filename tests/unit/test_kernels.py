@@ -18,6 +18,7 @@ from distclip.bench.counters import peak_bytes
 from distclip.kernels import native, operators
 from distclip.kernels.description import DTYPES, Description, _described, describe
 from distclip.kernels.library import library
+from distclip.shards import Rows
 
 multi_tensor = pytest.importorskip("distclip.kernels.multi_tensor", reason="Triton is for Linux only")
 
@@ -150,6 +151,30 @@ def test_what_kernels_leave_to_operators(kernel: str, odd: Tensor) -> None:
     assert found.tolist() == [3.0, expected, 2.0] and not wide
 
 
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        ((5, 7), Rows(0, 5)),
+        ((3, 2, 4), Rows(4, 3)),
+        ((6, 0), Rows(0, 6)),
+        ((0, 4), Rows(0, 0)),
+        ((0,), Rows(3, 0, 0, 5)),
+        ((20,), Rows(1, 5, 3, 5)),
+        ((2,), Rows(1, 1, 2, 5)),
+        ((5,), Rows(0, 1, 0, 5)),
+        ((2100, 130), Rows(0, 2100)),
+    ],
+)
+def test_rows(shape: tuple[int, ...], rows: Rows, dtype: torch.dtype, norm_type: float) -> None:
+    """By C and by operators: whole rows, and slices of a flattened parameter that begin and end anywhere."""
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = native.row_powers(grad, rows, norm_type)
+    assert found is not None and found.shape == (rows.count,)
+    torch.testing.assert_close(found, operators.row_powers(grad, rows, norm_type), rtol=1e-7, atol=0)
+
+
 def test_descriptions_with_and_without_c() -> None:
     """What C reads through DLPack is what torch says."""
     tensors = [torch.randn(3, 4, dtype=dtype)[1:] for dtype in DTYPES] + [torch.zeros(0, 3), torch.tensor(1.0)]
@@ -176,7 +201,10 @@ def test_dense_in_any_order() -> None:
         assert (describe([tensor], "cpu") is not None) == operators.is_dense(tensor), tensor.stride()
 
 
-def test_bits_do_not_depend_on_threads_or_alignment() -> None:
+@pytest.mark.parametrize("openmp", [True, False])
+def test_bits_do_not_depend_on_threads_or_alignment(openmp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not openmp:
+        monkeypatch.setattr(library(), "openmp", None)
     base = torch.randn(1 << 21)
     tensors = [base[i : i + 1_500_000] for i in range(4)]
     copies = [tensor.clone() for tensor in tensors]
