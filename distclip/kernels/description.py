@@ -16,6 +16,8 @@ __all__ = ["DTYPES", "Description", "describe"]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The number that kernels have for a dtype is its place here."""
 
+_PLAIN = {Tensor, torch.nn.Parameter}
+
 _DEVICES = {"cpu": 1, "cuda": 2}
 """DLPack's numbers."""
 
@@ -45,18 +47,20 @@ def describe(tensors: Sequence[Tensor], device: str) -> Description | None:
     """Where tensors lie, if all of them are dense, real, and on that kind of device.
 
     Args:
-        tensors: torch.Tensors or Parameters; of a subclass only what the base class knows is seen.
+        tensors: any number.
         device: "cpu" or "cuda".
 
     Returns:
-        None where one of them is something else.
+        None where one of them is something else; a subclass is, whose memory may be elsewhere or nowhere.
 
     >>> found = describe([torch.zeros(2, 3), torch.zeros(4, dtype=torch.bfloat16)], "cpu")
     >>> list(found.lengths), list(found.dtypes)
     ([6, 4], [1, 2])
     """
+    if not _PLAIN.issuperset(map(type, tensors)):
+        return None
     found, c = Description(len(tensors)), library()
-    if c is None:
+    if c is None or c.dlpack is None:
         return found if _described(found, tensors, device) else None
     objects = array("q", list(map(id, tensors)))
     try:
@@ -68,7 +72,7 @@ def describe(tensors: Sequence[Tensor], device: str) -> Description | None:
 
 
 def _described(found: Description, tensors: Sequence[Tensor], device: str) -> bool:
-    """Fill in a description without C; whether all tensors fit into it."""
+    """Fill in a description without DLPack; whether all tensors fit into it."""
     for i, tensor in enumerate(tensors):
         if tensor.dtype not in DTYPES or tensor.device.type != device or not is_dense(tensor):
             return False

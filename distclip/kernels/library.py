@@ -14,20 +14,18 @@ __all__ = ["Library", "library"]
 
 
 class Library:
-    """The C functions, and torch's table of DLPack functions that they ask about tensors.
+    """The C functions, and what of torch they use: the threads of its OpenMP, its table of DLPack functions (None where
+    this torch has none, up to 2.10).
 
     Args:
         path: of the shared library.
 
     Raises:
-        OSError, AttributeError: it cannot be loaded, or this torch has no such table.
+        OSError, AttributeError: it cannot be loaded, or is none of ours.
     """
 
     def __init__(self, path: str) -> None:
         number, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-        address = ctypes.pythonapi.PyCapsule_GetPointer
-        address.restype, address.argtypes = pointer, [ctypes.py_object, ctypes.c_char_p]
-        self.dlpack = address(torch.Tensor.__dlpack_c_exchange_api__, b"dlpack_exchange_api")
         # With the GIL, which looking at Python objects needs; what Python raises there is raised here.
         with_gil, without = ctypes.PyDLL(path), ctypes.CDLL(path)
         self.describe: Any = with_gil.distclip_describe
@@ -35,10 +33,18 @@ class Library:
         self.power_sums: Any = without.distclip_power_sums
         self.power_sums.argtypes = [number, size, pointer, pointer, pointer, pointer, number, pointer]
         self.openmp = _openmp()
-        speaks = with_gil.distclip_speaks
-        speaks.argtypes = [pointer]
-        if not speaks(self.dlpack):
-            raise AttributeError("torch speaks another DLPack")
+        self.dlpack = _dlpack()
+        with_gil.distclip_speaks.argtypes = [pointer]
+        if self.dlpack is not None and not with_gil.distclip_speaks(self.dlpack):
+            self.dlpack = None
+
+
+def _dlpack() -> int | None:
+    """The address of torch's DLPack exchange API."""
+    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    address = ctypes.pythonapi.PyCapsule_GetPointer
+    address.restype, address.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    return None if capsule is None else address(capsule, b"dlpack_exchange_api")
 
 
 def _openmp() -> int | None:
@@ -51,7 +57,7 @@ def _openmp() -> int | None:
 
 @functools.cache
 def library() -> Library | None:
-    """The C library; None where it was not built, or torch is too old to describe tensors to it."""
+    """The C library; None where it was not built."""
     spec = importlib.util.find_spec("distclip.kernels._native")
     try:
         return None if spec is None or spec.origin is None else Library(spec.origin)

@@ -39,13 +39,14 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, boo
         return None
     operation, device = _OPERATIONS[norm_type], tensors[0].device
     partial = torch.empty(table.chunks, dtype=torch.float64, device=device)
-    for part in table.parts:
-        programs.powers[(len(part.tensor),)](
-            table.addresses, table.lengths, part.tensor, part.start, partial, part.first,
-            operation, programs.ELEMENTS[part.dtype], CHUNK, part.aligned, **_OPTIONS,
-        )  # fmt: skip
     sums = torch.empty(len(tensors), dtype=torch.float64, device=device)
-    programs.gather[(len(tensors),)](partial, table.bounds, sums, operation, **_OPTIONS)
+    with torch.cuda.device(sums.get_device()):
+        for part in table.parts:
+            programs.powers[(len(part.tensor),)](
+                table.addresses, table.lengths, part.tensor, part.start, partial, part.first,
+                operation, programs.ELEMENTS[part.dtype], CHUNK, part.aligned, **_OPTIONS,
+            )  # fmt: skip
+        programs.gather[(len(tensors),)](partial, table.bounds, sums, operation, **_OPTIONS)
     return sums, table.wide
 
 
@@ -63,10 +64,11 @@ def scale_(tensors: Sequence[Tensor], coefs: Tensor) -> bool:
     """
     if (table := table_of(tensors)) is None:
         return False
-    for part in table.parts:
-        programs.scale[(len(part.tensor),)](
-            table.addresses, table.lengths, part.tensor, part.start, coefs, int(len(coefs) > 1),
-            programs.ELEMENTS[part.dtype], CHUNK, part.aligned, **_OPTIONS,
-        )  # fmt: skip
+    with torch.cuda.device(coefs.get_device()):
+        for part in table.parts:
+            programs.scale[(len(part.tensor),)](
+                table.addresses, table.lengths, part.tensor, part.start, coefs, int(len(coefs) > 1),
+                programs.ELEMENTS[part.dtype], CHUNK, part.aligned, **_OPTIONS,
+            )  # fmt: skip
     torch.autograd.graph.increment_version(tensors)
     return True

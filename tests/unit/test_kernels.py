@@ -175,13 +175,23 @@ def test_rows(shape: tuple[int, ...], rows: Rows, dtype: torch.dtype, norm_type:
     torch.testing.assert_close(found, operators.row_powers(grad, rows, norm_type), rtol=1e-7, atol=0)
 
 
-def test_descriptions_with_and_without_c() -> None:
-    """What C reads through DLPack is what torch says."""
+def test_descriptions_with_and_without_dlpack() -> None:
+    """What C reads through it is what torch says."""
     tensors = [torch.randn(3, 4, dtype=dtype)[1:] for dtype in DTYPES] + [torch.zeros(0, 3), torch.tensor(1.0)]
     found, other = describe(tensors, "cpu"), Description(len(tensors))
     assert found is not None and _described(other, tensors, "cpu")
     assert vars(found) == vars(other)
     assert list(found.addresses) == [t.data_ptr() for t in tensors] and found.wide
+
+
+@pytest.mark.parametrize("odd", [torch.ones(2, 2).to_sparse(), torch.zeros(4, 4)[::2], torch.ones(2).to(torch.int8)])
+def test_the_c_kernel_without_dlpack(odd: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a torch that has none, tensors are described from Python."""
+    tensors = [torch.randn(3, 4), torch.randn(100).bfloat16()]
+    expected = sums("native", tensors, 2.0)
+    monkeypatch.setattr(library(), "dlpack", None)
+    assert sums("native", tensors, 2.0) == expected
+    assert native.power_sums([*tensors, odd], 2.0) is None
 
 
 def test_dense_in_any_order() -> None:
