@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .. import kernels
+from ..shards import Rows
 from .contestants import Contestant, Setup
 
 __all__ = ["Counts", "count", "peak_bytes"]
@@ -113,18 +114,23 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def of_kernels(self) -> Iterator[None]:
         """Count also what distclip's own kernels read, which torch does not dispatch."""
-        measured = kernels.at_once
+        whole, rows = kernels.at_once, kernels.native.row_powers
 
         def counted(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, bool] | None:
-            found = measured(tensors, norm_type)
+            found = whole(tensors, norm_type)
             self.read += 0 if found is None else self._bytes(tensors)
             return found
 
-        kernels.at_once = counted
+        def counted_rows(grad: Tensor, held: Rows, norm_type: float) -> Tensor | None:
+            found = rows(grad, held, norm_type)
+            self.read += 0 if found is None else self._bytes(grad)
+            return found
+
+        kernels.at_once, kernels.native.row_powers = counted, counted_rows
         try:
             yield
         finally:
-            kernels.at_once = measured
+            kernels.at_once, kernels.native.row_powers = whole, rows
 
     def _bytes(self, values: Any) -> int:
         return sum(t.nbytes for t in _tensors(values) if t.untyped_storage().data_ptr() in self._storages)

@@ -68,6 +68,18 @@ def test_an_attribute_set_later_is_seen() -> None:
     assert float(left) == pytest.approx(float(norm_of(parameters[1:]))) and left < whole
 
 
+def test_what_cannot_be_found_again_is_planned_anew() -> None:
+    """A parameter listed twice, which counts once, and one of which nobody knows where it lies: at every call."""
+    parameters = made(2)
+    for _ in range(3):
+        norm = distclip.clip_grad_norm_([*parameters, parameters[0]], float("inf"))
+        torch.testing.assert_close(norm.double(), norm_of(parameters), rtol=1e-6, atol=0)
+    parameters[1]._fsdp_flattened = True  # type: ignore[attr-defined]
+    for _ in range(3):
+        with pytest.raises(distclip.LayoutError, match="FSDP1"):
+            distclip.clip_grad_norm_(parameters, float("inf"))
+
+
 def test_what_a_plan_keeps_does_not_keep_parameters_alive() -> None:
     model = nn.Linear(3, 3)
     model(torch.ones(1, 3)).sum().backward()
