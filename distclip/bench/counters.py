@@ -114,15 +114,15 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def of_kernels(self) -> Iterator[None]:
         """Count also what distclip's own kernels read, which torch does not dispatch."""
-        whole, rows = kernels.at_once, kernels.native.row_powers
+        whole, by_row = kernels.at_once, kernels.native.row_powers
 
         def counted(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, bool] | None:
             found = whole(tensors, norm_type)
             self.read += 0 if found is None else self._bytes(tensors)
             return found
 
-        def counted_rows(grad: Tensor, held: Rows, norm_type: float) -> Tensor | None:
-            found = rows(grad, held, norm_type)
+        def counted_rows(grad: Tensor, rows: Rows, norm_type: float) -> Tensor | None:
+            found = by_row(grad, rows, norm_type)
             self.read += 0 if found is None else self._bytes(grad)
             return found
 
@@ -130,7 +130,7 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
-            kernels.at_once, kernels.native.row_powers = whole, rows
+            kernels.at_once, kernels.native.row_powers = whole, by_row
 
     def _bytes(self, values: Any) -> int:
         return sum(t.nbytes for t in _tensors(values) if t.untyped_storage().data_ptr() in self._storages)
