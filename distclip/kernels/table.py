@@ -58,6 +58,11 @@ class Table:
     addresses: Tensor
 
 
+_LIMIT = 16
+
+_recent: dict[object, Table] = {}
+
+
 def table_of(tensors: Sequence[Tensor]) -> Table | None:
     """The table of tensors, from the last ones where nothing has changed.
 
@@ -72,13 +77,13 @@ def table_of(tensors: Sequence[Tensor]) -> Table | None:
     """
     device = tensors[0].device
     found = describe(tensors, device.type)
-    if found is None or any(tensor.device != device for tensor in tensors):
+    if found is None or len(set(map(Tensor.get_device, tensors))) > 1:
         return None
     key = (device, bytes(found.lengths), bytes(found.dtypes), bytes(found.addresses))
     if _capturing(device):
-        table = _recent.get(key)
-        _captured.append(table)
-        return table
+        if key in _recent:
+            _captured.append(_recent[key])
+        return _recent.get(key)
     if key not in _recent:
         while len(_recent) >= _LIMIT:
             del _recent[next(iter(_recent))]
@@ -86,11 +91,7 @@ def table_of(tensors: Sequence[Tensor]) -> Table | None:
     return _recent[key]
 
 
-_LIMIT = 16
-
-_recent: dict[object, Table] = {}
-
-_captured: list[Table | None] = []
+_captured: list[Table] = []
 """What a CUDA graph reads whenever it is replayed."""
 
 

@@ -131,6 +131,19 @@ def test_a_clipper_plans_once(set_to_none: bool, monkeypatch: pytest.MonkeyPatch
     assert len(lists) == seen
 
 
+def test_other_gradients_may_be_missing_every_time() -> None:
+    """As many as before, but not the same: each still counts in its own slot."""
+    parameters = made(4)
+    clipper = distclip.GradClipper([(f"p{i}", p) for i, p in enumerate(parameters)], distclip.per_tensor_norm(1e9))
+    whole = [p.grad for p in parameters]
+    for missing in (0, 1, 3, 2, 0):
+        for i, param in enumerate(parameters):
+            param.grad = None if i == missing else whole[i]
+        norms = clipper.clip().norms
+        expected = [0.0 if i == missing else float(g.double().norm()) for i, g in enumerate(whole) if g is not None]
+        assert norms.tolist() == pytest.approx(expected, rel=1e-6, abs=0)
+
+
 @pytest.mark.parametrize("clip", ["function", "clipper"])
 @pytest.mark.parametrize("dtypes", [[torch.float32], [torch.float32, torch.bfloat16, torch.float16, torch.float64]])
 def test_operators_do_not_grow_with_the_number_of_parameters(clip: str, dtypes: list[torch.dtype]) -> None:
