@@ -26,7 +26,7 @@ def scale_(shards: Iterable[Shard], coefs: Tensor, foreach: bool | None = None) 
     Args:
         shards: of this rank.
         coefs: (slots,), or 0-d for one.
-        foreach: use torch's multi-tensor operators; None lets the device decide.
+        foreach: use torch's multi-tensor operators, or do not; None for what is fastest.
 
     Collectives: none. Host syncs: none (one if `coefs` lies on another device than a gradient).
     """
@@ -56,17 +56,17 @@ def _scale_alike(grads: Sequence[Tensor], coef: Tensor, foreach: bool | None) ->
     if coef.device.type == "cpu" and float(coef) == 1.0:
         return
     for (device, dtype), tensors in _by_place(grads).items():
-        if device.type == "cpu":
-            # As a number it multiplies in float32 also what is stored in bfloat16 or float16, save by the multi-tensor
-            # operator. Backwards: the last gradients have just been read and may still be in the cache.
-            _multiply(tensors[::-1], float(coef), foreach is not False and dtype not in _NARROW)
-        else:
+        if device.type != "cpu":
             _scale_on_device(tensors, coef.to(device), foreach)
+        elif foreach is not None or not scale_many_(tensors, float(coef)):
+            # As a number it multiplies in float32 also what is stored in bfloat16 or float16, save by the multi-tensor
+            # operator.
+            _multiply(tensors, float(coef), foreach is not False and dtype not in _NARROW)
 
 
 def _scale_on_device(tensors: list[Tensor], coef: Tensor, foreach: bool | None) -> None:
     """Multiply by a factor that the host does not know."""
-    if foreach is not False and scale_many_(tensors, coef.view(1)):
+    if foreach is None and scale_many_(tensors, coef.view(1)):
         return
     if tensors[0].dtype in _NARROW:
         for tensor in tensors:

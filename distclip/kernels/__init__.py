@@ -70,18 +70,20 @@ def row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor:
     return operators.row_powers(grad, rows, norm_type) if found is None else found
 
 
-def scale_(tensors: Sequence[Tensor], coefs: Tensor) -> bool:
-    """Multiply tensors on a GPU in place by factors that the host does not know; a factor of 1 costs nothing.
+def scale_(tensors: Sequence[Tensor], coefs: Tensor | float) -> bool:
+    """Multiply tensors in place: on a CPU by a number, on a GPU by what the host does not know, where 1 costs nothing.
 
     Args:
         tensors: at least one.
-        coefs: (1,), or one for each tensor; float64, on their device.
+        coefs: a number; or (1,), or one for each tensor, float64 on their device.
 
     Returns:
         Whether it could be done.
 
     Host syncs: none.
     """
+    if not isinstance(coefs, Tensor):
+        return native.scale_(tensors, coefs)
     kernels = on_gpu(tensors[0].device)
     return kernels is not None and bool(kernels.scale_(tensors, coefs))
 

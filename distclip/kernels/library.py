@@ -32,6 +32,8 @@ class Library:
         self.describe.argtypes = [pointer, size, pointer, number, pointer, pointer, pointer]
         self.power_sums: Any = without.distclip_power_sums
         self.power_sums.argtypes = [number, size, pointer, pointer, pointer, pointer, number, pointer]
+        self.scale: Any = without.distclip_scale
+        self.scale.argtypes = [ctypes.c_double, size, pointer, pointer, pointer, number, pointer]
         self.openmp = _openmp()
         self.dlpack = _dlpack()
         with_gil.distclip_speaks.argtypes = [pointer]

@@ -1,4 +1,5 @@
-/* Sums of powers of many tensors on a CPU, at the speed of its memory: one call, any number of tensors and threads.
+/* Sums of powers of many tensors on a CPU, and their multiplication, at the speed of its memory: one call, any number of
+   tensors and threads.
 
    What is added up is float64 from the first element on (bfloat16: runs of 2,048 elements in float32, and again in
    float64 where float32 cannot hold them). A tensor is cut into blocks at fixed elements, and blocks are added up in
@@ -22,6 +23,7 @@
 enum { BLOCK = 1 << 18, GROUP = 4, MIN_PER_THREAD = 1 << 19, MAX_THREADS = 256, RUN = 2048 };
 
 typedef double (*loop)(const void *, int64_t);
+typedef void (*scaling)(void *, int64_t, double);
 typedef void (*openmp)(void (*)(void *), void *, unsigned, unsigned);
 
 #define SUFFIX _plain
@@ -110,12 +112,14 @@ int distclip_describe(const dlpack_api *api, int64_t count, void *const *objects
 }
 
 typedef struct {
-    const loop *sums;            /* by dtype */
-    const char *const *tensors;
+    const loop *sums;            /* by dtype; NULL to scale */
+    const scaling *scales;       /* by dtype; they take the last blocks first, which may still be in a cache */
+    double factor;
+    char *const *tensors;
     const int64_t *lengths;
     const int32_t *dtypes;
     int64_t count;               /* of tensors */
-    const int64_t *first;        /* block of each tensor; first[count] is how many there are */
+    int64_t *first;              /* block of each tensor; first[count] is how many there are */
     double *partial;             /* by block */
     int64_t next;                /* group of blocks that nobody has taken yet */
 } work;
@@ -139,12 +143,19 @@ static void *help(void *argument) {
         int64_t block = GROUP * __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
         if (block >= total) return NULL;
         int64_t end = block + GROUP < total ? block + GROUP : total;
+        if (job->sums == NULL) {
+            int64_t before = total - end;
+            end = total - block;
+            block = before;
+        }
         for (int64_t tensor = tensor_of(job, block); block < end; block++) {
             while (job->first[tensor + 1] <= block) tensor++;
             int64_t begin = (block - job->first[tensor]) * BLOCK, left = job->lengths[tensor] - begin;
             int32_t dtype = job->dtypes[tensor];
-            const char *place = job->tensors[tensor] + begin * sizes[dtype];
-            job->partial[block] = job->sums[dtype](place, left < BLOCK ? left : BLOCK);
+            char *place = job->tensors[tensor] + begin * sizes[dtype];
+            if (left > BLOCK) left = BLOCK;
+            if (job->sums != NULL) job->partial[block] = job->sums[dtype](place, left);
+            else job->scales[dtype](place, left, job->factor);
         }
     }
 }
@@ -162,47 +173,72 @@ static void start(work *job, int64_t wanted) {
     for (int64_t i = 0; i < started; i++) pthread_join(helpers[i], NULL);
 }
 
-/* sums[i] = Σ|x|^2 (operation 0), Σ|x| (1) or max|x| (2) of lengths[i] elements at tensors[i]; NaN stays NaN.
-   dtypes: as distclip_describe has them. parallel: GOMP_parallel of the OpenMP that torch uses, whose threads may still
-   be awake from its last operator and would be in the way of others; NULL to start threads.
-   Returns 0, or 1 where there is no memory for the table. */
-int distclip_power_sums(int operation, int64_t count, const char *const *tensors, const int64_t *lengths,
-                        const int32_t *dtypes, double *sums, int threads, openmp parallel) {
-    int64_t elements = 0, *first = malloc((count + 1) * sizeof *first);
+#ifdef HAS_AVX2
+static int has_avx2(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+#endif
+
+/* Number the blocks of all tensors, and do the work. Returns 0, or 1 where there is no memory for the tables. */
+static int run(work *job, int threads, openmp parallel) {
+    int64_t elements = 0, *first = malloc((job->count + 1) * sizeof *first);
     if (first == NULL) return 1;
     first[0] = 0;
-    for (int64_t i = 0; i < count; i++) {
-        elements += lengths[i];
-        first[i + 1] = first[i] + (lengths[i] + BLOCK - 1) / BLOCK;
+    for (int64_t i = 0; i < job->count; i++) {
+        elements += job->lengths[i];
+        first[i + 1] = first[i] + (job->lengths[i] + BLOCK - 1) / BLOCK;
     }
-    double *partial = malloc((first[count] + 1) * sizeof *partial);
-    if (partial == NULL) {
+    job->first = first;
+    job->partial = malloc((first[job->count] + 1) * sizeof *job->partial);
+    if (job->partial == NULL) {
         free(first);
         return 1;
     }
-    const loop *loops = loops_plain[operation];
-#ifdef HAS_AVX2
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-        loops = loops_avx2[operation];
-#endif
-    work job = {loops, tensors, lengths, dtypes, count, first, partial, 0};
-
     int64_t wanted = elements / MIN_PER_THREAD;
     if (wanted > threads) wanted = threads;
     if (wanted > MAX_THREADS) wanted = MAX_THREADS;
-    if (wanted > 1 && parallel != NULL) parallel(help_all, &job, (unsigned)wanted, 0);
-    else start(&job, wanted);
+    if (wanted > 1 && parallel != NULL) parallel(help_all, job, (unsigned)wanted, 0);
+    else start(job, wanted);
+    return 0;
+}
 
+/* sums[i] = Σ|x|^2 (operation 0), Σ|x| (1) or max|x| (2) of lengths[i] elements at tensors[i]; NaN stays NaN.
+   dtypes: as distclip_describe has them. parallel: GOMP_parallel of the OpenMP that torch uses, whose threads may still
+   be awake from its last operator and would be in the way of others; NULL to start threads.
+   Returns 0, or 1 where there is no memory for the tables. */
+int distclip_power_sums(int operation, int64_t count, char *const *tensors, const int64_t *lengths,
+                        const int32_t *dtypes, double *sums, int threads, openmp parallel) {
+    const loop *loops = loops_plain[operation];
+#ifdef HAS_AVX2
+    if (has_avx2()) loops = loops_avx2[operation];
+#endif
+    work job = {.sums = loops, .tensors = tensors, .lengths = lengths, .dtypes = dtypes, .count = count};
+    if (run(&job, threads, parallel) != 0) return 1;
     for (int64_t i = 0; i < count; i++) {
         double total = 0;
-        for (int64_t block = first[i]; block < first[i + 1]; block++) {
-            double one = partial[block];
+        for (int64_t block = job.first[i]; block < job.first[i + 1]; block++) {
+            double one = job.partial[block];
             if (operation != 2) total += one;
             else if (one != one || one > total) total = total != total ? total : one;
         }
         sums[i] = total;
     }
-    free(partial);
-    free(first);
+    free(job.partial);
+    free(job.first);
+    return 0;
+}
+
+/* Multiply every element by a factor, bfloat16 in float32. dtypes: float64, float32, bfloat16; the rest as above. */
+int distclip_scale(double factor, int64_t count, char *const *tensors, const int64_t *lengths, const int32_t *dtypes,
+                   int threads, openmp parallel) {
+    const scaling *scales = scales_plain;
+#ifdef HAS_AVX2
+    if (has_avx2()) scales = scales_avx2;
+#endif
+    work job = {.scales = scales, .factor = factor, .tensors = tensors, .lengths = lengths, .dtypes = dtypes,
+                .count = count};
+    if (run(&job, threads, parallel) != 0) return 1;
+    free(job.partial);
+    free(job.first);
     return 0;
 }

@@ -1,4 +1,4 @@
-"""The C kernel: sums of powers of all of a CPU's tensors in one call, on all of its cores."""
+"""The C kernels: sums of powers of all of a CPU's tensors, or their multiplication, in one call on all of its cores."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..shards import Rows
-from .description import Description, describe
+from .description import DTYPES, Description, describe
 from .library import library
 
-__all__ = ["power_sums", "row_powers"]
+__all__ = ["power_sums", "row_powers", "scale_"]
 
 _OPERATIONS = {2.0: 0, 1.0: 1, math.inf: 2}
 
@@ -71,6 +71,31 @@ def row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor | None:
     each.addresses[0], each.lengths[0] = base, width - rows.lead
     each.lengths[-1] = grad.numel() - (each.addresses[-1] - base) // size
     return _summed(each, norm_type)
+
+
+def scale_(tensors: Sequence[Tensor], factor: float) -> bool:
+    """Multiply tensors in place, bfloat16 in float32; the last ones first, which may still be in the cache.
+
+    Args:
+        tensors: any number.
+        factor: NaN multiplies.
+
+    Returns:
+        Whether it could be done: the library is there, no tensor is float16, see `describe`.
+
+    >>> tensors = [torch.tensor([2.0, 4.0])]
+    >>> scale_(tensors, 0.5) or torch._foreach_mul_(tensors, 0.5) is None
+    True
+    >>> tensors
+    [tensor([1., 2.])]
+    """
+    c = library()
+    if c is None or (found := describe(tensors, "cpu")) is None or DTYPES.index(torch.float16) in found.dtypes:
+        return False
+    if c.scale(factor, len(tensors), *found.pointers(), torch.get_num_threads(), c.openmp):
+        return False
+    torch.autograd.graph.increment_version(tensors)
+    return True
 
 
 def _summed(found: Description, norm_type: float) -> Tensor:

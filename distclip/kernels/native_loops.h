@@ -134,6 +134,40 @@ static double NAME(square_bf16)(const void *data, int64_t n) {
     return total + NAME(square_bf16_wide)(p, n - runs * RUN);
 }
 
+/* AT_ONCE elements at p times `by`, a vector of factors. */
+#define TIMES(p) { memcpy(&x, p, sizeof x); x *= by; memcpy(p, &x, sizeof x); }
+/* Two bfloat16 numbers in a word are the upper halves of two float32; rounded to nearest, to even in the middle. */
+#define ROUND(y) ({ \
+    u32w b_ = (u32w)(y), nan_ = (u32w)((y) != (y)); \
+    ((b_ + 0x7fff + ((b_ >> 16) & 1)) & ~nan_) | (0x7fc00000 & nan_); })
+#define TIMES_BF16(p) { \
+    u32w two_; memcpy(&two_, p, sizeof two_); \
+    f32w even_ = (f32w)(two_ << 16) * by, odd_ = (f32w)(two_ & 0xffff0000u) * by; \
+    two_ = (ROUND(even_) >> 16) | (ROUND(odd_) & 0xffff0000u); \
+    memcpy(p, &two_, sizeof two_); }
+
+#define SCALE(name, type, vector, number, times) \
+    static void NAME(name)(void *data, int64_t n, double factor) { \
+        enum { AT_ONCE = sizeof(vector) / sizeof(type) }; \
+        type *p = data; \
+        vector x, by = (vector){0} + (number)factor; \
+        (void)x; \
+        int64_t turns = n / (4 * AT_ONCE), apart = turns * AT_ONCE; \
+        for (int64_t i = 0; i < apart; i += AT_ONCE) \
+            for (int j = 0; j < 4; j++) times(p + i + apart * j); \
+        type rest[4 * AT_ONCE] = {0}; \
+        int64_t left = n - 4 * apart; \
+        memcpy(rest, p + 4 * apart, left * sizeof(type)); \
+        for (int j = 0; j < 4; j++) times(rest + AT_ONCE * j); \
+        memcpy(p + 4 * apart, rest, left * sizeof(type)); \
+    }
+
+SCALE(scale_f64, double, f64v, double, TIMES)
+SCALE(scale_f32, float, f32w, float, TIMES)
+SCALE(scale_bf16, uint16_t, f32w, float, TIMES_BF16)
+
+static const scaling NAME(scales)[3] = {NAME(scale_f64), NAME(scale_f32), NAME(scale_bf16)};
+
 static const loop NAME(loops)[3][4] = {
     {NAME(square_f64), NAME(square_f32), NAME(square_bf16), NAME(square_f16)},
     {NAME(magnitude_f64), NAME(magnitude_f32), NAME(magnitude_bf16), NAME(magnitude_f16)},

@@ -283,6 +283,38 @@ def test_conditional_scale(dtype: torch.dtype, coefs: list[float]) -> None:
     assert all(tensor._version > version for tensor, version in zip(tensors, versions, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [0.3, 1e-30, math.nan, 0.0])
+def test_scale_by_a_number(dtype: torch.dtype, factor: float) -> None:
+    """The bits of torch's own mul_: every length, NaN, infinities and subnormals, on one thread and on several."""
+    drawn = [torch.randn(n, dtype=torch.float64) for n in (*LENGTHS, 1_500_000)]
+    drawn += [torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40, 3e38] * 20), torch.randn(6, 4).t()]
+    tensors = [x.to(dtype) for x in drawn] + [torch.randn(101).to(dtype)[1:]]
+    expected = [tensor.clone().mul_(factor) for tensor in tensors]
+    versions = [tensor._version for tensor in tensors]
+    assert native.scale_(tensors, factor)
+    for tensor, other in zip(tensors, expected, strict=True):
+        assert torch.equal(tensor.isnan(), other.isnan())
+        assert torch.equal(tensor.nan_to_num(7.0), other.nan_to_num(7.0))
+        assert torch.equal(tensor.signbit() | tensor.isnan(), other.signbit() | other.isnan())
+    assert all(tensor._version > version for tensor, version in zip(tensors, versions, strict=True))
+
+
+def test_all_bfloat16_numbers_are_rounded_as_torch_does() -> None:
+    numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    for factor in (0.3337, 1.0, 1e-3, 255.7):
+        expected, tensor = numbers.clone().mul_(factor), numbers.clone()
+        assert native.scale_([tensor], factor)
+        assert torch.equal(tensor.isnan(), expected.isnan())
+        assert torch.equal(tensor[~tensor.isnan()], expected[~expected.isnan()])
+
+
+def test_what_scaling_leaves_to_operators() -> None:
+    for odd in (torch.ones(3).half(), torch.ones(4, 4)[::2], torch.ones(2, dtype=torch.complex64)):
+        assert not native.scale_([torch.ones(2), odd], 0.5)
+        assert (odd == 1).all()
+
+
 def test_a_table_is_made_once() -> None:
     """And again when a tensor is elsewhere; its chunks only when lengths change."""
     from distclip.kernels.table import table_of
