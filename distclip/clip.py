@@ -49,7 +49,7 @@ def clip_grad_norm_(
         norm_type: p; any number, `inf` for the largest element.
         error_if_nonfinite: raise, on every rank, if the norm is NaN or infinite, and leave the gradients as they are.
             Otherwise they are multiplied by the coefficient that follows, NaN or 0, as torch does.
-        foreach: use torch's multi-tensor operators to scale; None lets the device decide.
+        foreach: use torch's multi-tensor operators to scale, or do not; None for what is fastest.
         split_over: axes along which ranks hold *different* parameters and no placement says so: mesh["pp"] for
             pipeline stages, the expert group for experts kept as plain tensors. A DeviceMesh, a ProcessGroup, several,
             or {name: one of them}; every rank passes its own slice of the same axes.

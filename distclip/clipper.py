@@ -143,7 +143,8 @@ class GradClipper:
             NonFiniteError, TooManySkippedSteps: see `on_nonfinite` and `max_skips`; on every rank, nothing is changed.
 
         Collectives: one all-reduce of (slots + 1) float64 numbers; see `clip_grad_norm_`. On a step that is not finite
-        a gather more. Host syncs: one on an accelerator, unless `on_nonfinite="propagate"`; see `clip_grad_norm_`.
+        a gather more. Host syncs: one on an accelerator, unless `on_nonfinite="propagate"`, which is what a CUDA graph
+        needs; see `clip_grad_norm_`.
         """
         decision = self._judge.decide(None, None)
         if decision.skip_known:

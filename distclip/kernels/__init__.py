@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,7 +50,7 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float, device: torch.device
         alike = [tensors[i] for i in chosen]
         found = at_once(alike, norm_type) if len(kinds) > 1 else None
         part = operators.power_sums(alike, norm_type) if found is None else found[0]
-        sums[chosen if len(kinds) > 1 else slice(None)] = part.to(device)
+        sums.index_copy_(0, operators.constant(tuple(chosen), device, torch.int64), part.to(device))
     return sums, wide
 
 
@@ -107,6 +106,7 @@ def at_once(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, bool] 
 
 @functools.cache
 def _triton() -> Any:
-    if importlib.util.find_spec("triton") is None:
+    try:
+        return importlib.import_module(".multi_tensor", __name__)
+    except ImportError:
         return None
-    return importlib.import_module(".multi_tensor", __name__)

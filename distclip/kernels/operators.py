@@ -69,15 +69,8 @@ def power_sum(grad: Tensor, norm_type: float) -> Tensor:
 
 
 def row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor:
-    """Σ|g|^p, or max|g|, of each row of one local tensor, (rows.count,) float64.
+    """Σ|g|^p, or max|g|, of each row of one local tensor, (rows.count,) float64: see `kernels.row_powers`.
 
-    Args:
-        grad: any floating or complex dtype; dense, a slice of a flattened parameter, or sparse.
-        rows: which rows these are.
-        norm_type: p > 0, or `inf`.
-
-    >>> row_powers(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), Rows(0, 2), 2.0)
-    tensor([25.,  1.], dtype=torch.float64)
     >>> row_powers(torch.tensor([4.0, 0.0, 1.0]), Rows(0, 2, lead=1, width=2), 2.0)
     tensor([16.,  1.], dtype=torch.float64)
     """
