@@ -17,7 +17,7 @@ from ..shards import Rows
 
 __all__ = ["constant", "is_dense", "neutral", "power_sum", "power_sums", "row_index", "row_powers", "together", "wide"]
 
-_CHUNK = {"cpu": 1 << 15}
+_CHUNK = {"cpu": 1 << 17}
 """Elements widened at a time, so that the temporary does not grow with the model; on a CPU it stays in the cache."""
 
 _ROW = 512
@@ -46,7 +46,24 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
         norms = torch._foreach_norm([t if t.numel() else t.new_zeros(1) for t in tensors], norm_type, torch.float64)
         sums = torch.stack(norms)
         return sums.square_() if norm_type == 2 else sums
-    return torch.stack([power_sum(tensor, norm_type) for tensor in tensors])
+    if not (first.is_cpu and first.dtype.is_floating_point and is_dense(first) and norm_type == 2):
+        return torch.stack([power_sum(tensor, norm_type) for tensor in tensors])
+    # A handful of operators for each of thousands of small tensors would cost more than copying them together.
+    sums = torch.empty(len(tensors), dtype=torch.float64)
+    batch: list[int] = []
+    elements = 0
+    for i, tensor in enumerate(tensors):
+        if tensor.numel() >= _ROW * 8:
+            sums[i] = power_sum(tensor, norm_type)
+            continue
+        batch.append(i)
+        elements += tensor.numel()
+        if elements >= _CHUNK["cpu"]:
+            sums[batch] = _sums_together([tensors[i] for i in batch])
+            batch, elements = [], 0
+    if batch:
+        sums[batch] = _sums_together([tensors[i] for i in batch])
+    return sums
 
 
 def power_sum(grad: Tensor, norm_type: float) -> Tensor:
@@ -122,11 +139,20 @@ def wide(device: torch.device) -> torch.dtype:
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill a range of memory, each of them once, in whatever order."""
-    return tensor.layout is torch.strided and bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
+    if tensor.layout is not torch.strided:
+        return False
+    return tensor.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
 
 
 def _is_narrow(dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _sums_together(tensors: Sequence[Tensor]) -> Tensor:
+    """Σg² of each of some small dense tensors of a dtype, (n,) float64."""
+    # Of one tensor this is a view: not to be squared in place.
+    flat = torch._utils._flatten_dense_tensors(tensors).to(torch.float64)  # type: ignore[no-untyped-call]
+    return torch.segment_reduce(flat * flat, "sum", lengths=torch.tensor([tensor.numel() for tensor in tensors]))
 
 
 def _square_sum(grad: Tensor) -> Tensor:

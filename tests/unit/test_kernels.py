@@ -28,7 +28,11 @@ PowerSums = Callable[[Sequence[Tensor], float], Any]
 
 
 def by_operators(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, bool]:
-    return torch.stack([operators.power_sum(tensor, norm_type) for tensor in tensors]), False
+    sums = torch.empty(len(tensors), dtype=torch.float64)
+    for kind in {(t.dtype, operators.is_dense(t)) for t in tensors}:
+        chosen = [i for i, t in enumerate(tensors) if (t.dtype, operators.is_dense(t)) == kind]
+        sums[chosen] = operators.power_sums([tensors[i] for i in chosen], norm_type)
+    return sums, False
 
 
 KERNELS: dict[str, tuple[PowerSums, str]] = {
