@@ -58,8 +58,8 @@ def recent_plan(parameters: Parameters, axes: tuple[Axis, ...]) -> Plan:
     if not _MARKS.isdisjoint(chain.from_iterable(noted)):
         marks = tuple((i, *map(own.get, sorted(_MARKS))) for i, own in enumerate(noted) if own)
     key = (id(module), axes, tuple(names), ids, marks)
-    if key in _recent:
-        return Plan(tensors, _recent[key][0])
+    if (known := _recent.get(key)) is not None:
+        return Plan(tensors, known[0])
     plan = parameter_plan(parameters, axes)
     if plan.failure is None and len(plan.tensors) == len(tensors):
 
