@@ -82,8 +82,11 @@ class Arrangement:
 
     def gradients(self, tensors: Sequence[Tensor], world_size: int) -> Shards:
         """This rank's pieces of the gradients that parameters have now: `.grad`, or Megatron's fp32 `.main_grad`."""
-        grads = list(map(_gradient, tensors))
-        if type(None) in set(map(type, grads)):
+        grads: list[Any] = list(map(_gradient, tensors))
+        kinds = set(map(type, grads))
+        if kinds <= _PLAIN:
+            return Shards(self.usual(world_size), grads)
+        if type(None) in kinds:
             grads = [getattr(t, "main_grad", None) if g is None else g for t, g in zip(tensors, grads, strict=True)]
             there = tuple(i for i, grad in enumerate(grads) if grad is not None)
             if len(there) < len(tensors):

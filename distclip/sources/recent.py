@@ -6,7 +6,7 @@ They are found again by the identity of what was passed, and forgotten with the 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -19,6 +19,8 @@ from .arrangement import Arrangement
 from .plan import Plan, parameter_plan
 
 __all__ = ["recent_plan"]
+
+_noted: Callable[[Tensor], dict[str, Any]] = attrgetter("__dict__")
 
 _LIMIT = 16
 
@@ -53,10 +55,9 @@ def recent_plan(parameters: Parameters, axes: tuple[Axis, ...]) -> Plan:
     if not all(issubclass(kind, Tensor) for kind in set(map(type, tensors))):
         return parameter_plan(parameters, axes)
     ids = tuple(map(id, tensors))
-    noted: list[dict[str, Any]] = list(map(attrgetter("__dict__"), tensors))
     marks: tuple[Any, ...] = ()
-    if not _MARKS.isdisjoint(chain.from_iterable(noted)):
-        marks = tuple((i, *map(own.get, sorted(_MARKS))) for i, own in enumerate(noted) if own)
+    if any(map(_noted, tensors)) and not _MARKS.isdisjoint(chain.from_iterable(map(_noted, tensors))):
+        marks = tuple((i, *map(own.get, sorted(_MARKS))) for i, own in enumerate(map(_noted, tensors)) if own)
     key = (id(module), axes, tuple(names), ids, marks)
     if (known := _recent.get(key)) is not None:
         return Plan(tensors, known[0])
