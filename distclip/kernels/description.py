@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
 
@@ -11,10 +12,13 @@ from torch import Tensor
 from .library import library
 from .operators import is_dense
 
-__all__ = ["DTYPES", "Description", "describe"]
+__all__ = ["DTYPES", "OPERATIONS", "Description", "describe"]
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The number that kernels have for a dtype is its place here."""
+
+OPERATIONS = {2.0: 0, 1.0: 1, math.inf: 2}
+"""The number that kernels have for the power sums, or the maximum, of each p that they know."""
 
 _PLAIN = {Tensor, torch.nn.Parameter}
 

@@ -6,18 +6,16 @@ float64, and of the same bits every time: a chunk has one sum, and those of a te
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import programs
+from .description import OPERATIONS
 from .table import CHUNK, table_of
 
 __all__ = ["power_sums", "scale_"]
-
-_OPERATIONS = {2.0: 0, 1.0: 1, math.inf: 2}
 
 # Said rather than left to a default that moves: squares of float32 are exact in float64, so that fusing loses nothing.
 _OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
@@ -35,9 +33,9 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, boo
 
     Host syncs: none. Launches: one for every dtype, and one more.
     """
-    if norm_type not in _OPERATIONS or (table := table_of(tensors)) is None:
+    if norm_type not in OPERATIONS or (table := table_of(tensors)) is None:
         return None
-    operation, device = _OPERATIONS[norm_type], tensors[0].device
+    operation, device = OPERATIONS[norm_type], tensors[0].device
     partial = torch.empty(table.chunks, dtype=torch.float64, device=device)
     sums = torch.empty(len(tensors), dtype=torch.float64, device=device)
     with torch.cuda.device(sums.get_device()):

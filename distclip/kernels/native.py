@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Sequence
 
@@ -10,12 +9,10 @@ import torch
 from torch import Tensor
 
 from ..shards import Rows
-from .description import DTYPES, Description, describe
+from .description import DTYPES, OPERATIONS, Description, describe
 from .library import library
 
 __all__ = ["power_sums", "row_powers", "scale_"]
-
-_OPERATIONS = {2.0: 0, 1.0: 1, math.inf: 2}
 
 
 def power_sums(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, bool] | None:
@@ -35,7 +32,7 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, boo
     >>> found if library() else (torch.tensor([250000.0, 0.0], dtype=torch.float64), False)
     (tensor([250000.,      0.], dtype=torch.float64), False)
     """
-    if norm_type not in _OPERATIONS or library() is None or (found := describe(tensors, "cpu")) is None:
+    if norm_type not in OPERATIONS or library() is None or (found := describe(tensors, "cpu")) is None:
         return None
     return _summed(found, norm_type), found.wide
 
@@ -55,7 +52,7 @@ def row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor | None:
     >>> found if library() else torch.tensor([16.0, 1.0], dtype=torch.float64)
     tensor([16.,  1.], dtype=torch.float64)
     """
-    if norm_type not in _OPERATIONS or library() is None or grad.layout is not torch.strided:
+    if norm_type not in OPERATIONS or library() is None or grad.layout is not torch.strided:
         return None
     if grad.numel() == 0:
         return torch.zeros(rows.count, dtype=torch.float64)
@@ -102,7 +99,7 @@ def _summed(found: Description, norm_type: float) -> Tensor:
     c, count = library(), len(found.addresses)
     assert c is not None
     sums = torch.empty(count, dtype=torch.float64)
-    operation, threads = _OPERATIONS[norm_type], torch.get_num_threads()
+    operation, threads = OPERATIONS[norm_type], torch.get_num_threads()
     if c.power_sums(operation, count, *found.pointers(), sums.data_ptr(), threads, c.openmp):
         raise MemoryError(f"no memory for the table of {count} tensors")
     return sums
