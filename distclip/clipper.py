@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
@@ -18,17 +18,18 @@ from torch.utils.hooks import RemovableHandle
 from .call import Attempt, agree, meet
 from .comm import Comm
 from .errors import ArgumentError, DisagreementError
-from .judge import Judge
+from .judge import Decision, Judge
 from .memory import restored, rule_of, saved
 from .nonfinite import Incident, OnNonFinite, Watch
 from .policies import Policy
 from .report import Report
+from .shards import Places, Shards
 from .slots import Found, Slots, arrange, find
 from .sources import Plan, parameter_plan, split_axes
 from .sources.arguments import Parameters
-from .sources.flat import flat_slices
+from .sources.flat import flat_slices, marked_slices
 from .sources.split import SplitOver
-from .stepper import Stepper, apply_, several
+from .stepper import Stepper, several, write_
 
 __all__ = ["GradClipper"]
 
@@ -83,6 +84,23 @@ class GradClipper:
     ) -> None:
         attempt = Attempt()
         attempt(_check, policy, on_nonfinite, max_skips)
+        self.policy = policy
+        self._watch = Watch(max_skips)
+        self._attached: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._turn: set[int] = set()
+        self._busy = False
+        self._bind(parameters, split_over, comm, on_nonfinite, flat_grads, attempt)
+
+    def _bind(
+        self,
+        parameters: Parameters,
+        split_over: SplitOver,
+        comm: Comm | None,
+        on_nonfinite: OnNonFinite,
+        flat_grads: bool,
+        attempt: Attempt,
+    ) -> None:
+        policy, max_skips = self.policy, self._watch.max_skips
         axes = attempt(split_axes, split_over) or ()
         plan = attempt(parameter_plan, parameters, axes) or Plan.empty(axes)
         everybody = agree(plan, comm, attempt)
@@ -98,14 +116,72 @@ class GradClipper:
         slots = _arrange([said for _, said in told], everybody.rank, policy)
         plan.arrangement.assign(slots.places)
         plan.flatten = flat_grads
-        self.policy = policy
         self._slots = slots
-        self._watch = Watch(max_skips)
         self._judge = Judge(plan, everybody, policy, slots, on_nonfinite, self._watch)
         self._stepper = Stepper(self._judge)
-        self._attached: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._turn: set[int] = set()
-        self._busy = False
+
+    @torch.no_grad()
+    def rebind(
+        self,
+        parameters: Parameters,
+        *,
+        split_over: SplitOver = None,
+        comm: Comm | None = None,
+        flat_grads: bool = False,
+    ) -> None:
+        """Go on with other tensors that hold the same parameters, by their names: after the model was wrapped anew.
+
+        What the policy remembers, counters and incidents stay.
+
+        Args:
+            parameters, split_over, comm, flat_grads: see `GradClipper`.
+
+        Raises, Collectives: see `GradClipper`.
+
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> from distclip import per_tensor_norm
+        >>> clipper = GradClipper([("w", weight)], per_tensor_norm(1.0))
+        >>> clipper.rebind([("w", weight.detach().double().requires_grad_())])
+        >>> clipper.slots
+        ('w',)
+        """
+        memory = self.state_dict()
+        self._bind(parameters, split_over, comm, self._judge.on_nonfinite, flat_grads, Attempt())
+        self.load_state_dict(memory)
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def decide(self, loss_scale: float | None = None, failure: Exception | None = None) -> Decision:
+        """Measure and decide, and leave it to the caller to `write_` the decision or to leave the step out.
+
+        For owners of an optimizer that keep gradients in places of their own (see `distclip.integrations`).
+
+        Args:
+            loss_scale: what gradients are multiplied by; then a step that is not finite is skipped without a warning,
+                as with a GradScaler. None if they are as they are.
+            failure: what this rank found wrong on the way; every rank raises.
+
+        Returns:
+            What is to be done; `decision.skip_known` says whether to skip, and `decision.report()` is for the user.
+
+        Raises, Collectives, Host syncs: see `clip`.
+        """
+        scale = None if loss_scale is None else torch.tensor(loss_scale, dtype=torch.float64)
+        return self._judge.decide(failure, scale, scaled=scale is not None)
+
+    @torch.no_grad()
+    def write_(self, decision: Decision, where: Sequence[int], grads: Sequence[Tensor]) -> None:
+        """Write a decision into gradients that may lie elsewhere than where they were measured.
+
+        Args:
+            decision: of `decide`, not to be skipped.
+            where: of which of the clipper's parameters, by position, they are the gradients.
+            grads: local pieces of the shape that was measured, of any floating dtype.
+
+        Collectives: none. Host syncs: none.
+        """
+        usual = self._judge.plan.arrangement.usual(self._judge.comm.size)
+        write_(decision, Shards(Places(usual[i] for i in where), list(grads)))
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -153,7 +229,7 @@ class GradClipper:
                 if (main := getattr(tensor, "main_grad", None)) is not None:
                     main.zero_()
         else:
-            apply_(decision)
+            write_(decision, decision.measured.shards)
         return decision.report()
 
     @_disable_dynamo
@@ -306,9 +382,9 @@ def _find(parameters: Any, plan: Plan, policy: Policy, comm: Comm) -> list[Found
     """What the other ranks have to know of this one's parameters."""
     if policy.per == "model" and not getattr(policy, "exclude", ()):
         return []
-    slices = {}
+    slices = marked_slices(plan.tensors)
     if policy.per in ("tensor", "row") and isinstance(parameters, nn.Module):
-        slices = flat_slices(parameters)
+        slices |= flat_slices(parameters)
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     return find(plan, comm.size, rank, policy.per == "row", slices)
 

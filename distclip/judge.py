@@ -188,7 +188,10 @@ class Judge:
 
     def _measure(self, failure: Exception | None, loss_scale: Tensor | None) -> Measured:
         policy = self.policy
-        inspect = partial(outside, low=policy.low, high=policy.high) if isinstance(policy, Value) else None
+        inspect = None
+        if isinstance(policy, Value):
+            scale = 1.0 if loss_scale is None else float(loss_scale)
+            inspect = partial(outside, low=policy.low * scale, high=policy.high * scale)
         weights = bool(getattr(policy, "needs_weights", False))
         measured = total(self.plan, policy.norm_type, self.comm, failure, inspect, self.slots.total, weights)
         if loss_scale is None:

@@ -77,7 +77,7 @@ def find(
         world_size: ranks of the communicator.
         rank: this one, globally.
         rows: whether rows have norms of their own.
-        slices: of FSDP1.
+        slices: of FSDP1, and what says so itself: see `flat_slices`, `marked_slices`.
 
     Raises:
         LayoutError: a parameter of whose rows nobody can say where they lie.
@@ -86,7 +86,8 @@ def find(
     for name, tensor, layout in plan.entries:
         cut = cut_of(name, tensor, layout, plan.axes, slices, rank) if rows else None
         share = 1 / (copies(world_size, layout, plan.axes) * layout.pieces * _pieces_along(layout, plan.axes))
-        tied = bool(annotation_of(tensor).layout.groups)
+        said = annotation_of(tensor)
+        tied = bool(said.layout.groups) and said.slice is None
         found.append(Found(name, _where(layout, plan.axes, rank), tuple(tensor.shape), share, tied, cut))
     return found
 

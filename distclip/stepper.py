@@ -24,7 +24,7 @@ from .judge import Decision, Judge
 from .policies import Value
 from .shards import Shards
 
-__all__ = ["Stepper", "apply_", "several"]
+__all__ = ["Stepper", "several", "write_"]
 
 
 class Stepper:
@@ -73,7 +73,7 @@ class Stepper:
         fold = fold and all(map(takes_factor, optimizers)) and (loss_scale is not None or self._knows(optimizers))
         if not fold and not decision.skip_known:
             with torch.no_grad():
-                apply_(decision)
+                write_(decision, decision.measured.shards)
         self._advance(optimizers, decision, scaling, fold)
         if scaling is not None:
             self._round = (scaling.round, decision.without_gradients(), not fold, were_scaled)
@@ -167,11 +167,11 @@ class Stepper:
         return shards.where([i for i, name in enumerate(shards.places.names) if name in names])
 
 
-def apply_(decision: Decision) -> None:
-    """Write a decision into the gradients."""
-    scale_(decision.measured.shards, decision.factors)
+def write_(decision: Decision, shards: Shards) -> None:
+    """Write a decision into gradients."""
+    scale_(shards, decision.factors)
     if decision.clamp is not None:
-        clamp_(decision.measured.shards, decision.clamp.low, decision.clamp.high)
+        clamp_(shards, decision.clamp.low, decision.clamp.high)
 
 
 def several(optimizer: Any) -> list[Optimizer]:

@@ -1,9 +1,10 @@
-"""One-dimensional slices of a flattened module: FSDP1, which only the wrapped module can describe."""
+"""One-dimensional slices of flattened parameters: FSDP1, which only the wrapped module can describe, and whatever an
+owner hands over as slices (`place_`): ZeRO."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from ..errors import LayoutError
 from ..shards import Layout
 from .split import group_ranks
+from .tagged import annotation_of
 
-__all__ = ["flat_layouts", "flat_slices", "refuse_bare"]
+__all__ = ["flat_layouts", "flat_slices", "marked_slices", "refuse_bare"]
 
 
 def flat_layouts(module: nn.Module) -> dict[int, Layout]:
@@ -56,6 +58,12 @@ def flat_slices(module: nn.Module) -> dict[int, tuple[tuple[int, ...], int]]:
             for param, shape, here in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
                 slices[id(param)] = (tuple(shape), here.intra_param_start_idx or 0)
     return slices
+
+
+def marked_slices(tensors: Iterable[Tensor]) -> dict[int, tuple[tuple[int, ...], int]]:
+    """The same of tensors that are slices by what `place_` was told: ZeRO's partitions."""
+    marked = ((tensor, annotation_of(tensor).slice) for tensor in tensors)
+    return {id(tensor): slice for tensor, slice in marked if slice is not None}
 
 
 def refuse_bare(name: str, tensor: Tensor) -> None:

@@ -54,24 +54,24 @@ def cut_of(
         tensor: a parameter.
         layout: where it lies.
         axes: of `split_over=`.
-        slices: of FSDP1, see `flat_slices`.
+        slices: see `flat_slices`.
         rank: this one, globally.
 
     Raises:
         LayoutError: nobody says along which dim the parameter was cut.
     """
+    shape, start = slices.get(id(tensor), (tuple(tensor.shape), 0))
+    if len(shape) < 2:
+        return None
+    piece: tuple[int, ...] = ()
     if id(tensor) in slices:
-        shape, start = slices[id(tensor)]
-        if len(shape) < 2:
-            return None
         width = math.prod(shape[1:])
         lead = start % width if width else 0
         count = -(-(lead + tensor.numel()) // width) if tensor.numel() else 0
-        return Cut(Rows(start // max(1, width), count, lead, width), shape[0])
-    if tensor.ndim < 2:
-        return None
-    rows = dtensor_rows(tensor) if is_dtensor(tensor) else Rows(0, tensor.shape[0])
-    piece = tuple(place for dim, place in annotation_of(tensor).cuts if dim % tensor.ndim == 0)
+        rows = Rows(start // max(1, width), count, lead, width)
+    else:
+        rows = dtensor_rows(tensor) if is_dtensor(tensor) else Rows(0, shape[0])
+        piece = tuple(place for dim, place in annotation_of(tensor).cuts if dim % tensor.ndim == 0)
     for axis, cut in zip(axes, layout.cut, strict=True):
         dim = getattr(tensor, "partition_dim", None)
         if cut and dim is None:
@@ -81,7 +81,7 @@ def cut_of(
             )
         if cut and dim == 0:
             piece += (axis.ranks.index(rank),)
-    return Cut(rows, tensor.shape[0], piece)
+    return Cut(rows, shape[0], piece)
 
 
 def dtensor_rows(tensor: DTensor) -> Rows:

@@ -18,7 +18,7 @@ from .split import group_ranks, mesh_ranks
 if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
 
-__all__ = ["Annotation", "annotate_", "annotation_of", "check_tags", "tags_in_use"]
+__all__ = ["Annotation", "annotate_", "annotation_of", "check_tags", "place_", "tags_in_use"]
 
 _ATTRIBUTE = "_distclip_annotation"
 
@@ -26,11 +26,13 @@ _ATTRIBUTE = "_distclip_annotation"
 @dataclass(frozen=True, slots=True)
 class Annotation:
     """What `annotate_` was told: the layout it means, the sums that a gradient still waits for, and along each axis
-    that cuts the parameter (dim, this rank's place)."""
+    that cuts the parameter (dim, this rank's place). Or, of what `place_` was told: the layout, and of a slice the
+    shape of the whole parameter and where in it, counted in elements, the slice begins."""
 
     layout: Layout
-    pending: tuple[Pending, ...]
+    pending: tuple[Pending, ...] = ()
     cuts: tuple[tuple[int, int], ...] = ()
+    slice: tuple[tuple[int, ...], int] | None = None
 
 
 def annotate_(param: Tensor, mesh: DeviceMesh | dist.ProcessGroup, placements: Sequence[Placement]) -> Tensor:
@@ -85,7 +87,22 @@ def annotate_(param: Tensor, mesh: DeviceMesh | dist.ProcessGroup, placements: S
     return param
 
 
-_UNSAID = Annotation(Layout(), ())
+def place_(tensor: Tensor, layout: Layout, slice: tuple[tuple[int, ...], int] | None = None) -> Tensor:
+    """Say where a tensor lies, for an owner that knows it all: what `annotate_` does in words of placements.
+
+    Args:
+        tensor: a parameter, or a 1-D tensor in place of one: this rank's slice of it.
+        layout: its own; `split` and `cut` have one entry for each axis of the `split_over=` that goes with it.
+        slice: of a slice, the shape of the whole parameter and its first element here, counted in elements.
+
+    Returns:
+        `tensor`.
+    """
+    setattr(tensor, _ATTRIBUTE, Annotation(layout, slice=slice))
+    return tensor
+
+
+_UNSAID = Annotation(Layout())
 
 
 def annotation_of(param: Tensor) -> Annotation:

@@ -1,0 +1,48 @@
+"""The modest way: DeepSpeed's own clipping, for a policy that it can express."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ...errors import ArgumentError
+from ...policies import Fixed, NormPolicy, Policy
+
+__all__ = ["config"]
+
+
+def config(policy: Policy) -> dict[str, Any]:
+    """The entry of DeepSpeed's JSON config that clips as a policy does, without `attach`.
+
+    Norm and non-finite rule are DeepSpeed's own then.
+
+    Args:
+        policy: a fixed bound on the 2-norm of the whole gradient; `inf` for none.
+
+    Returns:
+        {"gradient_clipping": bound}, to be merged into the config; DeepSpeed takes 0 for no bound.
+
+    Raises:
+        ArgumentError: DeepSpeed has nothing like this policy.
+
+    >>> from distclip import global_norm
+    >>> config(global_norm(1.0))
+    {'gradient_clipping': 1.0}
+    """
+    rule = policy.threshold if isinstance(policy, NormPolicy) else None
+    if (
+        not isinstance(policy, NormPolicy)
+        or not isinstance(rule, Fixed)
+        or policy.per != "model"
+        or policy.norm_type != 2
+        or policy.exclude
+        or policy.skip
+        or policy.eps != 1e-6
+        or not isinstance(rule.max_norm, float)
+        or rule.max_norm == 0
+    ):
+        raise ArgumentError(
+            f"policy={policy!r:.80}: DeepSpeed itself clips the 2-norm of the whole gradient at a fixed bound above 0, "
+            "and nothing else. Write attach(engine, policy) for any other policy."
+        )
+    return {"gradient_clipping": 0.0 if math.isinf(rule.max_norm) else rule.max_norm}
