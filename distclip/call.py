@@ -6,23 +6,25 @@ Whatever a rank finds wrong, before or while it measures, is kept; it still ente
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from .comm import Comm, LocalComm, ProcessGroupComm
+from .comm import Comm, LocalComm, MPIComm, ProcessGroupComm, ranks_of
+from .comm.agreement import Post, check
 from .comm.derive import communicator, widened
-from .errors import LayoutError, as_peer, as_told
+from .errors import ArgumentError, LayoutError, as_peer, as_told
 from .measure import Evidence, measure
 from .reduce import Totals, reduce
 from .settle import settle
-from .shards import Shard, Shards
+from .shards import Axis, Shard, Shards
 from .sources import Plan
 
-__all__ = ["Attempt", "Measured", "agree", "meet", "total"]
+__all__ = ["Attempt", "Measured", "agree", "check_same", "meet", "total"]
 
 T = TypeVar("T")
 
@@ -101,6 +103,11 @@ def agree(plan: Plan, comm: Comm | None, attempt: Attempt) -> Comm:
     Collectives: none over `comm`; otherwise see `communicator`.
     """
     if comm is not None:
+        if not isinstance(comm, Comm):
+            raise ArgumentError(
+                f"comm={comm!r:.120}: expected what has rank, size, sum_, max_ and gather_objects. Write "
+                "comm=ProcessGroupComm(group) for a process group, comm=MPIComm(comm) for a communicator of mpi4py."
+            )
         attempt(_check_covered, plan, comm)
         return comm
     failure = attempt.failure or plan.failure
@@ -117,8 +124,20 @@ def meet(comm: Comm, failure: Exception | None, said: T) -> list[T]:
     """
     told = comm.gather_objects((_described(failure), said))
     if any(described for described, _ in told):
-        _raise(failure, [described for described, _ in told])
+        _raise(failure, [described for described, _ in told], comm)
     return [value for _, value in told]
+
+
+def check_same(told: Sequence[tuple[Axis, ...]], comm: Comm) -> None:
+    """Refuse axes of `split_over=` that contradict each other: with `comm` given nobody has compared them yet.
+
+    Raises:
+        DisagreementError: on every rank, since all have been told the same.
+    """
+    if hasattr(comm, "ranks"):
+        clash = check({rank: Post((), axes) for rank, axes in zip(ranks_of(comm), told, strict=True)})
+        if clash is not None:
+            raise clash
 
 
 def total(
@@ -154,10 +173,12 @@ def total(
     parameters = (attempt(plan.weights, comm.size) or ()) if weights else None
     partials = attempt(measure, shards, norm_type, device, inspect, slots, parameters)
     partials = partials or measure((), norm_type, device, None, slots, () if weights else None)
-    wider = bool(_beyond(plan, comm))
+    wider = isinstance(comm, ProcessGroupComm) and bool(_beyond(plan, comm))
+    if not isinstance(comm, ProcessGroupComm):
+        attempt(_check_covered, plan, comm)  # no wider one can be agreed on
     stop = wider or partials.pending or attempt.failure is not None
     totals = reduce(partials, norm_type, comm, stop=stop)
-    if not _flags_matter(plan, device):
+    if not _flags_matter(plan, comm, device):
         # Nobody waits for the flags: who failed raises alone, and `guard` keeps the others from touching anything.
         if attempt.failure is not None:
             raise attempt.failure
@@ -165,7 +186,7 @@ def total(
     if totals.stop > 0:
         told = comm.gather_objects(_described(attempt.failure) or wider)
         if any(isinstance(said, tuple) for said in told):
-            _raise(attempt.failure, told)
+            _raise(attempt.failure, told, comm)
         if any(told):
             assert isinstance(comm, ProcessGroupComm)
             return total(plan, norm_type, widened(comm, plan.groups, plan.axes), None, inspect, slots, weights)
@@ -177,25 +198,31 @@ def _check_covered(plan: Plan, comm: Comm) -> None:
     """Refuse a communicator that leaves out ranks which hold something.
 
     Raises:
-        LayoutError: it does.
+        LayoutError: it does, or counts ranks in another way than their meshes.
     """
+    if plan.groups and isinstance(comm, MPIComm) and comm.ranks[comm.rank] != dist.get_rank():
+        raise LayoutError(
+            f"comm= knows rank {dist.get_rank()} of torch.distributed as rank {comm.ranks[comm.rank]} of MPI: whose "
+            "parameters are whose? Start torch.distributed with distclip.integrations.mpi.init_process_group()."
+        )
     if missing := _beyond(plan, comm):
         raise LayoutError(
-            f"comm= does not contain ranks {sorted(missing)}, on which parameters lie by their meshes. Leave it out, "
-            "or pass a communicator over all ranks concerned."
+            f"comm= does not contain ranks {sorted(missing)}, on which parameters lie by their meshes or by "
+            "split_over=. Leave it out, or pass a communicator over all ranks concerned."
         )
 
 
 def _beyond(plan: Plan, comm: Comm) -> frozenset[int]:
-    """The ranks that parameters lie on, by their meshes, and that `comm` does not reach."""
-    if not isinstance(comm, ProcessGroupComm):
+    """The ranks that parameters lie on, by their meshes and the axes, and that `comm` does not reach."""
+    if not hasattr(comm, "ranks") or not (plan.groups or plan.axes):
         return frozenset()
-    return frozenset().union(*plan.groups).difference(comm.ranks)
+    return frozenset().union(*plan.groups, *(axis.ranks for axis in plan.axes)).difference(ranks_of(comm))
 
 
-def _flags_matter(plan: Plan, device: torch.device) -> bool:
-    """Whether to read the flags on the host: a fact that all ranks have alike. On CPU it costs nothing."""
-    return device.type == "cpu" or bool(plan.axes) or plan.may_be_partial
+def _flags_matter(plan: Plan, comm: Comm, device: torch.device) -> bool:
+    """Whether to read the flags on the host: a fact that all ranks have alike. Where it waits anyway, as on a CPU and
+    for MPI, that costs nothing."""
+    return device.type == "cpu" or isinstance(comm, MPIComm) or bool(plan.axes) or plan.may_be_partial
 
 
 def _device(plan: Plan, shards: Shards) -> torch.device:
@@ -209,7 +236,7 @@ def _described(failure: Exception | None) -> tuple[str, str] | None:
     return None if failure is None else as_told(failure)
 
 
-def _raise(failure: Exception | None, told: list[Any]) -> NoReturn:
+def _raise(failure: Exception | None, told: list[Any], comm: Comm) -> NoReturn:
     if failure is not None:
         raise failure
-    raise next(as_peer(rank, *said) for rank, said in enumerate(told) if isinstance(said, tuple))
+    raise next(as_peer(rank, *said) for rank, said in zip(ranks_of(comm), told, strict=True) if isinstance(said, tuple))

@@ -51,9 +51,10 @@ def clip_grad_norm_(
             Otherwise they are multiplied by the coefficient that follows, NaN or 0, as torch does.
         foreach: use torch's multi-tensor operators to scale, or do not; None for what is fastest.
         split_over: axes along which ranks hold *different* parameters and no placement says so: mesh["pp"] for
-            pipeline stages, the expert group for experts kept as plain tensors. A DeviceMesh, a ProcessGroup, several,
-            or {name: one of them}; every rank passes its own slice of the same axes.
-        comm: add up over this communicator instead of the one derived from meshes and `split_over`.
+            pipeline stages, the expert group for experts kept as plain tensors. A DeviceMesh, a ProcessGroup, an
+            MPIComm, several, or {name: one of them}; every rank passes its own slice of the same axes.
+        comm: add up over this communicator, for example `distclip.comm.mpi.MPIComm()`, instead of the one derived from
+            meshes and `split_over`. Every rank of it makes the call, with the same p.
 
     Returns:
         The norm before clipping: a plain 0-d tensor on the gradients' device, float32 (float64 if any rank has a
@@ -196,7 +197,7 @@ def _measured(
     comm: Comm | None,
 ) -> Measured:
     """One call of a functional drop-in up to its totals; everything found wrong is raised by all ranks together."""
-    axes = attempt(split_axes, split_over) or ()
+    axes = attempt(split_axes, split_over, comm) or ()
     plan = attempt(make_plan, tensors, axes) or Plan.empty(axes)
     everybody = agree(plan, comm, attempt)
     return total(plan, policy.norm_type, everybody, attempt.failure)

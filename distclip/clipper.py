@@ -15,8 +15,8 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .call import Attempt, agree, meet
-from .comm import Comm
+from .call import Attempt, agree, check_same, meet
+from .comm import Comm, ranks_of
 from .errors import ArgumentError, DisagreementError
 from .judge import Decision, Judge
 from .memory import restored, rule_of, saved
@@ -101,19 +101,20 @@ class GradClipper:
         attempt: Attempt,
     ) -> None:
         policy, max_skips = self.policy, self._watch.max_skips
-        axes = attempt(split_axes, split_over) or ()
+        axes = attempt(split_axes, split_over, comm) or ()
         plan = attempt(parameter_plan, parameters, axes) or Plan.empty(axes)
         everybody = agree(plan, comm, attempt)
         found = attempt(_find, parameters, plan, policy, everybody) or []
         # Where an object lies in memory says nothing.
         asked = re.sub(r" at 0x\w+", "", f"{policy!r}, on_nonfinite={on_nonfinite!r}, max_skips={max_skips}")
-        told = meet(everybody, attempt.failure or plan.failure, (asked, found))
-        if len({other for other, _ in told}) > 1:
+        told = meet(everybody, attempt.failure or plan.failure, (asked, found, plan.axes))
+        if len({other for other, _, _ in told}) > 1:
             raise DisagreementError(
-                f"the ranks of one clipper were given different policies: {sorted({other for other, _ in told})}. "
+                f"the ranks of one clipper were given different policies: {sorted({other for other, _, _ in told})}. "
                 "Write the same on each."
             )
-        slots = _arrange([said for _, said in told], everybody.rank, policy)
+        check_same([axes for _, _, axes in told], everybody)
+        slots = _arrange([said for _, said, _ in told], everybody.rank, policy)
         plan.arrangement.assign(slots.places)
         plan.flatten = flat_grads
         self._slots = slots
@@ -385,7 +386,8 @@ def _find(parameters: Any, plan: Plan, policy: Policy, comm: Comm) -> list[Found
     slices = marked_slices(plan.tensors)
     if policy.per in ("tensor", "row") and isinstance(parameters, nn.Module):
         slices |= flat_slices(parameters)
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    here = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    rank = ranks_of(comm)[comm.rank] if hasattr(comm, "ranks") else here
     return find(plan, comm.size, rank, policy.per == "row", slices)
 
 

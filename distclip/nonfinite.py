@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from .apply import stored
-from .comm import Comm
+from .comm import Comm, ranks_of
 from .errors import LimiterWarning, NonFiniteError, NonFiniteWarning, TooManySkippedSteps
 from .measure import Evidence
 from .shards import Shard
@@ -34,7 +34,7 @@ class Culprit:
         name: of the parameter.
         nans: how many NaN, on all `ranks` together.
         infs: how many infinite ones.
-        ranks: that hold them, as torch.distributed counts; empty for a process that clips alone.
+        ranks: that hold them, as torch.distributed or MPI counts; empty for a process that clips alone.
     """
 
     name: str
@@ -88,7 +88,7 @@ def blame(found: list[tuple[str, int, int]], comm: Comm) -> tuple[Culprit, ...]:
     """What all ranks found. Collectives: one gather over `comm`."""
     culprits: dict[str, Culprit] = {}
     told_by = comm.gather_objects(found)
-    ranks = getattr(comm, "ranks", range(comm.size)) if comm.size > 1 else (None,)
+    ranks = ranks_of(comm) if comm.size > 1 else (None,)
     for rank, told in zip(ranks, told_by, strict=True):
         for name, nans, infs in told:
             old = culprits.get(name, Culprit(name, 0, 0, ()))

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from distclip import GradClipper
+from distclip.comm.mpi import MPIComm
 from layout import data_axes, local
 from models import Recurrence, bare
 from processes import RANK
@@ -66,7 +67,7 @@ class Progress:
     optimizer: torch.optim.Optimizer
     clipper: GradClipper
     scaler: torch.amp.GradScaler | None
-    mesh: DeviceMesh | None
+    mesh: DeviceMesh | MPIComm | None
     rows: int
     """Of the batch, on this rank."""
 
@@ -74,13 +75,15 @@ class Progress:
         """It gets its name once it is complete: what a killed job leaves is never taken for a checkpoint."""
         path = run / "checkpoints" / f"step_{step:06}"
         unfinished = path.with_suffix(".unfinished")
-        dcp.save(self._state(), checkpoint_id=unfinished, no_dist=not dist.is_initialized())
+        state = self._state()
+        if RANK == 0 or not self._copied:
+            dcp.save(state, checkpoint_id=unfinished, no_dist=self._copied or not dist.is_initialized())
         if RANK == 0:
             unfinished.rename(path)
 
     def load(self, path: Path) -> None:
         state = self._state()
-        dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+        dcp.load(state, checkpoint_id=path, no_dist=self._copied or not dist.is_initialized())
         set_state_dict(
             self.module,
             self.optimizer,
@@ -89,7 +92,7 @@ class Progress:
             options=OPTIONS,
         )
         for name, part in self._recurrent():
-            carried = tuple(local(state["carried"][f"{name}.{i}"]) for i in range(len(part.zeros(0))))
+            carried = tuple(self._own(state["carried"][f"{name}.{i}"]) for i in range(len(part.zeros(0))))
             part.state = carried if isinstance(part.cell, nn.LSTM) else carried[0]
 
     def _state(self) -> dict[str, Any]:
@@ -107,7 +110,18 @@ class Progress:
 
     def _whole(self, state: Tensor) -> Tensor:
         """A carried state as this rank's piece of that of the global batch."""
+        if isinstance(self.mesh, MPIComm):
+            return torch.cat(self.mesh.gather_objects(state), dim=1)
         axes = data_axes(self.mesh) if self.mesh is not None else ()
         if not axes:
             return state
         return DTensor.from_local(state, self.mesh[axes], [Shard(1)] * len(axes), run_check=False)
+
+    def _own(self, state: Tensor) -> Tensor:
+        """The reverse of `_whole`."""
+        return state.chunk(self.mesh.size, dim=1)[self.mesh.rank] if isinstance(self.mesh, MPIComm) else local(state)
+
+    @property
+    def _copied(self) -> bool:
+        """Whether every rank has all there is, and no torch.distributed to save it together."""
+        return isinstance(self.mesh, MPIComm)

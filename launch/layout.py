@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from distclip.comm.mpi import MPIComm
 from parallel import Placed
+from processes import mpi
 
 MODEL_AXES = ("tp", "pp")  # ranks along these see the same batch, along all others a share of it
 
@@ -48,11 +50,18 @@ class Layout:
         """Into how many shares the global batch is split."""
         return math.prod(n for axis, n in self.sizes(world).items() if axis not in MODEL_AXES)
 
-    def build(self, device: str, world: int) -> DeviceMesh | None:
+    def build(self, device: str, world: int) -> DeviceMesh | MPIComm | None:
         sizes = self.sizes(world)
         if not sizes:
             return None
         return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+class Copies(Layout):
+    """A copy of the model on every rank, with MPI between them and no torch.distributed."""
+
+    def build(self, device: str, world: int) -> MPIComm:
+        return mpi()
 
 
 def data_axes(mesh: DeviceMesh) -> tuple[str, ...]:
@@ -65,10 +74,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def share(batch: Tensor, mesh: DeviceMesh | None) -> Tensor:
+def share(batch: Tensor, mesh: DeviceMesh | MPIComm | None) -> Tensor:
     """This rank's rows of a global batch, on this rank's device."""
     if mesh is None:
         return batch
+    if isinstance(mesh, MPIComm):
+        return batch.chunk(mesh.size)[mesh.rank]
     for axis in data_axes(mesh):
         batch = batch.chunk(mesh[axis].size())[mesh.get_local_rank(axis)]
     return batch

@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,6 +34,8 @@ class Run:
     model: nn.Sequential
     policy: Any
     layout: Layout
+    join: Callable[[torch.device], None]
+    """Starts what the ranks talk over, if nothing has yet."""
     device: torch.device
     inject: Inject | None
     start: int
@@ -50,7 +53,7 @@ def train(run: Run, record: Record, terminal: Terminal) -> Outcome:
     placed = run.layout.place(run.model.to(run.device), mesh, data.criterion, example)
     optimizer = instantiate(cfg.optim)(placed.module.parameters())
     guard = {"on_nonfinite": cfg.on_nonfinite, "max_skips": cfg.max_skips}
-    clipper = GradClipper(placed.module, run.policy, split_over=placed.split_over, **guard)
+    clipper = GradClipper(placed.module, run.policy, split_over=placed.split_over, comm=placed.comm, **guard)
     scaler = None
     if "init_scale" in cfg.precision:
         scaler = torch.amp.GradScaler(run.device.type, init_scale=cfg.precision.init_scale)

@@ -16,6 +16,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
+from distclip import Comm
 from gpt import Block, Embed
 
 # The loss does not write into the model's output, which is all that torch is worried about.
@@ -27,10 +28,17 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 class Placed:
     """A model on its ranks. Losses are this rank's own: the mean over its share of the batch."""
 
-    def __init__(self, module: nn.Module, criterion: Criterion, split_over: DeviceMesh | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        criterion: Criterion,
+        split_over: DeviceMesh | None = None,
+        comm: Comm | None = None,
+    ) -> None:
         self.module = module
         self.criterion = criterion
         self.split_over = split_over  # the axis on which ranks hold different parameters
+        self.comm = comm  # everybody, where no mesh says so
         self.scale: Callable[[Tensor], Tensor] = lambda loss: loss  # before backward; losses are reported without
 
     def train(self, x: Tensor, y: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Train a model, clipping its gradient: `torchrun ... launch/train.py [Hydra overrides]`."""
+"""Train a model, clipping its gradient: `torchrun ... launch/train.py [Hydra overrides]`, or `mpirun ...`."""
 
 import sys
 import traceback
@@ -15,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 import checkpoint
 import loop
 import settings
-from processes import RANK, WORLD, join, leave, pick_device
+from layout import Copies
+from processes import MPIRUN, RANK, WORLD, give_up, join_mpi, leave, pick_device
 from record import Record
 from terminal import Terminal
 
@@ -34,7 +35,14 @@ def build(cfg: DictConfig) -> loop.Run:
     if cfg.max_skips is not None and not (isinstance(cfg.max_skips, int) and cfg.max_skips > 0):
         raise SystemExit(f"max_skips={cfg.max_skips}: write 1 or more, or null for any number")
     start = checkpoint.check(cfg)
-    layout = instantiate(cfg.parallel)
+    layout, join = instantiate(cfg.parallel), instantiate(cfg.comm)
+    if isinstance(layout, Copies) != (join.func is join_mpi):
+        raise SystemExit(
+            "comm=mpi trains copies of the whole model, averaged by mpi4py: write comm=mpi without parallel=, or any "
+            "parallel= without comm=mpi, which mpirun starts as well"
+        )
+    if join.func is join_mpi and WORLD > 1 and not MPIRUN:
+        raise SystemExit("comm=mpi: MPI did not start these ranks: write bash launch/mpirun.sh comm=mpi")
     shares = layout.shares(WORLD)
     if cfg.batch % shares:
         raise SystemExit(
@@ -57,7 +65,7 @@ def build(cfg: DictConfig) -> loop.Run:
     if dtype != torch.float32:
         for part in model:
             part.forward = torch.autocast(device.type, dtype)(part.forward)
-    return loop.Run(cfg, data, model, policy, layout, device, inject, start)
+    return loop.Run(cfg, data, model, policy, layout, join, device, inject, start)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
@@ -69,8 +77,9 @@ def main(cfg: DictConfig) -> None:
     terminal = Terminal(RANK)
     terminal.title(f"{settings.headline()}, {WORLD} rank(s)")
     outcomes = {}
-    if any(run.layout.mesh for run in runs.values()):
-        join(next(iter(runs.values())).device)
+    for run in runs.values():
+        if run.layout.mesh:
+            run.join(run.device)
     try:
         for name, run in runs.items():
             if name:
@@ -86,9 +95,13 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     # Hydra makes directories and files in every process: give all but rank 0 one that vanishes.
-    with TemporaryDirectory() as scratch:
-        if RANK != 0:
-            sys.argv += [f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}"]
-            sys.argv += ["hydra/hydra_logging=none"]
-        main()
-        leave()
+    try:
+        with TemporaryDirectory() as scratch:
+            if RANK != 0:
+                sys.argv += [f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}"]
+                sys.argv += ["hydra/hydra_logging=none"]
+            main()
+            leave()
+    except SystemExit as reason:
+        give_up(reason)
+        raise

@@ -1,19 +1,22 @@
 """Who can add numbers together.
 
 A communicator is five names, so that anything which can sum a few numbers over ranks carries distclip:
-torch.distributed (`c10d`), one process (`LocalComm`), threads of one process (`threads`, the public test double).
+torch.distributed (`c10d`), MPI (`mpi`), one process (`LocalComm`), threads of one process (`threads`, the public test
+double).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from .c10d import ProcessGroupComm
 from .local import LocalComm, threads
+from .mpi import MPIComm
 
-__all__ = ["Comm", "LocalComm", "ProcessGroupComm", "threads"]
+__all__ = ["Comm", "LocalComm", "MPIComm", "ProcessGroupComm", "ranks_of", "threads"]
 
 
 @runtime_checkable
@@ -41,3 +44,13 @@ class Comm(Protocol):
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's `value`, in the order of the ranks. Only on paths that end in an error or are rare."""
         ...
+
+
+def ranks_of(comm: Comm) -> Sequence[int]:
+    """The world ranks of a communicator's members, in order; where it does not say, those within itself.
+
+    >>> ranks_of(LocalComm())
+    range(0, 1)
+    """
+    ranks: Sequence[int] = getattr(comm, "ranks", range(comm.size))
+    return ranks

@@ -10,36 +10,38 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..comm import Comm, MPIComm
 from ..errors import ArgumentError, LayoutError
 from ..shards import Axis, Ranks
 
 __all__ = ["SplitOver", "cut_along", "group_ranks", "mesh_ranks", "split_axes", "split_of"]
 
-_One: TypeAlias = DeviceMesh | dist.ProcessGroup
+_One: TypeAlias = DeviceMesh | dist.ProcessGroup | MPIComm
 SplitOver: TypeAlias = _One | Iterable[_One] | Mapping[str, _One] | None
-"""A DeviceMesh (every axis of it), a ProcessGroup, several of them, or {name: one of them}."""
+"""A DeviceMesh (every axis of it), a ProcessGroup, an MPIComm, several of them, or {name: one of them}."""
 
 
-def split_axes(split_over: SplitOver) -> tuple[Axis, ...]:
+def split_axes(split_over: SplitOver, comm: Comm | None = None) -> tuple[Axis, ...]:
     """The axes that `split_over=` names.
 
     Args:
-        split_over: a DeviceMesh (usually a slice: mesh["pp"]), a ProcessGroup, an iterable of them, or a mapping from
-            the axis' name. Names are taken from the mesh, and from a group's description where it has one.
+        split_over: a DeviceMesh (usually a slice: mesh["pp"]), a ProcessGroup, an MPIComm, an iterable of them, or a
+            mapping from the axis' name. Names are taken from the mesh, and from a group's description where it has one.
+        comm: of the same call.
 
     Returns:
         One axis per mesh axis or group, through this rank.
 
     Raises:
-        ArgumentError: it is none of these, or does not contain this rank.
+        ArgumentError: it is none of these, does not contain this rank, or is MPI's where `comm` is not given.
     """
-    if split_over is None:
-        return ()
-    if isinstance(split_over, Mapping):
-        return tuple(axis for name, one in split_over.items() for axis in _axes(one, str(name)))
-    if isinstance(split_over, DeviceMesh | dist.ProcessGroup) or not isinstance(split_over, Iterable):
-        return tuple(_axes(split_over, None))
-    return tuple(axis for one in split_over for axis in _axes(one, None))
+    named = list(_named(split_over))
+    if comm is None and any(isinstance(one, MPIComm) for _, one in named):
+        raise ArgumentError(
+            "split_over= names MPI communicators, and without comm= nothing is added up over MPI: each rank would have "
+            "a norm of its own. Write comm=MPIComm(), or an MPIComm over all ranks that hold something of the model."
+        )
+    return tuple(axis for name, one in named for axis in _axes(one, name))
 
 
 def split_of(tensor: Tensor, axes: tuple[Axis, ...], tags_in_use: frozenset[str]) -> tuple[bool, ...]:
@@ -87,6 +89,15 @@ def group_ranks(group: Any) -> Ranks:
     return tuple(dist.get_process_group_ranks(group))
 
 
+def _named(split_over: Any) -> Iterator[tuple[str | None, Any]]:
+    if isinstance(split_over, Mapping):
+        yield from ((str(name), one) for name, one in split_over.items())
+    elif isinstance(split_over, DeviceMesh | dist.ProcessGroup) or not isinstance(split_over, Iterable | None):
+        yield None, split_over
+    elif split_over is not None:
+        yield from ((None, one) for one in split_over)
+
+
 def _axes(one: Any, name: str | None) -> Iterator[Axis]:
     try:
         if isinstance(one, DeviceMesh):
@@ -97,10 +108,12 @@ def _axes(one: Any, name: str | None) -> Iterator[Axis]:
                 yield Axis(group_ranks(group), name or dim_name, group.group_name)
         elif isinstance(one, dist.ProcessGroup) or one == dist.GroupMember.NON_GROUP_MEMBER:
             yield Axis(group_ranks(one), name or _described(one), one.group_name)
+        elif isinstance(one, MPIComm):
+            yield Axis(one.ranks, name, one.identity)
         else:
             raise ArgumentError(
-                f"split_over={one!r:.120}: expected a DeviceMesh, a ProcessGroup, several of them, or a mapping from "
-                'their names. Write split_over=mesh["pp"] or split_over={"pp": pp_group}.'
+                f"split_over={one!r:.120}: expected a DeviceMesh, a ProcessGroup, an MPIComm, several of them, or a "
+                'mapping from their names. Write split_over=mesh["pp"] or split_over={"pp": pp_group}.'
             )
     except LayoutError as error:
         raise ArgumentError(f"split_over=: {error}") from None

@@ -84,7 +84,7 @@ def test_what_is_decided_knows_nothing_of_ranks() -> None:
 
 def test_importing_needs_torch_only() -> None:
     allowed = {"torch", "distclip"} | set(sys.stdlib_module_names)
-    extras = {"bench": {"rich"}, "integrations": {"deepspeed", "mpi4py"}, "kernels": {"triton"}}
+    extras = {"bench": {"rich"}, "kernels": {"triton"}, "comm": {"mpi4py"}, "integrations": {"mpi4py", "deepspeed"}}
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
         for stage, path in modules()
