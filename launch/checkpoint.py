@@ -56,7 +56,22 @@ def check(cfg: DictConfig) -> int:
         then, now = OmegaConf.select(before, key), OmegaConf.select(cfg, key)
         if then != now:
             raise SystemExit(f"resume={run} was trained with {key}={then}, and not {now}: write the same")
+    stages = [OmegaConf.select(c, "parallel.place.config.zero_optimization.stage") for c in (before, cfg)]
+    if stages[0] != stages[1]:
+        raise SystemExit(
+            f"resume={run}: DeepSpeed saves in a way of its own, for the same stage (then {stages[0]}, now "
+            f"{stages[1]}; null: without it): write the parallel= of that run"
+        )
     return step + 1
+
+
+def save(progress: Any, run: Path, step: int) -> None:
+    """It gets its name once it is complete: what a killed job leaves is never taken for a checkpoint."""
+    path = run / "checkpoints" / f"step_{step:06}"
+    unfinished = path.with_suffix(".unfinished")
+    progress.save(unfinished)
+    if RANK == 0:
+        unfinished.rename(path)
 
 
 @dataclass(frozen=True)
@@ -71,15 +86,10 @@ class Progress:
     rows: int
     """Of the batch, on this rank."""
 
-    def save(self, run: Path, step: int) -> None:
-        """It gets its name once it is complete: what a killed job leaves is never taken for a checkpoint."""
-        path = run / "checkpoints" / f"step_{step:06}"
-        unfinished = path.with_suffix(".unfinished")
+    def save(self, path: Path) -> None:
         state = self._state()
         if RANK == 0 or not self._copied:
-            dcp.save(state, checkpoint_id=unfinished, no_dist=self._copied or not dist.is_initialized())
-        if RANK == 0:
-            unfinished.rename(path)
+            dcp.save(state, checkpoint_id=path, no_dist=self._copied or not dist.is_initialized())
 
     def load(self, path: Path) -> None:
         state = self._state()

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,12 +44,11 @@ class Inject:
         if not found:
             raise SystemExit(f"inject.parameter={self.parameter} is in no name: the model has {', '.join(names)}")
 
-    def aim(self, module: nn.Module) -> Callable[[int], None]:
-        """What to call with the step after every backward.
+    def aim(self, pieces: Mapping[Key, Callable[[], Tensor | None]]) -> Callable[[int], None]:
+        """What to call with the step after every backward, given how to look up this rank's pieces of the gradient.
 
         Every copy of the piece is hit, as by a bad number that a reduction of gradients hands out.
         """
-        pieces = {_key(module, name, p): p for name, p in module.named_parameters() if local(p).numel()}
         there = gathered(list(pieces))[self.rank]
         key = next((key for key in there if re.search(self.parameter, key[0])), None)
         if key is None:
@@ -61,8 +60,9 @@ class Inject:
 
         @torch.no_grad()
         def strike(step: int) -> None:
-            if step == self.step and target is not None and target.grad is not None:
-                grad = local(target.grad)
+            found = target() if step == self.step and target is not None else None
+            if found is not None:
+                grad = local(found)
                 if self.kind == "spike":
                     grad.mul_(self.factor)
                 else:
@@ -71,7 +71,7 @@ class Inject:
         return strike
 
 
-def _key(module: nn.Module, name: str, parameter: Tensor) -> Key:
+def key(module: nn.Module, name: str, parameter: Tensor) -> Key:
     """The same on ranks that hold copies of one piece."""
     if isinstance(parameter, DTensor):
         here = zip(parameter.device_mesh.get_coordinate() or (), parameter.placements, strict=True)

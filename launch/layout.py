@@ -3,24 +3,31 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from distclip.comm.mpi import MPIComm
-from parallel import Placed
 from processes import mpi
+
+if TYPE_CHECKING:
+    from parallel import Placed
 
 MODEL_AXES = ("tp", "pp")  # ranks along these see the same batch, along all others a share of it
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`place` puts a model on a mesh with these axis sizes; one of them may be -1, the rest."""
+    """`place` puts a model on a mesh with these axis sizes; one of them may be -1, the rest.
+
+    A lower precision is autocast's, unless the model is to be placed with parameters of that precision.
+    """
 
     mesh: Mapping[str, int]
-    place: Callable[..., Placed]
+    place: "Callable[..., Placed]"
+    autocast: bool = True
 
     def sizes(self, world: int) -> dict[str, int]:
         """The axis sizes on this many ranks, or exit saying how many ranks or what to write."""

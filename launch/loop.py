@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import checkpoint
 from data import Batch, Data
-from distclip import GradClipper, LimiterWarning, NonFiniteWarning
+from distclip import LimiterWarning, NonFiniteWarning
 from inject import Inject
 from layout import Layout, share
 from models import reset_state
@@ -51,15 +51,11 @@ def train(run: Run, record: Record, terminal: Terminal) -> Outcome:
 
     example, _ = mine(data.held_out[0])
     placed = run.layout.place(run.model.to(run.device), mesh, data.criterion, example)
-    optimizer = instantiate(cfg.optim)(placed.module.parameters())
     guard = {"on_nonfinite": cfg.on_nonfinite, "max_skips": cfg.max_skips}
-    clipper = GradClipper(placed.module, run.policy, split_over=placed.split_over, comm=placed.comm, **guard)
-    scaler = None
-    if "init_scale" in cfg.precision:
-        scaler = torch.amp.GradScaler(run.device.type, init_scale=cfg.precision.init_scale)
-        placed.scale = scaler.scale
-    strike = run.inject.aim(placed.module) if run.inject else None
-    progress = checkpoint.Progress(placed.module, optimizer, clipper, scaler, mesh, len(example))
+    stepping = placed.stepping(instantiate(cfg.optim), run.policy, guard, cfg.precision, run.device)
+    clipper = stepping.clipper
+    strike = run.inject.aim(stepping.pieces()) if run.inject else None
+    progress = stepping.progress(mesh, len(example))
     if cfg.resume is not None:
         progress.load(checkpoint.newest(Path(cfg.resume))[1])
     directory = gathered(record.directory and record.directory.resolve())[0]
@@ -73,17 +69,15 @@ def train(run: Run, record: Record, terminal: Terminal) -> Outcome:
         for step, batch in enumerate(islice(data.train(cfg.seed), run.start - 1, cfg.steps), run.start):
             if batch.first:
                 reset_state(placed.module)
-            optimizer.zero_grad()
+            stepping.zero_grad()
             loss = placed.train(*mine(batch))
             if strike is not None:
                 strike(step)
-            report = clipper.step(optimizer, scaler)
-            if scaler is not None:
-                scaler.update()
+            report = stepping.step()
             if clipper.incidents:
                 warnings.simplefilter("ignore", NonFiniteWarning)  # once is enough: the table names all
             bar.advance(task)
-            row = {"step": step, "lr": optimizer.param_groups[0]["lr"]}
+            row = {"step": step, "lr": stepping.lr}
             row[data.unit] = step * batch.y.numel()
             pending.append((row, loss, report))
             saving = bool(cfg.checkpoint.every) and step % cfg.checkpoint.every == 0
@@ -94,7 +88,7 @@ def train(run: Run, record: Record, terminal: Terminal) -> Outcome:
             if cfg.log.lines and (step % cfg.log.every == 0 or step == cfg.steps):
                 terminal.line(record.rows[-1], cfg.steps, record.clip_rate)
             if saving:
-                progress.save(directory, step)
+                checkpoint.save(progress, directory, step)
     held_out = evaluate(placed, [mine(batch) for batch in data.held_out], run.device)
     return record.close(held_out, data, time.perf_counter() - start)
 

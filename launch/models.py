@@ -20,9 +20,9 @@ class Recurrence(nn.Module):
         self.state = None
 
     def forward(self, x: Tensor) -> Tensor:
-        # A state that lives for the whole text adds up rounding errors: never below fp32.
+        # A state that lives for the whole text adds up rounding errors: never below fp32, unless the weights are.
         with autocast(x.device.type, enabled=False):
-            y, state = self.cell(x.float(), self.state)
+            y, state = self.cell(x.to(next(self.cell.parameters()).dtype), self.state)
         self.state = tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach()
         return y.contiguous()  # a view of time-first data, which a pipeline can't send
 

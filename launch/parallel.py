@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distclip import Comm
 from gpt import Block, Embed
+from stepping import Stepping
 
 # The loss does not write into the model's output, which is all that torch is worried about.
 warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
@@ -50,6 +52,10 @@ class Placed:
     @torch.no_grad()
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor | None:
         return self.criterion(self.module(x), y)
+
+    def stepping(self, *given: Any) -> Stepping:
+        """What makes a step of its gradients, from what `Stepping` is given."""
+        return Stepping(self, *given)
 
 
 def single(model: nn.Sequential, mesh: None, criterion: Criterion, x: Tensor) -> Placed:

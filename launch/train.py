@@ -62,7 +62,7 @@ def build(cfg: DictConfig) -> loop.Run:
     if inject is not None:
         inject.check(model, range(start, cfg.steps + 1))
     dtype = getattr(torch, cfg.precision.dtype)
-    if dtype != torch.float32:
+    if dtype != torch.float32 and layout.autocast:
         for part in model:
             part.forward = torch.autocast(device.type, dtype)(part.forward)
     return loop.Run(cfg, data, model, policy, layout, join, device, inject, start)

@@ -124,6 +124,8 @@ class Attachment:
         self.clipper = clipper
         self.report: Report | None = None
         """Of the last step; None before the first."""
+        self.held = tuple(piece.name for piece in hold.pieces)
+        """The parameters of which this rank holds a piece."""
         self._engine, self._hold = engine, hold
         self._decision: Decision | None = None
         self._patches = Patches()
@@ -132,6 +134,17 @@ class Attachment:
         self._patches.put(optimizer, "step", partial(self._step, optimizer.step))
         if hasattr(optimizer, "_update_scale"):
             self._patches.put(optimizer, "_update_scale", partial(self._update_scale, optimizer._update_scale))
+
+    def gradients(self) -> dict[str, Tensor]:
+        """This rank's pieces of the gradients as they are, by parameter name, to be read or written.
+
+        After the backward pass of the last micro-batch, before the step; multiplied by the loss scale. Slices of
+        flattened parameters are 1-D, of any floating dtype. Collectives: none. Host syncs: none.
+        """
+        self._hold.look()
+        found = {piece.name: piece.tensor.main_grad for piece in self._hold.pieces}  # type: ignore[attr-defined]
+        self._hold.let_go()
+        return {name: grad for name, grad in found.items() if grad is not None}
 
     def detach(self) -> None:
         """See `detach`."""

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Train on this machine under DeepSpeed's launcher: [NPROC=4] bash launch/deepspeed.sh [parallel=zero2] [Hydra overrides]
+# torchrun.sh and multinode.sh start parallel=zero0 … zero3 as well. Needs an environment with distclip[train,deepspeed]:
+# $PYTHON, or the python on the PATH. On several machines: deepspeed --hostfile hosts --no_local_rank launch/train.py ...
+set -euo pipefail
+launch=$(dirname "${BASH_SOURCE[0]}")
+python=$(command -v "${PYTHON:-python}")
+if [ -z "${NPROC:-}" ]; then
+    NPROC=$(nvidia-smi -L 2>/dev/null | wc -l)
+    [ "$NPROC" -gt 0 ] || NPROC=2
+fi
+processors=$(getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((processors > NPROC ? processors / NPROC : 1))}"
+case " $* " in
+    *" parallel="*) ;;
+    *) set -- parallel=zero2 "$@" ;;
+esac
+# It would take 29500, whoever has it. On a processor it takes ranks for processors' sockets unless it is told.
+port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+exec "$python" -m deepspeed.launcher.runner --no_local_rank --num_gpus "$NPROC" --master_addr 127.0.0.1 \
+    --master_port "$port" --log_level warning "$launch/train.py" "$@"
