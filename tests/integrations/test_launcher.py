@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MODELS = {"rnn": [], "gpt": ["model=gpt"], "mlp": ["model=mlp", "data=digits"]}
-TWO_RANKS = ["ddp", "fsdp1", "fsdp2", "hsdp", "tp", "fsdp2_tp", "pp"]
-FOUR_RANKS = ["hsdp", "fsdp2_tp", "pp"]  # what has two axes
+ZERO = ["zero0", "zero1", "zero2", "zero3"] if find_spec("deepspeed") else []
+TWO_RANKS = ["ddp", "fsdp1", "fsdp2", "hsdp", "tp", "fsdp2_tp", "pp", *ZERO]
+FOUR_RANKS = ["hsdp", "fsdp2_tp", "pp", *ZERO[3:]]  # what has two axes, and padding
 STEPS = 5
 FILES = {"config.yaml", "metrics.jsonl", "summary.json"}
 
