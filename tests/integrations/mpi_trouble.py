@@ -1,0 +1,149 @@
+"""Cases of mpi_cases.py in which something is wrong on one rank, and all of them must do the same about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import distclip
+from distclip import ArgumentError, DisagreementError, GradClipper, LayoutError, NonFiniteError, NonFiniteWarning
+from tests.integrations.mpi_spread import everywhere, grad_of, same_everywhere, split, world
+
+NAN = float("nan")
+
+
+def _bad_step(on_nonfinite: Any, **kwargs: Any) -> tuple[GradClipper, nn.Parameter, torch.optim.Optimizer]:
+    """Stages of one parameter each; the last rank's gradient has a NaN."""
+    weight = nn.Parameter(torch.ones(3))
+    weight.grad = torch.full((3,), 2.0)
+    if world().rank == world().size - 1:
+        weight.grad[1] = NAN
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    comm, axis = world(), {"pp": split(0)}
+    policy = distclip.zclip(warmup=2, cap=1.0)
+    clipper = GradClipper([("w", weight)], policy, comm=comm, split_over=axis, on_nonfinite=on_nonfinite, **kwargs)
+    return clipper, weight, optimizer
+
+
+def case_nan_on_one_rank_skips_on_all() -> None:
+    clipper, weight, optimizer = _bad_step("skip")
+    before = clipper.state_dict()
+    with pytest.warns(NonFiniteWarning, match=f"w \\(1 NaN on rank {world().size - 1}\\)"):
+        report = clipper.step(optimizer)
+    assert bool(report.skipped)
+    assert not bool(report.finite)
+    assert torch.equal(weight, torch.ones(3))
+    assert clipper.skipped == 1
+    assert str(clipper.state_dict()["state"]) == str(before["state"])
+
+
+def case_nan_on_one_rank_raises_on_all() -> None:
+    clipper, weight, optimizer = _bad_step("raise")
+    with everywhere(NonFiniteError, f"1 NaN on rank {world().size - 1}"):
+        clipper.step(optimizer)
+    assert torch.equal(weight, torch.ones(3))
+    with everywhere(NonFiniteError, "cannot be clipped"):
+        distclip.clip_grad_norm_([weight], 1.0, error_if_nonfinite=True, comm=world(), split_over={"pp": split(0)})
+
+
+def case_nan_on_one_rank_is_zeroed() -> None:
+    clipper, weight, optimizer = _bad_step("zero")
+    with pytest.warns(NonFiniteWarning, match="set to zero"):
+        report = clipper.step(optimizer)
+    right = (4.0 * (3 * world().size - 1)) ** 0.5
+    torch.testing.assert_close(report.norm.double(), torch.tensor(right).double(), rtol=1e-6, atol=0)
+    same_everywhere(report.coef)
+    assert bool(weight.isfinite().all())
+
+
+def case_nan_on_one_rank_propagates_to_all() -> None:
+    clipper, weight, optimizer = _bad_step("propagate")
+    report = clipper.step(optimizer)
+    assert bool(report.norm.isnan())
+    assert bool(weight.isnan().all())
+
+
+def case_giving_up_comes_on_all() -> None:
+    clipper, _, optimizer = _bad_step("skip", max_skips=1)
+    with everywhere(distclip.TooManySkippedSteps, "1 steps in a row"):
+        clipper.step(optimizer)
+
+
+def case_a_loss_scale_stays_the_same() -> None:
+    _, weight, _ = _bad_step("raise")
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    clipper = GradClipper([("w", weight)], distclip.global_norm(1.0), comm=world(), split_over={"pp": split(0)})
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))  # makes the scale
+    assert bool(clipper.step(optimizer, scaler).skipped)
+    scaler.update()
+    assert scaler.get_scale() == 512.0
+
+
+def case_an_attached_clipper_decides_for_all() -> None:
+    clipper, weight, optimizer = _bad_step("skip")
+    handle = clipper.attach(optimizer)
+    with pytest.warns(NonFiniteWarning):
+        optimizer.step()
+    assert torch.equal(weight, torch.ones(3))
+    handle.remove()
+
+
+def case_a_bad_argument_on_one_rank_is_refused_by_all() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    last = world().rank == world().size - 1
+    with everywhere(ArgumentError, "max_norm=-1"):
+        distclip.clip_grad_norm_([weight], -1.0 if last else 1.0, comm=world())
+    with everywhere(ArgumentError, "on_nonfinite='never'"):
+        given: Any = "never" if last else "skip"
+        GradClipper([weight], distclip.global_norm(1.0), comm=world(), on_nonfinite=given)
+    with everywhere(DisagreementError, "different policies"):
+        GradClipper([weight], distclip.global_norm(1.0 + last), comm=world())
+    assert torch.equal(grad_of(weight), torch.ones(2))
+
+
+def case_another_rank_is_named_as_the_world_names_it() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    half = split(world().rank % 2)
+    bad = half.rank == half.size - 1
+    with pytest.raises(ArgumentError) as caught:
+        distclip.clip_grad_norm_([weight], -1.0 if bad else 1.0, comm=half)
+    assert bad or f"rank {half.ranks[-1]}: max_norm=-1" in str(caught.value)
+
+
+def case_axes_without_a_communicator_are_refused() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    with everywhere(ArgumentError, "Write comm=MPIComm()"):
+        distclip.clip_grad_norm_([weight], 1.0, split_over={"pp": split(0)})
+    with everywhere(ArgumentError, "Write comm=MPIComm()"):
+        GradClipper([weight], distclip.global_norm(1.0), split_over=[split(0)])
+
+
+def case_axes_that_reach_further_are_refused() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    alone = split(world().rank)
+    with everywhere(LayoutError, "comm= does not contain ranks"):
+        distclip.clip_grad_norm_([weight], 1.0, comm=alone, split_over={"pp": split(0)})
+    with everywhere(LayoutError, "comm= does not contain ranks"):
+        GradClipper([weight], distclip.global_norm(1.0), comm=alone, split_over={"pp": split(0)})
+
+
+def case_axes_that_differ_are_refused() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    axis = split(0)
+    with everywhere(DisagreementError, "split_over= differs"):
+        over = {"pp": axis} if world().rank else None
+        GradClipper([weight], distclip.global_norm(1.0), comm=world(), split_over=over)
+
+
+def case_a_tag_without_its_axis_is_refused() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+    with everywhere(LayoutError, 'Write split_over={"tp": tp_group}'):
+        distclip.clip_grad_norm_([("w", weight)], 1.0, comm=world())
