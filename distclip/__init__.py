@@ -10,9 +10,11 @@ A gradient of the model is spread over many processes. Some hold different piece
 piece. Clipping is right only if every element is counted exactly once and every process applies the same factor.
 A module imports only from stages to its left. `call` runs the stages up to the totals; `clip` has torch's functions on
 top of it; `judge` adds a policy's memory and what to do about gradients that are not finite, `stepper` the optimizers
-(`amp`: a loss scale; `fold`: factors that a fused optimizer applies itself), and `clipper` the one class over them.
-`slots` settles between the ranks what has a norm of its own: the model, or every group, tensor or row. `kernels` read
-and multiply for `measure` and `apply`: in C on a CPU, in Triton on a GPU, with torch's operators anywhere.
+(`amp`: a loss scale; `fold`: factors that a fused optimizer applies itself), `binding` makes a judge of arguments, and
+`clipper` is the one class over them. `slots` settles between the ranks what has a norm of its own: the model, or every
+group, tensor or row. `kernels` read and multiply for `measure` and `apply`: in C on a CPU, in Triton on a GPU, with
+torch's operators anywhere. `integrations`, which nothing here imports, takes a clipper into DeepSpeed's engines, and
+torch.distributed into MPI jobs.
 
 Words: a *norm* is a root, a *power sum* is Σ|g|^p without it; *max_norm* is the user's bound; *coef* ≤ 1 multiplies a
 gradient; an *axis* belongs to a mesh, a *dim* to a tensor; a *shard* is one rank's piece of a gradient, and its

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .call import Attempt, agree, check_same, meet
-from .comm import Comm, ranks_of
-from .errors import ArgumentError, DisagreementError
-from .judge import Decision, Judge
+from .binding import bind
+from .comm import Comm
+from .errors import ArgumentError
+from .judge import Decision
 from .memory import restored, rule_of, saved
 from .nonfinite import Incident, OnNonFinite, Watch
 from .policies import Policy
 from .report import Report
 from .shards import Places, Shards
-from .slots import Found, Slots, arrange, find
-from .sources import Plan, parameter_plan, split_axes
 from .sources.arguments import Parameters
-from .sources.flat import flat_slices, marked_slices
 from .sources.split import SplitOver
 from .stepper import Stepper, several, write_
 
@@ -82,44 +77,13 @@ class GradClipper:
         max_skips: int | None = None,
         flat_grads: bool = False,
     ) -> None:
-        attempt = Attempt()
-        attempt(_check, policy, on_nonfinite, max_skips)
         self.policy = policy
         self._watch = Watch(max_skips)
+        self._judge = bind(parameters, policy, split_over, comm, on_nonfinite, self._watch, flat_grads)
+        self._stepper = Stepper(self._judge)
         self._attached: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._turn: set[int] = set()
         self._busy = False
-        self._bind(parameters, split_over, comm, on_nonfinite, flat_grads, attempt)
-
-    def _bind(
-        self,
-        parameters: Parameters,
-        split_over: SplitOver,
-        comm: Comm | None,
-        on_nonfinite: OnNonFinite,
-        flat_grads: bool,
-        attempt: Attempt,
-    ) -> None:
-        policy, max_skips = self.policy, self._watch.max_skips
-        axes = attempt(split_axes, split_over, comm) or ()
-        plan = attempt(parameter_plan, parameters, axes) or Plan.empty(axes)
-        everybody = agree(plan, comm, attempt)
-        found = attempt(_find, parameters, plan, policy, everybody) or []
-        # Where an object lies in memory says nothing.
-        asked = re.sub(r" at 0x\w+", "", f"{policy!r}, on_nonfinite={on_nonfinite!r}, max_skips={max_skips}")
-        told = meet(everybody, attempt.failure or plan.failure, (asked, found, plan.axes))
-        if len({other for other, _, _ in told}) > 1:
-            raise DisagreementError(
-                f"the ranks of one clipper were given different policies: {sorted({other for other, _, _ in told})}. "
-                "Write the same on each."
-            )
-        check_same([axes for _, _, axes in told], everybody)
-        slots = _arrange([said for _, said, _ in told], everybody.rank, policy)
-        plan.arrangement.assign(slots.places)
-        plan.flatten = flat_grads
-        self._slots = slots
-        self._judge = Judge(plan, everybody, policy, slots, on_nonfinite, self._watch)
-        self._stepper = Stepper(self._judge)
 
     @torch.no_grad()
     def rebind(
@@ -147,7 +111,9 @@ class GradClipper:
         ('w',)
         """
         memory = self.state_dict()
-        self._bind(parameters, split_over, comm, self._judge.on_nonfinite, flat_grads, Attempt())
+        rule = self._judge.on_nonfinite
+        self._judge = bind(parameters, self.policy, split_over, comm, rule, self._watch, flat_grads)
+        self._stepper = Stepper(self._judge)
         self.load_state_dict(memory)
 
     @_disable_dynamo
@@ -188,7 +154,7 @@ class GradClipper:
     def slots(self) -> tuple[str, ...]:
         """The names of what has a norm of its own, in the order of `Report.norms`; of rows, a name for each."""
         rows = self.policy.per == "row"
-        named = zip(self._slots.names, self._slots.counts, strict=True)
+        named = zip(self._judge.slots.names, self._judge.slots.counts, strict=True)
         return tuple(f"{name}[{i}]" if rows and n > 1 else name for name, n in named for i in range(n))
 
     @property
@@ -313,7 +279,7 @@ class GradClipper:
         return {
             "rule": rule_of(self.policy),
             "counts": {key: torch.tensor(count) for key, count in counts.items()},
-            "state": saved(self._judge.state, self._slots),
+            "state": saved(self._judge.state, self._judge.slots),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -331,7 +297,7 @@ class GradClipper:
                 "resume with the policy that the run was started with, or leave the clipper's state out."
             )
         self._judge.settle()
-        self._judge.state = restored(self._judge.state, self._slots, state_dict.get("state", {}))
+        self._judge.state = restored(self._judge.state, self._judge.slots, state_dict.get("state", {}))
         for key, count in state_dict["counts"].items():
             setattr(self._watch, key, int(count))
 
@@ -362,35 +328,3 @@ class _Attached(RemovableHandle):
         for handle in self._handles:
             handle.remove()
         self._all -= self._own
-
-
-def _check(policy: Any, on_nonfinite: Any, max_skips: Any) -> None:
-    if not isinstance(policy, Policy):
-        raise ArgumentError(
-            f"policy={policy!r:.80}: expected a policy. Write distclip.global_norm(1.0) or distclip.value(0.5)."
-        )
-    if not policy.norm_type > 0:
-        raise ArgumentError(
-            f"norm_type={policy.norm_type}: NaN and Inf would not show in such a norm. Write a p above 0, or inf."
-        )
-    if on_nonfinite not in get_args(OnNonFinite):
-        raise ArgumentError(f"on_nonfinite={on_nonfinite!r}: write one of {', '.join(get_args(OnNonFinite))}.")
-    if max_skips is not None and (not isinstance(max_skips, int) or max_skips < 1):
-        raise ArgumentError(f"max_skips={max_skips!r}: write how many skipped steps in a row are too many, or None.")
-
-
-def _find(parameters: Any, plan: Plan, policy: Policy, comm: Comm) -> list[Found]:
-    """What the other ranks have to know of this one's parameters."""
-    if policy.per == "model" and not getattr(policy, "exclude", ()):
-        return []
-    slices = marked_slices(plan.tensors)
-    if policy.per in ("tensor", "row") and isinstance(parameters, nn.Module):
-        slices |= flat_slices(parameters)
-    here = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    rank = ranks_of(comm)[comm.rank] if hasattr(comm, "ranks") else here
-    return find(plan, comm.size, rank, policy.per == "row", slices)
-
-
-def _arrange(told: list[list[Found]], mine: int, policy: Policy) -> Slots:
-    groups, exclude = getattr(policy, "groups", {}), getattr(policy, "exclude", ())
-    return arrange(told, mine, policy.per, groups, exclude)

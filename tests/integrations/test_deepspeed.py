@@ -47,7 +47,7 @@ OTHERS = {
         Setting(2, more={"compute_grad_norm": False}, top={"gradient_clipping": 0.0}),
         distclip.global_norm(0.5),
     ),
-    "value, scaled": (Setting(2, "fp16"), distclip.value(0.05)),
+    "value, scaled": (Setting(2, "fp16"), distclip.value(2.0)),
     "inf-norm": (Setting(3), distclip.global_norm(0.05, float("inf"))),
     "one group, adaptive": (Setting(1, groups=1), distclip.adagc(1.04, warmup=2)),
 }
@@ -99,6 +99,10 @@ def test_policy_leaves_a_step_out(ranks: Callable[..., World], kind: str) -> Non
 @pytest.mark.parametrize("stage", range(4))
 def test_growing_loss_scale_halves_no_update(ranks: Callable[..., World], stage: int) -> None:
     ranks(2).run(training.growth, setting=Setting(stage, "fp16", groups=1))
+
+
+def test_stage_0_is_scaled_once_if_deepspeed_comes_to_do_it(ranks: Callable[..., World]) -> None:
+    ranks(2).run(training.growth, setting=Setting(0, "fp16", groups=1), scaled_already=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -25,7 +25,7 @@ STAGES = [
     ["call", "fold", "amp"],
     ["nonfinite", "memory"],
     ["judge"],
-    ["stepper"],
+    ["stepper", "binding"],
     ["clip", "clipper"],
     ["__init__"],
     ["bench", "integrations"],

@@ -86,6 +86,7 @@ def train(setting: Setting, policy: Any, steps: int = 5, model: Callable[[], nn.
         torch.testing.assert_close(
             seen, want, rtol=setting.tolerance, atol=0, check_dtype=False, msg=lambda m, s=step: f"step {s}: {m}"
         )
+        assert bool(report.clipped) == bool(right.clipped), f"step {step}"
         told: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(told, (report.norm.numpy().tobytes(), report.coefs.numpy().tobytes()))
         assert told == [told[0]] * len(told), "the ranks do not have the same bits"
@@ -94,12 +95,15 @@ def train(setting: Setting, policy: Any, steps: int = 5, model: Callable[[], nn.
     assert engine.skipped_steps == 0
 
 
-def growth(setting: Setting) -> None:
+def growth(setting: Setting, scaled_already: bool = False) -> None:
     """float16 at constant gradients of norm 2: a step at which the loss scale grows is a step like any other."""
     model = nn.Linear(4, 1, bias=False)
     nn.init.zeros_(model.weight)
     setting.top.update({"fp16": {"enabled": True, "loss_scale_window": 2}})
     engine = engine_of(model, setting, lambda groups: torch.optim.SGD(groups, lr=1.0))
+    if scaled_already:
+        its_own = engine.backward
+        engine.backward = lambda loss, **options: its_own(loss * engine.optimizer.loss_scale, **options)
     attached = attach(engine, global_norm(100.0))
     scales = []
     for k in range(6):
