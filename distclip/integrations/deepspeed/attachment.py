@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -131,7 +132,13 @@ class Attachment:
         self._patches = Patches()
         hold.take(self._patches, self._decide, self._write)
         optimizer = engine.optimizer
-        self._patches.put(optimizer, "step", partial(self._step, optimizer.step))
+        its_step = optimizer.step
+
+        def step(_: Any, *args: Any, **kwargs: Any) -> Any:
+            return self._step(its_step, *args, **kwargs)
+
+        # A method, as torch's learning-rate schedulers expect of an optimizer.
+        self._patches.put(optimizer, "step", MethodType(step, optimizer))
         if hasattr(optimizer, "_update_scale"):
             self._patches.put(optimizer, "_update_scale", partial(self._update_scale, optimizer._update_scale))
 
@@ -157,8 +164,10 @@ class Attachment:
     def _decide(self) -> Decision:
         attempt = Attempt()
         attempt(self._hold.look)
-        self._decision = self.clipper.decide(self._hold.loss_scale, attempt.failure)
-        self.report = self._decision.report()
+        decision = self.clipper.decide(self._hold.loss_scale, attempt.failure)
+        self.report = decision.report()
+        # DeepSpeed frees gradients group by group in its step: nothing here may keep them alive.
+        self._decision = decision.without_gradients()
         self._hold.let_go()
         return self._decision
 

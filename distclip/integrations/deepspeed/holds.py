@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...errors import LayoutError
 from ...judge import Decision
+from ...sources.arguments import named
 from ...sources.tagged import place_
 from .patches import Patches
 from .ranks import Ranks
@@ -62,7 +63,7 @@ class Hold(ABC):
 
     def __init__(self, engine: Any, weights: bool) -> None:
         self.engine, self.optimizer, self.weights = engine, engine.optimizer, weights
-        self.names = {id(param): name for name, param in engine.module.named_parameters()}
+        self._names = {id(param): name for name, param in named(engine.module)}
         self.ranks = Ranks(engine)
         self.groups: list[list[Piece]] = []
         self._count = 0
@@ -114,7 +115,8 @@ class Hold(ABC):
         if hasattr(param, "partition_dim"):
             stand_in.partition_dim = param.partition_dim  # type: ignore[attr-defined]
         self._count += 1
-        return Piece(self.names[id(param)], stand_in, self._count - 1, len(self.groups), offset)
+        name = self._names.get(id(param)) or f"optimizer.parameters[{self._count - 1}]"
+        return Piece(name, stand_in, self._count - 1, len(self.groups), offset)
 
     @staticmethod
     def lay(piece: Piece, grad: Tensor | None) -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...judge import Decision
-from .holds import Decide, Hold, Write, skipped
+from .holds import Decide, Hold, Piece, Write, skipped
 from .patches import Patches
 
 __all__ = ["Stage12", "go_on", "overlaps"]
@@ -29,17 +29,16 @@ class Stage12(Hold):
 
     def find(self) -> None:
         zero = self.optimizer
+        self._by_param: list[dict[int, Piece]] = []
         for i, params in enumerate(zero.round_robin_bit16_groups):
             process_group, size = zero.real_dp_process_group[i], int(zero.partition_size[i])
             begin, master = dist.get_rank(process_group) * size, zero.single_partition_of_fp32_groups[i]
-            offsets = zero.round_robin_bit16_offsets[i]
-            self.groups.append(
-                [
-                    self.piece(param, master.narrow(0, at, n), process_group, start=start, offset=at)
-                    for param, start, at, n in overlaps(params, offsets, begin, size)
-                ]
-            )
-        self._by_param = {(piece.group, piece.name): piece for piece in self.pieces}
+            group: dict[int, Piece] = {}
+            for param, start, at, n in overlaps(params, zero.round_robin_bit16_offsets[i], begin, size):
+                part = master.narrow(0, at, n)
+                group[id(param)] = self.piece(param, part, process_group, start=start, offset=at)
+            self.groups.append(list(group.values()))
+            self._by_param.append(group)
 
     def look(self) -> None:
         zero = self.optimizer
@@ -53,7 +52,7 @@ class Stage12(Hold):
             grads = (g for g in zero.averaged_gradients[i] if not getattr(g, "_zero_padding", False))
             # What follows the last parameter is padding, marked or not.
             for param, grad in zip(zero.params_in_partition[i], grads, strict=False):
-                if (own := self._by_param.get((i, self.names[id(param)]))) is not None:
+                if (own := self._by_param[i].get(id(param))) is not None:
                     self.lay(own, grad)
 
     def take(self, patches: Patches, decide: Decide, write: Write) -> None:

@@ -98,6 +98,8 @@ def gives_back(setting: Setting) -> None:
     clipper = GradClipper(Uneven(), zclip(cap=1.0, warmup=1), max_skips=3)
     clipper._watch.skipped = 7
     again = attach(engine, clipper)
+    # A scheduler made while a policy is attached finds an optimizer whose step is a method.
+    torch.optim.lr_scheduler.LambdaLR(getattr(engine, "basic_optimizer", engine.optimizer), lambda _: 1.0)
     step(engine, setting, 4)
     assert again.clipper is clipper and clipper.skipped == 7 and again.report is not None
     assert attached.report is not again.report
