@@ -1,4 +1,4 @@
-"""Real MPI jobs: what all ranks do right (mpi_cases.py), how a job ends when one of them fails, and the launcher."""
+"""Real MPI jobs: what all ranks do right (mpi/cases.py), how a job ends when one of them fails, and the launcher."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.integrations import mpi_cases
+from tests.integrations.mpi import cases
 from tests.integrations.test_launcher import ROOT, STEPS, launch
 from tests.integrations.test_recovery import STATEFUL
 
@@ -58,7 +58,7 @@ def launched(cwd: Path, ranks: int, *overrides: str) -> subprocess.CompletedProc
     return run(cwd, "bash", str(ROOT / "launch" / "mpirun.sh"), *overrides, NPROC=str(ranks), **STALE)
 
 
-# --- the cases of mpi_cases.py ---
+# --- the cases of mpi/cases.py ---
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[di
     def of(ranks: int) -> list[dict[str, str]]:
         if ranks not in known:
             cwd = tmp_path_factory.mktemp("cases")
-            done = mpirun(cwd, ranks, "-m", mpi_cases.__name__, str(cwd))
+            done = mpirun(cwd, ranks, "-m", cases.__name__, str(cwd))
             files = [cwd / f"rank{rank}.json" for rank in range(ranks)]
             known[ranks] = [json.loads(file.read_text()) if file.exists() else {} for file in files]
             assert known[ranks][0], done.stdout + done.stderr
@@ -79,7 +79,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[di
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("case", mpi_cases.CASES)
+@pytest.mark.parametrize("case", cases.CASES)
 def test_on_all_ranks(answers: Callable[[int], list[dict[str, str]]], case: str, ranks: int) -> None:
     for rank, said in enumerate(answers(ranks)):
         assert said.get(case, "no answer: the job had ended") == "", f"rank {rank}: {said.get(case)}"

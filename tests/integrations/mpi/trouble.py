@@ -1,4 +1,4 @@
-"""Cases of mpi_cases.py in which something is wrong on one rank, and all of them must do the same about it."""
+"""Cases of cases.py in which something is wrong on one rank, and all of them must do the same about it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 import distclip
 from distclip import ArgumentError, DisagreementError, GradClipper, LayoutError, NonFiniteError, NonFiniteWarning
-from tests.integrations.mpi_spread import everywhere, grad_of, same_everywhere, split, world
+from tests.integrations.mpi.spread import everywhere, grad_of, same_everywhere, split, world
 
 NAN = float("nan")
 

@@ -1,4 +1,4 @@
-"""The model of the cases in mpi_cases.py, spread over the ranks of an MPI job, and what all of them must see alike."""
+"""The model of the cases in cases.py, spread over the ranks of an MPI job, and what all of them must see alike."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import distclip
 from distclip import ArgumentError, GradClipper, LayoutError
 from distclip.comm.mpi import MPIComm
-from tests.integrations import mpi_trouble
-from tests.integrations.mpi_spread import (
+from tests.integrations.mpi import trouble
+from tests.integrations.mpi.spread import (
     LAYOUTS,
     Spread,
     everywhere,
@@ -237,7 +237,7 @@ def case_dtensors_are_added_up_by_mpi() -> None:
     dist.destroy_process_group()
 
 
-EVERY = {**vars(mpi_trouble), **globals()}
+EVERY = {**vars(trouble), **globals()}
 CASES = [name.removeprefix("case_") for name in EVERY if name.startswith("case_")]
 
 
