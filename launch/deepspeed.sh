@@ -15,7 +15,7 @@ case " $* " in
     *" parallel="*) ;;
     *) set -- parallel=zero2 "$@" ;;
 esac
-# It would take 29500, whoever has it. On a processor it takes ranks for processors' sockets unless it is told.
+# Its own port is 29500, whoever has that; and on a CPU it would start one rank for each socket.
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 exec "$python" -m deepspeed.launcher.runner --no_local_rank --num_gpus "$NPROC" --master_addr 127.0.0.1 \
     --master_port "$port" --log_level warning "$launch/train.py" "$@"

@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,8 @@ class ZeroProgress:
 def zero(
     model: nn.Sequential, mesh: DeviceMesh, criterion: Criterion, x: Tensor, config: DictConfig | Mapping[str, Any]
 ) -> Placed:
+    if find_spec("deepspeed") is None:
+        raise SystemExit("parallel=zero0 to zero3 are DeepSpeed's, which is not installed: pip install deepspeed")
     plain: Any = OmegaConf.to_container(config) if isinstance(config, DictConfig) else config
     return Zero(model, criterion, plain, len(x))
 
