@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +44,13 @@ OTHERS = {
     "round robin": (Setting(2, more={"round_robin_gradients": True}), distclip.agc(0.02)),
     "small sub-groups": (Setting(3, more={"sub_group_size": 100}), distclip.agc(0.02)),
     "overlap": (Setting(2, more={"overlap_comm": True}), distclip.group_norm({"head": ("last", 0.05)}, 0.3)),
+    **{
+        f"autocast {stage}": (
+            Setting(stage, top={"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, tolerated="bf16"),
+            distclip.per_tensor_norm(0.2),
+        )
+        for stage in range(4)
+    },
     "no norm asked": (
         Setting(2, more={"compute_grad_norm": False}, top={"gradient_clipping": 0.0}),
         distclip.global_norm(0.5),
@@ -120,6 +128,11 @@ def test_rank_without_gradients(ranks: Callable[..., World], kind: str) -> None:
 def test_tensor_parallel(ranks: Callable[..., World], stage: int, policy: str) -> None:
     bound: Any = POLICIES[policy]
     ranks(4, "Megatron").run(model_parallel.tensor_parallel, stage=stage, policy=bound)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "fused" not in kind])
+def test_checkpoints(ranks: Callable[..., World], kind: str, tmp_path: Path) -> None:
+    ranks(2).run(rules.reloads, setting=KINDS[kind], policy=POLICIES["row"], folder=str(tmp_path))
 
 
 def test_bad_input(ranks: Callable[..., World]) -> None:

@@ -6,7 +6,6 @@ from itertools import accumulate
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 
 from .holds import Decide, Hold, Write, skipped
 from .patches import Patches
@@ -41,8 +40,10 @@ class BF16(Hold):
     def take(self, patches: Patches, decide: Decide, write: Write) -> None:
         own = self.optimizer
 
-        def measure(for_clipping: bool = False) -> tuple[list[Tensor], dict[str, Any]]:
-            """In place of the gradients DeepSpeed gets one number, whose norm it takes."""
+        def measure(for_clipping: bool = False) -> Any:
+            """In place of the gradients DeepSpeed gets one number, whose norm it takes, and nothing to clip."""
+            if for_clipping:
+                return []
             decision = decide()
             if not skipped(decision):
                 for group, flat in zip(self.groups, own.fp32_groups_gradient_flat_partition, strict=True):
@@ -50,6 +51,4 @@ class BF16(Hold):
             return [go_on(decision, own.fp32_groups_gradients_flat[0].device)], {}
 
         patches.put(own, "get_grads_for_norm", measure)
-        # With a bound of its own it would clip once more.
-        patches.put(own, "clip_grad", 0.0)
         patches.put(own, "mpu", None)

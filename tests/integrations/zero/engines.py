@@ -55,6 +55,7 @@ class Setting:
         top: entries of the config itself.
         groups: of parameters in the optimizer.
         scale_power: the loss scale at first, as a power of two.
+        tolerated: whose rounding to expect, if not that of the dtype.
         fused: let DeepSpeed take the optimizer for its FusedAdam, which has a wrapper of its own at stage 0.
     """
 
@@ -66,10 +67,11 @@ class Setting:
     groups: int = 2
     scale_power: int = 4
     fused: bool = False
+    tolerated: str = ""
 
     @property
     def tolerance(self) -> float:
-        return {"fp32": 2e-5, "bf16": 6e-2, "fp16": 6e-3}[self.dtype]
+        return {"fp32": 2e-5, "bf16": 6e-2, "fp16": 6e-3}[self.tolerated or self.dtype]
 
 
 def quiet_deepspeed() -> Any:

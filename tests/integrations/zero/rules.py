@@ -105,6 +105,26 @@ def gives_back(setting: Setting) -> None:
     assert attached.report is not again.report
 
 
+def reloads(setting: Setting, policy: Any, folder: str) -> None:
+    """After a checkpoint of DeepSpeed is loaded, the weights that a policy looks at are those of the checkpoint."""
+    torch.manual_seed(0)
+    setting.top.update({"gradient_clipping": 1e-3})
+    engine = engine_of(Uneven(), setting, sgd)
+    attached = attach(engine, policy)
+    step(engine, setting, 0)
+    engine.save_checkpoint(folder, tag="one")
+    seen = []
+    for _ in range(2):
+        step(engine, setting, 1)
+        seen.append((attached.report.norms, attached.report.coefs, masters(engine)))
+        step(engine, setting, 2)
+        engine.load_checkpoint(folder, tag="one")
+    for once, again in zip(seen[0][:2], seen[1][:2], strict=True):
+        torch.testing.assert_close(again, once, rtol=0, atol=0)
+    assert all(torch.equal(seen[0][2][name], seen[1][2][name]) for name in seen[0][2])
+    assert float(seen[0][1].min()) < 1
+
+
 def refuses() -> None:
     """Bad input, on one rank or all: an error on each of them, and the engine is as before."""
     engine = engine_of(Uneven(), Setting(1), sgd)
