@@ -6,8 +6,7 @@ set -euo pipefail
 launch=$(dirname "${BASH_SOURCE[0]}")
 python=$(command -v "${PYTHON:-python}")
 if [ -z "${NPROC:-}" ]; then
-    NPROC=$(nvidia-smi -L 2>/dev/null | wc -l)
-    [ "$NPROC" -gt 0 ] || NPROC=2
+    if nvidia-smi -L >/dev/null 2>&1; then NPROC=$(nvidia-smi -L | wc -l); else NPROC=2; fi
 fi
 processors=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((processors > NPROC ? processors / NPROC : 1))}"

@@ -14,8 +14,7 @@ mpirun=$(dirname "$python")/mpirun
     exit 1
 }
 if [ -z "${NPROC:-}" ]; then
-    NPROC=$(nvidia-smi -L 2>/dev/null | wc -l)
-    [ "$NPROC" -gt 0 ] || NPROC=2
+    if nvidia-smi -L >/dev/null 2>&1; then NPROC=$(nvidia-smi -L | wc -l); else NPROC=2; fi
 fi
 processors=$(getconf _NPROCESSORS_ONLN)
 threads=$((processors > NPROC ? processors / NPROC : 1))
