@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, wraps
 from types import MethodType
 from typing import Any
 
@@ -134,10 +134,11 @@ class Attachment:
         optimizer = engine.optimizer
         its_step = optimizer.step
 
+        @wraps(its_step)
         def step(_: Any, *args: Any, **kwargs: Any) -> Any:
             return self._step(its_step, *args, **kwargs)
 
-        # A method, as torch's learning-rate schedulers expect of an optimizer.
+        # A method that carries what they have noted on it, as torch's learning-rate schedulers expect.
         self._patches.put(optimizer, "step", MethodType(step, optimizer))
         if hasattr(optimizer, "_update_scale"):
             self._patches.put(optimizer, "_update_scale", partial(self._update_scale, optimizer._update_scale))

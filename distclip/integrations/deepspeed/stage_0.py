@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import wraps
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class SinglePrecision(Hold):
     def take(self, patches: Patches, decide: Decide, write: Write) -> None:
         optimizer, its_step = self.optimizer, self.optimizer.step
 
+        @wraps(its_step)
         def step(closure: Any = None) -> Any:
             decision = decide()
             # What the engine asks of its other optimizers: it counts skipped steps and holds its scheduler by it.
