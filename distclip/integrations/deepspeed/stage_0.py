@@ -58,15 +58,12 @@ class HalfPrecision(Hold):
         return float(own.loss_scale) if own.low_precision_dtype == torch.float16 else None
 
     def find(self) -> None:
-        self._params: list[Any] = []
-        for params, masters in zip(self.optimizer.fp16_groups, self._masters(), strict=True):
-            self.groups.append(
-                [
-                    self.piece(param, master, self.ranks.copies_of(param))
-                    for param, master in zip(params, masters, strict=True)
-                ]
-            )
-            self._params += params
+        own = self.optimizer
+        self._is_flat = hasattr(own, "fp32_groups_flat")
+        self._params = [param for group in own.fp16_groups for param in group]
+        for i, params in enumerate(own.fp16_groups):
+            pairs = zip(params, self._parts(i), strict=True)
+            self.groups.append([self.piece(param, master, self.ranks.copies_of(param)) for param, master in pairs])
 
     def look(self) -> None:
         for piece, param in zip(self.pieces, self._params, strict=True):
@@ -81,8 +78,8 @@ class HalfPrecision(Hold):
                 own._skip_invalid_grad_norm()
                 return True
             own.overflow = False
-            for group, copies in zip(self.groups, self._copied(), strict=True):
-                write(group, copies)
+            for i, group in enumerate(self.groups):
+                write(group, self._copied(i))
             own._update_scale(False)
             own.optimizer.step()
             self._hand_back()
@@ -92,45 +89,40 @@ class HalfPrecision(Hold):
         if own.low_precision_dtype == torch.float16:
             patches.put(self.engine, "backward", self._scaled(self.engine.backward))
 
-    def _masters(self) -> list[list[Tensor]]:
-        """The float32 copies of the parameters, by group."""
+    def _stepped(self, i: int) -> list[Tensor]:
+        """What the optimizer steps of a group: the float32 copies of its parameters, or one flat copy of all."""
         own = self.optimizer
-        if hasattr(own, "fp32_groups"):
-            return own.fp32_groups  # type: ignore[no-any-return]
-        return [list(_views(flat, group)) for flat, group in zip(own.fp32_groups_flat, own.fp16_groups, strict=True)]
+        return [own.fp32_groups_flat[i]] if self._is_flat else own.fp32_groups[i]
 
-    def _copied(self) -> list[list[Tensor]]:
-        """Copies of all gradients in float32, where the optimizer will find them; zeros for one that is missing."""
-        own = self.optimizer
-        owners = own.fp32_groups if hasattr(own, "fp32_groups") else [[flat] for flat in own.fp32_groups_flat]
-        copied = []
-        for params, masters in zip(own.fp16_groups, owners, strict=True):
-            for master in masters:
-                master.grad = torch.zeros_like(master)
-            flat = hasattr(own, "fp32_groups_flat")
-            grads = list(_views(masters[0].grad, params)) if flat else [master.grad for master in masters]
-            for grad, param in zip(grads, params, strict=True):
-                if param.grad is not None:
-                    grad.copy_(param.grad)
-            copied.append(grads)
-        return copied
+    def _parts(self, i: int, *, grads: bool = False) -> list[Tensor]:
+        """The same, or its gradients, parameter by parameter."""
+        stepped = [tensor.grad if grads else tensor.detach() for tensor in self._stepped(i)]
+        return list(_views(stepped[0], self.optimizer.fp16_groups[i])) if self._is_flat else stepped  # type: ignore[arg-type,return-value]
+
+    def _copied(self, i: int) -> list[Tensor]:
+        """Copies of a group's gradients in float32, where the optimizer looks for them; zeros if one is missing."""
+        for tensor in self._stepped(i):
+            tensor.grad = torch.zeros_like(tensor)
+        copies = self._parts(i, grads=True)
+        for copy, param in zip(copies, self.optimizer.fp16_groups[i], strict=True):
+            if param.grad is not None:
+                copy.copy_(param.grad)
+        return copies
 
     def _hand_back(self) -> None:
         """Parameters from their copies, whose gradients are not needed any more."""
-        own = self.optimizer
-        for params, masters in zip(own.fp16_groups, self._masters(), strict=True):
-            for param, master in zip(params, masters, strict=True):
-                param.data.copy_(master.data)
-        for group in own.fp32_groups if hasattr(own, "fp32_groups") else [own.fp32_groups_flat]:
-            for master in group:
-                master.grad = None
+        for i, params in enumerate(self.optimizer.fp16_groups):
+            for param, master in zip(params, self._parts(i), strict=True):
+                param.data.copy_(master)
+            for tensor in self._stepped(i):
+                tensor.grad = None
 
     def _scaled(self, backward: Any) -> Any:
         """An engine's `backward` that multiplies the loss by the scale which the step divides by."""
 
-        def scaled(loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def scaled(loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
             scale, gas = float(self.optimizer.loss_scale), self.engine.gradient_accumulation_steps()
-            usual = 1 / gas if kwargs.get("scale_wrt_gas", True) else 1.0
+            usual = 1 / gas if scale_wrt_gas else 1.0
 
             def once(grad: Tensor) -> Tensor | None:
                 # A DeepSpeed that scales it too: then ours is taken out again.
@@ -138,7 +130,7 @@ class HalfPrecision(Hold):
 
             product = loss.float() * scale
             product.register_hook(once)  # type: ignore[no-untyped-call]
-            returned: Tensor = backward(product, *args, **kwargs)
+            returned: Tensor = backward(product, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
             return returned / scale
 
         return scaled
