@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ KINDS = {
     "zero0-fp16-fused": Setting(0, "fp16", fused=True),
 }
 """Every optimizer of DeepSpeed that is held in a way of its own, in every precision."""
+
+WITH_EXPERTS = ["zero0-fp32", "zero1-fp32", "zero2-fp32", "zero0-fp16", "zero2-bf16", "zero1-bf16-in-fp32"]
+WITH_EXPERTS += ["zero0-bf16-fused"]
 
 POLICIES = {
     "model": distclip.global_norm(0.5),
@@ -140,8 +144,11 @@ def test_bad_input(ranks: Callable[..., World]) -> None:
 
 
 @pytest.mark.parametrize("policy", ["model", "tensor"])
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize(
+    "kind",
+    ["zero0-fp32", "zero1-fp32", "zero2-fp32", "zero0-fp16", "zero2-bf16", "zero1-bf16-in-fp32", "zero0-bf16-fused"],
+)
 @pytest.mark.parametrize("size", [2, 4])
-def test_experts(ranks: Callable[..., World], size: int, stage: int, policy: str) -> None:
+def test_experts(ranks: Callable[..., World], size: int, kind: str, policy: str) -> None:
     bound: Any = POLICIES[policy]
-    ranks(size).run(model_parallel.experts, stage=stage, policy=bound)
+    ranks(size).run(model_parallel.experts, setting=replace(KINDS[kind], groups=1), policy=bound)
