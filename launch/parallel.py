@@ -45,13 +45,20 @@ class Placed:
 
     def train(self, x: Tensor, y: Tensor) -> Tensor | None:
         """Forward and backward; None on a rank that does not see the loss."""
-        loss = self.criterion(self.module(x), y)
-        self.scale(loss).backward()
+        loss = self.criterion(self.forward(x), y)
+        self.backward(loss)
         return loss.detach()
 
     @torch.no_grad()
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor | None:
-        return self.criterion(self.module(x), y)
+        return self.criterion(self.forward(x), y)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.module(x)
+        return out
+
+    def backward(self, loss: Tensor) -> None:
+        self.scale(loss).backward()
 
     def stepping(self, *given: Any) -> Stepping:
         """What makes a step of its gradients, from what `Stepping` is given."""

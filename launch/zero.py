@@ -33,21 +33,15 @@ class Zero(Placed):
         self.engine: Any = None
         self.dtype = torch.float32
 
-    def train(self, x: Tensor, y: Tensor) -> Tensor | None:
-        loss = self.criterion(self._forward(x), y)
-        self.engine.backward(loss)
-        return loss.detach()
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.engine(x.to(self.dtype) if x.is_floating_point() else x)
+        return out
 
-    @torch.no_grad()
-    def evaluate(self, x: Tensor, y: Tensor) -> Tensor | None:
-        return self.criterion(self._forward(x), y)
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
 
     def stepping(self, *given: Any) -> Stepping:
         return ZeroStepping(self, *given)
-
-    def _forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.engine(x.to(self.dtype) if x.is_floating_point() else x)
-        return out
 
 
 class ZeroStepping(Stepping):

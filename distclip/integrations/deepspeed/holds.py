@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from ...errors import LayoutError
@@ -21,7 +22,7 @@ from ...sources.tagged import place_
 from .patches import Patches
 from .ranks import Ranks
 
-__all__ = ["Decide", "Hold", "Piece", "Write", "skipped"]
+__all__ = ["Decide", "Hold", "Piece", "Write", "go_on", "skipped"]
 
 Decide: TypeAlias = Callable[[], Decision]
 """Looks, measures and decides; on every rank together."""
@@ -38,14 +39,12 @@ class Piece:
         name: of the parameter in the engine's module.
         tensor: stands for the piece; its gradient of the moment is laid beside it as `main_grad`.
         index: the how-manieth of all pieces of the rank it is.
-        group: which of the optimizer's groups it belongs to.
-        offset: where it begins in the group's flat partition, counted in elements.
+        offset: where it begins in the flat partition of its group, counted in elements.
     """
 
     name: str
     tensor: Tensor
     index: int
-    group: int
     offset: int = 0
 
     def of(self, flat: Tensor) -> Tensor:
@@ -77,7 +76,9 @@ class Hold(ABC):
     @property
     def loss_scale(self) -> float | None:
         """What gradients are multiplied by at the moment; None where no loss is scaled."""
-        return None
+        own = self.optimizer
+        dtype = getattr(own, "low_precision_dtype", getattr(own, "dtype", None))
+        return float(own.loss_scale) if dtype == torch.float16 else None
 
     @abstractmethod
     def find(self) -> None:
@@ -116,7 +117,7 @@ class Hold(ABC):
             stand_in.partition_dim = param.partition_dim  # type: ignore[attr-defined]
         self._count += 1
         name = self._names.get(id(param)) or f"optimizer.parameters[{self._count - 1}]"
-        return Piece(name, stand_in, self._count - 1, len(self.groups), offset)
+        return Piece(name, stand_in, self._count - 1, offset)
 
     @staticmethod
     def lay(piece: Piece, grad: Tensor | None) -> None:
@@ -144,3 +145,8 @@ class Hold(ABC):
 def skipped(decision: Decision) -> bool:
     """Whether the step is left out; known to the host, as DeepSpeed's own steps need it."""
     return bool(decision.skip_known)
+
+
+def go_on(decision: Decision, device: Any) -> Tensor:
+    """What DeepSpeed is told in place of the norm, which it only looks at to see whether it is finite."""
+    return torch.tensor(torch.inf if skipped(decision) else 0.0, device=device)

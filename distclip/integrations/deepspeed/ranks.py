@@ -7,6 +7,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ...shards import Layout
+from ...sources.split import group_ranks
 
 __all__ = ["Ranks"]
 
@@ -48,7 +49,7 @@ class Ranks:
         expert = _expert_group(param)
         pieces_of_tensor = bool(getattr(param, "tensor_model_parallel", getattr(param, "model_parallel", False)))
         split = {f"expert {expert}": expert is not None, "tp": pieces_of_tensor}
-        ranks = _ranks(process_group)
+        ranks = group_ranks(process_group)
         return Layout(
             groups=(ranks,),
             pieces=len(ranks) if cut else 1,
@@ -68,7 +69,3 @@ def _tensor_group(mpu: Any) -> Any:
         if hasattr(mpu, name):
             return getattr(mpu, name)()
     return None
-
-
-def _ranks(process_group: Any) -> tuple[int, ...]:
-    return tuple(dist.get_process_group_ranks(process_group))

@@ -15,17 +15,23 @@ from .patches import Patches
 __all__ = ["HalfPrecision", "SinglePrecision"]
 
 
-class SinglePrecision(Hold):
+class Whole(Hold):
+    """Parameters that each rank has as a whole, with gradients of their own."""
+
+    _params: list[Any]
+
+    def look(self) -> None:
+        for piece, param in zip(self.pieces, self._params, strict=True):
+            self.lay(piece, param.grad)
+
+
+class SinglePrecision(Whole):
     """A torch optimizer, stepped by the engine itself; parameters are float32."""
 
     def find(self) -> None:
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.groups = [[self.piece(param, param, self.ranks.copies_of(param)) for param in params]]
         self._params = params
-
-    def look(self) -> None:
-        for piece, param in zip(self.pieces, self._params, strict=True):
-            self.lay(piece, param.grad)
 
     def take(self, patches: Patches, decide: Decide, write: Write) -> None:
         optimizer, its_step = self.optimizer, self.optimizer.step
@@ -49,13 +55,8 @@ class SinglePrecision(Hold):
         patches.put(self.engine, "clip_fp32_gradients", lambda: None)
 
 
-class HalfPrecision(Hold):
+class HalfPrecision(Whole):
     """FP16_Optimizer and FP16_UnfusedOptimizer, for bfloat16 too: parameters in 16 bits, copies of them in float32."""
-
-    @property
-    def loss_scale(self) -> float | None:
-        own = self.optimizer
-        return float(own.loss_scale) if own.low_precision_dtype == torch.float16 else None
 
     def find(self) -> None:
         own = self.optimizer
@@ -64,10 +65,6 @@ class HalfPrecision(Hold):
         for i, params in enumerate(own.fp16_groups):
             pairs = zip(params, self._parts(i), strict=True)
             self.groups.append([self.piece(param, master, self.ranks.copies_of(param)) for param, master in pairs])
-
-    def look(self) -> None:
-        for piece, param in zip(self.pieces, self._params, strict=True):
-            self.lay(piece, param.grad)
 
     def take(self, patches: Patches, decide: Decide, write: Write) -> None:
         own = self.optimizer

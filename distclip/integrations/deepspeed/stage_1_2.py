@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...judge import Decision
-from .holds import Decide, Hold, Piece, Write, skipped
+from .holds import Decide, Hold, Piece, Write, go_on
 from .patches import Patches
 
-__all__ = ["Stage12", "go_on", "overlaps"]
+__all__ = ["Stage12", "overlaps"]
 
 
 class Stage12(Hold):
@@ -22,10 +20,6 @@ class Stage12(Hold):
     A partition begins and ends anywhere within a parameter, and zeros for alignment lie between parameters and at the
     end: pieces are told by the parameters' offsets, not by counting gradients.
     """
-
-    @property
-    def loss_scale(self) -> float | None:
-        return float(self.optimizer.loss_scale) if self.optimizer.dtype == torch.float16 else None
 
     def find(self) -> None:
         zero = self.optimizer
@@ -88,6 +82,7 @@ def overlaps(
     Yields:
         (parameter, its first element here, where that lies in the partition, how many elements).
 
+    >>> import torch
     >>> list(overlaps([torch.ones(5), torch.ones(2, 3)], [0, 5], 4, 4))[1][1:]
     (0, 1, 3)
     """
@@ -95,8 +90,3 @@ def overlaps(
         start, end = max(offset, begin), min(offset + param.numel(), begin + size)
         if start < end:
             yield param, start - offset, start - begin, end - start
-
-
-def go_on(decision: Decision, device: Any) -> Tensor:
-    """What DeepSpeed is told in place of the norm, which it only looks at to see whether it is finite."""
-    return torch.tensor(torch.inf if skipped(decision) else 0.0, device=device)

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .holds import Decide, Hold, Piece, Write
+from .holds import Decide, Hold, Piece, Write, go_on
 from .patches import Patches
-from .stage_1_2 import go_on
 
 __all__ = ["Stage3"]
 
 
 class Stage3(Hold):
     """DeepSpeedZeroOptimizer_Stage3, with and without its optimizer on the CPU."""
-
-    @property
-    def loss_scale(self) -> float | None:
-        return float(self.optimizer.loss_scale) if self.optimizer.dtype == torch.float16 else None
 
     def find(self) -> None:
         zero = self.optimizer
