@@ -28,7 +28,7 @@ STAGES = [
     ["stepper", "binding"],
     ["clip", "clipper"],
     ["__init__"],
-    ["bench", "integrations"],
+    ["bench", "integrations", "monitor"],
 ]
 """From left to right; stages in one line may not know each other."""
 
@@ -85,6 +85,7 @@ def test_what_is_decided_knows_nothing_of_ranks() -> None:
 def test_importing_needs_torch_only() -> None:
     allowed = {"torch", "distclip"} | set(sys.stdlib_module_names)
     extras = {"bench": {"rich"}, "kernels": {"triton"}, "comm": {"mpi4py"}, "integrations": {"mpi4py", "deepspeed"}}
+    extras["monitor"] = {"matplotlib", "numpy", "plotly", "rich", "tensorboard", "wandb", "mlflow", "trackio"}
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
         for stage, path in modules()

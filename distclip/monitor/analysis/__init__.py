@@ -1,0 +1,1 @@
+"""From the lines that a recorder wrote to what follows from them."""

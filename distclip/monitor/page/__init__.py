@@ -1,0 +1,1 @@
+"""What is shown of runs: a page, pictures, and lines on a terminal."""
