@@ -64,7 +64,7 @@ class Step:
         if report.bounds is not None and len(report.bounds) == 1:
             numbers["bound"] = report.bounds[0]
         if totals.loss_scale is not None:
-            numbers["scale"] = totals.loss_scale
+            numbers["scale"] = totals.loss_scale.clone()  # a scaler writes its next one into the same tensor
         if slots:
             numbers["norms"] = report.norms
         if report.tensor_norms is not None:
