@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import data
 import torch
+
+import data
 
 
 def test_a_batch_says_which_samples_it_holds() -> None:
