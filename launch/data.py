@@ -100,6 +100,18 @@ def diabetes(batch: int, held_out: float, bad_label: float) -> Table:
     return _table(x, y[:, None], bad[:, None], batch, held_out, squared_error, outputs=1)
 
 
+def regression(
+    batch: int, held_out: float, samples: int, features: int, noise: float, standardised: bool, random_state: int
+) -> Table:
+    from sklearn.datasets import make_regression
+
+    made = make_regression(n_samples=samples, n_features=features, noise=noise, random_state=random_state)
+    x, y = (torch.tensor(a).float() for a in made)
+    if standardised:
+        y = (y - y.mean()) / y.std()
+    return _table(x, y[:, None], y[:, None], batch, held_out, squared_error, outputs=1)
+
+
 def _table(x: Tensor, y: Tensor, bad: Tensor, batch: int, held_out: float, criterion: Any, outputs: int) -> Table:
     """Shuffle once, hold out whole batches, reshuffle the rest with the seed on every pass.
 
