@@ -38,7 +38,7 @@ class Angle(Probe):
     def after(self, report: Report) -> dict[str, float]:
         return {"angle": degrees(self._unclipped, self._gradient())}
 
-    def close(self, rows: Sequence[dict[str, Any]], directory: Path | None) -> list[Measure]:
+    def close(self, rows: Sequence[dict[str, Any]], directory: Path) -> list[Measure]:
         angles = torch.tensor([row["angle"] for row in rows], dtype=torch.float64)
         angles = angles[angles.isfinite()]
         largest = float(angles.max()) if len(angles) else math.nan

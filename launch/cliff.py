@@ -90,12 +90,11 @@ class Descent(Probe):
         self._clipped.append(float((report.coefs < 1).double().mean()))
         return {}
 
-    def close(self, rows: Sequence[dict[str, Any]], directory: Path | None) -> list[Measure]:
+    def close(self, rows: Sequence[dict[str, Any]], directory: Path) -> list[Measure]:
         last = self._at.detach().cpu()
         losses = (output(last) - TARGET).square()
         moved = (last - self._first).norm(dim=1)
-        if directory is not None:
-            landscape.write(directory / "figures" / "cliff.json", torch.stack(self._places, dim=1))
+        landscape.write(directory / "figures" / "cliff.json", torch.stack(self._places, dim=1))
         return [
             Measure("solved", "solved", float((losses < SOLVED).double().mean()), "{:.1%}"),
             Measure("thrown", f"thrown more than {THROWN:.0f} away", float((moved > THROWN).double().mean()), "{:.1%}"),

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 import checkpoint
 from data import Batch, Data
 from distclip import LimiterWarning, NonFiniteWarning
+from distclip.monitor import Recorder
 from inject import Inject
 from layout import Layout, share
 from models import reset_state
 from parallel import Placed
 from probe import Probe
 from processes import RANK, WORLD, gathered, world_mean
-from record import Outcome, Record, Row
+from record import Outcome, Record
 from terminal import Terminal
 
 
@@ -44,7 +45,8 @@ class Run:
     """The first step."""
 
 
-def train(run: Run, record: Record, terminal: Terminal) -> Outcome:
+def train(run: Run, record: Record, terminal: Terminal) -> Outcome | None:
+    """To the end; what came of it is for rank 0 to know."""
     cfg, data = run.cfg, run.data
     mesh = run.layout.build(run.device.type, WORLD)
 
@@ -61,10 +63,17 @@ def train(run: Run, record: Record, terminal: Terminal) -> Outcome:
     if cfg.resume is not None:
         progress.load(checkpoint.newest(Path(cfg.resume))[1])
     run.probe.watch(placed.module)
-    directory = gathered(record.directory and record.directory.resolve())[0]
+    directory = gathered(record.directory.resolve())[0]
+    recorder = Recorder(
+        clipper,
+        directory,
+        every=cfg.log.every,
+        per_tensor=cfg.log.per_tensor,
+        sinks=[record.add],
+        facts={"batch": cfg.batch, "precision": cfg.precision.dtype, "optimizer": cfg.optim._target_},
+    )
 
     start = time.perf_counter()
-    pending: list[tuple[Row, Tensor | None, Any]] = []
     with terminal.bar(cfg.log.bar) as bar, warnings.catch_warnings():
         for category in (LimiterWarning, NonFiniteWarning):  # all ranks would say the same
             warnings.simplefilter("default" if RANK == 0 else "ignore", category)
@@ -81,27 +90,22 @@ def train(run: Run, record: Record, terminal: Terminal) -> Outcome:
             if clipper.incidents:
                 warnings.simplefilter("ignore", NonFiniteWarning)  # once is enough: the table names all
             bar.advance(task)
-            row = {"step": step, "lr": stepping.lr}
-            row[data.unit] = step * batch.y.numel()
-            row |= run.probe.after(report)
-            pending.append((row, loss, report))
+            recorder.note(step=step, lr=stepping.lr, ids=batch.ids, **{data.unit: step * batch.y.numel()})
+            recorder.note(**({} if loss is None else {"loss": loss}), **run.probe.after(report))
             saving = bool(cfg.checkpoint.every) and step % cfg.checkpoint.every == 0
-            # Losses and reports are read a few steps at a time, not to wait for the device.
-            if step % cfg.log.every == 0 or step == cfg.steps or saving:
-                record.add(_settle(pending, run.device), clipper.incidents)
-                pending.clear()
-            if cfg.log.lines and (step % cfg.log.every == 0 or step == cfg.steps):
+            lining = step % cfg.log.every == 0 or step == cfg.steps
+            if lining or saving:
+                recorder.flush()
+            if cfg.log.lines and lining and record.rows:
                 terminal.line(record.rows[-1], cfg.steps, record.clip_rate)
             if saving:
                 checkpoint.save(progress, directory, step)
+    recorder.close()
     held_out = evaluate(placed, [mine(batch) for batch in data.held_out], run.device)
-    measures = run.probe.close(record.rows, record.directory)
-    return record.close(held_out, data, time.perf_counter() - start, measures)
-
-
-def _settle(pending: list[tuple[Row, Tensor | None, Any]], device: torch.device) -> list[Row]:
-    losses = world_mean([loss for _, loss, _ in pending], device)
-    return [row | {"loss": loss} | report.as_dict() for (row, _, report), loss in zip(pending, losses, strict=True)]
+    if not record.rows:
+        return None
+    measures = run.probe.close(record.rows, directory)
+    return record.close(held_out, data, time.perf_counter() - start, measures, clipper.incidents)
 
 
 def evaluate(placed: Placed, batches: list[tuple[Tensor, Tensor]], device: torch.device) -> float:

@@ -36,6 +36,6 @@ class Probe:
         """The step is done. Returns more columns of its row."""
         return {}
 
-    def close(self, rows: Sequence[dict[str, Any]], directory: Path | None) -> list[Measure]:
-        """After the last step; `directory`, on rank 0 only, is for files."""
+    def close(self, rows: Sequence[dict[str, Any]], directory: Path) -> list[Measure]:
+        """After the last step, on rank 0 only: `rows` are all there are, and `directory` is for files."""
         return []

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its config, a line of JSON for every step, and its outcome."""
+"""What a run leaves behind beside its recorder's lines: its config and its outcome."""
 
 import json
 import math
@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from data import Data
 from distclip import Incident
 from probe import Measure
+from processes import RANK
 
 Row = dict[str, Any]
 
@@ -40,33 +41,26 @@ class Outcome:
 
 
 class Record:
-    """Collects rows on every rank and writes them where a directory is given: on rank 0."""
+    """Collects rows on the rank whose recorder writes, rank 0, and writes there."""
 
-    def __init__(self, directory: Path | None, cfg: DictConfig) -> None:
+    def __init__(self, directory: Path, cfg: DictConfig) -> None:
         self.rows: list[Row] = []
-        self.incidents: Sequence[Incident] = ()
-        self.zeroed = 0
         self.directory = directory
-        if directory is not None:
+        if RANK == 0:
             directory.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(cfg, directory / "config.yaml", resolve=True)
-            (directory / "metrics.jsonl").write_text("")
 
-    def add(self, rows: list[Row], incidents: Sequence[Incident]) -> None:
-        """More rows, and the last incidents, of which some may be known already."""
-        self.rows += rows
-        known = self.incidents[-1].step if self.incidents else 0
-        self.zeroed += sum(each.action == "zero" and each.step > known for each in incidents)
-        self.incidents = incidents
-        if self.directory is not None:
-            with (self.directory / "metrics.jsonl").open("a") as file:
-                file.writelines(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
+    def add(self, numbers: dict[str, float], step: int) -> None:
+        """A recorder's sink."""
+        self.rows.append({"step": step, **numbers})
 
     @property
     def clip_rate(self) -> float:
         return sum(bool(row["clipped"]) for row in self.rows) / len(self.rows)
 
-    def close(self, held_out: float, data: Data, seconds: float, measures: list[Measure]) -> Outcome:
+    def close(
+        self, held_out: float, data: Data, seconds: float, measures: list[Measure], incidents: Sequence[Incident]
+    ) -> Outcome:
         every = np.array([row["norm"] for row in self.rows])
         norms = every[np.isfinite(every)]
         levels = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
@@ -78,27 +72,19 @@ class Record:
             nonfinite=len(every) - len(norms),
             first_nonfinite=next((row["step"] for row in self.rows if not math.isfinite(row["norm"])), None),
             skipped=sum(row["skipped"] for row in self.rows),
-            zeroed=self.zeroed,
-            incidents=[_plain(incident) for incident in self.incidents],
+            # What is left after elements were set to zero is finite.
+            zeroed=sum("nonfinite" in row and row["finite"] for row in self.rows),
+            incidents=[asdict(incident) for incident in incidents],
             r2=None if data.variance is None else 1 - held_out / data.variance,
             measures=measures,
             clip_rate=self.clip_rate,
             seconds=seconds,
             directory=str(self.directory),
         )
-        if self.directory is not None:
-            plain = asdict(outcome) | {"measures": {each.name: each.value for each in measures}}
-            summary = json.dumps(_finite(plain | plain.pop("measures")), indent=2, allow_nan=False)
-            (self.directory / "summary.json").write_text(summary + "\n")
+        plain = asdict(outcome) | {"measures": {each.name: each.value for each in measures}}
+        summary = json.dumps(_finite(plain | plain.pop("measures")), indent=2, allow_nan=False)
+        (self.directory / "summary.json").write_text(summary + "\n")
         return outcome
-
-
-def _plain(incident: Incident) -> dict[str, Any]:
-    culprits = [
-        {"name": each.name, "nans": each.nans, "infs": each.infs, "ranks": list(each.ranks)}
-        for each in incident.culprits
-    ]
-    return {"step": incident.step, "action": incident.action, "culprits": culprits}
 
 
 def _finite(value: Any) -> Any:

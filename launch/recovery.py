@@ -18,7 +18,7 @@ class Recovery(Probe):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def close(self, rows: Sequence[dict[str, Any]], directory: Path | None) -> list[Measure]:
+    def close(self, rows: Sequence[dict[str, Any]], directory: Path) -> list[Measure]:
         losses = {row["step"]: row["loss"] for row in rows}
         before = [loss for step, loss in losses.items() if self.step - WINDOW < step <= self.step]
         # The loss of a step is that before its update: the first one to feel it is the next.

@@ -91,13 +91,16 @@ def main(cfg: DictConfig) -> None:
         for name, run in runs.items():
             if name:
                 terminal.title(name)
-            record = Record(directory / name.replace(" ", "_") if RANK == 0 else None, run.cfg)
-            outcomes[name] = loop.train(run, record, terminal)
+            record = Record(directory / name.replace(" ", "_"), run.cfg)
+            outcome = loop.train(run, record, terminal)
+            if outcome is not None:
+                outcomes[name] = outcome
     except Exception:
         # A multirun would start its next job here while the other ranks wait in this one: exit.
         traceback.print_exc()
         raise SystemExit(1) from None
-    terminal.outcomes(outcomes, cfg.note)
+    if outcomes:
+        terminal.outcomes(outcomes, cfg.note)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from tests.integrations.mpi import cases
-from tests.integrations.test_launcher import ROOT, STEPS, launch
+from tests.integrations.test_launcher import ROOT, STEPS, launch, rows
 from tests.integrations.test_recovery import STATEFUL
 
 pytest.importorskip("mpi4py")
@@ -148,10 +147,6 @@ def train(
     return cwd / "run"
 
 
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
 @pytest.fixture(scope="module")
 def by_torchrun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tmp_path_factory.mktemp("ddp"), launch, 2, TRAINED[2][:3], "parallel=ddp")
@@ -191,7 +186,7 @@ def test_it_goes_on_under_torch_distributed(by_mpirun: dict[int, Path], resumed:
 
 
 def test_a_rank_of_the_launcher_that_fails_ends_the_job(tmp_path: Path) -> None:
-    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)  # which only rank 0 is to write
+    (tmp_path / "run" / "config.yaml").mkdir(parents=True)  # which only rank 0 is to write
     done = launched(tmp_path, 2, "steps=100000", *SHORT, "hydra.run.dir=run")
     assert done.returncode == 1
     assert "IsADirectoryError" in done.stderr

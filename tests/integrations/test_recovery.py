@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.integrations.test_launcher import launch
+from tests.integrations.test_launcher import launch, rows
 
 STATEFUL = ["model=lstm", "optim=adam", "clip=adagc", "clip.warmup=2"]  # memory in every place there is
 HALF = ["model=mlp", "data=digits", "precision=fp16"]
@@ -36,10 +36,6 @@ def train(cwd: Path, ranks: int, *overrides: str) -> str:
     done = launch(cwd, ranks, *overrides, "data.held_out=0.02", "log=quiet")
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def summary(run: Path) -> dict[str, Any]:

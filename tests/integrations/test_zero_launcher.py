@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.integrations.test_launcher import ROOT, launch
-from tests.integrations.test_recovery import compare, rows, summary, train
+from tests.integrations.test_launcher import ROOT, launch, rows
+from tests.integrations.test_recovery import compare, summary, train
 
 pytest.importorskip("deepspeed")
 
