@@ -197,6 +197,16 @@ class GradClipper:
         """The names of those that this rank has, or has a piece of."""
         return tuple(self._judge.plan.arrangement.names)
 
+    def pieces(self) -> Shards:
+        """This rank's pieces of the parameters themselves. Collectives and host syncs: none."""
+        return self._judge.plan.weights(self._judge.comm.size)
+
+    @property
+    def measured_slots(self) -> int:
+        """How many norms are added up over ranks."""
+        by_tensor = self._judge.by_tensor
+        return self._judge.slots.total if by_tensor is None else by_tensor.slots
+
     @property
     def comm(self) -> Comm:
         """Everybody concerned."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 import distclip
 from distclip import kernels, reference
+from distclip.monitor import Recorder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
@@ -140,3 +143,18 @@ def test_nothing_grows_with_the_model() -> None:
     before = torch.cuda.memory_allocated()
     distclip.clip_grad_norm_(parameters, 0.5)
     assert torch.cuda.max_memory_allocated() - before < 1 << 16
+
+
+def test_a_recorder_waits_for_nothing_between_two_writes(tmp_path: Path) -> None:
+    parameters = made()
+    clipper = distclip.GradClipper(parameters, distclip.global_norm(1.0), on_nonfinite="propagate")
+    recorder = Recorder(clipper, tmp_path, every=4, per_tensor=True)
+    for guard in (nullcontext(), no_syncs()):  # the first time, constants travel to the device
+        with guard:
+            for _ in range(2):
+                clipper.clip()
+                recorder.note(loss=torch.ones((), device="cuda"), lr=0.1)
+    recorder.flush()
+    rows = [json.loads(line) for line in recorder.path.read_text().splitlines()][1:]
+    assert [row["loss"] for row in rows] == [1.0] * 4
+    assert len(rows[0]["tensor_norms"]) == len(SIZES)

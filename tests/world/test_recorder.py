@@ -19,7 +19,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
 from distclip import ArgumentError, DisagreementError, GradClipper
-from distclip.monitor import Recorder
+from distclip.monitor import Recorder, UpdateRatio
 from tests.ranks import World
 from tests.world.rig import CASES, Rig, bits, build, everywhere, everywhere_, local, made_up, quietly
 
@@ -263,3 +263,26 @@ def check_copies_alone() -> None:
 
 def test_copies_that_clip_alone_leave_one_file(world: Callable[[int], World]) -> None:
     world(2).run(check_copies_alone)
+
+
+def check_update(name: str, policy: str) -> None:
+    """Of whole parameters, whatever lies where."""
+    rig = build(name)
+    clipper = rig.clipper(POLICIES[policy]())
+    optimizer = rig.optimizer("sgd")
+    rig.fill(1)
+    before = rig.gathered(lambda param: param)
+    with UpdateRatio(clipper) as update:
+        clipper.step(optimizer)
+    after = rig.gathered(lambda param: param)
+    moved = torch.cat([(after[key] - before[key]).reshape(-1) for key in before])
+    whole = torch.cat([value.reshape(-1) for value in before.values()])
+    torch.testing.assert_close(update.ratio, moved.norm() / whole.norm(), rtol=1e-6, atol=0)
+    with pytest.raises(KeyError), UpdateRatio(clipper):
+        raise KeyError  # on this rank alone, as it were: nobody is waited for
+
+
+@pytest.mark.parametrize("policy", ["global", "rows"])
+@everywhere_
+def test_how_far_a_step_moves(world: Callable[[int], World], name: str, size: int, policy: str) -> None:
+    world(size).run(check_update, name=name, policy=policy)
