@@ -93,7 +93,7 @@ def bad_data(case: Case) -> Iterator[Finding]:
         "bad data",
         f"Spikes share sample{'s' * (len(case.blame.suspects) > 1)} {named}",
         case.blame.text,
-        f"Look at {'it' if len(case.blame.suspects) == 1 else 'them'}, and whether the norm is the same once more: "
+        f"Look at {'it' if len(case.blame.suspects) == 1 else 'them'}, and whether the norm is the same once more:\n"
         f"{case.blame.replay}",
     )
 
