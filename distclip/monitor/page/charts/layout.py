@@ -1,0 +1,67 @@
+"""What the charts of a page have alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..palette import GREY, RUNS, Style
+from ..words import shortened
+
+__all__ = ["beside", "finish", "log_ticks"]
+
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+GRID = "rgba(138, 143, 152, 0.22)"
+
+MARGIN = {"l": 70, "r": 16, "t": 16, "b": 44}
+
+
+def finish(figure: Any, height: int, entries: int, runs: Sequence[Style]) -> None:
+    """What all charts have alike; colours of text are the page's, which knows light from dark."""
+    longest = max((len(style.group) for style in runs if style.first), default=0)
+    rows = 1 if entries < 2 else 1 + entries * min(longest, 40) // 110
+    margin = {**MARGIN, "t": MARGIN["t"] + (22 * rows if runs else 0)}
+    axis = {
+        "gridcolor": GRID,
+        "separatethousands": True,
+        "zeroline": False,
+        "linecolor": GRID,
+        "ticks": "",
+        "automargin": True,
+    }
+    figure.update_layout(
+        template={"layout": {"xaxis": axis, "yaxis": axis}},
+        height=height + margin["t"] + margin["b"],
+        margin=margin,
+        font={"family": FONT, "size": 12, "color": "#5f6570"},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": GREY, "activecolor": RUNS[0]},
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "y": 1,
+            "yanchor": "bottom",
+            "font": {"size": 12},
+            "itemsizing": "constant",
+        },
+        hoverlabel={"font": {"family": FONT, "size": 12}},
+    )
+
+
+def log_ticks(each: Sequence[NDArray[np.floating[Any]]], narrow: float) -> dict[str, Any]:
+    """A label per decade, or two more in each if there are not so many."""
+    values = np.concatenate(each)
+    positive = values[np.isfinite(values) & (values > 0)]
+    decades = float(np.log10(positive.max() / positive.min())) if len(positive) else 0.0
+    step: dict[str, Any] = {"dtick": "D2"} if decades < narrow else {"dtick": max(1, round(decades / 6))}
+    return {**step, "exponentformat": "power" if decades > 8 else "SI" if decades > 5 else "none"}
+
+
+def beside(style: Style, runs: Sequence[Style]) -> str:
+    """The run's name beside a hover; braces would be taken for a format."""
+    return escape(shortened(style.name, 40)).replace("{", "&#123;") if len(runs) > 1 else ""
