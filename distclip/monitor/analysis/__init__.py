@@ -1,1 +1,8 @@
-"""From the lines that a recorder wrote to what follows from them."""
+"""From the lines that a recorder wrote to what follows from them.
+
+::
+
+    runs ─▶ lines ─▶ steps ─▶ log ─▶ regimes ─▶ threshold    how far to clip
+    where   JSON     columns  `Log`          ├▶ diagnosis    what is wrong, and the evidence
+    they are                                 └▶ blame        which samples, ranks and tensors
+"""
