@@ -21,13 +21,14 @@ from .palette import Style, styles
 from .series import panels
 from .spikes import rows
 from .tensors import heat_maps
-from .verdicts import verdicts
+from .verdicts import remarks, verdicts
 from .words import listed, plain, whole
 
 __all__ = ["write_page"]
 
 CONFIG = {
     "displaylogo": False,
+    "displayModeBar": "hover",
     "responsive": True,
     # A button that would send the chart to plotly's servers is there by default.
     "plotlyServerURL": "",
@@ -37,11 +38,11 @@ CONFIG = {
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure, drawn into `div`; of one `run`, if it has a title of its own."""
+    """A figure, drawn into `div`; below a heading of its own if it is of one `run` only."""
 
     div: Markup
-    title: str = ""
     run: Style | None = None
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,9 @@ def write_page(logs: Sequence[Log], path: Path) -> None:
         plotly=Markup(get_plotlyjs()),
         runs=runs,
         facts=facts(logs, judged),
-        judged=[(run, verdict) for run, verdict in zip(runs, judged, strict=True)],
+        remarks=remarks(judged),
+        quiet=[run for run, verdict in zip(runs, judged, strict=True) if not verdict.findings],
+        judged=list(zip(runs, judged, strict=True)),
         sections=[section for section in _sections(logs, runs) if section.charts or section.notes],
         spikes=spikes,
         spike_notes=spike_notes,
@@ -97,11 +100,7 @@ def _sections(logs: Sequence[Log], runs: Sequence[Style]) -> list[Section]:
     own, on_own = _own(logs, runs)
     charts = [Chart(_div(drawn.distribution(spread, runs), "distribution-chart"))] if spread else []
     tensors = [
-        Chart(
-            _div(drawn.tensor_norms(each), f"tensors-chart-{i}"),
-            runs[each.run].name if len(runs) > 1 else "",
-            runs[each.run],
-        )
+        Chart(_div(drawn.tensor_norms(each), f"tensors-chart-{i}"), runs[each.run] if len(runs) > 1 else None)
         for i, each in enumerate(maps)
     ]
     kept = [f"The {len(each.names)} largest of {len(each.names) + each.left_out:,} tensors." for each in maps[:1]]
@@ -125,7 +124,7 @@ def _own(logs: Sequence[Log], runs: Sequence[Style]) -> tuple[list[Chart], list[
                 cause = plain(str(error).split("\n")[0])[:200]
                 notes.append(f"{plain(path)} is not a figure in plotly's JSON: {cause or type(error).__name__}.")
             else:
-                charts.append(Chart(_div(figure, f"own-chart-{len(charts)}"), f"{run.name}: {plain(path.stem)}", run))
+                charts.append(Chart(_div(figure, f"own-chart-{len(charts)}"), run, plain(path.stem)))
     return charts, notes
 
 

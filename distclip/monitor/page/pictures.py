@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from ..analysis.log import Log
 from .distribution import Histogram, histograms
 from .palette import GREY, MARKS, QUANTILES, Style, styles
-from .series import Panel, panels
+from .series import Line, Panel, panels
 from .tensors import HeatMap, heat_maps
 from .words import short, shortened
 
@@ -104,7 +104,10 @@ def _over_steps(each: Sequence[Panel], runs: Sequence[Style]) -> Figure:
     for axes, panel in zip(rows, each, strict=True):
         for line in panel.lines:
             style = runs[line.run]
-            (drawn,) = axes.plot(line.steps, line.values, **_line(style, runs), marker="." * (len(line.steps) < 3))
+            look = _line(style, runs)
+            if line.trend is not None:
+                axes.plot(line.steps, line.values, **{**look, "alpha": 0.35 * look["alpha"]})
+            drawn, *_ = axes.plot(*_middle(line), **look, marker="." * (len(line.steps) < 3))
             if len(runs) > 1:
                 legend.setdefault(style.group, drawn)
         for line in panel.bounds:
@@ -125,6 +128,10 @@ def _over_steps(each: Sequence[Panel], runs: Sequence[Style]) -> Figure:
     return figure
 
 
+def _middle(line: Line) -> tuple[Any, Any]:
+    return (line.steps, line.values) if line.trend is None else (line.trend.steps, line.trend.values)
+
+
 def _axis(axes: Axes, panel: Panel) -> None:
     axes.set_ylabel(panel.title.replace("<br>", "\n") if "<br>" in panel.title else shortened(panel.title, 28))
     if panel.log:
@@ -137,10 +144,11 @@ def _axis(axes: Axes, panel: Panel) -> None:
         axes.set_ylim(bottom=0)
     if panel.key == "coef":
         axes.set_ylim(0, 1.06)
+        axes.set_yticks([0, 0.5, 1])
 
 
-def _log_ticks(axis: Any, low: float, high: float) -> None:
-    narrow = high < 50 * low
+def _log_ticks(axis: Any, low: float, high: float, most: float = 50) -> None:
+    narrow = high < most * low
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=7 if not narrow else 12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axis.set_minor_formatter(NullFormatter())
@@ -156,7 +164,8 @@ def _distribution(each: Sequence[Histogram], runs: Sequence[Style]) -> Figure:
         style = runs[histogram.run]
         outline: dict[str, Any] = {"linewidth": 1.0, "linestyle": ":" if style.dashed else "-"}
         axes.stairs(histogram.shares, histogram.edges, color=style.colour, **outline)
-        axes.stairs(histogram.shares, histogram.edges, color=style.colour, alpha=0.2 / len(runs) ** 0.5, fill=True)
+        if len(runs) < 5:
+            axes.stairs(histogram.shares, histogram.edges, color=style.colour, alpha=0.2 / len(runs) ** 0.5, fill=True)
         if not alone:
             legend.setdefault(style.group, Line2D([], [], color=style.colour, **outline))
         if np.isfinite(histogram.bound) and histogram.bound > 0:
@@ -171,7 +180,7 @@ def _distribution(each: Sequence[Histogram], runs: Sequence[Style]) -> Figure:
             label = f"p{level}  {short(norm)}" if alone else f"p{level}"
             legend.setdefault(label, Line2D([], [], color=style.colour if alone else GREY, **marker))
     axes.set_xscale("log")
-    _log_ticks(axes.xaxis, *axes.get_xlim())
+    _log_ticks(axes.xaxis, *axes.get_xlim(), most=1000)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("gradient norm, unclipped")
     axes.set_ylabel("steps, %")

@@ -10,16 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..analysis.log import Log, Numbers
-from .thinning import Indices, crests, sample, thin
+from .thinning import Indices, crests, sample, thin, trend
 from .words import listed, plain
 
 __all__ = ["Line", "Marked", "Panel", "panels"]
 
-POINTS = 35_000
-"""Buckets of all curves of a page together; about a megabyte."""
+POINTS = 30_000
+"""Buckets of all curves of a page together; less than a megabyte."""
 
 BUCKETS = 2000
 """Of one curve, at most."""
+
+TREND = 400
+"""Medians along a curve that is too long for its points."""
 
 MARKED = 400
 """Marks of a kind and run, at most."""
@@ -36,11 +39,13 @@ class Line:
         run: which.
         steps: (n,).
         values: (n,); NaN leaves a gap.
+        trend: medians along it, where only its extremes are drawn; None where all of it is.
     """
 
     run: int
     steps: NDArray[np.signedinteger[Any]]
     values: NDArray[np.floating[Any]]
+    trend: Line | None = None
 
 
 @dataclass(frozen=True)
@@ -140,22 +145,23 @@ def _norms(logs: Sequence[Log], buckets: int) -> Panel:
     # Beyond all curves there is a line for each run's marks of steps that have no norm.
     shelf = max(high / low, 10.0) ** 0.05
     shared = len(logs) > 1 and len({_constant(log) for log in logs}) == 1 and _constant(logs[0]) is not None
+    many = len(logs) > 8
     for run, log in enumerate(logs):
         spikes = np.searchsorted(log.steps, [spike.step for spike in log.spikes][:MARKED])
         keep = sample(np.flatnonzero(log.skipped), MARKED).tolist() + spikes[spikes < len(log.steps)].tolist()
         lines.append(_line(run, log, log.norms, thin(log.norms, buckets, keep)))
         if np.isfinite(log.bounds).any() and not (shared and run):
             bounds.append(_line(-1 if shared else run, log, log.bounds, _bound(log, buckets)))
-        marks += _marks(run, log, high * shelf ** (1 + run % 8), few=len(logs) > 8)
+        marks += _marks(run, log, high * shelf ** (1 if many else 1 + run), many)
     top = max((float(each.heights.max()) for each in marks if each.kind == "nonfinite"), default=None)
     return Panel("norm", "gradient norm, unclipped", tuple(lines), tuple(bounds), tuple(marks), True, top, 330)
 
 
-def _marks(run: int, log: Log, shelf: float, few: bool) -> list[Marked]:
+def _marks(run: int, log: Log, shelf: float, many: bool) -> list[Marked]:
     """Those of a run; where there are many runs, no clipped steps, which their curves show."""
     found = []
     clipped, counts = crests(log.norms, log.clipped, MARKED)
-    if len(clipped) and not few:
+    if len(clipped) and not many:
         texts = tuple("clipped" if count == 1 else f"{count:,} steps clipped hereabouts" for count in counts)
         found.append(Marked(run, "clipped", *_drawn(log, log.norms, clipped), texts))
     for kind, happened in (("skipped", log.skipped), ("nonfinite", ~log.finite)):
@@ -213,14 +219,22 @@ def _columns(
 
 
 def _line(run: int, log: Log, values: Numbers, places: Indices) -> Line:
-    return Line(run, *_drawn(log, values, places))
+    if len(places) == len(values):
+        return Line(run, *_drawn(log, values, places))
+    middles, medians = trend(values, TREND)
+    return Line(run, *_drawn(log, values, places), Line(run, *_small(log.steps[middles], medians)))
 
 
 def _drawn(
     log: Log, values: Numbers, places: Indices
 ) -> tuple[NDArray[np.signedinteger[Any]], NDArray[np.floating[Any]]]:
+    return _small(log.steps[places], values[places])
+
+
+def _small(
+    steps: NDArray[np.int64], drawn: Numbers
+) -> tuple[NDArray[np.signedinteger[Any]], NDArray[np.floating[Any]]]:
     """In half the size, unless it would not fit."""
-    steps, drawn = log.steps[places], values[places]
     size = np.abs(drawn[np.isfinite(drawn) & (drawn != 0)])
     fits = not size.size or (size.max() < 1e38 and size.min() > 1e-37)
     return (

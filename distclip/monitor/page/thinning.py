@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..analysis.log import Numbers
+from .words import median
 
-__all__ = ["Indices", "crests", "sample", "thin"]
+__all__ = ["Indices", "crests", "sample", "thin", "trend"]
 
 Indices: TypeAlias = NDArray[np.int64]
 """Places in a column, increasing."""
@@ -62,6 +63,13 @@ def crests(values: Numbers, marked: NDArray[np.bool_], buckets: int) -> tuple[In
             found.append((start + highest, int(here.sum())))
     places, counts = np.array(found, np.int64).reshape(-1, 2).T
     return places, counts
+
+
+def trend(values: Numbers, buckets: int) -> tuple[Indices, Numbers]:
+    """The median of every bucket of a curve, and its place: in the middle. NaN where nothing in it is finite."""
+    cuts = _cuts(len(values), buckets)
+    places = np.array([(start + stop) // 2 for start, stop in cuts], np.int64)
+    return places, np.array([median(values[start:stop]) for start, stop in cuts])
 
 
 def sample(places: Indices, most: int) -> Indices:

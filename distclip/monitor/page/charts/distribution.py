@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,8 @@ import plotly.graph_objects as go
 
 from ..distribution import Histogram
 from ..palette import GREY, QUANTILES, Style
-from ..words import short
-from .layout import beside, finish, log_ticks
+from ..words import short, shortened
+from .layout import beside, finish, literal, log_ticks
 
 __all__ = ["distribution"]
 
@@ -25,7 +24,7 @@ def distribution(each: Sequence[Histogram], runs: Sequence[Style]) -> Any:
     shown: set[float] = set()
     for histogram in each:
         style = runs[histogram.run]
-        group = escape(style.group)
+        group = literal(style.group)
         edges, shares = histogram.edges, np.append(histogram.shares, 0.0)
         figure.add_trace(
             go.Scatter(
@@ -34,8 +33,8 @@ def distribution(each: Sequence[Histogram], runs: Sequence[Style]) -> Any:
                 mode="lines",
                 line={"color": style.colour, "width": 1.5, "shape": "hv", "dash": "dot" if style.dashed else "solid"},
                 fill="tozeroy",
-                fillcolor=_faint(style.colour, 0.25 if alone else 0.10 if len(runs) < 9 else 0.02),
-                name=group,
+                fillcolor=_faint(style.colour, 0.25 if alone else 0.10 if len(runs) < 5 else 0.0),
+                name=literal(shortened(style.group, 40)),
                 legendgroup=group,
                 showlegend=style.first and not alone,
                 hovertemplate=f"norm from %{{x:.3~g}}: %{{y:.2~f}} % of steps<extra>{beside(style, runs)}</extra>",
@@ -85,7 +84,7 @@ def distribution(each: Sequence[Histogram], runs: Sequence[Style]) -> Any:
                 figure.add_trace(go.Scatter(x=[None], y=[None], mode="markers", name=f"p{level}", marker=marker))
     finish(figure, 300, sum(style.first for style in runs), runs)
     figure.update_xaxes(
-        title_text="gradient norm, unclipped", type="log", **log_ticks([histogram.edges for histogram in each], 3.0)
+        title_text="gradient norm, unclipped", type="log", **log_ticks([histogram.edges for histogram in each], 600)
     )
     figure.update_yaxes(title_text="steps, %", rangemode="tozero", tickformat="~g")
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from ..palette import GREY, RUNS, Style
 from ..words import shortened
 
-__all__ = ["beside", "finish", "log_ticks"]
+__all__ = ["beside", "finish", "literal", "log_ticks"]
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 GRID = "rgba(138, 143, 152, 0.22)"
@@ -47,21 +48,31 @@ def finish(figure: Any, height: int, entries: int, runs: Sequence[Style]) -> Non
             "y": 1,
             "yanchor": "bottom",
             "font": {"size": 12},
-            "itemsizing": "constant",
+            "itemsizing": "trace",
         },
         hoverlabel={"font": {"family": FONT, "size": 12}},
     )
 
 
-def log_ticks(each: Sequence[NDArray[np.floating[Any]]], narrow: float) -> dict[str, Any]:
-    """A label per decade, or two more in each if there are not so many."""
+def log_ticks(each: Sequence[NDArray[np.floating[Any]]], size: int) -> dict[str, Any]:
+    """A label per decade, or two more in each if an axis of this many pixels has room for them."""
     values = np.concatenate(each)
     positive = values[np.isfinite(values) & (values > 0)]
     decades = float(np.log10(positive.max() / positive.min())) if len(positive) else 0.0
-    step: dict[str, Any] = {"dtick": "D2"} if decades < narrow else {"dtick": max(1, round(decades / 6))}
-    return {**step, "exponentformat": "power" if decades > 8 else "SI" if decades > 5 else "none"}
+    step = "D2" if decades < size / 200 else max(1, math.ceil(decades * 35 / size))
+    plain = not len(positive) or (positive.min() > 1e-4 and positive.max() < 1e6)
+    return {"dtick": step, "exponentformat": "none" if plain else "power"}
 
 
 def beside(style: Style, runs: Sequence[Style]) -> str:
-    """The run's name beside a hover; braces would be taken for a format."""
-    return escape(shortened(style.name, 40)).replace("{", "&#123;") if len(runs) > 1 else ""
+    """The run's name beside what is seen under the mouse."""
+    return literal(shortened(style.name, 40)) if len(runs) > 1 else ""
+
+
+def literal(text: str) -> str:
+    """A name that plotly shows as it is: no markup, and no %{template}.
+
+    >>> literal("<b>%{x}")
+    '&lt;b&gt;%&#123;x}'
+    """
+    return escape(text).replace("{", "&#123;")

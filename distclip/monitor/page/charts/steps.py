@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
@@ -11,7 +10,7 @@ import plotly.graph_objects as go
 from ..palette import GREY, MARKS, Style
 from ..series import Line, Marked, Panel
 from ..words import shortened
-from .layout import beside, finish, log_ticks
+from .layout import beside, finish, literal, log_ticks
 
 __all__ = ["over_steps"]
 
@@ -29,7 +28,9 @@ def over_steps(panels: Sequence[Panel], runs: Sequence[Style]) -> Any:
         for line in panel.bounds:
             figure.add_trace(_bound(line, runs, axis))
         for line in panel.lines:
-            figure.add_trace(_curve(line, panel, runs, axis, i == 0))
+            figure.add_trace(_curve(line, panel, runs, axis, i == 0 and line.trend is None))
+            if line.trend is not None:
+                figure.add_trace(_trend(line.trend, panel, runs, axis, i == 0))
         for mark in panel.marks:
             figure.add_trace(_marks(mark, runs, axis))
         top, bottom = 1 - above / height, 1 - (above + panel.tall) / height
@@ -38,6 +39,9 @@ def over_steps(panels: Sequence[Panel], runs: Sequence[Style]) -> Any:
     if len(runs) > 1:
         for kind in dict.fromkeys(mark.kind for panel in panels for mark in panel.marks):
             figure.add_trace(_key(kind))
+        if any(line.run >= 0 for line in panels[0].bounds):
+            line = {"color": GREY, "width": 1.5, "dash": "dash"}
+            figure.add_trace(go.Scatter(x=[None], y=[None], mode="lines", name="bound", line=line, hoverinfo="skip"))
     last = f"y{len(panels)}" if len(panels) > 1 else "y"
     finish(figure, height, sum(style.first for style in runs), runs)
     ends = [float(line.steps[i]) for line in panels[0].lines for i in (0, -1)]
@@ -60,20 +64,36 @@ def _curve(line: Line, panel: Panel, runs: Sequence[Style], axis: str, legend: b
         y=line.values,
         yaxis=axis,
         mode="lines+markers" if few else "lines",
-        name=escape(style.group),
-        legendgroup=escape(style.group),
+        name=literal(shortened(style.group, 40)),
+        legendgroup=literal(style.group),
         showlegend=legend and style.first and len(runs) > 1,
         line={"color": style.colour, "width": 1.3 if len(runs) < 9 else 1, "dash": "dot" if style.dashed else "solid"},
-        opacity=1 if len(runs) < 9 else 0.65,
+        opacity=(1 if len(runs) < 9 else 0.65) * (1 if line.trend is None else 0.4),
         hovertemplate=f"step %{{x:,d}}: %{{y:.4~g}}<extra>{beside(style, runs)}</extra>",
         meta=panel.key,
+    )
+
+
+def _trend(line: Line, panel: Panel, runs: Sequence[Style], axis: str, legend: bool) -> Any:
+    style = runs[line.run]
+    return go.Scatter(
+        x=line.steps,
+        y=line.values,
+        yaxis=axis,
+        mode="lines",
+        name=literal(shortened(style.group, 40)),
+        legendgroup=literal(style.group),
+        showlegend=legend and style.first and len(runs) > 1,
+        line={"color": style.colour, "width": 1.6},
+        hovertemplate=f"around step %{{x:,d}}: median %{{y:.4~g}}<extra>{beside(style, runs)}</extra>",
+        meta=f"{panel.key} trend",
     )
 
 
 def _bound(line: Line, runs: Sequence[Style], axis: str) -> Any:
     own = line.run >= 0 and len(runs) > 1
     colour = runs[line.run].colour if own else GREY
-    group = escape(runs[line.run].group) if own else "bound"
+    group = literal(runs[line.run].group) if own else "bound"
     return go.Scatter(
         x=line.steps,
         y=line.values,
@@ -98,7 +118,7 @@ def _marks(mark: Marked, runs: Sequence[Style], axis: str) -> Any:
         yaxis=axis,
         mode="markers",
         name=shape.label,
-        legendgroup=mark.kind if alone else escape(style.group),
+        legendgroup=mark.kind if alone else literal(style.group),
         showlegend=alone,
         text=mark.texts,
         marker=_symbol(mark.kind, colour),
@@ -120,10 +140,10 @@ def _symbol(kind: str, colour: str) -> dict[str, Any]:
 
 
 def _axis(panel: Panel, domain: tuple[float, float]) -> dict[str, Any]:
-    title = panel.title if "<br>" in panel.title else escape(shortened(panel.title, panel.tall // 7))
+    title = panel.title if "<br>" in panel.title else literal(shortened(panel.title, panel.tall // 7))
     axis: dict[str, Any] = {"domain": domain, "title": {"text": title}, "type": "log" if panel.log else "linear"}
     if panel.log:
-        axis |= log_ticks([line.values for line in (*panel.lines, *panel.bounds)], 1.5)
+        axis |= log_ticks([line.values for line in (*panel.lines, *panel.bounds)], panel.tall)
     else:
         axis |= {"nticks": 7 if panel.tall > 150 else 4, "tickformat": "~g"}
     if panel.key == "clip_rate":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import plotly.graph_objects as go
 
 from ..tensors import HeatMap
 from ..words import short, shortened
-from .layout import finish
+from .layout import finish, literal
 
 __all__ = ["tensor_norms"]
 
@@ -21,7 +20,7 @@ def tensor_norms(heat_map: HeatMap) -> Any:
     low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
     every = range(int(np.ceil(low)), int(np.floor(high)) + 1)
     ticks = list(every) if len(every) > 1 else np.linspace(low, high, 3).round(2).tolist()
-    names = [escape(name) for name in heat_map.names]
+    names = [literal(name) for name in heat_map.names]
     figure = go.Figure(
         go.Heatmap(
             x=heat_map.steps,
@@ -42,7 +41,7 @@ def tensor_norms(heat_map: HeatMap) -> Any:
             hovertemplate="step %{x:,d}: %{customdata:.4~g}<br>%{y}<extra></extra>",
         )
     )
-    labels = [escape(shortened(label, 34)) for label in heat_map.labels]
+    labels = [literal(shortened(label, 34)) for label in heat_map.labels]
     finish(figure, max(120, 17 * len(names)), 0, [])
     figure.update_xaxes(title_text="step", tickformat=",d", showgrid=False)
     figure.update_yaxes(
