@@ -76,7 +76,9 @@ def styles(names: Sequence[str]) -> list[Style]:
     result = []
     for name, group in zip(names, groups, strict=True):
         place = order.index(group)
-        label = f"{group or 'all'} ({sizes[group]} runs)" if sizes[group] > 1 else name
+        label = (
+            f"{group or 'all'} ({sizes[group]} runs)" if sizes[group] > 1 else name if names.count(name) == 1 else group
+        )
         result.append(Style(name, label, RUNS[place % len(RUNS)], (place // len(RUNS)) % 2 == 1, group not in seen))
         seen.add(group)
     return result

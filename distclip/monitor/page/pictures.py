@@ -73,7 +73,8 @@ def write_pictures(logs: Sequence[Log], directory: Path) -> list[Path]:
         drawings["distribution"] = lambda: _distribution(spread, runs)
     for i, each in enumerate(maps):
         drawings[f"tensors_{i + 1}" if len(maps) > 1 else "tensors"] = lambda each=each: _tensors(each, runs)  # type: ignore[misc]
-    with rc_context(RC), _any_script():
+    # Close to the largest number there is, matplotlib's margins are beyond it.
+    with rc_context(RC), _any_script(), np.errstate(over="ignore"):
         return [_save(draw(), directory / f"{name}.png") for name, draw in drawings.items()]
 
 
@@ -201,6 +202,8 @@ def _tensors(heat_map: HeatMap, runs: Sequence[Style]) -> Figure:
     axes.grid(False)
     axes.set_yticks(np.arange(rows) + 0.5, [shortened(name, 40) for name in heat_map.labels], fontsize=6)
     axes.set_xlabel("step")
+    if heat_map.pattern != "*":
+        axes.set_ylabel(shortened(heat_map.pattern, 40), fontsize=6)
     if len(runs) > 1:
         axes.set_title(shortened(runs[heat_map.run].name, 60), fontsize=8, loc="left")
     bar = figure.colorbar(mesh, ax=axes, pad=0.02, aspect=30)

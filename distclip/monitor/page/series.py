@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..analysis.log import Log, Numbers
+from .palette import MARKS
 from .thinning import Indices, crests, sample, thin, trend
 from .words import listed, plain
 
@@ -77,7 +79,6 @@ class Panel:
         bounds: what the policy allowed, dashed.
         marks: on the curves.
         log: whether its axis is logarithmic.
-        top: where its axis has to end; None wherever.
         tall: in pixels.
     """
 
@@ -87,7 +88,6 @@ class Panel:
     bounds: tuple[Line, ...] = ()
     marks: tuple[Marked, ...] = ()
     log: bool = False
-    top: float | None = None
     tall: int = 110
 
 
@@ -143,7 +143,7 @@ def _norms(logs: Sequence[Log], buckets: int) -> Panel:
     positive = np.concatenate([each[each > 0] for log in logs for each in (log.norms, log.bounds)])
     low, high = (float(positive.min()), float(positive.max())) if len(positive) else (1.0, 1.0)
     # Beyond all curves there is a line for each run's marks of steps that have no norm.
-    shelf = max(high / low, 10.0) ** 0.05
+    shelf = 10 ** (0.05 * max(math.log10(high) - math.log10(low), 1.0))
     shared = len(logs) > 1 and len({_constant(log) for log in logs}) == 1 and _constant(logs[0]) is not None
     many = len(logs) > 8
     for run, log in enumerate(logs):
@@ -152,9 +152,10 @@ def _norms(logs: Sequence[Log], buckets: int) -> Panel:
         lines.append(_line(run, log, log.norms, thin(log.norms, buckets, keep)))
         if np.isfinite(log.bounds).any() and not (shared and run):
             bounds.append(_line(-1 if shared else run, log, log.bounds, _bound(log, buckets)))
-        marks += _marks(run, log, high * shelf ** (1 if many else 1 + run), many)
-    top = max((float(each.heights.max()) for each in marks if each.kind == "nonfinite"), default=None)
-    return Panel("norm", "gradient norm, unclipped", tuple(lines), tuple(bounds), tuple(marks), True, top, 330)
+        marks += _marks(run, log, min(high * shelf ** (1 if many else 1 + run), 1e300), many)
+    # Norms that are all 0 have no place on a logarithmic axis.
+    logarithmic = len(positive) > 0 or bool(marks)
+    return Panel("norm", "gradient norm, unclipped", tuple(lines), tuple(bounds), tuple(marks), logarithmic, 330)
 
 
 def _marks(run: int, log: Log, shelf: float, many: bool) -> list[Marked]:
@@ -168,7 +169,7 @@ def _marks(run: int, log: Log, shelf: float, many: bool) -> list[Marked]:
         if len(places := sample(np.flatnonzero(happened), MARKED)):
             heights = np.where(np.isfinite(log.norms), log.norms, shelf)
             total = int(happened.sum())
-            text = f"{kind.replace('nonf', 'not f')} ({total:,} such step{'s' * (total > 1)})"
+            text = f"{MARKS[kind].label} ({total:,} such step{'s' * (total > 1)})"
             found.append(Marked(run, kind, *_drawn(log, heights, places), (text,) * len(places)))
     return found
 

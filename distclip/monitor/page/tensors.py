@@ -32,7 +32,8 @@ class HeatMap:
     Args:
         run: which.
         names: of its rows, from the top.
-        labels: the same without the parts that all have alike.
+        labels: the same without the parts that all have alike, and
+        pattern: these, with a star for what is left.
         steps: (columns,) at which each column begins.
         logs: (rows, columns) decimal logarithm of the largest norm of a column's steps; NaN where none was finite.
         limits: of the colours, as logarithms; the same for all runs.
@@ -42,6 +43,7 @@ class HeatMap:
     run: int
     names: tuple[str, ...]
     labels: tuple[str, ...]
+    pattern: str
     steps: NDArray[np.int64]
     logs: NDArray[np.floating[Any]]
     limits: tuple[float, float]
@@ -70,7 +72,7 @@ def heat_maps(logs: Sequence[Log]) -> tuple[list[HeatMap], list[str]]:
         highest = np.fmax.reduceat(norms, starts, axis=0).T.astype(np.float32)
         names = tuple(plain(log.tensors[row]) for row in rows)
         left_out = len(log.tensors) - len(rows)
-        found.append(HeatMap(run, names, labels(names), log.tensor_steps[starts], highest, limits, left_out))
+        found.append(HeatMap(run, names, *labels(names), log.tensor_steps[starts], highest, limits, left_out))
     return found, notes
 
 
@@ -83,17 +85,18 @@ def _rows(log: Log) -> tuple[list[int], Numbers]:
         return rows, np.where(norms > 0, np.log10(norms), np.nan)
 
 
-def labels(names: Sequence[str]) -> tuple[str, ...]:
-    """What tells the names apart.
+def labels(names: Sequence[str]) -> tuple[tuple[str, ...], str]:
+    """What tells the names apart, and where it stands in them.
 
     >>> labels(["layers.0.mlp.weight", "layers.1.mlp.weight", "layers.1.attention.weight"])
-    ('0.mlp', '1.mlp', '1.attention')
+    (('0.mlp', '1.mlp', '1.attention'), 'layers.*.weight')
     """
     parts = [name.split(".") for name in names]
     shortest = min(map(len, parts)) - 1
     start = _alike(zip(*parts, strict=False), shortest)
     stop = _alike(zip(*(reversed(each) for each in parts), strict=False), shortest - start)
-    return tuple(".".join(each[start : len(each) - stop]) for each in parts)
+    pattern = ".".join([*parts[0][:start], "*", *parts[0][len(parts[0]) - stop :]])
+    return tuple(".".join(each[start : len(each) - stop]) for each in parts), pattern
 
 
 def _alike(places: Iterable[Sequence[str]], most: int) -> int:

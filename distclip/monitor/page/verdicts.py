@@ -71,6 +71,6 @@ def _verdict(log: Log) -> Verdict:
     try:
         found = suggest(log)
     except RunError as error:
-        return Verdict(findings, NOTHING, str(error))
+        return Verdict(findings, NOTHING, str(error).removeprefix(f"{log.name}: "))
     bound = f"{short(found.max_norm)} ({short(found.low)} … {short(found.high)})"
     return Verdict(findings, bound, found.text, found.cautions, (found.override, found.python))

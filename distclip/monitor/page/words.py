@@ -62,7 +62,7 @@ def shortened(text: str, width: int) -> str:
     """A name that is too long, without its middle.
 
     >>> shortened("transformer.layers.31.mlp.down_proj.weight", 23)
-    'transformer….proj.weight'
+    'transformer…proj.weight'
     """
     if len(text) <= width:
         return text

@@ -25,7 +25,7 @@ def finish(figure: Any, height: int, entries: int, runs: Sequence[Style]) -> Non
     """What all charts have alike; colours of text are the page's, which knows light from dark."""
     longest = max((len(style.group) for style in runs if style.first), default=0)
     rows = 1 if entries < 2 else 1 + entries * min(longest, 40) // 110
-    margin = {**MARGIN, "t": MARGIN["t"] + (22 * rows if runs else 0)}
+    margin = {**MARGIN, "t": MARGIN["t"] + 22 * rows}
     axis = {
         "gridcolor": GRID,
         "separatethousands": True,
@@ -58,8 +58,8 @@ def log_ticks(each: Sequence[NDArray[np.floating[Any]]], size: int) -> dict[str,
     """A label per decade, or two more in each if an axis of this many pixels has room for them."""
     values = np.concatenate(each)
     positive = values[np.isfinite(values) & (values > 0)]
-    decades = float(np.log10(positive.max() / positive.min())) if len(positive) else 0.0
-    step = "D2" if decades < size / 200 else max(1, math.ceil(decades * 35 / size))
+    decades = float(np.ptp(np.log10(positive))) if len(positive) else 0.0
+    step = "D2" if decades < size / 130 else max(1, math.ceil(decades * 35 / size))
     plain = not len(positive) or (positive.min() > 1e-4 and positive.max() < 1e6)
     return {"dtick": step, "exponentformat": "none" if plain else "power"}
 

@@ -40,11 +40,11 @@ def over_steps(panels: Sequence[Panel], runs: Sequence[Style]) -> Any:
         for kind in dict.fromkeys(mark.kind for panel in panels for mark in panel.marks):
             figure.add_trace(_key(kind))
         if any(line.run >= 0 for line in panels[0].bounds):
-            line = {"color": GREY, "width": 1.5, "dash": "dash"}
-            figure.add_trace(go.Scatter(x=[None], y=[None], mode="lines", name="bound", line=line, hoverinfo="skip"))
+            look = {"color": GREY, "width": 1.5, "dash": "dash"}
+            figure.add_trace(go.Scatter(x=[None], y=[None], mode="lines", name="bound", line=look, hoverinfo="skip"))
     last = f"y{len(panels)}" if len(panels) > 1 else "y"
     finish(figure, height, sum(style.first for style in runs), runs)
-    ends = [float(line.steps[i]) for line in panels[0].lines for i in (0, -1)]
+    ends = [float(line.steps[i]) for line in panels[0].lines if len(line.steps) for i in (0, -1)] or [0.0]
     figure.update_xaxes(title_text="step", anchor=last, tickformat=",d", range=_padded(min(ends), max(ends)))
     figure.update_layout(hovermode="closest")
     return figure
