@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .excess import SPIKE
+from .excess import SPIKE, spikes_of
 from .log import Log, Spike
+from .phrases import listed
 
 __all__ = ["Blame", "Suspect", "blame"]
 
@@ -65,17 +66,18 @@ def blame(log: Log) -> Blame:
     """Count what the spikes have in common.
 
     A spike is a recorded step with at least three times the median norm before it, or one whose norm is not finite; of
-    such steps in a row, as a network that is beyond repair has them, the first. The chance is a binomial one: of N samples
-    a batch of b has any given one with b/N. N is the run's "samples", if its header says so, or as many as are named in
-    the recorded steps, which are fewer, so that the chance comes out too large rather than too small; it is multiplied
-    by N, because any of them might have been the one.
+    such steps in a row, as a network that is beyond repair has them, the first. The chance is a binomial one: of N
+    samples a batch of b has any given one with b/N. N is the run's "samples", if its header says so, or as many as are
+    named in the recorded steps, which are fewer, so that the chance comes out too large rather than too small; it is
+    multiplied by N, because any of them might have been the one.
     """
     spikes = _spiky(log)
     with_ids = [spike.ids for spike in spikes if spike.ids]
     everyone = _population(log)
     ranked = _ranked(with_ids, everyone)
     suspects = tuple(each for each in ranked if each.count > 1 and each.chance < CHANCE)
-    worst = max(spikes, key=lambda spike: math.inf if math.isnan(spike.ratio) else spike.ratio, default=None)
+    with_it = [spike for spike in spikes if suspects and suspects[0].id in spike.ids] or spikes
+    worst = max(with_it, key=lambda spike: math.inf if math.isnan(spike.ratio) else spike.ratio, default=None)
     return Blame(
         spikes=tuple(spikes),
         with_ids=len(with_ids),
@@ -136,10 +138,16 @@ def _text(
     ranked: Sequence[Suspect],
     everyone: int,
 ) -> str:
+    unseen = np.count_nonzero(~log.finite) + len(spikes_of(log))
+    if unseen and not log.spikes:
+        return (
+            f"{unseen:,} of {len(log.steps):,} steps stand out, and the log says nothing more of them: record the run "
+            "with distclip.monitor.Recorder, and call recorder.note(ids=...) with the batch's samples before each step."
+        )
     if not spikes:
         return (
-            f"No step of {len(log.steps):,} was recorded with {SPIKE:g} times the median norm before it or a norm that is "
-            "not finite: there is nobody to blame."
+            f"None of {len(log.steps):,} steps was recorded with {SPIKE:g} times the median norm before it, or with a "
+            "norm that is not finite: there is nobody to blame."
         )
     if not with_ids:
         return (
@@ -156,8 +164,7 @@ def _text(
     first = suspects[0]
     alike = [each for each in suspects if each.count == first.count]
     if len(alike) > 1:
-        names = ", ".join(str(each.id) for each in alike[:8]) + (", …" if len(alike) > 8 else "")
-        who = f"samples {names} are each in {first.count}"
+        who = f"samples {listed([each.id for each in alike], 8)} are each in {first.count}"
         cannot = " They come together: which of them it is the log cannot tell."
     else:
         who, cannot = f"sample {first.id} is in {first.count}", ""

@@ -1,8 +1,8 @@
 """Where the level of the norms changes: warm-up, and the regimes after it.
 
 Binary segmentation (Scott and Knott 1974) of block medians of log-norms. A change must be worth it in three ways: the
-squared error it saves, against the scatter of neighbouring blocks; the factor between the levels; and how long it lasts,
-so that neither a spike nor a burst of them is one.
+squared error it saves, against the scatter of neighbouring blocks; the factor between the levels; and how long it
+lasts, so that neither a spike nor a burst of them is one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -32,7 +33,7 @@ FACTOR = 1.5
 """Between two levels at least."""
 
 PENALTY = 10.0
-"""Times variance times log(blocks). 2 is the least for independent blocks (BIC); norms of neighbouring steps are alike."""
+"""Times variance times log(blocks). 2 would do for independent blocks (BIC); neighbouring norms are alike."""
 
 WARM_UP = 1 / 3
 """Of the run at most."""
@@ -99,7 +100,7 @@ def find_regimes(log: Log) -> Regimes:
     bounds = [0, *(edge * size for edge in _edges(levels)), len(norms)]
     segments = tuple(
         Segment(start, stop, int(log.steps[where[start]]), int(log.steps[where[stop - 1]]), _median(norms[start:stop]))
-        for start, stop in zip(bounds, bounds[1:])
+        for start, stop in pairwise(bounds)
     )
     early = sum(segment.stop <= WARM_UP * len(norms) for segment in segments)
     return Regimes(norms, where, segments[:early], segments[early:])
@@ -110,7 +111,8 @@ def _block_medians(norms: Numbers, size: int) -> Numbers:
     count = max(1, len(norms) // size)
     whole = norms[: count * size].reshape(count, -1) if len(norms) >= size else norms[None]
     # A gradient of zeros has no logarithm; the smallest number has.
-    return np.log(np.maximum(np.median(whole, axis=1), np.finfo(np.float64).tiny))
+    medians: Numbers = np.log(np.maximum(np.median(whole, axis=1), np.finfo(np.float64).tiny))
+    return medians
 
 
 def _edges(levels: Numbers) -> list[int]:

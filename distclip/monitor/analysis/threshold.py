@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from .candidates import Candidate, bound_in_use, candidate
 from .errors import RunError
 from .log import Log, Numbers
+from .phrases import percent
 from .regimes import Regimes, Segment, find_regimes
 from .shares import dominant
 
@@ -86,13 +88,13 @@ def suggest(log: Log, batch: int | None = None) -> Suggestion:
     """The bound that a run's norms speak for: the 90th percentile of its last regime, after the warm-up.
 
     Measured: norms recorded at a safe learning rate, percentiles taken as the bound of runs at four to five times that
-    rate, three seeds each. With p90 the held-out losses are 1.96 (a tanh RNN), 1.75 (an LSTM; 1.97 on one seed) and 2.49
-    (a GPT, SGD), as good as with any other. p75 and p95 are about as good (1.74 … 2.00 and 1.73 … 1.98 for the RNNs).
-    p50 costs the RNN 0.1. With p99 and the maximum the LSTM fails (3.3 … 4.2 and 4.4 … 7.9): they are too loose when
-    the learning rate is to be raised, and good only as a safety net at the rate of the log.
+    rate, three seeds each. With p90 the held-out losses are 1.96 (a tanh RNN), 1.75 (an LSTM; 1.97 on one seed) and
+    2.49 (a GPT, SGD), as good as with any other. p75 gives 2.00, 1.74 and 2.48, p95 1.98, 1.73 … 1.88 and 2.50; p50
+    costs the RNN 0.1. With p99 and the maximum the LSTM fails (3.3 … 4.2 and 4.4 … 7.9): they are too loose when the
+    learning rate is to be raised, and good only as a safety net at the rate of the log.
 
-    The interval is a bootstrap's over blocks of steps, because norms of neighbouring steps are alike; of a regime of more
-    than 20,000 steps as many are resampled, so that it is wider than it need be.
+    The interval is a bootstrap's over blocks of steps, because norms of neighbouring steps are alike; of a regime of
+    more than 20,000 steps as many are resampled, so that it is wider than it need be.
 
     Args:
         batch: samples of a step in the run to come, for a warning where the log was made with another number.
@@ -108,11 +110,11 @@ def suggest(log: Log, batch: int | None = None) -> Suggestion:
         )
     last = regimes.last
     if len(last) < FEWEST:
-        changed = ", since the level of the norms last changed" if last.start else ""
-        left_out = f" ({dropped:,} not finite left out)" if dropped else ""
+        changed = " (since the level of the norms changed)" if last.start else ""
+        left_out = f" ({dropped:,} of the run are not finite)" if dropped else ""
         raise RunError(
-            f"{log.name}: steps {last.first} to {last.last}{changed}, have {len(last)} finite norms{left_out}, and a bound "
-            f"needs {FEWEST}: record a longer run"
+            f"{log.name}: steps {last.first} to {last.last}{changed} have {len(last)} finite norms{left_out}, and a "
+            f"bound needs {FEWEST}: record a longer run"
         )
     norms = regimes.of(last)
     percentiles = dict(zip(LEVELS, np.percentile(norms, list(LEVELS.values())).tolist(), strict=True))
@@ -180,14 +182,15 @@ def _notes(log: Log, regimes: Regimes, dropped: int) -> Iterator[str]:
     if regimes.warm_up:
         first, last = regimes.warm_up[0], regimes.warm_up[-1]
         yield (
-            f"Warm-up to step {last.last}: the median norm went from {first.median:.3g} to {regimes.settled[0].median:.3g}."
+            f"Warm-up to step {last.last}: the median norm went from {first.median:.3g} to "
+            f"{regimes.settled[0].median:.3g}."
         )
-    for before, after in zip(regimes.settled, regimes.settled[1:]):
+    for before, after in pairwise(regimes.settled):
         yield f"At step {after.first} the median norm went from {before.median:.3g} to {after.median:.3g}."
     if (most := dominant(log)) is not None:
         yield (
-            f"{most[0]} carries {most[1]:.0%} of the squared norm (median): a bound on the whole is a bound on it, which "
-            "distclip.group_norm can give one of its own."
+            f"{most[0]} carries {percent(most[1])} of the squared norm (median): a bound on the whole is a bound on "
+            "it. distclip.group_norm can give it one of its own."
         )
 
 
@@ -196,19 +199,19 @@ def _cautions(log: Log, regimes: Regimes, drift: float, batch: int | None) -> It
     clipped = float(np.mean(log.coefs[where] < 1))
     if clipped > CONDITIONAL:
         yield (
-            f"{clipped:.0%} of these steps were clipped: the norms are those of a clipped run, and would have been others "
-            "without. Run it once more with the new bound and look again."
+            f"{percent(clipped)} of these steps were clipped: the norms are those of a clipped run, and would have "
+            "been others without. Run it once more with the new bound and look again."
         )
     if drift > DRIFT:
         yield (
-            f"After the warm-up the median norm moves by a factor of {drift:.2g}: a fixed bound will be too tight or too "
-            "loose for a part of the run, an adaptive policy goes with it."
+            f"After the warm-up the median norm moves by a factor of {drift:.2g}: a fixed bound will be too tight or "
+            "too loose for a part of the run; an adaptive policy goes with it."
         )
     batches = [(each.start, each.header["batch"]) for each in log.sessions if "batch" in each.header]
-    changes = [later for earlier, later in zip(batches, batches[1:]) if earlier[1] != later[1]]
+    changes = [later for earlier, later in pairwise(batches) if earlier[1] != later[1]]
     if changes:
         steps = ", ".join(f"{size} from step {start} on" for start, size in changes)
-        yield f"The batch size changed within the log: {batches[0][1]}, then {steps}. The noise of a norm changes with it."
+        yield f"The batch size changed within the log: {batches[0][1]}, then {steps}. The norms' noise changes with it."
     recorded = log.header.get("batch")
     if batch is None or recorded == batch:
         return

@@ -1,0 +1,7 @@
+"""`python -m distclip.monitor`: the command `distclip`, where it is not on the path."""
+
+import sys
+
+from .command import main
+
+sys.exit(main())
