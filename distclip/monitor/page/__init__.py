@@ -1,1 +1,7 @@
-"""What is shown of runs: a page, pictures, and lines on a terminal."""
+"""What people look at: a page, pictures for papers, a table in the terminal."""
+
+from .document import write_page
+from .overview import overview
+from .pictures import write_pictures
+
+__all__ = ["overview", "write_page", "write_pictures"]

@@ -1,0 +1,56 @@
+"""The norms of single tensors, in plotly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from ..tensors import HeatMap
+from ..words import short, shortened
+from .layout import finish, literal
+
+__all__ = ["tensor_norms"]
+
+
+def tensor_norms(heat_map: HeatMap) -> Any:
+    """One run's tensors over the steps."""
+    low, high = heat_map.limits
+    low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
+    every = range(int(np.ceil(low)), int(np.floor(high)) + 1)
+    ticks = list(every) if len(every) > 1 else np.linspace(low, high, 3).round(2).tolist()
+    names = [literal(name) for name in heat_map.names]
+    figure = go.Figure(
+        go.Heatmap(
+            x=heat_map.steps,
+            y=names,
+            z=heat_map.logs,
+            zmin=low,
+            zmax=high,
+            colorscale="Viridis",
+            colorbar={
+                "title": {"text": "norm", "side": "right"},
+                "tickvals": ticks,
+                "ticktext": [short(10.0**tick) for tick in ticks],
+                "thickness": 10,
+                "outlinewidth": 0,
+            },
+            customdata=10.0**heat_map.logs,
+            hoverongaps=False,
+            hovertemplate="step %{x:,d}: %{customdata:.4~g}<br>%{y}<extra></extra>",
+        )
+    )
+    labels = [literal(shortened(label, 34)) for label in heat_map.labels]
+    finish(figure, max(120, 17 * len(names)), 0, [])
+    figure.update_xaxes(title_text="step", tickformat=",d", showgrid=False)
+    figure.update_yaxes(
+        title_text=literal(shortened(heat_map.pattern, max(12, 2 * len(names)))) if heat_map.pattern != "*" else None,
+        tickvals=names,
+        ticktext=labels,
+        autorange="reversed",
+        showgrid=False,
+        tickfont_size=11,
+        automargin=True,
+    )
+    return figure
