@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 __all__ = ["Extremes"]
 
-_ENOUGH = 16
+_ENOUGH = 5
 """Norms before which nothing is usual yet."""
 
 _FACTOR = 2.0
@@ -27,8 +27,8 @@ class Extremes:
         top: how many steps stand out at most at a time; and how many that are not finite are told of.
         window: how many norms make the running median.
 
-    >>> Extremes(top=1).among([1.0] * 16 + [5.0, 3.0, 7.0])
-    [(16, 5.0), (18, 7.0)]
+    >>> Extremes(top=1).among([1.0, 1.1, 0.9, 1.0, 1.0, 5.0, 3.0, 7.0])
+    [(5, 5.0), (7, 7.0)]
     """
 
     def __init__(self, top: int, window: int = 128) -> None:

@@ -5,7 +5,8 @@ NaN and infinity, which JSON does not know, are null. A line has the key "distcl
 The first kind says what follows; it comes whenever a recorder opens the file:
 
 - `distclip`, `format`: versions; `time`: seconds since 1970
-- `policy`: as Python writes it; `per`: what has a norm of its own; `slots`: names in the order of `norms`
+- `policy`: as Python writes it, without what is as it is by default; `per`: what has a norm of its own; `slots`: names
+  in the order of `norms`
 - `tensors`: names in the order of `tensor_norms`, where those are recorded
 - `every`: steps between two writes; `world_size`: ranks; and whatever facts the recorder was given
 

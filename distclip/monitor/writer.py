@@ -6,7 +6,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 from .._version import __version__
@@ -104,7 +104,7 @@ def _header(clipper: GradClipper, every: int) -> dict[str, Any]:
         "distclip": __version__,
         "format": FORMAT,
         "time": round(time.time(), 3),
-        "policy": re.sub(r" at 0x\w+", "", repr(clipper.policy)),
+        "policy": _described(clipper.policy),
         "per": clipper.policy.per,
         "every": every,
         "world_size": clipper.comm.size,
@@ -114,6 +114,19 @@ def _header(clipper: GradClipper, every: int) -> dict[str, Any]:
     if clipper.tensors:
         header["tensors"] = clipper.tensors
     return header
+
+
+def _described(policy: Any) -> str:
+    """As Python writes it, without what is as it is by default."""
+    if not is_dataclass(policy):
+        return re.sub(r" at 0x\w+", "", repr(policy))
+    said = []
+    for field in fields(policy):
+        value = getattr(policy, field.name)
+        usual = field.default_factory() if callable(field.default_factory) else field.default
+        if value != usual or is_dataclass(value) or field.name == "max_norm":
+            said.append(f"{field.name}={_described(value)}")
+    return f"{type(policy).__name__}({', '.join(said)})"
 
 
 def _numbers(line: Mapping[str, Any], clipper: GradClipper) -> dict[str, float]:

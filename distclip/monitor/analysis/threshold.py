@@ -73,7 +73,7 @@ class Suggestion:
     def override(self) -> str:
         """For Hydra."""
         if self.cap is not None:
-            return f"clip=zclip clip.cap={self.cap:g}"
+            return f"clip=median_mad clip.cap={self.cap:g}"
         return f"clip=global_norm clip.max_norm={self.max_norm:g}"
 
     @property

@@ -70,7 +70,7 @@ def test_suggest_where_norms_drift(tmp_path: Path, capsys: pytest.CaptureFixture
     out = said(capsys, "suggest", str(tmp_path))
     words = " ".join(out.split())
     assert "is a normaliser" in words and "learning rate are then one knob" in words
-    assert "Adaptive, with a cap that always holds:\n  launch/train.py clip=zclip clip.cap=" in out
+    assert "Adaptive, with a cap that always holds:\n  launch/train.py clip=median_mad clip.cap=" in out
 
 
 def test_diagnose(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

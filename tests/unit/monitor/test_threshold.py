@@ -92,7 +92,7 @@ def test_norms_that_drift_want_an_adaptive_policy() -> None:
         found = suggest(log_of(norms))
         assert found.drift > 2 and found.cap is not None
         assert np.percentile(norms, 90) < found.cap < norms.max()
-        assert found.override == f"clip=zclip clip.cap={found.cap:g}"
+        assert found.override == f"clip=median_mad clip.cap={found.cap:g}"
         assert found.python == f"distclip.GradClipper(model, distclip.median_mad(3, cap={found.cap:g}))"
         assert any("adaptive" in each for each in found.cautions)
     assert suggest(log_of(usual(2000) * 1.8 ** (np.arange(2000) / 2000))).cap is None
