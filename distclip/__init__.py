@@ -9,12 +9,13 @@
 A gradient of the model is spread over many processes. Some hold different pieces of it, some hold copies of the same
 piece. Clipping is right only if every element is counted exactly once and every process applies the same factor.
 A module imports only from stages to its left. `call` runs the stages up to the totals; `clip` has torch's functions on
-top of it; `judge` adds a policy's memory and what to do about gradients that are not finite, `stepper` the optimizers
-(`amp`: a loss scale; `fold`: factors that a fused optimizer applies itself), `binding` makes a judge of arguments, and
-`clipper` is the one class over them. `slots` settles between the ranks what has a norm of its own: the model, or every
-group, tensor or row. `kernels` read and multiply for `measure` and `apply`: in C on a CPU, in Triton on a GPU, with
-torch's operators anywhere. `integrations`, which nothing here imports, takes a clipper into DeepSpeed's engines, and
-torch.distributed into MPI jobs.
+top of it; `judge` adds a policy's memory and what to do about gradients that are not finite, and comes to a `decision`;
+`stepper` adds the optimizers (`amp`: a loss scale; `fold`: factors that a fused optimizer applies itself), `binding`
+makes a judge of arguments, and `clipper` is the one class over them. `slots` settles between the ranks what has a norm
+of its own: the model, or every group, tensor or row; `by_tensor` has the norms of tensors beside those. `kernels` read
+and multiply for `measure` and `apply`: in C on a CPU, in Triton on a GPU, with torch's operators anywhere. Nothing here
+imports `monitor`, which records what a clipper sees and says what follows from it, or `integrations`, which takes a
+clipper into DeepSpeed's engines, and torch.distributed into MPI jobs.
 
 Words: a *norm* is a root, a *power sum* is Σ|g|^p without it; *max_norm* is the user's bound; *coef* ≤ 1 multiplies a
 gradient; an *axis* belongs to a mesh, a *dim* to a tensor; a *shard* is one rank's piece of a gradient, and its

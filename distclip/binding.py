@@ -8,19 +8,20 @@ from typing import Any, get_args
 import torch.distributed as dist
 from torch import nn
 
+from .by_tensor import ByTensor
 from .call import Attempt, agree, check_same, meet
 from .comm import Comm, ranks_of
 from .errors import ArgumentError, DisagreementError
 from .judge import Judge
 from .nonfinite import OnNonFinite, Watch
 from .policies import Policy
-from .slots import Found, Slots, arrange, find
+from .slots import Found, Slots, arrange, find, within
 from .sources import Plan, parameter_plan, split_axes
 from .sources.arguments import Parameters
 from .sources.flat import flat_slices, marked_slices
 from .sources.split import SplitOver
 
-__all__ = ["bind"]
+__all__ = ["bind", "measure_tensors"]
 
 
 def bind(
@@ -60,6 +61,26 @@ def bind(
     return Judge(plan, everybody, policy, slots, on_nonfinite, watch)
 
 
+def measure_tensors(judge: Judge) -> None:
+    """From now on, have the norm of every parameter beside those that the policy asks for.
+
+    Collectives: one gather, unless the policy asks for them anyway.
+    """
+    policy, slots = judge.policy, judge.slots
+    if policy.per in ("tensor", "row"):
+        rows = [i for i, count in enumerate(slots.counts) for _ in range(count)]
+        parameters = ByTensor.places(rows) if policy.per == "row" else None
+        judge.by_tensor = ByTensor(slots.names, None, parameters, slots.total, slots.total)
+        return
+    attempt = Attempt()
+    found = attempt(find, judge.plan, judge.comm.size, _world_rank(judge.comm), False, {}) or []
+    told = meet(judge.comm, attempt.failure or judge.plan.failure, found)
+    fine = arrange(told, judge.comm.rank, "tensor", {}, ())
+    part_of = within(told, getattr(policy, "groups", {}), getattr(policy, "exclude", ()))
+    judge.plan.arrangement.assign(fine.places)
+    judge.by_tensor = ByTensor(fine.names, ByTensor.places(part_of), None, fine.total, slots.total)
+
+
 def _check(policy: Any, on_nonfinite: Any, max_skips: Any) -> None:
     if not isinstance(policy, Policy):
         raise ArgumentError(
@@ -82,9 +103,12 @@ def _find(parameters: Any, plan: Plan, policy: Policy, comm: Comm) -> list[Found
     slices = marked_slices(plan.tensors)
     if policy.per in ("tensor", "row") and isinstance(parameters, nn.Module):
         slices |= flat_slices(parameters)
+    return find(plan, comm.size, _world_rank(comm), policy.per == "row", slices)
+
+
+def _world_rank(comm: Comm) -> int:
     here = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    rank = ranks_of(comm)[comm.rank] if hasattr(comm, "ranks") else here
-    return find(plan, comm.size, rank, policy.per == "row", slices)
+    return ranks_of(comm)[comm.rank] if hasattr(comm, "ranks") else here
 
 
 def _arrange(told: list[list[Found]], mine: int, policy: Policy) -> Slots:

@@ -60,6 +60,7 @@ class Measured:
         wide: whether some gradient is float64.
         passed: how many tensors this rank passed.
         each: what this rank measured of each of its gradients.
+        fine: totals by slots of their own, where more is measured than the policy is shown in `totals`.
     """
 
     shards: Shards
@@ -67,6 +68,7 @@ class Measured:
     wide: bool
     passed: int
     each: tuple[Evidence, ...] = ()
+    fine: Totals | None = None
 
     @property
     def norm(self) -> Tensor:

@@ -13,10 +13,10 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .binding import bind
+from .binding import bind, measure_tensors
 from .comm import Comm
+from .decision import Decision, Observer
 from .errors import ArgumentError
-from .judge import Decision
 from .memory import restored, rule_of, saved
 from .nonfinite import Incident, OnNonFinite, Watch
 from .policies import Policy
@@ -111,10 +111,40 @@ class GradClipper:
         ('w',)
         """
         memory = self.state_dict()
-        rule = self._judge.on_nonfinite
-        self._judge = bind(parameters, self.policy, split_over, comm, rule, self._watch, flat_grads)
+        old = self._judge
+        self._judge = bind(parameters, self.policy, split_over, comm, old.on_nonfinite, self._watch, flat_grads)
+        self._judge.observers = old.observers
+        if old.by_tensor is not None:
+            measure_tensors(self._judge)
         self._stepper = Stepper(self._judge)
         self.load_state_dict(memory)
+
+    @torch.no_grad()
+    def measure_tensors(self) -> None:
+        """From now on, reports have the norm of every parameter's gradient, whatever the policy asks for.
+
+        They come out of the same all-reduce, which gets longer by a number for each; gradients are then read one by one
+        also where they lie in one storage. Call it on every rank.
+
+        Collectives: one gather, unless the policy is per tensor or row.
+
+        >>> from distclip import global_norm
+        >>> weight, bias = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+        >>> clipper = GradClipper([("weight", weight), ("bias", bias)], global_norm(1.0))
+        >>> clipper.measure_tensors()
+        >>> weight.grad, bias.grad = torch.tensor([3.0]), torch.tensor([4.0])
+        >>> clipper.tensors, clipper.clip().tensor_norms
+        (('weight', 'bias'), tensor([3., 4.], dtype=torch.float64))
+        """
+        if self._judge.by_tensor is None:
+            measure_tensors(self._judge)
+
+    def observe(self, observer: Observer) -> None:
+        """Have `observer(step, decision)` called at every step, on every rank, once its decision is made.
+
+        For recorders (see `distclip.monitor`). It must not raise; if it communicates, all ranks need the same one.
+        """
+        self._judge.observers.append(observer)
 
     @_disable_dynamo
     @torch.no_grad()
@@ -156,6 +186,21 @@ class GradClipper:
         rows = self.policy.per == "row"
         named = zip(self._judge.slots.names, self._judge.slots.counts, strict=True)
         return tuple(f"{name}[{i}]" if rows and n > 1 else name for name, n in named for i in range(n))
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of the parameters, in the order of `Report.tensor_norms`; empty without `measure_tensors`."""
+        return () if self._judge.by_tensor is None else self._judge.by_tensor.names
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of those that this rank has, or has a piece of."""
+        return tuple(self._judge.plan.arrangement.names)
+
+    @property
+    def comm(self) -> Comm:
+        """Everybody concerned."""
+        return self._judge.comm
 
     @property
     def incidents(self) -> Sequence[Incident]:

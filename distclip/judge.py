@@ -15,64 +15,17 @@ import torch
 from torch import Tensor
 
 from .apply import outside
+from .by_tensor import ByTensor
 from .call import Measured, total
 from .comm import Comm, LocalComm
+from .decision import Decision, Observer
 from .measure import Evidence
 from .nonfinite import OnNonFinite, Watch, blame, counted, suspected, zero_
 from .policies import Clamp, Policy, Scale, State, Value
-from .report import Report
-from .shards import Shards
 from .slots import Slots
 from .sources import Plan
 
-__all__ = ["Decision", "Judge"]
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What is to happen to the gradients of one step.
-
-    Args:
-        measured: the gradients and their totals.
-        coefs: (slots,) float64; 1 where the step is skipped.
-        clamp: bounds of the elements, instead.
-        skip: 0-d bool, whether the step leaves everything as it is.
-        skip_known: the same on the host; None where the host has not waited for it.
-        overflow: 0-d bool, whether that is because something is not finite.
-    """
-
-    measured: Measured
-    coefs: Tensor
-    clamp: Clamp | None
-    skip: Tensor
-    skip_known: bool | None
-    overflow: Tensor
-
-    @cached_property
-    def factors(self) -> Tensor:
-        """(slots,): what gradients are multiplied by: the coefficients, free of a loss scale."""
-        scale = self.measured.totals.loss_scale
-        factors = self.coefs if scale is None else self.coefs / scale.to(self.coefs)
-        return factors if self.skip_known is not None else torch.where(self.skip, 1.0, factors)
-
-    def without_gradients(self) -> Decision:
-        """The same, without keeping gradients alive."""
-        return replace(self, measured=replace(self.measured, shards=Shards.of(()), each=()))
-
-    def report(self) -> Report:
-        """For the caller."""
-        totals, coefs, outside = self.measured.totals, self.coefs, self.measured.outside
-        one = len(coefs) == 1
-        clipped = (coefs[0] if one else coefs).ne(1.0).any()
-        return Report(
-            norm=self.measured.presented(),
-            coef=coefs[0] if one else _shortening(totals.norms, coefs, totals.norm_type),
-            clipped=clipped if outside is False else clipped | (outside & ~self.skip),
-            finite=totals.finite,
-            skipped=self.skip,
-            norms=totals.norms,
-            coefs=coefs,
-        )
+__all__ = ["Judge"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +57,8 @@ class Judge:
         self.plan, self.comm, self.policy, self.slots = plan, comm, policy, slots
         self.on_nonfinite, self.watch = on_nonfinite, watch
         self.state: State = policy.init(slots.total, torch.device("cpu"))
+        self.by_tensor: ByTensor | None = None
+        self.observers: list[Observer] = []
         self._later: _Later | None = None
 
     @cached_property
@@ -157,9 +112,12 @@ class Judge:
             known = finite is False or (by_policy is not None and bool(skip))
             coefs = torch.ones_like(coefs) if known else measured.guard(coefs)
         clamp = verdict if isinstance(verdict, Clamp) else None
-        decision = Decision(measured, coefs, clamp, skip, known, overflow)
+        bounds = None if scale is None else scale.bounds
+        decision = Decision(measured, coefs, clamp, skip, known, overflow, bounds, self.by_tensor)
         if finite is not False:
             self._count(decision, scaled)
+        for observer in self.observers:
+            observer(self.watch.steps, decision)
         return decision
 
     def settle(self) -> None:
@@ -193,10 +151,13 @@ class Judge:
             scale = 1.0 if loss_scale is None else float(loss_scale)
             inspect = partial(outside, low=policy.low * scale, high=policy.high * scale)
         weights = bool(getattr(policy, "needs_weights", False))
-        measured = total(self.plan, policy.norm_type, self.comm, failure, inspect, self.slots.total, weights)
-        if loss_scale is None:
+        slots = self.slots.total if self.by_tensor is None else self.by_tensor.slots
+        measured = total(self.plan, policy.norm_type, self.comm, failure, inspect, slots, weights)
+        if loss_scale is not None:
+            measured = replace(measured, totals=replace(measured.totals, loss_scale=loss_scale))
+        if self.by_tensor is None:
             return measured
-        return replace(measured, totals=replace(measured.totals, loss_scale=loss_scale))
+        return replace(measured, totals=self.by_tensor.shown(measured.totals), fine=measured.totals)
 
     def _handle(self, measured: Measured, loss_scale: Tensor | None, scaled: bool) -> tuple[Measured, bool]:
         """A step that is not finite, known to be so by the host of every rank; and what it is after that."""
@@ -244,10 +205,3 @@ def _capturing() -> bool:
 def _mask(spared: tuple[bool, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
     """(slots,): it travels to the device once, not every step."""
     return torch.tensor(spared).repeat_interleave(torch.tensor(counts)).to(device)
-
-
-def _shortening(norms: Tensor, coefs: Tensor, norm_type: float) -> Tensor:
-    """By what the whole gradient is shorter, 1 where nothing is clipped."""
-    before = torch.linalg.vector_norm(norms, norm_type)
-    after = torch.linalg.vector_norm(norms * coefs, norm_type)
-    return torch.where((coefs == 1).all() | (before == 0), 1.0, after / before)

@@ -18,7 +18,7 @@ from .kernels import power_sums, row_powers
 from .kernels.operators import constant, neutral
 from .shards import Places, Rows, Shard, Shards
 
-__all__ = ["Evidence", "Partials", "measure"]
+__all__ = ["Evidence", "Partials", "joined", "measure"]
 
 Evidence = tuple[tuple[str, ...], Tensor]
 """Names of parameters, and what was measured of each of them: (names,) power sums, or a row of them."""
@@ -99,7 +99,7 @@ def _by_slot(
         sums, some_wide = power_sums(whole.grads, norm_type, device)
         is_wide = is_wide or some_wide
         each.append((whole.places.names, sums))
-        total = _joined(_shared(sums, whole.places.copies, norm_type), whole.places, norm_type, slots)
+        total = joined(_shared(sums, whole.places.copies, norm_type), whole.places, norm_type, slots)
     else:
         total = neutral(norm_type, device).repeat(slots)
     for shard in by_row:
@@ -120,8 +120,8 @@ def _shared(sums: Tensor, copies: Sequence[float], norm_type: float) -> Tensor:
     return sums / constant(tuple(copies), sums.device, sums.dtype)
 
 
-def _joined(sums: Tensor, places: Places, norm_type: float, slots: int) -> Tensor:
-    """(slots,): what counts in the same slot together, always in the same order, so that copies have the same bits."""
+def joined(sums: Tensor, places: Places, norm_type: float, slots: int) -> Tensor:
+    """(slots,): power sums of one slot added up, always in the same order, so that copies have the same bits."""
     if slots == 1:
         return sums.amax(0, keepdim=True) if math.isinf(norm_type) else sums.sum(0, keepdim=True)
     if math.isinf(norm_type):

@@ -23,6 +23,9 @@ class Report:
             updates only is stepped where this is False.
         norms: (slots,) float64, the norm of each slot; `GradClipper.slots` has the names.
         coefs: (slots,) float64, the factor of each.
+        bounds: (slots,) float64, the norm that the policy allowed each, inf where any; None for a policy that has none.
+        tensor_norms: (parameters,) float64, after `GradClipper.measure_tensors`: the norm of each parameter's gradient;
+            `GradClipper.tensors` has the names. None without.
     """
 
     norm: Tensor
@@ -32,6 +35,8 @@ class Report:
     skipped: Tensor
     norms: Tensor
     coefs: Tensor
+    bounds: Tensor | None = None
+    tensor_norms: Tensor | None = None
 
     def as_dict(self) -> dict[str, float | bool]:
         """Python numbers for a log: {"norm", "coef", "clipped", "finite", "skipped"}.

@@ -16,7 +16,7 @@ from .sources import Plan
 from .sources.rows import Cut, cut_of
 from .sources.tagged import annotation_of
 
-__all__ = ["Found", "Slots", "arrange", "find"]
+__all__ = ["Found", "Slots", "arrange", "find", "within"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +113,10 @@ def arrange(
     if per == "model":
         if not exclude:
             return Slots()
-        return _grouped(told[mine], {"model": ""}, spare)
+        return _grouped(told[mine], _patterns({}), spare)
     if per == "group":
         _matching(groups.values(), every, "groups")
-        return _grouped(told[mine], {**groups, "rest": ""}, spare)
+        return _grouped(told[mine], _patterns(groups), spare)
     keys = _keys(told)
     if not keys:
         return Slots()
@@ -134,13 +134,34 @@ def arrange(
     return Slots(names, tuple(counts.values()), places, spared)
 
 
+def within(told: Sequence[Sequence[Found]], groups: Mapping[str, str], exclude: Sequence[str]) -> tuple[int, ...]:
+    """In which slot of a policy per model or group each slot of a policy per tensor counts.
+
+    Args:
+        told: by every rank of the communicator, in order.
+        groups, exclude: see `arrange`; no groups for a policy per model.
+    """
+    every = {found.name: None for rank in told for found in rank}
+    spare, wanted = _matching(exclude, every, "exclude"), _patterns(groups)
+    names = [founds[0].name for founds in _keys(told).values()]
+    return tuple(len(wanted) if name in spare else _group_of(name, wanted) for name in names) or (0,)
+
+
+def _patterns(groups: Mapping[str, str]) -> Mapping[str, str]:
+    """By name, with a last one for what no other takes."""
+    return {**groups, "rest": ""} if groups else {"model": ""}
+
+
+def _group_of(name: str, groups: Mapping[str, str]) -> int:
+    return next(i for i, pattern in enumerate(groups.values()) if re.search(pattern, name))
+
+
 def _grouped(mine: Sequence[Found], groups: Mapping[str, str], spare: set[str]) -> Slots:
     """One slot per group; what is never clipped has one beside."""
     names = (*groups, "excluded") if spare else tuple(groups)
     places: dict[str, tuple[int, Rows | None]] = {}
     for found in mine:
-        slot = next(i for i, pattern in enumerate(groups.values()) if re.search(pattern, found.name))
-        places[found.name] = (len(groups) if found.name in spare else slot, None)
+        places[found.name] = (len(groups) if found.name in spare else _group_of(found.name, groups), None)
     return Slots(names, (1,) * len(names), places, tuple(i >= len(groups) for i in range(len(names))))
 
 

@@ -18,9 +18,10 @@ from torch.optim import Optimizer
 from .amp import Scaling, initial_scale, parameters_of
 from .apply import clamp_, scale_
 from .call import Attempt, meet
+from .decision import Decision
 from .errors import ArgumentError, DisagreementError
 from .fold import folded, takes_factor
-from .judge import Decision, Judge
+from .judge import Judge
 from .policies import Value
 from .shards import Shards
 

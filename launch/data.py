@@ -16,6 +16,8 @@ class Batch(NamedTuple):
     y: Tensor
     first: bool
     """Whether a pass over the data starts here, so that a carried state starts from zero."""
+    ids: Tensor
+    """Which samples of the data set these are; of text, which batch of the pass this is."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def _streams(ids: Tensor, batch: int, length: int) -> list[Batch]:
             f"{len(ids)} characters there are: write a smaller batch or data.length"
         )
     xs, ys = rows[:, :n].split(length, dim=1), rows[:, 1 : n + 1].split(length, dim=1)
-    return [Batch(x, y, i == 0) for i, (x, y) in enumerate(zip(xs, ys, strict=True))]
+    return [Batch(x, y, i == 0, torch.tensor([i])) for i, (x, y) in enumerate(zip(xs, ys, strict=True))]
 
 
 def digits(batch: int, held_out: float) -> Table:
@@ -98,6 +100,18 @@ def diabetes(batch: int, held_out: float, bad_label: float) -> Table:
     return _table(x, y[:, None], bad[:, None], batch, held_out, squared_error, outputs=1)
 
 
+def regression(
+    batch: int, held_out: float, samples: int, features: int, noise: float, standardised: bool, random_state: int
+) -> Table:
+    from sklearn.datasets import make_regression
+
+    made = make_regression(n_samples=samples, n_features=features, noise=noise, random_state=random_state)
+    x, y = (torch.tensor(a).float() for a in made)
+    if standardised:
+        y = (y - y.mean()) / y.std()
+    return _table(x, y[:, None], y[:, None], batch, held_out, squared_error, outputs=1)
+
+
 def _table(x: Tensor, y: Tensor, bad: Tensor, batch: int, held_out: float, criterion: Any, outputs: int) -> Table:
     """Shuffle once, hold out whole batches, reshuffle the rest with the seed on every pass.
 
@@ -111,9 +125,9 @@ def _table(x: Tensor, y: Tensor, bad: Tensor, batch: int, held_out: float, crite
             f"batch={batch} is too large to hold out data.held_out={held_out} of {len(x)} "
             f"samples in whole batches: write a smaller batch"
         )
-    rest = [Batch(*pair, False) for pair in zip(x[:held].split(batch), y[:held].split(batch), strict=True)]
+    rest = [Batch(x[rows], y[rows], False, order[rows]) for rows in torch.arange(held).split(batch)]
     variance = float(y[:held].var(correction=0)) if outputs == 1 else None
-    x, y, bad = x[held:], y[held:], bad[held:]
+    x, y, bad, ids = x[held:], y[held:], bad[held:], order[held:]
 
     def passes(seed: int) -> Iterator[Batch]:
         chosen = torch.randint(len(x), (1,), generator=torch.Generator().manual_seed(seed))
@@ -122,7 +136,7 @@ def _table(x: Tensor, y: Tensor, bad: Tensor, batch: int, held_out: float, crite
         while True:
             for rows in torch.randperm(len(x), generator=generator).split(batch):
                 if len(rows) == batch:
-                    yield Batch(x[rows], targets[rows], False)
+                    yield Batch(x[rows], targets[rows], False, ids[rows])
 
     guess = math.log(outputs) if outputs > 1 else float(y.var())
     return Table(passes, rest, criterion, outputs, guess, "samples", variance, x.shape[1])

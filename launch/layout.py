@@ -22,12 +22,14 @@ MODEL_AXES = ("tp", "pp")  # ranks along these see the same batch, along all oth
 class Layout:
     """`place` puts a model on a mesh with these axis sizes; one of them may be -1, the rest.
 
-    A lower precision is autocast's, unless the model is to be placed with parameters of that precision.
+    A lower precision is autocast's, unless the model is to be placed with parameters of that precision. `whole` says
+    that every rank has whole parameters with whole gradients, as in one process.
     """
 
     mesh: Mapping[str, int]
     place: "Callable[..., Placed]"
     autocast: bool = True
+    whole: bool = False
 
     def sizes(self, world: int) -> dict[str, int]:
         """The axis sizes on this many ranks, or exit saying how many ranks or what to write."""

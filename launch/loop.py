@@ -20,6 +20,7 @@ from inject import Inject
 from layout import Layout, share
 from models import reset_state
 from parallel import Placed
+from probe import Probe
 from processes import RANK, WORLD, gathered, world_mean
 from record import Outcome, Record, Row
 from terminal import Terminal
@@ -38,6 +39,7 @@ class Run:
     """Starts what the ranks talk over, if nothing has yet."""
     device: torch.device
     inject: Inject | None
+    probe: Probe
     start: int
     """The first step."""
 
@@ -58,6 +60,7 @@ def train(run: Run, record: Record, terminal: Terminal) -> Outcome:
     progress = stepping.progress(mesh, len(example))
     if cfg.resume is not None:
         progress.load(checkpoint.newest(Path(cfg.resume))[1])
+    run.probe.watch(placed.module)
     directory = gathered(record.directory and record.directory.resolve())[0]
 
     start = time.perf_counter()
@@ -73,12 +76,14 @@ def train(run: Run, record: Record, terminal: Terminal) -> Outcome:
             loss = placed.train(*mine(batch))
             if strike is not None:
                 strike(step)
+            run.probe.before()
             report = stepping.step()
             if clipper.incidents:
                 warnings.simplefilter("ignore", NonFiniteWarning)  # once is enough: the table names all
             bar.advance(task)
             row = {"step": step, "lr": stepping.lr}
             row[data.unit] = step * batch.y.numel()
+            row |= run.probe.after(report)
             pending.append((row, loss, report))
             saving = bool(cfg.checkpoint.every) and step % cfg.checkpoint.every == 0
             # Losses and reports are read a few steps at a time, not to wait for the device.
@@ -90,7 +95,8 @@ def train(run: Run, record: Record, terminal: Terminal) -> Outcome:
             if saving:
                 checkpoint.save(progress, directory, step)
     held_out = evaluate(placed, [mine(batch) for batch in data.held_out], run.device)
-    return record.close(held_out, data, time.perf_counter() - start)
+    measures = run.probe.close(record.rows, record.directory)
+    return record.close(held_out, data, time.perf_counter() - start, measures)
 
 
 def _settle(pending: list[tuple[Row, Tensor | None, Any]], device: torch.device) -> list[Row]:

@@ -72,7 +72,7 @@ def _recurrent(data: Text, cell: Callable[..., nn.RNNBase], hidden: int, layers:
 
 def mlp(data: Data, hidden: int, layers: int) -> nn.Sequential:
     if not isinstance(data, Table):
-        raise SystemExit("model=mlp reads numbers: write model=mlp data=digits (or data=diabetes)")
+        raise SystemExit("model=mlp reads numbers: write model=mlp data=digits (or diabetes, regression)")
     parts: list[nn.Module] = []
     width = data.features
     for _ in range(layers):

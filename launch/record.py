@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data import Data
 from distclip import Incident
+from probe import Measure
 
 Row = dict[str, Any]
 
@@ -24,11 +25,15 @@ class Outcome:
     norms: dict[str, float]
     """Percentiles of those that are finite."""
     nonfinite: int
+    first_nonfinite: int | None
+    """At which step."""
     skipped: int
     zeroed: int
     incidents: list[dict[str, Any]]
     """The last steps that were not finite: what was done, and which parameters on which ranks are to blame."""
     r2: float | None
+    measures: list[Measure]
+    """What the run's probe has to say; each by its name in summary.json."""
     clip_rate: float
     seconds: float
     directory: str
@@ -61,7 +66,7 @@ class Record:
     def clip_rate(self) -> float:
         return sum(bool(row["clipped"]) for row in self.rows) / len(self.rows)
 
-    def close(self, held_out: float, data: Data, seconds: float) -> Outcome:
+    def close(self, held_out: float, data: Data, seconds: float, measures: list[Measure]) -> Outcome:
         every = np.array([row["norm"] for row in self.rows])
         norms = every[np.isfinite(every)]
         levels = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
@@ -71,16 +76,19 @@ class Record:
             guess=data.guess,
             norms={k: float(np.percentile(norms, p)) if len(norms) else math.nan for k, p in levels.items()},
             nonfinite=len(every) - len(norms),
+            first_nonfinite=next((row["step"] for row in self.rows if not math.isfinite(row["norm"])), None),
             skipped=sum(row["skipped"] for row in self.rows),
             zeroed=self.zeroed,
             incidents=[_plain(incident) for incident in self.incidents],
             r2=None if data.variance is None else 1 - held_out / data.variance,
+            measures=measures,
             clip_rate=self.clip_rate,
             seconds=seconds,
             directory=str(self.directory),
         )
         if self.directory is not None:
-            summary = json.dumps(_finite(asdict(outcome)), indent=2, allow_nan=False)
+            plain = asdict(outcome) | {"measures": {each.name: each.value for each in measures}}
+            summary = json.dumps(_finite(plain | plain.pop("measures")), indent=2, allow_nan=False)
             (self.directory / "summary.json").write_text(summary + "\n")
         return outcome
 

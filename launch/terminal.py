@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-from rich.table import Table
 
+import closing
 from record import Outcome, Row
 
 
@@ -37,47 +37,22 @@ class Terminal:
             highlight=False,
         )
 
-    def outcomes(self, outcomes: Mapping[str, Outcome]) -> None:
-        """The closing table: a column per run."""
-        table = Table(show_header=len(outcomes) > 1)
-        table.add_column()
-        for name in outcomes:
-            table.add_column(name, justify="right")
-        runs = list(outcomes.values())
-        table.add_row("steps", *(str(run.steps) for run in runs))
-        table.add_row("held-out loss", *(f"{run.held_out:.3f}" for run in runs), style="bold")
-        table.add_row("  of a blind guess", *(f"{run.guess:.3f}" for run in runs))
-        if any(run.r2 is not None for run in runs):
-            table.add_row("held-out R2", *("" if run.r2 is None else f"{run.r2:.3g}" for run in runs))
-        for level in runs[0].norms:
-            table.add_row(f"norm {level}", *(f"{run.norms[level]:.3g}" for run in runs))
-        if any(run.nonfinite for run in runs):
-            table.add_row("norm not finite", *(f"{run.nonfinite} steps" for run in runs))
-        for title, counts in {"skipped": [r.skipped for r in runs], "zeroed": [r.zeroed for r in runs]}.items():
-            if any(counts):
-                table.add_row(title, *(f"{count} steps" for count in counts))
-        table.add_row("clip rate", *(f"{run.clip_rate:.1%}" for run in runs))
-        table.add_row("time", *(f"{run.seconds:.1f} s" for run in runs))
-        self.console.print(table)
+    def outcomes(self, outcomes: Mapping[str, Outcome], note: str) -> None:
+        """The closing table, and what it shows."""
+        for table in closing.tables(outcomes, self.console):
+            self.console.print(table)
         for name, run in outcomes.items():
             if run.incidents:
                 title = f"not finite{name and f' ({name})'}"
-                self.console.print(f"{title}: {'; '.join(culprits(run, 3))}", soft_wrap=True, highlight=False)
+                self.console.print(f"{title}: {'; '.join(closing.culprits(run, 3))}", soft_wrap=True, highlight=False)
+        self.say(note)
         # A path is for copying: outside the table, never folded.
         self.console.print(
-            f"run directory: {os.path.commonpath([run.directory for run in runs])}",
+            f"run directory: {os.path.commonpath([run.directory for run in outcomes.values()])}",
             soft_wrap=True,
             highlight=False,
         )
 
-
-def culprits(run: Outcome, most: int) -> list[str]:
-    """The first few parameters whose gradients were not finite: `0.weight: 3 NaN on rank 1 (step 12)`."""
-    found = [(each, incident["step"]) for incident in run.incidents for each in incident["culprits"]]
-    lines = []
-    for each, step in found[:most]:
-        numbers = ", ".join(f"{n} {what}" for n, what in ((each["nans"], "NaN"), (each["infs"], "inf")) if n)
-        ranks = ", ".join(map(str, each["ranks"]))
-        on = f" on rank{'s' * (len(each['ranks']) > 1)} {ranks}" if ranks else ""
-        lines.append(f"{each['name']}: {numbers}{on} (step {step})")
-    return [*lines, f"and {len(found) - most} more"] if len(found) > most else lines
+    def say(self, text: str) -> None:
+        if text:
+            self.console.print(text.strip(), highlight=False, markup=False)

@@ -16,6 +16,7 @@ import checkpoint
 import loop
 import settings
 from layout import Copies
+from probe import Probe
 from processes import MPIRUN, RANK, WORLD, give_up, join_mpi, leave, pick_device
 from record import Record
 from terminal import Terminal
@@ -61,11 +62,17 @@ def build(cfg: DictConfig) -> loop.Run:
     inject = instantiate(cfg.get("inject"))
     if inject is not None:
         inject.check(model, range(start, cfg.steps + 1))
+    probe = instantiate(cfg.get("probe")) or Probe()
+    if probe.whole and not layout.whole:
+        raise SystemExit(
+            f"probe={cfg.probe._target_.split('.')[0]} looks at whole gradients, of which this layout leaves each rank "
+            f"a piece: write parallel=ddp or parallel=single"
+        )
     dtype = getattr(torch, cfg.precision.dtype)
     if dtype != torch.float32 and layout.autocast:
         for part in model:
             part.forward = torch.autocast(device.type, dtype)(part.forward)
-    return loop.Run(cfg, data, model, policy, layout, join, device, inject, start)
+    return loop.Run(cfg, data, model, policy, layout, join, device, inject, probe, start)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
@@ -90,7 +97,7 @@ def main(cfg: DictConfig) -> None:
         # A multirun would start its next job here while the other ranks wait in this one: exit.
         traceback.print_exc()
         raise SystemExit(1) from None
-    terminal.outcomes(outcomes)
+    terminal.outcomes(outcomes, cfg.note)
 
 
 if __name__ == "__main__":

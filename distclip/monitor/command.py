@@ -56,7 +56,7 @@ def _run(asked: argparse.Namespace) -> int:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", TornWarning)
-            logs = read_all(asked.runs)
+            logs = read_all(_meant(asked))
         for warning in caught:
             print(f"distclip {asked.command}: {warning.message}", file=sys.stderr)
         do(asked, logs, Terminal())
@@ -68,6 +68,16 @@ def _run(asked: argparse.Namespace) -> int:
         return _fail(f"distclip {asked.command}: {error.filename} cannot be written: {error.strerror}")
     sys.stdout.flush()
     return 0
+
+
+def _meant(asked: argparse.Namespace) -> list[Path]:
+    from .analysis.errors import RunError
+    from .analysis.log import find_runs
+
+    runs = find_runs(asked.runs)
+    if len(runs) > 1 and not asked.several:
+        raise RunError(f"{len(runs)} runs are in {asked.runs[0]}, and it looks at one: write {runs[0]}, say")
+    return runs
 
 
 def _report(asked: argparse.Namespace, logs: list[Log], terminal: Terminal) -> None:
@@ -88,7 +98,7 @@ def _report(asked: argparse.Namespace, logs: list[Log], terminal: Terminal) -> N
 def _suggest(asked: argparse.Namespace, logs: list[Log], terminal: Terminal) -> None:
     from .analysis.threshold import suggest
 
-    log = _single(logs)
+    (log,) = logs
     terminal.suggestion(log, suggest(log, asked.batch))
 
 
@@ -101,17 +111,8 @@ def _diagnose(asked: argparse.Namespace, logs: list[Log], terminal: Terminal) ->
 def _blame(asked: argparse.Namespace, logs: list[Log], terminal: Terminal) -> None:
     from .analysis.blame import blame
 
-    log = _single(logs)
+    (log,) = logs
     terminal.blame(log, blame(log))
-
-
-def _single(logs: list[Log]) -> Log:
-    from .analysis.errors import RunError
-    from .analysis.phrases import listed
-
-    if len(logs) > 1:
-        raise RunError(f"{len(logs)} runs are there, and it looks at one: name it ({listed([e.name for e in logs])})")
-    return logs[0]
 
 
 def _fail(line: str) -> int:
@@ -132,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         if several:
             run += "; a directory of runs stands for all of them"
         one.add_argument("runs", nargs="+" if several else 1, type=Path, metavar="RUN", help=run)
-        one.set_defaults(do=do)
+        one.set_defaults(do=do, several=several)
         return one
 
     report = command("report", _report, "write a page that shows runs side by side", several=True)

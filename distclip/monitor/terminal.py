@@ -40,12 +40,14 @@ class Terminal:
         self.console.print(text, style=style, soft_wrap=True, highlight=False, markup=False)
 
     def sentence(self, text: str, style: str = "", first: str = "", indent: str = "") -> None:
-        """Text that is read: folded between words, but a path or a command is not torn."""
+        """Text that is read: folded between words, but a path is not torn, nor a command on a line of its own."""
+        text, *commands = text.split("\n")
         width = min(self.console.width, WIDTH)
         folded = textwrap.fill(
             text, width, initial_indent=first, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
         )
-        self.line(folded, style)
+        for line in (folded, *(indent + command for command in commands)):
+            self.line(line, style)
 
     def suggestion(self, log: Log, found: Suggestion) -> None:
         """A bound, what each would do, and how to write it."""

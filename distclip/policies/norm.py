@@ -102,7 +102,8 @@ class NormPolicy:
         norms = totals.norms
         rule = {key: value for key, value in state.items() if key not in _OWN}
         bound, moved = self.threshold(totals, rule)
-        verdict = Scale(coefficient(norms, bound, self.eps), self._leaves_out(totals, rule) if self.skip else None)
+        skip = self._leaves_out(totals, rule) if self.skip else None
+        verdict = Scale(coefficient(norms, bound, self.eps), skip, bound)
         if not state:
             return verdict, state
         if "seen" in state:

@@ -28,10 +28,12 @@ class Scale:
     Args:
         coefs: (slots,) float64 on the device of the norms, ≤ 1.
         skip: 0-d bool, whether the step is to change nothing; None for never.
+        bounds: (slots,) float64, the norms that were allowed, inf where any is; None for what has no such thing.
     """
 
     coefs: Tensor
     skip: Tensor | None = None
+    bounds: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,12 +18,12 @@ STAGES = [
     ["slots", "kernels"],
     ["measure"],
     ["reduce"],
-    ["settle"],
+    ["settle", "by_tensor"],
     ["policies"],
     ["apply"],
     ["report"],
     ["call", "fold", "amp"],
-    ["nonfinite", "memory"],
+    ["nonfinite", "memory", "decision"],
     ["judge"],
     ["stepper", "binding"],
     ["clip", "clipper"],
@@ -36,7 +36,7 @@ PLACE = {name: i for i, names in enumerate(STAGES) for name in names}
 """What a stage may import besides those to its left: itself."""
 
 FREE_OF_RANKS = {"kernels", "measure", "policies", "apply", "report", "reference", "errors"}
-FREE_OF_RANKS |= {"slots", "fold", "amp", "nonfinite", "memory", "judge", "stepper"}
+FREE_OF_RANKS |= {"slots", "by_tensor", "fold", "amp", "nonfinite", "memory", "decision", "judge", "stepper"}
 
 
 def modules() -> list[tuple[str, Path]]:

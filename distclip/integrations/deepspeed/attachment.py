@@ -14,8 +14,8 @@ from torch import Tensor
 from ...call import Attempt, meet
 from ...clipper import GradClipper
 from ...comm import LocalComm, ProcessGroupComm
+from ...decision import Decision
 from ...errors import ArgumentError
-from ...judge import Decision
 from ...nonfinite import OnNonFinite
 from ...policies import Policy
 from ...report import Report

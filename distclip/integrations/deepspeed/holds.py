@@ -15,8 +15,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ...decision import Decision
 from ...errors import LayoutError
-from ...judge import Decision
 from ...sources.arguments import named
 from ...sources.tagged import place_
 from .patches import Patches

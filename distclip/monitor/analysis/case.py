@@ -30,7 +30,7 @@ class Finding:
         rule: its name: "clip rate", "warm-up", "bad data", "numerics", "divergence", "dominant tensor".
         title: in a few words.
         evidence: the numbers it rests on.
-        advice: what to do about it.
+        advice: what to do about it; a command in it has a line of its own.
     """
 
     rule: str

@@ -93,7 +93,7 @@ def bad_data(case: Case) -> Iterator[Finding]:
         "bad data",
         f"Spikes share sample{'s' * (len(case.blame.suspects) > 1)} {named}",
         case.blame.text,
-        f"Look at {'it' if len(case.blame.suspects) == 1 else 'them'}, and whether the norm is the same once more: "
+        f"Look at {'it' if len(case.blame.suspects) == 1 else 'them'}, and whether the norm is the same once more:\n"
         f"{case.blame.replay}",
     )
 
@@ -148,10 +148,14 @@ def _after_the_start(case: Case) -> NDArray[np.int64]:
     At the initialisation many networks have large gradients, at any learning rate.
     """
     spikes, norms = case.spikes, case.log.norms
-    start = int(np.count_nonzero(spikes == np.arange(len(spikes))))
-    after = norms[start : start + max(3, start)]
-    gradual = start and np.isfinite(after).any() and np.nanmedian(after) > GRADUAL * np.nanmedian(norms)
-    return spikes[start:] if gradual else spikes
+    # The last spike up to which at least every other step is one.
+    dense = np.flatnonzero(2 * np.arange(1, len(spikes) + 1) > spikes)
+    if not len(dense):
+        return spikes
+    last = int(spikes[dense[-1]])
+    after = norms[last + 1 : last + 2 + max(3, last)]
+    gradual = np.isfinite(after).any() and np.nanmedian(after) > GRADUAL * np.nanmedian(norms)
+    return spikes[dense[-1] + 1 :] if gradual else spikes
 
 
 def _about(steps: int) -> int:

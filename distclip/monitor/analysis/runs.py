@@ -55,7 +55,8 @@ def _runs(path: Path) -> list[Path]:
         if not path.is_dir():
             return [path]
         runs = sorted(_below(path, DEPTH))
-        there = sorted(each.name + "/" * each.is_dir() for each in path.iterdir())
+        there = [each.name + "/" * each.is_dir() for each in path.iterdir() if not each.name.startswith(".")]
+        there.sort(key=lambda name: (not name.endswith(".jsonl"), name))
     except OSError as error:
         raise RunError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
     if not runs:

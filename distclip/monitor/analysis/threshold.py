@@ -156,7 +156,7 @@ def rounded(value: float) -> float:
 def _interval(norms: Numbers) -> tuple[float, float]:
     norms = norms[:: math.ceil(len(norms) / SAMPLE)]
     generator = np.random.default_rng(0)
-    size = math.ceil(len(norms) ** (1 / 3))
+    size = math.ceil(len(norms) ** (1 / 2))
     within = np.arange(size)
     found = []
     for _ in range(RESAMPLES):
