@@ -111,6 +111,8 @@ def panels(logs: Sequence[Log]) -> tuple[list[Panel], list[str]]:
     found += [
         _columns(name, plain(name), [_column(log, name) for log in logs], logs, buckets) for name in alive[:COLUMNS]
     ]
+    if any(line.trend is not None for panel in found for line in panel.lines):
+        notes.append("Of so many steps a curve shows the extremes of each stretch, pale, and its median.")
     if alive[COLUMNS:]:
         notes.append(f"Columns that are not drawn: {listed(alive[COLUMNS:], 20)}.")
     if dead := [name for name in names if name not in alive]:

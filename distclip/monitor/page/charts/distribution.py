@@ -78,6 +78,9 @@ def distribution(each: Sequence[Histogram], runs: Sequence[Style]) -> Any:
                 )
             )
     if not alone:
+        if any(trace.meta == "bound" and not trace.showlegend for trace in figure.data):
+            look = {"color": GREY, "width": 1.5, "dash": "dash"}
+            figure.add_trace(go.Scatter(x=[None], y=[None], mode="lines", name="bound", line=look, hoverinfo="skip"))
         for level, (symbol, _) in QUANTILES.items():
             if len(runs) <= 8 or level == 90:
                 marker = {"symbol": symbol, "size": 9, "color": GREY}

@@ -45,7 +45,7 @@ def tensor_norms(heat_map: HeatMap) -> Any:
     finish(figure, max(120, 17 * len(names)), 0, [])
     figure.update_xaxes(title_text="step", tickformat=",d", showgrid=False)
     figure.update_yaxes(
-        title_text=literal(shortened(heat_map.pattern, max(12, 2 * len(names)))) if heat_map.pattern != "*" else None,
+        title_text=literal(shortened(heat_map.pattern, max(16, 2 * len(names)))) if heat_map.pattern != "*" else None,
         tickvals=names,
         ticktext=labels,
         autorange="reversed",
