@@ -121,7 +121,7 @@ def _candidates(found: Suggestion) -> Table:
 def _standing(found: Suggestion) -> str:
     current = found.current
     assert current is not None
-    bound = "The policy in use" if math.isnan(current.bound) else f"The bound in use, {current.bound:.3g},"
+    bound = "The policy in use" if math.isnan(current.bound) else f"The bound {current.name}, {current.bound:.3g},"
     text = f"{bound} is {'inactive' if current.role == 'inactive' else f'a {current.role}'}: it clips "
     text += f"{percent(current.clip_rate)} of these steps."
     if current.role == "normaliser":

@@ -112,8 +112,8 @@ def divergence(case: Case) -> Iterator[Finding]:
         "Training diverged",
         f"No norm from step {log.steps[end]} to the end, step {log.steps[-1]}, is finite; in the {len(recent)} steps "
         f"before they went up to {np.nanmax(recent):.3g}, from a median of {np.nanmedian(log.norms[:end]):.3g}.",
-        "Clip (`distclip suggest` takes a bound from the steps before), lower the learning rate, and go on from a "
-        "checkpoint before that step.",
+        "Clip, or lower the learning rate, and go on from a checkpoint before that step; `distclip suggest` takes a "
+        "bound from a run at a lower rate.",
     )
 
 
