@@ -93,8 +93,9 @@ def bad_data(case: Case) -> Iterator[Finding]:
         "bad data",
         f"Spikes share sample{'s' * (len(case.blame.suspects) > 1)} {named}",
         case.blame.text,
-        f"Look at {'it' if len(case.blame.suspects) == 1 else 'them'}, and whether the norm is the same once more:\n"
+        f"Look at {'it' if len(case.blame.suspects) == 1 else 'them'}, and whether the norm is the same once more: "
         f"{case.blame.replay}",
+        case.blame.replay or "",
     )
 
 
