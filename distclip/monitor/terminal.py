@@ -40,14 +40,12 @@ class Terminal:
         self.console.print(text, style=style, soft_wrap=True, highlight=False, markup=False)
 
     def sentence(self, text: str, style: str = "", first: str = "", indent: str = "") -> None:
-        """Text that is read: folded between words, but a path is not torn, nor a command on a line of its own."""
-        text, *commands = text.split("\n")
+        """Text that is read: folded between words, but a path is not torn."""
         width = min(self.console.width, WIDTH)
         folded = textwrap.fill(
             text, width, initial_indent=first, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
         )
-        for line in (folded, *(indent + command for command in commands)):
-            self.line(line, style)
+        self.line(folded, style)
 
     def suggestion(self, log: Log, found: Suggestion) -> None:
         """A bound, what each would do, and how to write it."""
@@ -75,7 +73,9 @@ class Terminal:
             for finding in findings:
                 self.line(f"  {finding.title}  [{finding.rule}]", "red")
                 self.sentence(finding.evidence, "", "    ", "    ")
-                self.sentence(finding.advice, "", "    → ", "      ")
+                self.sentence(finding.advice.removesuffix(finding.command), "", "    → ", "      ")
+                if finding.command:
+                    self.line(f"      {finding.command}", "bold")
             if not findings:
                 self.line("  nothing stands out", "green")
 
@@ -121,7 +121,7 @@ def _candidates(found: Suggestion) -> Table:
 def _standing(found: Suggestion) -> str:
     current = found.current
     assert current is not None
-    bound = "The policy in use" if math.isnan(current.bound) else f"The bound in use, {current.bound:.3g},"
+    bound = "The policy in use" if math.isnan(current.bound) else f"The bound {current.name}, {current.bound:.3g},"
     text = f"{bound} is {'inactive' if current.role == 'inactive' else f'a {current.role}'}: it clips "
     text += f"{percent(current.clip_rate)} of these steps."
     if current.role == "normaliser":

@@ -2,7 +2,7 @@
 
 ::
 
-    runs ─▶ lines ─▶ steps ─▶ log ─▶ regimes ─▶ threshold    how far to clip
-    where   JSON     columns  `Log`          ├▶ diagnosis    what is wrong, and the evidence
-    they are                                 └▶ blame        which samples, ranks and tensors
+    runs ─▶ reading ─▶ steps ─▶ log ─▶ regimes ─▶ threshold    how far to clip
+    where   JSON       columns  `Log`          ├▶ diagnosis    what is wrong, and the evidence
+    they are                                   └▶ blame        which samples, ranks and tensors
 """

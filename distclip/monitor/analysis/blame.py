@@ -67,9 +67,9 @@ def blame(log: Log) -> Blame:
 
     A spike is a recorded step with at least three times the median norm before it, or one whose norm is not finite; of
     such steps in a row, as a network that is beyond repair has them, the first. The chance is a binomial one: of N
-    samples a batch of b has any given one with b/N. N is the run's "samples", if its header says so, or as many as are
-    named in the recorded steps, which are fewer, so that the chance comes out too large rather than too small; it is
-    multiplied by N, because any of them might have been the one.
+    samples a batch of b has any given one with b/N. N is the run's "dataset_size", if its header has that, or as
+    many as are named in the recorded steps, which are fewer, so that the chance comes out too large rather than too
+    small; it is multiplied by N, because any of them might have been the one.
     """
     spikes = _spiky(log)
     with_ids = [spike.ids for spike in spikes if spike.ids]
@@ -103,7 +103,7 @@ def _spiky(log: Log) -> list[Spike]:
 
 
 def _population(log: Log) -> int:
-    told = log.header.get("samples")
+    told = log.header.get("dataset_size")
     named = len({each for spike in log.spikes for each in spike.ids})
     return max(named, told) if isinstance(told, int) else named
 
@@ -142,7 +142,7 @@ def _text(
     if unseen and not log.spikes:
         return (
             f"{unseen:,} of {len(log.steps):,} steps stand out, and the log says nothing more of them: record the run "
-            "with distclip.monitor.Recorder, and call recorder.note(ids=...) with the batch's samples before each step."
+            "with distclip.monitor.Recorder, and call recorder.note(ids=...) with the batch's samples after each step."
         )
     if not spikes:
         return (
@@ -152,7 +152,7 @@ def _text(
     if not with_ids:
         return (
             f"{_spikes(len(spikes))}, and no sample ids were recorded with {'them' if len(spikes) > 1 else 'it'}: call "
-            "recorder.note(ids=...) with those of the batch before each step."
+            "recorder.note(ids=...) with those of the batch after each step."
         )
     of = f"{_spikes(with_ids)} with sample ids"
     if not suspects:

@@ -61,15 +61,18 @@ def bound_in_use(log: Log, where: NDArray[np.int64]) -> Candidate | None:
         where: indices of steps.
     """
     clipped, coefs, bounds = log.clipped[where], log.coefs[where], log.bounds[where]
+    name = "in use"
     if np.isfinite(bounds).any():
         bound = float(np.nanmedian(bounds))
+        if np.nanmin(bounds) < np.nanmax(bounds):
+            name = "in use (median)"
     elif clipped.any():
         # A log without bounds: what the clipped steps were shortened to, if it is the same for all.
         left = (log.norms[where] * coefs)[clipped]
         bound = float(np.median(left)) if np.ptp(left) < 0.01 * np.median(left) else float("nan")
     else:
         return None
-    return Candidate("in use", bound, float(clipped.mean()), float(coefs.mean()), _longest(clipped))
+    return Candidate(name, bound, float(clipped.mean()), float(coefs.mean()), _longest(clipped))
 
 
 def _longest(flags: NDArray[np.bool_]) -> int:

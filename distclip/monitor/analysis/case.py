@@ -30,13 +30,15 @@ class Finding:
         rule: its name: "clip rate", "warm-up", "bad data", "numerics", "divergence", "dominant tensor".
         title: in a few words.
         evidence: the numbers it rests on.
-        advice: what to do about it; a command in it has a line of its own.
+        advice: what to do about it.
+        command: with which the advice ends, if it does: to be copied, so not to be folded.
     """
 
     rule: str
     title: str
     evidence: str
     advice: str
+    command: str = ""
 
 
 class Case:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .lines import Line
+from .reading import Line
 from .spikes import number
 
 __all__ = ["Columns", "numbers_of"]

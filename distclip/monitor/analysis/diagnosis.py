@@ -93,8 +93,9 @@ def bad_data(case: Case) -> Iterator[Finding]:
         "bad data",
         f"Spikes share sample{'s' * (len(case.blame.suspects) > 1)} {named}",
         case.blame.text,
-        f"Look at {'it' if len(case.blame.suspects) == 1 else 'them'}, and whether the norm is the same once more:\n"
+        f"Look at {'it' if len(case.blame.suspects) == 1 else 'them'}, and whether the norm is the same once more: "
         f"{case.blame.replay}",
+        case.blame.replay or "",
     )
 
 
@@ -112,8 +113,8 @@ def divergence(case: Case) -> Iterator[Finding]:
         "Training diverged",
         f"No norm from step {log.steps[end]} to the end, step {log.steps[-1]}, is finite; in the {len(recent)} steps "
         f"before they went up to {np.nanmax(recent):.3g}, from a median of {np.nanmedian(log.norms[:end]):.3g}.",
-        "Clip (`distclip suggest` takes a bound from the steps before), lower the learning rate, and go on from a "
-        "checkpoint before that step.",
+        "Clip, or lower the learning rate, and go on from a checkpoint before that step; `distclip suggest` takes a "
+        "bound from a run at a lower rate.",
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import TornWarning
-from .lines import Lines
+from .reading import Reader
 from .runs import LINES, find_runs, names_of
 from .spikes import Culprit, Spike
 from .steps import Session, Steps
@@ -83,7 +83,7 @@ def read(path: Path, name: str | None = None) -> Log:
         RunError: there are no norms to be read.
     """
     file = path / LINES if path.is_dir() else path
-    lines, steps = Lines(file), Steps()
+    lines, steps = Reader(file), Steps()
     for block in lines:
         steps.add(block)
     steps.check(lines)

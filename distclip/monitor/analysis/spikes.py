@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .lines import Line
+from .reading import Line
 
 __all__ = ["Culprit", "Spike", "culprits_in", "number", "spike_in"]
 

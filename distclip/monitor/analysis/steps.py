@@ -10,7 +10,7 @@ from typing import Any
 
 from .columns import Columns
 from .errors import RunError
-from .lines import Line, Lines
+from .reading import Line, Reader
 from .spikes import Culprit, Spike, culprits_in, spike_in
 from .tensors import TensorNorms
 
@@ -79,7 +79,7 @@ class Steps:
                 self.keys.update(dict.fromkeys(line))
         self._append(steps, rows)
 
-    def check(self, lines: Lines) -> None:
+    def check(self, lines: Reader) -> None:
         """That there is something to look at.
 
         Raises:
@@ -96,7 +96,9 @@ class Steps:
             seen = ", ".join(list(self.keys)[:8])
             raise RunError(f'{path} has no line with a "step" and a "norm", only {seen}: wanted are {wanted}')
         if self._header is not None:
-            raise RunError(f"{path} has a header and no steps: the run ended before its first {_every(self._header)}")
+            raise RunError(
+                f"{path} has a header and no steps: the run ended before any was written{_every(self._header)}"
+            )
         raise RunError(f"{path} has no line that is a JSON object: wanted are {wanted}")
 
     def _begin(self, step: int) -> None:
@@ -149,4 +151,4 @@ def _names(value: Any) -> tuple[str, ...]:
 
 def _every(header: Line) -> str:
     every = header.get("every")
-    return f"{every} steps" if isinstance(every, int) else "steps"
+    return f", which was to be every {every} steps" if isinstance(every, int) else ""

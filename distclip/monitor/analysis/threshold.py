@@ -112,9 +112,10 @@ def suggest(log: Log, batch: int | None = None) -> Suggestion:
     if len(last) < FEWEST:
         changed = " (since the level of the norms changed)" if last.start else ""
         left_out = f" ({dropped:,} of the run are not finite)" if dropped else ""
+        finite = "" if log.finite[-1] else " that stays finite, at a lower rate"
         raise RunError(
             f"{log.name}: steps {last.first} to {last.last}{changed} have {len(last)} finite norms{left_out}, and a "
-            f"bound needs {FEWEST}: record a longer run"
+            f"bound needs {FEWEST}: record a longer run{finite}"
         )
     norms = regimes.of(last)
     percentiles = dict(zip(LEVELS, np.percentile(norms, list(LEVELS.values())).tolist(), strict=True))

@@ -46,7 +46,7 @@ def test_how_few_spikes_will_do(bad: int | str, tmp_path: Path) -> None:
     """Three where the header says how many samples there are, some more where it does not."""
     for (count, told), expected in {(2, 360): False, (4, 360): True, (3, None): False, (8, None): True}.items():
         batches: list[list[Any]] = [[bad, *ids[1:]] for ids in random_batches(count)]
-        header = HEADER if told is None else {**HEADER, "samples": told}
+        header = HEADER if told is None else {**HEADER, "dataset_size": told}
         found = blame(recorded(tmp_path, header, spikes(batches)))
         assert bool(found.suspects) == expected, (count, told)
         assert found.most is not None and (found.most.id, found.most.count) == (bad, count)
@@ -61,7 +61,7 @@ def test_nothing_in_common(tmp_path: Path) -> None:
 
 def test_samples_that_always_come_together(tmp_path: Path) -> None:
     batches = [[1, 2, 3, *ids] for ids in random_batches(8)]
-    found = blame(recorded(tmp_path, {**HEADER, "samples": 5000}, spikes(batches)))
+    found = blame(recorded(tmp_path, {**HEADER, "dataset_size": 5000}, spikes(batches)))
     assert [each.id for each in found.suspects] == [1, 2, 3]
     assert "samples 1, 2, 3 are each in 8 of them" in found.text and "cannot tell" in found.text
 

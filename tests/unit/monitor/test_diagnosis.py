@@ -145,6 +145,7 @@ def test_bad_samples_that_are_not_finite_are_no_numerics(tmp_path: Path) -> None
             line.update(norm=None, spike=None, coef=None, clipped=False, finite=False, skipped=True)
     (finding,) = diagnose(recorded(tmp_path, HEADER, lines))
     assert finding.rule == "bad data" and "137" in finding.title
+    assert finding.command.startswith("launch/train.py resume=") and finding.advice.endswith(finding.command)
 
 
 def test_a_finding_is_words() -> None:

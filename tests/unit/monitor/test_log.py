@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distclip.monitor.analysis import lines, steps, tensors
+from distclip.monitor.analysis import reading, steps, tensors
 from distclip.monitor.analysis.errors import RunError, TornWarning
 from distclip.monitor.analysis.log import Log, find_runs, read, read_all
 from distclip.monitor.analysis.runs import names_of
@@ -165,7 +165,7 @@ def test_reads_as_the_slow_reader(
     path = written(tmp_path_factory.getbasetemp() / "any.jsonl", text)
     kept, unread = slowly(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lines, "BLOCK", block)
+        patch.setattr(reading, "BLOCK", block)
         if not kept:
             with pytest.raises(RunError):
                 quiet(path)
@@ -221,7 +221,7 @@ def test_slots_are_tensors_where_there_is_nothing_finer(tmp_path: Path) -> None:
         ('{"epoch": 1, "grad_norm": 2.0}\n' * 3, 'no line with a "step" and a "norm", only epoch, grad_norm'),
         ('{"step": 1, "loss": 2.0}\n', "only step, loss"),
         ('{"step": "one", "norm": 2.0}\n', 'no "step" in it is a whole number'),
-        (json.dumps(HEADER | {"every": 50}) + "\n", "ended before its first 50 steps"),
+        (json.dumps(HEADER | {"every": 50}) + "\n", "before any was written, which was to be every 50 steps"),
     ],
 )
 def test_what_is_no_log(content: str, words: str, tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_what_is_no_log(content: str, words: str, tmp_path: Path) -> None:
 
 
 def test_a_file_without_lines_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines, "LONGEST", 3 << 20)
+    monkeypatch.setattr(reading, "LONGEST", 3 << 20)
     path = tmp_path / "m.jsonl"
     path.write_bytes(b"x" * (6 << 20))
     with pytest.raises(RunError, match="3 MiB without a line's end"):

@@ -112,7 +112,11 @@ def test_norms_that_are_not_finite_are_left_out() -> None:
     ("norms", "words"),
     [
         (usual(199), "steps 1 to 199 have 199 finite norms, and a bound needs 200"),
-        (np.append(usual(150), [np.nan] * 200), "have 150 finite norms (200 of the run are not finite)"),
+        (
+            np.append(usual(150), [np.nan] * 200),
+            "have 150 finite norms (200 of the run are not finite), and a bound needs 200: "
+            "record a longer run that stays finite",
+        ),
         (np.append(usual(1000), 5 * usual(150)), "have 150 finite norms"),
         (np.full(500, np.nan), "not one of 500 norms is finite"),
         (np.zeros(500), "nine of ten norms are 0"),

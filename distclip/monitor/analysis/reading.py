@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, TypeAlias
 
 from .errors import RunError
 
-__all__ = ["Line", "Lines"]
+__all__ = ["Line", "Reader"]
 
 Line: TypeAlias = dict[str, Any]
 
@@ -20,7 +20,7 @@ LONGEST = 1 << 27
 """Bytes of a line: a million tensors' norms are 20 MB."""
 
 
-class Lines:
+class Reader:
     """One pass over a file.
 
     Args:
