@@ -101,6 +101,8 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    # Hydra takes this flag in front of overrides or behind them, and not between.
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
     # Hydra makes directories and files in every process: give all but rank 0 one that vanishes.
     try:
         with TemporaryDirectory() as scratch:
