@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import checkpoint
 import loop
+import replay
 import settings
 from layout import Copies
 from probe import Probe
@@ -98,6 +99,9 @@ def main(cfg: DictConfig) -> None:
         traceback.print_exc()
         raise SystemExit(1) from None
     terminal.outcomes(outcomes, cfg.note)
+    if cfg.replay is not None and RANK == 0:
+        (run,) = runs.values()
+        terminal.say(replay.verdict(run.cfg, run.data, directory))
 
 
 if __name__ == "__main__":
