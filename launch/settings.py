@@ -17,12 +17,16 @@ from omegaconf import (
     ValidationError,
 )
 
+import replay
+
 NODES: dict[type, Callable[..., Node]] = {bool: BooleanNode, int: IntegerNode, float: FloatNode, str: StringNode}
 
 
 def runs(cfg: DictConfig) -> dict[str, DictConfig]:
     """The job itself, or one run per entry of `compare`, made as the command line would."""
     hydra = HydraConfig.get()
+    if cfg.replay is not None:
+        return {"": replay.configured(cfg)}
     if not cfg.compare:
         return {"": typed(cfg, list(hydra.overrides.task))}
     named = isinstance(cfg.compare, DictConfig)

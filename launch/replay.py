@@ -1,0 +1,93 @@
+"""Was it the data, or a transient fault? One step of a run, done again from its last checkpoint before.
+
+The run's own settings are taken, but for what the command line says: `launch/train.py resume=RUN replay=STEP`.
+"""
+
+import json
+import math
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+import checkpoint
+from data import Data
+
+TOLERANCE = 1e-3
+"""Relative: other layouts add up in another order; in the same one the bits are the same."""
+
+
+def configured(cfg: DictConfig) -> DictConfig:
+    """The run's config up to that step, with what the command line changes; or exit saying why it can't be."""
+    step = cfg.replay
+    if not isinstance(step, int) or step < 1:
+        raise SystemExit(f"replay={step}: write the number of a step, 1 or more")
+    if cfg.resume is None:
+        raise SystemExit(
+            f"replay={step} of which run? Write resume=RUN, the directory of a run with checkpoint.every=N"
+        )
+    run = Path(cfg.resume)
+    checkpoint.newest(run, before=step)
+    logged(run, step)
+    loaded = OmegaConf.load(run / "config.yaml")
+    assert isinstance(loaded, DictConfig)
+    # Above all the gradient is not spoiled on purpose again.
+    loaded.update({"inject": None, "compare": {}, "note": "", "probe": None, "log": cfg.log})
+    loaded.checkpoint.every = 0
+    hydra = HydraConfig.get()
+    keys = [override.split("=")[0].lstrip("+~") for override in hydra.overrides.task]
+    if "experiment" in keys:
+        raise SystemExit(f"experiment= beside replay={step}: leave it out, the settings are those of {run}")
+    for key in keys + ["parallel"] * ("comm" in keys):  # comm=mpi brings its layout
+        OmegaConf.update(loaded, key, OmegaConf.select(cfg, key), merge=key not in hydra.runtime.choices)
+    loaded.steps = step
+    return loaded
+
+
+def logged(run: Path, step: int) -> dict[str, Any]:
+    """The line of the run's log about a step; where it went on from an earlier one, the later line."""
+    path = run / "metrics.jsonl"
+    found: dict[str, Any] | None = None
+    last = 0
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # torn by a crash
+        if not isinstance(row, dict) or "norm" not in row or not isinstance(row.get("step"), int):
+            continue
+        last = row["step"]
+        if last <= step:
+            found = row if last == step else None
+    if found is None:
+        raise SystemExit(f"replay={step} is not in {path}, which ends at step {last}: write a step that is")
+    return found
+
+
+def verdict(cfg: DictConfig, data: Data, directory: Path) -> str:
+    """What is to be said of the replayed run in `directory`, beside the one it was taken from."""
+    step = int(cfg.replay)
+    then, now = logged(Path(cfg.resume), step), logged(directory, step)
+    norm, loss = (alike(then.get(key), now.get(key)) for key in ("norm", "loss"))
+    seen = "; ".join(f"{key} {shown(then.get(key))} then, {shown(now.get(key))} now" for key in ("norm", "loss"))
+    ids = next(islice(data.train(cfg.seed), step - 1, None)).ids.tolist()
+    what = f"the batch ({f'number {ids[0]} of its pass' if len(ids) == 1 else f'samples {str(ids)[1:-1]}'})"
+    if norm:
+        said = f"The same norm again: {what}, or the state that it met, is to blame, not a transient fault"
+    else:
+        where = "after the forward pass, whose loss is the same" if loss else "in this step or since the checkpoint"
+        said = f"Not again: a transient fault (hardware, a race, something injected), {where}; not {what}"
+    return f"step {step}: {seen}. {said}"
+
+
+def alike(then: float | None, now: float | None) -> bool:
+    """Within the tolerance; what is not finite, and so null in a log, is like its kind."""
+    if then is None or now is None:
+        return then is now
+    return math.isclose(then, now, rel_tol=TOLERANCE)
+
+
+def shown(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.9g}"
