@@ -185,6 +185,12 @@ def test_reads_as_the_slow_reader(
         assert flags.tolist() == [bool(t) if t in (0, 1) else o for t, o in zip(told, otherwise.tolist(), strict=True)]
 
 
+def test_torn_lines_do_not_make_up_a_whole_one(tmp_path: Path) -> None:
+    torn = '{"step": 2, "norm": 3, "culprits": [{"name": "a"}\n{"name": "b"}]}\n'
+    log = quiet(written(tmp_path / "m.jsonl", {"step": 1, "norm": 1}, torn, {"step": 3, "norm": 1}))
+    assert log.steps.tolist() == [1, 3] and log.torn == 2
+
+
 def test_a_long_run_keeps_a_bounded_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensors, "MOST", 20)
     monkeypatch.setattr(steps, "MOST", 10)
