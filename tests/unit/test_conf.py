@@ -41,6 +41,16 @@ def test_every_choice_composes(group: str, name: str) -> None:
     assert OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
 
+@pytest.mark.usefixtures("conf")
+@pytest.mark.parametrize("name", [name for group, name in OURS if group == "experiment"])
+def test_every_run_of_an_experiment_composes(name: str) -> None:
+    cfg = compose("config", [f"experiment={name}"])
+    assert cfg.compare and cfg.note
+    for changes in cfg.compare.values():
+        each = compose("config", [f"experiment={name}", *changes])
+        assert isinstance(instantiate(each.clip), distclip.Policy)
+
+
 @pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_file_says_what_it_is_for(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
