@@ -39,10 +39,8 @@ def newest(run: Path, before: int | None = None) -> tuple[int, Path]:
     if not saved:
         raise SystemExit(f"resume={run} has no checkpoint: write the directory of a run with checkpoint.every=N")
     if before is not None and before <= min(saved):
-        first = min(saved)
-        raise SystemExit(
-            f"replay={before}: {run} has no checkpoint before, the first is after step {first}: write more"
-        )
+        first = min(saved) + 1
+        raise SystemExit(f"replay={before}: {run} has no checkpoint before it: write {first} or more")
     return max((step, path) for step, path in saved.items() if before is None or step < before)
 
 

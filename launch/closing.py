@@ -12,9 +12,10 @@ from record import Outcome
 def tables(outcomes: Mapping[str, Outcome], console: Console) -> Iterator[Table]:
     """As many columns side by side as the console is wide, the rest below."""
     names = list(outcomes)
+    unbounded = console.options.update(width=10**6)
     while names:
         n = len(names)
-        while n > 1 and console.measure(table(outcomes, names[:n])).maximum > console.width:
+        while n > 1 and console.measure(table(outcomes, names[:n]), options=unbounded).maximum > console.width:
             n -= 1
         yield table(outcomes, names[:n])
         names = names[n:]

@@ -25,9 +25,7 @@ def configured(cfg: DictConfig) -> DictConfig:
     if not isinstance(step, int) or step < 1:
         raise SystemExit(f"replay={step}: write the number of a step, 1 or more")
     if cfg.resume is None:
-        raise SystemExit(
-            f"replay={step} of which run? Write resume=RUN, the directory of a run with checkpoint.every=N"
-        )
+        raise SystemExit(f"replay={step} of which run? Write resume=RUN, a directory with checkpoints")
     run = Path(cfg.resume)
     checkpoint.newest(run, before=step)
     logged(run, step)

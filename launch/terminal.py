@@ -54,5 +54,6 @@ class Terminal:
         )
 
     def say(self, text: str) -> None:
+        """A paragraph, folded on a terminal only."""
         if text:
-            self.console.print(text.strip(), highlight=False, markup=False)
+            self.console.print(text.strip(), soft_wrap=not self.console.is_terminal, highlight=False, markup=False)
