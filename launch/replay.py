@@ -3,17 +3,18 @@
 The run's own settings are taken, but for what the command line says: `launch/train.py resume=RUN replay=STEP`.
 """
 
-import json
 import math
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 import checkpoint
 from data import Data
+from distclip.monitor.analysis.errors import RunError
+from distclip.monitor.analysis.log import read
 
 TOLERANCE = 1e-3
 """Relative: other layouts add up in another order; in the same one the bits are the same."""
@@ -44,32 +45,29 @@ def configured(cfg: DictConfig) -> DictConfig:
     return loaded
 
 
-def logged(run: Path, step: int) -> dict[str, Any]:
-    """The line of the run's log about a step; where it went on from an earlier one, the later line."""
-    path = run / "metrics.jsonl"
-    found: dict[str, Any] | None = None
-    last = 0
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # torn by a crash
-        if not isinstance(row, dict) or "norm" not in row or not isinstance(row.get("step"), int):
-            continue
-        last = row["step"]
-        if last <= step:
-            found = row if last == step else None
-    if found is None:
-        raise SystemExit(f"replay={step} is not in {path}, which ends at step {last}: write a step that is")
-    return found
+def logged(run: Path, step: int) -> tuple[float, float]:
+    """The norm and the loss of a step, by the run's log; NaN for what is not finite."""
+    try:
+        log = read(run)
+    except RunError as error:
+        raise SystemExit(f"replay={step}: {error}") from None
+    (places,) = np.nonzero(log.steps == step)
+    if not len(places):
+        raise SystemExit(
+            f"replay={step} is not in {log.path}, which ends at step {log.steps[-1]}: write a step that is"
+        )
+    losses = log.columns.get("loss", np.full(len(log.steps), math.nan))
+    return float(log.norms[places[0]]), float(losses[places[0]])
 
 
 def verdict(cfg: DictConfig, data: Data, directory: Path) -> str:
     """What is to be said of the replayed run in `directory`, beside the one it was taken from."""
     step = int(cfg.replay)
-    then, now = logged(Path(cfg.resume), step), logged(directory, step)
-    norm, loss = (alike(then.get(key), now.get(key)) for key in ("norm", "loss"))
-    seen = "; ".join(f"{key} {shown(then.get(key))} then, {shown(now.get(key))} now" for key in ("norm", "loss"))
+    both = list(zip(logged(Path(cfg.resume), step), logged(directory, step), strict=True))
+    norm, loss = (alike(then, now) for then, now in both)
+    seen = "; ".join(
+        f"{key} {shown(then)} then, {shown(now)} now" for key, (then, now) in zip(("norm", "loss"), both, strict=True)
+    )
     ids = next(islice(data.train(cfg.seed), step - 1, None)).ids.tolist()
     what = f"the batch ({f'number {ids[0]} of its pass' if len(ids) == 1 else f'samples {str(ids)[1:-1]}'})"
     if norm:
@@ -80,12 +78,10 @@ def verdict(cfg: DictConfig, data: Data, directory: Path) -> str:
     return f"step {step}: {seen}. {said}"
 
 
-def alike(then: float | None, now: float | None) -> bool:
-    """Within the tolerance; what is not finite, and so null in a log, is like its kind."""
-    if then is None or now is None:
-        return then is now
-    return math.isclose(then, now, rel_tol=TOLERANCE)
+def alike(then: float, now: float) -> bool:
+    """Within the tolerance; what is not finite is like its kind."""
+    return (math.isnan(then) and math.isnan(now)) or math.isclose(then, now, rel_tol=TOLERANCE)
 
 
-def shown(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.9g}"
+def shown(value: float) -> str:
+    return f"{value:.9g}" if math.isfinite(value) else "not finite"

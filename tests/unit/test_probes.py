@@ -46,7 +46,7 @@ def turned(policy: Policy) -> float:
     model.weight.grad, model.bias.grad = torch.tensor([[3.0]]), torch.tensor([4.0])
     probe.before()
     row = probe.after(clipper.step(optimizer))
-    assert {each.name: each.value for each in probe.close([row], None)} == {
+    assert {each.name: each.value for each in probe.close([row], Path())} == {
         "angle_mean": row["angle"],
         "angle_max": row["angle"],
     }
@@ -77,9 +77,9 @@ def test_recovery() -> None:
 def test_recovery_compares_what_comes_after_the_step_with_what_was_before() -> None:
     losses = [2.0] * 30 + [50.0, 10.0] + [1.0] * 20
     rows = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
-    measured = {each.name: each.value for each in Recovery(30).close(rows, None)}
+    measured = {each.name: each.value for each in Recovery(30).close(rows, Path())}
     assert measured == {"loss_before": 2.0, "loss_after": 50.0, "recovery": 2}
-    assert math.isnan(Recovery(1).close([], None)[0].value)
+    assert math.isnan(Recovery(1).close([], Path())[0].value)
 
 
 def test_the_cliff_is_as_in_the_paper() -> None:
@@ -91,7 +91,7 @@ def test_the_cliff_is_as_in_the_paper() -> None:
     torch.testing.assert_close(cliff.output(torch.tensor([5.0, -2.5])), torch.sigmoid(x))
 
 
-def descended(policy: Policy, *starts: list[float]) -> tuple[torch.Tensor, dict[str, float]]:
+def descended(directory: Path, policy: Policy, *starts: list[float]) -> tuple[torch.Tensor, dict[str, float]]:
     """Where ten steps from there end."""
     model = cliff.Cliff(torch.tensor(starts, dtype=torch.float64))
     clipper, optimizer = GradClipper(model, policy), torch.optim.SGD(model.parameters(), 1.0)
@@ -102,16 +102,17 @@ def descended(policy: Policy, *starts: list[float]) -> tuple[torch.Tensor, dict[
         cliff.total_error(model(torch.zeros(1)), torch.tensor(cliff.TARGET)).backward()
         probe.before()
         probe.after(clipper.step(optimizer))
-    return model.starts.detach(), {each.name: each.value for each in probe.close([], None)}
+    return model.starts.detach(), {each.name: each.value for each in probe.close([], directory)}
 
 
-def test_every_start_is_clipped_on_its_own() -> None:
+def test_every_start_is_clipped_on_its_own(tmp_path: Path) -> None:
     policy = NormPolicy(Fixed(0.1), per="row")
     steep, flat = [5.2, -2.6], [3.0, -1.0]
-    both, measured = descended(policy, steep, flat)
-    torch.testing.assert_close(both, torch.cat([descended(policy, each)[0] for each in (steep, flat)]))
+    both, measured = descended(tmp_path, policy, steep, flat)
+    torch.testing.assert_close(both, torch.cat([descended(tmp_path, policy, each)[0] for each in (steep, flat)]))
     assert 0 < measured["clipped_starts"] < 1
     assert measured["thrown"] == 0 and measured["moved_max"] <= 1
+    assert json.loads((tmp_path / "figures/cliff.json").read_text())["data"]
 
 
 def test_the_picture_shows_the_paths_beside_the_loss(tmp_path: Path) -> None:
