@@ -47,7 +47,7 @@ def problem(batch: int) -> Data:
         while True:
             yield one
 
-    return Data(passes, [one], total_error, 1, math.nan, "samples", None)
+    return Data(passes, [one], total_error, 1, math.nan, "samples", None, 1)
 
 
 class Cliff(nn.Module):

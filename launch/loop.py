@@ -70,7 +70,12 @@ def train(run: Run, record: Record, terminal: Terminal) -> Outcome | None:
         every=cfg.log.every,
         per_tensor=cfg.log.per_tensor,
         sinks=[record.add],
-        facts={"batch": cfg.batch, "precision": cfg.precision.dtype, "optimizer": cfg.optim._target_},
+        facts={
+            "batch": cfg.batch,
+            "precision": cfg.precision.dtype,
+            "optimizer": cfg.optim._target_,
+            "dataset_size": data.size,
+        },
     )
 
     start = time.perf_counter()
