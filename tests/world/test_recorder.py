@@ -171,9 +171,9 @@ def check_closed_early() -> None:
     rank, folder, coefs = dist.get_rank(), shared_folder(), []
     rig = build("fsdp2")
     clipper = rig.clipper(distclip.global_norm(0.5))
-    recorder = Recorder(clipper, folder, every=20)
+    recorder = Recorder(clipper, folder, every=20, top=1)
     for step in range(1, 61):
-        rig.fill(step, 50.0 if step in (19, 25, 59) else 1.0)
+        rig.fill(step, {19: 50.0, 25: 80.0, 59: 120.0}.get(step, 1.0))
         coefs.append(float(clipper.clip().coef))
         recorder.note(ids=[step + 100 * rank])
         if step == 30 and rank == 0:
