@@ -88,7 +88,7 @@ def test_a_loss_does_not_keep_what_it_came_from(tmp_path: Path) -> None:
     data = torch.ones(SIZE)
     alive = weakref.ref(data)
     loss = (weight * data).sum()
-    loss.backward()
+    loss.backward(retain_graph=True)
     clipper.clip()
     recorder.note(loss=loss)
     del loss, data
