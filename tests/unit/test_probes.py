@@ -95,7 +95,7 @@ def descended(directory: Path, policy: Policy, *starts: list[float]) -> tuple[to
     """Where ten steps from there end."""
     model = cliff.Cliff(torch.tensor(starts, dtype=torch.float64))
     clipper, optimizer = GradClipper(model, policy), torch.optim.SGD(model.parameters(), 1.0)
-    probe = cliff.Descent([starts[0]])
+    probe = cliff.Descent(paths=1)
     probe.watch(model)
     for _ in range(10):
         optimizer.zero_grad()
