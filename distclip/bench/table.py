@@ -5,42 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.measure import measure_renderables
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..screen import Screen
 from .results import Outcome, Standing
 
 __all__ = ["Terminal", "markdown"]
-
-WIDTH = 120
-"""Of a pipe, which has none of its own."""
 
 COLUMNS = ["median ms", "x torch", "GB/s", "norm error", "written", "collectives", "extra memory", "syncs", "kernels"]
 """Beside the contestant's name; where there is no room, the last ones are left out."""
 
 
-class Terminal:
-    """Where everything is shown.
-
-    Args:
-        console: rich's; None for the process' own output.
-    """
-
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console()
-        if not self.console.is_terminal:
-            self.console.width = WIDTH
+class Terminal(Screen):
+    """Where everything is shown: see `Screen`."""
 
     def header(self, *parts: Mapping[str, object]) -> None:
         """What it runs on, a line for each part."""
         for part in parts:
             self.line(", ".join(f"{key} {value}" for key, value in part.items()))
-
-    def line(self, text: str, style: str = "") -> None:
-        """A line that may be copied: never folded, nothing in it is markup."""
-        self.console.print(text, style=style, soft_wrap=True, highlight=False, markup=False)
 
     def bar(self) -> Progress:
         """A progress bar, or on a pipe (where every update would be a line) an invisible one."""

@@ -7,9 +7,9 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
+from ..screen import WIDTH, Screen
 from .analysis.blame import Blame
 from .analysis.candidates import Candidate
 from .analysis.diagnosis import Finding
@@ -19,25 +19,9 @@ from .analysis.threshold import Suggestion
 
 __all__ = ["Terminal"]
 
-WIDTH = 120
-"""Of a pipe, which has none of its own, and of sentences on a wide screen."""
 
-
-class Terminal:
-    """Where everything is shown.
-
-    Args:
-        console: rich's; None for the process' own output.
-    """
-
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console()
-        if not self.console.is_terminal:
-            self.console.width = WIDTH
-
-    def line(self, text: str = "", style: str = "") -> None:
-        """A line that may be copied: never folded, nothing in it is markup."""
-        self.console.print(text, style=style, soft_wrap=True, highlight=False, markup=False)
+class Terminal(Screen):
+    """Where everything is shown: see `Screen`. Sentences are no wider than a pipe on a wide screen either."""
 
     def sentence(self, text: str, style: str = "", first: str = "", indent: str = "") -> None:
         """Text that is read: folded between words, but a path is not torn."""

@@ -12,7 +12,7 @@ import distclip
 ROOT = Path(distclip.__file__).parent
 
 STAGES = [
-    ["_version", "errors", "reference", "shards", "conf"],
+    ["_version", "errors", "reference", "screen", "shards", "conf"],
     ["comm"],
     ["sources"],
     ["slots", "kernels"],
@@ -85,6 +85,7 @@ def test_what_is_decided_knows_nothing_of_ranks() -> None:
 def test_importing_needs_torch_only() -> None:
     allowed = {"torch", "distclip"} | set(sys.stdlib_module_names)
     extras = {"bench": {"rich"}, "kernels": {"triton"}, "comm": {"mpi4py"}, "integrations": {"mpi4py", "deepspeed"}}
+    extras["screen"] = {"rich"}
     extras["monitor"] = {"numpy", "rich", "plotly", "jinja2", "markupsafe", "matplotlib"}
     extras["monitor"] |= {"tensorboard", "wandb", "mlflow", "trackio"}
     wrong = [

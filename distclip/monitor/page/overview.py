@@ -10,6 +10,7 @@ from rich.measure import measure_renderables
 from rich.table import Table
 from rich.text import Text
 
+from ...screen import Screen
 from ..analysis.log import Log
 from .facts import Fact, facts
 from .palette import Style, styles
@@ -17,9 +18,6 @@ from .verdicts import verdicts
 from .words import NOTHING, plain, shortened
 
 __all__ = ["overview"]
-
-WIDTH = 120
-"""Of a pipe, which has none of its own."""
 
 
 def overview(logs: Sequence[Log], console: Console) -> None:
@@ -29,8 +27,7 @@ def overview(logs: Sequence[Log], console: Console) -> None:
         logs: of the runs, at least one.
         console: where to; one that is not a terminal becomes 120 wide.
     """
-    if not console.is_terminal:
-        console.width = WIDTH
+    console = Screen(console).console
     runs, judged = styles([log.name for log in logs]), verdicts(logs)
     found = facts(logs, judged)
     start = 0
