@@ -30,6 +30,10 @@ from .writer import Writer
 
 __all__ = ["Recorder"]
 
+_OWN = {"norm", "bound", "coef", "clipped", "finite", "skipped", "scale", "norms", "tensor_norms"}
+_OWN |= {"time", "nonfinite", "culprits", "spike", "worst", "distclip"}
+"""Fields of a line that are the clipper's."""
+
 
 class Recorder:
     """Keeps what a clipper sees at every step, and writes it down every so often, on one rank.
@@ -114,6 +118,10 @@ class Recorder:
 
         Collectives: none. Host syncs: none.
         """
+        if taken := _OWN & values.keys():
+            raise ArgumentError(
+                f"note: {', '.join(sorted(taken))} would hide what the clipper saw. Write another name."
+            )
         for key, value in values.items():
             if not _fits(key, value):
                 raise ArgumentError(

@@ -231,6 +231,8 @@ def check_refusals() -> None:
         recorder.note(loss=torch.ones(2))
     with pytest.raises(ArgumentError, match=r"note\(ids=7"):
         recorder.note(ids=7)
+    with pytest.raises(ArgumentError, match="coef, norm would hide"):
+        recorder.note(norm=1.0, coef=1.0, lr=0.1)
 
 
 def test_refusals_on_all_ranks(world: Callable[[int], World]) -> None:
