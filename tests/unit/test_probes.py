@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,12 @@ def test_the_picture_shows_the_paths_beside_the_loss(tmp_path: Path) -> None:
     assert contour["type"] == "contour" and len(contour["z"]) == len(contour["y"])
     assert [line["x"] for line in lines[::2]] == [[5.0, 5.5], [4.0, 4.0]]
     assert [line["y"] for line in lines[1::2]] == [[-2.5], [-9.0]]
+
+
+def test_without_plotly_a_line_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
+    landscape.write(tmp_path / "cliff.json", torch.zeros(1, 2, 2))
+    assert capsys.readouterr().out == "cliff.json is left out, which takes plotly: pip install plotly\n"
+    assert not list(tmp_path.iterdir())
