@@ -33,7 +33,7 @@ class Angle(Probe):
         self._module = module
 
     def before(self) -> None:
-        self._unclipped = self._gradient().clone()
+        self._unclipped = self._gradient()
 
     def after(self, report: Report) -> dict[str, float]:
         return {"angle": degrees(self._unclipped, self._gradient())}
@@ -48,4 +48,5 @@ class Angle(Probe):
         ]
 
     def _gradient(self) -> Tensor:
+        """A copy."""
         return torch.cat([p.grad.flatten() for p in self._module.parameters() if p.grad is not None])

@@ -1,5 +1,6 @@
 """A picture of the cliff: its loss over (w, b), and the paths that a run took on it, as a plotly figure."""
 
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -35,26 +36,14 @@ def write(path: Path, paths: Tensor) -> None:
             hovertemplate="w %{x:.3g}, b %{y:.3g}: 10^%{z:.2f}<extra></extra>",
         )
     )
-    for i, each in enumerate(paths):
+    for i, (each, color) in enumerate(zip(paths, cycle(qualitative.Dark24), strict=False), 1):
         xs, ys = each.T.tolist()
         steps = [f"step {step}" for step in range(len(xs))]
-        figure.add_scatter(
-            x=xs,
-            y=ys,
-            text=steps,
-            name=f"start {i + 1}",
-            mode="lines+markers",
-            marker={"size": 4, "color": qualitative.Set1[i % 9]},
-        )
+        line = {"mode": "lines+markers", "line": {"width": 1.5, "color": color}, "marker": {"size": 4, "color": color}}
+        figure.add_scatter(x=xs, y=ys, text=steps, name=f"start {i}", **line)
         # White: the end.
-        figure.add_scatter(
-            x=xs[-1:],
-            y=ys[-1:],
-            text=steps[-1:],
-            showlegend=False,
-            mode="markers",
-            marker={"size": 10, "color": "white"},
-        )
+        end = {"size": 10, "color": "white", "line": {"width": 2, "color": color}}
+        figure.add_scatter(x=xs[-1:], y=ys[-1:], text=steps[-1:], showlegend=False, mode="markers", marker=end)
     figure.update_layout(
         title={"text": "The cliff: loss over w and b, and the paths of gradient descent (white: where they end)"},
         xaxis={"title": {"text": "w"}, "range": list(W)},
@@ -62,4 +51,4 @@ def write(path: Path, paths: Tensor) -> None:
         legend={"orientation": "h", "y": -0.15},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(figure.to_json())
+    path.write_text(figure.to_json(), encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,7 @@ def test_an_angle_needs_whole_gradients() -> None:
 
 def test_recovery() -> None:
     assert recovery([9, 8, 7, 1, 1, 1, 1, 1, 9], 2) == 3  # 7 is still too much for the next five
+    assert recovery([9, 1, 9, 9, 1, 1, 1, 1, 1], 2) == 4  # one that is low by chance is not it
     assert recovery([9, math.nan, 1, 1, 1, 1, 1], 2) == 2
     assert recovery([3, 3, 3, 3, 3, 3], 2) == math.inf
     assert recovery([1], 2) == math.inf
@@ -123,3 +125,12 @@ def test_the_picture_shows_the_paths_beside_the_loss(tmp_path: Path) -> None:
     assert contour["type"] == "contour" and len(contour["z"]) == len(contour["y"])
     assert [line["x"] for line in lines[::2]] == [[5.0, 5.5], [4.0, 4.0]]
     assert [line["y"] for line in lines[1::2]] == [[-2.5], [-9.0]]
+
+
+def test_without_plotly_a_line_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
+    landscape.write(tmp_path / "cliff.json", torch.zeros(1, 2, 2))
+    assert capsys.readouterr().out == "cliff.json is left out, which takes plotly: pip install plotly\n"
+    assert not list(tmp_path.iterdir())
