@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .holds import Decide, Hold, Write, skipped
-from .patches import Patches
+from ..patches import Patches
 
 __all__ = ["HalfPrecision", "SinglePrecision"]
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .holds import Decide, Hold, Piece, Write, go_on
-from .patches import Patches
+from ..patches import Patches
 
 __all__ = ["Stage12", "overlaps"]
 

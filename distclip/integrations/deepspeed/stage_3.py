@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .holds import Decide, Hold, Piece, Write, go_on
-from .patches import Patches
+from ..patches import Patches
 
 __all__ = ["Stage3"]
 
