@@ -21,7 +21,7 @@ from distclip.sources import named
 from tests.layouts import LAYOUTS, Case
 from tests.layouts.model_parallel import known, made
 from tests.layouts.pipeline import plain
-from tests.ranks import World
+from tests.ranks import RankError, World
 from tests.world.rig import everywhere
 from tests.world.test_layouts import check_norm, check_scaled, stored
 
@@ -38,8 +38,9 @@ WRONG = {
 RAISES = {
     "tp_plain_norm": (RuntimeError, "mixed torch.Tensor and DTensor"),
     "fsdp2_columns_and_ignored": (RuntimeError, "mixed torch.Tensor and DTensor"),
-    "many_meshes": (RuntimeError, "must have the same mesh"),
-    "expert_and_plain_router": (AssertionError, ""),
+    "many_meshes": (RuntimeError, "mixed torch.Tensor and DTensor"),
+    "crossing_axes": (RuntimeError, "must have the same mesh"),
+    "expert_and_plain_router": (AssertionError, None),
 }
 
 
@@ -114,7 +115,7 @@ def check_alike(name: str, norm_type: float) -> None:
 def test_does_what_the_original_does_where_that_is_right(
     ranks: Callable[[int], World], name: str, norm_type: float
 ) -> None:
-    if norm_type != 2 and name == "fsdp2_empty":
+    if norm_type != 2 and name in ("fsdp2_empty", "generator"):
         pytest.skip("torch's inf-norm raises on the ranks with an empty shard, and the others hang")
     ranks(4).run(check_alike, name=name, norm_type=norm_type)
 
@@ -198,6 +199,9 @@ def test_ranks_of_the_original_part(what: str) -> None:
     world = World(2)  # gloo's threads of the rank that was left alone are not used again
     try:
         one, two = world.run(check_their_trouble, what=what)
+    except RankError as error:
+        assert "the process died" in str(error)  # gloo ends a rank that gets more bytes than it asked for
+        return
     finally:
         world.stop()
     assert one != two

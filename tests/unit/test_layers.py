@@ -85,6 +85,7 @@ def test_what_is_decided_knows_nothing_of_ranks() -> None:
 def test_importing_needs_torch_only() -> None:
     allowed = {"torch", "distclip"} | set(sys.stdlib_module_names)
     extras = {"bench": {"rich"}, "kernels": {"triton"}, "comm": {"mpi4py"}, "integrations": {"mpi4py", "deepspeed"}}
+    extras["integrations"] |= {"hydra", "megatron"}
     extras["monitor"] = {"numpy", "rich", "plotly", "jinja2", "markupsafe", "matplotlib"}
     extras["monitor"] |= {"tensorboard", "wandb", "mlflow", "trackio"}
     wrong = [

@@ -94,6 +94,8 @@ def made(setting: Setting) -> Any:
         num_layers=2,
         hidden_size=8,
         num_attention_heads=2,
+        num_moe_experts=2 if setting.ep > 1 else None,
+        add_bias_linear=setting.ep == 1,
         use_cpu_initialization=True,
         tensor_model_parallel_size=setting.tp,
         expert_model_parallel_size=setting.ep,
@@ -109,9 +111,7 @@ def made(setting: Setting) -> Any:
         def __init__(self) -> None:
             super().__init__(config)
             self.up = ColumnParallelLinear(8, 12, gather_output=False, **shared)
-            self.down = RowParallelLinear(
-                12, 8, bias=True, input_is_parallel=True, skip_bias_add=False, **shared
-            )
+            self.down = RowParallelLinear(12, 8, bias=True, input_is_parallel=True, skip_bias_add=False, **shared)
             self.norm = nn.LayerNorm(8, dtype=dtype)
             if setting.pp > 1:
                 self.tied = ColumnParallelLinear(8, 10, bias=False, gather_output=False, **shared)
