@@ -55,7 +55,7 @@ class AsIfCuda(TorchFunctionMode):
 def megatron(setting: Setting) -> Iterator[None]:
     """Its groups, and a CPU that it takes for a GPU."""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    here = mock.patch.object(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    here = mock.patch.object(torch.cuda, "current_device", return_value=torch.device("cpu"))
     with warnings.catch_warnings(), here, AsIfCuda():
         warnings.simplefilter("ignore")
         from megatron.core import parallel_state
