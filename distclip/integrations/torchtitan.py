@@ -1,0 +1,73 @@
+"""torchtitan: its `clip_grad_norm_`, by distclip.
+
+::
+
+    from torchtitan.distributed import utils as dist_utils
+
+    from distclip.integrations.torchtitan import clip_grad_norm_
+
+    dist_utils.clip_grad_norm_ = clip_grad_norm_  # before the Trainer runs, which looks it up at every step
+
+torchtitan is not imported, and need not be installed. For another policy than a fixed norm give the Trainer's model
+parts and optimizers to a `GradClipper` with `split_over=parallel_dims.get_optional_mesh("pp")`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .. import clip
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["clip_grad_norm_"]
+
+
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    pp_mesh: DeviceMesh | None = None,
+    ep_enabled: bool = False,
+) -> Tensor:
+    r"""Clip the norm of the whole gradient of a model, with the signature of torchtitan 0.3.
+
+    .. math:: g \leftarrow g \cdot \min\left(1, \frac{max\_norm}{\lVert g \rVert_p + 10^{-6}}\right)
+
+    Right also where torchtitan's own raises, hangs or is wrong: plain parameters beside DTensors, DTensors on more
+    meshes than one and one with an "ep" axis, stages whose gradients differ in dtype, a rank of a stage that lacks a
+    gradient, fp16 gradients whose squares overflow, a parameter listed twice.
+
+    Args:
+        parameters: of this rank's stage, or of its model parts together; may be empty with `pp_mesh`.
+        max_norm: see `distclip.clip_grad_norm_`.
+        norm_type: see `distclip.clip_grad_norm_`.
+        error_if_nonfinite: see `distclip.clip_grad_norm_`; raises on the ranks of all stages.
+        foreach: False to scale gradients one by one; otherwise they are scaled as is fastest.
+        pp_mesh: the axis of the pipeline stages; every rank passes its slice of it, or none does.
+        ep_enabled: changes nothing: placements say which parameters are experts, and where they lie.
+
+    Returns:
+        The norm before clipping: float32 or wider whatever the gradients are, the same bits on every rank.
+
+    Raises, Collectives, Host syncs: see `distclip.clip_grad_norm_`, called with `split_over=pp_mesh`.
+
+    Source: the signature is that of `torchtitan.distributed.utils.clip_grad_norm_`.
+
+    >>> import torch
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> weight.grad = torch.tensor([3.0, 4.0])
+    >>> clip_grad_norm_([weight], max_norm=1.0, foreach=True)
+    tensor(5.)
+    >>> weight.grad
+    tensor([0.6000, 0.8000])
+    """
+    # Its Trainer passes foreach=True, which asks for speed, not for torch's multi-tensor operators.
+    how = None if foreach else foreach
+    return clip.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, how, split_over=pp_mesh)
