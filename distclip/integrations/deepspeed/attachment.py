@@ -19,9 +19,9 @@ from ...errors import ArgumentError
 from ...nonfinite import OnNonFinite
 from ...policies import Policy
 from ...report import Report
+from ..patches import Patches
 from .bf16 import BF16
 from .holds import Hold, Piece
-from .patches import Patches
 from .stage_0 import HalfPrecision, SinglePrecision
 from .stage_1_2 import Stage12
 from .stage_3 import Stage3

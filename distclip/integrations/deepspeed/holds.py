@@ -19,7 +19,7 @@ from ...decision import Decision
 from ...errors import LayoutError
 from ...sources.arguments import named
 from ...sources.tagged import place_
-from .patches import Patches
+from ..patches import Patches
 from .ranks import Ranks
 
 __all__ = ["Decide", "Hold", "Piece", "Write", "go_on", "skipped"]

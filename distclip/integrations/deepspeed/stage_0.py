@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..patches import Patches
 from .holds import Decide, Hold, Write, skipped
-from .patches import Patches
 
 __all__ = ["HalfPrecision", "SinglePrecision"]
 

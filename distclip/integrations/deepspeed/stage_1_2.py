@@ -8,8 +8,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from ..patches import Patches
 from .holds import Decide, Hold, Piece, Write, go_on
-from .patches import Patches
 
 __all__ = ["Stage12", "overlaps"]
 
