@@ -33,12 +33,15 @@ SAME = ("model", "data", "batch", "seed", "optim._target_", "precision.dtype")
 SAME_CLIP = ("clip._target_", "clip.norm_type", "clip.per", "clip.window", "clip.reseed", "clip.groups")
 
 
-def newest(run: Path) -> tuple[int, Path]:
-    """The last step of a run that was saved completely, and where."""
+def newest(run: Path, before: int | None = None) -> tuple[int, Path]:
+    """The last step of a run (before a certain one) that was saved completely, and where."""
     saved = {int(path.name[5:]): path for path in run.glob("checkpoints/step_*") if path.name[5:].isdigit()}
     if not saved:
         raise SystemExit(f"resume={run} has no checkpoint: write the directory of a run with checkpoint.every=N")
-    return max(saved.items())
+    if before is not None and before <= min(saved):
+        first = min(saved) + 1
+        raise SystemExit(f"replay={before}: {run} has no checkpoint before it: write {first} or more")
+    return max((step, path) for step, path in saved.items() if before is None or step < before)
 
 
 def check(cfg: DictConfig) -> int:
@@ -48,7 +51,7 @@ def check(cfg: DictConfig) -> int:
     if cfg.resume is None:
         return 1
     run = Path(cfg.resume)
-    step, _ = newest(run)
+    step, _ = newest(run, cfg.replay)
     if step >= cfg.steps:
         raise SystemExit(f"resume={run} is through step {step} already: write steps={step + 1} or more")
     before = OmegaConf.load(run / "config.yaml")

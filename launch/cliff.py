@@ -47,7 +47,7 @@ def problem(batch: int) -> Data:
         while True:
             yield one
 
-    return Data(passes, [one], total_error, 1, math.nan, "samples", None)
+    return Data(passes, [one], total_error, 1, math.nan, "samples", None, 1)
 
 
 class Cliff(nn.Module):
@@ -68,12 +68,12 @@ def cliff(data: Data, starts: int, w: Sequence[float], b: Sequence[float]) -> nn
 
 
 class Descent(Probe):
-    """Follows every start, and draws the paths of those that are nearest to `paths`, a list of (w, b)."""
+    """Follows every start; draws the paths of so many of the steepest, which meet the wall, and of as many others."""
 
     whole = True
 
-    def __init__(self, paths: Sequence[Sequence[float]]) -> None:
-        self.paths = torch.tensor(paths, dtype=torch.float64)
+    def __init__(self, paths: int) -> None:
+        self.paths = paths
 
     def watch(self, module: nn.Module) -> None:
         part = next((part for part in module.modules() if isinstance(part, Cliff)), None)
@@ -81,12 +81,19 @@ class Descent(Probe):
             raise SystemExit("probe=cliff follows the starts of model=cliff: write experiment=cliff")
         self._at = part.starts
         self._first = self._at.detach().cpu().clone()
-        self._drawn = torch.cdist(self.paths, self._first).argmin(1)
-        self._places = [self._first[self._drawn]]
+        self._places: list[Tensor] = []
         self._clipped: list[float] = []
 
+    def before(self) -> None:
+        if not self._places:
+            assert self._at.grad is not None
+            steepest = self._at.grad.norm(dim=1).argsort(descending=True).cpu()
+            # Drawn at random, so that the next best are any.
+            self._drawn = torch.cat([steepest[: self.paths], steepest[self.paths :].sort().values[: self.paths]])
+            self._places.append(self._first[self._drawn])
+
     def after(self, report: Report) -> dict[str, float]:
-        self._places.append(self._at.detach()[self._drawn].cpu())
+        self._places.append(self._at.detach().cpu()[self._drawn])
         self._clipped.append(float((report.coefs < 1).double().mean()))
         return {}
 

@@ -1,7 +1,7 @@
 """The closing table: a column per run, and a line for whatever one of them has a figure of."""
 
 from collections.abc import Iterator, Mapping
-from math import isfinite, isnan
+from math import ceil, isfinite, isnan
 
 from rich.console import Console
 from rich.table import Table
@@ -10,14 +10,14 @@ from record import Outcome
 
 
 def tables(outcomes: Mapping[str, Outcome], console: Console) -> Iterator[Table]:
-    """As many columns side by side as the console is wide, the rest below."""
-    names = list(outcomes)
-    while names:
-        n = len(names)
-        while n > 1 and console.measure(table(outcomes, names[:n])).maximum > console.width:
-            n -= 1
-        yield table(outcomes, names[:n])
-        names = names[n:]
+    """All columns side by side if the console is wide enough, or else as few tables as hold them, equally wide."""
+    names, unbounded = list(outcomes), console.options.update(width=10**6)
+    for rows in range(1, len(names) + 1):
+        most = ceil(len(names) / rows)
+        made = [table(outcomes, names[i : i + most]) for i in range(0, len(names), most)]
+        if most == 1 or all(console.measure(each, options=unbounded).maximum <= console.width for each in made):
+            break
+    yield from made
 
 
 def table(outcomes: Mapping[str, Outcome], names: list[str]) -> Table:

@@ -34,6 +34,8 @@ class Data:
     """What the targets of a batch are counted in."""
     variance: float | None
     """Of the held-out targets, where they are quantities: what R2 compares with."""
+    size: int
+    """How many ids batches have."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def topics(batch: int, length: int, held_out: float) -> Text:
             yield from train
 
     v = len(index)
-    return Text(passes, rest, cross_entropy, v, math.log(v), "tokens", None, v, length)
+    return Text(passes, rest, cross_entropy, v, math.log(v), "tokens", None, len(train), v, length)
 
 
 def _streams(ids: Tensor, batch: int, length: int) -> list[Batch]:
@@ -139,4 +141,4 @@ def _table(x: Tensor, y: Tensor, bad: Tensor, batch: int, held_out: float, crite
                     yield Batch(x[rows], targets[rows], False, ids[rows])
 
     guess = math.log(outputs) if outputs > 1 else float(y.var())
-    return Table(passes, rest, criterion, outputs, guess, "samples", variance, x.shape[1])
+    return Table(passes, rest, criterion, outputs, guess, "samples", variance, len(x), x.shape[1])

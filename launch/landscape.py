@@ -17,6 +17,7 @@ def write(path: Path, paths: Tensor) -> None:
     """(paths, places, 2) of w and b."""
     try:
         import plotly.graph_objects as go
+        from plotly.colors import qualitative
     except ImportError:
         Console().print(f"{path.name} is left out, which takes plotly: pip install plotly", highlight=False)
         return
@@ -28,16 +29,23 @@ def write(path: Path, paths: Tensor) -> None:
             x=w.tolist(),
             y=b.tolist(),
             z=[[round(value, 3) for value in row] for row in loss.tolist()],
-            colorscale="Viridis",
+            colorscale="Blues_r",
             contours={"coloring": "heatmap", "showlines": False},
             colorbar={"title": {"text": "log10 loss"}},
             hovertemplate="w %{x:.3g}, b %{y:.3g}: 10^%{z:.2f}<extra></extra>",
         )
     )
-    for i, each in enumerate(paths, 1):
+    for i, each in enumerate(paths):
         xs, ys = each.T.tolist()
         steps = [f"step {step}" for step in range(len(xs))]
-        figure.add_scatter(x=xs, y=ys, text=steps, name=f"start {i}", mode="lines+markers", marker={"size": 4})
+        figure.add_scatter(
+            x=xs,
+            y=ys,
+            text=steps,
+            name=f"start {i + 1}",
+            mode="lines+markers",
+            marker={"size": 4, "color": qualitative.Set1[i % 9]},
+        )
         # White: the end.
         figure.add_scatter(
             x=xs[-1:],

@@ -61,7 +61,7 @@ def train(run: Run, record: Record, terminal: Terminal) -> Outcome | None:
     strike = run.inject.aim(stepping.pieces()) if run.inject else None
     progress = stepping.progress(mesh, len(example))
     if cfg.resume is not None:
-        progress.load(checkpoint.newest(Path(cfg.resume))[1])
+        progress.load(checkpoint.newest(Path(cfg.resume), cfg.replay)[1])
     run.probe.watch(placed.module)
     directory = gathered(record.directory.resolve())[0]
     recorder = Recorder(
@@ -70,7 +70,12 @@ def train(run: Run, record: Record, terminal: Terminal) -> Outcome | None:
         every=cfg.log.every,
         per_tensor=cfg.log.per_tensor,
         sinks=[record.add],
-        facts={"batch": cfg.batch, "precision": cfg.precision.dtype, "optimizer": cfg.optim._target_},
+        facts={
+            "batch": cfg.batch,
+            "precision": cfg.precision.dtype,
+            "optimizer": cfg.optim._target_,
+            "dataset_size": data.size,
+        },
     )
 
     start = time.perf_counter()

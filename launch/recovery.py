@@ -3,13 +3,13 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 from probe import Measure, Probe
 
-WINDOW = 20
-"""Steps whose median is the usual loss: that of single batches scatters."""
+BEFORE, AHEAD = 20, 5
+"""Over how many steps the loss is averaged, which scatters from batch to batch."""
 
 
 class Recovery(Probe):
@@ -20,18 +20,18 @@ class Recovery(Probe):
 
     def close(self, rows: Sequence[dict[str, Any]], directory: Path) -> list[Measure]:
         losses = {row["step"]: row["loss"] for row in rows}
-        before = [loss for step, loss in losses.items() if self.step - WINDOW < step <= self.step]
         # The loss of a step is that before its update: the first one to feel it is the next.
+        before = [loss for step, loss in losses.items() if self.step - BEFORE < step <= self.step]
         after = [loss for step, loss in losses.items() if step > self.step]
-        usual = median(before) if before else math.nan
-        worst = max(after[:WINDOW], key=lambda loss: loss if math.isfinite(loss) else math.inf, default=math.nan)
+        usual = fmean(before) if before else math.nan
+        worst = max(after[:BEFORE], key=lambda loss: loss if math.isfinite(loss) else math.inf, default=math.nan)
         return [
             Measure("loss_before", f"loss before step {self.step}", usual),
-            Measure("loss_after", f"worst of the {WINDOW} after", worst),
-            Measure("recovery", "steps until it is back", recovered(after, usual), "{:.0f}"),
+            Measure("loss_after", f"worst of the {BEFORE} after", worst),
+            Measure("recovery", "steps until it is back", recovery(after, usual), "{:.0f}"),
         ]
 
 
-def recovered(losses: Sequence[float], usual: float) -> float:
-    """After how many losses the median of the next `WINDOW` is no higher than usual; infinity where it never is."""
-    return next((i for i in range(len(losses) - WINDOW + 1) if median(losses[i : i + WINDOW]) <= usual), math.inf)
+def recovery(losses: Sequence[float], usual: float) -> float:
+    """After how many losses the next `AHEAD` are on average no higher than usual; infinity where they never are."""
+    return next((i for i in range(len(losses) - AHEAD + 1) if fmean(losses[i : i + AHEAD]) <= usual), math.inf)

@@ -1,6 +1,7 @@
 """From Hydra's config to the runs it asks for, each held to the types of its defaults."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from hydra import compose
@@ -17,12 +18,16 @@ from omegaconf import (
     ValidationError,
 )
 
+import replay
+
 NODES: dict[type, Callable[..., Node]] = {bool: BooleanNode, int: IntegerNode, float: FloatNode, str: StringNode}
 
 
 def runs(cfg: DictConfig) -> dict[str, DictConfig]:
     """The job itself, or one run per entry of `compare`, made as the command line would."""
     hydra = HydraConfig.get()
+    if cfg.replay is not None:
+        return {"": replay.configured(cfg)}
     if not cfg.compare:
         return {"": typed(cfg, list(hydra.overrides.task))}
     named = isinstance(cfg.compare, DictConfig)
@@ -46,13 +51,17 @@ def typed(cfg: DictConfig | None, overrides: list[str]) -> DictConfig:
     name, first = hydra.job.config_name, list(hydra.overrides.hydra)
     cfg = compose(name, [*first, *overrides]) if cfg is None else cfg
     groups = [o for o in overrides if o.split("=")[0].lstrip("+~") in hydra.runtime.choices]
-    defaults = OmegaConf.to_container(compose(name, [*first, *groups]), resolve=True)
     try:
-        checked = OmegaConf.merge(OmegaConf.create(_nodes(defaults)), cfg)
+        checked = OmegaConf.merge(OmegaConf.create(_nodes(_defaults(name, *first, *groups))), cfg)
     except ValidationError as error:
         raise SystemExit(f"{error}") from None
     assert isinstance(checked, DictConfig)
     return checked
+
+
+@cache
+def _defaults(name: str, *overrides: str) -> Any:
+    return OmegaConf.to_container(compose(name, list(overrides)), resolve=True)
 
 
 def _nodes(value: Any) -> Any:

@@ -1,7 +1,9 @@
 """What a run shows on the terminal; nothing on ranks other than 0."""
 
 import os
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -46,13 +48,15 @@ class Terminal:
                 title = f"not finite{name and f' ({name})'}"
                 self.console.print(f"{title}: {'; '.join(closing.culprits(run, 3))}", soft_wrap=True, highlight=False)
         self.say(note)
-        # A path is for copying: outside the table, never folded.
-        self.console.print(
-            f"run directory: {os.path.commonpath([run.directory for run in outcomes.values()])}",
-            soft_wrap=True,
-            highlight=False,
-        )
+        # Paths are for copying: outside the table, never folded.
+        runs = os.path.commonpath([run.directory for run in outcomes.values()])
+        command = Path(sys.executable).with_name("distclip")
+        if command.is_relative_to(Path.cwd()):
+            command = command.relative_to(Path.cwd())
+        self.console.print(f"run directory: {runs}", soft_wrap=True, highlight=False)
+        self.console.print(f"to see its norms: {command} report {runs}", soft_wrap=True, highlight=False)
 
     def say(self, text: str) -> None:
+        """A paragraph, folded on a terminal only."""
         if text:
-            self.console.print(text.strip(), highlight=False, markup=False)
+            self.console.print(text.strip(), soft_wrap=not self.console.is_terminal, highlight=False, markup=False)

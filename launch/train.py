@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import checkpoint
 import loop
+import replay
 import settings
 from layout import Copies
 from probe import Probe
@@ -101,9 +102,14 @@ def main(cfg: DictConfig) -> None:
         raise SystemExit(1) from None
     if outcomes:
         terminal.outcomes(outcomes, cfg.note)
+        if cfg.replay is not None:
+            (run,) = runs.values()
+            terminal.say(replay.verdict(run.cfg, run.data, directory))
 
 
 if __name__ == "__main__":
+    # Hydra takes this flag in front of overrides or behind them, and not between.
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
     # Hydra makes directories and files in every process: give all but rank 0 one that vanishes.
     try:
         with TemporaryDirectory() as scratch:

@@ -8,7 +8,8 @@ The first kind says what follows; it comes whenever a recorder opens the file:
 - `policy`: as Python writes it, without what is as it is by default; `per`: what has a norm of its own; `slots`: names
   in the order of `norms`
 - `tensors`: names in the order of `tensor_norms`, where those are recorded
-- `every`: steps between two writes; `world_size`: ranks; and whatever facts the recorder was given
+- `every`: steps between two writes; `world_size`: ranks; and whatever facts the recorder was given. What is made of a
+  run knows `batch` (samples of a step), `precision` ("fp16", "float16") and `dataset_size` (samples of a pass)
 
 The second kind is a step. Where a run went on from a checkpoint, numbers come again: what was written later holds, and
 what had been written of this and later steps does not.

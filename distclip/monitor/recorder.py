@@ -46,7 +46,7 @@ class Recorder:
         sinks: where the numbers go besides (see `distclip.monitor.sinks`); only those of the rank that writes.
         per_tensor: record the norm of every parameter's gradient too, see `GradClipper.measure_tensors`.
         top: of how many steps that stood out most to keep sample ids, worst rank and worst tensor, ≥ 0.
-        facts: of the run, for its first line: {"batch": 512, "precision": "fp16"}; `distclip suggest` knows "batch".
+        facts: of the run, for its first line: {"batch": 512, "precision": "fp16"}.
 
     Raises:
         ArgumentError: one of them cannot be meant. DisagreementError: ranks were given different ones. On every rank.

@@ -47,8 +47,8 @@ def merged(
 
     >>> import torch
     >>> one, two = Told((7,), 1.0, ("weight", 1.0)), Told((7, 8), 3.0, ("bias", 2.0))
-    >>> merged([one, two], [0, 1], torch.tensor(4.0), {"weight", "bias"})
-    {'ids': [7, 8], 'worst': {'rank': 1, 'tensor': 'bias', 'share': 0.5}}
+    >>> merged([one, two], [4, 6], torch.tensor(4.0), {"weight", "bias"})
+    {'ids': [7, 8], 'worst': {'rank': 6, 'tensor': 'bias', 'share': 0.5}}
     """
     fields: dict[str, Any] = {}
     if ids := list(dict.fromkeys(sample for each in told for sample in each.ids)):

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parents[2]
 MODELS = {"rnn": [], "gpt": ["model=gpt"], "mlp": ["model=mlp", "data=digits"]}
 ZERO = ["zero0", "zero2", "zero3"] if find_spec("deepspeed") else []
 TWO_RANKS = ["ddp", "fsdp1", "fsdp2", "hsdp", "tp", "fsdp2_tp", "pp", *ZERO]
 FOUR_RANKS = ["hsdp", "fsdp2_tp", "pp"]  # what has two axes
+EXPERIMENTS = ["rescue", "bad_label", "regression", "lstm", "gpt", "direction"]
 STEPS = 5
 FILES = {"config.yaml", "metrics.jsonl", "summary.json"}
 
@@ -159,9 +161,62 @@ def test_what_is_wrong_is_said_before_a_process_group_starts(
     assert not list(tmp_path.iterdir())
 
 
-def test_rescue_sets_three_runs_side_by_side(tmp_path: Path) -> None:
-    done = launch(tmp_path, 1, "parallel=single", "experiment=rescue", "steps=2", "data.held_out=0.02", "log=quiet")
-    assert done.returncode == 0, done.stderr
-    (row,) = (line for line in done.stdout.splitlines() if "held-out loss" in line)
+@pytest.fixture(scope="module")
+def experiments(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A few steps of all those on data that can be held out, in one launch; the flag between overrides."""
+    cwd = tmp_path_factory.mktemp("job")
+    names = f"experiment={','.join(EXPERIMENTS)}"
+    job = launch(cwd, 1, "parallel=single", names, "--multirun", "steps=2", "batch=8", "data.held_out=0.02")
+    assert job.returncode == 0, job.stdout + job.stderr
+    return Job(cwd, job.stdout)
+
+
+def test_rescue_sets_three_runs_side_by_side(experiments: Job) -> None:
+    row = next(line for line in experiments.out.splitlines() if "held-out loss" in line)
     clipped, unclipped, control = (float(cell) for cell in row.strip(" │").split("│")[1:])
-    assert clipped == unclipped != control  # nothing is clipped yet in the first two steps
+    assert clipped == unclipped != control  # nothing is clipped yet in the first steps
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_ends_in_a_table_and_what_it_shows(experiments: Job, name: str) -> None:
+    said = OmegaConf.load(ROOT / "conf/experiment" / f"{name}.yaml")
+    (directory,) = experiments.cwd.glob(f"outputs/*/{EXPERIMENTS.index(name)}")
+    assert {path.name for path in directory.iterdir()} == {each.replace(" ", "_") for each in said.compare}
+    assert said.note in experiments.out
+
+
+def test_direction_writes_its_angles(experiments: Job) -> None:
+    number = EXPERIMENTS.index("direction")
+    assert [row["angle"] for row in experiments.rows(f"{number}/unclipped")] == [0, 0]
+    turned = [row["angle"] for row in experiments.rows(f"{number}/value_0.01")]
+    assert min(turned) > 1
+    (path,) = experiments.cwd.glob(f"outputs/*/{number}/value_0.01/summary.json")
+    assert json.loads(path.read_text(encoding="utf-8"))["angle_max"] == max(turned)
+
+
+def test_the_cliff_leaves_a_picture(tmp_path: Path) -> None:
+    done = launch(tmp_path, 2, "experiment=cliff", "steps=3")
+    assert done.returncode == 0, done.stderr
+    job = Job(tmp_path, done.stdout)
+    assert job.files() == {
+        f"{run}/{file}" for run in ("norm_1", "unclipped") for file in (*FILES, "figures/cliff.json")
+    }
+    assert "solved" in done.stdout and "of a blind guess" not in done.stdout
+
+
+def test_a_step_again_tells_a_transient_fault_from_bad_data(tmp_path: Path) -> None:
+    """A gradient spoiled at step 33, and the bad label's second pass at step 39."""
+    bad = ["data=diabetes", "data.bad_label=1000", "batch=16", "optim.lr=0.01"]
+    one = ["parallel=single", "checkpoint.every=3", "steps=40", "probe.step=33", "hydra.run.dir=run"]
+    first = launch(tmp_path, 1, "experiment=one_spike", *bad, *one)
+    assert first.returncode == 0, first.stderr
+    assert "steps until it is back" in first.stdout
+    again = launch(tmp_path, 1, "parallel=single", "resume=run/norm_1", "replay=33,39", "--multirun")
+    assert again.returncode == 0, again.stderr
+    fault, data = (line for line in again.stdout.splitlines() if " then, " in line)
+    assert fault.startswith("step 33: norm ") and "Not again: a transient fault" in fault
+    assert "after the forward pass, whose loss is the same" in fault
+    assert data.startswith("step 39: norm ") and "The same norm again: the batch (samples " in data
+    words = data.replace(",", "").replace(";", "").split()
+    assert words[words.index("norm") + 1] == words[words.index("norm") + 3]  # bit for bit
+    assert float(words[words.index("norm") + 1]) > 100

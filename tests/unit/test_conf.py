@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,19 @@ def load(path: Path) -> DictConfig:
 def test_every_choice_composes(group: str, name: str) -> None:
     cfg = compose("config", [f"{group}={name}"])
     assert OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+
+
+@pytest.mark.usefixtures("conf")
+@pytest.mark.parametrize("name", [name for group, name in OURS if group == "experiment"])
+def test_every_run_of_an_experiment_composes(name: str) -> None:
+    cfg = compose("config", [f"experiment={name}"])
+    assert cfg.compare and cfg.note
+    for run, changes in cfg.compare.items():
+        policy = instantiate(compose("config", [f"experiment={name}", *changes]).clip)
+        assert isinstance(policy, distclip.Policy)
+        unclipped = isinstance(policy, distclip.NormPolicy) and policy.threshold == distclip.Fixed(math.inf)
+        # What the experiment sets comes after what a choice brings, clip=off too.
+        assert unclipped == ("clip=off" in changes or "unclipped" in run)
 
 
 @pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: path.stem)

@@ -171,9 +171,9 @@ def check_closed_early() -> None:
     rank, folder, coefs = dist.get_rank(), shared_folder(), []
     rig = build("fsdp2")
     clipper = rig.clipper(distclip.global_norm(0.5))
-    recorder = Recorder(clipper, folder, every=20)
+    recorder = Recorder(clipper, folder, every=20, top=1)
     for step in range(1, 61):
-        rig.fill(step, 50.0 if step in (19, 25, 59) else 1.0)
+        rig.fill(1, {19: 50.0, 25: 80.0, 59: 120.0}.get(step, 1.0))
         coefs.append(float(clipper.clip().coef))
         recorder.note(ids=[step + 100 * rank])
         if step == 30 and rank == 0:
@@ -190,6 +190,25 @@ def check_closed_early() -> None:
 
 def test_a_rank_that_closes_alone_keeps_nobody_waiting(world: Callable[[int], World]) -> None:
     world(2).run(check_closed_early)
+
+
+def check_raised_alone() -> None:
+    """A rank that leaves by an exception of its own waits for nobody."""
+    rank, folder = dist.get_rank(), shared_folder()
+    rig = build("fsdp2")
+    clipper = rig.clipper(distclip.global_norm(0.5))
+    recorder = Recorder(clipper, folder)
+    rig.fill(1)
+    clipper.clip()
+    if rank == 0:
+        with pytest.raises(KeyError), recorder:
+            raise KeyError
+    recorder.close()
+    assert len(lines_of(folder)[1]) == 1
+
+
+def test_a_rank_that_raises_alone_waits_for_nobody(world: Callable[[int], World]) -> None:
+    world(2).run(check_raised_alone)
 
 
 def check_refusals() -> None:
@@ -278,8 +297,9 @@ def check_update(name: str, policy: str) -> None:
     moved = torch.cat([(after[key] - before[key]).reshape(-1) for key in before])
     whole = torch.cat([value.reshape(-1) for value in before.values()])
     torch.testing.assert_close(update.ratio, moved.norm() / whole.norm(), rtol=1e-6, atol=0)
-    with pytest.raises(KeyError), UpdateRatio(clipper):
-        raise KeyError  # on this rank alone, as it were: nobody is waited for
+    if dist.get_rank() == 0:
+        with pytest.raises(KeyError), UpdateRatio(clipper):
+            raise KeyError  # on this rank alone: nobody is waited for
 
 
 @pytest.mark.parametrize("policy", ["global", "rows"])

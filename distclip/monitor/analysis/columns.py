@@ -42,7 +42,9 @@ class Columns:
             return [line.get(key) for line in lines]
 
         found = {key: numbers_of(values(key)) for key in ("norm", "bound", "coef")}
-        found["coef"][np.isnan(found["coef"])] = 1.0
+        # What cannot be a norm or a factor that shortens is none.
+        found["norm"][found["norm"] < 0] = np.nan
+        found["coef"][~((found["coef"] >= 0) & (found["coef"] <= 1))] = 1.0
         for key in keys:
             if key not in KNOWN:
                 told = values(key)

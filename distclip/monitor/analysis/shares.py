@@ -19,7 +19,7 @@ def dominant(log: Log) -> tuple[str, float] | None:
     """
     if len(log.tensors) < 3:
         return None
-    squares = np.nan_to_num(log.tensor_norms, nan=np.inf)
+    squares = np.where(log.tensor_norms >= 0, log.tensor_norms, np.inf)
     # By its largest, so that no square overflows; a step with a norm that is not finite has no shares.
     with np.errstate(invalid="ignore", divide="ignore"):
         squares = (squares / squares.max(axis=1, keepdims=True)) ** 2

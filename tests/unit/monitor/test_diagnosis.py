@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from distclip.monitor.analysis.diagnosis import Finding, diagnose
+from distclip.monitor.analysis.excess import spikes_of
 from tests.unit.monitor.by_hand import HEADER, Floats, bad_record, log_of, recorded, rows, usual
 
 STEPS = 1500
@@ -105,6 +106,10 @@ CLEAN = {
         HEADER,
         rows(usual(STEPS) * np.where(np.arange(STEPS) < 250, 9, 1), bound=4.0),
     ),
+    "clipped for a while only": (
+        HEADER,
+        rows(usual(STEPS) * np.where(abs(np.arange(STEPS) - 900) < 200, 9, 1), bound=4.0),
+    ),
     "spikes now and then": (HEADER, rows(at(dict.fromkeys(range(60, 1500, 120), 20.0)))),
     "a spike and then an overflow": (HEADER, rows(at({500: 50.0, 503: math.nan}))),
     "a scaler that looks for its scale": (FP16, scaled({1: 0.5, 2: 0.5, 3: 0.5, 4: 0.5, 5: 0.5})),
@@ -146,6 +151,11 @@ def test_bad_samples_that_are_not_finite_are_no_numerics(tmp_path: Path) -> None
     (finding,) = diagnose(recorded(tmp_path, HEADER, lines))
     assert finding.rule == "bad data" and "137" in finding.title
     assert finding.command.startswith("launch/train.py resume=") and finding.advice.endswith(finding.command)
+
+
+def test_norms_that_scatter_widely_have_no_spikes() -> None:
+    assert spikes_of(log_of(usual(STEPS, scatter=0.8))).tolist() == []
+    assert spikes_of(log_of(at({1: 40, 700: 3.5, 1500: 9}) / usual(STEPS) ** 0.9)).tolist() == [0, 699, 1499]
 
 
 def test_a_finding_is_words() -> None:

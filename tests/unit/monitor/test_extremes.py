@@ -49,6 +49,10 @@ def test_a_calm_run_has_none() -> None:
     assert not Extremes(20).among([1.0 + 0.5 * math.sin(step) for step in range(1000)])
 
 
+def test_what_is_no_more_extreme_than_what_is_known_is_not_told_of() -> None:
+    assert Extremes(1).among([1.0] * 5 + [3.0, 3.0]) == [(5, 3.0)]
+
+
 def test_an_early_transient_does_not_hide_what_comes_later() -> None:
     norms = [100.0 * 0.9**step + 1 for step in range(200)]
     norms[150] = 10.0

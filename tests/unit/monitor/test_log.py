@@ -113,7 +113,7 @@ PIECES = st.one_of(
     st.builds(
         lambda step, norm, more: {"step": step, "norm": norm, **more},
         st.integers(0, 30) | st.sampled_from([3.0, 2.5, "4", None, True, 1 << 70]),
-        st.floats(0, 100) | st.sampled_from([None, math.nan, math.inf, "no", True, 10**400]),
+        st.floats(0, 100) | st.sampled_from([None, -1.0, math.nan, math.inf, "no", True, 10**400]),
         st.dictionaries(
             st.sampled_from(["coef", "bound", "loss", "clipped", "finite", "skipped", "note", "lr"]),
             st.floats(0, 2) | st.booleans() | st.none() | st.just("word") | st.just(10**400),
@@ -172,10 +172,12 @@ def test_reads_as_the_slow_reader(
             return
         log = quiet(path)
     assert log.steps.tolist() == [row["step"] for row in kept] and log.torn == unread
-    for key, column in {"norm": log.norms, "bound": log.bounds, **log.columns}.items():
+    norms = [value(row, "norm") for row in kept]
+    np.testing.assert_equal(log.norms, [math.nan if each < 0 else each for each in norms])
+    for key, column in {"bound": log.bounds, **log.columns}.items():
         np.testing.assert_equal(column, [value(row, key) for row in kept])
     coefs = [value(row, "coef") for row in kept]
-    np.testing.assert_equal(log.coefs, [1.0 if math.isnan(each) else each for each in coefs])
+    np.testing.assert_equal(log.coefs, [each if 0 <= each <= 1 else 1.0 for each in coefs])
     for key, flags, otherwise in (
         ("clipped", log.clipped, log.coefs < 1),
         ("finite", log.finite, ~np.isnan(log.norms)),
@@ -183,6 +185,12 @@ def test_reads_as_the_slow_reader(
     ):
         told = [row.get(key) for row in kept]
         assert flags.tolist() == [bool(t) if t in (0, 1) else o for t, o in zip(told, otherwise.tolist(), strict=True)]
+
+
+def test_torn_lines_do_not_make_up_a_whole_one(tmp_path: Path) -> None:
+    torn = '{"step": 2, "norm": 3, "culprits": [{"name": "a"}\n{"name": "b"}]}\n'
+    log = quiet(written(tmp_path / "m.jsonl", {"step": 1, "norm": 1}, torn, {"step": 3, "norm": 1}))
+    assert log.steps.tolist() == [1, 3] and log.torn == 2
 
 
 def test_a_long_run_keeps_a_bounded_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

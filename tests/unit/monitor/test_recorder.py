@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,19 @@ def test_a_loss_scale_is_taken_out_and_noted(tmp_path: Path) -> None:
     assert [row["tensor_norms"] for row in rows] == [[2.0], [None], [2.0]]
     assert [row["scale"] for row in rows] == [8.0, 8.0, 4.0]
     assert rows[1]["nonfinite"] == SIZE
+
+
+def test_a_loss_does_not_keep_what_it_came_from(tmp_path: Path) -> None:
+    clipper, weight = clipper_of()
+    recorder = Recorder(clipper, tmp_path)
+    data = torch.ones(SIZE)
+    alive = weakref.ref(data)
+    loss = (weight * data).sum()
+    loss.backward(retain_graph=True)
+    clipper.clip()
+    recorder.note(loss=loss)
+    del loss, data
+    assert alive() is None
 
 
 class Copies(TorchDispatchMode):

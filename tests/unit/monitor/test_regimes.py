@@ -26,6 +26,7 @@ def test_one_level(steps: int) -> None:
     for name, norms in {
         "the same": np.full(steps, 3.0),
         "usual": usual(steps),
+        "wide scatter": usual(steps, scatter=1.5),
         "spikes": spikes,
         "a burst": burst,
         "heavy tails": tails,
@@ -50,6 +51,14 @@ def test_a_jump(steps: int, factor: float, at: float) -> None:
     assert found.warm_up == () and found.last is after
     assert abs(before.stop - edge) <= max(10, steps / 100) and before.stop == after.start and after.stop == steps
     assert after.first == before.last + 1 and after.median / before.median == pytest.approx(factor, rel=0.1)
+
+
+def test_a_burst_does_not_hide_a_jump() -> None:
+    norms = usual(400)
+    norms[200:] *= 3
+    norms[300:308] *= 1e6
+    before, after = find_regimes(log_of(norms)).settled
+    assert abs(before.stop - 200) <= 10 and after.stop == 400
 
 
 @LENGTHS
