@@ -201,7 +201,7 @@ class Patched:
         if not ids <= own:
             return ArgumentError(
                 f"clip_grad_norm_: {len(ids - own)} of the parameters passed belong to no model that this accelerator "
-                "has prepared. Write accelerator.prepare(model, …) first, and pass what it returned: model.parameters()."
+                "has prepared. Write model = accelerator.prepare(model) first, and pass model.parameters()."
             )
         if lacking:
             return ArgumentError(
