@@ -15,10 +15,10 @@
             optimizer.zero_grad()
     print(accelerator.distclip.report.as_dict())
 
-What is wrong in Accelerate 1.15 and right here: under FSDP any list of parameters but a model's own, complete and in
-order, is unscaled twice (an error); a single list of tensors that compares with a model's is ambiguous; with several
-optimizers under a GradScaler all but the first are unscaled twice (silently); a bound of infinity turns all gradients
-into NaN where one is infinite.
+What is wrong in Accelerate 1.15 and right here: with several optimizers under a GradScaler all but the first are
+unscaled twice (silently); a bound of infinity turns all gradients into NaN where one is infinite.
+
+Tested with DDP and FSDP2, on CPUs. Open: under DDP wrong parameters on one rank alone are refused on that rank alone.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def patch(
 ) -> Any:
     """Let `accelerator.clip_grad_norm_` clip all models of the accelerator by a policy.
 
-    Works with DDP, FSDP and FSDP2 as Accelerate prepares them, gradient accumulation, fp16. The call's `max_norm` and
+    Works with DDP and FSDP2 as Accelerate prepares them, gradient accumulation, fp16. The call's `max_norm` and
     `norm_type` are left out of account: the policy has its own. Its parameters say nothing either, but are checked: a
     foreign one, or a list that lacks one with a gradient, is refused. While gradients are being accumulated the call
     does nothing and returns None. A step that is skipped loses its gradients; `accelerator.optimizer_step_was_skipped`
@@ -121,6 +121,7 @@ class Patched:
         self._accelerator, self._late = accelerator, late
         self._patches, self._steps = Patches(), Patches()
         self._models: list[Any] = []
+        self._optimizers: list[Any] = []
         self._pairs: list[tuple[str, Tensor]] = []
         self._due: dict[int, bool] = {}
         its_own = accelerator.clip_grad_norm_
@@ -163,22 +164,30 @@ class Patched:
         accelerator = self._accelerator
         if not accelerator.sync_gradients:
             return None
-        if [id(one) for one in accelerator._models] != [id(one) for one in self._models]:
-            self._bind()
+        self._look()
+        if self.clipper is None:
+            raise ArgumentError(
+                "clip_grad_norm_: the accelerator has prepared no model. Write model = accelerator.prepare(model) first."
+            )
         optimizers = [_raw(one) for one in accelerator._optimizers]
         failure = self._wrong([parameters] if isinstance(parameters, Tensor) else list(parameters))
         report = self._late.clip(optimizers, accelerator.scaler, failure)
         self._due = dict.fromkeys(map(id, optimizers), self._late.skipped)
         return report.norm
 
-    def _bind(self) -> None:
-        models = list(self._accelerator._models)
-        whole = models[0] if len(models) == 1 else nn.ModuleList(models)
-        self._late.bind(whole)
-        self._models, self._pairs = models, named(whole)
-        self._steps.restore()
-        for optimizer in self._accelerator._optimizers:
-            self._steps.put(optimizer, "step", wraps(optimizer.step)(partial(self._step, optimizer, optimizer.step)))
+    def _look(self) -> None:
+        """Take hold of what has been prepared since the last time."""
+        # After free_memory() a Trainer prepares its optimizer anew, and not the model, which it has wrapped already.
+        models, optimizers = list(self._accelerator._models) or self._models, list(self._accelerator._optimizers)
+        if not _same(models, self._models):
+            whole = models[0] if len(models) == 1 else nn.ModuleList(models)
+            self._late.bind(whole)
+            self._models, self._pairs = models, named(whole)
+        if not _same(optimizers, self._optimizers):
+            self._steps.restore()
+            self._optimizers = optimizers
+            for one in optimizers:
+                self._steps.put(one, "step", wraps(one.step)(partial(self._step, one, one.step)))
 
     def _step(self, optimizer: Any, its_step: Any, *args: Any, **kwargs: Any) -> Any:
         """A step of an AcceleratedOptimizer, which then calls `scaler.update()` whatever other optimizers there are."""
@@ -217,3 +226,8 @@ def _raw(optimizer: Any) -> Any:
     while hasattr(optimizer, "optimizer") and hasattr(optimizer, "gradient_state"):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def _same(one: list[Any], other: list[Any]) -> bool:
+    """The very objects."""
+    return list(map(id, one)) == list(map(id, other))

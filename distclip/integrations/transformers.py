@@ -7,9 +7,7 @@
     trainer = patch(Trainer(model=model, args=args, train_dataset=data), distclip.zclip(cap=5.0))
     trainer.train()  # or train(resume_from_checkpoint=True)
 
-What is wrong in transformers 5.24 and right here: with max_grad_norm=0, which is to turn clipping off, its way to log
-the norm turns all gradients into NaN where one is infinite; where gradients lie on different meshes those of fp16 are
-clipped while they still carry the loss scale.
+Not tested yet.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ArgumentError
@@ -64,7 +65,7 @@ class GradientClipping(Callback):
         log: str | None = "grad/",
     ) -> None:
         check_policy(policy, "GradientClipping")
-        self._new = lambda: Late(policy, split_over, on_nonfinite, max_skips, on_bind)
+        self._new: Callable[[], Late] = lambda: Late(policy, split_over, on_nonfinite, max_skips, on_bind)
         self._log = log
         self._lates: list[Late] = [self._new()]
         self._last = self._lates[0]

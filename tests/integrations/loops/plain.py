@@ -113,11 +113,11 @@ def bare(model: nn.Module) -> list[tuple[str, Tensor]]:
     return list(model.named_parameters())
 
 
-def poison(model: nn.Module, rank: int = 1, value: float = float("nan")) -> None:
-    """A bad element in one rank's gradient, or in its piece of it."""
+def poison(model: nn.Module, rank: int | None = 1, value: float = float("nan")) -> None:
+    """A bad element in one rank's piece of a gradient; None for all ranks: what DDP makes of one rank's."""
     for param in model.parameters():
         grad = param.grad.to_local() if isinstance(param.grad, DTensor) else param.grad
-        if dist.get_rank() == rank and grad is not None and grad.numel():
+        if rank in (None, dist.get_rank()) and grad is not None and grad.numel():
             grad.view(-1)[0] = value
             return
 
