@@ -226,33 +226,37 @@ class GradClipper:
         return self._watch.skipped
 
     @_disable_dynamo
-    @torch.no_grad()
-    def clip(self) -> Report:
+    def clip(
+        self,
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
+        scaler: GradScaler | None = None,
+        *,
+        failure: Exception | None = None,
+    ) -> Report:
         """Measure, decide and apply, once, in place; call it after backward on every rank, before your own step.
 
         A step that is to be skipped loses its gradients (`.grad = None`, a `main_grad` becomes 0), so that an
         optimizer's step does nothing and accumulation starts afresh; `report.skipped` says so.
 
+        Args:
+            optimizer: that `scaler` will step, or several; without a scaler not needed.
+            scaler: unscale in the same pass, unless `scaler.unscale_` has, and tell the scaler what all ranks have
+                found: then `scaler.step(optimizer)` and `scaler.update()` are yours.
+            failure: what this rank found wrong on the way; every rank raises.
+
         Returns:
             What was seen and done, as device scalars.
 
         Raises:
+            ArgumentError: see `step`, with a scaler; on every rank.
             LayoutError: gradients that the policy cannot deal with; on every rank.
             NonFiniteError, TooManySkippedSteps: see `on_nonfinite` and `max_skips`; on every rank, nothing is changed.
 
         Collectives: one all-reduce of (slots + 1) float64 numbers; see `clip_grad_norm_`. On a step that is not finite
-        a gather more. Host syncs: one on an accelerator, unless `on_nonfinite="propagate"`, which is what a CUDA graph
-        needs; see `clip_grad_norm_`.
+        a gather more, and the first time with a scaler. Host syncs: one on an accelerator, unless
+        `on_nonfinite="propagate"`, which is what a CUDA graph needs; see `clip_grad_norm_`.
         """
-        decision = self._judge.decide(None, None)
-        if decision.skip_known:
-            for tensor in self._judge.plan.tensors:
-                tensor.grad = None
-                if (main := getattr(tensor, "main_grad", None)) is not None:
-                    main.zero_()
-        else:
-            write_(decision, decision.measured.shards)
-        return decision.report()
+        return self._stepper.clip(optimizer, scaler, failure).report()
 
     @_disable_dynamo
     def step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None = None) -> Report:

@@ -40,6 +40,37 @@ class Stepper:
         self._met: list[tuple[tuple[weakref.ref[Any], ...], bool]] = []
         self._round: tuple[object, Decision, bool, bool] | None = None
 
+    @torch.no_grad()
+    def clip(
+        self,
+        optimizer: Optimizer | Iterable[Optimizer] | None,
+        scaler: GradScaler | None,
+        failure: Exception | None,
+    ) -> Decision:
+        """See `GradClipper.clip`."""
+        if isinstance(scaler, GradScaler) and not scaler.is_enabled():
+            scaler = None
+        if scaler is None:
+            decision = self._judge.decide(failure, None)
+        else:
+            attempt = Attempt()
+            attempt.failure = failure
+            optimizers = attempt(several, optimizer) or []
+            self._meet(attempt, optimizers, scaler)
+            scaling = attempt(Scaling, scaler, optimizers)
+            loss_scale = None if scaling is None else attempt(self._loss_scale, scaling, optimizers)
+            decision = self._judge.decide(attempt.failure, loss_scale, scaled=True)
+            assert scaling is not None
+            scaling.tell(decision.overflow.to(torch.float32))
+        if not decision.skip_known:
+            write_(decision, decision.measured.shards)
+            return decision
+        for tensor in self._judge.plan.tensors:
+            tensor.grad = None
+            if (main := getattr(tensor, "main_grad", None)) is not None:
+                main.zero_()
+        return decision
+
     def step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None) -> Decision:
         """See `GradClipper.step`."""
         attempt = Attempt()
@@ -181,7 +212,7 @@ def several(optimizer: Any) -> list[Optimizer]:
     Raises:
         ArgumentError: it is neither.
     """
-    optimizers = [optimizer] if hasattr(optimizer, "step") else list(optimizer)
+    optimizers = [optimizer] if hasattr(optimizer, "step") or optimizer is None else list(optimizer)
     if not all(hasattr(o, "step") and hasattr(o, "param_groups") for o in optimizers):
         raise ArgumentError(f"optimizer={optimizer!r:.80}: expected a torch.optim.Optimizer, or several of them.")
     return optimizers

@@ -18,9 +18,9 @@ Parameters: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[s
 
 Named: TypeAlias = list[tuple[str, Tensor]]
 
-_WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
-"""What FSDP1, torch.compile and activation checkpointing put into the names of what they wrap: a parameter is called
-the same with and without them, so that what is remembered of it finds it again."""
+_WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|_forward_module)\.")
+"""What FSDP1, torch.compile, activation checkpointing and Lightning's Fabric put into the names of what they wrap: a
+parameter is called the same with and without them, so that what is remembered of it finds it again."""
 
 
 def named(parameters: Parameters, argument: str = "parameters") -> Named:
@@ -53,9 +53,7 @@ def named(parameters: Parameters, argument: str = "parameters") -> Named:
 
 def _pairs(parameters: Any, argument: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(parameters, nn.Module):
-        inside = "module." if isinstance(parameters, DistributedDataParallel) else ""
-        for name, tensor in parameters.named_parameters():
-            yield _WRAPPERS.sub("", name).removeprefix(inside), tensor
+        yield from _bare(parameters)
         return
     if isinstance(parameters, Tensor):
         yield argument, parameters
@@ -71,6 +69,20 @@ def _pairs(parameters: Any, argument: str) -> Iterator[tuple[str, Tensor]]:
             yield item
         else:
             raise _refused(f"{argument}[{index}] is {item!r:.80}", argument)
+
+
+def _bare(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Its parameters, by the names they have without what wraps them."""
+    pairs = list(module.named_parameters())
+    could_be = any("module." in name for name, _ in pairs)
+    modules = module.named_modules() if could_be else ()
+    inside = [f"{path}.module.".lstrip(".") for path, one in modules if isinstance(one, DistributedDataParallel)]
+    for name, tensor in pairs:
+        # The innermost first: the names of the outer ones stay as they are until then.
+        for prefix in reversed(inside):
+            if name.startswith(prefix):
+                name = prefix.removesuffix("module.") + name.removeprefix(prefix)
+        yield _WRAPPERS.sub("", name), tensor
 
 
 def _refused(seen: str, argument: str) -> ArgumentError:

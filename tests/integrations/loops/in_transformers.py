@@ -1,0 +1,201 @@
+"""The Trainer of transformers."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import distclip
+from distclip.integrations import transformers as ours
+from tests.integrations.loops.in_accelerate import accelerator, is_of
+from tests.integrations.loops.plain import (
+    ROWS,
+    STEPS,
+    Net,
+    Samples,
+    agree,
+    alike,
+    among_others,
+    equal,
+    everywhere,
+    example,
+    mse,
+    net,
+    poison,
+    raised,
+    sgd,
+    whole,
+)
+
+
+class Rows(Samples):
+    def __getitem__(self, i: int) -> Any:
+        return {"x": self.x[i], "y": self.y[i]}
+
+
+class Model(Net):
+    def forward(self, x: Tensor, y: Tensor) -> Any:  # type: ignore[override]
+        return {"loss": mse(super().forward(x), y)}
+
+
+def trainer(
+    folder: str, kind: str = "ddp", ga: int = 1, bad: int | None = None, scale: float | None = None, **options: Any
+) -> Any:
+    """A Trainer with SGD, samples in order, and something bad in the gradients of a step."""
+    from transformers import Trainer, TrainingArguments
+
+    accelerator(kind)  # what Accelerate keeps of the last one is forgotten
+
+    class Ours(Trainer):
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Tensor:
+            loss = super().training_step(model, *args, **kwargs)
+            if bad == self.state.global_step:
+                poison(model, None if is_of(model, "ddp") else 1, float("inf"))
+            return loss  # type: ignore[no-any-return]
+
+        def create_optimizer(self, model: Any = None) -> Any:
+            self.optimizer = self.optimizer or sgd((model or self.model).parameters())
+            return self.optimizer
+
+    options = {
+        "max_grad_norm": 1.0,
+        "save_strategy": "no",
+        "num_train_epochs": 1,
+        "lr_scheduler_type": "constant",
+    } | options
+    if kind != "ddp":
+        options |= {"fsdp": True, "fsdp_config": {"version": 2 if kind == "fsdp2" else 1, "use_orig_params": True}}
+    args = TrainingArguments(
+        output_dir=folder,
+        use_cpu=True,
+        per_device_train_batch_size=ROWS,
+        gradient_accumulation_steps=ga,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        learning_rate=0.05,
+        logging_nan_inf_filter=False,
+        **options,
+    )
+    model = Model()
+    model.load_state_dict(net().state_dict())
+    made = Ours(model=model, args=args, train_dataset=Rows(ga))
+    made.log = lambda logs, *args, **kwargs: type(made).log(made, dict(logs))
+    if scale is not None:
+        made.accelerator.native_amp, made.accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=scale)
+        made.accelerator.state._mixed_precision = "fp16"
+    return made
+
+
+def norms(made: Any) -> list[float]:
+    return [float(entry["grad_norm"]) for entry in made.state.log_history if "grad_norm" in entry]
+
+
+def trains(policy: Any, folder: str, kind: str = "ddp", ga: int = 1, bound: float = 1.0) -> None:
+    folder = everywhere(folder)[0]
+    with among_others():
+        made = ours.patch(trainer(folder, kind, ga, max_grad_norm=bound), policy)
+        made.train()
+        agree(whole(made.model_wrapped), norms(made), policy, ga)
+    history = [entry for entry in made.state.log_history if "grad_norm" in entry]
+    assert all("grad_coef" in entry and entry["grad_skipped"] == 0 for entry in history), history
+    alike(norms(made))
+
+
+def skips(folder: str, rule: str, kind: str = "ddp", scale: float | None = None) -> None:
+    """An Inf in one rank's piece at the third step: that step changes nothing, nor does the scheduler count it."""
+    folder = everywhere(folder)[0]
+    policy = distclip.zclip(cap=1.0, warmup=1)
+    with among_others() as caught:
+        made = trainer(folder, kind, bad=2, scale=scale, max_grad_norm=0, lr_scheduler_type="linear")
+        ours.patch(made, policy, on_nonfinite=rule)  # type: ignore[arg-type]
+        said = raised(made.train)
+        if rule == "raise":
+            assert said.startswith("NonFiniteError: step 3"), said
+            return
+        assert not said, said
+        params = whole(made.model_wrapped)
+    assert all(bool(param.isfinite().all()) for param in params.values())
+    skipped = [entry["grad_skipped"] for entry in made.state.log_history if "grad_norm" in entry]
+    assert skipped == [0, 0, 1, 1, 1] and made.lr_scheduler.last_epoch == STEPS - 1, skipped
+    warned = sum(w.category is distclip.NonFiniteWarning for w in caught)
+    assert warned == (0 if scale else 1)
+    if scale:
+        alike(made.accelerator.scaler.get_scale())
+        assert made.accelerator.scaler.get_scale() == scale / 2
+    alike(made.accelerator.distclip.clipper.skipped)
+
+
+def scales(folder: str) -> None:
+    """fp16: unscaled once, and the norm in the log is free of the scale."""
+    policy = distclip.global_norm(0.5)
+    with among_others():
+        made = ours.patch(trainer(everywhere(folder)[0], scale=1024.0), policy)
+        made.train()
+        agree(whole(made.model_wrapped), norms(made), policy, fp16=True)
+
+
+def resumes(folder: str) -> None:
+    folder = everywhere(folder)[0]
+    policy = distclip.zclip(cap=1.0, warmup=1)
+    with among_others():
+        through = ours.patch(trainer(folder, save_strategy="steps", save_steps=3), policy)
+        through.train()
+        dist.barrier()
+        rest = ours.patch(trainer(folder), policy)
+        rest.train(resume_from_checkpoint=os.path.join(folder, "checkpoint-3"))
+        assert norms(rest) == norms(through), (norms(rest), norms(through))
+        assert equal(whole(rest.model_wrapped), whole(through.model_wrapped))
+        memories = [made.accelerator.distclip.state_dict() for made in (rest, through)]
+        assert equal(*memories) and int(memories[0]["counts"]["steps"]) == STEPS
+
+
+def trains_again(folder: str) -> None:
+    """A second `train` wraps the model anew: the memory stays."""
+    with among_others():
+        made = ours.patch(trainer(everywhere(folder)[0]), distclip.zclip(cap=1.0, warmup=1))
+        made.train()
+        made.train()
+        assert int(made.accelerator.distclip.state_dict()["counts"]["steps"]) == 2 * STEPS
+
+
+def poisoned_by_transformers(folder: str) -> None:
+    """Its own mistake: clipping is off, one element is infinite, and the way to the log makes everything NaN."""
+    folder = everywhere(folder)[0]
+    with among_others():
+        theirs = trainer(folder, bad=2, max_grad_norm=0)
+        theirs.train()
+        broken = whole(theirs.model_wrapped)
+        made = ours.patch(trainer(folder, bad=2, max_grad_norm=0), distclip.global_norm(float("inf")))
+        made.train()
+        sound = whole(made.model_wrapped)
+        assert sum(int(param.isnan().sum()) for param in broken.values()) > 1
+        assert all(bool(param.isfinite().all()) for param in sound.values())
+
+
+def refuses(folder: str) -> None:
+    with among_others():
+        made = trainer(everywhere(folder)[0])
+        assert "expected a policy" in raised(lambda: ours.patch(made, 1.0))  # type: ignore[arg-type]
+        assert "no place where gradients are clipped" in raised(lambda: ours.patch(net(), distclip.global_norm(1.0)))
+        its_own = made._has_mixed_mesh_grads
+        ours.patch(made, distclip.global_norm(1.0))
+        assert "has a policy already" in raised(lambda: ours.patch(made, distclip.global_norm(1.0)))
+        ours.unpatch(made)
+        assert made._has_mixed_mesh_grads == its_own and not hasattr(made.accelerator, "distclip")
+        assert "has not been patched" in raised(lambda: ours.unpatch(made))
+
+
+def examples(folder: str) -> None:
+    """The code block of the docstring, as it stands."""
+    with among_others():
+        made = trainer(everywhere(folder)[0])
+        known = {"Trainer": type(made), "model": made.model, "args": made.args, "data": Rows(), "distclip": distclip}
+        exec(example(ours), known)
