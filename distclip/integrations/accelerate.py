@@ -18,7 +18,8 @@
 What is wrong in Accelerate 1.15 and right here: with several optimizers under a GradScaler all but the first are
 unscaled twice (silently); a bound of infinity turns all gradients into NaN where one is infinite.
 
-Tested with DDP and FSDP2, on CPUs. Open: under DDP wrong parameters on one rank alone are refused on that rank alone.
+Tested with DDP and FSDP2, on CPUs. Open: under DDP, wrong parameters that one rank alone passes to the call are refused
+on that rank alone.
 """
 
 from __future__ import annotations
