@@ -204,8 +204,7 @@ class GradClipper:
     @property
     def measured_slots(self) -> int:
         """How many norms are added up over ranks."""
-        by_tensor = self._judge.by_tensor
-        return self._judge.slots.total if by_tensor is None else by_tensor.slots
+        return self._judge.measured_slots
 
     @property
     def comm(self) -> Comm:

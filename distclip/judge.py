@@ -68,6 +68,11 @@ class Judge:
             return all(tensor.device.type == "cpu" for tensor in self.plan.tensors)
         return getattr(self.comm, "device", torch.device("cpu")).type == "cpu"
 
+    @property
+    def measured_slots(self) -> int:
+        """How many norms are added up over ranks: the policy's, or finer ones."""
+        return self.slots.total if self.by_tensor is None else self.by_tensor.slots
+
     def decide(
         self, failure: Exception | None, loss_scale: Tensor | None, *, scaled: bool = False, wait: bool = True
     ) -> Decision:
@@ -151,8 +156,7 @@ class Judge:
             scale = 1.0 if loss_scale is None else float(loss_scale)
             inspect = partial(outside, low=policy.low * scale, high=policy.high * scale)
         weights = bool(getattr(policy, "needs_weights", False))
-        slots = self.slots.total if self.by_tensor is None else self.by_tensor.slots
-        measured = total(self.plan, policy.norm_type, self.comm, failure, inspect, slots, weights)
+        measured = total(self.plan, policy.norm_type, self.comm, failure, inspect, self.measured_slots, weights)
         if loss_scale is not None:
             measured = replace(measured, totals=replace(measured.totals, loss_scale=loss_scale))
         if self.by_tensor is None:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data import Data
 from distclip import Incident
+from distclip.monitor.lines import finite
 from probe import Measure
 from processes import RANK
 
@@ -82,13 +83,6 @@ class Record:
             directory=str(self.directory),
         )
         plain = asdict(outcome) | {"measures": {each.name: each.value for each in measures}}
-        summary = json.dumps(_finite(plain | plain.pop("measures")), indent=2, allow_nan=False)
+        summary = json.dumps(finite(plain | plain.pop("measures")), indent=2, allow_nan=False)
         (self.directory / "summary.json").write_text(summary + "\n")
         return outcome
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows neither NaN nor infinity: null stands for both."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

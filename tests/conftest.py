@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from tests.ranks import World
+from tests.ranks import World, worlds
 
 # Before anything imports Triton: where there is no GPU, its kernels run in an interpreter, on tensors of the CPU.
 if not torch.cuda.is_available():
@@ -18,11 +18,5 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="session")
 def world() -> Iterator[Callable[[int], World]]:
     """`world(4)`: four gloo ranks that stay."""
-    worlds: dict[int, World] = {}
-
-    def of(size: int) -> World:
-        return worlds.setdefault(size, World(size))
-
-    yield of
-    for one in worlds.values():
-        one.stop()
+    with worlds() as of:
+        yield of

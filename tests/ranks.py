@@ -12,7 +12,7 @@ import os
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -138,3 +138,14 @@ class World:
             there.close()
             self._processes.append(process)
             self._connections.append(here)
+
+
+@contextlib.contextmanager
+def worlds() -> Iterator[Callable[[int], World]]:
+    """`of(4)`: four gloo ranks, which stay as long as the block lasts."""
+    started: dict[int, World] = {}
+    try:
+        yield lambda size: started.setdefault(size, World(size))
+    finally:
+        for world in started.values():
+            world.stop()

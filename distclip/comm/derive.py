@@ -16,7 +16,7 @@ from .agreement import Agreement, Meeting, Post, key
 from .c10d import ProcessGroupComm
 from .local import LocalComm
 
-__all__ = ["communicator", "widened"]
+__all__ = ["all_ranks", "communicator", "widened"]
 
 
 class _Known:
@@ -78,6 +78,11 @@ def widened(comm: ProcessGroupComm, groups: Collection[Ranks], axes: Sequence[Ax
     wider = _agree(_spans(groups, axes) | {tuple(sorted(comm.ranks))}, axes, None)
     _known().comms[_place(groups, axes)] = wider
     return wider
+
+
+def all_ranks() -> LocalComm | ProcessGroupComm:
+    """Of torch.distributed, where it has been started. Collectives: none."""
+    return ProcessGroupComm(dist.group.WORLD) if dist.group.WORLD is not None else LocalComm()
 
 
 def _place(groups: Collection[Ranks], axes: Sequence[Axis]) -> tuple[str, ...]:

@@ -81,14 +81,15 @@ def _meant(asked: argparse.Namespace) -> list[Path]:
 
 
 def _report(asked: argparse.Namespace, logs: list[Log], terminal: Terminal) -> None:
-    from .page import overview, write_page, write_pictures
+    from .page import overview, verdicts, write_page, write_pictures
 
     path = asked.out
     if path is None:
         directories = [log.path.parent.resolve() for log in logs]
         path = Path(os.path.relpath(os.path.commonpath(directories))) / "report.html"
-    overview(logs, terminal.console)
-    write_page(logs, path)
+    judged = verdicts(logs)
+    overview(logs, terminal.console, judged)
+    write_page(logs, path, judged)
     terminal.line(f"page: {path}")
     if asked.png is not None:
         for picture in write_pictures(logs, asked.png):

@@ -35,7 +35,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FORMAT", "Lines"]
+__all__ = ["FORMAT", "Lines", "finite"]
 
 FORMAT = 1
 """Rises when a reader of old lines would misread new ones."""
@@ -60,14 +60,15 @@ class Lines:
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write whole lines, and let go of the file."""
-        text = "".join(json.dumps(_finite(row), allow_nan=False, default=str) + "\n" for row in rows)
+        text = "".join(json.dumps(finite(row), allow_nan=False, default=str) + "\n" for row in rows)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(text)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """What JSON can say of a number, or of what holds numbers: null for NaN and infinity."""
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

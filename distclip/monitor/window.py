@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -104,7 +104,7 @@ def read(steps: Sequence[Step]) -> list[dict[str, Any]]:
     columns: dict[tuple[str, torch.dtype, torch.device, torch.Size], list[tuple[int, Tensor]]] = {}
     rows: list[dict[str, Any]] = [{} for _ in steps]
     for i, step in enumerate(steps):
-        for key, value in _everything(step).items():
+        for key, value in {**step.numbers, **step.noted}.items():
             if isinstance(value, Tensor):
                 columns.setdefault((key, value.dtype, value.device, value.shape), []).append((i, value))
             else:
@@ -118,7 +118,3 @@ def read(steps: Sequence[Step]) -> list[dict[str, Any]]:
                 one = list(islice(host, max(1, shape.numel())))
                 rows[i][key] = bool(one[0]) if dtype == torch.bool else one if key in VECTORS else one[0]
     return rows
-
-
-def _everything(step: Step) -> Mapping[str, Any]:
-    return {**step.numbers, **step.noted}

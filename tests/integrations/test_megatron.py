@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 from unittest import mock
@@ -58,14 +58,16 @@ def step(name: str, how: str) -> float:
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("how", ["theirs", "drop-in", "attach"])
-def test_a_step_is_clipped_by_the_norm_of_the_whole_gradient(ranks: Callable[[], World], name: str, how: str) -> None:
+def test_a_step_is_clipped_by_the_norm_of_the_whole_gradient(
+    ranks: Callable[[int], World], name: str, how: str
+) -> None:
     if name == "experts x tp" and how != "attach":
         # Megatron drops an expert's plain parameter on all tensor-parallel ranks but the first as a copy, before either
         # function sees it; where experts have a tensor-parallel group of their own it is another expert's.
         with pytest.raises(RankError, match="expert_scale"):
-            ranks().run(step, name=name, how=how)
+            ranks(4).run(step, name=name, how=how)
         return
-    found = ranks().run(step, name=name, how=how)
+    found = ranks(4).run(step, name=name, how=how)
     assert len(set(found)) == 1 or how == "theirs"
     assert found == pytest.approx([1.0] * 4, rel=1e-6 if how != "theirs" else 1e-5)
 
@@ -87,8 +89,8 @@ def check_empty(norm_type: float) -> list[Any]:
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, float("inf")])
-def test_a_rank_without_gradients(ranks: Callable[[], World], norm_type: float) -> None:
-    ranks().run(check_empty, norm_type=norm_type)
+def test_a_rank_without_gradients(ranks: Callable[[int], World], norm_type: float) -> None:
+    ranks(4).run(check_empty, norm_type=norm_type)
 
 
 @pytest.mark.parametrize("attribute", ["grad", "decoupled_grad"])
@@ -98,11 +100,3 @@ def test_scales_what_it_is_asked_to(attribute: str) -> None:
     for total, left in ((0.5, [3.0, 4.0]), (float("nan"), [3.0, 4.0]), (5.0, [0.6, 0.8])):
         ours.clip_grad_by_total_norm_fp32([param], 1.0, total, attribute == "decoupled_grad")
         torch.testing.assert_close(getattr(param, attribute), torch.tensor(left))
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Callable[[], World]]:
-    """A world of this file alone: Megatron leaves much behind in a process."""
-    world = World(4)
-    yield lambda: world
-    world.stop()

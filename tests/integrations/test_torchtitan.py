@@ -216,12 +216,3 @@ def parameters_of(kind: str) -> list[tuple[str, Any]]:
 @needs_torchtitan
 def test_has_their_signature(ranks: Callable[[int], World]) -> None:
     assert ranks(4).run(parameters_of, kind="theirs")[0] == parameters_of("ours")
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Callable[[int], World]]:
-    """Worlds of this file alone: torchtitan leaves much behind in a process."""
-    worlds: dict[int, World] = {}
-    yield lambda size: worlds.setdefault(size, World(size))
-    for world in worlds.values():
-        world.stop()

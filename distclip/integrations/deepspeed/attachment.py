@@ -8,12 +8,11 @@ from types import MethodType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ...call import Attempt, meet
 from ...clipper import GradClipper
-from ...comm import LocalComm, ProcessGroupComm
+from ...comm.derive import all_ranks
 from ...decision import Decision
 from ...errors import ArgumentError
 from ...nonfinite import OnNonFinite
@@ -79,7 +78,7 @@ def attach(
     attempt(_check, engine, policy, on_nonfinite, max_skips)
     own = policy.policy if isinstance(policy, GradClipper) else policy
     hold = attempt(_held, engine, bool(getattr(own, "needs_weights", False)))
-    everybody = ProcessGroupComm(dist.group.WORLD) if dist.group.WORLD is not None else LocalComm()
+    everybody = all_ranks()
     meet(everybody, attempt.failure, None)
     assert hold is not None
     named = [(piece.name, piece.tensor) for piece in hold.pieces]

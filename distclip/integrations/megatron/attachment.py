@@ -7,12 +7,11 @@ from types import MethodType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ...call import Attempt, meet
 from ...clipper import GradClipper
-from ...comm import LocalComm, ProcessGroupComm
+from ...comm.derive import all_ranks
 from ...errors import ArgumentError
 from ...nonfinite import OnNonFinite
 from ...policies import Policy
@@ -64,7 +63,7 @@ def attach(
     ranks, in place of those of Megatron's norm and overflow check. Host syncs: one in a step.
     """
     attempt = Attempt()
-    everybody = ProcessGroupComm(dist.group.WORLD) if dist.group.WORLD is not None else LocalComm()
+    everybody = all_ranks()
     found = attempt(leaves, optimizer)
     attempt(_check, optimizer, policy, model)
     groups = attempt(Groups, pg_collection)

@@ -3,5 +3,6 @@
 from .document import write_page
 from .overview import overview
 from .pictures import write_pictures
+from .verdicts import verdicts
 
-__all__ = ["overview", "write_page", "write_pictures"]
+__all__ = ["overview", "verdicts", "write_page", "write_pictures"]

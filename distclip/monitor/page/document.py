@@ -23,7 +23,7 @@ from .palette import Style, styles
 from .series import panels
 from .spikes import rows
 from .tensors import heat_maps
-from .verdicts import remarks, verdicts
+from .verdicts import Verdict, remarks, verdicts
 from .words import listed, plain, whole
 
 __all__ = ["write_page"]
@@ -56,14 +56,15 @@ class Section:
     notes: Sequence[str] = ()
 
 
-def write_page(logs: Sequence[Log], path: Path) -> None:
+def write_page(logs: Sequence[Log], path: Path, judged: Sequence[Verdict] | None = None) -> None:
     """Write one HTML file that needs nothing else, no network either.
 
     Args:
         logs: of the runs to show beside each other, at least one.
         path: of the file; its directory must be there.
+        judged: `verdicts` of the logs, where somebody has them; of a long run they take seconds.
     """
-    runs, judged = styles([log.name for log in logs]), verdicts(logs)
+    runs, judged = styles([log.name for log in logs]), judged or verdicts(logs)
     spikes, spike_notes = rows(logs)
     environment = Environment(
         loader=PackageLoader(__package__, "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True

@@ -14,21 +14,22 @@ from ...screen import Screen
 from ..analysis.log import Log
 from .facts import Fact, facts
 from .palette import Style, styles
-from .verdicts import verdicts
+from .verdicts import Verdict, verdicts
 from .words import NOTHING, plain, shortened
 
 __all__ = ["overview"]
 
 
-def overview(logs: Sequence[Log], console: Console) -> None:
+def overview(logs: Sequence[Log], console: Console, judged: Sequence[Verdict] | None = None) -> None:
     """Print a table with a column per run, and the findings, a line each.
 
     Args:
         logs: of the runs, at least one.
         console: where to; one that is not a terminal becomes 120 wide.
+        judged: see `write_page`.
     """
     console = Screen(console).console
-    runs, judged = styles([log.name for log in logs]), verdicts(logs)
+    runs, judged = styles([log.name for log in logs]), judged or verdicts(logs)
     found = facts(logs, judged)
     start = 0
     while start < len(runs):

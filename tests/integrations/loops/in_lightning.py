@@ -299,16 +299,22 @@ def fabric_of(kind: str, **options: Any) -> tuple[Any, Any, Any]:
     return (made, *made.setup(model, sgd(model.parameters())))
 
 
+def fabric_loop(made: Any, model: Any, optimizer: Any, clipper: distclip.GradClipper) -> list[float]:
+    """Train by it; the norm of each step."""
+    norms = []
+    for x, y in made.setup_dataloaders(loader()):
+        optimizer.zero_grad()
+        made.backward(mse(model(x), y))
+        norms.append(float(ours.clip_gradients(made, clipper, optimizer).norm))
+        optimizer.step()
+    return norms
+
+
 def fabric(kind: str, policy: Any) -> None:
     with among_others():
         made, model, optimizer = fabric_of(kind)
         clipper = distclip.GradClipper(model, policy)
-        norms = []
-        for x, y in made.setup_dataloaders(loader()):
-            optimizer.zero_grad()
-            made.backward(mse(model(x), y))
-            norms.append(float(ours.clip_gradients(made, clipper, optimizer).norm))
-            optimizer.step()
+        norms = fabric_loop(made, model, optimizer, clipper)
     assert set(clipper.parameters) == {"first.weight", "first.bias", "last.weight", "last.bias"}, clipper.parameters
     agree(whole(model._forward_module), norms, policy)
 
@@ -321,13 +327,9 @@ def fabric_scales() -> None:
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         made, model, optimizer = fabric_of("ddp", plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
         clipper = distclip.GradClipper(model, policy)
-        norms = []
-        for x, y in made.setup_dataloaders(loader()):
-            optimizer.zero_grad()
-            made.backward(mse(model(x), y))
-            norms.append(float(ours.clip_gradients(made, clipper, optimizer).norm))
-            optimizer.step()
+        norms = fabric_loop(made, model, optimizer, clipper)
         agree(whole(model._forward_module), norms, policy, fp16=True)
+        x, y = next(iter(loader()))
         made.backward(mse(model(x), y))
         poison(model, rank=0)
         before = whole(model._forward_module)

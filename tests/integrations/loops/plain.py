@@ -21,6 +21,12 @@ import distclip
 STEPS, ROWS = 5, 2
 """Of a run; of one rank in a micro-batch."""
 
+POLICIES = {
+    "model": distclip.global_norm(0.5),
+    "tensor": distclip.per_tensor_norm(0.2),
+    "adaptive": distclip.zclip(cap=1.0, warmup=1),
+}
+
 
 class Net(nn.Module):
     """Rows that two ranks cannot share out evenly."""

@@ -96,7 +96,7 @@ def test_a_file_of_lines_is_a_run(runs: Path, capsys: pytest.CaptureFixture[str]
 def test_report(runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """By a stand-in for the page, of which other tests know more."""
 
-    def write_page(logs: Sequence[Log], path: Path) -> None:
+    def write_page(logs: Sequence[Log], path: Path, judged: object) -> None:
         path.write_text(" ".join(log.name for log in logs))
 
     def write_pictures(logs: Sequence[Log], directory: Path) -> list[Path]:
@@ -104,7 +104,7 @@ def test_report(runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
 
     for stand_in in (write_page, write_pictures):
         monkeypatch.setattr(page, stand_in.__name__, stand_in, raising=False)
-    monkeypatch.setattr(page, "overview", lambda logs, console: console.print(len(logs)), raising=False)
+    monkeypatch.setattr(page, "overview", lambda logs, console, judged: console.print(len(logs)), raising=False)
     monkeypatch.chdir(runs)
     assert said(capsys, "report", "clean") == "1\npage: clean/report.html\n"
     assert said(capsys, "report", ".") == "2\npage: report.html\n"
