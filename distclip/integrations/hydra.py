@@ -6,21 +6,22 @@
 
     register()  # before @hydra.main's function is called; the app's YAML then has `distclip@trainer.clip: zclip`
 
-Without a line of Python, in the app's YAML: `hydra: {searchpath: [pkg://distclip.conf]}`.
+Without a line of Python, in the app's YAML: `hydra: {searchpath: [pkg://distclip.conf]}`, which lets Hydra see the
+groups of distclip's own training job as well (`model`, `optim` …), after the app's own.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from importlib.resources import files
 
 __all__ = ["register"]
 
 
-@cache
 def register() -> None:
     """Let Hydra find the group `distclip`, of which every policy is a choice, in this process from now on.
 
-    The app's own configs come first where names are the same. Calling it again changes nothing.
+    Nothing else is added; files of the app in a group `distclip` of its own come first where names are the same.
+    Calling it again changes nothing.
 
     Raises:
         ImportError: Hydra is not installed.
@@ -34,12 +35,11 @@ def register() -> None:
     >>> cfg.trainer.clip.cap
     1.0
     """
-    from hydra.core.config_search_path import ConfigSearchPath
-    from hydra.core.plugins import Plugins
-    from hydra.plugins.search_path_plugin import SearchPathPlugin
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
 
-    class DistclipSearchPath(SearchPathPlugin):
-        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-            search_path.append("distclip", "pkg://distclip.conf")
-
-    Plugins.instance().register(DistclipSearchPath)
+    for file in files("distclip.conf").joinpath("distclip").iterdir():
+        name, dot, suffix = file.name.rpartition(".")
+        if dot + suffix == ".yaml":
+            node = OmegaConf.create(file.read_text(encoding="utf-8"))
+            ConfigStore.instance().store(name, node, group="distclip", provider="distclip")

@@ -86,7 +86,7 @@ def test_importing_needs_torch_only() -> None:
     allowed = {"torch", "distclip"} | set(sys.stdlib_module_names)
     extras = {"bench": {"rich"}, "kernels": {"triton"}, "comm": {"mpi4py"}, "integrations": {"mpi4py", "deepspeed"}}
     extras["screen"] = {"rich"}
-    extras["integrations"] |= {"hydra", "lightning", "megatron", "pytorch_lightning"}
+    extras["integrations"] |= {"hydra", "omegaconf", "lightning", "megatron", "pytorch_lightning"}
     extras["monitor"] = {"numpy", "rich", "plotly", "jinja2", "markupsafe", "matplotlib"}
     extras["monitor"] |= {"tensorboard", "wandb", "mlflow", "trackio"}
     wrong = [
