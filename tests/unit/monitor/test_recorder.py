@@ -202,6 +202,7 @@ def record(tmp_path: Path, sink: sinks.Sink) -> None:
 
 @pytest.mark.filterwarnings("ignore::distclip.NonFiniteWarning")
 def test_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
     record(tmp_path, sinks.tensorboard(tmp_path / "events"))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
