@@ -48,6 +48,8 @@ def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
     warnings.filterwarnings("ignore", message="The `NO_SHARD` sharding strategy is deprecated")
     # FSDP2's, about any module that ends in a view.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    # torch.distributed.checkpoint's own, before torch 2.13.
+    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     dist.init_process_group(
         "gloo",

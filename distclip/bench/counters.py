@@ -173,7 +173,9 @@ def _error(norm: Tensor | None, truth: float) -> float | None:
 def peak_bytes(call: Callable[[], object]) -> int:
     """What a call has allocated on a CPU at its highest, by torch's allocator: the process' own high-water mark also
     moves with what was freed before."""
-    with _without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    activities = [ProfilerActivity.CPU]
+    # Without acc_events torch 2.10 warns, of cycles that there are none of.
+    with _without_stderr(), profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
         call()
     assert profiler.profiler is not None
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -220,7 +222,8 @@ def _host_syncs(call: Callable[[], object]) -> int:
 
 
 def _kernels(call: Callable[[], object]) -> int:
-    with _without_stderr(), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with _without_stderr(), profile(activities=activities, acc_events=True) as profiler:
         call()
         torch.cuda.synchronize()
     return sum("LaunchKernel" in event.name for event in profiler.events())
