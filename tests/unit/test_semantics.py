@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+import distclip
 from distclip import Fixed, GradClipper, NormPolicy, Policy, agc, global_norm, per_tensor_norm, value
 from distclip.policies import RelativeToWeight
 
+DOCS = Path(__file__).parents[2] / "docs"
 Arrays = list[NDArray[np.float64]]
 SHAPES = [(6, 5), (6,), (4, 3, 2, 2), (3, 1, 2, 2, 2), (1, 7), ()]
 SCALES = [0.01, 1.0, 100.0]
@@ -117,6 +121,17 @@ def test_policy_does_what_the_formula_says(name: str, scale: float) -> None:
     expected = rule.formula(grads, weights, rule.bound)
     assert any((e != g).any() for e, g in zip(expected, grads, strict=True)) or scale < 1
     check(clipped(rule.ours, grads, weights), expected, rule.off_by + 1e-12)
+
+
+def test_the_table_in_the_docs_is_this_one() -> None:
+    rows = re.findall(r"^\| `(.*)` \| `(.*)` \|$", (DOCS / "policies.md").read_text(encoding="utf-8"), re.MULTILINE)
+    found = {theirs: eval(here, vars(distclip)) for theirs, here in rows if "optax" in theirs or "keras" in theirs}
+    assert {re.sub(r"[(=].*", "", theirs): policy for theirs, policy in found.items()} == {
+        name: rule.ours for name, rule in RULES.items() if "," not in name
+    }
+    for theirs in found:
+        name, bound = re.fullmatch(r"(.*)[(=]([\d.]+)\)?", theirs).groups()  # type: ignore[union-attr]
+        assert RULES[name].bound == float(bound)
 
 
 def test_torch_adds_to_the_norm_what_optax_and_keras_do_not() -> None:

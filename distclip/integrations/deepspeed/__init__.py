@@ -2,14 +2,21 @@
 
 ::
 
+    import deepspeed
+    import torch
+    from distclip import zclip
     from distclip.integrations.deepspeed import attach
 
+    model = torch.nn.Linear(4, 2)
+    config = {"train_micro_batch_size_per_gpu": 3, "zero_optimization": {"stage": 2}}
+    config["zero_allow_untested_optimizer"] = True
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    attached = attach(engine, distclip.zclip(cap=1.0), on_nonfinite="skip")
-    for x, y in loader:
-        engine.backward(loss(engine(x), y))
+    attached = attach(engine, zclip(cap=1.0), on_nonfinite="skip")
+    for x in torch.ones(2, 3, 4):
+        engine.backward(engine(x).sum())
         engine.step()
-        log(attached.report.as_dict())
+        print(attached.report.as_dict())
 
 An engine keeps its gradients in places of its own. One module for each kind of its optimizers knows where they are,
 when they are complete, and where the copies lie that the step will take (`holds`): `stage_0` (plain data parallelism in

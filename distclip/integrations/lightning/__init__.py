@@ -2,11 +2,14 @@
 
 ::
 
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.demos.boring_classes import BoringModel
+    from distclip import zclip
     from distclip.integrations.lightning import GradientClipping
 
-    clipping = GradientClipping(distclip.zclip(cap=5.0), on_nonfinite="skip")
-    trainer = Trainer(strategy="ddp", callbacks=[clipping])  # no gradient_clip_val: it would clip once more
-    trainer.fit(model, data)
+    clipping = GradientClipping(zclip(cap=5.0), on_nonfinite="skip")
+    trainer = Trainer(max_steps=3, callbacks=[clipping])  # no gradient_clip_val: it would clip once more
+    trainer.fit(BoringModel())
     print(clipping.report.as_dict())
 
 The Trainer itself refuses to clip by norm under FSDP, and throws the norm away under the other strategies; Fabric's

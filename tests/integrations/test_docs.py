@@ -1,0 +1,94 @@
+"""What README, docs/ and docstrings of integrations show runs, what they name exists, and the README is short."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+from _pytest.mark import ParameterSet
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+FENCED = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+# Otherwise it compiles an operator for shared memory, for half a minute.
+FOR_DEEPSPEED = 'import deepspeed.ops\n\ndeepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False\n'
+
+
+def imported(code: str) -> set[str]:
+    """Top-level names of packages."""
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def blocks() -> Iterator[ParameterSet]:
+    """(code, number of ranks): fenced as python, or behind `::` in the docstring of an integration's module."""
+    for page in PAGES:
+        for i, (language, more, code) in enumerate(FENCED.findall(page.read_text(encoding="utf-8"))):
+            if language == "python":
+                ranks = re.search(r"ranks=(\d+)", more)
+                yield pytest.param(code, int(ranks[1]) if ranks else 1, id=f"{page.stem}-{i}")
+    for module in sorted((ROOT / "distclip" / "integrations").rglob("*.py")):
+        text = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
+        for i, code in enumerate(re.findall(r"::\n\n((?:    .*\n|\n)+)", text + "\n")):
+            # DeepSpeed wants a launcher.
+            yield pytest.param(
+                dedent(code),
+                1 + ("deepspeed" in imported(dedent(code))),
+                id=f"{module.relative_to(ROOT / 'distclip')}-{i}",
+            )
+
+
+@pytest.mark.parametrize(("code", "ranks"), list(blocks()))
+def test_python_runs(code: str, ranks: int, tmp_path: Path) -> None:
+    needed = imported(code)
+    if missing := sorted(name for name in needed if find_spec(name) is None):
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    script = tmp_path / "block.py"
+    script.write_text(FOR_DEEPSPEED * ("deepspeed" in needed) + code, encoding="utf-8")
+    options = []
+    if ranks > 1:
+        options = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}"]
+    elif needed <= {"torch", "distclip", *sys.stdlib_module_names}:
+        options = ["-W", "error"]  # frameworks have warnings of their own
+    done = subprocess.run(
+        [sys.executable, *options, str(script)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_is_named_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"(?:launch|docker|docs|tests|conf|distclip)/[\w./-]*\w", text)
+    links = [str(page.parent.relative_to(ROOT) / link) for link in re.findall(r"\]\(([^)#:]+)[^)]*\)", text)]
+    missing = [name for name in (*named, *links) if not list(ROOT.glob(name)) and not list(ROOT.glob(f"{name}.*"))]
+    assert missing == []
+
+
+def test_the_readme_shows_commands() -> None:
+    commands = "".join(code for language, _, code in FENCED.findall(README.read_text()) if language == "bash")
+    assert "bash launch/run.sh" in commands and "bash launch/test.sh" in commands
+
+
+def test_length() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
