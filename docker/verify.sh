@@ -1,0 +1,169 @@
+#!/usr/bin/env bash
+# Without a Docker engine: build an image, use it, and play compose.yaml. bash docker/verify.sh [cpu|cuda]
+# As root on Debian or Ubuntu, with buildah, debootstrap and iproute2; takes 10 GB in ${TMPDIR:-/var/tmp} and some ten
+# minutes. The base is a Debian of debootstrap's; cuda.Dockerfile gets torch for CPUs on it: all but FROM is run.
+#   MIRROR         of Debian
+#   TORCH_INDEX    the index torch comes from, or empty: from wherever pip is told to look
+#   VERIFY_MOUNTS  directories to lend to the build, beside those that pip's settings on this machine name
+#   VERIFY_STORE   a directory to keep base and image in; without it nothing stays
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+file=docker/${1:-cpu}.Dockerfile
+refuse() { echo "verify.sh: $*" >&2 && exit 1; }
+[ -f "$file" ] || refuse "there is no $file: write cpu or cuda"
+[ "$(id -u)" = 0 ] || refuse "only root makes chroots and network namespaces"
+for tool in buildah debootstrap ip; do
+    command -v "$tool" >/dev/null || refuse "no $tool: apt-get install buildah debootstrap iproute2"
+done
+
+work=$(mktemp -d "${TMPDIR:-/var/tmp}/distclip-verify.XXXXXX")
+spaces=()
+finish() {
+    local code=$?
+    stop
+    for space in ${spaces[@]+"${spaces[@]}"}; do ip netns del "$space" || true; done
+    buildah rm --all >/dev/null 2>&1 || true
+    rm -rf --one-file-system "$work"
+    [ "$code" = 0 ] || echo "verify.sh: FAILED" >&2
+}
+stop() {
+    for space in ${spaces[@]+"${spaces[@]}"}; do ip netns pids "$space" | xargs -r kill -9; done
+}
+trap finish EXIT
+trap 'exit 130' INT TERM
+
+# A store of its own: nothing of the machine's is touched.
+store=${VERIFY_STORE:-$work/store}
+printf '[storage]\ndriver = "vfs"\ngraphroot = "%s"\nrunroot = "%s"\n' "$store" "$work/run" >"$work/storage.conf"
+mkdir "$work/tmp"
+export CONTAINERS_STORAGE_CONF=$work/storage.conf BUILDAH_ISOLATION=chroot TMPDIR=$work/tmp
+
+say() { printf '%5d s  %s\n' "$SECONDS" "$*"; }
+ranks() { sed -n 's/.* \([0-9]*\) rank(s)$/\1/p' "$1"; }
+quietly() { "$@" >"$work/log" 2>&1 || { tail -n 40 "$work/log" >&2 && return 1; }; }
+
+base=localhost/distclip-verify-base
+if ! buildah inspect --type image "$base" >/dev/null 2>&1; then
+    box=$(buildah from scratch)
+    root=$(buildah mount "$box")
+    quietly debootstrap --variant=minbase --include=ca-certificates,python3,python3-pip,python3-venv \
+        bookworm "$root" "${MIRROR:-http://deb.debian.org/debian}"
+    rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/*
+    quietly buildah commit --rm "$box" "$base"
+    say "base: Debian bookworm with python3"
+fi
+
+# A build sees neither the environment nor the files that tell pip and TLS where to look: it is lent them, and the local
+# files and directories that they name; an index of pip's, simple/, with what lies beside it.
+lent=()
+lend() { [ ! -e "$1" ] || lent+=(--volume "$1:${2:-$1}:ro"); }
+mkdir "$work/pip"
+{ echo '[global]' && env | sed -n 's/^PIP_\([A-Z_]*\)=/\1 = /p'; } >"$work/pip/pip.conf"
+lend "$work/pip" /root/.pip
+lend "$HOME/.config/pip" /root/.config/pip
+for path in /etc/ssl/certs /etc/pip.conf /etc/xdg/pip; do lend "$path"; done
+named=$(cat "$work/pip/pip.conf" /etc/pip.conf /etc/xdg/pip/pip.conf "$HOME/.config/pip/pip.conf" 2>/dev/null \
+    | grep -oE '(^|[ =]|file://)/[^[:space:]:]+' | sed 's/^[^/]*\/*/\//; s/\/simple$//' | sort -u) || true
+for path in $named ${VERIFY_MOUNTS:-}; do
+    case $path in /etc/ssl/certs/* | /etc/xdg/pip/*) ;; *) lend "$path" ;; esac
+done
+
+arguments=(--build-arg "BASE=$base")
+case ${1:-cpu} in cuda) TORCH_INDEX=${TORCH_INDEX-https://download.pytorch.org/whl/cpu} ;; esac
+[ -z "${TORCH_INDEX+set}" ] || arguments+=(--build-arg "TORCH_INDEX=$TORCH_INDEX")
+image=localhost/distclip-verify
+quietly buildah bud "${arguments[@]}" "${lent[@]}" -f "$file" -t "$image" .
+size=$(buildah images --format '{{.Size}}' "$image")
+say "$file: builds, $size with the base"
+
+box=$(buildah from "$image")
+run() { buildah run --hostname localhost "$@"; }
+uid=$(run "$box" id -u)
+[ "$uid" != 0 ] || refuse "the image runs as root"
+run "$box" sh -c 'touch outputs/mine && rm outputs/mine && test -d conf -a -d launch'
+left=$(run --user root "$box" find / -xdev \( -name .git -o -path '/root/.cache/*' -o -path '/home/*/tests' \))
+[ -z "$left" ] || refuse "left in the image: $left"
+say "runs as uid $uid, may write outputs, has no caches and no .git"
+run "$box" python -c 'import sys, distclip; assert "hydra" not in sys.modules, "distclip loads hydra"'
+run "$box" python -c 'from distclip.kernels.library import library; assert library() is not None, "no compiled kernels"'
+say "imports distclip without hydra, and with its compiled kernels"
+mapfile -t cmd < <(buildah inspect --format '{{range .OCIv1.Config.Cmd}}{{println .}}{{end}}' "$box" | sed '/^$/d')
+quietly run "$box" "${cmd[@]}" steps=20
+say "${cmd[*]} steps=20: $(ranks "$work/log") ranks, exit 0"
+quietly run "$box" bash launch/mpirun.sh steps=5 comm=mpi
+quietly run "$box" bash launch/deepspeed.sh steps=5
+say "launch/mpirun.sh comm=mpi and launch/deepspeed.sh: exit 0"
+
+# compose.yaml is read by the image's Python: what a service says, a line each.
+compose() {
+    run --volume "$PWD/docker:/docker:ro" "$box" python -c '
+import sys, yaml
+services = yaml.safe_load(open("/docker/compose.yaml"))["services"]
+if len(sys.argv) == 1:
+    print(*services, sep="\n")
+else:
+    said = services[sys.argv[1]][sys.argv[2]]
+    print(*([said] if isinstance(said, str) else said if isinstance(said, list) else
+            [f"{name}={value}" for name, value in said.items()]), sep="\n")
+' "$@"
+}
+mapfile -t nodes < <(compose)
+[ "${#nodes[@]}" = 2 ] || refuse "one cable joins two services, not ${nodes[*]}"
+for node in "${nodes[@]}"; do
+    ip netns add "distclip-$$-$node"
+    spaces+=("distclip-$$-$node")
+done
+ip link add eth0 netns "${spaces[0]}" type veth peer name eth0 netns "${spaces[1]}"
+echo '127.0.0.1 localhost' >"$work/hosts"
+for i in 0 1; do
+    ip -n "${spaces[i]}" addr add "10.77.0.$((i + 1))/24" dev eth0
+    ip -n "${spaces[i]}" link set eth0 up
+    ip -n "${spaces[i]}" link set lo up
+    echo "10.77.0.$((i + 1)) ${nodes[i]}" >>"$work/hosts"
+done
+
+# buildah's chroot stays in the network that it is started in.
+node() { # SERVICE NAMESPACE CONTAINER
+    local hostname environment volumes command options=() volume
+    hostname=$(compose "$1" hostname)
+    mapfile -t environment < <(compose "$1" environment)
+    mapfile -t volumes < <(compose "$1" volumes)
+    mapfile -t command < <(compose "$1" command)
+    for volume in "${volumes[@]}"; do
+        install -d -o "$uid" "$work/volumes/${volume%%:*}"
+        options+=(--volume "$work/volumes/$volume")
+    done
+    exec timeout 600 ip netns exec "$2" buildah run --hostname "$hostname" --volume "$work/hosts:/etc/hosts:ro" \
+        "${environment[@]/#/--env=}" "${options[@]}" "$3" "${command[@]}"
+}
+other=$(buildah from "$image")
+node "${nodes[0]}" "${spaces[0]}" "$box" >"$work/log0" 2>&1 &
+node "${nodes[1]}" "${spaces[1]}" "$other" >"$work/log1" 2>&1 &
+for _ in "${nodes[@]}"; do
+    wait -n || {
+        stop
+        for i in 0 1; do printf '%s\n' "--- ${nodes[i]}" && tail -n 25 "$work/log$i"; done >&2
+        exit 1
+    }
+done
+crossed=$(ip netns exec "${spaces[0]}" cat /sys/class/net/eth0/statistics/tx_bytes)
+ranks=$(ranks "$work/log0")
+say "compose.yaml: ${nodes[*]} exit 0; $ranks ranks, $((crossed / 1024)) KiB went from one node to the other"
+
+# The same ranks on one node: the same norms and the same loss.
+mapfile -t command < <(compose "${nodes[0]}" command)
+install -d -o "$uid" "$work/volumes/one"
+quietly run --env "NPROC=$ranks" --volume "$work/volumes/one:/home/distclip/outputs" "$box" \
+    bash launch/torchrun.sh "${command[@]:2}"
+run --volume "$work/volumes:/volumes:ro" "$box" python -c '
+import json, math, pathlib
+def figures(volume):
+    run = json.loads(next(pathlib.Path("/volumes", volume).glob("*/summary.json")).read_text())
+    return run["norms"] | {"held-out loss": run["held_out"], "steps": run["steps"]}
+one, two = figures("one"), figures("outputs")
+for name in one:
+    assert math.isclose(one[name], two[name], rel_tol=1e-5), (name, one[name], two[name])
+print("norm p50 {p50:.5g}, max {max:.5g}, held-out loss {held-out loss:.5g}".format(**two), end="")
+' >"$work/figures"
+say "$(cat "$work/figures"): the same on two nodes as with all $ranks ranks on one"
+say "verified: $file and docker/compose.yaml"
