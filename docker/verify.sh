@@ -69,7 +69,7 @@ for path in $named ${VERIFY_MOUNTS:-}; do
 done
 
 arguments=(--build-arg "BASE=$base")
-case ${1:-cpu} in cuda) TORCH_INDEX=${TORCH_INDEX-https://download.pytorch.org/whl/cpu} ;; esac
+[ "${1:-cpu}" != cuda ] || TORCH_INDEX=${TORCH_INDEX-https://download.pytorch.org/whl/cpu}
 [ -z "${TORCH_INDEX+set}" ] || arguments+=(--build-arg "TORCH_INDEX=$TORCH_INDEX")
 image=localhost/distclip-verify
 quietly buildah bud "${arguments[@]}" "${lent[@]}" -f "$file" -t "$image" .
@@ -163,7 +163,7 @@ def figures(volume):
 one, two = figures("one"), figures("outputs")
 for name in one:
     assert math.isclose(one[name], two[name], rel_tol=1e-5), (name, one[name], two[name])
-print("norm p50 {p50:.5g}, max {max:.5g}, held-out loss {held-out loss:.5g}".format(**two), end="")
+print("median norm {p50:.5g}, held-out loss {held-out loss:.5g}".format(**two))
 ' >"$work/figures"
-say "$(cat "$work/figures"): the same on two nodes as with all $ranks ranks on one"
+say "the same on two nodes as with all $ranks ranks on one: $(cat "$work/figures")"
 say "verified: $file and docker/compose.yaml"
