@@ -14,7 +14,12 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
-SCRIPTS = [*sorted(ROOT.glob("launch/**/*.sh")), *sorted(ROOT.glob("docker/*.sh")), ROOT / ".ci/run"]
+SCRIPTS = [
+    *sorted(ROOT.glob("launch/**/*.sh")),
+    *ROOT.glob("launch/*.sbatch"),
+    *sorted(ROOT.glob("docker/*.sh")),
+    ROOT / ".ci/run",
+]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())
 
 each_dockerfile = pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
