@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import Parameter
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -66,6 +65,9 @@ def count(setup: Setup, contestant: Contestant) -> Counts:
     with Traffic(setup.grads()) as traffic, traffic.of_kernels():
         call()
     contestant.prepare()
+    # It needs NumPy, which torch does not bring.
+    from torch.distributed.tensor.debug import CommDebugMode
+
     with CommDebugMode() as collectives:  # type: ignore[no-untyped-call]
         call()
     contestant.prepare()
