@@ -18,8 +18,8 @@
 What is wrong in Accelerate 1.15 and right here: with several optimizers under a GradScaler all but the first are
 unscaled twice (silently); a bound of infinity turns all gradients into NaN where one is infinite.
 
-Tested with DDP and FSDP2, on CPUs. Open: under DDP, wrong parameters that one rank alone passes to the call are refused
-on that rank alone.
+All processes decide from one total, under DDP too: what happened to one rank's gradients alone, or what one rank alone
+passed to the call, is seen or refused by all. Tested with DDP and FSDP2, on CPUs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from ..amp import Scaling
+from ..call import meet
 from ..clipper import GradClipper
+from ..comm import Comm, LocalComm
+from ..comm.derive import all_ranks
 from ..errors import ArgumentError
 from ..nonfinite import OnNonFinite
 from ..policies import Policy
@@ -54,6 +57,7 @@ def patch(
     on_nonfinite: OnNonFinite = "skip",
     max_skips: int | None = None,
     split_over: SplitOver = None,
+    comm: Comm | None = None,
     on_bind: OnBind | None = None,
 ) -> Any:
     """Let `accelerator.clip_grad_norm_` clip all models of the accelerator by a policy.
@@ -68,6 +72,8 @@ def patch(
         accelerator: of Accelerate, before `prepare` or after it.
         policy: what to do, for example `distclip.global_norm(1.0)`.
         on_nonfinite, max_skips, split_over: see `GradClipper`.
+        comm: who steps together, where that is not all processes. In Accelerate's `LocalSGD` each process has gradients
+            of its own: write `comm=distclip.LocalComm()`.
         on_bind: called on every rank with the clipper at the first step, for example
             `lambda clipper: distclip.monitor.Recorder(clipper, "runs/one")`.
 
@@ -76,9 +82,12 @@ def patch(
 
     Raises:
         ArgumentError: no policy; an accelerator that has one already, or leaves steps to DeepSpeed, Megatron or XLA.
+            In the call: parameters as above; ranks that have not prepared the same number of models. Otherwise see
+            `GradClipper.clip`.
 
-    Collectives: none here; at the first clip, and at the first after another `prepare`, those of `GradClipper`; at
-    each those of `GradClipper.clip`. Host syncs: those of `GradClipper.clip`.
+    Collectives: none here. At the first clip, and at the first after another `prepare` (which every rank makes, or
+    none), a gather and those of `GradClipper`; at each those of `GradClipper.clip`, over all processes: one all-reduce
+    of (slots + 1) float64 numbers, under DDP too. Host syncs: those of `GradClipper.clip`.
     """
     check_policy(policy, "patch")
     if getattr(accelerator, "distclip", None) is not None:
@@ -89,7 +98,7 @@ def patch(
             f"patch: under {kind} steps are not Accelerate's to clip. With DeepSpeed write "
             "distclip.integrations.deepspeed.attach(engine, policy), where engine is what accelerator.prepare returned."
         )
-    accelerator.distclip = Patched(accelerator, Late(policy, split_over, on_nonfinite, max_skips, on_bind))
+    accelerator.distclip = Patched(accelerator, Late(policy, split_over, on_nonfinite, max_skips, on_bind), comm)
     return accelerator
 
 
@@ -116,10 +125,11 @@ class Patched:
     Args:
         accelerator: whose method is replaced.
         late: has the policy.
+        comm: see `patch`.
     """
 
-    def __init__(self, accelerator: Any, late: Late) -> None:
-        self._accelerator, self._late = accelerator, late
+    def __init__(self, accelerator: Any, late: Late, comm: Comm | None = None) -> None:
+        self._accelerator, self._late, self._comm = accelerator, late, comm
         self._patches, self._steps = Patches(), Patches()
         self._models: list[Any] = []
         self._optimizers: list[Any] = []
@@ -166,10 +176,6 @@ class Patched:
         if not accelerator.sync_gradients:
             return None
         self._look()
-        if self.clipper is None:
-            raise ArgumentError(
-                "clip_grad_norm_: the accelerator has prepared no model. Write accelerator.prepare(model) first."
-            )
         optimizers = [_raw(one) for one in accelerator._optimizers]
         failure = self._wrong([parameters] if isinstance(parameters, Tensor) else list(parameters))
         report = self._late.clip(optimizers, accelerator.scaler, failure)
@@ -180,9 +186,14 @@ class Patched:
         """Take hold of what has been prepared since the last time."""
         # After free_memory() a Trainer prepares its optimizer anew, and not the model, which it has wrapped already.
         models, optimizers = list(self._accelerator._models) or self._models, list(self._accelerator._optimizers)
-        if not _same(models, self._models):
+        if self.clipper is None or not _same(models, self._models):
+            comm = self._comm
+            if comm is None and self._accelerator.num_processes > 1:
+                # Accelerate keeps the module inside of DistributedDataParallel, which does not know whose copy it is.
+                comm = all_ranks()
+            _check_prepared(meet(comm or LocalComm(), None, len(models)))
             whole = models[0] if len(models) == 1 else nn.ModuleList(models)
-            self._late.bind(whole)
+            self._late.bind(whole, comm)
             self._models, self._pairs = models, named(whole)
         if not _same(optimizers, self._optimizers):
             self._steps.restore()
@@ -220,6 +231,19 @@ class Patched:
                 "models; to treat parts differently write distclip.group_norm({…}), or exclude= of the policy."
             )
         return None
+
+
+def _check_prepared(models: list[int]) -> None:
+    """How many models each rank has prepared: all know it, and raise together."""
+    if not any(models):
+        raise ArgumentError(
+            "clip_grad_norm_: the accelerator has prepared no model. Write accelerator.prepare(model) first."
+        )
+    if len(set(models)) > 1:
+        raise ArgumentError(
+            f"clip_grad_norm_: the ranks have prepared {models} models, in their order. A model that only some of them "
+            "have would count in part: write accelerator.prepare(model) on every rank alike."
+        )
 
 
 def _raw(optimizer: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..clipper import GradClipper
+from ..comm import Comm
 from ..decision import Decision
 from ..errors import ArgumentError
 from ..nonfinite import OnNonFinite
@@ -54,18 +55,24 @@ class Late:
         self._on_nonfinite, self._max_skips = on_nonfinite, max_skips
         self._memory: dict[str, Any] = {}
 
-    def bind(self, parameters: Parameters) -> GradClipper:
+    def bind(self, parameters: Parameters, comm: Comm | None = None) -> GradClipper:
         """The clipper over these parameters, which has kept what it remembered of others of the same names.
+
+        Args:
+            parameters: of this rank.
+            comm: everybody who steps together, so that all decide and refuse together, also where nothing is spread.
+                None for who is found by `GradClipper`.
 
         Raises, Collectives: see `GradClipper`.
         """
         if self.clipper is not None:
-            self.clipper.rebind(parameters, split_over=self._split_over)
+            self.clipper.rebind(parameters, split_over=self._split_over, comm=comm)
             return self.clipper
         clipper = GradClipper(
             parameters,
             self._policy,
             split_over=self._split_over,
+            comm=comm,
             on_nonfinite=self._on_nonfinite,
             max_skips=self._max_skips,
         )

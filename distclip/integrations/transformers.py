@@ -60,14 +60,14 @@ def patch(
         The trainer; `trainer.accelerator.distclip` has the clipper and the last report.
 
     Raises:
-        ArgumentError: no Trainer, or one of transformers < 5; otherwise see `distclip.integrations.accelerate.patch`.
+        ArgumentError: no Trainer, or one of transformers < 5.3; otherwise see `distclip.integrations.accelerate.patch`.
 
     Collectives, Host syncs: see `distclip.integrations.accelerate.patch`.
     """
     if not hasattr(trainer, "_get_grad_norm") or not hasattr(trainer, "_load_optimizer_and_scheduler"):
         raise ArgumentError(
             f"patch: {type(trainer).__name__} has no place where gradients are clipped. Pass a Trainer of "
-            "transformers ≥ 5; in a loop of your own write distclip.integrations.accelerate.patch(accelerator, policy)."
+            "transformers ≥ 5.3; in a loop of your own write distclip.integrations.accelerate.patch(accelerator, policy)."
         )
     accelerate.patch(
         trainer.accelerator,

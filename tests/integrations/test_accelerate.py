@@ -28,7 +28,7 @@ def test_accumulation(ranks: Callable[[int], World], kind: str) -> None:
     ranks(2).run(in_accelerate.trains, kind=kind, policy=POLICIES["model"], ga=2)
 
 
-@pytest.mark.parametrize(("kind", "rule"), [*((kind, "skip") for kind in KINDS), ("fsdp2", "raise")])
+@pytest.mark.parametrize(("kind", "rule"), [(kind, rule) for kind in KINDS for rule in ("skip", "raise")])
 def test_a_nan_on_one_rank_is_seen_by_all(ranks: Callable[[int], World], kind: str, rule: str) -> None:
     ranks(2).run(in_accelerate.skips, kind=kind, rule=rule)
 
@@ -52,9 +52,22 @@ def test_an_overflow_with_two_optimizers(ranks: Callable[[int], World]) -> None:
     ranks(2).run(in_accelerate.overflows_of_two)
 
 
-@pytest.mark.xfail(strict=True, reason="Open: under DDP what one rank alone finds wrong is raised on that rank alone")
-def test_what_is_refused(ranks: Callable[[int], World]) -> None:
-    ranks(2).run(in_accelerate.refuses)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_one_rank_gets_wrong_is_refused_by_all(ranks: Callable[[int], World], kind: str) -> None:
+    ranks(2).run(in_accelerate.refuses, kind=kind)
+
+
+def test_models_that_one_rank_alone_has_are_refused(ranks: Callable[[int], World]) -> None:
+    ranks(2).run(in_accelerate.refuses_unequal_models)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_all_reduce(ranks: Callable[[int], World], kind: str) -> None:
+    ranks(2).run(in_accelerate.communicates, kind=kind)
+
+
+def test_local_sgd(ranks: Callable[[int], World]) -> None:
+    ranks(2).run(in_accelerate.local_sgd)
 
 
 def test_accelerate_alone_makes_an_infinity_nan(ranks: Callable[[int], World]) -> None:

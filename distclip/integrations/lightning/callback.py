@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ...call import Attempt, meet
+from ...comm import LocalComm
+from ...comm.derive import all_ranks
 from ...errors import ArgumentError
 from ...nonfinite import OnNonFinite
 from ...policies import Policy
@@ -50,8 +53,9 @@ class GradientClipping(Callback):
         ArgumentError: no policy. When training starts: a Trainer that clips too, or under DeepSpeed. In a step: see
             `GradClipper.clip`. On every rank.
 
-    Collectives: when training starts those of `GradClipper`; in a step those of `GradClipper.clip`. Host syncs: the
-    same, and what the Trainer's loggers read.
+    Collectives: when training starts a gather, and for each optimizer those of `GradClipper`; in a step those of
+    `GradClipper.clip`, over all ranks of the Trainer: one all-reduce of (slots + 1) float64 numbers, under DDP too.
+    Host syncs: the same, and what the Trainer's loggers read.
     """
 
     def __init__(
@@ -102,13 +106,18 @@ class GradientClipping(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Find out who holds what."""
-        _check(trainer)
+        attempt = Attempt()
+        attempt(_check, trainer)
+        # A part of a module in DistributedDataParallel does not know whose copy it is.
+        comm = all_ranks() if trainer.world_size > 1 else None
+        meet(comm or LocalComm(), attempt.failure, None)
         for i, optimizer in enumerate(trainer.optimizers):
             stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
             pairs = named(trainer.strategy.model)
             everything = all(id(param) in stepped for _, param in pairs if param.requires_grad)
             # What FSDP1 has cut, the module alone can tell.
-            self._late(i).bind(trainer.strategy.model if everything else [p for p in pairs if id(p[1]) in stepped])
+            whole = trainer.strategy.model
+            self._late(i).bind(whole if everything else [p for p in pairs if id(p[1]) in stepped], comm)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         """There will be something to step."""

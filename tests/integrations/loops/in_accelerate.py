@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
 from distclip.integrations import accelerate as ours
@@ -89,7 +90,7 @@ def loop(made: Any, model: Any, optimizer: Any, data: Any, poisoned: int | None 
         with made.accumulate(model):
             made.backward(mse(model(x), y))
             if made.sync_gradients and poisoned == len(seen):
-                poison(model, None if is_of(model, "ddp") else 1)
+                poison(model)
             norm = made.clip_grad_norm_(model.parameters(), 1e-9)
             assert (norm is None) == (not made.sync_gradients)
             optimizer.step()
@@ -227,12 +228,12 @@ def overflows_of_two() -> None:
     assert made.scaler.get_scale() < FP16
 
 
-def refuses() -> None:
-    """Wrong parameters, on one rank only: both raise, and in words."""
+def refuses(kind: str) -> None:
+    """Wrong parameters, on one rank only: both raise, in words, and nothing is touched."""
     policy = distclip.global_norm(0.5)
     with among_others():
-        assert "expected a policy" in raised(lambda: ours.patch(accelerator("ddp"), 1.0))  # type: ignore[arg-type]
-        made = ours.patch(accelerator("ddp"), policy)
+        assert "expected a policy" in raised(lambda: ours.patch(accelerator(kind), 1.0))  # type: ignore[arg-type]
+        made = ours.patch(accelerator(kind), policy)
         assert "has a policy already" in raised(lambda: ours.patch(made, policy))
         model, _, data = prepared(made)
         x, y = next(iter(data))
@@ -240,8 +241,11 @@ def refuses() -> None:
         def said(passed: list[Tensor]) -> str:
             model.zero_grad()
             made.backward(mse(model(x), y))
+            before = [param.grad.clone() for param in every]
             mine = passed if dist.get_rank() == 1 else model.parameters()
-            return raised(lambda: made.clip_grad_norm_(mine, 1.0))
+            text = raised(lambda: made.clip_grad_norm_(mine, 1.0))
+            assert not text or all(torch.equal(b, param.grad) for b, param in zip(before, every, strict=True))
+            return text
 
         every = list(model.parameters())
         told = everywhere(said(every[1:]))
@@ -259,6 +263,57 @@ def refuses() -> None:
         assert not hasattr(made, "distclip") and not made._custom_objects
         stands_in = type("Engine", (), {"distributed_type": "DEEPSPEED"})()
         assert "deepspeed.attach" in raised(lambda: ours.patch(stands_in, policy))
+
+
+def refuses_unequal_models() -> None:
+    """None was prepared, or one rank alone has prepared one more."""
+    with among_others():
+        made = ours.patch(accelerator("ddp"), distclip.global_norm(0.5))
+        told = everywhere(raised(lambda: made.clip_grad_norm_([], 1.0)))
+        assert all("has prepared no model" in text for text in told), told
+        model, _, _ = prepared(made)
+        if dist.get_rank() == 0:
+            made.prepare_model(net(), evaluation_mode=True)
+        told = everywhere(raised(lambda: made.clip_grad_norm_(model.parameters(), 1.0)))
+        assert all("have prepared [2, 1] models" in text for text in told), told
+
+
+def communicates(kind: str) -> None:
+    """One all-reduce a step, under DDP too."""
+    with among_others():
+        made = ours.patch(accelerator(kind), distclip.global_norm(0.5))
+        model, optimizer, data = prepared(made)
+        counts = []
+        for x, y in data:
+            made.backward(mse(model(x), y))
+            with CommDebugMode() as counter:
+                made.clip_grad_norm_(model.parameters(), 1.0)
+            counts.append({str(op): n for op, n in counter.get_comm_counts().items()})
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all("allreduce" in op and n == 1 for step in counts[1:] for op, n in step.items()), counts
+    assert all(len(step) == 1 for step in counts[1:]), counts
+
+
+def local_sgd() -> None:
+    """Between two averages each process is on its own, and clips by its own norm."""
+    from accelerate.local_sgd import LocalSGD
+
+    with among_others():
+        made = ours.patch(accelerator("ddp"), distclip.global_norm(0.01), comm=distclip.LocalComm())
+        model, optimizer, data = prepared(made)
+        with LocalSGD(accelerator=made, model=model, local_sgd_steps=3) as local:
+            for x, y in data:
+                made.backward(mse(model(x), y))
+                truth = float(distclip.get_total_norm([p.grad for p in model.parameters()]))
+                norm = made.clip_grad_norm_(model.parameters(), 1.0)
+                clipped = float(distclip.get_total_norm([p.grad for p in model.parameters()]))
+                assert float(norm) == truth and clipped <= 0.01 + 1e-6 < truth
+                assert len(set(everywhere(truth))) == 2
+                optimizer.step()
+                optimizer.zero_grad()
+                local.step()
+        assert len(set(everywhere(repr(whole(model))))) == 1
 
 
 def infinite() -> None:
