@@ -8,7 +8,7 @@
     trainer.train()  # or train(resume_from_checkpoint=True)
 
 What is wrong in transformers 5 and right here: with max_grad_norm=0, which is to turn clipping off, its way to log the
-norm turns all gradients into NaN where one is infinite. Tested under DDP, on CPUs.
+norm turns all gradients into NaN where one is infinite. Tested under DDP, FSDP2 and tensor parallelism, on CPUs.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def patch(
     """
     if not hasattr(trainer, "_get_grad_norm") or not hasattr(trainer, "_load_optimizer_and_scheduler"):
         raise ArgumentError(
-            f"patch: {type(trainer).__name__} has no place where gradients are clipped. Pass a Trainer of "
-            "transformers ≥ 5.3; in a loop of your own write distclip.integrations.accelerate.patch(accelerator, policy)."
+            f"patch: {type(trainer).__name__} has no place where gradients are clipped. Pass a Trainer of transformers "
+            "≥ 5.3; in a loop of your own write distclip.integrations.accelerate.patch(accelerator, policy)."
         )
     accelerate.patch(
         trainer.accelerator,

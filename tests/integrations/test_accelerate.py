@@ -33,7 +33,7 @@ def test_a_nan_on_one_rank_is_seen_by_all(ranks: Callable[[int], World], kind: s
     ranks(2).run(in_accelerate.skips, kind=kind, rule=rule)
 
 
-@pytest.mark.parametrize("kind", ["ddp"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_has_the_memory(ranks: Callable[[int], World], kind: str, tmp_path: Path) -> None:
     ranks(2).run(in_accelerate.resumes, kind=kind, folder=str(tmp_path))
 

@@ -46,6 +46,15 @@ def test_several_optimizers_have_a_norm_each(ranks: Callable[[int], World]) -> N
     ranks(2).run(in_lightning.two_optimizers)
 
 
+def test_several_optimizers_see_a_nan_on_one_rank(ranks: Callable[[int], World]) -> None:
+    ranks(2).run(in_lightning.two_see_a_nan)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_one_all_reduce(ranks: Callable[[int], World], kind: str) -> None:
+    ranks(2).run(in_lightning.communicates, kind=kind)
+
+
 def test_a_step_without_a_loss(ranks: Callable[[int], World]) -> None:
     ranks(2).run(in_lightning.no_loss)
 

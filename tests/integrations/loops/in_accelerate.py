@@ -34,35 +34,46 @@ FP16 = 1024.0
 """The loss scale."""
 
 
-def accelerator(kind: str, ga: int = 1, *, fp16: bool = False) -> Any:
-    """A new one in a process that has had others."""
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+def forget() -> None:
+    """What Accelerate keeps of the last one in this process."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()
-    os.environ.pop("FSDP_VERSION", None)
+    for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_USE_", "PARALLELISM_CONFIG_"))]:
+        del os.environ[name]
+
+
+def as_on_a_device() -> None:
+    """On a CPU Accelerate passes over its FSDP plugin without a word and prepares DDP, and refuses tensor parallelism.
+
+    So it is told that its processes have a device of some kind each; that device is the CPU all the same.
+    """
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+
+
+def accelerator(kind: str, ga: int = 1, *, fp16: bool = False) -> Any:
+    """A new one in a process that has had others."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+
+    forget()
     plugin = None
-    if kind != "ddp":
-        os.environ["FSDP_VERSION"] = kind.removeprefix("fsdp")
+    if kind == "fsdp2":
+        as_on_a_device()
+        # To gather tensors in full fails on a CPU: torch hands them out before they are there.
         plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=int(kind.removeprefix("fsdp")), use_orig_params=True, auto_wrap_policy="no_wrap"
+            fsdp_version=2, auto_wrap_policy="no_wrap", state_dict_type="SHARDED_STATE_DICT"
         )
     made = Accelerator(cpu=True, gradient_accumulation_steps=ga, fsdp_plugin=plugin)
-    if plugin is not None:
-        shard_on_cpu(made, plugin)
     if fp16:
         # On a CPU it makes no scaler of its own.
         made.scaler = torch.amp.GradScaler("cpu", init_scale=FP16)  # type: ignore[attr-defined]
         made.native_amp, made.state._mixed_precision = True, "fp16"
     return made
-
-
-def shard_on_cpu(made: Any, plugin: Any) -> None:
-    """On a CPU Accelerate passes over its FSDP plugin, without a word, and prepares DDP."""
-    from accelerate.utils import DistributedType
-
-    made.state.distributed_type, made.state.fsdp_plugin = DistributedType.FSDP, plugin
 
 
 def is_of(model: Any, kind: str) -> bool:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
 from distclip.integrations import lightning as ours
@@ -227,6 +229,49 @@ def two_optimizers() -> None:
         assert sorted(clipping.state_dict()) == ["0", "1"]
 
 
+def two_see_a_nan() -> None:
+    """Of two optimizers, under DDP, in one rank's gradients after they were made alike: both leave that step out."""
+    import lightning.pytorch as pl
+
+    class Pair(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.automatic_optimization = net(), False
+
+        def configure_optimizers(self) -> Any:
+            return sgd(self.net.first.parameters()), sgd(self.net.last.parameters())
+
+        def training_step(self, batch: Any, at: int) -> None:
+            for optimizer in self.optimizers():  # type: ignore[union-attr]
+                optimizer.zero_grad()
+            self.manual_backward(mse(self.net(batch[0]), batch[1]))
+            if at == 1:
+                poison(self.net.last)
+            for optimizer in self.optimizers():  # type: ignore[union-attr]
+                optimizer.step()
+
+    with among_others():
+        clipping, model = ours.GradientClipping(distclip.global_norm(0.1)), Pair()
+        trainer("ddp", [clipping]).fit(model, loader())
+    assert [clipper.skipped for clipper in clipping.clippers] == [0, 1]
+    alike([clipper.incidents for clipper in clipping.clippers], whole(model.net))
+
+
+def communicates(kind: str) -> None:
+    """One all-reduce a step, under DDP too."""
+    counts: list[dict[str, int]] = []
+
+    class Counting(ours.GradientClipping):
+        def on_before_optimizer_step(self, *args: Any) -> None:
+            with CommDebugMode() as counter:
+                super().on_before_optimizer_step(*args)
+            counts.append({str(op): n for op, n in counter.get_comm_counts().items()})
+
+    with among_others():
+        trainer(kind, [Counting(distclip.global_norm(0.5))]).fit(module(sharded=kind == "fsdp2"), loader())
+    assert len(counts) == STEPS and all([*step.values()] == [1] and "allreduce" in str(step) for step in counts), counts
+
+
 def no_loss() -> None:
     """`training_step` returns None at a step: nothing is unscaled or stepped, and the next one goes on as ever."""
     from lightning.pytorch.plugins.precision import MixedPrecision
@@ -253,6 +298,11 @@ def refuses() -> None:
             )
         )
         assert "clipped twice" in said and "global_norm(0.7)" in said, said
+        # On one rank alone.
+        bound = 0.7 if dist.get_rank() == 1 else None
+        clipping = ours.GradientClipping(distclip.global_norm(1.0))
+        told = everywhere(raised(lambda: trainer("ddp", [clipping], gradient_clip_val=bound).fit(module(), loader())))
+        assert all("clipped twice" in text for text in told), told
         said = raised(lambda: ours.GradientClipping(1.0))  # type: ignore[arg-type]
         assert said.startswith("ArgumentError: GradientClipping: policy=1.0: expected a policy"), said
 

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import distclip
 from distclip.integrations import transformers as ours
-from tests.integrations.loops.in_accelerate import accelerator, is_of
+from tests.integrations.loops.in_accelerate import as_on_a_device, forget, is_of
 from tests.integrations.loops.plain import (
     ROWS,
     STEPS,
@@ -42,13 +45,20 @@ class Model(Net):
         return {"loss": mse(super().forward(x), y)}
 
 
+def cut_in_two(model: Any) -> None:
+    """Tensor parallel in its first layer alone: gradients on a mesh, and beside them plain ones."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    parallelize_module(model, mesh, {"first": ColwiseParallel(output_layouts=Replicate())})
+
+
 def trainer(
     folder: str, kind: str = "ddp", ga: int = 1, bad: int | None = None, scale: float | None = None, **options: Any
 ) -> Any:
     """A Trainer with SGD, samples in order, and something bad in the gradients of a step."""
+    from accelerate import ParallelismConfig
     from transformers import Trainer, TrainingArguments
 
-    accelerator(kind)  # what Accelerate keeps of the last one is forgotten
+    forget()
 
     class Ours(Trainer):
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
@@ -57,7 +67,7 @@ def trainer(
         def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Tensor:
             loss = super().training_step(model, *args, **kwargs)
             if bad == self.state.global_step:
-                poison(model, None if is_of(model, "ddp") else 1, float("inf"))
+                poison(model, value=float("inf"))
             return loss  # type: ignore[no-any-return]
 
         def create_optimizer(self, model: Any = None) -> Any:
@@ -70,12 +80,17 @@ def trainer(
         "num_train_epochs": 1,
         "lr_scheduler_type": "constant",
     } | options
-    if kind != "ddp":
-        options |= {"fsdp": True, "fsdp_config": {"version": 2 if kind == "fsdp2" else 1, "use_orig_params": True}}
+    if kind == "fsdp2":
+        options |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
+    rows = ROWS
+    if kind == "tp":
+        # Every rank has the same rows, and those of all.
+        options |= {"parallelism_config": ParallelismConfig(tp_size=dist.get_world_size())}
+        rows *= dist.get_world_size()
     args = TrainingArguments(
         output_dir=folder,
         use_cpu=True,
-        per_device_train_batch_size=ROWS,
+        per_device_train_batch_size=rows,
         gradient_accumulation_steps=ga,
         logging_steps=1,
         report_to="none",
@@ -84,9 +99,16 @@ def trainer(
         logging_nan_inf_filter=False,
         **options,
     )
+    if kind != "ddp":
+        assert args.device.type == "cpu"
+        as_on_a_device()
     model = Model()
     model.load_state_dict(net().state_dict())
+    if kind == "tp":
+        cut_in_two(model)
     made = Ours(model=model, args=args, train_dataset=Rows(ga))
+    if kind == "tp":
+        model.tp_size = dist.get_world_size()  # as a model of transformers says of itself; Accelerate asks
     made.log = lambda logs, *args, **kwargs: type(made).log(made, dict(logs))
     if scale is not None:
         made.accelerator.native_amp, made.accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=scale)
@@ -103,6 +125,10 @@ def trains(policy: Any, folder: str, kind: str = "ddp", ga: int = 1, bound: floa
     with among_others():
         made = ours.patch(trainer(folder, kind, ga, max_grad_norm=bound), policy)
         made.train()
+        if kind == "tp":
+            assert {isinstance(param, DTensor) for param in made.model.parameters()} == {True, False}
+        else:
+            assert is_of(made.model_wrapped, kind), type(made.model_wrapped)
         agree(whole(made.model_wrapped), norms(made), policy, ga)
     history = [entry for entry in made.state.log_history if "grad_norm" in entry]
     assert all("grad_coef" in entry and entry["grad_skipped"] == 0 for entry in history), history
@@ -117,7 +143,7 @@ def skips(folder: str, rule: str, kind: str = "ddp", scale: float | None = None)
         made = trainer(folder, kind, bad=2, scale=scale, max_grad_norm=0, lr_scheduler_type="linear")
         ours.patch(made, policy, on_nonfinite=rule)  # type: ignore[arg-type]
         said = raised(made.train)
-        if rule == "raise":
+        if rule == "raise" and scale is None:
             assert said.startswith("NonFiniteError: step 3"), said
             return
         assert not said, said
@@ -133,23 +159,24 @@ def skips(folder: str, rule: str, kind: str = "ddp", scale: float | None = None)
     alike(made.accelerator.distclip.clipper.skipped)
 
 
-def scales(folder: str) -> None:
+def scales(folder: str, kind: str = "ddp") -> None:
     """fp16: unscaled once, and the norm in the log is free of the scale."""
     policy = distclip.global_norm(0.5)
     with among_others():
-        made = ours.patch(trainer(everywhere(folder)[0], scale=1024.0), policy)
+        made = ours.patch(trainer(everywhere(folder)[0], kind, scale=1024.0), policy)
         made.train()
         agree(whole(made.model_wrapped), norms(made), policy, fp16=True)
 
 
-def resumes(folder: str) -> None:
+def resumes(folder: str, kind: str = "ddp") -> None:
+    """From a checkpoint in the middle: the same bits."""
     folder = everywhere(folder)[0]
     policy = distclip.zclip(cap=1.0, warmup=1)
     with among_others():
-        through = ours.patch(trainer(folder, save_strategy="steps", save_steps=3), policy)
+        through = ours.patch(trainer(folder, kind, save_strategy="steps", save_steps=3), policy)
         through.train()
         dist.barrier()
-        rest = ours.patch(trainer(folder), policy)
+        rest = ours.patch(trainer(folder, kind), policy)
         rest.train(resume_from_checkpoint=os.path.join(folder, "checkpoint-3"))
         assert norms(rest) == norms(through), (norms(rest), norms(through))
         assert equal(whole(rest.model_wrapped), whole(through.model_wrapped))
@@ -185,12 +212,23 @@ def refuses(folder: str) -> None:
         made = trainer(everywhere(folder)[0])
         assert "expected a policy" in raised(lambda: ours.patch(made, 1.0))  # type: ignore[arg-type]
         assert "no place where gradients are clipped" in raised(lambda: ours.patch(net(), distclip.global_norm(1.0)))
-        its_own = made._has_mixed_mesh_grads
+        its_own = getattr(made, "_has_mixed_mesh_grads", None)
         ours.patch(made, distclip.global_norm(1.0))
         assert "has a policy already" in raised(lambda: ours.patch(made, distclip.global_norm(1.0)))
         ours.unpatch(made)
-        assert made._has_mixed_mesh_grads == its_own and not hasattr(made.accelerator, "distclip")
+        assert getattr(made, "_has_mixed_mesh_grads", None) == its_own and not hasattr(made.accelerator, "distclip")
         assert "has not been patched" in raised(lambda: ours.unpatch(made))
+
+
+def refuses_together(folder: str, kind: str) -> None:
+    """A Trainer that on one rank passes what is not its model's."""
+    with among_others():
+        made = ours.patch(trainer(everywhere(folder)[0], kind), distclip.global_norm(1.0))
+        if dist.get_rank() == 1:
+            stranger = torch.zeros(2, requires_grad=True)
+            made._clip_grad_norm = lambda model: made.accelerator.clip_grad_norm_([*model.parameters(), stranger], 1.0)
+        told = everywhere(raised(made.train))
+        assert all("belong to no model" in text for text in told), told
 
 
 def examples(folder: str) -> None:
