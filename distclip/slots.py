@@ -48,7 +48,7 @@ class Found:
     Args:
         name: of the parameter, on this rank.
         where: along which axes of `split_over=` it is another parameter than its namesakes, as (axis, places).
-        shape: of the local tensor, to tell copies under different names from one another.
+        shape: of the local tensor, or of what it is a slice of, to tell copies under different names from one another.
         share: which part of the whole this rank's contribution is, of 1 in all.
         tied: whether it is a copy by `annotate_`, and may have another name elsewhere.
         cut: its rows, for per="row".
@@ -88,7 +88,8 @@ def find(
         share = 1 / (copies(world_size, layout, plan.axes) * layout.pieces * _pieces_along(layout, plan.axes))
         said = annotation_of(tensor)
         tied = bool(said.layout.groups) and said.slice is None
-        found.append(Found(name, _where(layout, plan.axes, rank), tuple(tensor.shape), share, tied, cut))
+        shape = tuple(tensor.shape) if said.slice is None else said.slice[0]
+        found.append(Found(name, _where(layout, plan.axes, rank), shape, share, tied, cut))
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 
 from distclip import global_norm, reference
 from distclip.integrations import megatron as ours
-from tests.integrations.mcore.model import LR, Setting, all_gradients, fill, made, megatron, optimizer_of, piece
+from tests.integrations.mcore.model import LR, Setting, fill, made, megatron, optimizer_of, piece, wholes
 from tests.ranks import RankError, World
 
 pytest.importorskip("megatron.core")
@@ -47,7 +47,7 @@ def step(name: str, how: str) -> float:
         fill(model, setting)
         success, norm, _ = optimizer.step()
         assert success
-        true = float(reference.total_norm(list(all_gradients(model, setting).values())))
+        true = float(reference.total_norm(wholes(model, setting).values()))
         for parameter, param in model.module.named_parameters():
             before = piece(parameter, param, setting, "weights") * 0.1
             after = before - LR / (true + 1e-6) * piece(parameter, param, setting, "gradients")

@@ -20,7 +20,8 @@ Or the two functions that Megatron clips with, where only the norm is to be righ
 What is wrong in megatron-core 0.16 and right here: the inf-norm of a rank without gradients raises, and any p but 2 and
 inf does on such a rank; a plain gradient after a DTensor loses the DTensor's group; in bfloat16 and float32 a step with
 NaN is made; experts that overflow make only their own loss scale back off, while the loss goes on being multiplied by
-the other. Norm and overflow are one reduction here, over all ranks, with one host sync.
+the other, and without a distributed optimizer the ranks of other experts make the step that theirs leave out. Norm and
+overflow are one reduction here, over all ranks.
 """
 
 from .attachment import Attachment, attach, detach

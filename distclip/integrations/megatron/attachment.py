@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -17,7 +18,7 @@ from ...nonfinite import OnNonFinite
 from ...policies import Policy
 from ...report import Report
 from ..patches import Patches
-from .parts import Groups, Part, leaves, names_of, parts_of
+from .parts import Groups, Part, by_one_name, leaves, names_of, parts_of
 
 __all__ = ["Attachment", "attach", "detach"]
 
@@ -36,8 +37,9 @@ def attach(
     """Let `optimizer.step()` use distclip's norm, policy and non-finite decision in place of Megatron's own.
 
     Works with FP32Optimizer, Float16OptimizerWithFloat16Params and DistributedOptimizer, and chains of them, under
-    tensor, pipeline, expert and data parallelism, with tied embeddings and loss scaling; a policy per tensor or row
-    sees whole parameters, wherever a distributed optimizer cuts them. `config.clip_grad` is left out of account.
+    tensor, pipeline, expert and data parallelism, with loss scaling; a policy per tensor or row sees whole parameters,
+    wherever a distributed optimizer cuts them. A tied embedding is one parameter, by its name on the first stage.
+    `config.clip_grad` is left out of account.
     `step()` returns what it always has: (True, norm, zeros), or (False, None, None) for a step that is left out. Only
     one that is not finite makes loss scales back off, and then all of a chain alike.
 
@@ -56,11 +58,12 @@ def attach(
 
     Raises:
         ArgumentError: no optimizer of Megatron's; one that is attached already, or keeps its gradients elsewhere
-            (layer-wise, precision-aware, Megatron-FSDP); names that are missing. In a step: see `GradClipper.clip`.
-            On every rank.
+            (layer-wise, precision-aware, Megatron-FSDP); a policy that goes by names without `model`, or one that
+            lacks parameters; loss scales on some ranks only. In a step: see `GradClipper.clip`. On every rank.
 
     Collectives: call it on every rank; two gathers. In a step one all-reduce of (slots + 1) float64 numbers over all
-    ranks, in place of those of Megatron's norm and overflow check. Host syncs: one in a step.
+    ranks, in place of those of Megatron's norm and overflow check. Host syncs: in a step the host waits for the
+    gradients once, and then reads a few numbers.
     """
     attempt = Attempt()
     everybody = all_ranks()
@@ -68,13 +71,16 @@ def attach(
     attempt(_check, optimizer, policy, model)
     groups = attempt(Groups, pg_collection)
     parts = attempt(_parts, found, groups, model, policy) or []
-    scaled = meet(everybody, attempt.failure, bool(_scalers(found or [])))
+    copies = [(part.name, part.original) for part in parts if part.original is not None and model is not None]
+    told = meet(everybody, attempt.failure, (bool(_scalers(found or [])), copies))
+    scaled = [has for has, _ in told]
     if len(set(scaled)) > 1:
         raise ArgumentError(
             f"attach: the optimizers of ranks {[r for r, has in enumerate(scaled) if not has]} have no loss scale and "
             "those of other ranks do. On a rank without parameters pass what get_megatron_optimizer makes of them."
         )
     assert found is not None and groups is not None
+    parts = by_one_name(parts, [copies for _, copies in told])
     clipper = GradClipper(
         [(part.name, part.stand_in) for part in parts],
         policy,
@@ -136,8 +142,10 @@ class Attachment:
             scale = float(self._scalers[0].scale) if self._scalers else None
             decision = self.clipper.decide(scale, attempt.failure)
             self.report = decision.report()
-            for scaler in self._scalers:
-                scaler.update(bool(decision.overflow))
+            if self._scalers:
+                overflow = bool(decision.overflow)
+                for scaler in self._scalers:
+                    scaler.update(overflow)
             if decision.skip_known:
                 return False, None, None
             there = [(i, part.own.grad) for i, part in enumerate(self._parts) if part.own.grad is not None]
@@ -170,7 +178,7 @@ def _parts(found: list[Any] | None, groups: Groups | None, model: Any, policy: A
     names = {} if model is None else names_of(model)
     parts = [part for leaf in found for part in parts_of(leaf, groups, names, weights)]
     if model is None:
-        return [Part(f"optimizer.parameters[{i}]", part.own, part.stand_in) for i, part in enumerate(parts)]
+        return [replace(part, name=f"optimizer.parameters[{i}]") for i, part in enumerate(parts)]
     return parts
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from ...sources.arguments import named
 from ...sources.split import group_ranks
 from ...sources.tagged import place_
 
-__all__ = ["Groups", "Part", "leaves", "names_of", "parts_of"]
+__all__ = ["Groups", "Part", "by_one_name", "leaves", "names_of", "parts_of"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,11 +27,13 @@ class Part:
         name: of the parameter in the model.
         own: what the optimizer steps, and whose `.grad` it takes: the parameter, its float32 copy, or a slice of that.
         stand_in: stands for `own` in a clipper; its gradient of the moment is laid beside it as `main_grad`.
+        original: of an embedding that other stages have too, whether this is the copy that counts; otherwise None.
     """
 
     name: str
     own: Tensor
     stand_in: Tensor
+    original: bool | None = None
 
     def look(self, weights: bool) -> None:
         """Lay the gradient of the moment beside the stand-in, which shares the memory of the weights if asked."""
@@ -115,13 +117,21 @@ def parts_of(leaf: Any, groups: Groups, names: dict[int, str], weights: bool) ->
     Args:
         leaf: FP32Optimizer, Float16OptimizerWithFloat16Params or DistributedOptimizer.
         groups: of the job.
-        names: of parameters of the model, by `id`; those that are not there are numbered.
+        names: of parameters of the model, by `id`; empty if nobody asks for them, then they are numbered.
         weights: whether the policy looks at the parameters too.
+
+    Raises:
+        ArgumentError: a parameter that `names` does not have.
     """
     if leaf.is_stub_optimizer:
         return
     sliced_over = leaf.data_parallel_group if hasattr(leaf, "gbuf_ranges") else None
     for i, (param, own) in enumerate(_pairs(leaf)):
+        if names and id(param) not in names:
+            raise ArgumentError(
+                f"attach: the optimizer steps a parameter of shape {tuple(param.shape)} that model= does not have. "
+                "Pass what get_megatron_optimizer was given: all model chunks of this rank."
+            )
         # Memory of its own would be wasted on who only counts elements.
         stand_in = own.detach() if weights else own.detach().new_empty(()).expand(own.shape)
         piece = None
@@ -130,7 +140,34 @@ def parts_of(leaf: Any, groups: Groups, names: dict[int, str], weights: bool) ->
         place_(stand_in, groups.layout(param, sliced_over), piece)
         if hasattr(param, "partition_dim"):
             stand_in.partition_dim = param.partition_dim  # type: ignore[attr-defined]
-        yield Part(names.get(id(param), f"optimizer.parameters[{i}]"), own, stand_in)
+        original = not getattr(param, "shared", False) if getattr(param, "shared_embedding", False) else None
+        yield Part(names.get(id(param), f"optimizer.parameters[{i}]"), own, stand_in, original)
+
+
+def by_one_name(parts: list[Part], told: Iterable[Iterable[tuple[str, bool]]]) -> list[Part]:
+    """The same parts, where an embedding that stages have in common has one name on all of them.
+
+    To Megatron the weight of the first stage's embedding and that of the last one's output layer are one parameter: a
+    policy that clipped them by their names would let them grow apart.
+
+    Args:
+        parts: of this rank.
+        told: by every rank, (name, original) of its parts that are copies.
+
+    Raises:
+        ArgumentError: several names that could be meant.
+    """
+    said = [copy for rank in told for copy in rank]
+    originals = {name for name, original in said if original}
+    if {name for name, _ in said} == originals or not originals:
+        return parts
+    if len(originals) > 1:
+        raise ArgumentError(
+            f"attach: {', '.join(sorted(originals))} are embeddings that other stages have copies of: which are whose? "
+            "Give each and its copies one name; a policy per model does without names, and without model=."
+        )
+    (name,) = originals
+    return [part if part.original is None else replace(part, name=name) for part in parts]
 
 
 def names_of(model: nn.Module | Iterable[nn.Module]) -> dict[int, str]:

@@ -82,7 +82,7 @@ class Places:
         self.ep = state.get_expert_model_parallel_rank()
 
 
-def made(setting: Setting) -> Any:
+def made(setting: Setting, trained: bool = True) -> Any:
     """A stage of the model, wrapped in Megatron's DistributedDataParallel."""
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -113,8 +113,15 @@ def made(setting: Setting) -> Any:
             self.up = ColumnParallelLinear(8, 12, gather_output=False, **shared)
             self.down = RowParallelLinear(12, 8, bias=True, input_is_parallel=True, skip_bias_add=False, **shared)
             self.norm = nn.LayerNorm(8, dtype=dtype)
+            if place.pp == 1:
+                # So that a distributed optimizer cuts this stage elsewhere than the other.
+                self.more = nn.Parameter(torch.zeros(37, dtype=dtype))
             if setting.pp > 1:
-                self.tied = ColumnParallelLinear(8, 10, bias=False, gather_output=False, **shared)
+                # Megatron ties the embedding of the first stage to the last one's output layer, of another name.
+                self.add_module(
+                    "tied_output" if place.pp else "tied",
+                    ColumnParallelLinear(8, 10, bias=False, gather_output=False, **shared),
+                )
             if setting.ep > 1:
                 group = parallel_state.get_expert_tensor_parallel_group()
                 self.expert = ColumnParallelLinear(
@@ -126,25 +133,25 @@ def made(setting: Setting) -> Any:
         def forward(self, x: Tensor) -> Tensor:
             return self.down(torch.relu(self.up(self.norm(x))[0]))[0]
 
-    stage = Stage()
-    if setting.pp > 1:
-        stage.tied.weight.shared_embedding = True
-        if place.pp == setting.pp - 1:
-            stage.tied.weight.shared = True
+    stage = Stage().requires_grad_(trained)
     with torch.no_grad():
         for name, param in stage.named_parameters():
+            if "tied" in name:
+                param.shared_embedding = True
+                if place.pp:
+                    param.shared = True
             param.copy_(piece(name, param, setting, "weights") * 0.1)
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=setting.distributed)
     return DistributedDataParallel(config, ddp, stage)
 
 
 def optimizer_of(model: Any, setting: Setting, **more: Any) -> Any:
-    """Megatron's own, whose step is p - LR · g: so is Adam's first one with an eps beyond all gradients."""
+    """Megatron's own, whose step is p - LR · g: so is Adam's with an eps beyond all gradients and no momentum."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     how: dict[str, Any] = {"optimizer": "sgd", "lr": LR, "sgd_momentum": 0.0}
     if setting.distributed:
-        how = {"optimizer": "adam", "lr": LR * 1e9, "adam_eps": 1e9}
+        how = {"optimizer": "adam", "lr": LR * 1e9, "adam_eps": 1e9, "adam_beta1": 0.0}
     config = OptimizerConfig(
         **{"weight_decay": 0.0, "clip_grad": 1.0, **how, **more},
         params_dtype=DTYPES[setting.dtype],
@@ -159,9 +166,16 @@ def optimizer_of(model: Any, setting: Setting, **more: Any) -> Any:
 
 
 def whole(name: str, shape: tuple[int, ...], what: str, stage: int, expert: int) -> Tensor:
-    """A whole parameter or gradient; a tied one is the same on all stages."""
-    key = f"{what} {name} {0 if 'tied' in name else stage} {expert if 'expert' in name else 0}"
-    return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(key.encode()))) * 3
+    """A whole parameter or gradient."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{what} {key_of(name, stage, expert)}".encode()))
+    return torch.randn(shape, generator=generator) * 3
+
+
+def key_of(name: str, stage: int, expert: int) -> str:
+    """What tells a parameter of the whole model from all others; a tied one is the same on both stages."""
+    if "tied" in name:
+        return "tied.weight"
+    return name + (f" of stage {stage}" if stage else "") + (f" of expert {expert}" if "expert" in name else "")
 
 
 def shape_of(name: str, param: Tensor, setting: Setting) -> tuple[int, ...]:
@@ -175,31 +189,39 @@ def shape_of(name: str, param: Tensor, setting: Setting) -> tuple[int, ...]:
 def piece(name: str, param: Tensor, setting: Setting, what: str) -> Tensor:
     """This rank's part of a whole."""
     place = Places()
-    full = whole(name, shape_of(name, param, setting), what, place.pp, place.ep)
+    return part_of(whole(name, shape_of(name, param, setting), what, place.pp, place.ep), name, param, setting)
+
+
+def part_of(full: Tensor, name: str, param: Tensor, setting: Setting) -> Tensor:
+    """This rank's part of what is given."""
     size = setting.etp if "expert" in name else setting.tp
     if size > 1 and getattr(param, "tensor_model_parallel", False):
-        return full.chunk(size, param.partition_dim)[place.tp]
+        return full.chunk(size, param.partition_dim)[Places().tp]
     return full
 
 
-def all_gradients(model: Any, setting: Setting) -> dict[str, Tensor]:
-    """Every gradient of the whole model once, by name, stage and expert."""
-    found: dict[str, Tensor] = {}
-    for name, param in model.module.named_parameters():
-        for stage in range(1 if "tied" in name else setting.pp):
-            for expert in range(setting.ep if "expert" in name else 1):
-                found[f"{name} {stage} {expert}"] = whole(
-                    name, shape_of(name, param, setting), "gradients", stage, expert
-                )
-    return found
+def wholes(model: Any, setting: Setting, what: str = "gradients") -> dict[str, Tensor]:
+    """Every parameter or gradient of the whole model once, by `key_of`; the ranks tell each other what they have."""
+    place = Places()
+    mine = [
+        (name, shape_of(name, param, setting), what, place.pp, place.ep)
+        for name, param in model.module.named_parameters()
+    ]
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, mine)
+    return {key_of(one[0], one[3], one[4]): whole(*one) for each in told for one in each}
 
 
-def fill(model: Any, setting: Setting, change: Callable[[str, Tensor], Tensor] = lambda name, grad: grad) -> None:
+def fill(
+    model: Any,
+    setting: Setting,
+    change: Callable[[str, Tensor], Tensor] = lambda name, grad: grad,
+    what: str = "gradients",
+    scale: float | None = None,
+) -> None:
     """Lay gradients where Megatron's backward leaves them, reduced over data-parallel ranks, times the loss scale."""
-    scale = SCALE if setting.dtype == "fp16" else 1.0
+    if scale is None:
+        scale = SCALE if setting.dtype == "fp16" else 1.0
     for name, param in model.module.named_parameters():
-        param.main_grad.copy_(change(name, piece(name, param, setting, "gradients") * scale))
-
-
-def rank_is(rank: int) -> bool:
-    return dist.get_rank() == rank
+        if param.requires_grad:
+            param.main_grad.copy_(change(name, piece(name, param, setting, what) * scale))
