@@ -13,7 +13,7 @@ import torch
 from distclip import global_norm, reference
 from distclip.integrations import megatron as ours
 from tests.integrations.mcore.model import LR, Setting, fill, made, megatron, optimizer_of, piece, wholes
-from tests.ranks import RankError, World
+from tests.ranks import World
 
 pytest.importorskip("megatron.core")
 
@@ -56,6 +56,15 @@ def step(name: str, how: str) -> float:
     return float(norm) / true
 
 
+def off(name: str, how: str) -> str:
+    """The parameter that a step leaves wrong on this rank."""
+    try:
+        step(name, how)
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("how", ["theirs", "drop-in", "attach"])
 def test_a_step_is_clipped_by_the_norm_of_the_whole_gradient(
@@ -64,8 +73,7 @@ def test_a_step_is_clipped_by_the_norm_of_the_whole_gradient(
     if name == "experts x tp" and how != "attach":
         # Megatron drops an expert's plain parameter on all tensor-parallel ranks but the first as a copy, before either
         # function sees it; where experts have a tensor-parallel group of their own it is another expert's.
-        with pytest.raises(RankError, match="expert_scale"):
-            ranks(4).run(step, name=name, how=how)
+        assert "expert_scale" in ranks(4).run(off, name=name, how=how)
         return
     found = ranks(4).run(step, name=name, how=how)
     assert len(set(found)) == 1 or how == "theirs"

@@ -9,7 +9,7 @@ import pytest
 
 import distclip
 from distclip.integrations.megatron.parts import by_one_name
-from tests.integrations.mcore import rules, training
+from tests.integrations.mcore import gpt, rules, training
 from tests.integrations.mcore.model import SCALE, Setting
 from tests.ranks import World
 
@@ -83,6 +83,12 @@ def test_loss_scales_of_a_chain_back_off_together(ranks: Callable[[int], World],
     assert theirs[0] == ((False, [SCALE, SCALE / 2]) if distributed else (True, [SCALE, SCALE]))
 
 
+@pytest.mark.parametrize("name", ["bf16", "distributed bf16"])
+def test_weights_that_were_moved(ranks: Callable[[int], World], name: str) -> None:
+    size, setting = SETTINGS[name]
+    ranks(size).run(rules.looks_again, setting=setting)
+
+
 @pytest.mark.parametrize("name", SOME)
 def test_a_rank_that_fails(ranks: Callable[[int], World], name: str) -> None:
     size, setting = SETTINGS[name]
@@ -99,6 +105,14 @@ def test_optimizer_is_given_back(ranks: Callable[[int], World], name: str) -> No
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_stage_without_parameters(ranks: Callable[[int], World], dtype: str, distributed: bool) -> None:
     ranks(2).run(rules.frozen, setting=Setting(pp=2, dtype=dtype, distributed=distributed))
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize("policy", range(4))
+def test_gpt_with_a_tied_embedding(ranks: Callable[[int], World], policy: int, distributed: bool) -> None:
+    tied = distclip.group_norm({"embedding": ("^embedding", 0.1)}, 0.3)
+    policies = [distclip.global_norm(0.5), distclip.per_tensor_norm(0.05), distclip.agc(0.02), tied]
+    ranks(2).run(gpt.trains, policy=policies[policy], distributed=distributed)
 
 
 def test_bad_input(ranks: Callable[[int], World]) -> None:

@@ -46,6 +46,8 @@ class AsIfCuda(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if str(kwargs.get("device")).startswith("cuda"):
             kwargs["device"] = "cpu"
+        if func is torch.Tensor.cuda:
+            return args[0]
         out = func(*args, **kwargs)
         asked_for_type = func is torch.Tensor.type and len(args) == 1
         return out.replace("torch.", "torch.cuda.") if asked_for_type else out
@@ -113,15 +115,15 @@ def made(setting: Setting, trained: bool = True) -> Any:
             self.up = ColumnParallelLinear(8, 12, gather_output=False, **shared)
             self.down = RowParallelLinear(12, 8, bias=True, input_is_parallel=True, skip_bias_add=False, **shared)
             self.norm = nn.LayerNorm(8, dtype=dtype)
-            if place.pp == 1:
-                # So that a distributed optimizer cuts this stage elsewhere than the other.
-                self.more = nn.Parameter(torch.zeros(37, dtype=dtype))
             if setting.pp > 1:
                 # Megatron ties the embedding of the first stage to the last one's output layer, of another name.
                 self.add_module(
                     "tied_output" if place.pp else "tied",
                     ColumnParallelLinear(8, 10, bias=False, gather_output=False, **shared),
                 )
+            if place.pp == 1:
+                # So that a distributed optimizer cuts this stage elsewhere than the other, through the tied weight.
+                self.more = nn.Parameter(torch.zeros(500, dtype=dtype))
             if setting.ep > 1:
                 group = parallel_state.get_expert_tensor_parallel_group()
                 self.expert = ColumnParallelLinear(

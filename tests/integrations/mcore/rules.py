@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -193,6 +194,10 @@ def grows(setting: Setting) -> None:
             for (name, param, own, here), old in zip(owned(model, optimizer), start, strict=True):
                 grad = piece(name, param, setting, "gradients").reshape(-1)[here]
                 torch.testing.assert_close(old - own, LR / true * grad, rtol=1e-4, atol=1e-5)
+            # Nobody else keeps the slices of gradients alive; what is no slice is Megatron's own buffer.
+            slices = [weakref.ref(p.main_param.grad) for _, p, *_ in owned(model, optimizer) if setting.distributed]
+            optimizer.zero_grad()
+            assert not any(grad() is not None for grad in slices)
         assert sorted(set(seen)) == [SCALE, 2 * SCALE, 4 * SCALE]
 
 
@@ -205,6 +210,24 @@ def backs_off(setting: Setting, how: str) -> tuple[bool, list[float]]:
             attach(optimizer, global_norm(1.0), model=[model])
         fill(model, setting, lambda name, grad: grad * float("inf") if is_last() and "expert" in name else grad)
         return optimizer.step()[0], [float(leaf.get_loss_scale()) for leaf in leaves_of(optimizer)]
+
+
+def looks_again(setting: Setting) -> None:
+    """Weights that were moved to other memory since, as by a reload, are those that the policy looks at."""
+    with megatron(setting):
+        model = made(setting)
+        optimizer = optimizer_of(model, setting)
+        attached = attach(optimizer, agc(1e-3), model=[model])
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        seen = []
+        for _ in range(2):
+            fill(model, setting)
+            assert stepped(optimizer)[0][0]
+            seen.append(attached.report.coefs)
+            for _, param, *_ in owned(model, optimizer):
+                param.main_param.data = 4 * param.main_param.data
+        torch.testing.assert_close(seen[1], 4 * seen[0])
 
 
 def fails(setting: Setting) -> None:
