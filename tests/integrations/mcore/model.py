@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 import zlib
@@ -72,6 +73,11 @@ def megatron(setting: Setting) -> Iterator[None]:
             yield
         finally:
             parallel_state.destroy_model_parallel()
+            # It leaves the groups, each with threads of its own.
+            for group in list(dist.distributed_c10d._world.pg_map):
+                if group is not dist.group.WORLD:
+                    dist.destroy_process_group(group)
+            gc.collect()
 
 
 class Places:
