@@ -50,6 +50,8 @@ def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     # torch.distributed.checkpoint's own, before torch 2.13.
     warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
+    # Of torch 2.12, whatever check_invariants= says.
+    warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     dist.init_process_group(
         "gloo",

@@ -2,14 +2,17 @@
 
 ::
 
+    import torch
     from accelerate import Accelerator
+    from distclip import zclip
     from distclip.integrations.accelerate import patch
 
-    accelerator = patch(Accelerator(gradient_accumulation_steps=4), distclip.zclip(cap=5.0))
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    for x, y in loader:
+    accelerator = patch(Accelerator(gradient_accumulation_steps=2), zclip(cap=5.0))
+    model = torch.nn.Linear(4, 2)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for x in torch.ones(4, 3, 4, device=accelerator.device):
         with accelerator.accumulate(model):
-            accelerator.backward(loss(model(x), y))
+            accelerator.backward(model(x).sum())
             accelerator.clip_grad_norm_(model.parameters(), 1.0)  # by the policy; 1.0 is left out of account
             optimizer.step()
             optimizer.zero_grad()

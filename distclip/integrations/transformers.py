@@ -2,10 +2,19 @@
 
 ::
 
+    import torch
+    from distclip import zclip
     from distclip.integrations.transformers import patch
+    from transformers import Trainer, TrainingArguments
 
-    trainer = patch(Trainer(model=model, args=args, train_dataset=data), distclip.zclip(cap=5.0))
-    trainer.train()  # or train(resume_from_checkpoint=True)
+    class Model(torch.nn.Linear):
+        def forward(self, x):
+            return {"loss": super().forward(x).square().sum()}
+
+    args = TrainingArguments("trained", max_steps=4, logging_steps=1, report_to=[])
+    trainer = Trainer(model=Model(4, 2), args=args, train_dataset=[{"x": torch.randn(4)} for _ in range(16)])
+    patch(trainer, zclip(cap=5.0)).train()  # or train(resume_from_checkpoint=True)
+    print(trainer.accelerator.distclip.report.as_dict())
 
 What is wrong in transformers 5 and right here: with max_grad_norm=0, which is to turn clipping off, its way to log the
 norm turns all gradients into NaN where one is infinite. Tested under DDP, FSDP2 and tensor parallelism, on CPUs.
