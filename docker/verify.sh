@@ -17,12 +17,12 @@ for tool in buildah debootstrap ip; do
 done
 
 work=$(mktemp -d "${TMPDIR:-/var/tmp}/distclip-verify.XXXXXX")
-spaces=()
+spaces=() boxes=()
 finish() {
     local code=$?
     stop
     for space in ${spaces[@]+"${spaces[@]}"}; do ip netns del "$space" || true; done
-    buildah rm --all >/dev/null 2>&1 || true
+    for box in ${boxes[@]+"${boxes[@]}"}; do buildah rm "$box" >/dev/null || true; done
     rm -rf --one-file-system "$work"
     [ "$code" = 0 ] || echo "verify.sh: FAILED" >&2
 }
@@ -45,11 +45,13 @@ quietly() { "$@" >"$work/log" 2>&1 || { tail -n 40 "$work/log" >&2 && return 1; 
 base=localhost/distclip-verify-base
 if ! buildah inspect --type image "$base" >/dev/null 2>&1; then
     box=$(buildah from scratch)
+    boxes=("$box")
     root=$(buildah mount "$box")
     quietly debootstrap --variant=minbase --include=ca-certificates,python3,python3-pip,python3-venv \
         bookworm "$root" "${MIRROR:-http://deb.debian.org/debian}"
     rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/*
     quietly buildah commit --rm "$box" "$base"
+    boxes=()
     say "base: Debian bookworm with python3"
 fi
 
@@ -77,6 +79,7 @@ size=$(buildah images --format '{{.Size}}' "$image")
 say "$file: builds, $size with the base"
 
 box=$(buildah from "$image")
+boxes+=("$box")
 run() { buildah run --hostname localhost "$@"; }
 uid=$(run "$box" id -u)
 [ "$uid" != 0 ] || refuse "the image runs as root"
@@ -94,18 +97,22 @@ quietly run "$box" bash launch/mpirun.sh steps=5 comm=mpi
 quietly run "$box" bash launch/deepspeed.sh steps=5
 say "launch/mpirun.sh comm=mpi and launch/deepspeed.sh: exit 0"
 
-# compose.yaml is read by the image's Python: what a service says, a line each.
-compose() {
+# compose.yaml is read by the image's Python: the services; or, for one of them, what buildah run is to be told, a word a
+# line, with its volumes in $work.
+compose() { # [SERVICE CONTAINER]
     run --volume "$PWD/docker:/docker:ro" "$box" python -c '
 import sys, yaml
 services = yaml.safe_load(open("/docker/compose.yaml"))["services"]
-if len(sys.argv) == 1:
-    print(*services, sep="\n")
+work, *chosen = sys.argv[1:]
+if chosen:
+    service = services[chosen[0]]
+    print("--hostname=" + service["hostname"])
+    print(*(f"--env={name}={value}" for name, value in service["environment"].items()), sep="\n")
+    print(*(f"--volume={work}/{volume}" for volume in service["volumes"]), sep="\n")
+    print(chosen[1], *service["command"], sep="\n")
 else:
-    said = services[sys.argv[1]][sys.argv[2]]
-    print(*([said] if isinstance(said, str) else said if isinstance(said, list) else
-            [f"{name}={value}" for name, value in said.items()]), sep="\n")
-' "$@"
+    print(*services, sep="\n")
+' "$work" "$@"
 }
 mapfile -t nodes < <(compose)
 [ "${#nodes[@]}" = 2 ] || refuse "one cable joins two services, not ${nodes[*]}"
@@ -122,23 +129,20 @@ for i in 0 1; do
     echo "10.77.0.$((i + 1)) ${nodes[i]}" >>"$work/hosts"
 done
 
-# buildah's chroot stays in the network that it is started in.
-node() { # SERVICE NAMESPACE CONTAINER
-    local hostname environment volumes command options=() volume
-    hostname=$(compose "$1" hostname)
-    mapfile -t environment < <(compose "$1" environment)
-    mapfile -t volumes < <(compose "$1" volumes)
-    mapfile -t command < <(compose "$1" command)
-    for volume in "${volumes[@]}"; do
-        install -d -o "$uid" "$work/volumes/${volume%%:*}"
-        options+=(--volume "$work/volumes/$volume")
-    done
-    exec timeout 600 ip netns exec "$2" buildah run --hostname "$hostname" --volume "$work/hosts:/etc/hosts:ro" \
-        "${environment[@]/#/--env=}" "${options[@]}" "$3" "${command[@]}"
-}
 other=$(buildah from "$image")
-node "${nodes[0]}" "${spaces[0]}" "$box" >"$work/log0" 2>&1 &
-node "${nodes[1]}" "${spaces[1]}" "$other" >"$work/log1" 2>&1 &
+boxes+=("$other")
+mapfile -t first < <(compose "${nodes[0]}" "$box")
+mapfile -t second < <(compose "${nodes[1]}" "$other")
+for word in "${first[@]}" "${second[@]}"; do
+    word=${word%:*}
+    case $word in --volume=*) install -d -o "$uid" "${word#--volume=}" ;; esac
+done
+# buildah's chroot stays in the network that it is started in.
+node() {
+    exec timeout 600 ip netns exec "$1" buildah run --no-hosts --volume "$work/hosts:/etc/hosts:ro" "${@:2}"
+}
+node "${spaces[0]}" "${first[@]}" >"$work/log0" 2>&1 &
+node "${spaces[1]}" "${second[@]}" >"$work/log1" 2>&1 &
 for _ in "${nodes[@]}"; do
     wait -n || {
         stop
@@ -151,11 +155,14 @@ ranks=$(ranks "$work/log0")
 say "compose.yaml: ${nodes[*]} exit 0; $ranks ranks, $((crossed / 1024)) KiB went from one node to the other"
 
 # The same ranks on one node: the same norms and the same loss.
-mapfile -t command < <(compose "${nodes[0]}" command)
-install -d -o "$uid" "$work/volumes/one"
-quietly run --env "NPROC=$ranks" --volume "$work/volumes/one:/home/distclip/outputs" "$box" \
-    bash launch/torchrun.sh "${command[@]:2}"
-run --volume "$work/volumes:/volumes:ro" "$box" python -c '
+overrides=()
+for word in "${first[@]}"; do
+    case $word in --*) ;; *=*) overrides+=("$word") ;; esac
+done
+install -d -o "$uid" "$work/one"
+quietly run --env "NPROC=$ranks" --volume "$work/one:/home/distclip/outputs" "$box" \
+    bash launch/torchrun.sh "${overrides[@]}"
+run --volume "$work/one:/volumes/one:ro" --volume "$work/outputs:/volumes/outputs:ro" "$box" python -c '
 import json, math, pathlib
 def figures(volume):
     run = json.loads(next(pathlib.Path("/volumes", volume).glob("*/summary.json")).read_text())
