@@ -97,8 +97,8 @@ quietly run "$box" bash launch/mpirun.sh steps=5 comm=mpi
 quietly run "$box" bash launch/deepspeed.sh steps=5
 say "launch/mpirun.sh comm=mpi and launch/deepspeed.sh: exit 0"
 
-# compose.yaml is read by the image's Python: the services; or, for one of them, what buildah run is to be told, a word a
-# line, with its volumes in $work.
+# compose.yaml is read by the image's Python: the services; or, for one of them, what buildah run is to be told, its
+# volumes in $work; a word a line.
 compose() { # [SERVICE CONTAINER]
     run --volume "$PWD/docker:/docker:ro" "$box" python -c '
 import sys, yaml
