@@ -63,6 +63,9 @@ def megatron(setting: Setting) -> Iterator[None]:
         warnings.simplefilter("ignore")
         from megatron.core import parallel_state
 
+        # Groups end with the last who holds them: models of the job before. Nothing that stays is searched again.
+        gc.collect()
+        gc.freeze()
         parallel_state.initialize_model_parallel(
             setting.tp,
             setting.pp,
@@ -77,7 +80,6 @@ def megatron(setting: Setting) -> Iterator[None]:
             for group in list(dist.distributed_c10d._world.pg_map):
                 if group is not dist.group.WORLD:
                     dist.destroy_process_group(group)
-            gc.collect()
 
 
 class Places:

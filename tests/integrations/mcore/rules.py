@@ -43,7 +43,7 @@ from tests.integrations.mcore.model import (
 )
 from tests.integrations.mcore.training import alike, leaves_of, owned
 
-RULES = ("skip", "raise", "zero", "propagate")
+RULES = {"skip": "nan", "raise": "-inf", "zero": "nan", "propagate": "inf"}
 
 
 def is_last() -> bool:
@@ -100,9 +100,8 @@ def stepped(optimizer: Any) -> tuple[Any, list[str], str]:
 def nonfinite(setting: Setting) -> None:
     """NaN and Inf in one place on one rank: what `on_nonfinite` says, on all ranks alike."""
     with megatron(setting):
-        for rule in RULES:
-            for bad in (float("nan"), float("-inf")):
-                _nonfinite(setting, rule, bad)
+        for rule, bad in RULES.items():
+            _nonfinite(setting, rule, float(bad))
 
 
 def _nonfinite(setting: Setting, rule: str, bad: float) -> None:

@@ -76,7 +76,7 @@ def alike(said: Any) -> list[Any]:
     return told
 
 
-def train(setting: Setting, policies: Sequence[Any], steps: int = 4) -> None:
+def train(setting: Setting, policies: Sequence[Any], steps: int = 3) -> None:
     """Under each policy: norms, coefficients and parameters are those of one process, step after step."""
     with megatron(setting):
         for policy in policies:
@@ -93,8 +93,8 @@ def _train(setting: Setting, policy: Any, steps: int) -> None:
     attached = attach(optimizer, policy, model=[model])
     assert len(attached.clipper.slots) == len(truth.clipper.slots), said(str(attached.clipper.slots))
     for step in range(steps):
-        # One that is far out.
-        what, factor = f"gradients {step}", 8.0 if step == steps - 2 else 1.0
+        # The last one is far out.
+        what, factor = f"gradients {step}", 8.0 if step == steps - 1 else 1.0
         fill(model, setting, lambda name, grad, factor=factor: grad * factor, what)
         success, norm, _ = optimizer.step()
         grads = {key: grad.double() * factor for key, grad in wholes(model, setting, what).items()}
