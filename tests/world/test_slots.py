@@ -14,6 +14,10 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import distclip
 from distclip import ArgumentError, DisagreementError, GradClipper, LayoutError
+from distclip.shards import Layout
+from distclip.slots import arrange, find
+from distclip.sources import parameter_plan
+from distclip.sources.tagged import place_
 from tests.layouts import Case
 from tests.layouts.data_parallel import backward, mlp
 from tests.layouts.model_parallel import axis, known, made
@@ -333,3 +337,17 @@ def check_nothing_here() -> None:
 
 def test_nothing_here(world: Callable[[int], World]) -> None:
     world(4).run(check_nothing_here)
+
+
+def test_a_copy_in_other_slices_is_found_by_the_shape_of_the_whole() -> None:
+    told = []
+    for name, numel, shape, counted in (
+        ("embed", 12, (4, 5), True),
+        ("other", 8, (2, 4), True),
+        ("head", 8, (4, 5), False),
+    ):
+        layout = Layout(groups=((0, 1),), pieces=2, counted=counted)
+        param = place_(torch.zeros(numel), layout, (shape, 0))
+        told.append(find(parameter_plan([(name, param)], ()), 2, 0, False, {}))
+    slots = arrange(told, 2, "tensor", {}, ())
+    assert slots.names == ("embed", "other") and slots.places["head"] == (0, None)

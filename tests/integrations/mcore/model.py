@@ -130,8 +130,8 @@ def made(setting: Setting, trained: bool = True) -> Any:
                     ColumnParallelLinear(8, 10, bias=False, gather_output=False, **shared),
                 )
             if place.pp == 1:
-                # So that a distributed optimizer cuts this stage elsewhere than the other, through the tied weight.
-                self.more = nn.Parameter(torch.zeros(500, dtype=dtype))
+                # So that a distributed optimizer cuts this stage elsewhere than the other.
+                self.more = nn.Parameter(torch.zeros(37, dtype=dtype))
             if setting.ep > 1:
                 group = parallel_state.get_expert_tensor_parallel_group()
                 self.expert = ColumnParallelLinear(
