@@ -76,7 +76,7 @@ def patch(
     if not hasattr(trainer, "_get_grad_norm") or not hasattr(trainer, "_load_optimizer_and_scheduler"):
         raise ArgumentError(
             f"patch: {type(trainer).__name__} has no place where gradients are clipped. Pass a Trainer of transformers "
-            "≥ 5.3; in a loop of your own write distclip.integrations.accelerate.patch(accelerator, policy)."
+            "≥ 5.18; in a loop of your own write distclip.integrations.accelerate.patch(accelerator, policy)."
         )
     accelerate.patch(
         trainer.accelerator,

@@ -71,6 +71,10 @@ def test_lightning_alone_refuses_norms_under_fsdp(ranks: Callable[[int], World])
     ranks(2).run(in_lightning.refused_by_lightning)
 
 
+def test_its_own_model(ranks: Callable[[int], World]) -> None:
+    ranks(2).run(in_lightning.its_own_model)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_fabric_steps_as_one_process(ranks: Callable[[int], World], kind: str, policy: str) -> None:

@@ -66,3 +66,7 @@ def test_what_one_rank_gets_wrong_is_refused_by_all(ranks: Callable[[int], World
 @pytest.mark.parametrize("job", ["trains_again", "poisoned_by_transformers", "refuses", "examples"])
 def test_the_rest(ranks: Callable[[int], World], tmp_path: Path, job: str) -> None:
     ranks(2).run(getattr(in_transformers, job), folder=str(tmp_path))
+
+
+def test_a_model_of_its_own(ranks: Callable[[int], World], tmp_path: Path) -> None:
+    ranks(2).run(in_transformers.a_model_of_its_own, folder=str(tmp_path))

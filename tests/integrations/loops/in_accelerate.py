@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -344,6 +345,34 @@ def infinite() -> None:
         assert int(grads().isnan().sum()) > 0
         ours.patch(made, distclip.global_norm(float("inf")), on_nonfinite="zero")
         assert bool(grads().isfinite().all())
+
+
+def its_own_script() -> None:
+    """`training_check` of Accelerate's `test_script`: one process beside all, here with its `step` clipped in both."""
+    import inspect
+
+    from accelerate.test_utils.scripts import test_script as script
+
+    made: list[Any] = []
+
+    def patched(**options: Any) -> Any:
+        made.append(ours.patch(script.Accelerator(**options), distclip.global_norm(0.5)))
+        return made[-1]
+
+    text = inspect.getsource(script.mock_training) + inspect.getsource(script.training_check)
+    for backward, clip in {
+        "accelerator.backward(loss)": "accelerator.clip_grad_norm_(model.parameters(), 0.5)",
+        "loss.backward()": "torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)",
+    }.items():
+        assert backward in text
+        text = re.sub(rf"^( *){re.escape(backward)}$", rf"\1{backward}\n\1{clip}", text, flags=re.MULTILINE)
+    with among_others():
+        accelerator("ddp")
+        known = {**vars(script), "Accelerator": patched, "print": lambda *_: None}
+        exec(text, known)
+        known["training_check"]()
+    assert len(made) >= 2 and all(one.num_processes == 2 for one in made)
+    alike([one.distclip.report.as_dict() for one in made])
 
 
 def examples() -> None:

@@ -328,6 +328,24 @@ def refused_by_lightning() -> None:
     assert "is currently not supported" in said, said
 
 
+def its_own_model() -> None:
+    """Lightning's BoringModel under DDP, where its own clipping by norm is right: the same parameters come of both."""
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    def trained(callbacks: Any, **options: Any) -> dict[str, Tensor]:
+        torch.manual_seed(dist.get_rank())
+        model = BoringModel()
+        trainer("ddp", callbacks, max_steps=5, limit_val_batches=1, **options).fit(model)
+        return whole(model)
+
+    with among_others():
+        clipping = ours.GradientClipping(distclip.global_norm(0.3))
+        mine, theirs, unclipped = trained([clipping]), trained([], gradient_clip_val=0.3), trained([])
+    assert clipping.report is not None and not equal(theirs, unclipped)
+    torch.testing.assert_close(mine, theirs)
+    alike(mine)
+
+
 def fabric_of(kind: str, **options: Any) -> tuple[Any, Any, Any]:
     from lightning.fabric import Fabric
     from lightning.fabric.plugins.environments import TorchElasticEnvironment

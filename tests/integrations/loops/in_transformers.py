@@ -231,6 +231,47 @@ def refuses_together(folder: str, kind: str) -> None:
         assert all("belong to no model" in text for text in told), told
 
 
+def a_model_of_its_own(folder: str) -> None:
+    """A small GPT-2 with AdamW and a schedule under DDP, where the Trainer's clipping is right: both come to one."""
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+    tokens = torch.randint(64, (40, 8), generator=torch.Generator().manual_seed(2))
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
+
+    def trained(bound: float, policy: Any = None) -> tuple[dict[str, Tensor], list[float]]:
+        forget()
+        args = TrainingArguments(
+            output_dir=folder,
+            use_cpu=True,
+            max_steps=5,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_grad_norm=bound,
+            learning_rate=0.01,
+            warmup_steps=2,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        torch.manual_seed(0)
+        sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 8, "vocab_size": 64}
+        config = GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
+        made = Trainer(model=GPT2LMHeadModel(config), args=args, train_dataset=rows)
+        if policy is not None:
+            ours.patch(made, policy)
+        made.train()
+        return whole(made.model_wrapped), norms(made)
+
+    folder = everywhere(folder)[0]
+    with among_others():
+        (mine, seen), (theirs, expected) = trained(1.0, distclip.global_norm(0.1)), trained(0.1)
+    assert len(seen) == 5 and min(seen) > 0.1
+    torch.testing.assert_close(torch.tensor(seen), torch.tensor(expected))
+    torch.testing.assert_close(mine, theirs)
+    alike(seen)
+
+
 def examples(folder: str) -> None:
     """The code block of the docstring, as it stands."""
     with among_others():
