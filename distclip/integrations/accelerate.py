@@ -21,8 +21,11 @@
 What is wrong in Accelerate 1.15 and right here: with several optimizers under a GradScaler all but the first are
 unscaled twice (silently); a bound of infinity turns all gradients into NaN where one is infinite.
 
-All processes decide from one total, under DDP too: what happened to one rank's gradients alone, or what one rank alone
-passed to the call, is seen or refused by all. Tested with DDP and FSDP2, on CPUs.
+All processes decide from one total, under DDP too: a NaN in one rank's gradients alone is seen by all. What one rank
+alone passes wrongly is refused by all where numbers travel on the host; on an accelerator, unless `split_over` or a
+partial gradient makes the host wait for the others, that rank raises at once and alone, as in `clip_grad_norm_`.
+
+Tested with DDP and FSDP2, on CPUs.
 """
 
 from __future__ import annotations
