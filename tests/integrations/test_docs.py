@@ -78,7 +78,7 @@ def test_python_runs(code: str, ranks: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_what_is_named_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    named = re.findall(r"(?:launch|docker|docs|tests|conf|distclip)/[\w./-]*\w", text)
+    named = re.findall(r"(?<![\w/])(?:launch|docker|docs|tests|conf|distclip)/[\w./-]*\w", text)
     links = [str(page.parent.relative_to(ROOT) / link) for link in re.findall(r"\]\(([^)#:]+)[^)]*\)", text)]
     missing = [name for name in (*named, *links) if not list(ROOT.glob(name)) and not list(ROOT.glob(f"{name}.*"))]
     assert missing == []
