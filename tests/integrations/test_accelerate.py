@@ -76,7 +76,3 @@ def test_accelerate_alone_makes_an_infinity_nan(ranks: Callable[[int], World]) -
 
 def test_its_own_script(ranks: Callable[[int], World]) -> None:
     ranks(2).run(in_accelerate.its_own_script)
-
-
-def test_the_example(ranks: Callable[[int], World]) -> None:
-    ranks(2).run(in_accelerate.examples)

@@ -63,7 +63,7 @@ def test_what_one_rank_gets_wrong_is_refused_by_all(ranks: Callable[[int], World
     ranks(2).run(in_transformers.refuses_together, folder=str(tmp_path), kind=kind)
 
 
-@pytest.mark.parametrize("job", ["trains_again", "poisoned_by_transformers", "refuses", "examples"])
+@pytest.mark.parametrize("job", ["trains_again", "poisoned_by_transformers", "refuses"])
 def test_the_rest(ranks: Callable[[int], World], tmp_path: Path, job: str) -> None:
     ranks(2).run(getattr(in_transformers, job), folder=str(tmp_path))
 

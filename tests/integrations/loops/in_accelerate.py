@@ -22,7 +22,6 @@ from tests.integrations.loops.plain import (
     among_others,
     equal,
     everywhere,
-    example,
     mse,
     net,
     poison,
@@ -373,15 +372,3 @@ def its_own_script() -> None:
         known["training_check"]()
     assert len(made) >= 2 and all(one.num_processes == 2 for one in made)
     alike([one.distclip.report.as_dict() for one in made])
-
-
-def examples() -> None:
-    """The code block of the docstring, as it stands."""
-    with among_others():
-        model = net()
-        known = {"distclip": distclip, "model": model, "optimizer": sgd(model.parameters()), "loader": loader(4)}
-        text = example(ours)
-        assert "Accelerator(gradient_accumulation_steps=4)" in text
-        text = text.replace("from accelerate import Accelerator\n", "")
-        known |= {"loss": mse, "Accelerator": lambda gradient_accumulation_steps: accelerator("ddp", 4)}
-        exec(text, known)

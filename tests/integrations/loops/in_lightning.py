@@ -427,7 +427,7 @@ def fabric_forgets() -> None:
 
 
 def examples() -> None:
-    """The code blocks of the docstrings, as they stand."""
+    """The code blocks of what a loop calls, as they stand."""
     from lightning.pytorch import Trainer as Plain
 
     def run(model: nn.Module, of: Any, **known: Any) -> None:
@@ -437,5 +437,3 @@ def examples() -> None:
 
         def made(*, strategy: str = "ddp", callbacks: Any) -> Plain:
             return trainer(strategy, callbacks)  # type: ignore[no-any-return]
-
-        run(module(), ours, Trainer=made, data=loader())

@@ -25,7 +25,6 @@ from tests.integrations.loops.plain import (
     among_others,
     equal,
     everywhere,
-    example,
     mse,
     net,
     poison,
@@ -270,11 +269,3 @@ def a_model_of_its_own(folder: str) -> None:
     torch.testing.assert_close(torch.tensor(seen), torch.tensor(expected))
     torch.testing.assert_close(mine, theirs)
     alike(seen)
-
-
-def examples(folder: str) -> None:
-    """The code block of the docstring, as it stands."""
-    with among_others():
-        made = trainer(everywhere(folder)[0])
-        known = {"Trainer": type(made), "model": made.model, "args": made.args, "data": Rows(), "distclip": distclip}
-        exec(example(ours), known)
