@@ -7,13 +7,19 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import dedent
+from unittest import mock
 
 import pytest
+import torch.distributed as dist
 from _pytest.mark import ParameterSet
+
+from tests.ranks import World
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -51,20 +57,30 @@ def blocks() -> Iterator[ParameterSet]:
                 yield pytest.param(code, 1 + ("deepspeed" in imported(code)), id=f"{name}-{i}")
 
 
-@pytest.mark.parametrize(("code", "ranks"), list(blocks()))
-def test_python_runs(code: str, ranks: int, tmp_path: Path) -> None:
+def run_here(code: str) -> None:
+    """In ranks that have met: torch 2.13 aborts now and then where a gloo process ends soon after a collective."""
+    with warnings.catch_warnings(), ExitStack() as stack:
+        if "deepspeed" in imported(code):
+            warnings.simplefilter("ignore")
+        for name in ("init_process_group", "destroy_process_group"):
+            stack.enter_context(mock.patch.object(dist, name))
+        exec(code, {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize(("code", "size"), list(blocks()))
+def test_python_runs(code: str, size: int, ranks: Callable[[int], World], tmp_path: Path) -> None:
     needed = imported(code)
     if missing := sorted(name for name in needed if find_spec(name) is None):
         pytest.skip(f"not installed: {', '.join(missing)}")
+    if size > 1:
+        ranks(size).run(run_here, code=FOR_DEEPSPEED * ("deepspeed" in needed) + code)
+        return
     script = tmp_path / "block.py"
-    script.write_text(FOR_DEEPSPEED * ("deepspeed" in needed) + code, encoding="utf-8")
-    options = []
-    if ranks > 1:
-        options = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}"]
-    elif needed <= {"torch", "distclip", *sys.stdlib_module_names}:
-        options = ["-W", "error"]  # frameworks have warnings of their own
+    script.write_text(code, encoding="utf-8")
+    # Frameworks have warnings of their own.
+    strict = ["-W", "error"] if needed <= {"torch", "distclip", *sys.stdlib_module_names} else []
     done = subprocess.run(
-        [sys.executable, *options, str(script)],
+        [sys.executable, *strict, str(script)],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
