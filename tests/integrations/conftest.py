@@ -9,7 +9,7 @@ import sysconfig
 import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -43,18 +43,19 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source)
-    _run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(source))
+    output(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(source))
     venv.create(folder / "venv", with_pip=False, symlinks=True)
     python = folder / "venv" / "bin" / "python"
     (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
-    _run(sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel))
+    output(sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel))
     # A path alone: what an editable install hooks in there stays out.
-    site = _run(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    site = output(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     (Path(site) / "needed.pth").write_text(sysconfig.get_path("purelib"))
     return Built(sdist, wheel, python)
 
 
-def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def output(*command: str, **options: Any) -> str:
+    """What a command prints that has to go well; `options` are those of `subprocess.run`."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

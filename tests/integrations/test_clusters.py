@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from tests.integrations.test_launcher import ROOT, environment, rows
+
 yaml = pytest.importorskip("yaml")
 pytest.importorskip("hydra")
-ROOT = Path(__file__).parents[2]
 SHORT = ["steps=3", "log=quiet", "hydra.run.dir=run"]
 
 
@@ -29,11 +30,9 @@ def run_together(folder: Path, jobs: Sequence[tuple[Sequence[str], Mapping[str, 
     """What each command says, of several that wait for each other, in a folder with launch/ and conf/."""
     for part in ("launch", "conf"):
         (folder / part).symlink_to(ROOT / part)
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
-    clean |= {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     started = [
         subprocess.Popen(
-            command, cwd=folder, env={**clean, **more}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, cwd=folder, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         for command, more in jobs
     ]
@@ -49,7 +48,7 @@ def run_together(folder: Path, jobs: Sequence[tuple[Sequence[str], Mapping[str, 
 def world_size(folder: Path) -> int:
     """Of the one run that all nodes of a job were part of."""
     lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len([line for line in map(json.loads, lines) if "step" in line]) == 3
+    assert len(rows(folder / "run")) == 3
     return int(json.loads(lines[0])["world_size"])
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import os
 import re
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,9 +18,9 @@ import pytest
 import torch.distributed as dist
 from _pytest.mark import ParameterSet
 
+from tests.integrations.conftest import ROOT, output
 from tests.ranks import World
 
-ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 FENCED = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
@@ -79,16 +78,8 @@ def test_python_runs(code: str, size: int, ranks: Callable[[int], World], tmp_pa
     script.write_text(code, encoding="utf-8")
     # Frameworks have warnings of their own.
     strict = ["-W", "error"] if needed <= {"torch", "distclip", *sys.stdlib_module_names} else []
-    done = subprocess.run(
-        [sys.executable, *strict, str(script)],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    environ = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
+    output(sys.executable, *strict, str(script), cwd=tmp_path, env=environ, timeout=300)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -24,10 +24,15 @@ STEPS = 5
 FILES = {"config.yaml", "metrics.jsonl", "summary.json"}
 
 
+def environment(**more: str) -> dict[str, str]:
+    """For a launcher that is to start this interpreter: what another one has told these tests is left out."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
+    return clean | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
+
+
 def launch(cwd: Path, ranks: int, *overrides: str) -> subprocess.CompletedProcess[str]:
     """`launch/torchrun.sh` as a user calls it, but from anywhere and with this interpreter."""
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
-    env |= {"NPROC": str(ranks), "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = environment(NPROC=str(ranks))
     command = ["bash", str(ROOT / "launch" / "torchrun.sh"), *overrides]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=400, check=False)
 

@@ -21,8 +21,7 @@ from distclip.sources import named
 from tests.layouts import LAYOUTS, Case
 from tests.layouts.model_parallel import known, made
 from tests.layouts.pipeline import plain
-from tests.ranks import RankError, World
-from tests.world.rig import everywhere
+from tests.ranks import RankError, World, everywhere
 from tests.world.test_layouts import check_norm, check_scaled, stored
 
 needs_torchtitan = pytest.mark.skipif(find_spec("torchtitan") is None, reason="torchtitan is not installed")

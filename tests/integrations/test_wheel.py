@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import tarfile
 import zipfile
 from importlib import metadata
@@ -12,21 +11,13 @@ from pathlib import Path
 import pytest
 
 import distclip
-from tests.integrations.conftest import ROOT, Built
+from tests.integrations.conftest import ROOT, Built, output
 
 
 def run(built: Built, folder: Path, *command: str) -> str:
     """What a command of that environment prints, in a folder of its own."""
-    done = subprocess.run(
-        [str(built.python.with_name(command[0])), *command[1:]],
-        cwd=folder,
-        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return output(str(built.python.with_name(command[0])), *command[1:], cwd=folder, env=environ)
 
 
 def test_everything_is_inside_and_nothing_else(built: Built) -> None:

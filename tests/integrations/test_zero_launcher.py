@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.integrations.test_launcher import ROOT, launch, rows
+from tests.integrations.test_launcher import ROOT, environment, launch, rows
 from tests.integrations.test_recovery import compare, summary, train
 
 pytest.importorskip("deepspeed")
@@ -33,13 +31,7 @@ RUNS = {
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One start of DeepSpeed's launcher for all of it; what it printed is in `out`."""
     cwd = tmp_path_factory.mktemp("job")
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
-    env |= {
-        "NPROC": "2" if torch.cuda.is_available() else "",  # two are what it starts where there is no GPU
-        "PYTHON": sys.executable,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
+    env = environment(NPROC="2" if torch.cuda.is_available() else "")  # two are what it starts where there is no GPU
     settings = ["steps=4", "data.held_out=0.02", "log=quiet", "hydra.run.dir=two"]
     command = ["bash", str(ROOT / "launch/deepspeed.sh"), compare(RUNS), *settings]
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=400, check=False)

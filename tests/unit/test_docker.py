@@ -42,6 +42,11 @@ def sources(path: Path) -> set[str]:
     return {name for names in copied for name in names} | set(mounts)
 
 
+def admitted() -> set[str]:
+    """What .dockerignore lets into the build context."""
+    return {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+
+
 @each_dockerfile
 def test_dockerfiles_are_linted(path: Path) -> None:
     lint("hadolint", path)
@@ -54,14 +59,12 @@ def test_scripts_are_linted(path: Path) -> None:
 
 @each_dockerfile
 def test_sources_are_in_the_build_context(path: Path) -> None:
-    admitted = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    assert sources(path) <= admitted
-    assert [name for name in admitted if not (ROOT / name).exists()] == []
+    assert sources(path) <= admitted()
+    assert [name for name in admitted() if not (ROOT / name).exists()] == []
 
 
 def test_the_build_context_holds_nothing_in_vain() -> None:
-    admitted = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    assert admitted == set().union(*map(sources, DOCKERFILES))
+    assert admitted() == set().union(*map(sources, DOCKERFILES))
 
 
 @each_dockerfile

@@ -22,6 +22,7 @@ from tests.layouts.data_parallel import mlp
 from tests.layouts.model_parallel import PLAN, Block, axis, known, made
 from tests.layouts.pipeline import plain
 from tests.layouts.tagged import tagged
+from tests.ranks import everywhere
 
 NAN, INF = float("nan"), float("inf")
 
@@ -160,12 +161,6 @@ everywhere_ = pytest.mark.parametrize(("name", "size"), CASES)
 
 def local(tensor: Any) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def everywhere(mine: Any) -> list[Any]:
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, mine)
-    return told
 
 
 def bits(tensors: Any) -> list[bytes]:

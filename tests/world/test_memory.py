@@ -20,8 +20,8 @@ import distclip
 from distclip import ArgumentError, GradClipper, MedianMAD, NormPolicy
 from tests.layouts.model_parallel import axis, known
 from tests.layouts.pipeline import plain
-from tests.ranks import World
-from tests.world.rig import NAN, bits, build, everywhere, quietly
+from tests.ranks import World, everywhere
+from tests.world.rig import NAN, bits, build, quietly
 
 ADAPTIVE: dict[str, Callable[[], NormPolicy]] = {
     "autoclip": lambda: distclip.autoclip(50, window=5),

@@ -14,7 +14,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
 from distclip import NonFiniteError, Report, TooManySkippedSteps, reference
-from tests.ranks import World
+from tests.ranks import World, everywhere
 from tests.world.rig import (
     INF,
     KINDS,
@@ -22,7 +22,6 @@ from tests.world.rig import (
     alike,
     bits,
     build,
-    everywhere,
     everywhere_,
     frozen,
     memory,

@@ -20,8 +20,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 import distclip
 from distclip import ArgumentError, DisagreementError, GradClipper
 from distclip.monitor import Recorder, UpdateRatio
-from tests.ranks import World
-from tests.world.rig import CASES, Rig, bits, build, everywhere, everywhere_, local, made_up, quietly
+from tests.ranks import World, everywhere
+from tests.world.rig import CASES, Rig, bits, build, everywhere_, local, made_up, quietly
 
 POLICIES: dict[str, Callable[[], Any]] = {
     "global": lambda: distclip.global_norm(0.5),

@@ -23,7 +23,7 @@ from tests.layouts.data_parallel import backward, mlp
 from tests.layouts.model_parallel import axis, known, made
 from tests.layouts.pipeline import plain
 from tests.layouts.tagged import tagged
-from tests.ranks import World
+from tests.ranks import World, everywhere
 from tests.world.test_bad_input import refused
 from tests.world.test_policies import Oracle, Piece, check_clipper, of_dtensor, part_of, pieces_of, rules, whole
 
@@ -211,8 +211,7 @@ def check_build(name: str) -> None:
         names.append((policy.per, clipper.slots))
         clipped = check_clipper(oracle, clipper, bound, f"{name}, {policy}", case)
         assert clipped, f"{name}, {policy}: the test tests nothing"
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, names)
+    told = everywhere(names)
     assert all(said == told[0] for said in told)
 
 

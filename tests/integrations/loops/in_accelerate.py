@@ -21,7 +21,6 @@ from tests.integrations.loops.plain import (
     alike,
     among_others,
     equal,
-    everywhere,
     mse,
     net,
     poison,
@@ -29,6 +28,7 @@ from tests.integrations.loops.plain import (
     sgd,
     whole,
 )
+from tests.ranks import everywhere
 
 FP16 = 1024.0
 """The loss scale."""

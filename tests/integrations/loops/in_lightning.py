@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from tests.integrations.loops.plain import (
     alike,
     among_others,
     equal,
-    everywhere,
     example,
     mse,
     net,
@@ -32,6 +32,7 @@ from tests.integrations.loops.plain import (
     sgd,
     whole,
 )
+from tests.ranks import everywhere
 
 
 def module(**options: Any) -> Any:
@@ -193,15 +194,19 @@ def scales(fused: bool) -> None:
     assert scaler.get_scale() == 512 and clipping.clipper.skipped == 1
 
 
-def two_optimizers() -> None:
-    """Manual optimization: each has its norm, and is in the checkpoint."""
+def pair(before_steps: Callable[[Any, int], Any] = lambda net, at: None, after_steps: Any = None) -> Any:
+    """Manual optimization of two parts of a net by two optimizers, under DDP.
+
+    Args:
+        before_steps: (net, index of the batch), when there are gradients.
+        after_steps: (what that returned, the module), when both have stepped.
+    """
     import lightning.pytorch as pl
 
     class Pair(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.net, self.automatic_optimization = net(), False
-            self.norms: list[float] = []
 
         def configure_optimizers(self) -> Any:
             return sgd(self.net.first.parameters()), sgd(self.net.last.parameters())
@@ -210,18 +215,30 @@ def two_optimizers() -> None:
             for optimizer in self.optimizers():  # type: ignore[union-attr]
                 optimizer.zero_grad()
             self.manual_backward(mse(self.net(batch[0]), batch[1]))
-            parts = (self.net.first, self.net.last)
-            truth = [float(distclip.get_total_norm([p.grad for p in part.parameters()])) for part in parts]
+            seen = before_steps(self.net, at)
             for optimizer in self.optimizers():  # type: ignore[union-attr]
                 optimizer.step()
-            logged = self.trainer.callback_metrics
-            assert [float(logged[f"grad/{i}/norm"]) for i in range(2)] == truth, (logged, truth)
-            clipped = [float(distclip.get_total_norm([p.grad for p in part.parameters()])) for part in parts]
-            assert max(clipped) <= 0.1 + 1e-6 and max(truth) > 0.1, (clipped, truth)
+            if after_steps is not None:
+                after_steps(seen, self)
+
+    return Pair()
+
+
+def two_optimizers() -> None:
+    """Each has its norm, and is in the checkpoint."""
+
+    def norms(model: Any, at: int = 0) -> list[float]:
+        parts = (model.first, model.last)
+        return [float(distclip.get_total_norm([p.grad for p in part.parameters()])) for part in parts]
+
+    def check(truth: list[float], model: Any) -> None:
+        logged, clipped = model.trainer.callback_metrics, norms(model.net)
+        assert [float(logged[f"grad/{i}/norm"]) for i in range(2)] == truth, (logged, truth)
+        assert max(clipped) <= 0.1 + 1e-6 and max(truth) > 0.1, (clipped, truth)
 
     with among_others():
         clipping = ours.GradientClipping(distclip.zclip(cap=0.1))
-        trainer("ddp", [clipping]).fit(Pair(), loader())
+        trainer("ddp", [clipping]).fit(pair(norms, check), loader())
         assert [clipper.parameters for clipper in clipping.clippers] == [
             ("net.first.weight", "net.first.bias"),
             ("net.last.weight", "net.last.bias"),
@@ -230,28 +247,10 @@ def two_optimizers() -> None:
 
 
 def two_see_a_nan() -> None:
-    """Of two optimizers, under DDP, in one rank's gradients after they were made alike: both leave that step out."""
-    import lightning.pytorch as pl
-
-    class Pair(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net, self.automatic_optimization = net(), False
-
-        def configure_optimizers(self) -> Any:
-            return sgd(self.net.first.parameters()), sgd(self.net.last.parameters())
-
-        def training_step(self, batch: Any, at: int) -> None:
-            for optimizer in self.optimizers():  # type: ignore[union-attr]
-                optimizer.zero_grad()
-            self.manual_backward(mse(self.net(batch[0]), batch[1]))
-            if at == 1:
-                poison(self.net.last)
-            for optimizer in self.optimizers():  # type: ignore[union-attr]
-                optimizer.step()
-
+    """Of two optimizers, in one rank's gradients after they were made alike: both ranks leave that step out."""
     with among_others():
-        clipping, model = ours.GradientClipping(distclip.global_norm(0.1)), Pair()
+        clipping = ours.GradientClipping(distclip.global_norm(0.1))
+        model = pair(lambda net, at: poison(net.last) if at == 1 else None)
         trainer("ddp", [clipping]).fit(model, loader())
     assert [clipper.skipped for clipper in clipping.clippers] == [0, 1]
     alike([clipper.incidents for clipper in clipping.clippers], whole(model.net))

@@ -24,7 +24,6 @@ from tests.integrations.loops.plain import (
     alike,
     among_others,
     equal,
-    everywhere,
     mse,
     net,
     poison,
@@ -32,6 +31,7 @@ from tests.integrations.loops.plain import (
     sgd,
     whole,
 )
+from tests.ranks import everywhere
 
 
 class Rows(Samples):

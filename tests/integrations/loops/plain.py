@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import distclip
+from tests.ranks import everywhere
 
 STEPS, ROWS = 5, 2
 """Of a run; of one rank in a micro-batch."""
@@ -126,12 +127,6 @@ def poison(model: nn.Module, rank: int | None = 1, value: float = float("nan")) 
         if rank in (None, dist.get_rank()) and grad is not None and grad.numel():
             grad.view(-1)[0] = value
             return
-
-
-def everywhere(mine: Any) -> list[Any]:
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, mine)
-    return told
 
 
 def alike(*numbers: Any) -> None:

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tests.ranks import everywhere
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LR = 0.5
 SCALE = 256.0
@@ -217,9 +219,7 @@ def wholes(model: Any, setting: Setting, what: str = "gradients") -> dict[str, T
         (name, shape_of(name, param, setting), what, place.pp, place.ep)
         for name, param in model.module.named_parameters()
     ]
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, mine)
-    return {key_of(one[0], one[3], one[4]): whole(*one) for each in told for one in each}
+    return {key_of(one[0], one[3], one[4]): whole(*one) for each in everywhere(mine) for one in each}
 
 
 def fill(

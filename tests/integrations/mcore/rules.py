@@ -42,6 +42,7 @@ from tests.integrations.mcore.model import (
     wholes,
 )
 from tests.integrations.mcore.training import alike, leaves_of, owned
+from tests.ranks import everywhere
 
 RULES = {"skip": "nan", "raise": "-inf", "zero": "nan", "propagate": "inf"}
 
@@ -293,8 +294,7 @@ def frozen(setting: Setting) -> None:
         assert (not optimizer.chained_optimizers[0].get_parameters()) is (place.pp > 0)
         attach(optimizer, per_tensor_norm(0.1), model=[model])
         fill(model, setting)
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, [piece(n, p, setting, "gradients") for n, p in model.module.named_parameters()])
+        told = everywhere([piece(n, p, setting, "gradients") for n, p in model.module.named_parameters()])
         success, norm, _ = stepped(optimizer)[0]
         true = float(reference.total_norm(told[0]))
         assert success and abs(norm / true - 1) < 1e-6

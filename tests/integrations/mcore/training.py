@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from distclip import GradClipper, LocalComm, Report, reference
@@ -24,6 +23,7 @@ from tests.integrations.mcore.model import (
     part_of,
     wholes,
 )
+from tests.ranks import everywhere
 
 ROUNDED = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}
 
@@ -70,8 +70,7 @@ def leaves_of(optimizer: Any) -> list[Any]:
 
 def alike(said: Any) -> list[Any]:
     """What all ranks say, which has to be the same."""
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, said)
+    told = everywhere(said)
     assert told == [told[0]] * len(told), told
     return told
 

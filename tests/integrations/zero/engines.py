@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distclip import DistclipError, NonFiniteWarning
+from tests.ranks import everywhere
 
 NAN = float("nan")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -167,8 +168,7 @@ def caught(call: Callable[[], Any]) -> tuple[list[str], str]:
         except (DistclipError, RuntimeError) as error:
             raised = f"{type(error).__name__}: {error}"
     said = [str(w.message) for w in seen if w.category is NonFiniteWarning]
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, (said, re.sub(r"rank \d+: ", "", raised)))
+    told = everywhere((said, re.sub(r"rank \d+: ", "", raised)))
     assert told == [told[0]] * len(told), told
     return said, raised
 
@@ -179,6 +179,4 @@ def reduced(
     """The gradients of a stage 0 engine after its all-reduce, every one of the job once, in float64."""
     named = [(name, p) for name, p in engine.module.named_parameters() if p.grad is not None]
     mine = {f"{name}@{place}" if differs(name, p) else name: p.grad.double() for name, p in named}
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, mine)
-    return {key: grad for each in told for key, grad in each.items()}
+    return {key: grad for each in everywhere(mine) for key, grad in each.items()}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from distclip.integrations.deepspeed import attach
 from distclip.reference import total_norm
 from tests.integrations.zero.engines import DTYPES, Setting, backward, engine_of, quiet_deepspeed, reduced, sgd
+from tests.ranks import everywhere
 
 
 class Experts(nn.Module):
@@ -142,8 +143,7 @@ def tensor_parallel(stage: int, policy: Any) -> None:
             rows = [i for i, name in enumerate(names) if name.startswith("columns.weight[")]
             torch.testing.assert_close(report.norms[rows], half.norm(dim=1), rtol=1e-6, atol=0)
         moved = [(start[n] - p.detach()).norm() for n, p in engine.module.named_parameters()]
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, torch.stack(moved).double())
+        told = everywhere(torch.stack(moved).double())
         reports.append(torch.stack(told))
         torch.testing.assert_close(report.coefs, policy_coefs(policy, report, attached), rtol=1e-6, atol=0)
     torch.testing.assert_close(reports[0], reports[1], rtol=1e-4, atol=0)

@@ -24,6 +24,7 @@ from tests.integrations.zero.engines import (
     reduced,
     sgd,
 )
+from tests.ranks import everywhere
 
 
 class Truth:
@@ -87,8 +88,7 @@ def train(setting: Setting, policy: Any, steps: int = 5, model: Callable[[], nn.
             seen, want, rtol=setting.tolerance, atol=0, check_dtype=False, msg=lambda m, s=step: f"step {s}: {m}"
         )
         assert bool(report.clipped) == bool(right.clipped), f"step {step}"
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, (report.norm.numpy().tobytes(), report.coefs.numpy().tobytes()))
+        told = everywhere((report.norm.numpy().tobytes(), report.coefs.numpy().tobytes()))
         assert told == [told[0]] * len(told), "the ranks do not have the same bits"
     off = differ(masters(engine), truth.params, start)
     assert off < setting.tolerance, f"parameters are off by {off:.1e} of the way they went"
