@@ -86,7 +86,14 @@ def mpi() -> MPIComm:
 
 
 def leave() -> None:
+    """End the process group, with all ranks.
+
+    A gloo thread that drops its last tensor while Python shuts down aborts the process (pytorch #190489). The group
+    joins its threads only where nothing else holds it, and imports after `join` do. They are done within a barrier.
+    """
     if dist.is_initialized():
+        assert dist.group.WORLD is not None
+        dist.group.WORLD._get_backend(torch.device("cpu")).barrier().wait()
         dist.destroy_process_group()
 
 

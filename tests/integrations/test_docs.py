@@ -86,7 +86,8 @@ def test_python_runs(code: str, size: int, ranks: Callable[[int], World], tmp_pa
 def test_what_is_named_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     named = re.findall(r"(?<![\w/])(?:launch|docker|docs|tests|conf|distclip)/[\w./-]*\w", text)
-    links = [str(page.parent.relative_to(ROOT) / link) for link in re.findall(r"\]\(([^)#:]+)[^)]*\)", text)]
+    targets = re.findall(r"\]\((?!https://)([^)#]+)[^)]*\)", text)
+    links = [str(page.parent.relative_to(ROOT) / target) for target in targets]
     missing = [name for name in (*named, *links) if not list(ROOT.glob(name)) and not list(ROOT.glob(f"{name}.*"))]
     assert missing == []
 
