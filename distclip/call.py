@@ -17,9 +17,9 @@ from torch import Tensor
 from .comm import Comm, LocalComm, MPIComm, ProcessGroupComm, ranks_of
 from .comm.agreement import Post, check
 from .comm.derive import communicator, widened
-from .errors import ArgumentError, LayoutError, as_peer, as_told
+from .errors import ArgumentError, LayoutError, PeerError, as_peer, as_told
 from .measure import Evidence, measure
-from .reduce import Totals, reduce
+from .reduce import Totals, at_hand, reduce
 from .settle import settle
 from .shards import Axis, Shard, Shards
 from .sources import Plan
@@ -80,15 +80,48 @@ class Measured:
         """0-d bool, on a CPU a bool: some element of the whole gradient lies outside of the policy's bounds."""
         return self.totals.outside > 0
 
-    def guard(self, coefs: Tensor) -> Tensor:
-        """`coefs`, or 1 if another rank failed and this one did not wait to learn it: no gradient is touched then."""
+    @property
+    def peer_failed(self) -> Tensor | None:
+        """0-d bool: another rank failed, and this one has not waited to learn it. None where all would have raised."""
         stop = self.totals.stop
-        return torch.where(stop > 0, 1.0, coefs) if isinstance(stop, Tensor) else coefs
+        return stop > 0 if isinstance(stop, Tensor) else None
+
+    @property
+    def sound(self) -> Tensor:
+        """0-d bool: everything is finite, and no rank failed."""
+        failed = self.peer_failed
+        return self.totals.finite if failed is None else self.totals.finite & ~failed
+
+    def learn(self, fact: Tensor) -> bool:
+        """A fact that all ranks share, on the host.
+
+        Args:
+            fact: 0-d bool.
+
+        Raises:
+            PeerError: another rank failed; on every rank but that one, which has raised already.
+
+        Host syncs: one, on a device; another where the answer is no.
+        """
+        failed = self.peer_failed
+        if failed is None:
+            return bool(fact)
+        if bool(fact & ~failed):
+            return True
+        if bool(failed):
+            raise PeerError("another rank failed in this call, and says why itself; no gradient was changed here.")
+        return False
+
+    def guard(self, coefs: Tensor) -> Tensor:
+        """`coefs`, or 1 where no gradient is to be touched, because another rank failed."""
+        failed = self.peer_failed
+        return coefs if failed is None else torch.where(failed, 1.0, coefs)
 
     def presented(self) -> Tensor:
-        """The norm as the caller gets it: float32, or float64 where a gradient is or where float32 cannot hold it."""
+        """The norm as the caller gets it: float32; float64 where a gradient is, or the host knows that float32 would
+        not hold it."""
         norm = self.norm
-        if self.wide or (norm.device.type == "cpu" and torch.finfo(torch.float32).max < float(norm) < math.inf):
+        if self.wide or (at_hand(norm.device) and torch.finfo(torch.float32).max < float(norm) < math.inf):
             return norm
         return norm.to(torch.float32)
 
@@ -163,7 +196,8 @@ def total(
         weights: measure the parameters too.
 
     Raises:
-        What this rank, or the lowest other rank, found wrong: on every rank, where it may be read without a host sync.
+        What this rank, or the lowest other rank, found wrong: on every rank, where it may be read without a host sync;
+        elsewhere what this rank did, and the others find `Measured.peer_failed`.
 
     Collectives: one all-reduce over `comm`; more if a rank failed, came with a wider mesh, or holds summands
     (`settle`).
@@ -181,7 +215,7 @@ def total(
     stop = wider or partials.pending or attempt.failure is not None
     totals = reduce(partials, norm_type, comm, stop=stop)
     if not _flags_matter(plan, comm, device):
-        # Nobody waits for the flags: who failed raises alone, and `guard` keeps the others from touching anything.
+        # Nobody waits for the flags here: who failed raises, and the others touch nothing (`guard`, `learn`).
         if attempt.failure is not None:
             raise attempt.failure
         return Measured(shards, totals, partials.wide, len(plan.tensors), partials.each)
@@ -224,7 +258,7 @@ def _beyond(plan: Plan, comm: Comm) -> frozenset[int]:
 def _flags_matter(plan: Plan, comm: Comm, device: torch.device) -> bool:
     """Whether to read the flags on the host: a fact that all ranks have alike. Where it waits anyway, as on a CPU and
     for MPI, that costs nothing."""
-    return device.type == "cpu" or isinstance(comm, MPIComm) or bool(plan.axes) or plan.may_be_partial
+    return at_hand(device) or isinstance(comm, MPIComm) or bool(plan.axes) or plan.may_be_partial
 
 
 def _device(plan: Plan, shards: Shards) -> torch.device:

@@ -58,14 +58,16 @@ def clip_grad_norm_(
 
     Returns:
         The norm before clipping: a plain 0-d tensor on the gradients' device, float32 (float64 if any rank has a
-        float64 gradient, or where float32 cannot hold it), the same bits on every rank.
+        float64 gradient; on a CPU also where float32 cannot hold it), the same bits on every rank.
 
     Raises:
         ArgumentError: a negative or NaN bound, no p-norm, something that holds no tensors, a mesh without this rank.
         LayoutError: parameters that do not say where they lie (bare FSDP1 parameters).
         DisagreementError: ranks passed different `split_over`.
         NonFiniteError: see `error_if_nonfinite`.
-        All of them on every rank that takes part.
+        All of them on every rank that takes part; on an accelerator, where no host waits for the others (see host
+        syncs), on the rank that failed, while the others leave their gradients as they are (and raise PeerError with
+        `error_if_nonfinite`).
 
     Collectives: one all-reduce of two float64 numbers over everybody concerned, whatever the meshes; none where nothing
     is spread (one process, DDP). More only if a gradient is Partial: see `distclip.settle`. The first call with
@@ -210,7 +212,7 @@ def _local_shards(parameters: Parameters) -> Shards:
 
 
 def _refuse_nonfinite(measured: Measured, norm_type: float, error_if_nonfinite: bool) -> None:
-    if error_if_nonfinite and not bool(measured.norm.isfinite()):
+    if error_if_nonfinite and not measured.learn(measured.norm.isfinite()):
         raise NonFiniteError(
             f"The total norm of order {norm_type} for gradients from `parameters` is {float(measured.norm)}, so it "
             "cannot be clipped; no gradient was changed. Pass error_if_nonfinite=False to scale by it all the same."

@@ -249,6 +249,7 @@ class GradClipper:
         Raises:
             ArgumentError: see `step`, with a scaler; on every rank.
             LayoutError: gradients that the policy cannot deal with; on every rank.
+            PeerError: another rank failed, by itself or on an accelerator; there it may be found a step later.
             NonFiniteError, TooManySkippedSteps: see `on_nonfinite` and `max_skips`; on every rank, nothing is changed.
 
         Collectives: one all-reduce of (slots + 1) float64 numbers; see `clip_grad_norm_`. On a step that is not finite
@@ -278,7 +279,7 @@ class GradClipper:
         Raises:
             ArgumentError: an optimizer that has stepped since the last `scaler.update()`, or (with a scaler) holds
                 parameters that the clipper does not; float16 gradients with a scaler; on every rank.
-            LayoutError, NonFiniteError, TooManySkippedSteps: see `clip`.
+            LayoutError, PeerError, NonFiniteError, TooManySkippedSteps: see `clip`.
 
         Collectives: those of `clip`; a gather the first time with these optimizers. Host syncs: on an accelerator one,
         as GradScaler has; none where all optimizers are fused and `on_nonfinite` is "skip" or "propagate": the device

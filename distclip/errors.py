@@ -6,14 +6,16 @@
     ├── ArgumentError      (ValueError)    an argument of the call cannot be meant
     ├── LayoutError        (ValueError)    the tensors do not say enough about where they lie, or contradict it
     ├── DisagreementError  (ValueError)    the ranks of one call do not ask for the same thing
-    ├── PeerError          (RuntimeError)  another rank failed in this call for a reason of its own
+    ├── PeerError          (RuntimeError)  another rank failed for a reason of its own
     └── NonFiniteError     (RuntimeError)  the total norm is NaN or infinite, and that was to be an error
         └── TooManySkippedSteps            so many steps in a row were skipped for it as were to be borne
 
     NonFiniteWarning       (UserWarning)   a step was skipped, or elements were set to zero
     LimiterWarning         (UserWarning)   an adaptive policy clips more than half of the steps
 
-All of them are raised on every rank that takes part in the call, and before any gradient is touched.
+All of them are raised on every rank that takes part in the call, and before any gradient is touched. On an accelerator
+a host that waits for nothing learns that another rank failed when it next reads a number (a step later at most), and
+raises a PeerError.
 A message says what was seen and where, why it is wrong, and what to write instead.
 """
 
@@ -51,7 +53,8 @@ class DisagreementError(DistclipError, ValueError):
 
 
 class PeerError(DistclipError, RuntimeError):
-    """Another rank of the call failed with an exception that is not distclip's own."""
+    """Another rank failed: with an exception that is not distclip's own, or on an accelerator, where nobody waits to be
+    told more."""
 
 
 class NonFiniteError(DistclipError, RuntimeError):

@@ -19,9 +19,11 @@ from .by_tensor import ByTensor
 from .call import Measured, total
 from .comm import Comm, LocalComm
 from .decision import Decision, Observer
+from .errors import PeerError
 from .measure import Evidence
 from .nonfinite import OnNonFinite, Watch, blame, counted, suspected, zero_
 from .policies import Clamp, Policy, Scale, State, Value
+from .reduce import at_hand
 from .slots import Slots
 from .sources import Plan
 
@@ -65,8 +67,8 @@ class Judge:
     def on_host(self) -> bool:
         """Whether totals are on the host anyway: a fact of the communicator, so the same on all of its ranks."""
         if isinstance(self.comm, LocalComm):
-            return all(tensor.device.type == "cpu" for tensor in self.plan.tensors)
-        return getattr(self.comm, "device", torch.device("cpu")).type == "cpu"
+            return all(at_hand(tensor.device) for tensor in self.plan.tensors)
+        return at_hand(getattr(self.comm, "device", torch.device("cpu")))
 
     @property
     def measured_slots(self) -> int:
@@ -94,14 +96,14 @@ class Judge:
         measured = self._measure(failure, loss_scale)
         skips = scaled or self.on_nonfinite != "propagate"
         wait = wait or self.on_host
-        finite = bool(measured.totals.finite) if wait and skips else None
+        finite = measured.learn(measured.totals.finite) if wait and skips else None
         if finite is False:
             measured, finite = self._handle(measured, loss_scale, scaled)
         totals = measured.totals
         self.state = {key: value.to(totals.value.device) for key, value in self.state.items()}
         verdict, moved = self.policy.decide(totals, self.state)
         if finite is None and skips:
-            moved = {key: torch.where(totals.finite, value, self.state[key]) for key, value in moved.items()}
+            moved = {key: torch.where(measured.sound, value, self.state[key]) for key, value in moved.items()}
         if finite is not False:
             self.state = moved
         scale = verdict if isinstance(verdict, Scale) else None
@@ -112,7 +114,8 @@ class Judge:
         by_policy = None if scale is None else scale.skip
         skip = overflow if by_policy is None else overflow | (by_policy & totals.finite)
         if finite is None and skips:
-            known, coefs = None, torch.where(skip, 1.0, measured.guard(coefs))
+            skip = skip | ~measured.sound
+            known, coefs = None, torch.where(skip, 1.0, coefs)
         else:
             known = finite is False or (by_policy is not None and bool(skip))
             coefs = torch.ones_like(coefs) if known else measured.guard(coefs)
@@ -130,13 +133,19 @@ class Judge:
 
         Raises:
             TooManySkippedSteps: on every rank.
+            PeerError: a rank failed in it; on every other one.
         """
         later = self._later
         if later is None or _capturing():
             return
         self._later = None
         later.ready()
-        self._take_note(later, *later.numbers.tolist())
+        failed, *numbers = later.numbers.tolist()
+        if failed:
+            raise PeerError(
+                f"another rank failed in step {later.step}, and says why itself; this one changed no gradient."
+            )
+        self._take_note(later, *numbers)
 
     def _take_note(self, later: _Later, finite: float, skipped: float, clipped: float, reseeds: float) -> None:
         """Count and warn."""
@@ -191,7 +200,9 @@ class Judge:
             return
         often = ((coefs != 1) | decision.skip).to(coefs.dtype).mean() * bool(self.state)
         reseeds = self.state["reseeds"].sum() if "reseeds" in self.state else coefs.new_zeros(())
-        numbers = torch.stack([x.to(coefs.dtype) for x in (totals.finite, decision.skip, often, reseeds)])
+        failed = decision.measured.peer_failed
+        facts = (totals.finite, decision.skip, often, reseeds)
+        numbers = torch.stack([x.to(coefs.dtype) for x in (coefs.new_zeros(()) if failed is None else failed, *facts)])
         if numbers.device.type == "cuda":
             numbers = numbers.to("cpu", non_blocking=True)
             later = replace(later, ready=torch.cuda.current_stream().record_event().synchronize)

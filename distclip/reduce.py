@@ -20,7 +20,7 @@ from .comm import Comm, LocalComm
 from .kernels.operators import together
 from .measure import Partials
 
-__all__ = ["Flag", "Totals", "reduce"]
+__all__ = ["Flag", "Totals", "at_hand", "reduce"]
 
 Flag: TypeAlias = Tensor | float
 """A count of ranks, or a bool: on an accelerator 0-d, so that the host need not wait for it."""
@@ -92,6 +92,15 @@ def _root(power_sum: Tensor, norm_type: float) -> Tensor:
     return power_sum.sqrt() if norm_type == 2 else power_sum.pow(1.0 / norm_type)
 
 
+def at_hand(device: torch.device) -> bool:
+    """Whether the host reads what lies there without waiting for anything: on a CPU.
+
+    >>> at_hand(torch.device("cpu")), at_hand(torch.device("cuda"))
+    (True, False)
+    """
+    return device.type == "cpu"
+
+
 def reduce(partials: Partials, norm_type: float, comm: Comm, *, stop: bool = False) -> Totals:
     """Add up, or take the maximum of, what every rank of the communicator measured.
 
@@ -105,7 +114,7 @@ def reduce(partials: Partials, norm_type: float, comm: Comm, *, stop: bool = Fal
     (with weights: twice as many slots); none for `LocalComm`. Host syncs: none.
     """
     value, slots, outside = partials.value, len(partials.value), partials.outside
-    on_host = value.device.type == "cpu"
+    on_host = at_hand(value.device)
     flags: list[Flag] = [stop, partials.wide, bool(outside) if on_host or outside is None else outside]
     if isinstance(comm, LocalComm):
         return Totals(value, norm_type, flags[0], flags[1], flags[2], partials.weight)

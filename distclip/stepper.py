@@ -212,7 +212,8 @@ def several(optimizer: Any) -> list[Optimizer]:
     Raises:
         ArgumentError: it is neither.
     """
-    optimizers = [optimizer] if hasattr(optimizer, "step") or optimizer is None else list(optimizer)
+    many = isinstance(optimizer, Iterable) and not isinstance(optimizer, Tensor) and not hasattr(optimizer, "step")
+    optimizers = list(optimizer) if many else [optimizer]
     if not all(hasattr(o, "step") and hasattr(o, "param_groups") for o in optimizers):
         raise ArgumentError(f"optimizer={optimizer!r:.80}: expected a torch.optim.Optimizer, or several of them.")
     return optimizers

@@ -202,3 +202,29 @@ def check_wider_later() -> None:
 
 def test_wider_later(world: Callable[[int], World]) -> None:
     world(4).run(check_wider_later)
+
+
+def check_optimizers(only: int | None) -> None:
+    param, mesh = stage_parameter()
+    clipper = GradClipper([("weight", param)], distclip.global_norm(1.0), split_over=mesh["pp"])
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    weights = param.to_local().clone()
+    if only is not None:
+        clipper.step(optimizer)  # whom a rank passes that fails, the others have met
+        weights = param.to_local().clone()
+    for wrong in (3, None, param, [optimizer, "sgd"]):
+        passed: Any = wrong if only in (None, dist.get_rank()) else optimizer
+        refused(
+            lambda passed=passed: clipper.step(passed),
+            ArgumentError,
+            "optimizer=",
+            "expected a torch.optim.Optimizer",
+            touched=param.grad.to_local(),
+        )
+        assert torch.equal(param.to_local(), weights)
+    clipper.step([optimizer] if dist.get_rank() % 2 else optimizer)
+
+
+@pytest.mark.parametrize("only", [None, 2])
+def test_optimizers(world: Callable[[int], World], only: int | None) -> None:
+    world(4).run(check_optimizers, only=only)
