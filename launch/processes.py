@@ -1,5 +1,6 @@
 """The processes of this job: what the launcher started, where they compute, how they add up."""
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -88,13 +89,14 @@ def mpi() -> MPIComm:
 def leave() -> None:
     """End the process group, with all ranks.
 
-    A gloo thread that drops its last tensor while Python shuts down aborts the process (pytorch #190489). The group
-    joins its threads only where nothing else holds it, and imports after `join` do. They are done within a barrier.
+    A gloo thread that drops its last tensor while Python shuts down aborts the process (pytorch #190489). A group joins
+    its threads when it is freed; what is held, and imports after `join` hold some, gets its time from the barrier.
     """
     if dist.is_initialized():
         assert dist.group.WORLD is not None
         dist.group.WORLD._get_backend(torch.device("cpu")).barrier().wait()
         dist.destroy_process_group()
+        gc.collect()
 
 
 def give_up(reason: SystemExit) -> None:

@@ -12,9 +12,7 @@ from tests.integrations.test_launcher import ROOT, environment
 
 pytest.importorskip("hydra")
 
-# Python would abort if one of gloo's threads took its turn while it shuts down; here threads get none by the clock.
 LEAVES = """
-import sys
 from pathlib import Path
 
 import torch
@@ -22,20 +20,20 @@ import torch.distributed as dist
 
 import processes
 
-sys.setswitchinterval(100)
-tensor, other, held, references = torch.ones(2), torch.ones(2), [], []
-for i in range(10):
-    store = dist.FileStore(f"store{i}")
-    dist.init_process_group("gloo", store=store, rank=processes.RANK, world_size=processes.WORLD)
-    held += [dist.group.WORLD, dist.new_group()]
-    dist.all_reduce(tensor, group=held[-1])
-    processes.leave()
-    references.append(sys.getrefcount(tensor) - sys.getrefcount(other))
-Path(f"rank{processes.RANK}").write_text(str(references))
+store = dist.FileStore("store")
+dist.init_process_group("gloo", store=store, rank=processes.RANK, world_size=processes.WORLD)
+ready = Path("ready")
+if processes.RANK == 1:
+    torch.randn(2000, 2000).svd()
+    ready.touch()
+processes.leave()
+assert ready.exists()
+assert not dist.is_initialized()
 """
 
 
-def test_no_thread_holds_a_tensor_at_the_end(tmp_path: Path) -> None:
+def test_no_rank_leaves_before_the_others(tmp_path: Path) -> None:
+    """Torch's threads have the time to let go of what they were given: they abort a process that goes too early."""
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", LEAVES],
@@ -45,4 +43,3 @@ def test_no_thread_holds_a_tensor_at_the_end(tmp_path: Path) -> None:
         for rank in range(2)
     ]
     assert [rank.wait(timeout=200) for rank in ranks] == [0, 0]
-    assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == [str([0] * 10)] * 2
