@@ -89,8 +89,7 @@ class Measured:
     @property
     def sound(self) -> Tensor:
         """0-d bool: everything is finite, and no rank failed."""
-        failed = self.peer_failed
-        return self.totals.finite if failed is None else self.totals.finite & ~failed
+        return self._unless_failed(self.totals.finite)
 
     def learn(self, fact: Tensor) -> bool:
         """A fact that all ranks share, on the host.
@@ -103,12 +102,9 @@ class Measured:
 
         Host syncs: one, on a device; another where the answer is no.
         """
-        failed = self.peer_failed
-        if failed is None:
-            return bool(fact)
-        if bool(fact & ~failed):
+        if bool(self._unless_failed(fact)):
             return True
-        if bool(failed):
+        if self.peer_failed is not None and bool(self.peer_failed):
             raise PeerError("another rank failed in this call, and says why itself; no gradient was changed here.")
         return False
 
@@ -124,6 +120,10 @@ class Measured:
         if self.wide or (at_hand(norm.device) and torch.finfo(torch.float32).max < float(norm) < math.inf):
             return norm
         return norm.to(torch.float32)
+
+    def _unless_failed(self, fact: Tensor) -> Tensor:
+        stop = self.totals.stop
+        return fact & (stop == 0) if isinstance(stop, Tensor) else fact
 
 
 def agree(plan: Plan, comm: Comm | None, attempt: Attempt) -> Comm:

@@ -118,7 +118,8 @@ class Judge:
             known, coefs = None, torch.where(skip, 1.0, coefs)
         else:
             known = finite is False or (by_policy is not None and bool(skip))
-            coefs = torch.ones_like(coefs) if known else measured.guard(coefs)
+            # What is known to be finite is known to be of ranks that did not fail.
+            coefs = torch.ones_like(coefs) if known else coefs if finite else measured.guard(coefs)
         clamp = verdict if isinstance(verdict, Clamp) else None
         bounds = None if scale is None else scale.bounds
         decision = Decision(measured, coefs, clamp, skip, known, overflow, bounds, self.by_tensor)
