@@ -254,7 +254,8 @@ class GradClipper:
 
         Collectives: one all-reduce of (slots + 1) float64 numbers; see `clip_grad_norm_`. On a step that is not finite
         a gather more, and the first time with a scaler. Host syncs: one on an accelerator, unless
-        `on_nonfinite="propagate"`, which is what a CUDA graph needs; see `clip_grad_norm_`.
+        `on_nonfinite="propagate"` and the policy leaves no step out, which is what a CUDA graph needs; see
+        `clip_grad_norm_`.
         """
         return self._stepper.clip(optimizer, scaler, failure).report()
 

@@ -1,0 +1,146 @@
+"""Who waits for a device, and who does not: on meta tensors, which no host can read and which mix with no others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import distclip
+from distclip import GradClipper, Policy
+from distclip.monitor import Recorder
+
+META = torch.device("meta")
+
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "global_norm": lambda: distclip.global_norm(1.0),
+    "inf-norm": lambda: distclip.global_norm(1.0, math.inf),
+    "group_norm": lambda: distclip.group_norm({"first": ("^0", 2.0)}),
+    "per_tensor_norm": lambda: distclip.per_tensor_norm(1.0),
+    "value": lambda: distclip.value(0.1),
+    "agc": lambda: distclip.agc(0.01),
+    "autoclip": lambda: distclip.autoclip(10),
+    "zclip": lambda: distclip.zclip(cap=1.0),
+    "adagc": lambda: distclip.adagc(),
+    "ema": lambda: distclip.ema(),
+    "median_mad": lambda: distclip.median_mad(3.0, cap=2.0),
+}
+
+
+class TwoRanks:
+    """Of which this is one: numbers stay on the device."""
+
+    rank, size, device = 0, 2, META
+
+    def sum_(self, tensor: Tensor) -> None:
+        assert tensor.device == META
+        tensor.mul_(2)
+
+    def max_(self, tensor: Tensor) -> None:
+        assert tensor.device == META
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value, value]
+
+
+def model() -> nn.Module:
+    made = nn.Sequential(nn.Linear(4, 3, device=META), nn.Linear(3, 2, dtype=torch.bfloat16, device=META))
+    for param in made.parameters():
+        param.grad = torch.empty_like(param)
+    return made
+
+
+class Fused(torch.optim.Optimizer):
+    """Takes a factor, and whether to step at all, as torch's fused optimizers do."""
+
+    _step_supports_amp_scaling = True
+    grad_scale: Tensor
+    found_inf: Tensor
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"fused": True})
+        self.steps = 0
+
+    def step(self, closure: Any = None) -> None:
+        assert self.found_inf.device == META
+        self.steps += 1
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Each time that a fact was asked of the device; the answer is yes. Asking for a number raises."""
+    asked: list[int] = []
+    real = Tensor.__bool__
+
+    def answer(self: Tensor) -> bool:
+        if self.device != META:
+            return real(self)
+        asked.append(1)
+        return True
+
+    monkeypatch.setattr(Tensor, "__bool__", answer)
+    return asked
+
+
+@pytest.mark.parametrize("comm", [None, TwoRanks()], ids=["alone", "of two"])
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, 3.0, 0.5, 0.0, math.inf, -math.inf])
+def test_functions_wait_for_nothing(reads: list[int], norm_type: float, comm: Any) -> None:
+    parameters = list(model().parameters())
+    norm = distclip.clip_grad_norm_(parameters, 1.0, norm_type, comm=comm)
+    total = distclip.get_total_norm([p.grad for p in parameters], norm_type, comm=comm)
+    distclip.clip_grads_with_norm_(parameters, 1.0, total)
+    distclip.clip_grad_value_(parameters, 0.1)
+    assert norm.device == total.device == META
+    assert not reads
+
+
+@pytest.mark.parametrize("comm", [None, TwoRanks()], ids=["alone", "of two"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_clipper_that_propagates_waits_for_nothing(reads: list[int], policy: str, comm: Any) -> None:
+    clipper = GradClipper(model(), POLICIES[policy](), on_nonfinite="propagate", comm=comm)
+    for _ in range(2):
+        clipper._judge._later = None  # what it will have heard by the next step
+        report = clipper.clip()
+        values = [getattr(report, field.name) for field in fields(report)]
+        assert {value.device for value in values if value is not None} == {META}
+    assert not reads
+
+
+@pytest.mark.parametrize("comm", [None, TwoRanks()], ids=["alone", "of two"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("on_nonfinite", ["skip", "raise", "zero"])
+def test_a_clipper_asks_once_whether_all_is_finite(reads: list[int], policy: str, on_nonfinite: Any, comm: Any) -> None:
+    clipper = GradClipper(model(), POLICIES[policy](), on_nonfinite=on_nonfinite, comm=comm)
+    clipper.clip()
+    assert len(reads) == 1
+
+
+@pytest.mark.parametrize("comm", [None, TwoRanks()], ids=["alone", "of two"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_fused_step_waits_for_nothing(reads: list[int], policy: str, comm: Any) -> None:
+    net = model()
+    clipper, optimizer = GradClipper(net, POLICIES[policy](), comm=comm), Fused(net.parameters())
+    for _ in range(2):
+        clipper._judge._later = None
+        assert clipper.step(optimizer).skipped.device == META
+    assert optimizer.steps == 2
+    assert not reads
+
+
+def test_a_recorder_waits_for_nothing_between_its_writes(reads: list[int], tmp_path: Path) -> None:
+    net = model()
+    clipper, optimizer = GradClipper(net, distclip.zclip(cap=1.0)), Fused(net.parameters())
+    recorder = Recorder(clipper, tmp_path, every=100, per_tensor=True)
+    for step in range(3):
+        clipper._judge._later = None
+        assert clipper.step(optimizer).tensor_norms is not None
+        recorder.note(loss=torch.empty((), device=META), ids=[step])
+    assert not reads
+    with pytest.raises(RuntimeError, match="meta"):
+        recorder.flush()
