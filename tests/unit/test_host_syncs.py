@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 import distclip
 from distclip import GradClipper, Policy
@@ -65,11 +66,9 @@ class Fused(torch.optim.Optimizer):
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, {"fused": True})
-        self.steps = 0
 
     def step(self, closure: Any = None) -> None:
         assert self.found_inf.device == META
-        self.steps += 1
 
 
 @pytest.fixture
@@ -121,16 +120,23 @@ def test_a_clipper_asks_once_whether_all_is_finite(reads: list[int], policy: str
     assert len(reads) == 1
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("comm", [None, TwoRanks()], ids=["alone", "of two"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_fused_step_waits_for_nothing(reads: list[int], policy: str, comm: Any) -> None:
-    net = model()
-    clipper, optimizer = GradClipper(net, POLICIES[policy](), comm=comm), Fused(net.parameters())
-    for _ in range(2):
-        clipper._judge._later = None
-        assert clipper.step(optimizer).skipped.device == META
-    assert optimizer.steps == 2
-    assert not reads
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_fused_step_waits_for_nothing_and_others_ask_once(
+    reads: list[int], fused: bool, policy: str, comm: Any, scaled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, scaler = model(), None
+    clipper = GradClipper(net, POLICIES[policy](), comm=comm)
+    optimizer = Fused(net.parameters()) if fused else torch.optim.SGD(net.parameters(), lr=0.1)
+    if scaled:
+        # The scale itself is read once, when the ranks compare theirs.
+        monkeypatch.setattr(GradScaler, "get_scale", lambda self: 65536.0)
+        scaler = GradScaler("meta")
+        scaler.scale(torch.empty((), device=META))
+    assert clipper.step(optimizer, scaler).skipped.device == META
+    assert len(reads) == (not fused)
 
 
 def test_a_recorder_waits_for_nothing_between_its_writes(reads: list[int], tmp_path: Path) -> None:
