@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import distclip
 from distclip import GradClipper, Policy
@@ -137,6 +139,35 @@ def test_a_fused_step_waits_for_nothing_and_others_ask_once(
         scaler.scale(torch.empty((), device=META))
     assert clipper.step(optimizer, scaler).skipped.device == META
     assert len(reads) == (not fused)
+
+
+class Travels(TorchDispatchMode):
+    """Operators that take something from the host to the device, for which a host may have to wait too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given, made = ({t.device for t in tree_leaves(x) if isinstance(t, Tensor)} for x in ((args, kwargs), out))
+        if torch.device("cpu") in given and META in given | made:
+            self.seen.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("comm", [None, TwoRanks()], ids=["alone", "of two"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.usefixtures("reads")
+def test_constants_and_memory_travel_once(policy: str, comm: Any) -> None:
+    net = model()
+    clipper, optimizer = GradClipper(net, POLICIES[policy](), comm=comm), Fused(net.parameters())
+    clipper.measure_tensors()
+    clipper.step(optimizer)
+    clipper._judge._later = None
+    with Travels() as travels:
+        clipper.step(optimizer)
+    assert travels.seen == []
 
 
 def test_a_recorder_waits_for_nothing_between_its_writes(reads: list[int], tmp_path: Path) -> None:
