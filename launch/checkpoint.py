@@ -5,7 +5,6 @@ nothing to save: it ends with the first weights and the order of the data, which
 """
 
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 from distclip import GradClipper
 from distclip.comm.mpi import MPIComm
 from layout import data_axes, local
-from models import Recurrence, bare
+from models import recurrences
 from processes import RANK
 
 warnings.filterwarnings("ignore", r"torch\.distributed is disabled, unavailable or uninitialized")
@@ -104,22 +103,19 @@ class Progress:
             optim_state_dict=state["optimizer"],
             options=OPTIONS,
         )
-        for name, part in self._recurrent():
+        for name, part in recurrences(self.module).items():
             carried = tuple(self._own(state["carried"][f"{name}.{i}"]) for i in range(len(part.zeros(0))))
             part.state = carried if isinstance(part.cell, nn.LSTM) else carried[0]
 
     def _state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.module, self.optimizer, options=OPTIONS)
         carried = {}
-        for name, part in self._recurrent():
+        for name, part in recurrences(self.module).items():
             states = part.zeros(self.rows) if part.state is None else part.state
             for i, state in enumerate((states,) if isinstance(states, Tensor) else states):
                 carried[f"{name}.{i}"] = self._whole(state)
         state = {"model": model, "optimizer": optimizer, "carried": carried, "clipper": self.clipper}
         return state if self.scaler is None else state | {"scaler": self.scaler}
-
-    def _recurrent(self) -> Iterable[tuple[str, Recurrence]]:
-        return ((bare(name), part) for name, part in self.module.named_modules() if isinstance(part, Recurrence))
 
     def _whole(self, state: Tensor) -> Tensor:
         """A carried state as this rank's piece of that of the global batch."""

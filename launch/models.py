@@ -37,14 +37,18 @@ def bare(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_fsdp_wrapped_module").removeprefix("module.")
 
 
+def recurrences(model: nn.Module) -> dict[str, Recurrence]:
+    """The parts that carry a state, by their bare names."""
+    return {bare(name): part for name, part in model.named_modules() if isinstance(part, Recurrence)}
+
+
 def reset_state(model: nn.Module) -> None:
-    for part in model.modules():
-        if isinstance(part, Recurrence):
-            part.reset()
+    for part in recurrences(model).values():
+        part.reset()
 
 
 def carries_state(model: nn.Module) -> bool:
-    return any(isinstance(part, Recurrence) for part in model.modules())
+    return bool(recurrences(model))
 
 
 def needs_text(data: Data, model: str) -> Text:

@@ -3,7 +3,7 @@
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distclip import GradClipper, Report
 from inject import Key
-from models import Recurrence
+from models import recurrences
 from parallel import Criterion, Placed
 from processes import RANK, WORLD, gathered
 from stepping import Optim, Stepping
@@ -112,7 +112,7 @@ class ZeroProgress:
 
     def save(self, path: Path) -> None:
         self.engine.save_checkpoint(str(path), tag="engine", save_latest=False)
-        carried = {name: part.state for name, part in self._recurrent()}
+        carried = {name: part.state for name, part in recurrences(self.module).items()}
         torch.save({"clipper": self.clipper.state_dict(), "carried": carried}, path / _OWN)
         gathered(None)  # rank 0 goes on when all have written
 
@@ -122,11 +122,8 @@ class ZeroProgress:
         self.engine.load_checkpoint(str(path), tag="engine")
         state = torch.load(path / _OWN)
         self.clipper.load_state_dict(state["clipper"])
-        for name, part in self._recurrent():
+        for name, part in recurrences(self.module).items():
             part.state = state["carried"][name]
-
-    def _recurrent(self) -> Iterable[tuple[str, Recurrence]]:
-        return ((name, part) for name, part in self.module.named_modules() if isinstance(part, Recurrence))
 
 
 def zero(
