@@ -183,7 +183,7 @@ class Judge:
             zero_(measured.shards)
             self.watch.zeroed(step, culprits)
             measured = self._measure(None, loss_scale)
-            if bool(measured.totals.finite):
+            if measured.learn(measured.totals.finite):
                 return measured, True
             culprits = ()
         self.watch.skip(step, culprits, scaled)
