@@ -256,9 +256,12 @@ def _beyond(plan: Plan, comm: Comm) -> frozenset[int]:
 
 
 def _flags_matter(plan: Plan, comm: Comm, device: torch.device) -> bool:
-    """Whether to read the flags on the host: a fact that all ranks have alike. Where it waits anyway, as on a CPU and
-    for MPI, that costs nothing."""
-    return at_hand(device) or isinstance(comm, MPIComm) or bool(plan.axes) or plan.may_be_partial
+    """Whether to read the flags on the host: a fact that all ranks have alike. On a CPU that costs nothing.
+
+    Through a communicator of the caller's they are always read: some of its ranks may hold nothing, and know nothing of
+    what others hold.
+    """
+    return at_hand(device) or not getattr(comm, "agreed", False) or bool(plan.axes) or plan.may_be_partial
 
 
 def _device(plan: Plan, shards: Shards) -> torch.device:

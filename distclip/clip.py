@@ -72,7 +72,7 @@ def clip_grad_norm_(
     Collectives: one all-reduce of two float64 numbers over everybody concerned, whatever the meshes; none where nothing
     is spread (one process, DDP). More only if a gradient is Partial: see `distclip.settle`. The first call with
     new meshes exchanges who they are through the store of torch.distributed.
-    Host syncs: none on CUDA, except one with `error_if_nonfinite`, with `split_over` or with tensor-parallel replicas.
+    Host syncs: none on CUDA, except one with `error_if_nonfinite`, `split_over`, `comm` or tensor-parallel replicas.
 
     Source: Pascanu, Mikolov, Bengio 2013, algorithm 1; the signature and the 1e-6 are torch.nn.utils.clip_grad_norm_'s.
 

@@ -19,10 +19,11 @@ class ProcessGroupComm:
 
     Args:
         group: a process group that this rank belongs to.
+        agreed: it was derived from meshes, so that every rank of it holds parameters, and in the same layouts.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup, *, agreed: bool = False) -> None:
+        self.group, self.agreed = group, agreed
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.ranks = tuple(dist.get_process_group_ranks(group))

@@ -107,7 +107,7 @@ def _agree(spans: set[Ranks], axes: Sequence[Axis], failure: Exception | None) -
         if failure is not None:
             raise failure from None
         raise
-    return ProcessGroupComm(_process_group(agreed))
+    return ProcessGroupComm(_process_group(agreed), agreed=True)
 
 
 def _process_group(agreed: Agreement) -> dist.ProcessGroup:

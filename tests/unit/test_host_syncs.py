@@ -39,7 +39,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 class TwoRanks:
     """Of which this is one: numbers stay on the device."""
 
-    rank, size, device = 0, 2, META
+    rank, size, device, agreed = 0, 2, META, True
 
     def sum_(self, tensor: Tensor) -> None:
         assert tensor.device == META

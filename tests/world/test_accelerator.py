@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib import import_module
 from unittest import mock
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
 
 import distclip
-from distclip import ArgumentError, PeerError
+from distclip import ArgumentError, PeerError, ProcessGroupComm
 from tests.layouts import LAYOUTS
+from tests.layouts.model_parallel import known, made
 from tests.ranks import World
 from tests.world.rig import INF, NAN, bits, build, frozen, memory
 from tests.world.test_layouts import check_layout
@@ -44,6 +47,21 @@ def test_layout(world: Callable[[int], World], name: str) -> None:
 )
 def test_policies(world: Callable[[int], World], name: str) -> None:
     world(4).run(check_as_before, check=check_policies, name=name)
+
+
+def check_a_communicator_of_the_caller() -> None:
+    """Rank 0 holds nothing and is on no accelerator; both read that rank 1 has failed, and raise in its words."""
+    comm = ProcessGroupComm(dist.group.WORLD)
+    last = dist.get_rank() == 1
+    mesh = DeviceMesh("cpu", [1])
+    parameters = [made(known(4, 3), mesh, [Shard(0)])] if last else []
+    with on_an_accelerator() if last else nullcontext(), pytest.raises(ArgumentError, match="max_norm=-1"):
+        distclip.clip_grad_norm_(parameters, -1.0 if last else 1.0, comm=comm)
+    dist.barrier()
+
+
+def test_a_communicator_of_the_caller(world: Callable[[int], World]) -> None:
+    world(2).run(check_a_communicator_of_the_caller)
 
 
 def check_a_failure(how: str, value: float) -> None:
