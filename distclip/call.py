@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -104,7 +104,8 @@ class Measured:
         """
         if bool(self._unless_failed(fact)):
             return True
-        if self.peer_failed is not None and bool(self.peer_failed):
+        failed = self.peer_failed
+        if failed is not None and bool(failed):
             raise PeerError("another rank failed in this call, and says why itself; no gradient was changed here.")
         return False
 
@@ -227,6 +228,8 @@ def total(
             assert isinstance(comm, ProcessGroupComm)
             return total(plan, norm_type, widened(comm, plan.groups, plan.axes), None, inspect, slots, weights)
         totals = settle(totals, plan, shards, comm, device)
+    if isinstance(totals.stop, Tensor):
+        totals = replace(totals, stop=0)  # it has been read
     return Measured(shards, totals, bool(totals.wide), len(plan.tensors), partials.each)
 
 

@@ -99,11 +99,13 @@ class Judge:
         finite = measured.learn(measured.totals.finite) if wait and skips else None
         if finite is False:
             measured, finite = self._handle(measured, loss_scale, scaled)
+        # Asked for once, where the device itself is to leave the step out.
+        sound = measured.sound if finite is None and skips else None
         totals = measured.totals
         self.state = {key: value.to(totals.value.device) for key, value in self.state.items()}
         verdict, moved = self.policy.decide(totals, self.state)
-        if finite is None and skips:
-            moved = {key: torch.where(measured.sound, value, self.state[key]) for key, value in moved.items()}
+        if sound is not None:
+            moved = {key: torch.where(sound, value, self.state[key]) for key, value in moved.items()}
         if finite is not False:
             self.state = moved
         scale = verdict if isinstance(verdict, Scale) else None
@@ -113,8 +115,8 @@ class Judge:
         overflow = ~totals.finite if skips else torch.zeros_like(totals.finite)
         by_policy = None if scale is None else scale.skip
         skip = overflow if by_policy is None else overflow | (by_policy & totals.finite)
-        if finite is None and skips:
-            skip = skip | ~measured.sound
+        if sound is not None:
+            skip = skip | ~sound
             known, coefs = None, torch.where(skip, 1.0, coefs)
         else:
             known = finite is False or (by_policy is not None and bool(skip))

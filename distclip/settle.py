@@ -87,7 +87,7 @@ def settle(totals: Totals, plan: Plan, shards: Shards, comm: Comm, device: torch
     slots = len(totals.value)
     more = reduce(measure(settled.values(), totals.norm_type, device, slots=slots), totals.norm_type, comm)
     join = torch.maximum if math.isinf(totals.norm_type) else torch.add
-    return replace(totals, value=join(totals.value, more.value), stop=0)
+    return replace(totals, value=join(totals.value, more.value))
 
 
 def _check(told: list[_Told]) -> None:

@@ -2,13 +2,10 @@
 # is none, and in OMP_NUM_THREADS how many threads each of them has, an equal share of the processors.
 # shellcheck shell=bash
 if [ -z "${NPROC:-}" ]; then
-    NPROC=0
-    if nvidia-smi -L >/dev/null 2>&1; then
-        # Of all that are there, or of those that are left to see.
-        NPROC=$(if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then tr , '\n' <<<"$CUDA_VISIBLE_DEVICES"; else nvidia-smi -L; fi |
-            grep -c . || true)
-    fi
-    [ "$NPROC" != 0 ] || NPROC=2
+    # A line for each that is there, or that is left to see.
+    ranks_gpus=$(nvidia-smi -L 2>/dev/null) || ranks_gpus=
+    [ -z "$ranks_gpus" ] || [ -z "${CUDA_VISIBLE_DEVICES+set}" ] || ranks_gpus=${CUDA_VISIBLE_DEVICES//,/$'\n'}
+    NPROC=$(grep -c . <<<"$ranks_gpus") || NPROC=2
 fi
 ranks_processors=$(getconf _NPROCESSORS_ONLN)
 case "$NPROC" in

@@ -21,9 +21,8 @@
 What is wrong in Accelerate 1.15 and right here: with several optimizers under a GradScaler all but the first are
 unscaled twice (silently); a bound of infinity turns all gradients into NaN where one is infinite.
 
-All processes decide from one total, under DDP too: a NaN in one rank's gradients alone is seen by all. What one rank
-alone passes wrongly is refused by all: in its own words where numbers travel on the host, and on an accelerator, unless
-`split_over` or a partial gradient makes the host wait for them, with a `PeerError` on the others.
+All processes decide from one total, under DDP too: a NaN in one rank's gradients alone is seen by all, and what one
+rank alone passes wrongly is refused by all.
 
 Tested with DDP and FSDP2, on CPUs.
 """

@@ -52,6 +52,10 @@ class TwoRanks:
         return [value, value]
 
 
+alone_and_of_two = pytest.mark.parametrize("comm", [None, TwoRanks()], ids=["alone", "of two"])
+each_policy = pytest.mark.parametrize("policy", POLICIES)
+
+
 def model() -> nn.Module:
     made = nn.Sequential(nn.Linear(4, 3, device=META), nn.Linear(3, 2, dtype=torch.bfloat16, device=META))
     for param in made.parameters():
@@ -73,6 +77,11 @@ class Fused(torch.optim.Optimizer):
         assert self.found_inf.device == META
 
 
+def go_on(clipper: GradClipper) -> None:
+    """As if what the host has not read yet had come: nothing of interest."""
+    clipper._judge._later = None
+
+
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Each time that a fact was asked of the device; the answer is yes. Asking for a number raises."""
@@ -89,7 +98,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return asked
 
 
-@pytest.mark.parametrize("comm", [None, TwoRanks()], ids=["alone", "of two"])
+@alone_and_of_two
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, 3.0, 0.5, 0.0, math.inf, -math.inf])
 def test_functions_wait_for_nothing(reads: list[int], norm_type: float, comm: Any) -> None:
     parameters = list(model().parameters())
@@ -101,20 +110,20 @@ def test_functions_wait_for_nothing(reads: list[int], norm_type: float, comm: An
     assert not reads
 
 
-@pytest.mark.parametrize("comm", [None, TwoRanks()], ids=["alone", "of two"])
-@pytest.mark.parametrize("policy", POLICIES)
+@alone_and_of_two
+@each_policy
 def test_a_clipper_that_propagates_waits_for_nothing(reads: list[int], policy: str, comm: Any) -> None:
     clipper = GradClipper(model(), POLICIES[policy](), on_nonfinite="propagate", comm=comm)
     for _ in range(2):
-        clipper._judge._later = None  # what it will have heard by the next step
+        go_on(clipper)
         report = clipper.clip()
         values = [getattr(report, field.name) for field in fields(report)]
         assert {value.device for value in values if value is not None} == {META}
     assert not reads
 
 
-@pytest.mark.parametrize("comm", [None, TwoRanks()], ids=["alone", "of two"])
-@pytest.mark.parametrize("policy", POLICIES)
+@alone_and_of_two
+@each_policy
 @pytest.mark.parametrize("on_nonfinite", ["skip", "raise", "zero"])
 def test_a_clipper_asks_once_whether_all_is_finite(reads: list[int], policy: str, on_nonfinite: Any, comm: Any) -> None:
     clipper = GradClipper(model(), POLICIES[policy](), on_nonfinite=on_nonfinite, comm=comm)
@@ -123,8 +132,8 @@ def test_a_clipper_asks_once_whether_all_is_finite(reads: list[int], policy: str
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("comm", [None, TwoRanks()], ids=["alone", "of two"])
-@pytest.mark.parametrize("policy", POLICIES)
+@alone_and_of_two
+@each_policy
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_fused_step_waits_for_nothing_and_others_ask_once(
     reads: list[int], fused: bool, policy: str, comm: Any, scaled: bool, monkeypatch: pytest.MonkeyPatch
@@ -156,15 +165,15 @@ class Travels(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("comm", [None, TwoRanks()], ids=["alone", "of two"])
-@pytest.mark.parametrize("policy", POLICIES)
+@alone_and_of_two
+@each_policy
 @pytest.mark.usefixtures("reads")
 def test_constants_and_memory_travel_once(policy: str, comm: Any) -> None:
     net = model()
     clipper, optimizer = GradClipper(net, POLICIES[policy](), comm=comm), Fused(net.parameters())
     clipper.measure_tensors()
     clipper.step(optimizer)
-    clipper._judge._later = None
+    go_on(clipper)
     with Travels() as travels:
         clipper.step(optimizer)
     assert travels.seen == []
@@ -175,7 +184,7 @@ def test_a_recorder_waits_for_nothing_between_its_writes(reads: list[int], tmp_p
     clipper, optimizer = GradClipper(net, distclip.zclip(cap=1.0)), Fused(net.parameters())
     recorder = Recorder(clipper, tmp_path, every=100, per_tensor=True)
     for step in range(3):
-        clipper._judge._later = None
+        go_on(clipper)
         assert clipper.step(optimizer).tensor_norms is not None
         recorder.note(loss=torch.empty((), device=META), ids=[step])
     assert not reads

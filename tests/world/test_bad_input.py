@@ -208,10 +208,9 @@ def check_optimizers(only: int | None) -> None:
     param, mesh = stage_parameter()
     clipper = GradClipper([("weight", param)], distclip.global_norm(1.0), split_over=mesh["pp"])
     optimizer = torch.optim.SGD([param], lr=0.1)
-    weights = param.to_local().clone()
     if only is not None:
         clipper.step(optimizer)  # whom a rank passes that fails, the others have met
-        weights = param.to_local().clone()
+    weights = param.to_local().clone()
     for wrong in (3, None, param, [optimizer, "sgd"]):
         passed: Any = wrong if only in (None, dist.get_rank()) else optimizer
         refused(
