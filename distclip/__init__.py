@@ -24,7 +24,6 @@ gradient; an *axis* belongs to a mesh, a *dim* to a tensor; a *shard* is one ran
 """
 
 from ._version import __version__
-from .clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .clipper import GradClipper
 from .comm import Comm, LocalComm, ProcessGroupComm
 from .errors import (
@@ -38,7 +37,8 @@ from .errors import (
     PeerError,
     TooManySkippedSteps,
 )
-from .nonfinite import Culprit, Incident
+from .functional import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from .nonfinite.culprits import Culprit, Incident
 from .policies import (
     EMA,
     AdaGC,
@@ -63,7 +63,7 @@ from .policies import (
     zclip,
 )
 from .report import Report
-from .sources import annotate_
+from .sharding import annotate_
 
 __all__ = [
     "EMA",

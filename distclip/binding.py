@@ -8,18 +8,18 @@ from typing import Any, get_args
 import torch.distributed as dist
 from torch import nn
 
-from .by_tensor import ByTensor
 from .call import Attempt, agree, check_same, meet
 from .comm import Comm, ranks_of
 from .errors import ArgumentError, DisagreementError
 from .judge import Judge
-from .nonfinite import OnNonFinite, Watch
+from .nonfinite.culprits import OnNonFinite, Watch
+from .norms.by_tensor import ByTensor
 from .policies import Policy
-from .slots import Found, Slots, arrange, find, within
-from .sources import Plan, parameter_plan, split_axes
-from .sources.arguments import Parameters
-from .sources.flat import flat_slices, marked_slices
-from .sources.split import SplitOver
+from .sharding import Plan, parameter_plan, split_axes
+from .sharding.fsdp1 import flat_slices, marked_slices
+from .sharding.parameters import Parameters
+from .sharding.slots import Found, Slots, arrange, find, within
+from .sharding.split_over import SplitOver
 
 __all__ = ["bind", "measure_tensors"]
 

@@ -15,14 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .comm import Comm, LocalComm, MPIComm, ProcessGroupComm, ranks_of
-from .comm.agreement import Post, check
-from .comm.derive import communicator, widened
+from .comm.discovery import communicator, widened
+from .comm.ranks import Axis
+from .comm.rendezvous import Post, check
 from .errors import ArgumentError, LayoutError, PeerError, as_peer, as_told
-from .measure import Evidence, measure
-from .reduce import Totals, at_hand, reduce
-from .settle import settle
-from .shards import Axis, Shard, Shards
-from .sources import Plan
+from .norms.measure import Evidence, measure
+from .norms.partial_grads import settle
+from .norms.reduce import Totals, at_hand, reduce
+from .sharding import Plan
+from .sharding.shard import Shard, Shards
 
 __all__ = ["Attempt", "Measured", "agree", "check_same", "meet", "total"]
 

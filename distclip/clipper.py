@@ -14,16 +14,16 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .binding import bind, measure_tensors
+from .checkpoint import restored, rule_of, saved
 from .comm import Comm
 from .decision import Decision, Observer
 from .errors import ArgumentError
-from .memory import restored, rule_of, saved
-from .nonfinite import Incident, OnNonFinite, Watch
+from .nonfinite.culprits import Incident, OnNonFinite, Watch
 from .policies import Policy
 from .report import Report
-from .shards import Places, Shards
-from .sources.arguments import Parameters
-from .sources.split import SplitOver
+from .sharding.parameters import Parameters
+from .sharding.shard import Places, Shards
+from .sharding.split_over import SplitOver
 from .stepper import Stepper, several, write_
 
 __all__ = ["GradClipper"]

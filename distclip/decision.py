@@ -10,11 +10,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .by_tensor import ByTensor
 from .call import Measured
+from .norms.by_tensor import ByTensor
 from .policies import Clamp
 from .report import Report
-from .shards import Shards
+from .sharding.shard import Shards
 
 __all__ = ["Decision", "Observer"]
 

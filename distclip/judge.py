@@ -14,18 +14,18 @@ from functools import cached_property, lru_cache, partial
 import torch
 from torch import Tensor
 
-from .apply import outside
-from .by_tensor import ByTensor
+from .apply.scale import outside
 from .call import Measured, total
 from .comm import Comm, LocalComm
 from .decision import Decision, Observer
 from .errors import PeerError
-from .measure import Evidence
-from .nonfinite import OnNonFinite, Watch, blame, counted, suspected, zero_
+from .nonfinite.culprits import OnNonFinite, Watch, blame, counted, suspected, zero_
+from .norms.by_tensor import ByTensor
+from .norms.measure import Evidence
+from .norms.reduce import at_hand
 from .policies import Clamp, Policy, Scale, State, Value
-from .reduce import at_hand
-from .slots import Slots
-from .sources import Plan
+from .sharding import Plan
+from .sharding.slots import Slots
 
 __all__ = ["Judge"]
 

@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from .amp import Scaling, initial_scale, parameters_of
-from .apply import clamp_, scale_
+from .apply.fused import folded, takes_factor
+from .apply.grad_scaler import Scaling, initial_scale, parameters_of
+from .apply.scale import clamp_, scale_
 from .call import Attempt, meet
 from .decision import Decision
 from .errors import ArgumentError, DisagreementError
-from .fold import folded, takes_factor
 from .judge import Judge
 from .policies import Value
-from .shards import Shards
+from .sharding.shard import Shards
 
 __all__ = ["Stepper", "several", "write_"]
 

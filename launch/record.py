@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data import Data
 from distclip import Incident
-from distclip.monitor.lines import finite
+from distclip.monitor.jsonl import finite
 from probe import Measure
 from processes import RANK
 

@@ -8,7 +8,7 @@ PYTHON=$setup_venv/bin/python
 export PYTHON
 
 # Unchanged since the last call: nothing to do.
-setup_key="$setup_root $(cat "$setup_root/pyproject.toml" "$setup_root"/distclip/kernels/native* | cksum)"
+setup_key="$setup_root $(cat "$setup_root/pyproject.toml" "$setup_root"/distclip/norms/kernels/native* | cksum)"
 setup_stamp=$setup_venv/.distclip-$1
 if [ ! -x "$PYTHON" ] || [ "$(cat "$setup_stamp" 2>/dev/null)" != "$setup_key" ]; then
     setup_base=${DISTCLIP_PYTHON:-python3}

@@ -49,7 +49,7 @@ def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
     import torch
     import torch.distributed as dist
 
-    from distclip.comm import derive
+    from distclip.comm import discovery
 
     torch.set_num_threads(1)
     warnings.simplefilter("error")
@@ -77,7 +77,7 @@ def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
         try:
             torch.manual_seed(0)
             # Every job is the first of its program: nothing was agreed on before.
-            derive._lives.clear()
+            discovery._lives.clear()
             answer = (True, job(**kwargs))
         except BaseException:
             answer = (False, traceback.format_exc())

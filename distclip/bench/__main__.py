@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from .cases import LOCAL, LocalCase
-from .contest import Options
-from .contestants import OTHERS
+from .competitors import OTHERS
 from .errors import BenchError
 from .machine import machine, versions
+from .race import Options
 from .report import Report
 from .sharded import SHARDED, FirstCalls, ShardedCase
 from .world import default_size

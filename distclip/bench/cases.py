@@ -11,9 +11,9 @@ from torch import Tensor
 
 import distclip
 
-from .contest import Options, contest
-from .contestants import BelowNorm, Bound, Contestant, Setup, clipper, drop_ins, limit
+from .competitors import BelowNorm, Bound, Contestant, Setup, clipper, drop_ins, limit
 from .models import gpt_shapes
+from .race import Options, contest
 from .results import Outcome
 
 __all__ = ["LOCAL", "LocalCase"]

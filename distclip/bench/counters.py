@@ -19,9 +19,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .. import kernels
-from ..shards import Rows
-from .contestants import Contestant, Setup
+from ..norms import kernels
+from ..sharding.shard import Rows
+from .competitors import Contestant, Setup
 
 __all__ = ["Counts", "count", "peak_bytes"]
 

@@ -17,10 +17,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import distclip
 
-from .contest import Options, contest
-from .contestants import Bound, Setup, clipper, drop_ins
+from .competitors import Bound, Setup, clipper, drop_ins
 from .errors import BenchError
 from .models import GPT, Tiny
+from .race import Options, contest
 from .results import Outcome, Standing, merged
 from .timing import Sample
 from .world import default_size, on_ranks

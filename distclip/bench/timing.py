@@ -12,7 +12,7 @@ from statistics import median
 
 import torch
 
-from .contestants import Contestant
+from .competitors import Contestant
 
 __all__ = ["Sample", "median_ratio", "median_seconds", "race"]
 

@@ -12,9 +12,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from .c10d import ProcessGroupComm
 from .local import LocalComm, threads
 from .mpi import MPIComm
+from .process_group import ProcessGroupComm
 
 __all__ = ["Comm", "LocalComm", "MPIComm", "ProcessGroupComm", "ranks_of", "threads"]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, DisagreementError
-from ..shards import Ranks
+from .ranks import Ranks
 
 if TYPE_CHECKING:
     from mpi4py import MPI

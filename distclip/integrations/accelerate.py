@@ -38,19 +38,19 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from ..amp import Scaling
+from ..apply.grad_scaler import Scaling
 from ..call import meet
 from ..clipper import GradClipper
 from ..comm import Comm, LocalComm
-from ..comm.derive import all_ranks
+from ..comm.discovery import all_ranks
 from ..errors import ArgumentError
-from ..nonfinite import OnNonFinite
+from ..nonfinite.culprits import OnNonFinite
 from ..policies import Policy
 from ..report import Report
-from ..sources.arguments import named
-from ..sources.split import SplitOver
-from .late import Late, OnBind, check_policy
-from .patches import Patches
+from ..sharding.parameters import named
+from ..sharding.split_over import SplitOver
+from .deferred import Late, OnBind, check_policy
+from .monkeypatch import Patches
 
 __all__ = ["Patched", "patch", "unpatch"]
 

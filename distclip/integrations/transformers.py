@@ -29,12 +29,12 @@ from typing import Any
 import torch
 
 from ..errors import ArgumentError
-from ..nonfinite import OnNonFinite
+from ..nonfinite.culprits import OnNonFinite
 from ..policies import Policy
-from ..sources.split import SplitOver
+from ..sharding.split_over import SplitOver
 from . import accelerate
-from .late import OnBind
-from .patches import Patches
+from .deferred import OnBind
+from .monkeypatch import Patches
 
 __all__ = ["patch", "unpatch"]
 

@@ -8,6 +8,6 @@ say of a run is worked out by `analysis`, shown by `page` and the command `distc
 
 from .recorder import Recorder
 from .sinks import Sink, mlflow, tensorboard, trackio, wandb
-from .update import UpdateRatio
+from .update_ratio import UpdateRatio
 
 __all__ = ["Recorder", "Sink", "UpdateRatio", "mlflow", "tensorboard", "trackio", "wandb"]

@@ -22,10 +22,10 @@ from ..comm import LocalComm, ranks_of
 from ..decision import Decision
 from ..errors import ArgumentError, DisagreementError
 from .extremes import Extremes
-from .lines import Lines
+from .jsonl import Lines
 from .sinks import Sink
+from .step_buffer import Step, read
 from .told import Told
-from .window import Step, read
 from .writer import Writer
 
 __all__ = ["Recorder"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .window import Step
+from .step_buffer import Step
 
 __all__ = ["Told", "merged"]
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from .._version import __version__
 from ..clipper import GradClipper
-from .lines import FORMAT, Lines
+from .jsonl import FORMAT, Lines
 from .sinks import Sink
+from .step_buffer import VECTORS, Step
 from .told import Told, merged
-from .window import VECTORS, Step
 
 __all__ = ["Writer"]
 

@@ -8,16 +8,16 @@ device.
 
 from .adagc import AdaGC
 from .adaptive import adagc, autoclip, ema, median_mad, zclip
+from .agc import RelativeToWeight
+from .autoclip import Percentile
 from .ema import EMA
 from .fixed import Fixed
-from .mad import MedianMAD
-from .norm import NormPolicy, coefficient
-from .percentile import Percentile
+from .median_mad import MedianMAD
+from .norm_policy import NormPolicy, coefficient
+from .policy import Clamp, Per, Policy, Scale, State, Threshold, Verdict
 from .presets import agc, global_norm, group_norm, per_tensor_norm
 from .value import Value, value
-from .verdict import Clamp, Per, Policy, Scale, State, Threshold, Verdict
-from .weight import RelativeToWeight
-from .zscore import ZScore
+from .zclip import ZScore
 
 __all__ = [
     "EMA",

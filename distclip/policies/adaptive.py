@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 
 from .adagc import AdaGC
+from .autoclip import Percentile
 from .ema import EMA
-from .mad import MedianMAD
-from .norm import NormPolicy
-from .percentile import Percentile
-from .verdict import Per
-from .zscore import ZScore
+from .median_mad import MedianMAD
+from .norm_policy import NormPolicy
+from .policy import Per
+from .zclip import ZScore
 
 __all__ = ["adagc", "autoclip", "ema", "median_mad", "zclip"]
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..reduce import Totals
-from .arguments import FRACTION, NATURAL, NOT_NEGATIVE, POSITIVE, take
+from ..norms.reduce import Totals
 from .history import numbers
-from .verdict import State
+from .policy import State
+from .validation import FRACTION, NATURAL, NOT_NEGATIVE, POSITIVE, take
 
 __all__ = ["EMA"]
 

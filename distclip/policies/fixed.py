@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..kernels.operators import constant
-from ..reduce import Totals
-from .verdict import State, as_number
+from ..norms.kernels.torch_ops import constant
+from ..norms.reduce import Totals
+from .policy import State, as_number
 
 __all__ = ["Fixed"]
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..kernels.operators import wide
+from ..norms.kernels.torch_ops import wide
 
 __all__ = ["append", "numbers", "quantile"]
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import ArgumentError
+from .agc import RelativeToWeight
 from .fixed import Fixed
-from .norm import NormPolicy
-from .weight import RelativeToWeight
+from .norm_policy import NormPolicy
 
 __all__ = ["agc", "global_norm", "group_norm", "per_tensor_norm"]
 

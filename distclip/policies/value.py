@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import ArgumentError
-from ..reduce import Totals
-from .verdict import Clamp, Per, State, as_number
+from ..norms.reduce import Totals
+from .policy import Clamp, Per, State, as_number
 
 __all__ = ["Value", "value"]
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import distclip
-from distclip import kernels, reference
+from distclip import reference
 from distclip.monitor import Recorder
+from distclip.norms import kernels
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 

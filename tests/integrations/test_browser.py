@@ -11,8 +11,8 @@ from html import escape
 import plotly.graph_objects as go
 import pytest
 
-from distclip.monitor.page import write_page
-from distclip.monitor.page.series import panels
+from distclip.monitor.dashboard import write_page
+from distclip.monitor.dashboard.series import panels
 from tests.logs import full
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

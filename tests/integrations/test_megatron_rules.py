@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 import distclip
-from distclip.integrations.megatron.parts import by_one_name
+from distclip.integrations.megatron.parameters import by_one_name
 from tests.integrations.mcore import gpt, rules, training
 from tests.integrations.mcore.model import SCALE, Setting
 from tests.ranks import World

@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard
 
 from distclip import NonFiniteError, reference
 from distclip.integrations.torchtitan import clip_grad_norm_
-from distclip.sources import named
+from distclip.sharding import named
 from tests.layouts import LAYOUTS, Case
 from tests.layouts.model_parallel import known, made
 from tests.layouts.pipeline import plain

@@ -30,7 +30,7 @@ def test_everything_is_inside_and_nothing_else(built: Built) -> None:
     with tarfile.open(built.sdist) as sdist:
         inner = {name.partition("/")[2] for name in sdist.getnames()}
     sources = {name.replace("distclip/conf/", "conf/") for name in wanted} | {"README.md", "LICENSE", "pyproject.toml"}
-    assert sources | {"distclip/kernels/native.c", "distclip/kernels/native_loops.h"} <= inner
+    assert sources | {"distclip/norms/kernels/native.c", "distclip/norms/kernels/native_loops.h"} <= inner
 
 
 def test_importing_loads_torch_only(built: Built, tmp_path: Path) -> None:

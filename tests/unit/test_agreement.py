@@ -10,8 +10,8 @@ import pytest
 from torch.distributed import HashStore
 
 from distclip import ArgumentError, DisagreementError
-from distclip.comm.agreement import Meeting, Post
-from distclip.shards import Axis, Ranks
+from distclip.comm.ranks import Axis, Ranks
+from distclip.comm.rendezvous import Meeting, Post
 
 SECONDS = timedelta(seconds=20)
 

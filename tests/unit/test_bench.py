@@ -20,8 +20,8 @@ from torch import Tensor
 import distclip
 from distclip.bench.__main__ import CASES, USUAL, main, usual
 from distclip.bench.cases import LOCAL
-from distclip.bench.contest import Options
-from distclip.bench.contestants import Contestant
+from distclip.bench.competitors import Contestant
+from distclip.bench.race import Options
 from distclip.bench.results import Outcome, Standing, merged
 from distclip.bench.table import Terminal, amount, markdown
 from distclip.bench.timing import WARM_UP, Sample, median_ratio, median_seconds, race

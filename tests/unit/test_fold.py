@@ -15,7 +15,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 import distclip
 from distclip import ArgumentError, GradClipper, NonFiniteWarning
-from distclip.fold import folded, takes_factor
+from distclip.apply.fused import folded, takes_factor
 from distclip.judge import Judge
 from distclip.policies import Scale
 from tests.ranks import World

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 import distclip
-from distclip import kernels
 from distclip.bench.counters import peak_bytes
-from distclip.kernels import native, operators
-from distclip.kernels.description import DTYPES, Description, _described, describe
-from distclip.kernels.library import library
-from distclip.shards import Rows
+from distclip.norms import kernels
+from distclip.norms.kernels import native, torch_ops
+from distclip.norms.kernels.native_library import library
+from distclip.norms.kernels.tensor_table import DTYPES, Description, _described, describe
+from distclip.sharding.shard import Rows
 
-multi_tensor = pytest.importorskip("distclip.kernels.multi_tensor", reason="Triton is for Linux only")
+multi_tensor = pytest.importorskip("distclip.norms.kernels.triton_launch", reason="Triton is for Linux only")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -30,9 +30,9 @@ PowerSums = Callable[[Sequence[Tensor], float], Any]
 
 def by_operators(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, bool]:
     sums = torch.empty(len(tensors), dtype=torch.float64)
-    for kind in {(t.dtype, operators.is_dense(t)) for t in tensors}:
-        chosen = [i for i, t in enumerate(tensors) if (t.dtype, operators.is_dense(t)) == kind]
-        sums[chosen] = operators.power_sums([tensors[i] for i in chosen], norm_type)
+    for kind in {(t.dtype, torch_ops.is_dense(t)) for t in tensors}:
+        chosen = [i for i, t in enumerate(tensors) if (t.dtype, torch_ops.is_dense(t)) == kind]
+        sums[chosen] = torch_ops.power_sums([tensors[i] for i in chosen], norm_type)
     return sums, False
 
 
@@ -181,7 +181,7 @@ def test_rows(shape: tuple[int, ...], rows: Rows, dtype: torch.dtype, norm_type:
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     found = native.row_powers(grad, rows, norm_type)
     assert found is not None and found.shape == (rows.count,)
-    torch.testing.assert_close(found, operators.row_powers(grad, rows, norm_type), rtol=1e-7, atol=0)
+    torch.testing.assert_close(found, torch_ops.row_powers(grad, rows, norm_type), rtol=1e-7, atol=0)
 
 
 def test_descriptions_with_and_without_dlpack() -> None:
@@ -219,7 +219,7 @@ def test_dense_in_any_order() -> None:
         base.view(24, 1),
     ]
     for tensor in shapes:
-        assert (describe([tensor], "cpu") is not None) == operators.is_dense(tensor), tensor.stride()
+        assert (describe([tensor], "cpu") is not None) == torch_ops.is_dense(tensor), tensor.stride()
 
 
 @pytest.mark.parametrize("openmp", [True, False])
@@ -243,13 +243,13 @@ def test_bits_do_not_depend_on_threads_or_alignment(openmp: bool, monkeypatch: p
 def test_the_second_look_is_only_taken_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without C, a large float32 sum is made again in float64 where float32 cannot hold it, and not otherwise."""
     widened: list[int] = []
-    real = operators._widened
-    monkeypatch.setattr(operators, "_widened", lambda piece: widened.append(piece.numel()) or real(piece))
-    operators.power_sum(torch.randn(8192), 2.0)
+    real = torch_ops._widened
+    monkeypatch.setattr(torch_ops, "_widened", lambda piece: widened.append(piece.numel()) or real(piece))
+    torch_ops.power_sum(torch.randn(8192), 2.0)
     assert not widened
     for scale in (1e25, 1e-25, 0.0):
         widened.clear()
-        operators.power_sum(torch.randn(8192) * scale, 2.0)
+        torch_ops.power_sum(torch.randn(8192) * scale, 2.0)
         assert sum(widened) == 8192
 
 
@@ -327,7 +327,7 @@ def test_what_scaling_leaves_to_operators() -> None:
 
 def test_a_table_is_made_once() -> None:
     """And again when a tensor is elsewhere; its chunks only when lengths change."""
-    from distclip.kernels.table import table_of
+    from distclip.norms.kernels.gpu_tables import table_of
 
     tensors = [torch.ones(100, device=DEVICE), torch.ones(70_000, device=DEVICE)]
     table = table_of(tensors)

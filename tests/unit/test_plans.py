@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import distclip
 from distclip import reference
-from distclip.shards import Places
-from distclip.sources import recent, recent_plan
+from distclip.sharding import cache, recent_plan
+from distclip.sharding.shard import Places
 
 
 class Operators(TorchDispatchMode):  # type: ignore[misc]
@@ -41,9 +41,9 @@ def norm_of(parameters: list[nn.Parameter]) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    recent._recent.clear()
+    cache._recent.clear()
     yield
-    recent._recent.clear()
+    cache._recent.clear()
 
 
 def test_a_function_plans_once_for_the_same_parameters() -> None:
@@ -85,7 +85,7 @@ def test_what_a_plan_keeps_does_not_keep_parameters_alive() -> None:
     model(torch.ones(1, 3)).sum().backward()
     distclip.clip_grad_norm_(model, 1.0)
     distclip.clip_grad_norm_(model.parameters(), 1.0)
-    assert len(recent._recent) == 2
+    assert len(cache._recent) == 2
     gone = weakref.ref(model.weight)
     gc.disable()
     try:
@@ -93,7 +93,7 @@ def test_what_a_plan_keeps_does_not_keep_parameters_alive() -> None:
         assert gone() is None
     finally:
         gc.enable()
-    assert not recent._recent
+    assert not cache._recent
 
 
 def test_another_tensor_in_the_place_of_one_that_has_gone() -> None:
@@ -108,7 +108,7 @@ def test_only_so_many_plans_are_kept() -> None:
     kept = [made(1) for _ in range(40)]
     for parameters in kept:
         distclip.clip_grad_norm_(parameters, 1.0)
-    assert len(recent._recent) == recent._LIMIT
+    assert len(cache._recent) == cache._LIMIT
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import distclip
 from distclip import reference
 from distclip.comm import Comm, threads
-from distclip.measure import measure
-from distclip.reduce import reduce
-from distclip.shards import Shard
+from distclip.norms.measure import measure
+from distclip.norms.reduce import reduce
+from distclip.sharding.shard import Shard
 
 CPU = torch.device("cpu")
 

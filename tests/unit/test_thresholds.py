@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distclip import reference
 from distclip.errors import ArgumentError
+from distclip.norms.reduce import Totals
 from distclip.policies import (
     EMA,
     AdaGC,
@@ -38,7 +39,6 @@ from distclip.policies import (
     zclip,
 )
 from distclip.policies.history import append, quantile
-from distclip.reduce import Totals
 
 CPU = torch.device("cpu")
 ZERO = torch.zeros(())

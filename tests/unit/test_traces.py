@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from distclip.norms.reduce import Totals
 from distclip.policies import NormPolicy, State, adagc, autoclip, ema, global_norm, median_mad, zclip
-from distclip.reduce import Totals
 
 RUNS, START = 12, 400
 ZERO = torch.zeros(())

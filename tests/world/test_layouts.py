@@ -13,7 +13,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
 from distclip import reference
-from distclip.sources import named
+from distclip.sharding import named
 from tests.layouts import LAYOUTS, Case
 from tests.ranks import World
 

@@ -12,9 +12,9 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
 from distclip import reference
-from distclip.bench.contest import Options
+from distclip.bench.race import Options
 from distclip.bench.sharded import tiny
-from distclip.shards import Places
+from distclip.sharding.shard import Places
 from tests.ranks import World
 from tests.unit.test_plans import Operators
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 import distclip
 from distclip import GradClipper, LayoutError, reference
 from distclip.policies import MedianMAD, NormPolicy
-from distclip.sources import named
+from distclip.sharding import named
 from tests.layouts import LAYOUTS, Case
 from tests.ranks import World
 from tests.world.test_layouts import check_counts, stored

@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import distclip
 from distclip import ArgumentError, DisagreementError, GradClipper, LayoutError
-from distclip.shards import Layout
-from distclip.slots import arrange, find
-from distclip.sources import parameter_plan
-from distclip.sources.tagged import place_
+from distclip.sharding import parameter_plan
+from distclip.sharding.annotations import place_
+from distclip.sharding.layout import Layout
+from distclip.sharding.slots import arrange, find
 from tests.layouts import Case
 from tests.layouts.data_parallel import backward, mlp
 from tests.layouts.model_parallel import axis, known, made

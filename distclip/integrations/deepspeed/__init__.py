@@ -29,6 +29,6 @@ never multiplied with; stages 1 to 3 in float16 halve the update of a step at wh
 """
 
 from .attachment import Attachment, attach, detach
-from .configuration import config
+from .config_file import config
 
 __all__ = ["Attachment", "attach", "config", "detach"]

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from ...call import Attempt, meet
 from ...clipper import GradClipper
-from ...comm.derive import all_ranks
+from ...comm.discovery import all_ranks
 from ...decision import Decision
 from ...errors import ArgumentError
-from ...nonfinite import OnNonFinite
+from ...nonfinite.culprits import OnNonFinite
 from ...policies import Policy
 from ...report import Report
-from ..patches import Patches
+from ..monkeypatch import Patches
+from .adapter import Hold, Piece
 from .bf16 import BF16
-from .holds import Hold, Piece
 from .stage_0 import HalfPrecision, SinglePrecision
 from .stage_1_2 import Stage12
 from .stage_3 import Stage3

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..patches import Patches
-from .holds import Decide, Hold, Write, go_on, skipped
+from ..monkeypatch import Patches
+from .adapter import Decide, Hold, Write, go_on, skipped
 from .stage_1_2 import overlaps
 
 __all__ = ["BF16"]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..patches import Patches
-from .holds import Decide, Hold, Write, skipped
+from ..monkeypatch import Patches
+from .adapter import Decide, Hold, Write, skipped
 
 __all__ = ["HalfPrecision", "SinglePrecision"]
 

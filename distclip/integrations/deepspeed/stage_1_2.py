@@ -8,8 +8,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from ..patches import Patches
-from .holds import Decide, Hold, Piece, Write, go_on
+from ..monkeypatch import Patches
+from .adapter import Decide, Hold, Piece, Write, go_on
 
 __all__ = ["Stage12", "overlaps"]
 

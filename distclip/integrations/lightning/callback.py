@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from ...call import Attempt, meet
 from ...comm import LocalComm
-from ...comm.derive import all_ranks
+from ...comm.discovery import all_ranks
 from ...errors import ArgumentError
-from ...nonfinite import OnNonFinite
+from ...nonfinite.culprits import OnNonFinite
 from ...policies import Policy
 from ...report import Report
-from ...sources.arguments import named
-from ...sources.split import SplitOver
-from ..late import Late, OnBind, check_policy
+from ...sharding.parameters import named
+from ...sharding.split_over import SplitOver
+from ..deferred import Late, OnBind, check_policy
 
 if TYPE_CHECKING:
     # The same class, whichever of its two packages is installed.

@@ -12,13 +12,13 @@ from torch import nn
 
 from ...call import Attempt, meet
 from ...clipper import GradClipper
-from ...comm.derive import all_ranks
+from ...comm.discovery import all_ranks
 from ...errors import ArgumentError
-from ...nonfinite import OnNonFinite
+from ...nonfinite.culprits import OnNonFinite
 from ...policies import Policy
 from ...report import Report
-from ..patches import Patches
-from .parts import Groups, Part, by_one_name, leaves, names_of, parts_of
+from ..monkeypatch import Patches
+from .parameters import Groups, Part, by_one_name, leaves, names_of, parts_of
 
 __all__ = ["Attachment", "attach", "detach"]
 

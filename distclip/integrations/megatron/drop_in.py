@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...apply import scale_
-from ...clip import get_total_norm
-from ...shards import Shard, Shards
-from ...sources.arguments import named
-from ...sources.dtensor import is_dtensor
+from ...apply.scale import scale_
+from ...functional import get_total_norm
+from ...sharding.dtensor import is_dtensor
+from ...sharding.parameters import named
+from ...sharding.shard import Shard, Shards
 
 __all__ = ["clip_grad_by_total_norm_fp32", "get_grad_norm_fp32"]
 

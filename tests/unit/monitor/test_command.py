@@ -14,10 +14,10 @@ import pytest
 from rich.console import Console
 
 import distclip
-from distclip.monitor import command, page
+from distclip.monitor import cli, dashboard
 from distclip.monitor.analysis.blame import blame
 from distclip.monitor.analysis.log import Log, read
-from distclip.monitor.command import main
+from distclip.monitor.cli import main
 from distclip.monitor.terminal import Terminal
 from tests.unit.monitor.by_hand import HEADER, bad_record, rows, usual, written
 
@@ -103,8 +103,8 @@ def test_report(runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
         return [directory / "norm.png"]
 
     for stand_in in (write_page, write_pictures):
-        monkeypatch.setattr(page, stand_in.__name__, stand_in, raising=False)
-    monkeypatch.setattr(page, "overview", lambda logs, console, judged: console.print(len(logs)), raising=False)
+        monkeypatch.setattr(dashboard, stand_in.__name__, stand_in, raising=False)
+    monkeypatch.setattr(dashboard, "overview", lambda logs, console, judged: console.print(len(logs)), raising=False)
     monkeypatch.chdir(runs)
     assert said(capsys, "report", "clean") == "1\npage: clean/report.html\n"
     assert said(capsys, "report", ".") == "2\npage: report.html\n"
@@ -184,7 +184,7 @@ def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(asked: object) -> int:
         raise ModuleNotFoundError("No module named 'distclip.nothing'", name="distclip.nothing")
 
-    monkeypatch.setattr(command, "_run", broken)
+    monkeypatch.setattr(cli, "_run", broken)
     with pytest.raises(ModuleNotFoundError):
         main(["diagnose", "x"])
 
@@ -193,7 +193,7 @@ def test_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(asked: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "_run", stop)
+    monkeypatch.setattr(cli, "_run", stop)
     assert main(["diagnose", "x"]) == 130
 
 

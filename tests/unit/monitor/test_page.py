@@ -22,16 +22,16 @@ from plotly.offline import get_plotlyjs
 from rich.console import Console
 
 from distclip.monitor.analysis.log import Log
-from distclip.monitor.page import overview, write_page, write_pictures
-from distclip.monitor.page.charts import distribution, over_steps, tensor_norms
-from distclip.monitor.page.distribution import histograms
-from distclip.monitor.page.facts import facts
-from distclip.monitor.page.palette import RUNS, styles
-from distclip.monitor.page.series import panels, rolling
-from distclip.monitor.page.spikes import rows
-from distclip.monitor.page.tensors import heat_maps
-from distclip.monitor.page.thinning import crests, sample, thin
-from distclip.monitor.page.verdicts import verdicts
+from distclip.monitor.dashboard import overview, write_page, write_pictures
+from distclip.monitor.dashboard.charts import distribution, over_steps, tensor_norms
+from distclip.monitor.dashboard.distribution import histograms
+from distclip.monitor.dashboard.facts import facts
+from distclip.monitor.dashboard.palette import RUNS, styles
+from distclip.monitor.dashboard.series import panels, rolling
+from distclip.monitor.dashboard.spikes import rows
+from distclip.monitor.dashboard.tensors import heat_maps
+from distclip.monitor.dashboard.thinning import crests, sample, thin
+from distclip.monitor.dashboard.verdicts import verdicts
 from tests.logs import bare, full
 
 NAN = float("nan")

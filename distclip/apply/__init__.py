@@ -1,0 +1,1 @@
+"""Write a decision into gradients, optimizers and a GradScaler."""
