@@ -8,11 +8,12 @@ from typing import Any, get_args
 import torch.distributed as dist
 from torch import nn
 
-from .call import Attempt, agree, check_same, meet
+from .call import agree
 from .comm import Comm, ranks_of
+from .comm.consensus import FirstError, check_same_axes, gather_or_raise
 from .errors import ArgumentError, DisagreementError
 from .judge import Judge
-from .nonfinite.culprits import OnNonFinite, Watch
+from .nonfinite.culprits import OnNonFinite, SkipCounter
 from .norms.by_tensor import ByTensor
 from .policies import Policy
 from .sharding import Plan, parameter_plan, split_axes
@@ -30,7 +31,7 @@ def bind(
     split_over: SplitOver,
     comm: Comm | None,
     on_nonfinite: OnNonFinite,
-    watch: Watch,
+    watch: SkipCounter,
     flat_grads: bool,
 ) -> Judge:
     """A judge over the gradients of some parameters; arguments and errors are `GradClipper`'s.
@@ -40,21 +41,21 @@ def bind(
 
     Collectives: one gather; without `comm` an exchange through the store of torch.distributed before it.
     """
-    attempt = Attempt()
-    attempt(_check, policy, on_nonfinite, watch.max_skips)
-    axes = attempt(split_axes, split_over, comm) or ()
-    plan = attempt(parameter_plan, parameters, axes) or Plan.empty(axes)
+    attempt = FirstError()
+    attempt.run(_check, policy, on_nonfinite, watch.max_skips)
+    axes = attempt.run(split_axes, split_over, comm) or ()
+    plan = attempt.run(parameter_plan, parameters, axes) or Plan.empty(axes)
     everybody = agree(plan, comm, attempt)
-    found = attempt(_find, parameters, plan, policy, everybody) or []
+    found = attempt.run(_find, parameters, plan, policy, everybody) or []
     # Where an object lies in memory says nothing.
     asked = re.sub(r" at 0x\w+", "", f"{policy!r}, on_nonfinite={on_nonfinite!r}, max_skips={watch.max_skips}")
-    told = meet(everybody, attempt.failure or plan.failure, (asked, found, plan.axes))
+    told = gather_or_raise(everybody, attempt.error or plan.failure, (asked, found, plan.axes))
     if len({other for other, _, _ in told}) > 1:
         raise DisagreementError(
             f"the ranks of one clipper were given different policies: {sorted({other for other, _, _ in told})}. "
             "Write the same on each."
         )
-    check_same([axes for _, _, axes in told], everybody)
+    check_same_axes([axes for _, _, axes in told], everybody)
     slots = _arrange([said for _, said, _ in told], everybody.rank, policy)
     plan.arrangement.assign(slots.places)
     plan.flatten = flat_grads
@@ -72,9 +73,9 @@ def measure_tensors(judge: Judge) -> None:
         parameters = ByTensor.places(rows) if policy.per == "row" else None
         judge.by_tensor = ByTensor(slots.names, None, parameters, slots.total, slots.total)
         return
-    attempt = Attempt()
-    found = attempt(find, judge.plan, judge.comm.size, _world_rank(judge.comm), False, {}) or []
-    told = meet(judge.comm, attempt.failure or judge.plan.failure, found)
+    attempt = FirstError()
+    found = attempt.run(find, judge.plan, judge.comm.size, _world_rank(judge.comm), False, {}) or []
+    told = gather_or_raise(judge.comm, attempt.error or judge.plan.failure, found)
     fine = arrange(told, judge.comm.rank, "tensor", {}, ())
     part_of = within(told, getattr(policy, "groups", {}), getattr(policy, "exclude", ()))
     judge.plan.arrangement.assign(fine.places)

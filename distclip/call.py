@@ -6,49 +6,28 @@ Whatever a rank finds wrong, before or while it measures, is kept; it still ente
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .comm import Comm, LocalComm, MPIComm, ProcessGroupComm, ranks_of
+from .comm.consensus import FirstError, raise_gathered, wire_of
 from .comm.discovery import communicator, widened
-from .comm.ranks import Axis
-from .comm.rendezvous import Post, check
-from .errors import ArgumentError, LayoutError, PeerError, as_peer, as_told
+from .devices import host_reads_free
+from .errors import ArgumentError, LayoutError, PeerError
 from .norms.measure import Evidence, measure
 from .norms.partial_grads import settle
-from .norms.reduce import Totals, at_hand, reduce
+from .norms.reduce import Totals, reduce
 from .sharding import Plan
 from .sharding.shard import Shard, Shards
 
-__all__ = ["Attempt", "Measured", "agree", "check_same", "meet", "total"]
+__all__ = ["Measured", "agree", "total"]
 
 T = TypeVar("T")
-
-
-class Attempt:
-    """Runs steps that may find something wrong and keeps the first failure, to be raised by all ranks together.
-
-    >>> attempt = Attempt()
-    >>> attempt(int, "3"), attempt(int, "three")
-    (3, None)
-    >>> attempt.failure
-    ValueError("invalid literal for int() with base 10: 'three'")
-    """
-
-    def __init__(self) -> None:
-        self.failure: Exception | None = None
-
-    def __call__(self, step: Callable[..., T], *args: Any) -> T | None:
-        try:
-            return step(*args)
-        except Exception as error:
-            self.failure = self.failure or error
-            return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +98,7 @@ class Measured:
         """The norm as the caller gets it: float32; float64 where a gradient is, or the host knows that float32 would
         not hold it."""
         norm = self.norm
-        if self.wide or (at_hand(norm.device) and torch.finfo(torch.float32).max < float(norm) < math.inf):
+        if self.wide or (host_reads_free(norm.device) and torch.finfo(torch.float32).max < float(norm) < math.inf):
             return norm
         return norm.to(torch.float32)
 
@@ -128,7 +107,7 @@ class Measured:
         return fact & (stop == 0) if isinstance(stop, Tensor) else fact
 
 
-def agree(plan: Plan, comm: Comm | None, attempt: Attempt) -> Comm:
+def agree(plan: Plan, comm: Comm | None, attempt: FirstError) -> Comm:
     """The communicator of a plan: `comm`, or the one that its meshes and axes call for.
 
     Args:
@@ -145,36 +124,13 @@ def agree(plan: Plan, comm: Comm | None, attempt: Attempt) -> Comm:
                 f"comm={comm!r:.120}: expected what has rank, size, sum_, max_ and gather_objects. Write "
                 "comm=ProcessGroupComm(group) for a process group, comm=MPIComm(comm) for a communicator of mpi4py."
             )
-        attempt(_check_covered, plan, comm)
+        attempt.run(_check_covered, plan, comm)
         return comm
-    failure = attempt.failure or plan.failure
+    failure = attempt.error or plan.failure
     found = communicator(plan.groups, plan.axes, failure)
     if failure is not None and isinstance(found, LocalComm):
         raise failure
     return found
-
-
-def meet(comm: Comm, failure: Exception | None, said: T) -> list[T]:
-    """What every rank says, in order; if one of them failed, all raise.
-
-    Collectives: one gather over `comm`.
-    """
-    told = comm.gather_objects((_described(failure), said))
-    if any(described for described, _ in told):
-        _raise(failure, [described for described, _ in told], comm)
-    return [value for _, value in told]
-
-
-def check_same(told: Sequence[tuple[Axis, ...]], comm: Comm) -> None:
-    """Refuse axes of `split_over=` that contradict each other: with `comm` given nobody has compared them yet.
-
-    Raises:
-        DisagreementError: on every rank, since all have been told the same.
-    """
-    if hasattr(comm, "ranks"):
-        clash = check({rank: Post((), axes) for rank, axes in zip(ranks_of(comm), told, strict=True)})
-        if clash is not None:
-            raise clash
 
 
 def total(
@@ -204,27 +160,26 @@ def total(
     Collectives: one all-reduce over `comm`; more if a rank failed, came with a wider mesh, or holds summands
     (`settle`).
     """
-    attempt = Attempt()
-    attempt.failure = failure or plan.failure
-    shards = attempt(plan.shards, comm.size) or Shards.of(())
+    attempt = FirstError(failure or plan.failure)
+    shards = attempt.run(plan.shards, comm.size) or Shards.of(())
     device = _device(plan, shards)
-    parameters = (attempt(plan.weights, comm.size) or ()) if weights else None
-    partials = attempt(measure, shards, norm_type, device, inspect, slots, parameters)
+    parameters = (attempt.run(plan.weights, comm.size) or ()) if weights else None
+    partials = attempt.run(measure, shards, norm_type, device, inspect, slots, parameters)
     partials = partials or measure((), norm_type, device, None, slots, () if weights else None)
     wider = isinstance(comm, ProcessGroupComm) and bool(_beyond(plan, comm))
     if not isinstance(comm, ProcessGroupComm):
-        attempt(_check_covered, plan, comm)  # no wider one can be agreed on
-    stop = wider or partials.pending or attempt.failure is not None
+        attempt.run(_check_covered, plan, comm)  # no wider one can be agreed on
+    stop = wider or partials.pending or attempt.error is not None
     totals = reduce(partials, norm_type, comm, stop=stop)
     if not _flags_matter(plan, comm, device):
         # Nobody waits for the flags here: who failed raises, and the others touch nothing (`guard`, `learn`).
-        if attempt.failure is not None:
-            raise attempt.failure
+        if attempt.error is not None:
+            raise attempt.error
         return Measured(shards, totals, partials.wide, len(plan.tensors), partials.each)
     if totals.stop > 0:
-        told = comm.gather_objects(_described(attempt.failure) or wider)
+        told = comm.gather_objects(wire_of(attempt.error) or wider)
         if any(isinstance(said, tuple) for said in told):
-            _raise(attempt.failure, told, comm)
+            raise_gathered(attempt.error, told, comm)
         if any(told):
             assert isinstance(comm, ProcessGroupComm)
             return total(plan, norm_type, widened(comm, plan.groups, plan.axes), None, inspect, slots, weights)
@@ -265,7 +220,7 @@ def _flags_matter(plan: Plan, comm: Comm, device: torch.device) -> bool:
     Through a communicator of the caller's they are always read: some of its ranks may hold nothing, and know nothing of
     what others hold.
     """
-    return at_hand(device) or not getattr(comm, "agreed", False) or bool(plan.axes) or plan.may_be_partial
+    return host_reads_free(device) or not getattr(comm, "agreed", False) or bool(plan.axes) or plan.may_be_partial
 
 
 def _device(plan: Plan, shards: Shards) -> torch.device:
@@ -273,13 +228,3 @@ def _device(plan: Plan, shards: Shards) -> torch.device:
     if shards.grads:
         return shards.grads[0].device
     return plan.tensors[0].device if plan.tensors else torch.device("cpu")
-
-
-def _described(failure: Exception | None) -> tuple[str, str] | None:
-    return None if failure is None else as_told(failure)
-
-
-def _raise(failure: Exception | None, told: list[Any], comm: Comm) -> NoReturn:
-    if failure is not None:
-        raise failure
-    raise next(as_peer(rank, *said) for rank, said in zip(ranks_of(comm), told, strict=True) if isinstance(said, tuple))

@@ -14,10 +14,10 @@ from .errors import ArgumentError
 from .policies import Policy, State
 from .sharding.slots import Slots
 
-__all__ = ["restored", "rule_of", "saved"]
+__all__ = ["policy_kind", "restored", "saved"]
 
 
-def rule_of(policy: Policy) -> str:
+def policy_kind(policy: Policy) -> str:
     """What kind of memory a policy has."""
     return f"{type(policy).__name__}({type(getattr(policy, 'threshold', None)).__name__})"
 

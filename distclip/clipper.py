@@ -14,15 +14,15 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .binding import bind, measure_tensors
-from .checkpoint import restored, rule_of, saved
+from .checkpoint import policy_kind, restored, saved
 from .comm import Comm
-from .decision import Decision, Observer
+from .decision import Observer, Outcome
 from .errors import ArgumentError
-from .nonfinite.culprits import Incident, OnNonFinite, Watch
+from .nonfinite.culprits import Incident, OnNonFinite, SkipCounter
 from .policies import Policy
 from .report import Report
 from .sharding.parameters import Parameters
-from .sharding.shard import Places, Shards
+from .sharding.shard import ShardInfos, Shards
 from .sharding.split_over import SplitOver
 from .stepper import Stepper, several, write_
 
@@ -78,7 +78,7 @@ class GradClipper:
         flat_grads: bool = False,
     ) -> None:
         self.policy = policy
-        self._watch = Watch(max_skips)
+        self._watch = SkipCounter(max_skips)
         self._judge = bind(parameters, policy, split_over, comm, on_nonfinite, self._watch, flat_grads)
         self._stepper = Stepper(self._judge)
         self._attached: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -148,7 +148,7 @@ class GradClipper:
 
     @_disable_dynamo
     @torch.no_grad()
-    def decide(self, loss_scale: float | None = None, failure: Exception | None = None) -> Decision:
+    def decide(self, loss_scale: float | None = None, failure: Exception | None = None) -> Outcome:
         """Measure and decide, and leave it to the caller to `write_` the decision or to leave the step out.
 
         For owners of an optimizer that keep gradients in places of their own (see `distclip.integrations`).
@@ -167,7 +167,7 @@ class GradClipper:
         return self._judge.decide(failure, scale, scaled=scale is not None)
 
     @torch.no_grad()
-    def write_(self, decision: Decision, where: Sequence[int], grads: Sequence[Tensor]) -> None:
+    def write_(self, decision: Outcome, where: Sequence[int], grads: Sequence[Tensor]) -> None:
         """Write a decision into gradients that may lie elsewhere than where they were measured.
 
         Args:
@@ -178,7 +178,7 @@ class GradClipper:
         Collectives: none. Host syncs: none.
         """
         usual = self._judge.plan.arrangement.usual(self._judge.comm.size)
-        write_(decision, Shards(Places(usual[i] for i in where), list(grads)))
+        write_(decision, Shards(ShardInfos(usual[i] for i in where), list(grads)))
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -335,9 +335,14 @@ class GradClipper:
         """
         self._judge.settle()
         watch = self._watch
-        counts = {"steps": watch.steps, "skipped": watch.skipped, "in_a_row": watch.in_a_row, "reseeds": watch.reseeds}
+        counts = {
+            "steps": watch.steps,
+            "skipped": watch.skipped,
+            "in_a_row": watch.in_a_row,
+            "restarts": watch.restarts,
+        }
         return {
-            "rule": rule_of(self.policy),
+            "rule": policy_kind(self.policy),
             "counts": {key: torch.tensor(count) for key, count in counts.items()},
             "state": saved(self._judge.state, self._judge.slots),
         }
@@ -351,10 +356,11 @@ class GradClipper:
         Raises:
             ArgumentError: another kind of policy, or another window.
         """
-        if state_dict["rule"] != rule_of(self.policy):
+        if state_dict["rule"] != policy_kind(self.policy):
             raise ArgumentError(
-                f"the checkpoint remembers what {state_dict['rule']} knew, and the policy is {rule_of(self.policy)}: "
-                "resume with the policy that the run was started with, or leave the clipper's state out."
+                f"the checkpoint remembers what {state_dict['rule']} knew, and the policy is "
+                f"{policy_kind(self.policy)}: resume with the policy that the run was started with, or leave the "
+                "clipper's state out."
             )
         self._judge.settle()
         self._judge.state = restored(self._judge.state, self._judge.slots, state_dict.get("state", {}))

@@ -16,11 +16,11 @@ from .policies import Clamp
 from .report import Report
 from .sharding.shard import Shards
 
-__all__ = ["Decision", "Observer"]
+__all__ = ["Observer", "Outcome"]
 
 
 @dataclass(frozen=True)
-class Decision:
+class Outcome:
     """What is to happen to the gradients of one step.
 
     Args:
@@ -51,7 +51,7 @@ class Decision:
         factors = factors if self.skip_known is not None else torch.where(self.skip, 1.0, factors)
         return factors if self.by_tensor is None else self.by_tensor.spread(factors)
 
-    def without_gradients(self) -> Decision:
+    def without_gradients(self) -> Outcome:
         """The same, without keeping gradients alive."""
         return replace(self, measured=replace(self.measured, shards=Shards.of(()), each=()))
 
@@ -81,7 +81,7 @@ class Decision:
         return None if fine is None or self.by_tensor is None else self.by_tensor.norms(fine)
 
 
-Observer: TypeAlias = Callable[[int, Decision], None]
+Observer: TypeAlias = Callable[[int, Outcome], None]
 """Is told of every decision, with the number of its step, before any gradient is written. Raises nothing."""
 
 

@@ -11,7 +11,7 @@
         └── TooManySkippedSteps            so many steps in a row were skipped for it as were to be borne
 
     NonFiniteWarning       (UserWarning)   a step was skipped, or elements were set to zero
-    LimiterWarning         (UserWarning)   an adaptive policy clips more than half of the steps
+    FrequentClippingWarning         (UserWarning)   an adaptive policy clips more than half of the steps
 
 All of them are raised on every rank that takes part in the call, and before any gradient is touched. On an accelerator
 a host that waits for nothing learns that another rank failed when it next reads a number (a step later at most), and
@@ -25,14 +25,14 @@ __all__ = [
     "ArgumentError",
     "DisagreementError",
     "DistclipError",
+    "FrequentClippingWarning",
     "LayoutError",
-    "LimiterWarning",
     "NonFiniteError",
     "NonFiniteWarning",
     "PeerError",
     "TooManySkippedSteps",
-    "as_peer",
-    "as_told",
+    "from_wire",
+    "to_wire",
 ]
 
 
@@ -69,23 +69,23 @@ class NonFiniteWarning(UserWarning):
     """A step was skipped because its gradients are not finite, or elements of them were set to zero."""
 
 
-class LimiterWarning(UserWarning):
+class FrequentClippingWarning(UserWarning):
     """An adaptive policy clips more than half of the steps: what it follows it also holds back."""
 
 
 _SHARED = {kind.__name__: kind for kind in (ArgumentError, LayoutError, DisagreementError)}
 
 
-def as_told(error: Exception) -> tuple[str, str]:
-    """What other ranks are told of a failure, (class name, message): what `as_peer` makes an exception of again.
+def to_wire(error: Exception) -> tuple[str, str]:
+    """What other ranks are told of a failure, (class name, message): what `from_wire` makes an exception of again.
 
-    >>> as_told(ArgumentError("max_norm=-1.0: negative"))
+    >>> to_wire(ArgumentError("max_norm=-1.0: negative"))
     ('ArgumentError', 'max_norm=-1.0: negative')
     """
     return type(error).__name__, str(error)
 
 
-def as_peer(rank: int | None, kind: str, message: str) -> DistclipError:
+def from_wire(rank: int | None, kind: str, message: str) -> DistclipError:
     """The exception to raise here for what `rank` ran into.
 
     Args:
@@ -96,7 +96,7 @@ def as_peer(rank: int | None, kind: str, message: str) -> DistclipError:
     Returns:
         An exception of the same class where the class is one of ours, a `PeerError` otherwise.
 
-    >>> as_peer(3, "ArgumentError", "max_norm=-1.0: negative")
+    >>> from_wire(3, "ArgumentError", "max_norm=-1.0: negative")
     ArgumentError('rank 3: max_norm=-1.0: negative')
     """
     if kind in _SHARED:

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from .apply.scale import clamp_, scale_
-from .call import Attempt, Measured, agree, total
+from .call import Measured, agree, total
 from .comm import Comm
+from .comm.consensus import FirstError
 from .comm.ranks import Axis
 from .errors import NonFiniteError
 from .policies import Fixed, NormPolicy, coefficient, global_norm, value
@@ -84,9 +85,11 @@ def clip_grad_norm_(
     >>> weight.grad
     tensor([0.6000, 0.8000])
     """
-    attempt = Attempt()
+    attempt = FirstError()
     # The p that was asked for also where max_norm is refused: it decides which collective the others are in.
-    policy = attempt(global_norm, max_norm, norm_type) or attempt(global_norm, math.inf, norm_type) or global_norm()
+    policy = (
+        attempt.run(global_norm, max_norm, norm_type) or attempt.run(global_norm, math.inf, norm_type) or global_norm()
+    )
     measured = _measured(attempt, recent_plan, parameters, policy, split_over, comm)
     if isinstance(parameters, GeneratorType) and not measured.passed:
         warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3)
@@ -127,8 +130,8 @@ def get_total_norm(
     >>> get_total_norm([torch.tensor([3.0]), torch.tensor([4.0], dtype=torch.bfloat16)])
     tensor(5.)
     """
-    attempt = Attempt()
-    policy = attempt(global_norm, math.inf, norm_type) or global_norm()
+    attempt = FirstError()
+    policy = attempt.run(global_norm, math.inf, norm_type) or global_norm()
     measured = _measured(attempt, gradient_plan, tensors, policy, split_over, comm)
     _refuse_nonfinite(measured, policy.norm_type, error_if_nonfinite)
     return measured.presented()
@@ -192,7 +195,7 @@ def clip_grad_value_(
 
 
 def _measured(
-    attempt: Attempt,
+    attempt: FirstError,
     make_plan: Callable[[Parameters, tuple[Axis, ...]], Plan],
     tensors: Parameters,
     policy: NormPolicy,
@@ -200,10 +203,10 @@ def _measured(
     comm: Comm | None,
 ) -> Measured:
     """One call of a functional drop-in up to its totals; everything found wrong is raised by all ranks together."""
-    axes = attempt(split_axes, split_over, comm) or ()
-    plan = attempt(make_plan, tensors, axes) or Plan.empty(axes)
+    axes = attempt.run(split_axes, split_over, comm) or ()
+    plan = attempt.run(make_plan, tensors, axes) or Plan.empty(axes)
     everybody = agree(plan, comm, attempt)
-    return total(plan, policy.norm_type, everybody, attempt.failure)
+    return total(plan, policy.norm_type, everybody, attempt.error)
 
 
 def _local_shards(parameters: Parameters) -> Shards:

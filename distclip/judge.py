@@ -17,12 +17,12 @@ from torch import Tensor
 from .apply.scale import outside
 from .call import Measured, total
 from .comm import Comm, LocalComm
-from .decision import Decision, Observer
+from .decision import Observer, Outcome
+from .devices import host_reads_free
 from .errors import PeerError
-from .nonfinite.culprits import OnNonFinite, Watch, blame, counted, suspected, zero_
+from .nonfinite.culprits import OnNonFinite, SkipCounter, blame, counted, suspect_nonfinite, zero_
 from .norms.by_tensor import ByTensor
 from .norms.measure import Evidence
-from .norms.reduce import at_hand
 from .policies import Clamp, Policy, Scale, State, Value
 from .sharding import Plan
 from .sharding.slots import Slots
@@ -54,7 +54,7 @@ class Judge:
     """
 
     def __init__(
-        self, plan: Plan, comm: Comm, policy: Policy, slots: Slots, on_nonfinite: OnNonFinite, watch: Watch
+        self, plan: Plan, comm: Comm, policy: Policy, slots: Slots, on_nonfinite: OnNonFinite, watch: SkipCounter
     ) -> None:
         self.plan, self.comm, self.policy, self.slots = plan, comm, policy, slots
         self.on_nonfinite, self.watch = on_nonfinite, watch
@@ -67,8 +67,8 @@ class Judge:
     def on_host(self) -> bool:
         """Whether totals are on the host anyway: a fact of the communicator, so the same on all of its ranks."""
         if isinstance(self.comm, LocalComm):
-            return all(at_hand(tensor.device) for tensor in self.plan.tensors)
-        return at_hand(getattr(self.comm, "device", torch.device("cpu")))
+            return all(host_reads_free(tensor.device) for tensor in self.plan.tensors)
+        return host_reads_free(getattr(self.comm, "device", torch.device("cpu")))
 
     @property
     def measured_slots(self) -> int:
@@ -77,7 +77,7 @@ class Judge:
 
     def decide(
         self, failure: Exception | None, loss_scale: Tensor | None, *, scaled: bool = False, wait: bool = True
-    ) -> Decision:
+    ) -> Outcome:
         """Measure, decide, and handle what is not finite; no gradient is written yet, save by "zero".
 
         Args:
@@ -110,8 +110,8 @@ class Judge:
             self.state = moved
         scale = verdict if isinstance(verdict, Scale) else None
         coefs = torch.ones_like(totals.value) if scale is None else scale.coefs
-        if any(self.slots.spared):
-            coefs = torch.where(_mask(self.slots.spared, self.slots.counts, coefs.device), 1.0, coefs)
+        if any(self.slots.excluded):
+            coefs = torch.where(_mask(self.slots.excluded, self.slots.counts, coefs.device), 1.0, coefs)
         overflow = ~totals.finite if skips else torch.zeros_like(totals.finite)
         by_policy = None if scale is None else scale.skip
         skip = overflow if by_policy is None else overflow | (by_policy & totals.finite)
@@ -124,7 +124,7 @@ class Judge:
             coefs = torch.ones_like(coefs) if known else coefs if finite else measured.guard(coefs)
         clamp = verdict if isinstance(verdict, Clamp) else None
         bounds = None if scale is None else scale.bounds
-        decision = Decision(measured, coefs, clamp, skip, known, overflow, bounds, self.by_tensor)
+        decision = Outcome(measured, coefs, clamp, skip, known, overflow, bounds, self.by_tensor)
         if finite is not False:
             self._count(decision, scaled)
         for observer in self.observers:
@@ -150,16 +150,16 @@ class Judge:
             )
         self._take_note(later, *numbers)
 
-    def _take_note(self, later: _Later, finite: float, skipped: float, clipped: float, reseeds: float) -> None:
+    def _take_note(self, later: _Later, finite: float, skipped: float, clipped: float, restarts: float) -> None:
         """Count and warn."""
         if finite:
-            self.watch.went_well(clipped, int(reseeds))
+            self.watch.went_well(clipped, int(restarts))
             if skipped:
                 self.watch.leave_out(later.step)
             else:
                 self.watch.in_a_row = 0
         elif self.on_nonfinite != "propagate" or later.quiet:
-            self.watch.skip(later.step, blame(suspected(later.each), self.comm), later.quiet)
+            self.watch.skip(later.step, blame(suspect_nonfinite(later.each), self.comm), later.quiet)
 
     def _measure(self, failure: Exception | None, loss_scale: Tensor | None) -> Measured:
         policy = self.policy
@@ -191,7 +191,7 @@ class Judge:
         self.watch.skip(step, culprits, scaled)
         return measured, False
 
-    def _count(self, decision: Decision, scaled: bool) -> None:
+    def _count(self, decision: Outcome, scaled: bool) -> None:
         """Take note of a step: now, or when the next one is made."""
         totals, coefs = decision.measured.totals, decision.coefs
         later = _Later(self.watch.steps, coefs, lambda: None, decision.measured.each, scaled)
@@ -202,9 +202,9 @@ class Judge:
             # The host takes no part in a replay.
             return
         often = ((coefs != 1) | decision.skip).to(coefs.dtype).mean() * bool(self.state)
-        reseeds = self.state["reseeds"].sum() if "reseeds" in self.state else coefs.new_zeros(())
+        restarts = self.state["restarts"].sum() if "restarts" in self.state else coefs.new_zeros(())
         failed = decision.measured.peer_failed
-        facts = (totals.finite, decision.skip, often, reseeds)
+        facts = (totals.finite, decision.skip, often, restarts)
         numbers = torch.stack([x.to(coefs.dtype) for x in (coefs.new_zeros(()) if failed is None else failed, *facts)])
         if numbers.device.type == "cuda":
             numbers = numbers.to("cpu", non_blocking=True)
@@ -220,6 +220,6 @@ def _capturing() -> bool:
 
 
 @lru_cache(maxsize=16)
-def _mask(spared: tuple[bool, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
+def _mask(excluded: tuple[bool, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
     """(slots,): it travels to the device once, not every step."""
-    return torch.tensor(spared).repeat_interleave(torch.tensor(counts)).to(device)
+    return torch.tensor(excluded).repeat_interleave(torch.tensor(counts)).to(device)

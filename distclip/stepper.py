@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from .apply.fused import folded, takes_factor
-from .apply.grad_scaler import Scaling, initial_scale, parameters_of
+from .apply.fused import fused_step, supports_grad_scale
+from .apply.grad_scaler import ScalerState, initial_scale, parameters_of
 from .apply.scale import clamp_, scale_
-from .call import Attempt, meet
-from .decision import Decision
+from .comm.consensus import FirstError, gather_or_raise
+from .decision import Outcome
 from .errors import ArgumentError, DisagreementError
 from .judge import Judge
 from .policies import Value
@@ -38,7 +38,7 @@ class Stepper:
     def __init__(self, judge: Judge) -> None:
         self._judge = judge
         self._met: list[tuple[tuple[weakref.ref[Any], ...], bool]] = []
-        self._round: tuple[object, Decision, bool, bool] | None = None
+        self._round: tuple[object, Outcome, bool, bool] | None = None
 
     @torch.no_grad()
     def clip(
@@ -46,20 +46,20 @@ class Stepper:
         optimizer: Optimizer | Iterable[Optimizer] | None,
         scaler: GradScaler | None,
         failure: Exception | None,
-    ) -> Decision:
+    ) -> Outcome:
         """See `GradClipper.clip`."""
         if isinstance(scaler, GradScaler) and not scaler.is_enabled():
             scaler = None
         if scaler is None:
             decision = self._judge.decide(failure, None)
         else:
-            attempt = Attempt()
-            attempt.failure = failure
-            optimizers = attempt(several, optimizer) or []
+            attempt = FirstError()
+            attempt.error = failure
+            optimizers = attempt.run(several, optimizer) or []
             self._meet(attempt, optimizers, scaler)
-            scaling = attempt(Scaling, scaler, optimizers)
-            loss_scale = None if scaling is None else attempt(self._loss_scale, scaling, optimizers)
-            decision = self._judge.decide(attempt.failure, loss_scale, scaled=True)
+            scaling = attempt.run(ScalerState, scaler, optimizers)
+            loss_scale = None if scaling is None else attempt.run(self._loss_scale, scaling, optimizers)
+            decision = self._judge.decide(attempt.error, loss_scale, scaled=True)
             assert scaling is not None
             scaling.tell(decision.overflow.to(torch.float32))
         if not decision.skip_known:
@@ -71,14 +71,14 @@ class Stepper:
                 main.zero_()
         return decision
 
-    def step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None) -> Decision:
+    def step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None) -> Outcome:
         """See `GradClipper.step`."""
-        attempt = Attempt()
-        optimizers = attempt(several, optimizer) or []
+        attempt = FirstError()
+        optimizers = attempt.run(several, optimizer) or []
         if isinstance(scaler, GradScaler) and not scaler.is_enabled():
             scaler = None
         lazily = self._meet(attempt, optimizers, scaler) and self._judge.on_nonfinite in ("skip", "propagate")
-        scaling = None if scaler is None else attempt(Scaling, scaler, optimizers)
+        scaling = None if scaler is None else attempt.run(ScalerState, scaler, optimizers)
         if scaling is not None and self._round is not None and self._round[0] is scaling.round:
             _, decision, in_place, were_scaled = self._round
             self._check_known(optimizers)
@@ -88,7 +88,7 @@ class Stepper:
                     f"{'unscaled them itself' if were_scaled else 'found them unscaled'}: scaler.unscale_ is for all "
                     "optimizers before the first call, or for none. Write clipper.step([one, other], scaler)."
                 )
-            fold = not in_place and all(map(takes_factor, optimizers))
+            fold = not in_place and all(map(supports_grad_scale, optimizers))
             if not in_place and not fold and not decision.skip_known:
                 # The earlier call has left them to its own optimizer's kernel.
                 with torch.no_grad():
@@ -97,12 +97,14 @@ class Stepper:
             return decision
         were_scaled = scaling is not None and len(scaling.scaled()) == len(optimizers)
         with torch.no_grad():
-            loss_scale = None if scaling is None else attempt(self._loss_scale, scaling, optimizers)
-            decision = self._judge.decide(attempt.failure, loss_scale, scaled=scaling is not None, wait=not lazily)
+            loss_scale = None if scaling is None else attempt.run(self._loss_scale, scaling, optimizers)
+            decision = self._judge.decide(attempt.error, loss_scale, scaled=scaling is not None, wait=not lazily)
         fold = loss_scale is not None or decision.skip_known is None
         fold = fold and decision.clamp is None and len(decision.coefs) == 1
         # With a loss scale it has been checked already that these are the clipper's.
-        fold = fold and all(map(takes_factor, optimizers)) and (loss_scale is not None or self._knows(optimizers))
+        fold = (
+            fold and all(map(supports_grad_scale, optimizers)) and (loss_scale is not None or self._knows(optimizers))
+        )
         if not fold and not decision.skip_known:
             with torch.no_grad():
                 write_(decision, decision.measured.shards)
@@ -111,7 +113,7 @@ class Stepper:
             self._round = (scaling.round, decision.without_gradients(), not fold, were_scaled)
         return decision
 
-    def _meet(self, attempt: Attempt, optimizers: Sequence[Optimizer], scaler: GradScaler | None) -> bool:
+    def _meet(self, attempt: FirstError, optimizers: Sequence[Optimizer], scaler: GradScaler | None) -> bool:
         """The first time with these optimizers and this scaler, agree with all ranks; whether all optimizers are fused.
 
         A rank may have no optimizer at all, or (a pipeline stage) a scaler that has seen no loss.
@@ -120,11 +122,11 @@ class Stepper:
         for known, fused in self._met:
             if len(known) == len(party) and all(ref() is one for ref, one in zip(known, party, strict=True)):
                 return fused
-        if attempt.failure is not None and self._met:
+        if attempt.error is not None and self._met:
             return False  # the others may have met before: they will hear of it in the reduction
-        scale, scaled = (None if scaler is None else attempt(initial_scale, scaler)) or (None, False)
-        fuses = attempt(lambda: all(map(takes_factor, optimizers))) or False
-        told = meet(self._judge.comm, attempt.failure, (fuses, scale, scaled))
+        scale, scaled = (None if scaler is None else attempt.run(initial_scale, scaler)) or (None, False)
+        fuses = attempt.run(lambda: all(map(supports_grad_scale, optimizers))) or False
+        told = gather_or_raise(self._judge.comm, attempt.error, (fuses, scale, scaled))
         if len({scale for _, scale, _ in told}) > 1:
             raise DisagreementError(
                 f"the scalers of the ranks start at {[scale for _, scale, _ in told]}: write the same one on each."
@@ -134,7 +136,7 @@ class Stepper:
         self._met.append((tuple(map(weakref.ref, party)), all(fused for fused, _, _ in told)))
         return self._met[-1][1]
 
-    def _loss_scale(self, scaling: Scaling, optimizers: Sequence[Optimizer]) -> Tensor | None:
+    def _loss_scale(self, scaling: ScalerState, optimizers: Sequence[Optimizer]) -> Tensor | None:
         self._check_known(optimizers)
         scaled = scaling.scaled()
         alike = len(scaled) in (0, len(optimizers)) and scaling.others_unscaled() == (not scaled)
@@ -170,7 +172,7 @@ class Stepper:
         return all(id(param) in own for param in parameters_of(optimizers))
 
     def _advance(
-        self, optimizers: Sequence[Optimizer], decision: Decision, scaling: Scaling | None, fold: bool
+        self, optimizers: Sequence[Optimizer], decision: Outcome, scaling: ScalerState | None, fold: bool
     ) -> None:
         """Step, or leave the step out; without `fold` the gradients have been scaled already."""
         found_inf = decision.skip.to(torch.float32)
@@ -179,13 +181,13 @@ class Stepper:
         if decision.skip_known:
             pass
         elif fold:
-            with folded(optimizers, decision.factors.reciprocal().float().view(()), found_inf):
+            with fused_step(optimizers, decision.factors.reciprocal().float().view(()), found_inf):
                 for optimizer in optimizers:
                     optimizer.step()
         else:
             for optimizer in optimizers:
-                if decision.skip_known is None and takes_factor(optimizer):
-                    with folded([optimizer], None, found_inf):
+                if decision.skip_known is None and supports_grad_scale(optimizer):
+                    with fused_step([optimizer], None, found_inf):
                         optimizer.step()
                 elif decision.skip_known is not None or not bool(decision.skip):
                     optimizer.step()
@@ -199,7 +201,7 @@ class Stepper:
         return shards.where([i for i, name in enumerate(shards.places.names) if name in names])
 
 
-def write_(decision: Decision, shards: Shards) -> None:
+def write_(decision: Outcome, shards: Shards) -> None:
     """Write a decision into gradients."""
     scale_(shards, decision.factors)
     if decision.clamp is not None:

@@ -29,7 +29,7 @@ warnings.filterwarnings("ignore", r"torch\.distributed is disabled, unavailable 
 # Parameter groups by parameter names: a list of groups would differ between pipeline stages.
 OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 SAME = ("model", "data", "batch", "seed", "optim._target_", "precision.dtype")
-SAME_CLIP = ("clip._target_", "clip.norm_type", "clip.per", "clip.window", "clip.reseed", "clip.groups")
+SAME_CLIP = ("clip._target_", "clip.norm_type", "clip.per", "clip.window", "clip.restart_after", "clip.groups")
 
 
 def newest(run: Path, before: int | None = None) -> tuple[int, Path]:

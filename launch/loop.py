@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import checkpoint
 from data import Batch, Data
-from distclip import LimiterWarning, NonFiniteWarning
+from distclip import FrequentClippingWarning, NonFiniteWarning
 from distclip.monitor import Recorder
 from inject import Inject
 from layout import Layout, share
@@ -80,7 +80,7 @@ def train(run: Run, record: Record, terminal: Terminal) -> Outcome | None:
 
     start = time.perf_counter()
     with terminal.bar(cfg.log.bar) as bar, warnings.catch_warnings():
-        for category in (LimiterWarning, NonFiniteWarning):  # all ranks would say the same
+        for category in (FrequentClippingWarning, NonFiniteWarning):  # all ranks would say the same
             warnings.simplefilter("default" if RANK == 0 else "ignore", category)
         task = bar.add_task("", total=cfg.steps, completed=run.start - 1)
         for step, batch in enumerate(islice(data.train(cfg.seed), run.start - 1, cfg.steps), run.start):

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["folded", "takes_factor"]
+__all__ = ["fused_step", "supports_grad_scale"]
 
 
-def takes_factor(optimizer: Optimizer) -> bool:
+def supports_grad_scale(optimizer: Optimizer) -> bool:
     """Whether an optimizer divides by `grad_scale` without losing precision over it.
 
     On CPU the kernels round `grad_scale` to the parameters' dtype: 0.4 % off for bfloat16.
 
     >>> weight = torch.nn.Parameter(torch.zeros(1))
-    >>> takes_factor(torch.optim.AdamW([weight], fused=True)), takes_factor(torch.optim.AdamW([weight]))
+    >>> supports_grad_scale(torch.optim.AdamW([weight], fused=True)), supports_grad_scale(torch.optim.AdamW([weight]))
     (True, False)
     """
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -39,11 +39,11 @@ def takes_factor(optimizer: Optimizer) -> bool:
 
 
 @contextmanager
-def folded(optimizers: Sequence[Optimizer], divisor: Tensor | None, found_inf: Tensor) -> Iterator[None]:
+def fused_step(optimizers: Sequence[Optimizer], divisor: Tensor | None, found_inf: Tensor) -> Iterator[None]:
     """For the length of a step, let fused optimizers divide gradients and leave the step out.
 
     Args:
-        optimizers: for which `takes_factor`.
+        optimizers: for which `supports_grad_scale`.
         divisor: 0-d float32; None to divide by nothing.
         found_inf: 0-d float32, exactly 1.0 to leave the step out.
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ..errors import ArgumentError
 
-__all__ = ["Scaling", "initial_scale", "parameters_of"]
+__all__ = ["ScalerState", "initial_scale", "parameters_of"]
 
 
 def parameters_of(optimizers: Iterable[Optimizer]) -> list[Tensor]:
@@ -36,7 +36,7 @@ def initial_scale(scaler: Any) -> tuple[float, bool]:
     return scaler.get_scale(), scaler._scale is not None
 
 
-class Scaling:
+class ScalerState:
     """One step of some optimizers under an enabled scaler.
 
     Args:

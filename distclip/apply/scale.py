@@ -8,12 +8,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ..devices import device_constant
 from ..errors import LayoutError
 from ..norms.kernels import scale_ as scale_many_
-from ..norms.kernels.torch_ops import constant, row_index
-from ..sharding.shard import Rows, Shard, Shards
+from ..norms.kernels.torch_ops import row_index
+from ..sharding.shard import Rows, Shard, Shards, stored_values
 
-__all__ = ["clamp_", "outside", "scale_", "stored"]
+__all__ = ["clamp_", "outside", "scale_"]
 
 _NARROW = (torch.float16, torch.bfloat16)
 
@@ -43,7 +44,7 @@ def scale_(shards: Iterable[Shard], coefs: Tensor, foreach: bool | None = None) 
                 _scale_alike([shard.grad], coefs[shard.slot], False)
         return
     whole = shards.where([i for i, place in enumerate(shards.places) if place.rows is None])
-    factors = coefs[constant(whole.places.slots, coefs.device, torch.int64)]
+    factors = coefs[device_constant(whole.places.slots, coefs.device, torch.int64)]
     if whole.grads and not scale_many_(whole.grads, factors):
         for grad, factor in zip(whole.grads, factors, strict=True):
             _scale_alike([grad], factor, False)
@@ -80,7 +81,7 @@ def _scale_rows(shard: Shard, rows: Rows, coefs: Tensor, known: bool) -> None:
     factors, grad = coefs[first : first + rows.count], shard.grad
     if known and bool((factors == 1).all()):
         return
-    factors, values = factors.to(grad.device), stored(grad)
+    factors, values = factors.to(grad.device), stored_values(grad)
     if grad.layout is not torch.strided:
         factors = factors[row_index(grad)]
     elif rows.width:
@@ -128,7 +129,7 @@ def outside(shard: Shard, low: float, high: float) -> Tensor:
         LayoutError: see `clamp_`.
     """
     _check_clampable(shard, low, high)
-    values = stored(shard.grad)
+    values = stored_values(shard.grad)
     least, most = _representable(low, values.dtype), _representable(high, values.dtype)
     return (values < least).any() | (values > most).any()
 
@@ -155,7 +156,7 @@ def _check_clampable(shard: Shard, low: float, high: float) -> None:
 def _by_place(grads: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
     """What is stored of the gradients, grouped as the multi-tensor operators want it."""
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for values in map(stored, grads):
+    for values in map(stored_values, grads):
         groups.setdefault((values.device, values.dtype), []).append(values)
     return groups
 
@@ -171,10 +172,3 @@ def _multiply(tensors: list[Tensor], factor: float | Tensor, foreach: bool) -> N
     else:
         for tensor in tensors:
             tensor.mul_(factor)
-
-
-def stored(grad: Tensor) -> Tensor:
-    """What is stored of a gradient, as a dense tensor that shares its memory."""
-    if grad.is_sparse:
-        return grad._values()
-    return grad if grad.layout is torch.strided else grad.values()

@@ -9,7 +9,7 @@ from rich.measure import measure_renderables
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..monitor.screen import Screen
+from .._console import Screen
 from .results import Outcome, Standing
 
 __all__ = ["Terminal", "markdown"]

@@ -10,13 +10,13 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, _resolve_process_group
 from torch.distributed import distributed_c10d
 
-from ..errors import DistclipError, as_told
+from ..errors import DistclipError, to_wire
 from .local import LocalComm
 from .process_group import ProcessGroupComm
 from .ranks import Axis, Ranks
 from .rendezvous import Agreement, Meeting, Post, key
 
-__all__ = ["all_ranks", "communicator", "widened"]
+__all__ = ["communicator", "widened", "world_comm"]
 
 
 class _Known:
@@ -80,7 +80,7 @@ def widened(comm: ProcessGroupComm, groups: Collection[Ranks], axes: Sequence[Ax
     return wider
 
 
-def all_ranks() -> LocalComm | ProcessGroupComm:
+def world_comm() -> LocalComm | ProcessGroupComm:
     """Of torch.distributed, where it has been started. Collectives: none."""
     return ProcessGroupComm(dist.group.WORLD) if dist.group.WORLD is not None else LocalComm()
 
@@ -99,7 +99,7 @@ def _agree(spans: set[Ranks], axes: Sequence[Axis], failure: Exception | None) -
         axes=tuple(axes),
         named=_groups_at_hand(),
         pg_count=_pg_count(),
-        failure=None if failure is None else as_told(failure),
+        failure=None if failure is None else to_wire(failure),
     )
     try:
         agreed = _known().meeting.agree(post, _timeout())

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 from torch._C._distributed_c10d import Store
 
-from ..errors import DisagreementError, as_peer, as_told
+from ..errors import DisagreementError, from_wire, to_wire
 from .ranks import Axis, Ranks
 
 __all__ = ["Agreement", "Meeting", "Post", "check", "key"]
@@ -134,7 +134,7 @@ class Meeting:
         if told is None:
             raise DisagreementError(_absent(leader, {self._rank: post}))
         if told["failure"] is not None:
-            raise as_peer(*told["failure"])
+            raise from_wire(*told["failure"])
         return Agreement(tuple(told["ranks"]), told["group"], told["pg_count"])
 
     def _lead(self, post: Post, deadline: float) -> None:
@@ -176,7 +176,7 @@ class Meeting:
             return  # Another leader is telling the same.
         for rank in posts:
             self._store.set(str(rank), _NOTHING.decode())
-        told = _answer(posts) if failure is None else _failed(None, *as_told(failure))
+        told = _answer(posts) if failure is None else _failed(None, *to_wire(failure))
         for _, post in sorted(posts.items(), key=lambda item: item[0] != min(item[1].reach)):
             self._store.set(post.token, json.dumps(told))
 
@@ -220,7 +220,7 @@ def _answer(posts: Mapping[int, Post]) -> dict[str, Any]:
         if post.failure is not None:
             return _failed(rank, *post.failure)
     if (clash := check(posts)) is not None:
-        return _failed(None, *as_told(clash))
+        return _failed(None, *to_wire(clash))
     ranks = sorted(posts)
     names = [set(post.named.get(key(ranks), ())) for post in posts.values()]
     common = set.intersection(*names)

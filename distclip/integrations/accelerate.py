@@ -38,17 +38,20 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from ..apply.grad_scaler import Scaling
-from ..call import meet
-from ..clipper import GradClipper
-from ..comm import Comm, LocalComm
-from ..comm.discovery import all_ranks
-from ..errors import ArgumentError
-from ..nonfinite.culprits import OnNonFinite
-from ..policies import Policy
-from ..report import Report
-from ..sharding.parameters import named
-from ..sharding.split_over import SplitOver
+from ..extend import (
+    ArgumentError,
+    Comm,
+    GradClipper,
+    LocalComm,
+    OnNonFinite,
+    Policy,
+    Report,
+    ScalerState,
+    SplitOver,
+    gather_or_raise,
+    named,
+    world_comm,
+)
 from .deferred import Late, OnBind, check_policy
 from .monkeypatch import Patches
 
@@ -195,8 +198,8 @@ class Patched:
             comm = self._comm
             if comm is None and self._accelerator.num_processes > 1:
                 # Accelerate keeps the module inside of DistributedDataParallel, which does not know whose copy it is.
-                comm = all_ranks()
-            _check_prepared(meet(comm or LocalComm(), None, len(models)))
+                comm = world_comm()
+            _check_prepared(gather_or_raise(comm or LocalComm(), None, len(models)))
             whole = models[0] if len(models) == 1 else nn.ModuleList(models)
             self._late.bind(whole, comm)
             self._models, self._pairs = models, named(whole)
@@ -210,7 +213,7 @@ class Patched:
         """A step of an AcceleratedOptimizer, which then calls `scaler.update()` whatever other optimizers there are."""
         skipped = self._due.pop(id(_raw(optimizer)), None) if optimizer.gradient_state.sync_gradients else None
         if skipped is not None and isinstance(optimizer.scaler, GradScaler) and optimizer.scaler.is_enabled():
-            scaling = Scaling(optimizer.scaler, [_raw(optimizer)])
+            scaling = ScalerState(optimizer.scaler, [_raw(optimizer)])
             if scaling.scaled():
                 # Another one's update() has forgotten that this one's gradients are unscaled.
                 assert self._late.found_inf is not None

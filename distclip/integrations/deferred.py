@@ -7,15 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..clipper import GradClipper
-from ..comm import Comm
-from ..decision import Decision
-from ..errors import ArgumentError
-from ..nonfinite.culprits import OnNonFinite
-from ..policies import Policy
-from ..report import Report
-from ..sharding.parameters import Parameters
-from ..sharding.split_over import SplitOver
+from ..extend import ArgumentError, Comm, GradClipper, OnNonFinite, Outcome, Parameters, Policy, Report, SplitOver
 
 __all__ = ["Late", "OnBind"]
 
@@ -101,7 +93,7 @@ class Late:
         elif state_dict:
             self.clipper.load_state_dict(state_dict)
 
-    def _observe(self, step: int, decision: Decision) -> None:
+    def _observe(self, step: int, decision: Outcome) -> None:
         self.skipped, self.found_inf = bool(decision.skip_known), decision.overflow
 
 

@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
-from ..comm.mpi import abort_on_exception, started
-from ..errors import ArgumentError, PeerError
+from ..extend import ArgumentError, PeerError, abort_on_exception, started
 
 if TYPE_CHECKING:
     from mpi4py import MPI

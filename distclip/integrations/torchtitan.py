@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .. import functional
+from ..extend import clip_grad_norm_ as _clip_grad_norm_
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -70,4 +70,4 @@ def clip_grad_norm_(
     """
     # Its Trainer passes foreach=True, which asks for speed, not for torch's multi-tensor operators.
     how = None if foreach else foreach
-    return functional.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, how, split_over=pp_mesh)
+    return _clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, how, split_over=pp_mesh)

@@ -28,10 +28,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ArgumentError
-from ..nonfinite.culprits import OnNonFinite
-from ..policies import Policy
-from ..sharding.split_over import SplitOver
+from ..extend import ArgumentError, OnNonFinite, Policy, SplitOver
 from . import accelerate
 from .deferred import OnBind
 from .monkeypatch import Patches

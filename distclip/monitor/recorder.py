@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..call import Attempt, meet
 from ..clipper import GradClipper
 from ..comm import LocalComm, ranks_of
-from ..decision import Decision
+from ..comm.consensus import FirstError, gather_or_raise
+from ..decision import Outcome
 from ..errors import ArgumentError, DisagreementError
 from .extremes import Extremes
 from .jsonl import Lines
@@ -87,10 +87,10 @@ class Recorder:
         self._clipper, self.every = clipper, every
         self.path = Path(directory or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}") / "metrics.jsonl"
         """Of the file, on the rank that writes."""
-        attempt = Attempt()
-        attempt(_check, every, sinks, top, facts)
-        lines = attempt(Lines, self.path) if _writes(clipper) and attempt.failure is None else None
-        told = meet(clipper.comm, attempt.failure, (every, bool(per_tensor), top))
+        attempt = FirstError()
+        attempt.run(_check, every, sinks, top, facts)
+        lines = attempt.run(Lines, self.path) if _writes(clipper) and attempt.error is None else None
+        told = gather_or_raise(clipper.comm, attempt.error, (every, bool(per_tensor), top))
         if len(set(told)) > 1:
             raise DisagreementError(
                 f"the ranks of one recorder were given different (every, per_tensor, top): {sorted(set(told))}. "
@@ -185,7 +185,7 @@ class Recorder:
             self.flush()
         self.close()
 
-    def _observe(self, number: int, decision: Decision) -> None:
+    def _observe(self, number: int, decision: Outcome) -> None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return
         if len(self._steps) >= self.every:

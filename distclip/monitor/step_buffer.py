@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..decision import Decision
-from ..norms.kernels.torch_ops import together
+from ..decision import Outcome
+from ..norms.kernels.torch_ops import combine
 from ..norms.measure import Evidence
 
 __all__ = ["Step", "read"]
@@ -44,7 +44,7 @@ class Step:
     time: float = field(default_factory=time.time)
 
     @classmethod
-    def of(cls, number: int, decision: Decision, slots: bool) -> Step:
+    def of(cls, number: int, decision: Outcome, slots: bool) -> Step:
         """What is to be kept of a decision; no gradient is.
 
         Args:
@@ -69,7 +69,7 @@ class Step:
             numbers["norms"] = report.norms
         if report.tensor_norms is not None:
             numbers["tensor_norms"] = report.tensor_norms
-        return cls(number, numbers, together(totals.value, totals.norm_type), measured.each)
+        return cls(number, numbers, combine(totals.value, totals.norm_type), measured.each)
 
     def ids_on_host(self) -> list[Any]:
         """As Python's own numbers or strings."""

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from .._console import WIDTH, Screen
 from .analysis.blame import Blame
 from .analysis.candidates import Candidate
 from .analysis.diagnosis import Finding
 from .analysis.log import Log
 from .analysis.phrases import listed, percent
 from .analysis.threshold import Suggestion
-from .screen import WIDTH, Screen
 
 __all__ = ["Terminal"]
 

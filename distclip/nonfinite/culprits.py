@@ -14,13 +14,22 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from ..apply.scale import stored
 from ..comm import Comm, ranks_of
-from ..errors import LimiterWarning, NonFiniteError, NonFiniteWarning, TooManySkippedSteps
+from ..errors import FrequentClippingWarning, NonFiniteError, NonFiniteWarning, TooManySkippedSteps
 from ..norms.measure import Evidence
-from ..sharding.shard import Shard
+from ..sharding.shard import Shard, stored_values
 
-__all__ = ["Culprit", "Incident", "OnNonFinite", "Watch", "blame", "counted", "described", "suspected", "zero_"]
+__all__ = [
+    "Culprit",
+    "Incident",
+    "OnNonFinite",
+    "SkipCounter",
+    "blame",
+    "counted",
+    "described",
+    "suspect_nonfinite",
+    "zero_",
+]
 
 OnNonFinite: TypeAlias = Literal["raise", "skip", "zero", "propagate"]
 """What to do with a step whose gradients are not finite."""
@@ -67,14 +76,14 @@ def counted(shards: Iterable[Shard]) -> list[tuple[str, int, int]]:
     """(name, NaN, Inf) of this rank's gradients that have any. Host syncs: one per gradient."""
     found = []
     for shard in shards:
-        values = stored(shard.grad)
+        values = stored_values(shard.grad)
         nans, infs = int(values.isnan().sum()), int(values.isinf().sum())
         if nans or infs:
             found.append((shard.name, nans, infs))
     return found
 
 
-def suspected(each: Iterable[Evidence]) -> list[tuple[str, int, int]]:
+def suspect_nonfinite(each: Iterable[Evidence]) -> list[tuple[str, int, int]]:
     """The same from the sums of powers alone, when the gradients are gone: at least one of its kind."""
     found = []
     for names, powers in each:
@@ -112,11 +121,11 @@ def described(culprits: Sequence[Culprit]) -> str:
 def zero_(shards: Iterable[Shard]) -> None:
     """Replace the elements that are not finite by 0, and leave all others."""
     for shard in shards:
-        values = stored(shard.grad)
+        values = stored_values(shard.grad)
         values.masked_fill_(~values.isfinite(), 0)
 
 
-class Watch:
+class SkipCounter:
     """Counts what was not finite, says so, and gives up, on every rank at the same step.
 
     Args:
@@ -125,7 +134,7 @@ class Watch:
 
     def __init__(self, max_skips: int | None) -> None:
         self.max_skips = max_skips
-        self.steps = self.skipped = self.in_a_row = self.reseeds = 0
+        self.steps = self.skipped = self.in_a_row = self.restarts = 0
         self.incidents: deque[Incident] = deque(maxlen=100)
         self._clipped: deque[float] = deque(maxlen=128)
         self._warned = False
@@ -175,7 +184,7 @@ class Watch:
                 "the policy: its norm is finite and beyond the bound."
             )
 
-    def went_well(self, clipped: float, reseeds: int) -> None:
+    def went_well(self, clipped: float, restarts: int) -> None:
         """Take note of a step that was finite.
 
         Args:
@@ -184,13 +193,13 @@ class Watch:
         """
         self._clipped.append(clipped)
         often = len(self._clipped) == 128 and sum(self._clipped) > 64
-        if (often or reseeds > self.reseeds) and not self._warned:
+        if (often or restarts > self.restarts) and not self._warned:
             self._warned = True
             warnings.warn(
                 f"step {self.steps}: the policy has clipped more than half of the last steps"
-                f"{' and started anew from their norms before clipping' if reseeds > self.reseeds else ''}. Clipping "
+                f"{' and started anew from their norms before clipping' if restarts > self.restarts else ''}. Clipping "
                 "that often is a smaller learning rate under another name: lower the rate, or raise the bound.",
-                LimiterWarning,
+                FrequentClippingWarning,
                 stacklevel=5,
             )
-        self.reseeds = reseeds
+        self.restarts = restarts

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..sharding.shard import Place, Places
-from .kernels.torch_ops import constant
+from ..devices import device_constant
+from ..sharding.shard import ShardInfo, ShardInfos
 from .measure import joined
 from .reduce import Totals
 
@@ -38,15 +38,15 @@ class ByTensor:
     """
 
     names: tuple[str, ...]
-    within: Places | None
-    parameters: Places | None
+    within: ShardInfos | None
+    parameters: ShardInfos | None
     slots: int
     policy_slots: int
 
     @staticmethod
-    def places(slots: Iterable[int]) -> Places:
+    def places(slots: Iterable[int]) -> ShardInfos:
         """Of measured slots, by the slot of another kind that each is part of."""
-        return Places(Place("", slot=slot) for slot in slots)
+        return ShardInfos(ShardInfo("", slot=slot) for slot in slots)
 
     def shown(self, totals: Totals) -> Totals:
         """What the policy is to see of totals by measured slot."""
@@ -69,4 +69,4 @@ class ByTensor:
         """A factor for every measured slot, from one for every slot of the policy's; one for all stays one."""
         if self.within is None or len(factors) == 1:
             return factors
-        return factors[constant(self.within.slots, factors.device, torch.int64)]
+        return factors[device_constant(self.within.slots, factors.device, torch.int64)]

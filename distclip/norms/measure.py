@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..sharding.shard import Places, Rows, Shard, Shards
+from ..devices import device_constant
+from ..sharding.shard import Rows, Shard, ShardInfos, Shards
 from .kernels import power_sums, row_powers
-from .kernels.torch_ops import constant, neutral
+from .kernels.torch_ops import identity
 
 __all__ = ["Evidence", "Partials", "joined", "measure"]
 
@@ -99,34 +100,34 @@ def _by_slot(
         sums, some_wide = power_sums(whole.grads, norm_type, device)
         is_wide = is_wide or some_wide
         each.append((whole.places.names, sums))
-        total = joined(_shared(sums, whole.places.copies, norm_type), whole.places, norm_type, slots)
+        total = joined(_shared(sums, whole.places.num_replicas, norm_type), whole.places, norm_type, slots)
     else:
-        total = neutral(norm_type, device).repeat(slots)
+        total = identity(norm_type, device).repeat(slots)
     for shard in by_row:
         assert isinstance(shard.rows, Rows)
         powers = row_powers(shard.grad, shard.rows, norm_type).to(device)
         each.append(((shard.name,), powers.view(1, -1)))
         first = shard.slot + shard.rows.first
         part = total[first : first + shard.rows.count]
-        own = powers if math.isinf(norm_type) or shard.copies == 1 else powers / shard.copies
+        own = powers if math.isinf(norm_type) or shard.num_replicas == 1 else powers / shard.num_replicas
         part.copy_(torch.maximum(part, own) if math.isinf(norm_type) else part + own)
     return total, len(by_row) < len(others), is_wide, tuple(each)
 
 
-def _shared(sums: Tensor, copies: Sequence[float], norm_type: float) -> Tensor:
+def _shared(sums: Tensor, num_replicas: Sequence[float], norm_type: float) -> Tensor:
     """This rank's part of power sums that several ranks have; all of an extreme."""
-    if math.isinf(norm_type) or not copies:
+    if math.isinf(norm_type) or not num_replicas:
         return sums
-    return sums / constant(tuple(copies), sums.device, sums.dtype)
+    return sums / device_constant(tuple(num_replicas), sums.device, sums.dtype)
 
 
-def joined(sums: Tensor, places: Places, norm_type: float, slots: int) -> Tensor:
+def joined(sums: Tensor, places: ShardInfos, norm_type: float, slots: int) -> Tensor:
     """(slots,): power sums of one slot added up, always in the same order, so that copies have the same bits."""
     if slots == 1:
         return sums.amax(0, keepdim=True) if math.isinf(norm_type) else sums.sum(0, keepdim=True)
     if math.isinf(norm_type):
-        index = constant(places.slots, sums.device, torch.int64)
-        return neutral(norm_type, sums.device).repeat(slots).scatter_reduce_(0, index, sums, "amax")
+        index = device_constant(places.slots, sums.device, torch.int64)
+        return identity(norm_type, sums.device).repeat(slots).scatter_reduce_(0, index, sums, "amax")
     order, lengths = places.by_slot(slots)
-    sums = sums[constant(order, sums.device, torch.int64)]
-    return torch.segment_reduce(sums, "sum", lengths=constant(lengths, sums.device, torch.int64))
+    sums = sums[device_constant(order, sums.device, torch.int64)]
+    return torch.segment_reduce(sums, "sum", lengths=device_constant(lengths, sums.device, torch.int64))

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ..comm import Comm, LocalComm
-from .kernels.torch_ops import together
+from ..devices import host_reads_free
+from .kernels.torch_ops import combine
 from .measure import Partials
 
-__all__ = ["Flag", "Totals", "at_hand", "reduce"]
+__all__ = ["Flag", "Totals", "reduce"]
 
 Flag: TypeAlias = Tensor | float
 """A count of ranks, or a bool: on an accelerator 0-d, so that the host need not wait for it."""
@@ -66,7 +67,7 @@ class Totals:
         """The norm of the whole gradient: of all slots together, 0-d float64."""
         if len(self.value) == 1:
             return self.norms[0]
-        return self._free(_root(together(self.value, self.norm_type), self.norm_type))
+        return self._free(_root(combine(self.value, self.norm_type), self.norm_type))
 
     @cached_property
     def weight_norms(self) -> Tensor:
@@ -92,15 +93,6 @@ def _root(power_sum: Tensor, norm_type: float) -> Tensor:
     return power_sum.sqrt() if norm_type == 2 else power_sum.pow(1.0 / norm_type)
 
 
-def at_hand(device: torch.device) -> bool:
-    """Whether the host reads what lies there without waiting for anything: on a CPU.
-
-    >>> at_hand(torch.device("cpu")), at_hand(torch.device("cuda"))
-    (True, False)
-    """
-    return device.type == "cpu"
-
-
 def reduce(partials: Partials, norm_type: float, comm: Comm, *, stop: bool = False) -> Totals:
     """Add up, or take the maximum of, what every rank of the communicator measured.
 
@@ -114,7 +106,7 @@ def reduce(partials: Partials, norm_type: float, comm: Comm, *, stop: bool = Fal
     (with weights: twice as many slots); none for `LocalComm`. Host syncs: none.
     """
     value, slots, outside = partials.value, len(partials.value), partials.outside
-    on_host = at_hand(value.device)
+    on_host = host_reads_free(value.device)
     flags: list[Flag] = [stop, partials.wide, bool(outside) if on_host or outside is None else outside]
     if isinstance(comm, LocalComm):
         return Totals(value, norm_type, flags[0], flags[1], flags[2], partials.weight)

@@ -1,9 +1,9 @@
 """The well-known policies by their names: those whose bound follows the norms.
 
 All of them take `cap`, the bound that always holds, in warm-up too: without it a bad batch among the first ones is
-learned as usual. And those whose averages are of clipped norms, which can be left behind, take `reseed`: after so many
-steps, more than half of them clipped by the rule, it starts anew from the norms before clipping; 0 is the published
-rule without that.
+learned as usual. And those whose averages are of clipped norms, which can be left behind, take `restart_after`: after
+so many steps, more than half of them clipped by the rule, it starts anew from the norms before clipping; 0 is the
+published rule without that.
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ def zclip(
     cap: float = math.inf,
     norm_type: float = 2.0,
     per: Per = "model",
-    reseed: int = 128,
+    restart_after: int = 128,
 ) -> NormPolicy:
     r"""ZClip: a norm whose z-score is beyond the threshold is cut the deeper the farther out it is.
 
     .. math:: bound_t = \min\left(cap, \mu + \frac{z^2}{z_t} \sigma\right) \text{ if }
         z_t = \frac{norm_t - \mu}{\sigma + 10^{-6}} > z \text{ else } cap
 
-    with the running mean μ and deviation σ of the clipped norms. The published rule (`reseed=0`, and there cap=1.0)
-    never follows norms that rise for good by a few times their scatter.
+    with the running mean μ and deviation σ of the clipped norms. The published rule (`restart_after=0`, and there
+    cap=1.0) never follows norms that rise for good by a few times their scatter.
 
     Args:
         z: the z-score from which on it clips, > 0.
@@ -77,7 +77,7 @@ def zclip(
         cap: ≥ 0.
         norm_type: p of the norm.
         per: what has a norm of its own.
-        reseed: after how many steps, more than half of them clipped by the rule, it starts anew; 0 for never.
+        restart_after: after how many steps, more than half of them clipped by the rule, it starts anew; 0 for never.
 
     Raises:
         ArgumentError: a number outside of its range.
@@ -88,7 +88,7 @@ def zclip(
     >>> zclip(3.0).threshold
     ZScore(z=3.0, decay=0.97, warmup=25, eps=1e-06, cap=inf)
     """
-    return NormPolicy(ZScore(z, decay, warmup, cap=cap), norm_type, per, window=reseed)
+    return NormPolicy(ZScore(z, decay, warmup, cap=cap), norm_type, per, window=restart_after)
 
 
 def adagc(
@@ -99,7 +99,7 @@ def adagc(
     cap: float = math.inf,
     norm_type: float = 2.0,
     per: Per = "tensor",
-    reseed: int = 0,
+    restart_after: int = 0,
 ) -> NormPolicy:
     r"""AdaGC: each parameter's gradient may exceed its own running mean by a few percent.
 
@@ -107,7 +107,7 @@ def adagc(
         \gamma_i' = \beta \gamma_i + (1 - \beta) \min(norm_i, bound_i)
 
     In warm-up one bound holds for the norm of the whole gradient, and γ becomes the least clipped norm. The rule clips
-    most of the steps where norms scatter by a quarter, and so `reseed`, which takes that for being lost, is off.
+    most of the steps where norms scatter by a quarter, and so `restart_after`, which takes that for being lost, is off.
 
     Args:
         ratio: λ, > 0.
@@ -117,7 +117,7 @@ def adagc(
         cap: ≥ 0.
         norm_type: p of the norm.
         per: what has a norm of its own.
-        reseed: after how many steps, more than half of them clipped by the rule, it starts anew; 0 for never.
+        restart_after: after how many steps, more than half of them clipped by the rule, it starts anew; 0 for never.
 
     Raises:
         ArgumentError: a number outside of its range.
@@ -128,7 +128,7 @@ def adagc(
     >>> adagc(1.05).threshold.ratio
     1.05
     """
-    return NormPolicy(AdaGC(ratio, decay, warmup, warmup_norm, cap=cap), norm_type, per, window=reseed)
+    return NormPolicy(AdaGC(ratio, decay, warmup, warmup_norm, cap=cap), norm_type, per, window=restart_after)
 
 
 def ema(
@@ -140,7 +140,7 @@ def ema(
     cap: float = math.inf,
     norm_type: float = 2.0,
     per: Per = "model",
-    reseed: int = 128,
+    restart_after: int = 128,
 ) -> NormPolicy:
     r"""A norm far above a slow running mean is cut to just above a fast one.
 
@@ -157,7 +157,7 @@ def ema(
         cap: ≥ 0.
         norm_type: p of the norm.
         per: what has a norm of its own.
-        reseed: after how many steps, more than half of them clipped by the rule, it starts anew; 0 for never.
+        restart_after: after how many steps, more than half of them clipped by the rule, it starts anew; 0 for never.
 
     Raises:
         ArgumentError: a number outside of its range.
@@ -167,7 +167,7 @@ def ema(
     >>> ema(3.0).threshold
     EMA(ratio=3.0, target=1.1, slow=0.99, fast=0.9, warmup=20, cap=inf)
     """
-    return NormPolicy(EMA(ratio, target, slow, fast, warmup, cap), norm_type, per, window=reseed)
+    return NormPolicy(EMA(ratio, target, slow, fast, warmup, cap), norm_type, per, window=restart_after)
 
 
 def median_mad(

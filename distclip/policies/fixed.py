@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..devices import device_constant
 from ..errors import ArgumentError
-from ..norms.kernels.torch_ops import constant
 from ..norms.reduce import Totals
 from .policy import State, as_number
 
@@ -47,5 +47,5 @@ class Fixed:
         """The bound, whatever the norms."""
         bounds = self.max_norm if isinstance(self.max_norm, tuple) else (self.max_norm,)
         norms = totals.norms
-        bound = constant(bounds, norms.device, norms.dtype)
+        bound = device_constant(bounds, norms.device, norms.dtype)
         return bound if len(bounds) == len(norms) else bound.expand(norms.shape), state

@@ -11,14 +11,14 @@ import math
 import torch
 from torch import Tensor
 
-from ..norms.kernels.torch_ops import wide
+from ..devices import accumulation_dtype
 
 __all__ = ["append", "numbers", "quantile"]
 
 
 def numbers(*shape: int, device: torch.device, fill: float = 0.0) -> Tensor:
     """State in the dtype of the norms."""
-    return torch.full(shape, fill, dtype=wide(device), device=device)
+    return torch.full(shape, fill, dtype=accumulation_dtype(device), device=device)
 
 
 def append(history: Tensor, count: Tensor, values: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from ..devices import accumulation_dtype
 from ..errors import ArgumentError
-from ..norms.kernels.torch_ops import wide
 from ..norms.reduce import Totals
 from .fixed import Fixed
 from .history import append, numbers
@@ -31,7 +31,7 @@ from .validation import NOT_NEGATIVE, Range, take
 
 __all__ = ["NormPolicy", "coefficient"]
 
-_OWN = ("recent", "over", "seen", "reseeds")
+_OWN = ("recent", "over", "seen", "restarts")
 """What a policy remembers itself, beside its threshold: the last raw norms, (slots, window); whether the rule was below
 them; how many entered since the last new start; how often that happened."""
 
@@ -94,7 +94,7 @@ class NormPolicy:
             state["recent"] = numbers(slots, self.window, device=device)
             state["over"] = torch.zeros(slots, self.window, dtype=torch.bool, device=device)
             state["seen"] = torch.zeros(slots, dtype=torch.int64, device=device)
-            state["reseeds"] = torch.zeros(slots, dtype=torch.int64, device=device)
+            state["restarts"] = torch.zeros(slots, dtype=torch.int64, device=device)
         return state
 
     def decide(self, totals: Totals, state: State) -> tuple[Scale, State]:
@@ -129,7 +129,7 @@ class NormPolicy:
         lost = (seen >= self.window) & (2 * over.sum(1) > self.window)
         seeded = self.threshold.seed(recent, moved)  # type: ignore[attr-defined]
         watched = {"recent": recent, "over": over, "seen": torch.where(lost, 0, seen)}
-        watched["reseeds"] = state["reseeds"] + lost
+        watched["restarts"] = state["restarts"] + lost
         return watched | {key: _where(lost, seeded[key], value) for key, value in moved.items()}
 
 
@@ -146,7 +146,7 @@ def coefficient(norm: Tensor, bound: Tensor | float, eps: float = 1e-6) -> Tenso
         one, most = float(norm), float(bound)
         coef = 1.0 if one + eps <= most or most == math.inf or one == 0 else most / (one + eps)
         return torch.full(norm.shape, coef, dtype=torch.float64)
-    dtype = wide(norm.device)
+    dtype = accumulation_dtype(norm.device)
     length, bound = norm.to(dtype) + eps, torch.as_tensor(bound, dtype=dtype, device=norm.device)
     # Written so that NaN is not "short enough".
     return torch.where((length <= bound) | bound.isposinf() | (norm == 0), 1.0, bound / length)

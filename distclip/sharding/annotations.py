@@ -15,13 +15,13 @@ from ..comm.ranks import Axis
 from ..errors import ArgumentError, LayoutError
 from .dtensor import pending_of, pieces_of
 from .layout import Layout
-from .shard import Pending
+from .shard import PartialSum
 from .split_over import group_ranks, mesh_ranks
 
 if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
 
-__all__ = ["Annotation", "annotate_", "annotation_of", "check_tags", "place_", "tags_in_use"]
+__all__ = ["Annotation", "annotate_", "annotation_of", "check_tags", "set_layout", "tags_in_use"]
 
 _ATTRIBUTE = "_distclip_annotation"
 
@@ -29,11 +29,11 @@ _ATTRIBUTE = "_distclip_annotation"
 @dataclass(frozen=True, slots=True)
 class Annotation:
     """What `annotate_` was told: the layout it means, the sums that a gradient still waits for, and along each axis
-    that cuts the parameter (dim, this rank's place). Or, of what `place_` was told: the layout, and of a slice the
+    that cuts the parameter (dim, this rank's place). Or, of what `set_layout` was told: the layout, and of a slice the
     shape of the whole parameter and where in it, counted in elements, the slice begins."""
 
     layout: Layout
-    pending: tuple[Pending, ...] = ()
+    pending: tuple[PartialSum, ...] = ()
     cuts: tuple[tuple[int, int], ...] = ()
     slice: tuple[tuple[int, ...], int] | None = None
 
@@ -90,7 +90,7 @@ def annotate_(param: Tensor, mesh: DeviceMesh | dist.ProcessGroup, placements: S
     return param
 
 
-def place_(tensor: Tensor, layout: Layout, slice: tuple[tuple[int, ...], int] | None = None) -> Tensor:
+def set_layout(tensor: Tensor, layout: Layout, slice: tuple[tuple[int, ...], int] | None = None) -> Tensor:
     """Say where a tensor lies, for an owner that knows it all: what `annotate_` does in words of placements.
 
     Args:

@@ -18,9 +18,9 @@ from torch import Tensor
 from ..comm.ranks import Axis, Ranks
 from .annotations import annotation_of
 from .dtensor import dtensor_class, dtensor_layout, dtensor_pending, is_dtensor
-from .layout import Layout, copies
+from .layout import Layout, num_replicas
 from .rows import dtensor_rows
-from .shard import Place, Places, Rows, Shards
+from .shard import Rows, ShardInfo, ShardInfos, Shards
 
 __all__ = ["Arrangement", "product"]
 
@@ -51,7 +51,7 @@ class Arrangement:
             for _, tensor, _ in entries
         ]
         self._slots: Mapping[str, tuple[int, Rows | None]] = {}
-        self._usual: dict[int, Places] = {}
+        self._usual: dict[int, ShardInfos] = {}
         self._part: tuple[tuple[int, ...], Arrangement] | None = None
 
     @cached_property
@@ -69,15 +69,15 @@ class Arrangement:
         self._slots = slots
         self._usual, self._part = {}, None
 
-    def usual(self, world_size: int) -> Places:
+    def usual(self, world_size: int) -> ShardInfos:
         """The places of all tensors' gradients, each of which lies as its parameter does: the same object every time.
 
         Args:
             world_size: ranks of the communicator.
         """
         if world_size not in self._usual:
-            self._usual[world_size] = Places(
-                Place(name, copies(world_size, layout, self.axes), pending, *self._slots.get(name, (0, None)))
+            self._usual[world_size] = ShardInfos(
+                ShardInfo(name, num_replicas(world_size, layout, self.axes), pending, *self._slots.get(name, (0, None)))
                 for name, layout, pending in zip(self.names, self.layouts, self._pending, strict=True)
             )
         return self._usual[world_size]
@@ -110,10 +110,10 @@ class Arrangement:
         return Shards(places, [g if spec is None else _local(g) for g, spec in zip(grads, specs, strict=True)])
 
     def _own(
-        self, places: Places, tensors: Sequence[Tensor], grads: list[Any], specs: list[Any], world_size: int
-    ) -> Places:
+        self, places: ShardInfos, tensors: Sequence[Tensor], grads: list[Any], specs: list[Any], world_size: int
+    ) -> ShardInfos:
         """The places of gradients of which some say of themselves something that was not seen before."""
-        own: dict[int, Place] = {}
+        own: dict[int, ShardInfo] = {}
         for i, (tensor, grad, spec) in enumerate(zip(tensors, grads, specs, strict=True)):
             if spec is self._specs[i] or spec is None:
                 continue
@@ -130,10 +130,10 @@ class Arrangement:
                 layout = replace(layout, split=self.layouts[i].split)
                 own[i] = replace(
                     place,
-                    copies=copies(world_size, layout, self.axes),
+                    num_replicas=num_replicas(world_size, layout, self.axes),
                     rows=place.rows and dtensor_rows(grad),
                 )
-        return Places(own.get(i, place) for i, place in enumerate(places)) if own else places
+        return ShardInfos(own.get(i, place) for i, place in enumerate(places)) if own else places
 
     def _of(self, chosen: tuple[int, ...]) -> Arrangement:
         """The arrangement of some of the tensors; those that have a gradient are mostly the same as last time."""

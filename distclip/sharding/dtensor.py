@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import LayoutError
 from .layout import Layout
-from .shard import Pending
+from .shard import PartialSum
 from .split_over import mesh_ranks
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def dtensor_layout(tensor: DTensor) -> Layout:
     )
 
 
-def dtensor_pending(tensor: DTensor) -> tuple[Pending, ...]:
+def dtensor_pending(tensor: DTensor) -> tuple[PartialSum, ...]:
     """The sums that a Partial gradient waits for.
 
     Raises:
@@ -72,10 +72,10 @@ def dtensor_pending(tensor: DTensor) -> tuple[Pending, ...]:
     return pending_of([mesh.get_group(i) for i in range(mesh.ndim)], placements)
 
 
-def dtensor_axes(tensor: DTensor) -> tuple[Pending, ...]:
+def dtensor_axes(tensor: DTensor) -> tuple[PartialSum, ...]:
     """A sum over each axis of the tensor's mesh: those that its gradient could wait for."""
     groups = [tensor.device_mesh.get_group(i) for i in range(tensor.device_mesh.ndim)]
-    return tuple(Pending(tuple(dist.get_process_group_ranks(group)), group, i) for i, group in enumerate(groups))
+    return tuple(PartialSum(tuple(dist.get_process_group_ranks(group)), group, i) for i, group in enumerate(groups))
 
 
 def pieces_of(sizes: Sequence[int], placements: Sequence[Placement]) -> int:
@@ -83,9 +83,9 @@ def pieces_of(sizes: Sequence[int], placements: Sequence[Placement]) -> int:
     return math.prod(size for size, placement in zip(sizes, placements, strict=True) if not _whole(placement))
 
 
-def pending_of(groups: Sequence[dist.ProcessGroup], placements: Sequence[Placement]) -> tuple[Pending, ...]:
+def pending_of(groups: Sequence[dist.ProcessGroup], placements: Sequence[Placement]) -> tuple[PartialSum, ...]:
     """One `Pending` per Partial placement over more than one rank."""
-    found: list[Pending] = []
+    found: list[PartialSum] = []
     for i, (group, placement) in enumerate(zip(groups, placements, strict=True)):
         if not placement.is_partial() or dist.get_world_size(group) == 1:
             continue
@@ -95,7 +95,7 @@ def pending_of(groups: Sequence[dist.ProcessGroup], placements: Sequence[Placeme
                 f"a gradient has placement {placement}, which is neither a sum nor a mean over ranks and so no "
                 "gradient. Redistribute it to Replicate() or Shard(dim) before clipping."
             )
-        found.append(Pending(tuple(dist.get_process_group_ranks(group)), group, i, op == "avg"))
+        found.append(PartialSum(tuple(dist.get_process_group_ranks(group)), group, i, op == "avg"))
     return tuple(found)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .dtensor import is_dtensor
-from .shard import Place, Places, Shards
+from .shard import ShardInfo, ShardInfos, Shards
 
 __all__ = ["Flattened"]
 
@@ -36,14 +36,14 @@ class Flattened:
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, (tensor, shard) in enumerate(zip(tensors, shards, strict=True)):
             if tensor.grad is not None and not shard.pending and _is_alone(shard.grad):
-                groups.setdefault((shard.grad.device, shard.grad.dtype, shard.copies), []).append(i)
+                groups.setdefault((shard.grad.device, shard.grad.dtype, shard.num_replicas), []).append(i)
         flats = [_laid_out(tensors, shards, chosen) for chosen in groups.values()]
         moved = {i for chosen in groups.values() for i in chosen}
         shards = find()
         self._places, self._views = shards.places, shards.grads
         rest = shards.where([i for i in range(len(shards)) if i not in moved])
-        together = [Place(f"{len(chosen)} gradients", copies=key[2]) for key, chosen in groups.items()]
-        self._merged = Shards(Places((*together, *rest.places)), [*flats, *rest.grads])
+        together = [ShardInfo(f"{len(chosen)} gradients", num_replicas=key[2]) for key, chosen in groups.items()]
+        self._merged = Shards(ShardInfos((*together, *rest.places)), [*flats, *rest.grads])
         self._warned = False
 
     def of(self, shards: Shards) -> Shards:

@@ -1,5 +1,5 @@
 """One-dimensional slices of flattened parameters: FSDP1, which only the wrapped module can describe, and whatever an
-owner hands over as slices (`place_`): ZeRO."""
+owner hands over as slices (`set_layout`): ZeRO."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def flat_slices(module: nn.Module) -> dict[int, tuple[tuple[int, ...], int]]:
 
 
 def marked_slices(tensors: Iterable[Tensor]) -> dict[int, tuple[tuple[int, ...], int]]:
-    """The same of tensors that are slices by what `place_` was told: ZeRO's partitions."""
+    """The same of tensors that are slices by what `set_layout` was told: ZeRO's partitions."""
     marked = ((tensor, annotation_of(tensor).slice) for tensor in tensors)
     return {id(tensor): slice for tensor, slice in marked if slice is not None}
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..comm.ranks import Axis, Ranks
 
-__all__ = ["Layout", "copies"]
+__all__ = ["Layout", "num_replicas"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Layout:
         return frozenset(rank for ranks in self.groups for rank in ranks)
 
 
-def copies(world_size: int, layout: Layout, axes: Sequence[Axis]) -> float:
+def num_replicas(world_size: int, layout: Layout, axes: Sequence[Axis]) -> float:
     r"""How many ranks of the communicator hold the same piece as this one.
 
     .. math:: copies = \frac{N}{pieces \cdot \prod_{a\ split} |a| / |a \cap members|}
@@ -51,9 +51,9 @@ def copies(world_size: int, layout: Layout, axes: Sequence[Axis]) -> float:
         axes: of `split_over=`.
 
     >>> stage = Axis((0, 2), "pp")
-    >>> copies(4, Layout(groups=((0, 1),), pieces=2, split=(True,)), [stage])  # FSDP2 inside of a stage
+    >>> num_replicas(4, Layout(groups=((0, 1),), pieces=2, split=(True,)), [stage])  # FSDP2 inside of a stage
     1.0
-    >>> copies(4, Layout(split=(True,)), [stage])  # a plain tensor of a stage, replicated over two ranks
+    >>> num_replicas(4, Layout(split=(True,)), [stage])  # a plain tensor of a stage, replicated over two ranks
     2.0
     """
     if not layout.counted:

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from ..comm.ranks import Ranks
 
-__all__ = ["Pending", "Place", "Places", "Rows", "Shard", "Shards"]
+__all__ = ["PartialSum", "Rows", "Shard", "ShardInfo", "ShardInfos", "Shards", "stored_values"]
 
 
 @dataclass(frozen=True, slots=True)
-class Pending:
+class PartialSum:
     """A sum over `group` that a gradient still waits for (a Partial placement).
 
     Args:
@@ -74,29 +74,29 @@ class Shard:
 
     name: str
     grad: Tensor
-    copies: float = 1.0
-    pending: tuple[Pending, ...] = field(default=())
+    num_replicas: float = 1.0
+    pending: tuple[PartialSum, ...] = field(default=())
     slot: int = 0
     rows: Rows | None = None
 
     @property
-    def place(self) -> Place:
+    def place(self) -> ShardInfo:
         """All but the gradient."""
-        return Place(self.name, self.copies, self.pending, self.slot, self.rows)
+        return ShardInfo(self.name, self.num_replicas, self.pending, self.slot, self.rows)
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ShardInfo:
     """A shard without its gradient: see `Shard`."""
 
     name: str
-    copies: float = 1.0
-    pending: tuple[Pending, ...] = ()
+    num_replicas: float = 1.0
+    pending: tuple[PartialSum, ...] = ()
     slot: int = 0
     rows: Rows | None = None
 
 
-class Places(tuple[Place, ...]):
+class ShardInfos(tuple[ShardInfo, ...]):
     """Places of a rank's shards, and what follows from them alone."""
 
     @cached_property
@@ -105,13 +105,13 @@ class Places(tuple[Place, ...]):
         return tuple(place.name for place in self)
 
     @cached_property
-    def whole(self) -> tuple[Places, tuple[int, ...], tuple[int, ...]]:
+    def whole(self) -> tuple[ShardInfos, tuple[int, ...], tuple[int, ...]]:
         """Those that can be measured as they are and count in one slot: their places, their positions, and those of
         the others."""
         fit = [not place.pending and place.rows is None for place in self]
         chosen = tuple(i for i, fits in enumerate(fit) if fits)
         others = tuple(i for i, fits in enumerate(fit) if not fits)
-        return (Places(self[i] for i in chosen) if others else self), chosen, others
+        return (ShardInfos(self[i] for i in chosen) if others else self), chosen, others
 
     @cached_property
     def slots(self) -> tuple[int, ...]:
@@ -129,9 +129,9 @@ class Places(tuple[Place, ...]):
     _by_slot: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @cached_property
-    def copies(self) -> tuple[float, ...]:
+    def num_replicas(self) -> tuple[float, ...]:
         """Of each of them; empty where there is one of everything."""
-        return () if all(place.copies == 1 for place in self) else tuple(place.copies for place in self)
+        return () if all(place.num_replicas == 1 for place in self) else tuple(place.num_replicas for place in self)
 
 
 class Shards(Sequence[Shard]):
@@ -142,14 +142,14 @@ class Shards(Sequence[Shard]):
         grads: the local tensors, in the same order.
         merged: the same elements in fewer pieces, for whoever only wants to know what all have together.
 
-    >>> shards = Shards(Places([Place("w", copies=2.0)]), [torch.ones(3)])
-    >>> shards[0].name, shards[0].copies, len(shards)
+    >>> shards = Shards(ShardInfos([ShardInfo("w", num_replicas=2.0)]), [torch.ones(3)])
+    >>> shards[0].name, shards[0].num_replicas, len(shards)
     ('w', 2.0, 1)
     """
 
     __slots__ = ("grads", "merged", "places")
 
-    def __init__(self, places: Places, grads: list[Tensor], merged: Shards | None = None) -> None:
+    def __init__(self, places: ShardInfos, grads: list[Tensor], merged: Shards | None = None) -> None:
         self.places, self.grads, self.merged = places, grads, merged
 
     @classmethod
@@ -158,11 +158,11 @@ class Shards(Sequence[Shard]):
         if isinstance(shards, Shards):
             return shards
         listed = list(shards)
-        return cls(Places(shard.place for shard in listed), [shard.grad for shard in listed])
+        return cls(ShardInfos(shard.place for shard in listed), [shard.grad for shard in listed])
 
     def where(self, chosen: Sequence[int]) -> Shards:
         """Those at some positions."""
-        return Shards(Places(self.places[i] for i in chosen), [self.grads[i] for i in chosen])
+        return Shards(ShardInfos(self.places[i] for i in chosen), [self.grads[i] for i in chosen])
 
     @overload
     def __getitem__(self, i: int) -> Shard: ...
@@ -170,12 +170,26 @@ class Shards(Sequence[Shard]):
     def __getitem__(self, i: slice) -> Shards: ...
     def __getitem__(self, i: int | slice) -> Shard | Shards:
         if isinstance(i, slice):
-            return Shards(Places(self.places[i]), self.grads[i])
+            return Shards(ShardInfos(self.places[i]), self.grads[i])
         place = self.places[i]
-        return Shard(place.name, self.grads[i], place.copies, place.pending, place.slot, place.rows)
+        return Shard(place.name, self.grads[i], place.num_replicas, place.pending, place.slot, place.rows)
 
     def __iter__(self) -> Iterator[Shard]:
         return map(self.__getitem__, range(len(self.grads)))
 
     def __len__(self) -> int:
         return len(self.grads)
+
+
+def stored_values(grad: Tensor) -> Tensor:
+    """Return the stored elements of a local gradient, as a dense tensor that shares its memory.
+
+    Args:
+        grad: dense or sparse, of any shape and dtype.
+
+    >>> stored_values(torch.tensor([0.0, 2.0]).to_sparse())
+    tensor([2.])
+    """
+    if grad.is_sparse:
+        return grad._values()
+    return grad if grad.layout is torch.strided else grad.values()

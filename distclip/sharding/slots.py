@@ -14,7 +14,7 @@ from ..comm.ranks import Axis
 from ..errors import ArgumentError, LayoutError
 from . import Plan
 from .annotations import annotation_of
-from .layout import Layout, copies
+from .layout import Layout, num_replicas
 from .rows import Cut, cut_of
 from .shard import Rows
 
@@ -35,7 +35,7 @@ class Slots:
     names: tuple[str, ...] = ("model",)
     counts: tuple[int, ...] = (1,)
     places: Mapping[str, tuple[int, Rows | None]] = field(default_factory=dict)
-    spared: tuple[bool, ...] = (False,)
+    excluded: tuple[bool, ...] = (False,)
 
     @property
     def total(self) -> int:
@@ -87,7 +87,7 @@ def find(
     found = []
     for name, tensor, layout in plan.entries:
         cut = cut_of(name, tensor, layout, plan.axes, slices, rank) if rows else None
-        share = 1 / (copies(world_size, layout, plan.axes) * layout.pieces * _pieces_along(layout, plan.axes))
+        share = 1 / (num_replicas(world_size, layout, plan.axes) * layout.pieces * _pieces_along(layout, plan.axes))
         said = annotation_of(tensor)
         tied = bool(said.layout.groups) and said.slice is None
         shape = tuple(tensor.shape) if said.slice is None else said.slice[0]
@@ -133,8 +133,8 @@ def arrange(
         key, cut = key_of[id(found)], found.cut
         rows = None if cut is None else replace(cut.rows, first=cut.rows.first + firsts[key, cut.piece])
         places[found.name] = (begin[key], rows)
-    spared = tuple(any(found.name in spare for found in founds) for founds in keys.values())
-    return Slots(names, tuple(counts.values()), places, spared)
+    excluded = tuple(any(found.name in spare for found in founds) for founds in keys.values())
+    return Slots(names, tuple(counts.values()), places, excluded)
 
 
 def within(told: Sequence[Sequence[Found]], groups: Mapping[str, str], exclude: Sequence[str]) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from .flat_storage import Flattened
 from .fsdp1 import flat_layouts, refuse_bare
 from .layout import Layout
 from .parameters import Named, Parameters, named
-from .shard import Pending, Places, Shard, Shards
+from .shard import PartialSum, Shard, ShardInfos, Shards
 from .split_over import cut_along, split_of
 
 __all__ = ["Plan", "gradient_plan", "parameter_plan"]
@@ -88,9 +88,9 @@ class Plan:
         found = self.arrangement.pieces(self.tensors, world_size)
         if all(not place.pending for place in found.places):
             return found
-        return Shards(Places(replace(place, pending=()) for place in found.places), found.grads)
+        return Shards(ShardInfos(replace(place, pending=()) for place in found.places), found.grads)
 
-    def sums(self, name: str) -> tuple[Pending, ...]:
+    def sums(self, name: str) -> tuple[PartialSum, ...]:
         """Every sum that a gradient of that name could wait for, from its parameter alone."""
         tensor = self.tensors[self.arrangement.names.index(name)]
         return annotation_of(tensor).pending + (dtensor_axes(tensor) if is_dtensor(tensor) else ())
@@ -100,7 +100,7 @@ class Plan:
         i = self.arrangement.names.index(name)
         place = self.arrangement.usual(world_size)[i]
         zeros = torch.zeros(shape, dtype=dtype, device=self.tensors[i].device)
-        return Shard(name, zeros, place.copies, (), place.slot, place.rows)
+        return Shard(name, zeros, place.num_replicas, (), place.slot, place.rows)
 
 
 def parameter_plan(parameters: Parameters, axes: tuple[Axis, ...] | None) -> Plan:

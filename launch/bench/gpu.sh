@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # shellcheck source=launch/setup.sh
 source launch/setup.sh dev
-"$PYTHON" -m pytest tests/gpu tests/unit/test_kernels.py
+"$PYTHON" -m pytest tests/gpu tests/norms/test_kernels.py
 card=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr -c '[:alnum:]\n' '_')
 results=launch/bench/results/$card
 mkdir -p launch/bench/results

@@ -15,16 +15,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ...decision import Decision
-from ...errors import LayoutError
-from ...sharding.annotations import place_
-from ...sharding.parameters import named
+from ...extend import LayoutError, Outcome, named, set_layout
 from ..monkeypatch import Patches
 from .topology import Ranks
 
 __all__ = ["Decide", "Hold", "Piece", "Write", "go_on", "skipped"]
 
-Decide: TypeAlias = Callable[[], Decision]
+Decide: TypeAlias = Callable[[], Outcome]
 """Looks, measures and decides; on every rank together."""
 
 Write: TypeAlias = Callable[[Sequence["Piece"], Sequence[Tensor]], None]
@@ -112,7 +109,7 @@ class Hold(ABC):
         stand_in = weights.detach() if self.weights else weights.new_empty(()).expand(weights.shape)
         shape = tuple(getattr(param, "ds_shape", param.shape))
         layout = self.ranks.layout(param, process_group, cut=start is not None)
-        place_(stand_in, layout, None if start is None else (shape, start))
+        set_layout(stand_in, layout, None if start is None else (shape, start))
         if hasattr(param, "partition_dim"):
             stand_in.partition_dim = param.partition_dim  # type: ignore[attr-defined]
         self._count += 1
@@ -142,11 +139,11 @@ class Hold(ABC):
             piece.tensor.main_grad = None  # type: ignore[attr-defined]
 
 
-def skipped(decision: Decision) -> bool:
+def skipped(decision: Outcome) -> bool:
     """Whether the step is left out; known to the host, as DeepSpeed's own steps need it."""
     return bool(decision.skip_known)
 
 
-def go_on(decision: Decision, device: Any) -> Tensor:
+def go_on(decision: Outcome, device: Any) -> Tensor:
     """What DeepSpeed is told in place of the norm, which it only looks at to see whether it is finite."""
     return torch.tensor(torch.inf if skipped(decision) else 0.0, device=device)

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...call import Attempt, meet
-from ...clipper import GradClipper
-from ...comm.discovery import all_ranks
-from ...decision import Decision
-from ...errors import ArgumentError
-from ...nonfinite.culprits import OnNonFinite
-from ...policies import Policy
-from ...report import Report
+from ...extend import (
+    ArgumentError,
+    FirstError,
+    GradClipper,
+    OnNonFinite,
+    Outcome,
+    Policy,
+    Report,
+    gather_or_raise,
+    world_comm,
+)
 from ..monkeypatch import Patches
 from .adapter import Hold, Piece
 from .bf16 import BF16
@@ -74,12 +77,12 @@ def attach(
     Collectives: call it on every rank; two gathers. In a step one all-reduce of (slots + 1) float64 numbers, in place
     of those of DeepSpeed's norm and overflow check. Host syncs: one in a step, as DeepSpeed has.
     """
-    attempt = Attempt()
-    attempt(_check, engine, policy, on_nonfinite, max_skips)
+    attempt = FirstError()
+    attempt.run(_check, engine, policy, on_nonfinite, max_skips)
     own = policy.policy if isinstance(policy, GradClipper) else policy
-    hold = attempt(_held, engine, bool(getattr(own, "needs_weights", False)))
-    everybody = all_ranks()
-    meet(everybody, attempt.failure, None)
+    hold = attempt.run(_held, engine, bool(getattr(own, "needs_weights", False)))
+    everybody = world_comm()
+    gather_or_raise(everybody, attempt.error, None)
     assert hold is not None
     named = [(piece.name, piece.tensor) for piece in hold.pieces]
     if isinstance(policy, GradClipper):
@@ -127,7 +130,7 @@ class Attachment:
         self.held = tuple(piece.name for piece in hold.pieces)
         """The parameters of which this rank holds a piece."""
         self._engine, self._hold = engine, hold
-        self._decision: Decision | None = None
+        self._decision: Outcome | None = None
         self._patches = Patches()
         hold.take(self._patches, self._decide, self._write)
         optimizer = engine.optimizer
@@ -161,10 +164,10 @@ class Attachment:
             delattr(self._engine, _ATTRIBUTE)
 
     @torch.no_grad()
-    def _decide(self) -> Decision:
-        attempt = Attempt()
-        attempt(self._hold.look)
-        decision = self.clipper.decide(self._hold.loss_scale, attempt.failure)
+    def _decide(self) -> Outcome:
+        attempt = FirstError()
+        attempt.run(self._hold.look)
+        decision = self.clipper.decide(self._hold.loss_scale, attempt.error)
         self.report = decision.report()
         # DeepSpeed frees gradients group by group in its step: nothing here may keep them alive.
         self._decision = decision.without_gradients()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ...errors import ArgumentError
-from ...policies import Fixed, NormPolicy, Policy
+from ...extend import ArgumentError, Fixed, NormPolicy, Policy
 
 __all__ = ["config"]
 

@@ -100,11 +100,11 @@ class HalfPrecision(Whole):
         """Copies of a group's gradients in float32, where the optimizer looks for them; zeros if one is missing."""
         for tensor in self._stepped(i):
             tensor.grad = torch.zeros_like(tensor)
-        copies = self._parts(i, grads=True)
-        for copy, param in zip(copies, self.optimizer.fp16_groups[i], strict=True):
+        num_replicas = self._parts(i, grads=True)
+        for copy, param in zip(num_replicas, self.optimizer.fp16_groups[i], strict=True):
             if param.grad is not None:
                 copy.copy_(param.grad)
-        return copies
+        return num_replicas
 
     def _hand_back(self) -> None:
         """Parameters from their copies, whose gradients are not needed any more."""

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ...sharding.layout import Layout
-from ...sharding.split_over import group_ranks
+from ...extend import Layout, group_ranks
 
 __all__ = ["Ranks"]
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ...call import Attempt, meet
-from ...comm import LocalComm
-from ...comm.discovery import all_ranks
-from ...errors import ArgumentError
-from ...nonfinite.culprits import OnNonFinite
-from ...policies import Policy
-from ...report import Report
-from ...sharding.parameters import named
-from ...sharding.split_over import SplitOver
+from ...extend import (
+    ArgumentError,
+    FirstError,
+    LocalComm,
+    OnNonFinite,
+    Policy,
+    Report,
+    SplitOver,
+    gather_or_raise,
+    named,
+    world_comm,
+)
 from ..deferred import Late, OnBind, check_policy
 
 if TYPE_CHECKING:
@@ -106,11 +109,11 @@ class GradientClipping(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Find out who holds what."""
-        attempt = Attempt()
-        attempt(_check, trainer)
+        attempt = FirstError()
+        attempt.run(_check, trainer)
         # A part of a module in DistributedDataParallel does not know whose copy it is.
-        comm = all_ranks() if trainer.world_size > 1 else None
-        meet(comm or LocalComm(), attempt.failure, None)
+        comm = world_comm() if trainer.world_size > 1 else None
+        gather_or_raise(comm or LocalComm(), attempt.error, None)
         for i, optimizer in enumerate(trainer.optimizers):
             stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
             pairs = named(trainer.strategy.model)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...clipper import GradClipper
-from ...report import Report
+from ...extend import GradClipper, Report
 
 __all__ = ["clip_gradients"]
 

@@ -10,13 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...call import Attempt, meet
-from ...clipper import GradClipper
-from ...comm.discovery import all_ranks
-from ...errors import ArgumentError
-from ...nonfinite.culprits import OnNonFinite
-from ...policies import Policy
-from ...report import Report
+from ...extend import ArgumentError, FirstError, GradClipper, OnNonFinite, Policy, Report, gather_or_raise, world_comm
 from ..monkeypatch import Patches
 from .parameters import Groups, Part, by_one_name, leaves, names_of, parts_of
 
@@ -65,14 +59,14 @@ def attach(
     ranks, in place of those of Megatron's norm and overflow check. Host syncs: in a step the host waits for the
     gradients once, and then reads a few numbers.
     """
-    attempt = Attempt()
-    everybody = all_ranks()
-    found = attempt(leaves, optimizer)
-    attempt(_check, optimizer, policy, model)
-    groups = attempt(Groups, pg_collection)
-    parts = attempt(_parts, found, groups, model, policy) or []
-    copies = [(part.name, part.original) for part in parts if part.original is not None and model is not None]
-    told = meet(everybody, attempt.failure, (bool(_scalers(found or [])), copies))
+    attempt = FirstError()
+    everybody = world_comm()
+    found = attempt.run(leaves, optimizer)
+    attempt.run(_check, optimizer, policy, model)
+    groups = attempt.run(Groups, pg_collection)
+    parts = attempt.run(_parts, found, groups, model, policy) or []
+    num_replicas = [(part.name, part.original) for part in parts if part.original is not None and model is not None]
+    told = gather_or_raise(everybody, attempt.error, (bool(_scalers(found or [])), num_replicas))
     scaled = [has for has, _ in told]
     if len(set(scaled)) > 1:
         raise ArgumentError(
@@ -80,7 +74,7 @@ def attach(
             "those of other ranks do. On a rank without parameters pass what get_megatron_optimizer makes of them."
         )
     assert found is not None and groups is not None
-    parts = by_one_name(parts, [copies for _, copies in told])
+    parts = by_one_name(parts, [num_replicas for _, num_replicas in told])
     clipper = GradClipper(
         [(part.name, part.stand_in) for part in parts],
         policy,
@@ -135,12 +129,12 @@ class Attachment:
     @torch.no_grad()
     def _step(self) -> tuple[bool, float | None, float | None]:
         """Megatron's own step, with one decision in place of its overflow check, norm and clipping."""
-        attempt = Attempt()
-        attempt(self._look)
+        attempt = FirstError()
+        attempt.run(self._look)
         try:
             # A chain multiplies the loss by the scale of its first optimizer.
             scale = float(self._scalers[0].scale) if self._scalers else None
-            decision = self.clipper.decide(scale, attempt.failure)
+            decision = self.clipper.decide(scale, attempt.error)
             self.report = decision.report()
             if self._scalers:
                 overflow = bool(decision.overflow)

@@ -8,11 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...apply.scale import scale_
-from ...functional import get_total_norm
-from ...sharding.dtensor import is_dtensor
-from ...sharding.parameters import named
-from ...sharding.shard import Shard, Shards
+from ...extend import Shard, Shards, get_total_norm, is_dtensor, named, scale_
 
 __all__ = ["clip_grad_by_total_norm_fp32", "get_grad_norm_fp32"]
 

@@ -10,11 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ...errors import ArgumentError
-from ...sharding.annotations import place_
-from ...sharding.layout import Layout
-from ...sharding.parameters import named
-from ...sharding.split_over import group_ranks
+from ...extend import ArgumentError, Layout, group_ranks, named, set_layout
 
 __all__ = ["Groups", "Part", "by_one_name", "leaves", "names_of", "parts_of"]
 
@@ -137,7 +133,7 @@ def parts_of(leaf: Any, groups: Groups, names: dict[int, str], weights: bool) ->
         piece = None
         if sliced_over is not None:
             piece = tuple(param.shape), int(leaf._get_model_param_range_map(param)["param"].start)
-        place_(stand_in, groups.layout(param, sliced_over), piece)
+        set_layout(stand_in, groups.layout(param, sliced_over), piece)
         if hasattr(param, "partition_dim"):
             stand_in.partition_dim = param.partition_dim  # type: ignore[attr-defined]
         original = not getattr(param, "shared", False) if getattr(param, "shared_embedding", False) else None

@@ -10,8 +10,8 @@ from rich.measure import measure_renderables
 from rich.table import Table
 from rich.text import Text
 
+from ..._console import Screen
 from ..analysis.log import Log
-from ..screen import Screen
 from .facts import Fact, facts
 from .palette import Style, styles
 from .verdicts import Verdict, verdicts

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...devices import accumulation_dtype, device_constant
 from ...sharding.shard import Rows
 from . import native, torch_ops
 
@@ -42,7 +43,7 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float, device: torch.device
     if tensors and (found := at_once(tensors, norm_type)) is not None:
         return found[0].to(device), found[1]
     wide = any(tensor.dtype in _DOUBLES for tensor in tensors)
-    sums = torch.empty(len(tensors), dtype=torch_ops.wide(device), device=device)
+    sums = torch.empty(len(tensors), dtype=accumulation_dtype(device), device=device)
     kinds: dict[object, list[int]] = {}
     for i, tensor in enumerate(tensors):
         kinds.setdefault((tensor.device, tensor.dtype, torch_ops.is_dense(tensor)), []).append(i)
@@ -50,7 +51,7 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float, device: torch.device
         alike = [tensors[i] for i in chosen]
         found = at_once(alike, norm_type) if len(kinds) > 1 else None
         part = torch_ops.power_sums(alike, norm_type) if found is None else found[0]
-        sums.index_copy_(0, torch_ops.constant(tuple(chosen), device, torch.int64), part.to(device))
+        sums.index_copy_(0, device_constant(tuple(chosen), device, torch.int64), part.to(device))
     return sums, wide
 
 

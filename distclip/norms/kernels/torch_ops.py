@@ -6,16 +6,16 @@ by rows so short that nothing is lost, and again in float64 where float32 cannot
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from ...devices import accumulation_dtype
 from ...sharding.shard import Rows
 
-__all__ = ["constant", "is_dense", "neutral", "power_sum", "power_sums", "row_index", "row_powers", "together", "wide"]
+__all__ = ["combine", "identity", "is_dense", "power_sum", "power_sums", "row_index", "row_powers"]
 
 _CHUNK = {"cpu": 1 << 17}
 """Elements widened at a time, so that the temporary does not grow with the model; on a CPU it stays in the cache."""
@@ -82,7 +82,7 @@ def power_sum(grad: Tensor, norm_type: float) -> Tensor:
     powers = [_power(chunk, norm_type) for chunk in _chunks(values)]
     if len(powers) == 1:
         return powers[0]
-    return together(torch.stack(powers), norm_type) if powers else neutral(norm_type, grad.device)
+    return combine(torch.stack(powers), norm_type) if powers else identity(norm_type, grad.device)
 
 
 def row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor:
@@ -94,7 +94,7 @@ def row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor:
     if grad.layout is not torch.strided:
         return _sparse_row_powers(grad, rows, norm_type)
     if grad.numel() == 0:
-        return neutral(norm_type, grad.device).repeat(rows.count)
+        return identity(norm_type, grad.device).repeat(rows.count)
     if rows.width:
         flat = grad.reshape(-1)
         grad = flat.new_zeros(rows.count * rows.width)
@@ -116,25 +116,14 @@ def row_index(grad: Tensor) -> Tensor:
     return torch.arange(len(lengths), device=grad.device).repeat_interleave(lengths)
 
 
-def together(values: Tensor, norm_type: float) -> Tensor:
+def combine(values: Tensor, norm_type: float) -> Tensor:
     """Of the power sums of several pieces, (n,), that of all of them."""
     return values.amax() if math.isinf(norm_type) else values.sum()
 
 
-def neutral(norm_type: float, device: torch.device) -> Tensor:
+def identity(norm_type: float, device: torch.device) -> Tensor:
     """The power sum of nothing."""
-    return torch.full((), -math.inf if norm_type == -math.inf else 0.0, dtype=wide(device), device=device)
-
-
-@functools.lru_cache(maxsize=64)
-def constant(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Numbers that are the same at every step: they travel to the device once. Not to be written to."""
-    return torch.tensor(numbers, dtype=dtype, device=device)
-
-
-def wide(device: torch.device) -> torch.dtype:
-    """What numbers are added up and kept in: float64, except where the device has none."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.full((), -math.inf if norm_type == -math.inf else 0.0, dtype=accumulation_dtype(device), device=device)
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -212,7 +201,7 @@ def _chunks(values: Tensor) -> Iterator[Tensor]:
 
 def _widened(piece: Tensor) -> Tensor:
     """In float64; the magnitude of a complex number, which may not fit into the dtype of its parts."""
-    dtype = wide(piece.device)
+    dtype = accumulation_dtype(piece.device)
     return piece.to(dtype.to_complex()).abs() if piece.is_complex() else piece.to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""What every rank of an MPI job does in tests/integrations/test_mpi.py: one function a case, one job for all of them.
+"""Cases of tests/integrations/mpi/test_mpi.py: one function a case, one job for all of them.
 
 Nothing here starts torch.distributed, up to the last cases. A rank that fails leaves its traceback and takes the others
 down, so that the cases after it have no answer.

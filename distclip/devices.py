@@ -1,0 +1,92 @@
+"""Answer the questions whose answer differs between devices: dtypes, host reads, graph capture, constants.
+
+A new accelerator is added here. No other module of the pipeline compares `device.type`, except the kernels, each of
+which is written for one kind of device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "accumulation_dtype",
+    "copy_to_host_async",
+    "device_constant",
+    "host_reads_free",
+    "is_capturing",
+    "prefers_foreach",
+]
+
+
+def accumulation_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of power sums and norms: float64, or float32 on a device without float64.
+
+    >>> accumulation_dtype(torch.device("cpu"))
+    torch.float64
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def host_reads_free(device: torch.device) -> bool:
+    """Return whether the host reads a tensor of this device without waiting for queued work.
+
+    >>> host_reads_free(torch.device("cpu")), host_reads_free(torch.device("cuda"))
+    (True, False)
+    """
+    return device.type == "cpu"
+
+
+def prefers_foreach(device: torch.device) -> bool:
+    """Return whether torch's multi-tensor operators are faster than one operator per tensor on this device."""
+    return device.type == "cuda"
+
+
+def is_capturing() -> bool:
+    """Return whether a CUDA graph is being captured: the host takes no part in its replays."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def copy_to_host_async(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
+    """Start to copy a small tensor to the host.
+
+    Args:
+        tensor: of any dtype and shape.
+
+    Returns:
+        The tensor on the host, and a function that waits until its values have arrived. A device without asynchronous
+        copies returns the tensor itself, which waits when it is read.
+
+    Host syncs: none before the returned function is called.
+    """
+    if tensor.device.type != "cuda":
+        return tensor, lambda: None
+    return tensor.to("cpu", non_blocking=True), torch.cuda.current_stream(tensor.device).record_event().synchronize
+
+
+def device_constant(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a tensor of numbers that are the same at every step. The caller must not write to it.
+
+    Args:
+        numbers: the elements, in order.
+        device: where the tensor is needed.
+        dtype: of the tensor. None infers it as `torch.tensor` does.
+
+    Returns:
+        (len(numbers),). The numbers travel to the device once, unless a dispatch mode such as FakeTensorMode is active:
+        a tensor that was made under a mode must not be seen outside of it.
+
+    >>> device_constant((1.0, 2.0), torch.device("cpu"))
+    tensor([1., 2.])
+    """
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    return _cached_constant(numbers, device, dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_constant(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    return torch.tensor(numbers, dtype=dtype, device=device)

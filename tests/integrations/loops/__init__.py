@@ -1,1 +1,0 @@
-"""Jobs of warm worlds that train in other people's loops, beside a plain one."""

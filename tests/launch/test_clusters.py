@@ -1,0 +1,119 @@
+"""Jobs of clusters, as their nodes would start them, here on one machine: what Slurm and Kubeflow say is played."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch.test_launcher import ROOT, environment, rows
+
+yaml = pytest.importorskip("yaml")
+pytest.importorskip("hydra")
+SHORT = ["steps=3", "log=quiet", "hydra.run.dir=run"]
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def run_together(folder: Path, jobs: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> list[str]:
+    """What each command says, of several that wait for each other, in a folder with launch/ and conf/."""
+    for part in ("launch", "conf"):
+        (folder / part).symlink_to(ROOT / part)
+    started = [
+        subprocess.Popen(
+            command, cwd=folder, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for command, more in jobs
+    ]
+    try:
+        said = [one.communicate(timeout=300)[0] for one in started]
+    finally:
+        for one in started:
+            one.kill()
+    assert [one.returncode for one in started] == [0] * len(jobs), "\n".join(said)
+    return said
+
+
+def world_size(folder: Path) -> int:
+    """Of the one run that all nodes of a job were part of."""
+    lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(rows(folder / "run")) == 3
+    return int(json.loads(lines[0])["world_size"])
+
+
+# srun starts the command on every node at once, and kills all where one fails.
+SRUN = """#!/usr/bin/env bash
+[ "$1" = --kill-on-bad-exit=1 ] && shift
+pids=()
+for node in $(seq "$SLURM_JOB_NUM_NODES"); do "$@" & pids+=($!); done
+for pid in "${pids[@]}"; do wait "$pid" || { kill "${pids[@]}"; exit 1; }; done
+"""
+SCONTROL = """#!/usr/bin/env bash
+[ "$*" = "show hostnames node[1-2]" ] && printf '127.0.0.1\\nnode2\\n'
+"""
+
+
+def slurm(folder: Path) -> dict[str, str]:
+    """What a job on two nodes finds: Slurm's variables, and its commands on the PATH."""
+    commands = folder / "bin"
+    commands.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (commands / name).write_text(text)
+        (commands / name).chmod(0o755)
+    told = {"JOB_NODELIST": "node[1-2]", "JOB_NUM_NODES": "2", "JOB_ID": "77", "CPUS_PER_TASK": "2"}
+    told = {f"SLURM_{name}": value for name, value in told.items()}
+    return {**told, "PATH": f"{commands}:{os.environ['PATH']}", "PORT": str(free_port()), "NPROC": "2"}
+
+
+def test_slurm_starts_one_world(tmp_path: Path) -> None:
+    command = ["bash", str(ROOT / "launch" / "slurm.sbatch"), *SHORT]
+    run_together(tmp_path, [(command, slurm(tmp_path))])
+    assert world_size(tmp_path) == 4
+
+
+def test_slurm_elsewhere_is_told_where_to_be(tmp_path: Path) -> None:
+    done = subprocess.run(["bash", str(ROOT / "launch" / "slurm.sbatch")], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "root of the repository" in done.stderr
+
+
+def pods(spec: Mapping[str, Any], port: int) -> list[tuple[list[str], dict[str, str]]]:
+    """The command of each pod, and what Kubeflow's training operator 1.9 puts into its environment (envvar.go)."""
+    kinds = spec["pytorchReplicaSpecs"]
+    count = sum(kind["replicas"] for kind in kinds.values())
+    jobs = []
+    for kind in ("Master", "Worker"):
+        for _ in range(kinds[kind]["replicas"]):
+            (container,) = kinds[kind]["template"]["spec"]["containers"]
+            assert container["name"] == "pytorch"
+            own = {one["name"]: one["value"] for one in container.get("env", [])}
+            rank = str(len(jobs))
+            ranks = {"RANK": rank, "PET_NODE_RANK": rank, "PET_NNODES": str(count)}
+            ranks |= {"WORLD_SIZE": str(count * int(spec["nprocPerNode"])), "PET_NPROC_PER_NODE": spec["nprocPerNode"]}
+            head = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            jobs.append(
+                (
+                    [*container["command"], *container.get("args", [])],
+                    {**own, **ranks, **head, **{f"PET_{name}": value for name, value in head.items()}},
+                )
+            )
+    return jobs
+
+
+def test_kubernetes_starts_one_world(tmp_path: Path) -> None:
+    job = yaml.safe_load((ROOT / "launch" / "k8s.yaml").read_text(encoding="utf-8"))
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    jobs = pods(job["spec"], free_port())
+    assert all(command[0] == "python" for command, _ in jobs)
+    run_together(tmp_path, [([sys.executable, *command[1:], *SHORT], more) for command, more in jobs])
+    assert world_size(tmp_path) == 4
