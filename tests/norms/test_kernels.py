@@ -340,6 +340,12 @@ def test_a_table_is_made_once() -> None:
     assert table_of([torch.ones(101, device=DEVICE), tensors[1]]).bounds is not table.bounds  # type: ignore[union-attr]
 
 
+def test_a_gpu_gets_the_triton_kernels() -> None:
+    """A wrong module name would leave every GPU to torch's operators without a word."""
+    assert kernels.on_gpu(torch.device("cuda")) is multi_tensor
+    assert kernels.on_gpu(torch.device("cpu")) is None
+
+
 @interpreted
 def test_a_clipper_on_the_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way with the kernels a GPU runs: policies with one norm and with many, clipped and not."""
@@ -363,7 +369,7 @@ COMPILE = """
 import re, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from distclip.kernels import programs
+from distclip.norms.kernels import triton_kernels as programs
 
 def ptx(program, signature, **constants):
     signature |= dict.fromkeys(constants, "constexpr")

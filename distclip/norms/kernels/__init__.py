@@ -108,6 +108,6 @@ def at_once(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, bool] 
 @functools.cache
 def _triton() -> Any:
     try:
-        return importlib.import_module(".multi_tensor", __name__)
+        return importlib.import_module(".triton_launch", __name__)
     except ImportError:
         return None
