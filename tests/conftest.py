@@ -14,8 +14,12 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from tests.commands import output
-from tests.ranks import World, worlds
+from tests.ranks import World, rewrite_asserts, worlds
+
+# Before the first import of such a module.
+rewrite_asserts()
+
+from tests.commands import output  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 

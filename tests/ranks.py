@@ -1,12 +1,21 @@
-"""Warm worlds: forkserver workers that keep their process group and take jobs, so that a case costs milliseconds.
+"""Run tests on ranks: worlds of worker processes that keep their process group from one test to the next.
 
-A job is a function importable by name; every rank calls it and returns something picklable. A failure or a time-out is
-reported with the rank's own traceback, and the world is replaced by a new one.
+`@on_ranks(2, 4)` runs the body of a test on every rank of a world of two ranks and of a world of four:
+
+    @on_ranks(2, 4)
+    @pytest.mark.parametrize("norm_type", [1.0, 2.0])
+    def test_norm(norm_type: float) -> None:
+        ...  # dist.get_rank() and dist.get_world_size() tell the ranks apart
+
+Workers import a test by the name of its module and run its body, so that a case costs milliseconds. A failure or a
+time-out is reported with the traceback of each rank and the values in its `assert`, and a new world replaces the old.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import multiprocessing as mp
 import os
 import tempfile
@@ -14,14 +23,18 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from inspect import Parameter
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 TIMEOUT = 60.0
-"""Seconds after which a collective gives up, and a job counts as hung a little later."""
+"""Seconds after which a collective gives up. A job counts as hung a little later."""
 
 _PRELOAD = [
+    "pytest",
     "torch",
     "torch._dynamo",
     "torch.distributed.fsdp",
@@ -33,33 +46,104 @@ _PRELOAD = [
 
 
 class RankError(AssertionError):
-    """A job failed on some rank, or did not end."""
+    """A failure of a job on some rank, or a job that did not end."""
 
 
-def everywhere(mine: Any) -> list[Any]:
-    """What each rank says, in order; call it on all of them, within a job."""
+def gather_from_ranks(value: Any) -> list[Any]:
+    """Gather `value` from every rank, in order. Call it on all ranks, within a job."""
     import torch.distributed as dist
 
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, mine)
-    return told
+    by_rank: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(by_rank, value)
+    return by_rank
+
+
+# Keeps tests running whose files were not converted yet.
+everywhere = gather_from_ranks
+
+
+def on_ranks(*sizes: int, fixture: str = "world") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run the body of a test on every rank of a world, once for each size.
+
+    The arguments of the body are parameters of `pytest.mark.parametrize` or fixtures. They are pickled, and so must be
+    plain data. A body that has an argument `num_ranks` receives the size of the world.
+
+    Args:
+        sizes: number of ranks of each world. Without any, a parameter `num_ranks` of the test has the size, for
+            instance from the row of a table.
+        fixture: the fixture that starts worlds: "world" for those of the session, "ranks" for new ones in each module.
+    """
+
+    def decorate(body: Callable[..., None]) -> Callable[..., None]:
+        arguments = inspect.signature(body).parameters
+        is_parametrized = len(sizes) != 1
+
+        # Pytest reads the marks of the body, which `wraps` copies, and the signature that is set below.
+        @functools.wraps(body)
+        def test(**kwargs: Any) -> None:
+            world = kwargs.pop(fixture)
+            num_ranks = kwargs.pop("num_ranks") if is_parametrized else sizes[0]
+            if "num_ranks" in arguments:
+                kwargs["num_ranks"] = num_ranks
+            world(num_ranks).run(_run_body, test=test, arguments=kwargs)
+
+        names = [fixture, *(["num_ranks"] if is_parametrized else []), *(n for n in arguments if n != "num_ranks")]
+        keyword_only = [Parameter(name, Parameter.KEYWORD_ONLY) for name in names]
+        test.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
+        return pytest.mark.parametrize("num_ranks", sizes)(test) if len(sizes) > 1 else test
+
+    return decorate
+
+
+def _run_body(test: Any, arguments: dict[str, Any]) -> None:
+    """Run the body of a test that `on_ranks` has decorated. Workers call it."""
+    test.__wrapped__(**arguments)
+
+
+def rewrite_asserts() -> None:
+    """Let failing asserts show their values in all modules of the tests, so in tables and checks too."""
+    imported = ("__init__", "conftest", "ranks")
+    names = (path.stem for path in Path(__file__).parent.iterdir())
+    pytest.register_assert_rewrite(*(f"tests.{name}" for name in names if name not in imported))
+
+
+def _rewrite_asserts_on_rank() -> None:
+    """Do the same in the process of a rank, where pytest does not run."""
+    from _pytest.assertion import util
+    from _pytest.config import get_config
+
+    # Plugins and conftest.py are for the process that collects tests.
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    config = get_config()
+    config.parse(["--assert=rewrite", "--noconftest"])
+    rewrite_asserts()
+
+    def compare(op: str, left: Any, right: Any) -> str | None:
+        for lines in config.hook.pytest_assertrepr_compare(config=config, op=op, left=left, right=right):
+            if lines:
+                return "\n~".join(line.replace("\n", "\\n") for line in lines).replace("%", "%%")
+        return None
+
+    util._reprcompare = compare
 
 
 def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
+    """Join the process group of a world and run jobs until the connection closes."""
     import torch
     import torch.distributed as dist
 
     from distclip.comm import discovery
 
+    _rewrite_asserts_on_rank()
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     # The layouts use NO_SHARD on purpose.
     warnings.filterwarnings("ignore", message="The `NO_SHARD` sharding strategy is deprecated")
-    # FSDP2's, about any module that ends in a view.
+    # FSDP2 warns about any module that ends in a view.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    # torch.distributed.checkpoint's own, before torch 2.13.
+    # torch.distributed.checkpoint causes this one before torch 2.13.
     warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
-    # Of torch 2.12, whatever check_invariants= says.
+    # Torch 2.12 warns even where check_invariants= is passed.
     warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     dist.init_process_group(
@@ -74,9 +158,13 @@ def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
             job, kwargs = connection.recv()
         except EOFError:
             break
+        except BaseException:
+            # The module of a job may not import here. Every rank then reports that error.
+            connection.send((False, traceback.format_exc()))
+            continue
         try:
             torch.manual_seed(0)
-            # Every job is the first of its program: nothing was agreed on before.
+            # Each job is the first of its program, so that no communicator is known before.
             discovery._lives.clear()
             answer = (True, job(**kwargs))
         except BaseException:
@@ -86,7 +174,7 @@ def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
 
 
 class World:
-    """`size` gloo ranks in processes of their own."""
+    """A world of `size` gloo ranks, each in a process."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -95,7 +183,12 @@ class World:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def run(self, job: Callable[..., Any], *, timeout: float = 1.5 * TIMEOUT, **kwargs: Any) -> list[Any]:
-        """Call `job(**kwargs)` on every rank and return what they returned, in order.
+        """Call `job(**kwargs)` on every rank and return what the ranks returned, in order.
+
+        Args:
+            job: a function that workers can import by name.
+            timeout: seconds without any answer after which the job counts as hung.
+            kwargs: picklable arguments of the job.
 
         Raises:
             RankError: a rank raised, died, or did not answer in time.
@@ -108,7 +201,7 @@ class World:
         failures: dict[int, str] = {}
         waiting = dict(zip(self._connections, range(self.size), strict=True))
         while waiting:
-            # Once a rank has failed the others may wait for it: they get a moment, not the whole time.
+            # Once a rank has failed the others may wait for it. Two seconds are enough for those that do not.
             ready = wait(list(waiting), timeout=2.0 if failures else timeout)
             if not ready:
                 break
@@ -121,13 +214,14 @@ class World:
                 (answers if ok else failures)[rank] = answer
         if len(answers) == self.size:
             return [answers[rank] for rank in range(self.size)]
+        # The ranks may be stuck in a collective, and their meshes in any state.
         self.stop()
         silent = sorted(waiting.values())
         report = "\n".join(f"--- rank {rank}\n{text}" for rank, text in sorted(failures.items()))
         raise RankError(f"{report}\n--- ranks without an answer: {silent}")
 
     def stop(self) -> None:
-        """End the ranks; the next job starts new ones."""
+        """End the ranks. The next job starts new ones."""
         for connection in self._connections:
             connection.close()
         for process in self._processes:
@@ -155,7 +249,7 @@ class World:
 
 @contextlib.contextmanager
 def worlds() -> Iterator[Callable[[int], World]]:
-    """`of(4)`: four gloo ranks, which stay as long as the block lasts."""
+    """Yield a function that returns the world of a size, which stays as long as the block lasts."""
     started: dict[int, World] = {}
     try:
         yield lambda size: started.setdefault(size, World(size))
