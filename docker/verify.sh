@@ -88,7 +88,7 @@ left=$(run --user root "$box" find / -xdev \( -name .git -o -path '/root/.cache/
 [ -z "$left" ] || refuse "left in the image: $left"
 say "runs as uid $uid, may write outputs, has no caches and no .git"
 run "$box" python -c 'import sys, distclip; assert "hydra" not in sys.modules, "distclip loads hydra"'
-run "$box" python -c 'from distclip.norms.kernels.native_library import library; assert library() is not None, "no compiled kernels"'
+run "$box" python -c 'from distclip.norms.kernels.native_library import load_library; assert load_library() is not None, "no compiled kernels"'
 say "imports distclip without hydra, and with its compiled kernels"
 mapfile -t cmd < <(buildah inspect --format '{{range .OCIv1.Config.Cmd}}{{println .}}{{end}}' "$box" | sed '/^$/d')
 quietly run "$box" "${cmd[@]}" steps=20

@@ -116,7 +116,7 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def of_kernels(self) -> Iterator[None]:
         """Count also what distclip's own kernels read, which torch does not dispatch."""
-        whole, by_row = kernels.at_once, kernels.native.row_powers
+        whole, by_row = kernels.fused_power_sums, kernels.native.row_powers
 
         def counted(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, bool] | None:
             found = whole(tensors, norm_type)
@@ -128,11 +128,11 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.read += 0 if found is None else self._bytes(grad)
             return found
 
-        kernels.at_once, kernels.native.row_powers = counted, counted_rows
+        kernels.fused_power_sums, kernels.native.row_powers = counted, counted_rows
         try:
             yield
         finally:
-            kernels.at_once, kernels.native.row_powers = whole, by_row
+            kernels.fused_power_sums, kernels.native.row_powers = whole, by_row
 
     def _bytes(self, values: Any) -> int:
         return sum(t.nbytes for t in _tensors(values) if t.untyped_storage().data_ptr() in self._storages)

@@ -48,7 +48,7 @@ def no_syncs() -> Iterator[None]:
 def _either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the Triton kernels, and as where Triton is absent."""
     if request.param == "operators":
-        monkeypatch.setattr(kernels, "on_gpu", lambda device: None)
+        monkeypatch.setattr(kernels, "gpu_kernels", lambda device: None)
 
 
 @pytest.mark.usefixtures("_either")

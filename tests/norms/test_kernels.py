@@ -17,11 +17,11 @@ import distclip
 from distclip.bench.counters import peak_bytes
 from distclip.norms import kernels
 from distclip.norms.kernels import native, torch_ops
-from distclip.norms.kernels.native_library import library
-from distclip.norms.kernels.tensor_table import DTYPES, Description, _described, describe
+from distclip.norms.kernels.native_library import load_library
+from distclip.norms.kernels.tensor_table import DTYPES, TensorTable, _fill, describe_tensors
 from distclip.sharding.shard import Rows
 
-multi_tensor = pytest.importorskip("distclip.norms.kernels.triton_launch", reason="Triton is for Linux only")
+triton_launch = pytest.importorskip("distclip.norms.kernels.triton_launch", reason="Triton is for Linux only")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -39,12 +39,12 @@ def by_operators(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, b
 KERNELS: dict[str, tuple[PowerSums, str]] = {
     "operators": (by_operators, "cpu"),
     "native": (native.power_sums, "cpu"),
-    "multi_tensor": (multi_tensor.power_sums, DEVICE),
+    "triton_launch": (triton_launch.power_sums, DEVICE),
 }
 TRITON, NUMPY = (tuple(map(int, metadata.version(name).split(".")[:2])) for name in ("triton", "numpy"))
 OLD = TRITON < (3, 7) and NUMPY >= (2, 4) and DEVICE == "cpu"
 interpreted = pytest.mark.skipif(OLD, reason="Triton's interpreter cannot do with NumPy 2.4 before its version 3.7")
-gpu_kernels = pytest.param("multi_tensor", marks=interpreted)
+gpu_kernels = pytest.param("triton_launch", marks=interpreted)
 every_kernel = pytest.mark.parametrize("kernel", ["operators", "native", gpu_kernels])
 
 LENGTHS = [0, 1, 3, 15, 16, 17, 33, 1000, 2047, 2048, 2049, 4096, 4097, 16383, 16384, 16385, 65536, 65537, 262149]
@@ -70,7 +70,7 @@ def truth(tensor: Tensor, norm_type: float) -> float:
 
 def test_the_c_library_is_built() -> None:
     """Without it everything would pass, slowly: here is a compiler, so it has to be there."""
-    assert library() is not None
+    assert load_library() is not None
 
 
 @every_kernel
@@ -187,10 +187,10 @@ def test_rows(shape: tuple[int, ...], rows: Rows, dtype: torch.dtype, norm_type:
 def test_descriptions_with_and_without_dlpack() -> None:
     """What C reads through it is what torch says."""
     tensors = [torch.randn(3, 4, dtype=dtype)[1:] for dtype in DTYPES] + [torch.zeros(0, 3), torch.tensor(1.0)]
-    found, other = describe(tensors, "cpu"), Description(len(tensors))
-    assert found is not None and _described(other, tensors, "cpu")
+    found, other = describe_tensors(tensors, "cpu"), TensorTable(len(tensors))
+    assert found is not None and _fill(other, tensors, "cpu")
     assert vars(found) == vars(other)
-    assert list(found.addresses) == [t.data_ptr() for t in tensors] and found.wide
+    assert list(found.addresses) == [t.data_ptr() for t in tensors] and found.has_float64
 
 
 @pytest.mark.parametrize("odd", [torch.ones(2, 2).to_sparse(), torch.zeros(4, 4)[::2], torch.ones(2).to(torch.int8)])
@@ -198,7 +198,7 @@ def test_the_c_kernel_without_dlpack(odd: Tensor, monkeypatch: pytest.MonkeyPatc
     """Under a torch that has none, tensors are described from Python."""
     tensors = [torch.randn(3, 4), torch.randn(100).bfloat16()]
     expected = sums("native", tensors, 2.0)
-    monkeypatch.setattr(library(), "dlpack", None)
+    monkeypatch.setattr(load_library(), "dlpack", None)
     assert sums("native", tensors, 2.0) == expected
     assert native.power_sums([*tensors, odd], 2.0) is None
 
@@ -219,13 +219,13 @@ def test_dense_in_any_order() -> None:
         base.view(24, 1),
     ]
     for tensor in shapes:
-        assert (describe([tensor], "cpu") is not None) == torch_ops.is_dense(tensor), tensor.stride()
+        assert (describe_tensors([tensor], "cpu") is not None) == torch_ops.is_dense(tensor), tensor.stride()
 
 
 @pytest.mark.parametrize("openmp", [True, False])
 def test_bits_do_not_depend_on_threads_or_alignment(openmp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not openmp:
-        monkeypatch.setattr(library(), "openmp", None)
+        monkeypatch.setattr(load_library(), "openmp", None)
     base = torch.randn(1 << 21)
     tensors = [base[i : i + 1_500_000] for i in range(4)]
     copies = [tensor.clone() for tensor in tensors]
@@ -243,8 +243,8 @@ def test_bits_do_not_depend_on_threads_or_alignment(openmp: bool, monkeypatch: p
 def test_the_second_look_is_only_taken_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without C, a large float32 sum is made again in float64 where float32 cannot hold it, and not otherwise."""
     widened: list[int] = []
-    real = torch_ops._widened
-    monkeypatch.setattr(torch_ops, "_widened", lambda piece: widened.append(piece.numel()) or real(piece))
+    real = torch_ops._to_float64
+    monkeypatch.setattr(torch_ops, "_to_float64", lambda piece: widened.append(piece.numel()) or real(piece))
     torch_ops.power_sum(torch.randn(8192), 2.0)
     assert not widened
     for scale in (1e25, 1e-25, 0.0):
@@ -282,7 +282,7 @@ def test_conditional_scale(dtype: torch.dtype, coefs: list[float]) -> None:
     tensors = [x.to(dtype).to(DEVICE) for x in drawn]
     before = [tensor.clone() for tensor in tensors]
     versions = [tensor._version for tensor in tensors]
-    assert multi_tensor.scale_(tensors, torch.tensor(coefs, dtype=torch.float64, device=DEVICE))
+    assert triton_launch.scale_(tensors, torch.tensor(coefs, dtype=torch.float64, device=DEVICE))
     wide = torch.promote_types(dtype, torch.float32)
     for i, (tensor, old) in enumerate(zip(tensors, before, strict=True)):
         coef = coefs[i % len(coefs)]
@@ -327,29 +327,29 @@ def test_what_scaling_leaves_to_operators() -> None:
 
 def test_a_table_is_made_once() -> None:
     """And again when a tensor is elsewhere; its chunks only when lengths change."""
-    from distclip.norms.kernels.gpu_tables import table_of
+    from distclip.norms.kernels.gpu_tables import get_table
 
     tensors = [torch.ones(100, device=DEVICE), torch.ones(70_000, device=DEVICE)]
-    table = table_of(tensors)
-    assert table is not None and table is table_of(list(tensors)) and table.chunks == 3
-    moved = table_of([tensors[0].clone(), tensors[1]])
+    table = get_table(tensors)
+    assert table is not None and table is get_table(list(tensors)) and table.num_chunks == 3
+    moved = get_table([tensors[0].clone(), tensors[1]])
     assert moved is not None and moved is not table and moved.bounds is table.bounds
-    assert [part.aligned for part in table.parts] == [True]
-    odd = table_of([torch.ones(100, device=DEVICE)[1:], tensors[1]])
-    assert odd is not None and [part.aligned for part in odd.parts] == [False]
-    assert table_of([torch.ones(101, device=DEVICE), tensors[1]]).bounds is not table.bounds  # type: ignore[union-attr]
+    assert [launch.aligned for launch in table.launches] == [True]
+    odd = get_table([torch.ones(100, device=DEVICE)[1:], tensors[1]])
+    assert odd is not None and [launch.aligned for launch in odd.launches] == [False]
+    assert get_table([torch.ones(101, device=DEVICE), tensors[1]]).bounds is not table.bounds  # type: ignore[union-attr]
 
 
 def test_a_gpu_gets_the_triton_kernels() -> None:
     """A wrong module name would leave every GPU to torch's operators without a word."""
-    assert kernels.on_gpu(torch.device("cuda")) is multi_tensor
-    assert kernels.on_gpu(torch.device("cpu")) is None
+    assert kernels.gpu_kernels(torch.device("cuda")) is triton_launch
+    assert kernels.gpu_kernels(torch.device("cpu")) is None
 
 
 @interpreted
 def test_a_clipper_on_the_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way with the kernels a GPU runs: policies with one norm and with many, clipped and not."""
-    monkeypatch.setattr(kernels, "on_gpu", lambda device: multi_tensor)
+    monkeypatch.setattr(kernels, "gpu_kernels", lambda device: triton_launch)
     for policy in (distclip.global_norm(0.5), distclip.per_tensor_norm(0.5), distclip.global_norm(1e9)):
         made = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 700, 12)]
         twins = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 700, 12)]
@@ -358,7 +358,7 @@ def test_a_clipper_on_the_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
             twin.grad = param.grad.clone()
         report = distclip.GradClipper([(f"p{i}", p) for i, p in enumerate(made)], policy).clip()
         with monkeypatch.context() as plain:
-            plain.setattr(kernels, "on_gpu", lambda device: None)
+            plain.setattr(kernels, "gpu_kernels", lambda device: None)
             other = distclip.GradClipper([(f"p{i}", p) for i, p in enumerate(twins)], policy).clip()
         torch.testing.assert_close(report.norms, other.norms, rtol=1e-13, atol=0)
         for param, twin in zip(made, twins, strict=True):
@@ -382,7 +382,8 @@ for element, wide in zip(programs.ELEMENTS, ["v2.b64", "v4.b32", "v4.b32", "v4.b
     one = ptx(programs.powers, tables | {"partial": "*fp64", "first": "i32"},
               OPERATION=0 if element.name == "fp32" else 2, ELEMENT=element, CHUNK=1 << 16, ALIGNED=True)
     assert f"ld.global.{wide}" in one, element
-    two = ptx(programs.scale, tables | {"coefs": "*fp64", "each": "i32"}, ELEMENT=element, CHUNK=1 << 16, ALIGNED=True)
+    two = ptx(programs.scale, tables | {"coefs": "*fp64", "per_tensor": "i32"},
+              ELEMENT=element, CHUNK=1 << 16, ALIGNED=True)
     assert f"ld.global.{wide}" in two and f"st.global.{wide}" in two, element
 ptx(programs.powers, tables | {"partial": "*fp64", "first": "i32"},
     OPERATION=1, ELEMENT=programs.ELEMENTS[1], CHUNK=1 << 16, ALIGNED=False)

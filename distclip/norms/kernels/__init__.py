@@ -1,14 +1,13 @@
-"""Sums of powers of many local tensors at once, and their multiplication, as fast as the memory allows.
+"""Compute power sums of many local tensors in one call, and scale the tensors, at memory bandwidth.
 
-Every module does the same in another way: `operators` with torch's operators, on any tensor and for any p; `native` by
-one C call, on a CPU; `multi_tensor` by Triton kernels, on a GPU. Here the fastest that can do it is taken. `library`
-and `description` tell C where tensors lie, `table` tells the GPU.
+Three modules do the same work: `native` with one C call on a CPU, `triton_launch` with Triton kernels on a GPU, and
+`torch_ops` with torch's operators on any tensor and for any p. The functions here pick the fastest that can do it.
+`tensor_table` and `native_library` describe tensors to C, and `gpu_tables` describes them to a GPU.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,95 +18,108 @@ from ...devices import accumulation_dtype, device_constant
 from ...sharding.shard import Rows
 from . import native, torch_ops
 
-__all__ = ["at_once", "power_sums", "row_powers", "scale_"]
+__all__ = ["fused_power_sums", "gpu_kernels", "power_sums", "row_powers", "scale_"]
 
-_DOUBLES = (torch.float64, torch.complex128)
+_FLOAT64_DTYPES = (torch.float64, torch.complex128)
 
 
 def power_sums(tensors: Sequence[Tensor], norm_type: float, device: torch.device) -> tuple[Tensor, bool]:
-    """Σ|g|^p of each tensor, or max|g| for p = inf, −min|g| for p = −inf; and whether any of them is float64.
+    """Compute Σ|g|^p of each tensor, or max|g| for p = inf, or −min|g| for p = −inf.
 
     Args:
-        tensors: any floating or complex dtypes, layouts and devices.
+        tensors: of any floating or complex dtypes, layouts and devices.
         norm_type: p.
-        device: where the result goes.
+        device: where the result is needed.
 
     Returns:
-        (n,) float64; and whether some tensor is float64 or complex128.
+        (n,) float64, and whether any tensor is float64 or complex128.
 
     Host syncs: none on an accelerator.
 
     >>> power_sums([torch.tensor([3.0, 4.0]), torch.tensor([1.0])], 2.0, torch.device("cpu"))
     (tensor([25.,  1.], dtype=torch.float64), False)
     """
-    if tensors and (found := at_once(tensors, norm_type)) is not None:
-        return found[0].to(device), found[1]
-    wide = any(tensor.dtype in _DOUBLES for tensor in tensors)
+    # The usual case: all tensors are dense, real and on one device, and a single kernel takes them all.
+    if tensors and (fused := fused_power_sums(tensors, norm_type)) is not None:
+        return fused[0].to(device), fused[1]
+    has_float64 = any(tensor.dtype in _FLOAT64_DTYPES for tensor in tensors)
     sums = torch.empty(len(tensors), dtype=accumulation_dtype(device), device=device)
-    kinds: dict[object, list[int]] = {}
+    # Otherwise one call for each kind of tensor, so that one odd tensor does not slow down the others.
+    positions_by_kind: dict[object, list[int]] = {}
     for i, tensor in enumerate(tensors):
-        kinds.setdefault((tensor.device, tensor.dtype, torch_ops.is_dense(tensor)), []).append(i)
-    for chosen in kinds.values():
-        alike = [tensors[i] for i in chosen]
-        found = at_once(alike, norm_type) if len(kinds) > 1 else None
-        part = torch_ops.power_sums(alike, norm_type) if found is None else found[0]
-        sums.index_copy_(0, device_constant(tuple(chosen), device, torch.int64), part.to(device))
-    return sums, wide
+        kind = (tensor.device, tensor.dtype, torch_ops.is_dense(tensor))
+        positions_by_kind.setdefault(kind, []).append(i)
+    for positions in positions_by_kind.values():
+        group = [tensors[i] for i in positions]
+        # With a single kind, the fused kernel has already refused these very tensors.
+        fused = fused_power_sums(group, norm_type) if len(positions_by_kind) > 1 else None
+        group_sums = torch_ops.power_sums(group, norm_type) if fused is None else fused[0]
+        sums.index_copy_(0, device_constant(tuple(positions), device, torch.int64), group_sums.to(device))
+    return sums, has_float64
 
 
 def row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor:
-    """Σ|g|^p, or max|g|, of each row of one local tensor, (rows.count,) float64 on its device.
+    """Compute Σ|g|^p, or max|g|, of each row of one local tensor.
 
     Args:
-        grad: any floating or complex dtype; dense, a slice of a flattened parameter, or sparse.
-        rows: which rows these are.
+        grad: of any floating or complex dtype. Dense, a slice of a flattened parameter, or sparse.
+        rows: the rows that the tensor holds.
         norm_type: p > 0, or `inf`.
+
+    Returns:
+        (rows.count,) float64, on the tensor's device.
 
     >>> row_powers(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), Rows(0, 2), 2.0)
     tensor([25.,  1.], dtype=torch.float64)
     """
-    found = native.row_powers(grad, rows, norm_type) if grad.is_cpu else None
-    return torch_ops.row_powers(grad, rows, norm_type) if found is None else found
+    powers = native.row_powers(grad, rows, norm_type) if grad.is_cpu else None
+    return torch_ops.row_powers(grad, rows, norm_type) if powers is None else powers
 
 
 def scale_(tensors: Sequence[Tensor], coefs: Tensor | float) -> bool:
-    """Multiply tensors in place: on a CPU by a number, on a GPU by what the host does not know, where 1 costs nothing.
+    """Multiply tensors in place, without a host sync.
 
     Args:
         tensors: at least one.
-        coefs: a number; or (1,), or one for each tensor, float64 on their device.
+        coefs: on a CPU, a number. On a GPU, (1,) or one per tensor, float64 on their device: the host need not know
+            the values, and a factor of exactly 1 costs no memory traffic.
 
     Returns:
-        Whether it could be done.
+        Whether a kernel could scale the tensors. If not, no tensor has changed.
 
     Host syncs: none.
     """
     if not isinstance(coefs, Tensor):
         return native.scale_(tensors, coefs)
-    kernels = on_gpu(tensors[0].device)
+    kernels = gpu_kernels(tensors[0].device)
     return kernels is not None and bool(kernels.scale_(tensors, coefs))
 
 
-def on_gpu(device: torch.device) -> Any:
-    """The Triton kernels, if the device can run them."""
-    return _triton() if device.type == "cuda" else None
+def gpu_kernels(device: torch.device) -> Any:
+    """Return the module `triton_launch` if the device can run it, None otherwise."""
+    return _import_triton_launch() if device.type == "cuda" else None
 
 
-def at_once(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, bool] | None:
-    """`power_sums` by a kernel that takes all of them; None where there is none.
+def fused_power_sums(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, bool] | None:
+    """Compute `power_sums` with one kernel for all tensors.
 
     Args:
         tensors: at least one.
         norm_type: p.
+
+    Returns:
+        None if there is no kernel for these tensors or this p.
     """
-    kernels = on_gpu(tensors[0].device) or native
-    found: tuple[Tensor, bool] | None = kernels.power_sums(tensors, norm_type)
-    return found
+    kernels = gpu_kernels(tensors[0].device) or native
+    sums: tuple[Tensor, bool] | None = kernels.power_sums(tensors, norm_type)
+    return sums
 
 
 @functools.cache
-def _triton() -> Any:
+def _import_triton_launch() -> Any:
     try:
-        return importlib.import_module(".triton_launch", __name__)
+        from . import triton_launch
     except ImportError:
+        # Triton is optional. Without it, a GPU uses torch's operators.
         return None
+    return triton_launch

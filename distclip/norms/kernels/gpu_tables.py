@@ -1,4 +1,4 @@
-"""The tables that the GPU kernels read: which chunk is whose, made once, and where the tensors are at the moment."""
+"""Build and cache the tables that the GPU kernels read: the tensor of each chunk, and the address of each tensor."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .tensor_table import Description, describe
+from ...devices import is_capturing
+from .tensor_table import TensorTable, describe_tensors
 
-__all__ = ["CHUNK", "Part", "Table", "table_of"]
+__all__ = ["CHUNK", "GPUTable", "Launch", "get_table"]
 
 CHUNK = 1 << 16
-"""Elements for a program."""
+"""Number of elements that one program of a kernel processes."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """The chunks of all tensors of one dtype: a launch.
+class Launch:
+    """Chunks of all tensors of one dtype, which one kernel launch processes.
 
     Args:
-        dtype: its place in `DTYPES`.
-        tensor: (chunks,) int64, whose each chunk is.
-        start: (chunks,) int64, at which of its elements it begins.
-        first: how many chunks come before those of this part.
-        aligned: whether all tensors begin at a multiple of 16 bytes.
+        dtype: index into `DTYPES`.
+        tensor: (chunks,) int64, the index of each chunk's tensor.
+        start: (chunks,) int64, the position of each chunk's first element in its tensor.
+        first: number of chunks in the launches before this one.
+        aligned: whether all tensors of the dtype begin at a multiple of 16 bytes.
     """
 
     dtype: int
@@ -38,102 +39,102 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Table:
-    """What kernels know of n tensors.
+class GPUTable:
+    """Description of n tensors for the GPU kernels.
 
     Args:
-        parts: one for each dtype.
-        bounds: (2 n,) int64, the first chunk of each tensor, and then the one after its last.
-        lengths: (n,) int64, elements.
-        chunks: how many there are.
-        wide: whether some tensor is float64.
+        launches: one for each dtype.
+        bounds: (2 n,) int64, the first chunk of each tensor, then the chunk after the last one of each tensor.
+        lengths: (n,) int64, number of elements.
+        num_chunks: over all tensors.
+        has_float64: whether any tensor is float64.
         addresses: (n,) int64.
     """
 
-    parts: tuple[Part, ...]
+    launches: tuple[Launch, ...]
     bounds: Tensor
     lengths: Tensor
-    chunks: int
-    wide: bool
+    num_chunks: int
+    has_float64: bool
     addresses: Tensor
 
 
-_LIMIT = 16
+_MAX_TABLES = 16
 
-_recent: dict[object, Table] = {}
+_tables: dict[object, GPUTable] = {}
+"""Most recent tables, the oldest one first."""
+
+_captured_tables: list[GPUTable] = []
+"""Tables that a CUDA graph reads at each replay, kept alive because the graph has only their addresses."""
 
 
-def table_of(tensors: Sequence[Tensor]) -> Table | None:
-    """The table of tensors, from the last ones where nothing has changed.
+def get_table(tensors: Sequence[Tensor]) -> GPUTable | None:
+    """Return the table of tensors, from the cache if the same memory was described before.
 
     Args:
-        tensors: of one device, at least one.
+        tensors: on one device, at least one.
 
     Returns:
-        None where there is none: a tensor is not dense or not real, or a CUDA graph is being captured and the tensors
-        are not where they were in an earlier call (a copy from the host would be replayed from memory that has gone).
+        None if a tensor is not dense or not real, or if a CUDA graph is being captured and these addresses were not
+        described before the capture.
 
-    Host syncs: none; what travels to the device travels from pinned memory.
+    Host syncs: none. Numbers travel to the device from pinned memory.
     """
     device = tensors[0].device
-    found = describe(tensors, device.type)
-    if found is None or len(set(map(Tensor.get_device, tensors))) > 1:
+    table = describe_tensors(tensors, device.type)
+    if table is None or len(set(map(Tensor.get_device, tensors))) > 1:
         return None
-    key = (device, bytes(found.lengths), bytes(found.dtypes), bytes(found.addresses))
-    if _capturing(device):
-        if key in _recent:
-            _captured.append(_recent[key])
-        return _recent.get(key)
-    if key not in _recent:
-        while len(_recent) >= _LIMIT:
-            del _recent[next(iter(_recent))]
-        _recent[key] = _made(found, device)
-    return _recent[key]
+    key = (device, bytes(table.lengths), bytes(table.dtypes), bytes(table.addresses))
+    if is_capturing():
+        # No new table within a capture: each replay would copy it from host memory that has been freed by then.
+        if key in _tables:
+            _captured_tables.append(_tables[key])
+        return _tables.get(key)
+    if key not in _tables:
+        while len(_tables) >= _MAX_TABLES:
+            del _tables[next(iter(_tables))]
+        _tables[key] = _build_table(table, device)
+    return _tables[key]
 
 
-_captured: list[Table] = []
-"""What a CUDA graph reads whenever it is replayed."""
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _made(found: Description, device: torch.device) -> Table:
-    """A table whose chunks are those of the last one with the same lengths and dtypes."""
-    chunked = _chunked(device, bytes(found.lengths), bytes(found.dtypes))
-    parts = []
-    for part in chunked.parts:
-        addresses = (a for a, dtype in zip(found.addresses, found.dtypes, strict=True) if dtype == part.dtype)
-        parts.append(replace(part, aligned=all(address % 16 == 0 for address in addresses)))
-    return replace(chunked, parts=tuple(parts), addresses=_there(found.addresses, device))
+def _build_table(table: TensorTable, device: torch.device) -> GPUTable:
+    """Add addresses to the chunks, which depend on lengths and dtypes alone and are cached separately."""
+    chunked = _chunk_tensors(device, bytes(table.lengths), bytes(table.dtypes))
+    launches = []
+    for launch in chunked.launches:
+        addresses = (a for a, dtype in zip(table.addresses, table.dtypes, strict=True) if dtype == launch.dtype)
+        launches.append(replace(launch, aligned=all(address % 16 == 0 for address in addresses)))
+    return replace(chunked, launches=tuple(launches), addresses=_to_device(table.addresses, device))
 
 
 @lru_cache(maxsize=16)
-def _chunked(device: torch.device, lengths: bytes, dtypes: bytes) -> Table:
-    """A table without addresses. Chunks are numbered tensor by tensor, dtype by dtype."""
-    counts, kinds = array("q", lengths), array("i", dtypes)
-    begin, parts, chunks = [0] * len(counts), [], 0
-    order = sorted(range(len(counts)), key=lambda i: (kinds[i], i))
-    for dtype in sorted(set(kinds)):
-        tensor, start, first = array("q"), array("q"), chunks
-        for i in (i for i in order if kinds[i] == dtype):
-            begin[i] = chunks
-            starts = range(0, counts[i], CHUNK)
+def _chunk_tensors(device: torch.device, lengths: bytes, dtypes: bytes) -> GPUTable:
+    """Build a table without addresses. Chunks are numbered by dtype, and by tensor within a dtype."""
+    lengths_, dtypes_ = array("q", lengths), array("i", dtypes)
+    begin, launches, num_chunks = [0] * len(lengths_), [], 0
+    order = sorted(range(len(lengths_)), key=lambda i: (dtypes_[i], i))
+    for dtype in sorted(set(dtypes_)):
+        tensor, start, first = array("q"), array("q"), num_chunks
+        for i in (i for i in order if dtypes_[i] == dtype):
+            begin[i] = num_chunks
+            starts = range(0, lengths_[i], CHUNK)
             tensor.extend([i] * len(starts))
             start.extend(starts)
-            chunks += len(starts)
-        if chunks > first:
-            parts.append(Part(dtype, _there(tensor, device), _there(start, device), first))
-    ends = [b + -(-count // CHUNK) for b, count in zip(begin, counts, strict=True)]
-    nowhere = torch.empty(0, dtype=torch.int64)
-    bounds = _there(array("q", begin + ends), device)
-    return Table(tuple(parts), bounds, _there(counts, device), chunks, 0 in kinds, nowhere)
+            num_chunks += len(starts)
+        # A launch without programs is an error in CUDA: all tensors of this dtype may be empty.
+        if num_chunks > first:
+            launches.append(Launch(dtype, _to_device(tensor, device), _to_device(start, device), first))
+    ends = [b + -(-length // CHUNK) for b, length in zip(begin, lengths_, strict=True)]
+    no_addresses = torch.empty(0, dtype=torch.int64)
+    bounds = _to_device(array("q", begin + ends), device)
+    return GPUTable(tuple(launches), bounds, _to_device(lengths_, device), num_chunks, 0 in dtypes_, no_addresses)
 
 
-def _there(numbers: array[int], device: torch.device) -> Tensor:
-    """On the device, without waiting for it."""
-    table = torch.frombuffer(bytearray(numbers.tobytes()), dtype=torch.int64) if len(numbers) else torch.empty(0).long()
+def _to_device(numbers: array[int], device: torch.device) -> Tensor:
+    """Copy numbers to the device without a host sync."""
+    if not numbers:
+        return torch.empty(0, dtype=torch.int64, device=device)
+    tensor = torch.frombuffer(bytearray(numbers.tobytes()), dtype=torch.int64)
     if device.type == "cpu":
-        return table
-    return table.pin_memory().to(device, non_blocking=True)
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,13 +1,13 @@
-/* Sums of powers of many tensors on a CPU, and their multiplication, at the speed of its memory: one call, any number of
-   tensors and threads.
+/* Compute power sums of many CPU tensors, or scale the tensors, at memory bandwidth: one call for any number of tensors
+   and threads.
 
-   What is added up is float64 from the first element on (bfloat16: runs of 2,048 elements in float32, and again in
-   float64 where float32 cannot hold them). A tensor is cut into blocks at fixed elements, and blocks are added up in
-   order: the bits of a sum depend neither on threads nor on where in memory anything lies.
+   Sums are float64 from the first element on. bfloat16 is summed in float32 in runs of 2,048 elements, and again in
+   float64 if a run overflows or underflows in float32. A tensor is split into blocks at fixed elements, and blocks are
+   added in order, so that the bits of a sum depend neither on threads nor on alignment.
 
-   The loops are in native_loops.h, compiled once for the plain instruction set and once for AVX2. What torch knows of
-   its tensors is asked through DLPack's exchange API, a table of C functions that every torch.Tensor carries: neither
-   torch's headers nor Python's are needed, and a tensor costs 50 ns instead of five attribute look-ups. */
+   The loops are in native_loops.h, which is compiled once for the plain instruction set and once for AVX2. Tensors are
+   read through DLPack's exchange API, a table of C functions that every torch.Tensor carries. Therefore neither torch's
+   headers nor Python's are needed, and a tensor costs 50 ns instead of five attribute look-ups. */
 
 #include <math.h>
 #include <pthread.h>
@@ -39,7 +39,7 @@ typedef void (*openmp)(void (*)(void *), void *, unsigned, unsigned);
 #pragma GCC pop_options
 #endif
 
-/* DLPack 1.2 and later, as far as it is used here. */
+/* The fields of DLPack 1.2 and later that are used here. */
 typedef struct {
     void *data;
     struct { int32_t type, index; } device;
@@ -57,11 +57,12 @@ typedef struct {
 
 enum { MAX_DIMS = 16 };
 
-/* Whether the elements fill a range of memory, each of them once, in whatever order. */
+/* Return whether the elements fill a range of memory, each exactly once, in any order. */
 static int is_dense(const dlpack_tensor *t) {
     int64_t size[MAX_DIMS], stride[MAX_DIMS], expected = 1;
     int dims = 0;
     if (t->ndim > MAX_DIMS) return 0;
+    /* Sort the dims by stride (insertion sort), then check that each stride is the product of the sizes before it. */
     for (int i = t->ndim - 1; i >= 0; i--) {
         if (t->shape[i] == 0) return 1;
         if (t->shape[i] == 1) continue;
@@ -74,6 +75,7 @@ static int is_dense(const dlpack_tensor *t) {
     return 1;
 }
 
+/* Return the index of a tensor's dtype in DTYPES of tensor_table.py, or -1 if the kernels do not support it. */
 static int dtype_of(const dlpack_tensor *t) {
     if (t->dtype.lanes != 1) return -1;
     if (t->dtype.code == 4 && t->dtype.bits == 16) return 2;
@@ -81,20 +83,25 @@ static int dtype_of(const dlpack_tensor *t) {
     return t->dtype.bits == 64 ? 0 : t->dtype.bits == 32 ? 1 : t->dtype.bits == 16 ? 3 : -1;
 }
 
-/* Whether the table is one that is understood here. */
-int distclip_speaks(const dlpack_api *api) {
+/* Return whether this file knows the layout of the API's table. */
+static int supports(const dlpack_api *api) {
     return api->version.major == 1 && api->version.minor >= 2 && api->tensor_from_object != NULL;
 }
 
-/* Where each of `count` torch.Tensors lies (PyObjects; the caller holds the GIL), how many elements it has, and its
-   dtype: 0 float64, 1 float32, 2 bfloat16, 3 float16. device: DLPack's number, 1 for CPU.
-   Returns 0; 1 where one of them is something else, or elsewhere, or not dense; -1 with a Python exception set. */
+/* Read the address, the number of elements and the dtype of each of `count` torch.Tensors.
+   objects: PyObjects. The caller holds the GIL.
+   device: DLPack's number of the device type, 1 for CPU.
+   dtypes: 0 for float64, 1 for float32, 2 for bfloat16, 3 for float16.
+   Returns 0 for success, 1 if a tensor has another dtype or device or is not dense, 2 if the API has another version,
+   -1 with a Python exception set. */
 int distclip_describe(const dlpack_api *api, int64_t count, void *const *objects, int device, const char **tensors,
                       int64_t *lengths, int32_t *dtypes) {
+    if (!supports(api)) return 2;
     for (int64_t i = 0; i < count; i++) {
         dlpack_tensor t;
-        /* Thousands of tensors lie far apart. What is behind the two words of every Python object's head is, for
-           torch, where the tensor is: fetching it early halves the time, and does no harm should it be something else. */
+        /* Thousands of tensors are scattered in memory. The word after the two header words of a Python object is, in
+           torch, the address of the C++ tensor. Prefetching it halves the time, and is harmless if the word is
+           something else. */
         if (i + 16 < count) __builtin_prefetch(objects[i + 16]);
         if (i + 8 < count) {
             const char *inside = ((const char *const *)objects[i + 8])[2];
@@ -113,20 +120,20 @@ int distclip_describe(const dlpack_api *api, int64_t count, void *const *objects
 
 typedef struct {
     const loop *sums;            /* by dtype; NULL to scale */
-    const scaling *scales;       /* by dtype; they take the last blocks first, which may still be in a cache */
+    const scaling *scales;       /* by dtype; the last blocks come first because they may still be in a cache */
     double factor;
     char *const *tensors;
     const int64_t *lengths;
     const int32_t *dtypes;
-    int64_t count;               /* of tensors */
-    int64_t *first;              /* block of each tensor; first[count] is how many there are */
-    double *partial;             /* by block */
-    int64_t next;                /* group of blocks that nobody has taken yet */
+    int64_t count;               /* number of tensors */
+    int64_t *first;              /* first block of each tensor; first[count] is the number of blocks */
+    double *partial;             /* sum of each block */
+    int64_t next;                /* next group of blocks that no thread has taken yet */
 } work;
 
-static const int64_t sizes[] = {8, 4, 2, 2}; /* of an element, by dtype */
+static const int64_t sizes[] = {8, 4, 2, 2}; /* bytes of an element, by dtype */
 
-/* The tensor that a block belongs to. */
+/* Find the tensor of a block (binary search). */
 static int64_t tensor_of(const work *job, int64_t block) {
     int64_t low = 0, high = job->count;
     while (high - low > 1) {
@@ -136,7 +143,8 @@ static int64_t tensor_of(const work *job, int64_t block) {
     return low;
 }
 
-static void *help(void *argument) {
+/* Process groups of blocks until none is left. */
+static void *process_blocks(void *argument) {
     work *job = argument;
     int64_t total = job->first[job->count];
     for (;;) {
@@ -144,6 +152,7 @@ static void *help(void *argument) {
         if (block >= total) return NULL;
         int64_t end = block + GROUP < total ? block + GROUP : total;
         if (job->sums == NULL) {
+            /* Scaling takes the blocks in reverse. */
             int64_t before = total - end;
             end = total - block;
             block = before;
@@ -152,24 +161,25 @@ static void *help(void *argument) {
             while (job->first[tensor + 1] <= block) tensor++;
             int64_t begin = (block - job->first[tensor]) * BLOCK, left = job->lengths[tensor] - begin;
             int32_t dtype = job->dtypes[tensor];
-            char *place = job->tensors[tensor] + begin * sizes[dtype];
+            char *start = job->tensors[tensor] + begin * sizes[dtype];
             if (left > BLOCK) left = BLOCK;
-            if (job->sums != NULL) job->partial[block] = job->sums[dtype](place, left);
-            else job->scales[dtype](place, left, job->factor);
+            if (job->sums != NULL) job->partial[block] = job->sums[dtype](start, left);
+            else job->scales[dtype](start, left, job->factor);
         }
     }
 }
 
-static void help_all(void *job) {
-    help(job);
+/* The signature that GOMP_parallel requires. */
+static void process_blocks_openmp(void *job) {
+    process_blocks(job);
 }
 
-/* Work with `wanted` threads, this one among them. */
-static void start(work *job, int64_t wanted) {
+/* Run with `num_threads` threads, including this one. */
+static void run_threads(work *job, int64_t num_threads) {
     pthread_t helpers[MAX_THREADS];
     int64_t started = 0;
-    while (started < wanted - 1 && pthread_create(&helpers[started], NULL, help, job) == 0) started++;
-    help(job);
+    while (started < num_threads - 1 && pthread_create(&helpers[started], NULL, process_blocks, job) == 0) started++;
+    process_blocks(job);
     for (int64_t i = 0; i < started; i++) pthread_join(helpers[i], NULL);
 }
 
@@ -179,7 +189,7 @@ static int has_avx2(void) {
 }
 #endif
 
-/* Number the blocks of all tensors, and do the work. Returns 0, or 1 where there is no memory for the tables. */
+/* Number the blocks of all tensors and process them. Returns 0, or 1 if there is no memory for the tables. */
 static int run(work *job, int threads, openmp parallel) {
     int64_t elements = 0, *first = malloc((job->count + 1) * sizeof *first);
     if (first == NULL) return 1;
@@ -194,18 +204,19 @@ static int run(work *job, int threads, openmp parallel) {
         free(first);
         return 1;
     }
-    int64_t wanted = elements / MIN_PER_THREAD;
-    if (wanted > threads) wanted = threads;
-    if (wanted > MAX_THREADS) wanted = MAX_THREADS;
-    if (wanted > 1 && parallel != NULL) parallel(help_all, job, (unsigned)wanted, 0);
-    else start(job, wanted);
+    int64_t num_threads = elements / MIN_PER_THREAD;
+    if (num_threads > threads) num_threads = threads;
+    if (num_threads > MAX_THREADS) num_threads = MAX_THREADS;
+    if (num_threads > 1 && parallel != NULL) parallel(process_blocks_openmp, job, (unsigned)num_threads, 0);
+    else run_threads(job, num_threads);
     return 0;
 }
 
-/* sums[i] = Σ|x|^2 (operation 0), Σ|x| (1) or max|x| (2) of lengths[i] elements at tensors[i]; NaN stays NaN.
-   dtypes: as distclip_describe has them. parallel: GOMP_parallel of the OpenMP that torch uses, whose threads may still
-   be awake from its last operator and would be in the way of others; NULL to start threads.
-   Returns 0, or 1 where there is no memory for the tables. */
+/* Compute sums[i] = Σ|x|^2 (operation 0), Σ|x| (1) or max|x| (2) of the lengths[i] elements at tensors[i]. NaN stays.
+   dtypes: as distclip_describe writes them.
+   parallel: GOMP_parallel of the OpenMP library that torch uses, or NULL to start threads. Threads of torch's pool may
+   still be spinning after torch's last operator, and would compete with new ones.
+   Returns 0, or 1 if there is no memory for the tables. */
 int distclip_power_sums(int operation, int64_t count, char *const *tensors, const int64_t *lengths,
                         const int32_t *dtypes, double *sums, int threads, openmp parallel) {
     const loop *loops = loops_plain[operation];
@@ -217,9 +228,10 @@ int distclip_power_sums(int operation, int64_t count, char *const *tensors, cons
     for (int64_t i = 0; i < count; i++) {
         double total = 0;
         for (int64_t block = job.first[i]; block < job.first[i + 1]; block++) {
-            double one = job.partial[block];
-            if (operation != 2) total += one;
-            else if (one != one || one > total) total = total != total ? total : one;
+            double value = job.partial[block];
+            if (operation != 2) total += value;
+            /* A comparison with NaN is false: a NaN is taken, and no later value replaces it. */
+            else if (value != value || value > total) total = total != total ? total : value;
         }
         sums[i] = total;
     }
@@ -228,7 +240,8 @@ int distclip_power_sums(int operation, int64_t count, char *const *tensors, cons
     return 0;
 }
 
-/* Multiply every element by a factor, bfloat16 in float32. dtypes: float64, float32, bfloat16; the rest as above. */
+/* Multiply each element by a factor, bfloat16 in float32. dtypes: float64, float32 or bfloat16. The other arguments are
+   those of distclip_power_sums. */
 int distclip_scale(double factor, int64_t count, char *const *tensors, const int64_t *lengths, const int32_t *dtypes,
                    int threads, openmp parallel) {
     const scaling *scales = scales_plain;

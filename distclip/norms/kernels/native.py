@@ -1,4 +1,4 @@
-"""The C kernels: sums of powers of all of a CPU's tensors, or their multiplication, in one call on all of its cores."""
+"""Call the C kernels, which sum the powers of all CPU tensors, or scale the tensors, in one call on all cores."""
 
 from __future__ import annotations
 
@@ -9,76 +9,79 @@ import torch
 from torch import Tensor
 
 from ...sharding.shard import Rows
-from .native_library import library
-from .tensor_table import DTYPES, OPERATIONS, Description, describe
+from .native_library import load_library
+from .tensor_table import DTYPES, OPERATIONS, TensorTable, describe_tensors
 
 __all__ = ["power_sums", "row_powers", "scale_"]
 
 
 def power_sums(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, bool] | None:
-    """Σ|g|^p of each tensor, or its max|g|, (n,) float64; and whether any of them is float64.
+    """Compute Σ|g|^p, or max|g|, of each tensor.
+
+    The bits depend on the elements and their order alone, not on threads, alignment or neighbours in memory. Squares of
+    bfloat16 are summed in float32 in runs of 2,048 elements, everything else in float64.
 
     Args:
         tensors: any number.
         norm_type: p.
 
     Returns:
-        None where it cannot be done: the library is not there, p is not 1, 2 or inf, or see `describe`.
+        (n,) float64, and whether any tensor is float64. None if there is no library, p is not 1, 2 or inf, or
+        `describe_tensors` rejects a tensor.
 
-    The bits depend on the elements and their order alone, not on threads, alignment or neighbours; bfloat16 squares are
-    added up in float32 by 2,048, everything else in float64.
-
-    >>> found = power_sums([torch.tensor([300.0, 400.0], dtype=torch.float16), torch.zeros(0)], 2.0)
-    >>> found if library() else (torch.tensor([250000.0, 0.0], dtype=torch.float64), False)
+    >>> sums = power_sums([torch.tensor([300.0, 400.0], dtype=torch.float16), torch.zeros(0)], 2.0)
+    >>> sums if load_library() else (torch.tensor([250000.0, 0.0], dtype=torch.float64), False)
     (tensor([250000.,      0.], dtype=torch.float64), False)
     """
-    if norm_type not in OPERATIONS or library() is None or (found := describe(tensors, "cpu")) is None:
+    if norm_type not in OPERATIONS or load_library() is None or (table := describe_tensors(tensors, "cpu")) is None:
         return None
-    return _summed(found, norm_type), found.wide
+    return _sum_powers(table, norm_type), table.has_float64
 
 
 def row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor | None:
-    """Σ|g|^p, or max|g|, of each row of one tensor, (rows.count,) float64: every row is a tensor of its own.
+    """Compute Σ|g|^p, or max|g|, of each row of one tensor.
 
     Args:
-        grad: contiguous; with `rows.width`, a slice of a flattened parameter.
-        rows: which rows these are.
+        grad: contiguous. With `rows.width`, a slice of a flattened parameter.
+        rows: the rows that the tensor holds.
         norm_type: p.
 
     Returns:
-        None where it cannot be done: see `power_sums`.
+        (rows.count,) float64. None if the C kernel cannot do it: see `power_sums`.
 
-    >>> found = row_powers(torch.tensor([4.0, 0.0, 1.0]), Rows(0, 2, lead=1, width=2), 2.0)
-    >>> found if library() else torch.tensor([16.0, 1.0], dtype=torch.float64)
+    >>> powers = row_powers(torch.tensor([4.0, 0.0, 1.0]), Rows(0, 2, lead=1, width=2), 2.0)
+    >>> powers if load_library() else torch.tensor([16.0, 1.0], dtype=torch.float64)
     tensor([16.,  1.], dtype=torch.float64)
     """
-    if norm_type not in OPERATIONS or library() is None or grad.layout is not torch.strided:
+    if norm_type not in OPERATIONS or load_library() is None or grad.layout is not torch.strided:
         return None
     if grad.numel() == 0:
         return torch.zeros(rows.count, dtype=torch.float64)
-    if not grad.is_contiguous() or (whole := describe([grad], "cpu")) is None:
+    if not grad.is_contiguous() or (whole := describe_tensors([grad], "cpu")) is None:
         return None
+    # For the kernel, each row is a tensor.
     count, size, base = rows.count, grad.element_size(), whole.addresses[0]
     width = rows.width or grad.numel() // count
-    first = base - rows.lead * size
-    each = Description(0)
-    each.addresses = array("q", range(first, first + count * width * size, width * size))
-    each.lengths, each.dtypes = array("q", [width]) * count, array("i", whole.dtypes * count)
-    # The first and the last row may lie partly on other ranks.
-    each.addresses[0], each.lengths[0] = base, width - rows.lead
-    each.lengths[-1] = grad.numel() - (each.addresses[-1] - base) // size
-    return _summed(each, norm_type)
+    start = base - rows.lead * size
+    table = TensorTable(0)
+    table.addresses = array("q", range(start, start + count * width * size, width * size))
+    table.lengths, table.dtypes = array("q", [width]) * count, array("i", whole.dtypes * count)
+    # Other ranks may hold parts of the first and the last row.
+    table.addresses[0], table.lengths[0] = base, width - rows.lead
+    table.lengths[-1] = grad.numel() - (table.addresses[-1] - base) // size
+    return _sum_powers(table, norm_type)
 
 
 def scale_(tensors: Sequence[Tensor], factor: float) -> bool:
-    """Multiply tensors in place, bfloat16 in float32; the last ones first, which may still be in the cache.
+    """Multiply tensors in place. bfloat16 is multiplied in float32.
 
     Args:
         tensors: any number.
-        factor: NaN multiplies.
+        factor: any number. NaN multiplies too.
 
     Returns:
-        Whether it could be done: the library is there, no tensor is float16, see `describe`.
+        Whether the tensors were scaled. False if there is no library, a tensor is float16, or `describe_tensors`
+        rejects one.
 
     >>> tensors = [torch.tensor([2.0, 4.0])]
     >>> scale_(tensors, 0.5) or torch._foreach_mul_(tensors, 0.5) is None
@@ -86,20 +89,24 @@ def scale_(tensors: Sequence[Tensor], factor: float) -> bool:
     >>> tensors
     [tensor([1., 2.])]
     """
-    c = library()
-    if c is None or (found := describe(tensors, "cpu")) is None or DTYPES.index(torch.float16) in found.dtypes:
+    library = load_library()
+    if library is None or (table := describe_tensors(tensors, "cpu")) is None:
         return False
-    if c.scale(factor, len(tensors), *found.pointers(), torch.get_num_threads(), c.openmp):
+    if DTYPES.index(torch.float16) in table.dtypes:
         return False
+    # The kernel starts with the last tensors, which the measurement has just read: they may still be in a cache.
+    if library.scale(factor, len(tensors), *table.pointers(), torch.get_num_threads(), library.openmp):
+        return False
+    # Autograd must see a write that bypasses torch's operators.
     torch.autograd.graph.increment_version(tensors)
     return True
 
 
-def _summed(found: Description, norm_type: float) -> Tensor:
-    c, count = library(), len(found.addresses)
-    assert c is not None
+def _sum_powers(table: TensorTable, norm_type: float) -> Tensor:
+    library, count = load_library(), len(table.addresses)
+    assert library is not None
     sums = torch.empty(count, dtype=torch.float64)
     operation, threads = OPERATIONS[norm_type], torch.get_num_threads()
-    if c.power_sums(operation, count, *found.pointers(), sums.data_ptr(), threads, c.openmp):
+    if library.power_sums(operation, count, *table.pointers(), sums.data_ptr(), threads, library.openmp):
         raise MemoryError(f"no memory for the table of {count} tensors")
     return sums

@@ -1,4 +1,4 @@
-"""native.c, loaded. It is built where a C compiler is at hand when distclip is installed, see pyproject.toml."""
+"""Load native.c, which is compiled when distclip is installed and a C compiler is available (see pyproject.toml)."""
 
 from __future__ import annotations
 
@@ -10,47 +10,46 @@ from typing import Any
 
 import torch
 
-__all__ = ["Library", "library"]
+__all__ = ["Library", "load_library"]
 
 
 class Library:
-    """The C functions, and what of torch they use: the threads of its OpenMP, its table of DLPack functions (None where
-    this torch has none, up to 2.10).
+    """Functions of the shared library, and the addresses of two functions of torch that the library calls.
+
+    `openmp` is the address of GOMP_parallel, or None. `dlpack` is the address of torch's DLPack exchange API, or None
+    up to torch 2.10, which has none.
 
     Args:
         path: of the shared library.
 
     Raises:
-        OSError, AttributeError: it cannot be loaded, or is none of ours.
+        OSError, AttributeError: the file cannot be loaded, or lacks one of the functions.
     """
 
     def __init__(self, path: str) -> None:
         number, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-        # With the GIL, which looking at Python objects needs; what Python raises there is raised here.
-        with_gil, without = ctypes.PyDLL(path), ctypes.CDLL(path)
+        # `describe` inspects Python objects, so that it must hold the GIL. PyDLL also raises the exceptions it sets.
+        with_gil, without_gil = ctypes.PyDLL(path), ctypes.CDLL(path)
         self.describe: Any = with_gil.distclip_describe
         self.describe.argtypes = [pointer, size, pointer, number, pointer, pointer, pointer]
-        self.power_sums: Any = without.distclip_power_sums
+        self.power_sums: Any = without_gil.distclip_power_sums
         self.power_sums.argtypes = [number, size, pointer, pointer, pointer, pointer, number, pointer]
-        self.scale: Any = without.distclip_scale
+        self.scale: Any = without_gil.distclip_scale
         self.scale.argtypes = [ctypes.c_double, size, pointer, pointer, pointer, number, pointer]
-        self.openmp = _openmp()
-        self.dlpack = _dlpack()
-        with_gil.distclip_speaks.argtypes = [pointer]
-        if self.dlpack is not None and not with_gil.distclip_speaks(self.dlpack):
-            self.dlpack = None
+        self.openmp = _find_openmp()
+        self.dlpack = _find_dlpack()
 
 
-def _dlpack() -> int | None:
-    """The address of torch's DLPack exchange API."""
+def _find_dlpack() -> int | None:
+    """Return the address of torch's DLPack exchange API, or None if torch has none."""
     capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     address = ctypes.pythonapi.PyCapsule_GetPointer
     address.restype, address.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     return None if capsule is None else address(capsule, b"dlpack_exchange_api")
 
 
-def _openmp() -> int | None:
-    """The address of GOMP_parallel in the OpenMP library that torch brings; None where it brings another, or none."""
+def _find_openmp() -> int | None:
+    """Return the address of GOMP_parallel in torch's own OpenMP library, or None if torch has another one or none."""
     home = Path(torch.__file__).parent
     for path in (*home.glob("lib/libgomp*"), *home.parent.glob("torch.libs/libgomp*")):
         return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value
@@ -58,8 +57,8 @@ def _openmp() -> int | None:
 
 
 @functools.cache
-def library() -> Library | None:
-    """The C library; None where it was not built."""
+def load_library() -> Library | None:
+    """Load the C library once. Return None if it was not compiled."""
     spec = importlib.util.find_spec("distclip.norms.kernels._native")
     try:
         return None if spec is None or spec.origin is None else Library(spec.origin)

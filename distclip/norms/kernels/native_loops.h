@@ -1,7 +1,7 @@
-/* The loops of native.c, once for each instruction set: NAME(f) is f with the set's suffix.
+/* The loops of native.c, compiled once for each instruction set: NAME(f) is f with the set's suffix.
 
-   Four sums side by side keep the adders busy; in a large block they walk through its four quarters, so that the
-   processor fetches four streams ahead. */
+   Four independent sums keep the adders busy. In a large block, each sum reads one quarter of the block, so that the
+   processor prefetches four streams. */
 
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -9,7 +9,7 @@
 
 #ifndef LANES
 #define LANES 4
-#define QUARTERS (1 << 14) /* elements from which a block is read as four streams */
+#define QUARTERS (1 << 14) /* least number of elements that are read as four streams */
 #define SIGNLESS 0x7fffffffffffffffLL
 typedef double f64v __attribute__((vector_size(8 * LANES)));
 typedef int64_t i64v __attribute__((vector_size(8 * LANES)));
@@ -21,7 +21,7 @@ typedef float f32w __attribute__((vector_size(8 * LANES)));
 typedef uint32_t u32w __attribute__((vector_size(8 * LANES)));
 #endif
 
-/* LANES elements at p, of any sign that their magnitude does not show, as float64. */
+/* Load LANES elements at p as float64. */
 #define LOAD_F64(to, p) memcpy(&to, p, sizeof to)
 #define LOAD_F32(to, p) { f32v v_; memcpy(&v_, p, sizeof v_); to = __builtin_convertvector(v_, f64v); }
 #define LOAD_BF16(to, p) { \
@@ -32,7 +32,7 @@ typedef uint32_t u32w __attribute__((vector_size(8 * LANES)));
     __m128i h_; memcpy(&h_, p, 8); \
     to = __builtin_convertvector((f32v)_mm_cvtph_ps(h_), f64v); }
 #else
-/* Exponent 0 is a multiple of 2^-24, exponent 31 is inf or NaN, all others move by 112. */
+/* With exponent 0 a number is a multiple of 2^-24, with exponent 31 it is Inf or NaN. Other exponents shift by 112. */
 #define LOAD_F16(to, p) { \
     u16v h_; memcpy(&h_, p, sizeof h_); \
     i32v w_ = __builtin_convertvector(h_, i32v) & 0x7fff, e_ = w_ & 0x7c00; \
@@ -42,7 +42,7 @@ typedef uint32_t u32w __attribute__((vector_size(8 * LANES)));
     to = (f64v)(((i64v)small_ & is_) | ((i64v)__builtin_convertvector((f32v)bits_, f64v) & ~is_)); }
 #endif
 
-/* acc with x added to it. */
+/* Add x to acc. LARGEST keeps a NaN, on either side. */
 #define SQUARE(acc, x) acc += x * x
 #define MAGNITUDE(acc, x) acc += (f64v)((i64v)x & SIGNLESS)
 #define LARGEST(acc, x) { \
@@ -63,12 +63,12 @@ typedef uint32_t u32w __attribute__((vector_size(8 * LANES)));
             load(x, q + 2 * apart); step(c, x); \
             load(x, q + 3 * apart); step(d, x); \
         } \
-        type rest[4 * LANES] = {0}; /* zeros add nothing */ \
-        memcpy(rest, p + 4 * LANES * turns, (n - 4 * LANES * turns) * sizeof(type)); \
-        load(x, rest); step(a, x); \
-        load(x, rest + LANES); step(b, x); \
-        load(x, rest + 2 * LANES); step(c, x); \
-        load(x, rest + 3 * LANES); step(d, x); \
+        type tail[4 * LANES] = {0}; /* zeros add nothing */ \
+        memcpy(tail, p + 4 * LANES * turns, (n - 4 * LANES * turns) * sizeof(type)); \
+        load(x, tail); step(a, x); \
+        load(x, tail + LANES); step(b, x); \
+        load(x, tail + 2 * LANES); step(c, x); \
+        load(x, tail + 3 * LANES); step(d, x); \
         return NAME(step)(a, b, c, d); \
     }
 
@@ -104,12 +104,12 @@ LOOP(largest_f32, float, LOAD_F32, LARGEST)
 LOOP(largest_bf16, uint16_t, LOAD_BF16, LARGEST)
 LOOP(largest_f16, uint16_t, LOAD_F16, LARGEST)
 
-/* Squares of bfloat16 are exact in float32, and a run of them is added up in 64 sums of 32 each: twice as fast as in
-   float64. A run whose sum is not finite, or so small that a square may have underflowed, is added up again. */
+/* Squares of bfloat16 are exact in float32, and a run of them is added in 64 sums of 32 each, twice as fast as in
+   float64. A run is summed again in float64 if its sum is not finite, or so small that a square may have underflowed. */
 static double NAME(square_bf16)(const void *data, int64_t n) {
     const uint16_t *p = data;
     int64_t runs = n / RUN;
-    int64_t apart = runs * (RUN / 4), stride = RUN / 4; /* a run is a quarter from each of four streams */
+    int64_t apart = runs * (RUN / 4), stride = RUN / 4; /* a run takes a quarter from each of four streams */
     double total = 0;
     for (int64_t r = 0; r < runs; r++, p += stride) {
         f32w sums[8] = {{0}};
@@ -134,9 +134,9 @@ static double NAME(square_bf16)(const void *data, int64_t n) {
     return total + NAME(square_bf16_wide)(p, n - runs * RUN);
 }
 
-/* AT_ONCE elements at p times `by`, a vector of factors. */
+/* Multiply AT_ONCE elements at p by `by`, a vector of factors. */
 #define TIMES(p) { memcpy(&x, p, sizeof x); x *= by; memcpy(p, &x, sizeof x); }
-/* Two bfloat16 numbers in a word are the upper halves of two float32; rounded to nearest, to even in the middle. */
+/* Two bfloat16 numbers in a word are the upper halves of two float32. Round to nearest, ties to even. */
 #define ROUND(y) ({ \
     u32w b_ = (u32w)(y), nan_ = (u32w)((y) != (y)); \
     ((b_ + 0x7fff + ((b_ >> 16) & 1)) & ~nan_) | (0x7fc00000 & nan_); })
@@ -155,11 +155,11 @@ static double NAME(square_bf16)(const void *data, int64_t n) {
         int64_t turns = n / (4 * AT_ONCE), apart = turns * AT_ONCE; \
         for (int64_t i = 0; i < apart; i += AT_ONCE) \
             for (int j = 0; j < 4; j++) times(p + i + apart * j); \
-        type rest[4 * AT_ONCE] = {0}; \
+        type tail[4 * AT_ONCE] = {0}; \
         int64_t left = n - 4 * apart; \
-        memcpy(rest, p + 4 * apart, left * sizeof(type)); \
-        for (int j = 0; j < 4; j++) times(rest + AT_ONCE * j); \
-        memcpy(p + 4 * apart, rest, left * sizeof(type)); \
+        memcpy(tail, p + 4 * apart, left * sizeof(type)); \
+        for (int j = 0; j < 4; j++) times(tail + AT_ONCE * j); \
+        memcpy(p + 4 * apart, tail, left * sizeof(type)); \
     }
 
 SCALE(scale_f64, double, f64v, double, TIMES)

@@ -1,4 +1,4 @@
-"""Where tensors lie in memory, as tables that C and GPU kernels read."""
+"""Describe tensors in memory with tables that C and GPU kernels can read."""
 
 from __future__ import annotations
 
@@ -9,77 +9,84 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .native_library import library
+from .native_library import load_library
 from .torch_ops import is_dense
 
-__all__ = ["DTYPES", "OPERATIONS", "Description", "describe"]
+__all__ = ["DTYPES", "OPERATIONS", "TensorTable", "describe_tensors"]
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""The number that kernels have for a dtype is its place here."""
+"""Dtypes that the kernels support. A kernel refers to a dtype by its index here."""
 
 OPERATIONS = {2.0: 0, 1.0: 1, math.inf: 2}
-"""The number that kernels have for the power sums, or the maximum, of each p that they know."""
+"""Index of the kernels' operation for each supported p."""
 
-_PLAIN = {Tensor, torch.nn.Parameter}
+_PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 
-_DEVICES = {"cpu": 1, "cuda": 2}
-"""DLPack's numbers."""
+_DLPACK_DEVICE_TYPES = {"cpu": 1, "cuda": 2}
+
+_UNKNOWN_API = 2
+"""Return value of the C function `distclip_describe` if torch has a newer DLPack API than native.c knows."""
 
 
-class Description:
-    """Addresses, lengths (elements) and dtypes (places in `DTYPES`) of tensors.
+class TensorTable:
+    """Addresses, lengths (elements) and dtypes (indices into `DTYPES`) of tensors.
 
     Args:
-        count: of tensors.
+        count: number of tensors.
     """
 
     def __init__(self, count: int) -> None:
+        # Arrays of C integers: a kernel reads them in place.
         self.addresses, self.lengths = array("q", bytes(8 * count)), array("q", bytes(8 * count))
         self.dtypes = array("i", bytes(4 * count))
 
     @property
-    def wide(self) -> bool:
-        """Whether one of the tensors is float64."""
+    def has_float64(self) -> bool:
+        """True if any tensor is float64."""
         return 0 in self.dtypes
 
     def pointers(self) -> list[int]:
-        """The addresses of the tables themselves."""
-        return [table.buffer_info()[0] for table in (self.addresses, self.lengths, self.dtypes)]
+        """Return the addresses of the three arrays."""
+        return [column.buffer_info()[0] for column in (self.addresses, self.lengths, self.dtypes)]
 
 
-def describe(tensors: Sequence[Tensor], device: str) -> Description | None:
-    """Where tensors lie, if all of them are dense, real, and on that kind of device.
+def describe_tensors(tensors: Sequence[Tensor], device: str) -> TensorTable | None:
+    """Describe tensors that are all plain, dense, real and on one kind of device.
 
     Args:
         tensors: any number.
         device: "cpu" or "cuda".
 
     Returns:
-        None where one of them is something else; a subclass is, whose memory may be elsewhere or nowhere.
+        None unless all are plain dense tensors. Subclasses are rejected: they may have no storage.
 
-    >>> found = describe([torch.zeros(2, 3), torch.zeros(4, dtype=torch.bfloat16)], "cpu")
-    >>> list(found.lengths), list(found.dtypes)
+    >>> table = describe_tensors([torch.zeros(2, 3), torch.zeros(4, dtype=torch.bfloat16)], "cpu")
+    >>> list(table.lengths), list(table.dtypes)
     ([6, 4], [1, 2])
     """
-    if not _PLAIN.issuperset(map(type, tensors)):
+    if not _PLAIN_TYPES.issuperset(map(type, tensors)):
         return None
-    found, c = Description(len(tensors)), library()
-    if c is None or c.dlpack is None:
-        return found if _described(found, tensors, device) else None
+    table, library = TensorTable(len(tensors)), load_library()
+    if library is None or library.dlpack is None:
+        return table if _fill(table, tensors, device) else None
     objects = array("q", list(map(id, tensors)))
+    arguments = (library.dlpack, len(tensors), objects.buffer_info()[0], _DLPACK_DEVICE_TYPES[device])
     try:
-        other = c.describe(c.dlpack, len(tensors), objects.buffer_info()[0], _DEVICES[device], *found.pointers())
+        status = library.describe(*arguments, *table.pointers())
     except (BufferError, RuntimeError):
-        # DLPack's word for what it cannot tell: a sparse layout.
+        # DLPack raises for a tensor that it cannot express, such as a sparse one.
         return None
-    return None if other else found
+    if status == _UNKNOWN_API:
+        library.dlpack = None
+        return describe_tensors(tensors, device)
+    return None if status else table
 
 
-def _described(found: Description, tensors: Sequence[Tensor], device: str) -> bool:
-    """Fill in a description without DLPack; whether all tensors fit into it."""
+def _fill(table: TensorTable, tensors: Sequence[Tensor], device: str) -> bool:
+    """Fill a table without DLPack. Return whether the kernels support all tensors."""
     for i, tensor in enumerate(tensors):
         if tensor.dtype not in DTYPES or tensor.device.type != device or not is_dense(tensor):
             return False
-        found.addresses[i], found.lengths[i] = tensor.data_ptr(), tensor.numel()
-        found.dtypes[i] = DTYPES.index(tensor.dtype)
+        table.addresses[i], table.lengths[i] = tensor.data_ptr(), tensor.numel()
+        table.dtypes[i] = DTYPES.index(tensor.dtype)
     return True

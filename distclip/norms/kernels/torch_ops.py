@@ -1,7 +1,7 @@
-"""Sums of powers with torch's operators: any tensor, any p, any device.
+"""Compute power sums with torch's operators: for any tensor, any p and any device.
 
-What they add up is float64, whatever the gradient's own dtype. On a CPU a large Euclidean sum is first made in float32,
-by rows so short that nothing is lost, and again in float64 where float32 cannot hold it.
+Sums are float64, whatever the dtype of the gradient. On a CPU, a large sum of squares is first computed in float32, in
+rows that are short enough to lose nothing, and again in float64 if it overflows or underflows in float32.
 """
 
 from __future__ import annotations
@@ -18,26 +18,29 @@ from ...sharding.shard import Rows
 __all__ = ["combine", "identity", "is_dense", "power_sum", "power_sums", "row_index", "row_powers"]
 
 _CHUNK = {"cpu": 1 << 17}
-"""Elements widened at a time, so that the temporary does not grow with the model; on a CPU it stays in the cache."""
+"""Number of elements that are converted to float64 at a time. On a CPU they must fit into the cache."""
 
 _ROW = 512
-"""Elements added up in float32. torch's row norms have at least eight sums side by side: 64 additions each, too few to
-lose 1e-7 of an average, whereas a dot product of a million equal elements is 1e-4 off."""
+"""Number of elements that are summed in float32. torch's row norm keeps at least eight sums of at most 64 additions
+each, which loses less than 1e-7. A dot product over a million equal elements loses 1e-4."""
 
 _ROWS = 1 << 11
-"""How many rows at a time: 4 MB."""
+"""Number of rows at a time: 4 MB."""
 
 _UNDERFLOW = 1.2e-31
-"""A float32 sum of n squares is right if it is finite and at least n times this: squares below 1.2e-38, which float32
-cannot hold, are then less than 1e-7 of it."""
+"""Least average square for which a float32 sum is exact enough. Squares below 1.2e-38, which underflow in float32,
+then contribute less than 1e-7 of the sum."""
 
 
 def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """Σ|g|^p of each tensor, (n,) float64 on their device: see `power_sum`.
+    """Compute Σ|g|^p of each tensor: see `power_sum`.
 
     Args:
-        tensors: at least one; all of one device and dtype, and dense or not dense.
+        tensors: at least one. All have the same device and dtype, and all are dense or none is.
         norm_type: p.
+
+    Returns:
+        (n,) float64, on the tensors' device.
 
     Host syncs: none on an accelerator.
     """
@@ -48,7 +51,7 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
         return sums.square_() if norm_type == 2 else sums
     if not (first.is_cpu and first.dtype.is_floating_point and is_dense(first) and norm_type == 2):
         return torch.stack([power_sum(tensor, norm_type) for tensor in tensors])
-    # A handful of operators for each of thousands of small tensors would cost more than copying them together.
+    # Copying thousands of small tensors together costs less than several operators for each.
     sums = torch.empty(len(tensors), dtype=torch.float64)
     batch: list[int] = []
     elements = 0
@@ -67,11 +70,14 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
 
 
 def power_sum(grad: Tensor, norm_type: float) -> Tensor:
-    """Σ|g|^p of one local tensor, 0-d float64; max|g| for p = inf, −min|g| for p = −inf.
+    """Compute Σ|g|^p of one local tensor, or max|g| for p = inf, or −min|g| for p = −inf.
 
     Args:
-        grad: any floating or complex dtype, any shape, also empty, strided or sparse.
+        grad: of any floating or complex dtype and any shape. It may be empty, strided or sparse.
         norm_type: p.
+
+    Returns:
+        0-d float64.
 
     >>> power_sum(torch.tensor([300.0, 400.0], dtype=torch.float16), 2.0).sqrt()
     tensor(500., dtype=torch.float64)
@@ -86,7 +92,7 @@ def power_sum(grad: Tensor, norm_type: float) -> Tensor:
 
 
 def row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor:
-    """Σ|g|^p, or max|g|, of each row of one local tensor, (rows.count,) float64: see `kernels.row_powers`.
+    """Compute Σ|g|^p, or max|g|, of each row of one local tensor: see `kernels.row_powers`.
 
     >>> row_powers(torch.tensor([4.0, 0.0, 1.0]), Rows(0, 2, lead=1, width=2), 2.0)
     tensor([16.,  1.], dtype=torch.float64)
@@ -96,16 +102,17 @@ def row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor:
     if grad.numel() == 0:
         return identity(norm_type, grad.device).repeat(rows.count)
     if rows.width:
+        # A slice of a flattened parameter: pad the first and the last row with zeros, which add nothing.
         flat = grad.reshape(-1)
         grad = flat.new_zeros(rows.count * rows.width)
         grad[rows.lead : rows.lead + len(flat)] = flat
     matrix = grad.reshape(rows.count, -1)
-    per = max(1, _CHUNK.get(grad.device.type, 1 << 24) // matrix.shape[1])
-    return torch.cat([_row_power(piece, norm_type) for piece in torch.split(matrix, per)])
+    rows_at_a_time = max(1, _CHUNK.get(grad.device.type, 1 << 24) // matrix.shape[1])
+    return torch.cat([_row_power(piece, norm_type) for piece in torch.split(matrix, rows_at_a_time)])
 
 
 def row_index(grad: Tensor) -> Tensor:
-    """Of what is stored of a sparse gradient, the row that each value is in.
+    """Return the row of each stored value of a sparse gradient.
 
     >>> row_index(torch.tensor([[0.0, 1.0], [2.0, 0.0]]).to_sparse())
     tensor([0, 1])
@@ -117,17 +124,17 @@ def row_index(grad: Tensor) -> Tensor:
 
 
 def combine(values: Tensor, norm_type: float) -> Tensor:
-    """Of the power sums of several pieces, (n,), that of all of them."""
+    """Combine the power sums of several pieces, (n,), into one."""
     return values.amax() if math.isinf(norm_type) else values.sum()
 
 
 def identity(norm_type: float, device: torch.device) -> Tensor:
-    """The power sum of nothing."""
+    """Return the power sum of no elements, the identity of `combine`."""
     return torch.full((), -math.inf if norm_type == -math.inf else 0.0, dtype=accumulation_dtype(device), device=device)
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill a range of memory, each of them once, in whatever order."""
+    """Return whether the elements fill a range of memory, each exactly once, in any order."""
     if tensor.layout is not torch.strided:
         return False
     return tensor.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
@@ -138,27 +145,28 @@ def _is_narrow(dtype: torch.dtype) -> bool:
 
 
 def _sums_together(tensors: Sequence[Tensor]) -> Tensor:
-    """Σg² of each of some small dense tensors of a dtype, (n,) float64."""
-    # Of one tensor this is a view: not to be squared in place.
+    """Compute Σg² of each of several small dense tensors of one dtype."""
+    # For a single tensor, `flat` is a view of the gradient, so that it must not be squared in place.
     flat = torch._utils._flatten_dense_tensors(tensors).to(torch.float64)  # type: ignore[no-untyped-call]
     return torch.segment_reduce(flat * flat, "sum", lengths=torch.tensor([tensor.numel() for tensor in tensors]))
 
 
 def _square_sum(grad: Tensor) -> Tensor:
-    """Σg² of a large dense tensor on a CPU."""
+    """Compute Σg² of a large dense tensor on a CPU."""
     flat = _flat(grad)
     whole = flat[: flat.numel() // _ROW * _ROW]
     pieces = (piece.to(torch.float32).view(-1, _ROW) for piece in torch.split(whole, _ROW * _ROWS))
     norms = [torch.linalg.vector_norm(piece, dim=1) for piece in pieces]
-    rest = flat[whole.numel() :].to(torch.float64)
-    powers = torch.cat(norms).to(torch.float64).square_().sum() + torch.dot(rest, rest)
+    tail = flat[whole.numel() :].to(torch.float64)
+    powers = torch.cat(norms).to(torch.float64).square_().sum() + torch.dot(tail, tail)
+    # The host reads a number on a CPU without a sync. The second pass is rare.
     if flat.numel() * _UNDERFLOW <= float(powers) < math.inf:
         return powers
     return torch.stack([torch.dot(chunk, chunk) for chunk in _chunks(grad)]).sum()
 
 
 def _power(chunk: Tensor, norm_type: float) -> Tensor:
-    """Σ|g|^p, or the extreme, of a piece that is not empty."""
+    """Compute Σ|g|^p, max|g| or −min|g| of a float64 piece that is not empty."""
     if norm_type == 2:
         return torch.dot(chunk, chunk)
     if norm_type == 0:
@@ -167,12 +175,13 @@ def _power(chunk: Tensor, norm_type: float) -> Tensor:
     if norm_type == math.inf:
         return size.amax()
     if norm_type == -math.inf:
+        # Negated, so that the pieces of this norm too are combined with a maximum.
         return -size.amin()
     return size.sum() if norm_type == 1 else size.pow_(norm_type).sum()
 
 
 def _row_power(piece: Tensor, norm_type: float) -> Tensor:
-    size = _widened(piece).abs()
+    size = _to_float64(piece).abs()
     return size.amax(1) if math.isinf(norm_type) else size.pow_(norm_type).sum(1)
 
 
@@ -181,32 +190,32 @@ def _sparse_row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor:
         grad = grad.coalesce()
     index, values = row_index(grad), grad.values()
     powers = _row_power(values.reshape(len(index), -1), norm_type)
-    extreme = "amax" if math.isinf(norm_type) else "sum"
-    return torch.zeros(rows.count, dtype=powers.dtype, device=grad.device).scatter_reduce(0, index, powers, extreme)
+    reduction = "amax" if math.isinf(norm_type) else "sum"
+    return torch.zeros(rows.count, dtype=powers.dtype, device=grad.device).scatter_reduce(0, index, powers, reduction)
 
 
 def _values(grad: Tensor) -> Tensor:
-    """What there is of a gradient, each element once."""
+    """Return the stored elements of a gradient, each once."""
     if grad.is_sparse:
         return grad.coalesce().values()
     return grad if grad.layout is torch.strided else grad.values()
 
 
 def _chunks(values: Tensor) -> Iterator[Tensor]:
-    """The elements as 1-D float64 pieces (magnitudes where they are complex), never all of them at once."""
+    """Yield the elements as 1-D float64 pieces, which are magnitudes if the gradient is complex."""
     for piece in torch.split(_flat(values), _CHUNK.get(values.device.type, 1 << 24)):
         if piece.numel():
-            yield _widened(piece)
+            yield _to_float64(piece)
 
 
-def _widened(piece: Tensor) -> Tensor:
-    """In float64; the magnitude of a complex number, which may not fit into the dtype of its parts."""
+def _to_float64(piece: Tensor) -> Tensor:
+    """Convert to float64. Complex numbers become magnitudes, which may overflow the dtype of their parts."""
     dtype = accumulation_dtype(piece.device)
     return piece.to(dtype.to_complex()).abs() if piece.is_complex() else piece.to(dtype)
 
 
 def _flat(grad: Tensor) -> Tensor:
-    """All elements in one dimension, in any order: a view wherever the memory is dense, also when permuted."""
+    """Flatten in any order. The result is a view if the memory is dense, even if dims are permuted."""
     if not grad.is_contiguous() and is_dense(grad):
         return grad.as_strided((grad.numel(),), (1,))
     return grad.reshape(-1)

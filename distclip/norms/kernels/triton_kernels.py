@@ -1,4 +1,4 @@
-"""What a GPU runs for `multi_tensor`, in Triton's Python: one program for every chunk, or for every tensor."""
+"""Define the Triton kernels that `triton_launch` starts: one program for each chunk, or for each tensor."""
 
 from __future__ import annotations
 
@@ -8,33 +8,36 @@ import triton.language as tl
 __all__ = ["ELEMENTS", "gather", "powers", "scale"]
 
 ELEMENTS = (tl.float64, tl.float32, tl.bfloat16, tl.float16)
-"""By the number that a description has for a dtype."""
+"""Triton dtypes in the order of `tensor_table.DTYPES`."""
 
 BLOCK = tl.constexpr(2048)
-"""Elements that a program deals with at a time: eight for each thread of eight warps."""
+"""Number of elements that a program processes at a time: eight for each thread of eight warps."""
 
 
 @triton.jit
-def _place(addresses, lengths, tensor_of, start_of, ELEMENT: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr):
-    """The chunk of this program: where it begins, how many elements it has, and whose it is."""
+def _find_chunk(
+    addresses, lengths, tensor_of, start_of, ELEMENT: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Return the address and the length of this program's chunk, and the index of the chunk's tensor."""
     chunk = tl.program_id(0)
     tensor = tl.load(tensor_of + chunk)
     start = tl.load(start_of + chunk)
     pointer = tl.load(addresses + tensor).to(tl.pointer_type(ELEMENT)) + start
     if ALIGNED:
-        # Said here, loads come out 16 bytes wide.
+        # With this hint the compiler emits loads of 16 bytes.
         pointer = tl.multiple_of(pointer, 16)
     return pointer, tl.minimum(tl.load(lengths + tensor) - start, CHUNK), tensor
 
 
 @triton.jit
 def _add(total, x, OPERATION: tl.constexpr):
-    """`total` with a block added to it. Extremes are kept as the bits of |x|: as integers they have the same order,
-    and NaN is above all of them, which no maximum of floating-point numbers can be trusted with."""
+    """Add a block to `total`."""
     if OPERATION == 0:
         total += x.to(tl.float64) * x.to(tl.float64)
     elif OPERATION == 1:
         total += tl.abs(x.to(tl.float64))
+    # The maximum is kept as the bits of |x|. As integers they have the same order as the numbers, and NaN is above all
+    # others: a floating-point maximum may drop it.
     elif x.dtype == tl.float64:
         total = tl.maximum(total, x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF)
     else:
@@ -47,23 +50,23 @@ def powers(
     addresses, lengths, tensor_of, start_of, partial, first,
     OPERATION: tl.constexpr, ELEMENT: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """partial[first + chunk] = Σ|x|², Σ|x| or max|x| of a chunk."""
-    pointer, count, _ = _place(addresses, lengths, tensor_of, start_of, ELEMENT, CHUNK, ALIGNED)
+    """Store Σ|x|², Σ|x| or max|x| of this program's chunk in partial[first + chunk]."""
+    pointer, count, _ = _find_chunk(addresses, lengths, tensor_of, start_of, ELEMENT, CHUNK, ALIGNED)
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.int64 if OPERATION == 2 else tl.float64)
     if count == CHUNK:
-        # Without masks: nothing stands between the loads.
+        # A full chunk needs no masks, so that nothing separates the loads.
         for i in range(0, CHUNK, BLOCK):
             total = _add(total, tl.load(pointer + i + lanes), OPERATION)
     else:
         for j in range(0, count, BLOCK):
             total = _add(total, tl.load(pointer + j + lanes, mask=j + lanes < count, other=0.0), OPERATION)
     if OPERATION == 2:
-        most = tl.max(total, 0)
+        maximum = tl.max(total, 0)
         if tl.float64 == ELEMENT:
-            value = most.to(tl.float64, bitcast=True)
+            value = maximum.to(tl.float64, bitcast=True)
         else:
-            value = most.to(tl.int32).to(tl.float32, bitcast=True).to(tl.float64)
+            value = maximum.to(tl.int32).to(tl.float32, bitcast=True).to(tl.float64)
     else:
         value = tl.sum(total, 0)
     tl.store(partial + first + tl.program_id(0), value)
@@ -71,7 +74,8 @@ def powers(
 
 @triton.jit
 def gather(partial, bounds, sums, OPERATION: tl.constexpr):
-    """sums[tensor] = what its chunks have together, in their order."""
+    """Store the sum, or the maximum, over the chunks of this program's tensor in sums[tensor]."""
+    # Chunks are added in order, so that the bits are reproducible.
     tensor = tl.program_id(0)
     start, end = tl.load(bounds + tensor), tl.load(bounds + tl.num_programs(0) + tensor)
     lanes = tl.arange(0, 128)
@@ -90,12 +94,13 @@ def gather(partial, bounds, sums, OPERATION: tl.constexpr):
 
 @triton.jit
 def scale(
-    addresses, lengths, tensor_of, start_of, coefs, each,
+    addresses, lengths, tensor_of, start_of, coefs, per_tensor,
     ELEMENT: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Multiply a chunk by its tensor's factor (each = 1), or by the one there is; a factor of 1 ends it at once."""
-    pointer, count, tensor = _place(addresses, lengths, tensor_of, start_of, ELEMENT, CHUNK, ALIGNED)
-    coef = tl.load(coefs + tensor * each)
+    """Multiply this program's chunk by its tensor's factor (per_tensor = 1), or by the only one (per_tensor = 0)."""
+    pointer, count, tensor = _find_chunk(addresses, lengths, tensor_of, start_of, ELEMENT, CHUNK, ALIGNED)
+    coef = tl.load(coefs + tensor * per_tensor)
+    # The usual case of a step that is not clipped: no memory traffic.
     if coef != 1.0:
         factor = coef if tl.float64 == ELEMENT else coef.to(tl.float32)
         lanes = tl.arange(0, BLOCK)

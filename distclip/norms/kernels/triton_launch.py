@@ -1,7 +1,7 @@
-"""Triton kernels over many tensors of a GPU in one launch: sums of powers, and a factor that only the device knows.
+"""Launch Triton kernels over many GPU tensors at once: power sums, and scaling by a factor that only the GPU knows.
 
-A launch has one program for every chunk of 65,536 elements, of whichever tensor. The host waits for nothing. Sums are
-float64, and of the same bits every time: a chunk has one sum, and those of a tensor are added up in order.
+A launch has one program for each chunk of 65,536 elements, whatever tensor the chunk belongs to. There are no host
+syncs. Sums are float64 and reproducible: each chunk has one sum, and the sums of a tensor are added in order.
 """
 
 from __future__ import annotations
@@ -12,61 +12,65 @@ import torch
 from torch import Tensor
 
 from . import triton_kernels
-from .gpu_tables import CHUNK, table_of
+from .gpu_tables import CHUNK, get_table
 from .tensor_table import OPERATIONS
 
 __all__ = ["power_sums", "scale_"]
 
-# Said rather than left to a default that moves: squares of float32 are exact in float64, so that fusing loses nothing.
+# Fusing is set explicitly because Triton's default differs between versions. It loses nothing here: squares of float32
+# are exact in float64.
 _OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 
 def power_sums(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, bool] | None:
-    """Σ|g|^p of each tensor, or its max|g|, (n,) float64 on their device; and whether any of them is float64.
+    """Compute Σ|g|^p, or max|g|, of each tensor.
 
     Args:
-        tensors: of one device, at least one.
+        tensors: on one device, at least one.
         norm_type: p.
 
     Returns:
-        None where it cannot be done: p is not 1, 2 or inf, or see `table_of`.
+        (n,) float64 on the tensors' device, and whether any tensor is float64. None if p is not 1, 2 or inf, or
+        `get_table` rejects the tensors.
 
-    Host syncs: none. Launches: one for every dtype, and one more.
+    Host syncs: none. Launches: one for each dtype, and one more.
     """
-    if norm_type not in OPERATIONS or (table := table_of(tensors)) is None:
+    if norm_type not in OPERATIONS or (table := get_table(tensors)) is None:
         return None
     operation, device = OPERATIONS[norm_type], tensors[0].device
-    partial = torch.empty(table.chunks, dtype=torch.float64, device=device)
+    partial = torch.empty(table.num_chunks, dtype=torch.float64, device=device)
     sums = torch.empty(len(tensors), dtype=torch.float64, device=device)
     with torch.cuda.device(sums.get_device()):
-        for part in table.parts:
-            triton_kernels.powers[(len(part.tensor),)](
-                table.addresses, table.lengths, part.tensor, part.start, partial, part.first,
-                operation, triton_kernels.ELEMENTS[part.dtype], CHUNK, part.aligned, **_OPTIONS,
+        for launch in table.launches:
+            triton_kernels.powers[(len(launch.tensor),)](
+                table.addresses, table.lengths, launch.tensor, launch.start, partial, launch.first,
+                operation, triton_kernels.ELEMENTS[launch.dtype], CHUNK, launch.aligned, **_OPTIONS,
             )  # fmt: skip
         triton_kernels.gather[(len(tensors),)](partial, table.bounds, sums, operation, **_OPTIONS)
-    return sums, table.wide
+    return sums, table.has_float64
 
 
 def scale_(tensors: Sequence[Tensor], coefs: Tensor) -> bool:
-    """Multiply tensors in place by factors on their device; one whose factor is exactly 1 is neither read nor written.
+    """Multiply tensors in place by factors on their device.
 
     Args:
-        tensors: of one device, at least one.
-        coefs: (1,), or one for each tensor; float64, on their device. NaN multiplies.
+        tensors: on one device, at least one.
+        coefs: (1,), or one per tensor. float64, on the tensors' device. A tensor whose factor is exactly 1 is neither
+            read nor written. NaN multiplies.
 
     Returns:
-        Whether it could be done: see `table_of`.
+        Whether the tensors were scaled. False if `get_table` rejects them.
 
-    Host syncs: none. Launches: one for every dtype.
+    Host syncs: none. Launches: one for each dtype.
     """
-    if (table := table_of(tensors)) is None:
+    if (table := get_table(tensors)) is None:
         return False
     with torch.cuda.device(coefs.get_device()):
-        for part in table.parts:
-            triton_kernels.scale[(len(part.tensor),)](
-                table.addresses, table.lengths, part.tensor, part.start, coefs, int(len(coefs) > 1),
-                triton_kernels.ELEMENTS[part.dtype], CHUNK, part.aligned, **_OPTIONS,
+        for launch in table.launches:
+            triton_kernels.scale[(len(launch.tensor),)](
+                table.addresses, table.lengths, launch.tensor, launch.start, coefs, int(len(coefs) > 1),
+                triton_kernels.ELEMENTS[launch.dtype], CHUNK, launch.aligned, **_OPTIONS,
             )  # fmt: skip
+    # Autograd must see a write that bypasses torch's operators.
     torch.autograd.graph.increment_version(tensors)
     return True
