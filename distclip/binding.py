@@ -68,16 +68,16 @@ def measure_tensors(judge: Judge) -> None:
     Collectives: one gather, unless the policy asks for them anyway.
     """
     policy, slots = judge.policy, judge.slots
-    if policy.per in ("tensor", "row"):
+    if policy.spec.per in ("tensor", "row"):
         rows = [i for i, count in enumerate(slots.counts) for _ in range(count)]
-        parameters = ByTensor.places(rows) if policy.per == "row" else None
+        parameters = ByTensor.places(rows) if policy.spec.per == "row" else None
         judge.by_tensor = ByTensor(slots.names, None, parameters, slots.total, slots.total)
         return
     attempt = FirstError()
     found = attempt.run(find, judge.plan, judge.comm.size, _world_rank(judge.comm), False, {}) or []
     told = gather_or_raise(judge.comm, attempt.error or judge.plan.failure, found)
     fine = arrange(told, judge.comm.rank, "tensor", {}, ())
-    part_of = within(told, getattr(policy, "groups", {}), getattr(policy, "exclude", ()))
+    part_of = within(told, policy.spec.groups, policy.spec.exclude)
     judge.plan.arrangement.assign(fine.places)
     judge.by_tensor = ByTensor(fine.names, ByTensor.places(part_of), None, fine.total, slots.total)
 
@@ -87,9 +87,9 @@ def _check(policy: Any, on_nonfinite: Any, max_skips: Any) -> None:
         raise ArgumentError(
             f"policy={policy!r:.80}: expected a policy. Write distclip.global_norm(1.0) or distclip.value(0.5)."
         )
-    if not policy.norm_type > 0:
+    if not policy.spec.norm_type > 0:
         raise ArgumentError(
-            f"norm_type={policy.norm_type}: NaN and Inf would not show in such a norm. Write a p above 0, or inf."
+            f"norm_type={policy.spec.norm_type}: NaN and Inf would not show in such a norm. Write a p above 0, or inf."
         )
     if on_nonfinite not in get_args(OnNonFinite):
         raise ArgumentError(f"on_nonfinite={on_nonfinite!r}: write one of {', '.join(get_args(OnNonFinite))}.")
@@ -99,12 +99,12 @@ def _check(policy: Any, on_nonfinite: Any, max_skips: Any) -> None:
 
 def _find(parameters: Any, plan: Plan, policy: Policy, comm: Comm) -> list[Found]:
     """What the other ranks have to know of this one's parameters."""
-    if policy.per == "model" and not getattr(policy, "exclude", ()):
+    if policy.spec.per == "model" and not policy.spec.exclude:
         return []
     slices = marked_slices(plan.tensors)
-    if policy.per in ("tensor", "row") and isinstance(parameters, nn.Module):
+    if policy.spec.per in ("tensor", "row") and isinstance(parameters, nn.Module):
         slices |= flat_slices(parameters)
-    return find(plan, comm.size, _world_rank(comm), policy.per == "row", slices)
+    return find(plan, comm.size, _world_rank(comm), policy.spec.per == "row", slices)
 
 
 def _world_rank(comm: Comm) -> int:
@@ -113,5 +113,5 @@ def _world_rank(comm: Comm) -> int:
 
 
 def _arrange(told: list[list[Found]], mine: int, policy: Policy) -> Slots:
-    groups, exclude = getattr(policy, "groups", {}), getattr(policy, "exclude", ())
-    return arrange(told, mine, policy.per, groups, exclude)
+    spec = policy.spec
+    return arrange(told, mine, spec.per, spec.groups, spec.exclude)

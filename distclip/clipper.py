@@ -183,7 +183,7 @@ class GradClipper:
     @property
     def slots(self) -> tuple[str, ...]:
         """The names of what has a norm of its own, in the order of `Report.norms`; of rows, a name for each."""
-        rows = self.policy.per == "row"
+        rows = self.policy.spec.per == "row"
         named = zip(self._judge.slots.names, self._judge.slots.counts, strict=True)
         return tuple(f"{name}[{i}]" if rows and n > 1 else name for name, n in named for i in range(n))
 

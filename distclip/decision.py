@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .call import Measured
 from .norms.by_tensor import ByTensor
-from .policies import Clamp
 from .report import Report
 from .sharding.shard import Shards
 
@@ -26,7 +25,7 @@ class Outcome:
     Args:
         measured: the gradients and their totals.
         coefs: (slots,) float64; 1 where the step is skipped.
-        clamp: bounds of the elements, instead.
+        limits: (low, high) of the elements; None for none.
         skip: 0-d bool, whether the step leaves everything as it is.
         skip_known: the same on the host; None where the host has not waited for it.
         overflow: 0-d bool, whether that is because something is not finite.
@@ -36,7 +35,7 @@ class Outcome:
 
     measured: Measured
     coefs: Tensor
-    clamp: Clamp | None
+    limits: tuple[float, float] | None
     skip: Tensor
     skip_known: bool | None
     overflow: Tensor

@@ -23,7 +23,7 @@ from .errors import PeerError
 from .nonfinite.culprits import OnNonFinite, SkipCounter, blame, counted, suspect_nonfinite, zero_
 from .norms.by_tensor import ByTensor
 from .norms.measure import Evidence
-from .policies import Clamp, Policy, Scale, State, Value
+from .policies import Policy, State
 from .sharding import Plan
 from .sharding.slots import Slots
 
@@ -108,12 +108,11 @@ class Judge:
             moved = {key: torch.where(sound, value, self.state[key]) for key, value in moved.items()}
         if finite is not False:
             self.state = moved
-        scale = verdict if isinstance(verdict, Scale) else None
-        coefs = torch.ones_like(totals.value) if scale is None else scale.coefs
+        coefs = verdict.coefs
         if any(self.slots.excluded):
             coefs = torch.where(_mask(self.slots.excluded, self.slots.counts, coefs.device), 1.0, coefs)
         overflow = ~totals.finite if skips else torch.zeros_like(totals.finite)
-        by_policy = None if scale is None else scale.skip
+        by_policy = verdict.skip
         skip = overflow if by_policy is None else overflow | (by_policy & totals.finite)
         if sound is not None:
             skip = skip | ~sound
@@ -122,9 +121,8 @@ class Judge:
             known = finite is False or (by_policy is not None and bool(skip))
             # What is known to be finite is known to be of ranks that did not fail.
             coefs = torch.ones_like(coefs) if known else coefs if finite else measured.guard(coefs)
-        clamp = verdict if isinstance(verdict, Clamp) else None
-        bounds = None if scale is None else scale.bounds
-        decision = Outcome(measured, coefs, clamp, skip, known, overflow, bounds, self.by_tensor)
+        limits, bounds = verdict.limits, verdict.bounds
+        decision = Outcome(measured, coefs, limits, skip, known, overflow, bounds, self.by_tensor)
         if finite is not False:
             self._count(decision, scaled)
         for observer in self.observers:
@@ -162,13 +160,14 @@ class Judge:
             self.watch.skip(later.step, blame(suspect_nonfinite(later.each), self.comm), later.quiet)
 
     def _measure(self, failure: Exception | None, loss_scale: Tensor | None) -> Measured:
-        policy = self.policy
+        spec = self.policy.spec
         inspect = None
-        if isinstance(policy, Value):
+        if spec.limits is not None:
+            low, high = spec.limits
             scale = 1.0 if loss_scale is None else float(loss_scale)
-            inspect = partial(outside, low=policy.low * scale, high=policy.high * scale)
-        weights = bool(getattr(policy, "needs_weights", False))
-        measured = total(self.plan, policy.norm_type, self.comm, failure, inspect, self.measured_slots, weights)
+            inspect = partial(outside, low=low * scale, high=high * scale)
+        weights = spec.needs_weights
+        measured = total(self.plan, spec.norm_type, self.comm, failure, inspect, self.measured_slots, weights)
         if loss_scale is not None:
             measured = replace(measured, totals=replace(measured.totals, loss_scale=loss_scale))
         if self.by_tensor is None:

@@ -22,7 +22,6 @@ from .comm.consensus import FirstError, gather_or_raise
 from .decision import Outcome
 from .errors import ArgumentError, DisagreementError
 from .judge import Judge
-from .policies import Value
 from .sharding.shard import Shards
 
 __all__ = ["Stepper", "several", "write_"]
@@ -100,7 +99,7 @@ class Stepper:
             loss_scale = None if scaling is None else attempt.run(self._loss_scale, scaling, optimizers)
             decision = self._judge.decide(attempt.error, loss_scale, scaled=scaling is not None, wait=not lazily)
         fold = loss_scale is not None or decision.skip_known is None
-        fold = fold and decision.clamp is None and len(decision.coefs) == 1
+        fold = fold and decision.limits is None and len(decision.coefs) == 1
         # With a loss scale it has been checked already that these are the clipper's.
         fold = (
             fold and all(map(supports_grad_scale, optimizers)) and (loss_scale is not None or self._knows(optimizers))
@@ -147,7 +146,7 @@ class Stepper:
             )
         if scaled:
             scaling.check_dtypes()
-        if len(scaled) == len(optimizers) and not isinstance(self._judge.policy, Value):
+        if len(scaled) == len(optimizers) and self._judge.policy.spec.limits is None:
             return scaling.loss_scale
         if scaled:
             # In a pass of its own: elements are to be compared with bounds, or only some gradients carry the scale.
@@ -204,8 +203,8 @@ class Stepper:
 def write_(decision: Outcome, shards: Shards) -> None:
     """Write a decision into gradients."""
     scale_(shards, decision.factors)
-    if decision.clamp is not None:
-        clamp_(shards, decision.clamp.low, decision.clamp.high)
+    if decision.limits is not None:
+        clamp_(shards, *decision.limits)
 
 
 def several(optimizer: Any) -> list[Optimizer]:

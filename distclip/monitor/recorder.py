@@ -99,7 +99,7 @@ class Recorder:
         if per_tensor:
             clipper.measure_tensors()
         self._writer = None if lines is None else Writer(clipper, lines, sinks, every, facts or {})
-        self._by_slot = len(clipper.slots) > 1 and clipper.policy.per != "row"
+        self._by_slot = len(clipper.slots) > 1 and clipper.policy.spec.per != "row"
         self._extremes = Extremes(top)
         self._steps: list[Step] = []
         clipper.observe(self._observe)

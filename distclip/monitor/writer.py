@@ -105,11 +105,11 @@ def _header(clipper: GradClipper, every: int) -> dict[str, Any]:
         "format": FORMAT,
         "time": round(time.time(), 3),
         "policy": _described(clipper.policy),
-        "per": clipper.policy.per,
+        "per": clipper.policy.spec.per,
         "every": every,
         "world_size": clipper.comm.size,
     }
-    if clipper.policy.per != "row":
+    if clipper.policy.spec.per != "row":
         header["slots"] = clipper.slots
     if clipper.tensors:
         header["tensors"] = clipper.tensors

@@ -1,36 +1,37 @@
-"""Totals → Verdict: what to do about a gradient, decided from numbers that every rank has alike.
+"""Decide what is allowed, from norms that are equal on every rank: Totals → Verdict.
 
-A norm-clipping policy is a granularity (`per`: what has a norm of its own) times a threshold (which norm is allowed);
-the well-known names are presets of `NormPolicy`. A policy is a frozen dataclass of pure functions: it knows nothing of
-ranks, process groups or gradients, keeps its memory in tensors that are passed in and out, and never waits for a
-device.
+A policy that clips by norm is a granularity (`per`: the unit that has a norm) times a threshold (the largest norm that
+is allowed). The well-known rules are functions that return a `NormPolicy`. Each module contains one rule and the
+function that documents it. A policy is a frozen dataclass of pure functions: it uses no ranks, process groups or
+gradients, its state is tensors that are passed in and out, and it never waits for a device.
 """
 
-from .adagc import AdaGC
-from .adaptive import adagc, autoclip, ema, median_mad, zclip
-from .agc import RelativeToWeight
-from .autoclip import Percentile
-from .ema import EMA
-from .fixed import Fixed
-from .median_mad import MedianMAD
+from ..norms.spec import NormSpec, Per
+from .adagc import AdaGC, adagc
+from .agc import RelativeToWeight, agc
+from .autoclip import Percentile, autoclip
+from .ema import EMA, ema
+from .fixed import Fixed, global_norm, group_norm, per_tensor_norm
+from .median_mad import MedianMAD, median_mad
 from .norm_policy import NormPolicy, coefficient
-from .policy import Clamp, Per, Policy, Scale, State, Threshold, Verdict
-from .presets import agc, global_norm, group_norm, per_tensor_norm
+from .policy import Policy, Rule, State, Threshold, Verdict
+from .restart import ClipRate
 from .value import Value, value
-from .zclip import ZScore
+from .zclip import ZScore, zclip
 
 __all__ = [
     "EMA",
     "AdaGC",
-    "Clamp",
+    "ClipRate",
     "Fixed",
     "MedianMAD",
     "NormPolicy",
+    "NormSpec",
     "Per",
     "Percentile",
     "Policy",
     "RelativeToWeight",
-    "Scale",
+    "Rule",
     "State",
     "Threshold",
     "Value",

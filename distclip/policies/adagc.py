@@ -1,41 +1,54 @@
-"""A bound that lets a norm grow only so far above the running mean of the clipped ones."""
+"""Bound the growth of norms over the running mean of the clipped norms: AdaGC."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..norms.reduce import Totals
-from .history import numbers
-from .policy import State
-from .validation import FRACTION, NATURAL, NOT_NEGATIVE, POSITIVE, take
+from ..norms.spec import Per
+from .history import zeros
+from .norm_policy import NormPolicy
+from .policy import Rule, State
+from .validation import FRACTION, NATURAL, NOT_NEGATIVE, POSITIVE, convert_fields
 
-__all__ = ["AdaGC"]
+__all__ = ["AdaGC", "adagc"]
 
 
-@dataclass(frozen=True, slots=True)
-class AdaGC:
-    r"""Every slot is clipped to a little above its own average, after a warm-up under one fixed global bound.
+def adagc(
+    ratio: float = 1.04,
+    decay: float = 0.99,
+    warmup: int = 100,
+    warmup_norm: float = 1.0,
+    cap: float = math.inf,
+    norm_type: float = 2.0,
+    per: Per = "tensor",
+    restart_after: int = 0,
+) -> NormPolicy:
+    r"""Clip each parameter's gradient to a few percent above its own running mean (AdaGC).
 
-    .. math::
-        h_t &= \min\left(1, \frac{c}{norm^{all}_t + \varepsilon}\right),
-        \quad \gamma' = \min(\gamma, h_t \, norm_t) && \text{in warm-up} \\
-        h_t &= \min\left(1, \frac{\lambda \gamma}{norm_t + \varepsilon}\right),
-        \quad \gamma' = \beta \gamma + (1 - \beta) h_t \, norm_t && \text{after it}
+    .. math:: bound_i = \min(cap, \lambda \gamma_i), \quad
+        \gamma_i' = \beta \gamma_i + (1 - \beta) \min(norm_i, bound_i)
 
-    Steps are counted per slot: one whose gradients come later (unfreezing) has a warm-up of its own. A bound just above
-    an average of clipped norms is below many healthy ones: see `adagc` for how many.
+    In warm-up one bound holds for the norm of the whole gradient, and γ becomes the least clipped norm. The rule clips
+    most of the steps where norms scatter by a quarter: a bound just above a mean of clipped norms is below many healthy
+    norms. `restart_after` would take that for being stuck, so it is off by default.
 
     Args:
         ratio: λ, > 0.
         decay: β, in [0, 1).
-        warmup: ≥ 1.
-        warmup_norm: c, the bound on the norm of all slots together in warm-up, > 0.
-        eps: ε, that of the policy around it, ≥ 0.
-        cap: the bound that always holds, in warm-up too, ≥ 0.
+        warmup: number of warm-up steps, ≥ 1. Steps are counted per slot, so that a slot whose gradients come later
+            (unfreezing) has a separate warm-up.
+        warmup_norm: bound on the norm of all slots together in warm-up, > 0.
+        cap: bound that always holds, in warm-up too, ≥ 0.
+        norm_type: p of the norm.
+        per: granularity (see `NormPolicy`).
+        restart_after: number of steps after which the rule restarts from the norms before clipping if it has clipped
+            more than half of them; 0 for never, like the published rule.
 
     Raises:
         ArgumentError: a number outside of its range.
@@ -43,9 +56,36 @@ class AdaGC:
     Source: Wang et al., "AdaGC: improving training stability for large language model pretraining", 2025,
     arXiv 2502.11034, algorithm 1; λ and β are those of its authors' published code.
 
+    >>> adagc(1.05).threshold.ratio
+    1.05
+    """
+    return NormPolicy(AdaGC(ratio, decay, warmup, warmup_norm, cap=cap), norm_type, per, restart_after=restart_after)
+
+
+@dataclass(frozen=True, slots=True)
+class AdaGC(Rule):
+    r"""Threshold of `adagc`.
+
+    .. math::
+        h_t &= \min\left(1, \frac{c}{norm^{all}_t + \varepsilon}\right),
+        \quad \gamma' = \min(\gamma, h_t \, norm_t) && \text{in warm-up} \\
+        h_t &= \min\left(1, \frac{\lambda \gamma}{norm_t + \varepsilon}\right),
+        \quad \gamma' = \beta \gamma + (1 - \beta) h_t \, norm_t && \text{after it}
+
+    with c the `warmup_norm`.
+
+    Args:
+        ratio, decay, warmup, warmup_norm, cap: see `adagc`.
+        eps: ε, ≥ 0, equal to that of the `NormPolicy` around the rule.
+
+    Raises:
+        ArgumentError: a number outside of its range.
+
     >>> AdaGC(ratio=1.05)
     AdaGC(ratio=1.05, decay=0.99, warmup=100, warmup_norm=1.0, eps=1e-06, cap=inf)
     """
+
+    can_restart: ClassVar[bool] = True
 
     ratio: float = 1.04
     decay: float = 0.99
@@ -55,32 +95,30 @@ class AdaGC:
     cap: float = math.inf
 
     def __post_init__(self) -> None:
-        take(self, ratio=POSITIVE, decay=FRACTION, warmup=NATURAL)
-        take(self, warmup_norm=POSITIVE, eps=NOT_NEGATIVE, cap=NOT_NEGATIVE)
+        convert_fields(self, ratio=POSITIVE, decay=FRACTION, warmup=NATURAL)
+        convert_fields(self, warmup_norm=POSITIVE, eps=NOT_NEGATIVE, cap=NOT_NEGATIVE)
 
     def init(self, slots: int, device: torch.device) -> State:
-        """γ, infinite until a slot has its first norm, and the number of the norms so far."""
-        gamma = numbers(slots, device=device, fill=math.inf)
+        """Return γ, inf until a slot has its first norm, and the number of the norms so far."""
+        gamma = zeros(slots, device=device) + math.inf
         return {"gamma": gamma, "count": torch.zeros(slots, dtype=torch.int64, device=device)}
 
     def __call__(self, totals: Totals, state: State) -> tuple[Tensor, State]:
-        """The bound from the average of the steps before, and the average with the clipped norm."""
-        gamma, warming = state["gamma"], state["count"] < self.warmup
+        """Return the bound from the mean of the steps before, and the mean with the clipped norm."""
+        gamma, in_warmup = state["gamma"], state["count"] < self.warmup
         length = totals.norms + self.eps
-        together = (self.warmup_norm / (totals.norm + self.eps)).clamp(max=1)
-        # Written so that the policy, which divides by `length`, comes out at the coefficient of all.
-        bound = torch.where(warming, together * length, self.ratio * gamma).clamp(max=self.cap)
-        clipped = (bound / length).clamp(max=1) * totals.norms
-        average = self.decay * gamma + (1 - self.decay) * clipped
+        model_coef = (self.warmup_norm / (totals.norm + self.eps)).clamp(max=1)
+        # The policy divides the bound by `length`, so that every slot has the coefficient of the whole model.
+        bound = torch.where(in_warmup, model_coef * length, self.ratio * gamma)
+        clipped = (bound.clamp(max=self.cap) / length).clamp(max=1) * totals.norms
+        mean = self.decay * gamma + (1 - self.decay) * clipped
         return bound, {
-            "gamma": torch.where(warming, torch.minimum(gamma, clipped), average),
+            "gamma": torch.where(in_warmup, torch.minimum(gamma, clipped), mean),
             "count": state["count"] + 1,
         }
 
-    def seed(self, norms: Tensor, state: State) -> State:
-        """γ at the mean of the last norms before clipping, once none of them is from the warm-up.
-
-        There it was the global bound that clipped, and the minimum that came of it is where the rule is to start.
-        """
-        known = state["count"] >= self.warmup + norms.shape[1]
-        return state | {"gamma": torch.where(known, norms.clamp(max=self.cap).mean(1), state["gamma"])}
+    def restart(self, norms: Tensor, state: State) -> State:
+        """Return the mean of the last norms before clipping as γ, once none of these norms is from the warm-up."""
+        # In warm-up the bound of the whole model clips, and the minimum that results is where the rule must start.
+        after_warmup = state["count"] >= self.warmup + norms.shape[1]
+        return state | {"gamma": torch.where(after_warmup, norms.clamp(max=self.cap).mean(1), state["gamma"])}

@@ -1,4 +1,4 @@
-"""A bound that is a percentile of the norms so far."""
+"""Bound norms by a percentile of the recent ones: AutoClip."""
 
 from __future__ import annotations
 
@@ -9,33 +9,61 @@ import torch
 from torch import Tensor
 
 from ..norms.reduce import Totals
-from .history import append, numbers, quantile
-from .policy import State
-from .validation import NATURAL, NOT_NEGATIVE, Range, take
+from ..norms.spec import Per
+from .history import append, quantile, zeros
+from .norm_policy import NormPolicy
+from .policy import Rule, State
+from .validation import NATURAL, NOT_NEGATIVE, Range, convert_fields
 
-__all__ = ["Percentile"]
+__all__ = ["Percentile", "autoclip"]
 
 
-@dataclass(frozen=True, slots=True)
-class Percentile:
-    r"""AutoClip: the p-th percentile of the last norms, this one among them.
+def autoclip(
+    percentile: float = 10.0,
+    window: int = 1000,
+    cap: float = math.inf,
+    norm_type: float = 2.0,
+    per: Per = "model",
+) -> NormPolicy:
+    r"""Clip to a percentile of the last norms, the current one included (AutoClip).
 
     .. math:: bound_t = \min(cap, P_p(norm_{t-w+1}, \dots, norm_t))
 
-    The history is of norms as they were before clipping, so that the rule follows wherever they go and has no `seed`:
-    there is nothing that it could start anew from but what it remembers. A low p clips nearly every step, which is
-    what its authors intend and no sign of being lost.
+    A low percentile clips nearly every step, 90 % of them at the default. It normalizes more than it clips, which its
+    authors intend.
 
     Args:
-        p: in [0, 100].
-        window: how many norms it remembers, ≥ 1; the paper's history is unbounded.
-        cap: the bound that always holds, ≥ 0.
+        percentile: p, in [0, 100].
+        window: w, number of norms in the history, ≥ 1. The paper's history is unbounded.
+        cap: bound that always holds, ≥ 0. Without it the rule learns from bad first batches like from any others.
+        norm_type: p of the norm.
+        per: granularity (see `NormPolicy`).
 
     Raises:
         ArgumentError: a number outside of its range.
 
     Source: Seetharaman, Wichern, Pardo, Le Roux, "AutoClip: adaptive gradient clipping for source separation
     networks", MLSP 2020, arXiv 2007.14469, algorithm 1.
+
+    >>> autoclip(25).threshold
+    Percentile(p=25.0, window=1000, cap=inf)
+    """
+    return NormPolicy(Percentile(percentile, window, cap), norm_type, per)
+
+
+@dataclass(frozen=True, slots=True)
+class Percentile(Rule):
+    """Threshold of `autoclip`.
+
+    The history contains norms before clipping, so that the rule follows any change of the norms. It does not restart,
+    because a restart could only begin from the norms that are in its history already.
+
+    Args:
+        p: `percentile` of `autoclip`.
+        window, cap: see `autoclip`.
+
+    Raises:
+        ArgumentError: a number outside of its range.
 
     >>> Percentile(p=50)
     Percentile(p=50.0, window=1000, cap=inf)
@@ -46,15 +74,15 @@ class Percentile:
     cap: float = math.inf
 
     def __post_init__(self) -> None:
-        take(self, p=Range(0, 100), window=NATURAL, cap=NOT_NEGATIVE)
+        convert_fields(self, p=Range(0, 100), window=NATURAL, cap=NOT_NEGATIVE)
 
     def init(self, slots: int, device: torch.device) -> State:
-        """An empty history per slot."""
+        """Return an empty history per slot."""
         count = torch.zeros(slots, dtype=torch.int64, device=device)
-        return {"history": numbers(slots, self.window, device=device), "count": count}
+        return {"history": zeros(slots, self.window, device=device), "count": count}
 
     def __call__(self, totals: Totals, state: State) -> tuple[Tensor, State]:
-        """The percentile, and the history with this norm."""
+        """Return the percentile of the history with the norm of this step, and that history."""
         history = append(state["history"], state["count"], totals.norms)
         count = state["count"] + 1
-        return quantile(history, count, self.p / 100).clamp(max=self.cap), {"history": history, "count": count}
+        return quantile(history, count, self.p / 100), {"history": history, "count": count}

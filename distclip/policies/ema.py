@@ -1,48 +1,87 @@
-"""A bound that is a multiple of the running mean of the norms."""
+"""Bound norms relative to their running means: EmaGradClip."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..norms.reduce import Totals
-from .history import numbers
-from .policy import State
-from .validation import FRACTION, NATURAL, NOT_NEGATIVE, POSITIVE, take
+from ..norms.spec import Per
+from .history import zeros
+from .norm_policy import NormPolicy
+from .policy import Rule, State
+from .validation import FRACTION, NATURAL, NOT_NEGATIVE, POSITIVE, convert_fields
 
-__all__ = ["EMA"]
+__all__ = ["EMA", "ema"]
+
+
+def ema(
+    ratio: float = 2.0,
+    target: float = 1.1,
+    slow: float = 0.99,
+    fast: float = 0.9,
+    warmup: int = 20,
+    cap: float = math.inf,
+    norm_type: float = 2.0,
+    per: Per = "model",
+    restart_after: int = 128,
+) -> NormPolicy:
+    r"""Clip norms far above a slow running mean to just above a fast running mean.
+
+    .. math:: bound_t = \min(cap, target \cdot fast) \text{ if } norm_t > ratio \cdot slow \text{ else } cap
+
+    Both are bias-corrected means of the clipped norms, so that a burst of large norms does not raise the bound.
+
+    Args:
+        ratio: largest ratio of a norm to the slow mean that is not clipped, > 0.
+        target: ratio of the bound to the fast mean, > 0.
+        slow: decay of the slow mean, in [0, 1).
+        fast: decay of the fast mean, in [0, 1).
+        warmup: number of first norms to which only the cap applies, ≥ 1.
+        cap: bound that always holds, in warm-up too, ≥ 0. Without it the rule learns from bad first batches like from
+            any others.
+        norm_type: p of the norm.
+        per: granularity (see `NormPolicy`).
+        restart_after: number of steps after which the rule restarts from the norms before clipping if it has clipped
+            more than half of them; 0 for never.
+
+    Raises:
+        ArgumentError: a number outside of its range.
+
+    Source: the EmaGradClip of PDE-Transformer (arXiv 2505.24717), with means of the clipped norm instead, and with the
+    bias correction of Adam (arXiv 1412.6980, section 3), without which means that start at 0 clip every early step.
+
+    >>> ema(3.0).threshold
+    EMA(ratio=3.0, target=1.1, slow=0.99, fast=0.9, warmup=20, cap=inf)
+    """
+    return NormPolicy(EMA(ratio, target, slow, fast, warmup, cap), norm_type, per, restart_after=restart_after)
 
 
 @dataclass(frozen=True, slots=True)
-class EMA:
-    r"""A norm far above a slow average of the norms is cut to just above a fast one.
+class EMA(Rule):
+    r"""Threshold of `ema`.
 
     .. math::
         bound_t &= target \cdot \hat f \text{ if } norm_t > ratio \cdot \hat s \text{ else } \infty \\
         x_t &= \min(norm_t, bound_t, cap), \quad s' = b_s s + (1 - b_s) x_t, \quad \hat s = s / (1 - b_s^t)
 
-    and likewise f. What enters the averages is the norm after clipping: a burst of large ones does not blind the rule.
+    and f, the fast mean, like s, the slow one.
 
     Args:
-        ratio: how far above the slow average a norm is let through, > 0.
-        target: to how far above the fast average it is cut otherwise, > 0.
-        slow: b of the slow average, in [0, 1).
-        fast: b of the fast one, in [0, 1).
-        warmup: so many norms meet the cap only, ≥ 1.
-        cap: the bound that always holds, in warm-up too, ≥ 0.
+        ratio, target, slow, fast, warmup, cap: see `ema`.
 
     Raises:
         ArgumentError: a number outside of its range.
 
-    Source: the EmaGradClip of PDE-Transformer (arXiv 2505.24717), with the bias correction of Adam (arXiv 1412.6980,
-    section 3), without which averages that start at 0 clip every early step, and fed with the clipped norm.
-
     >>> EMA(ratio=3)
     EMA(ratio=3.0, target=1.1, slow=0.99, fast=0.9, warmup=20, cap=inf)
     """
+
+    can_restart: ClassVar[bool] = True
 
     ratio: float = 2.0
     target: float = 1.1
@@ -52,27 +91,29 @@ class EMA:
     cap: float = math.inf
 
     def __post_init__(self) -> None:
-        take(self, ratio=POSITIVE, target=POSITIVE, slow=FRACTION, fast=FRACTION, warmup=NATURAL, cap=NOT_NEGATIVE)
+        convert_fields(self, ratio=POSITIVE, target=POSITIVE, slow=FRACTION, fast=FRACTION)
+        convert_fields(self, warmup=NATURAL, cap=NOT_NEGATIVE)
 
     def init(self, slots: int, device: torch.device) -> State:
-        """Both averages, without their bias, and the number of the norms so far."""
-        nothing = numbers(slots, device=device)
-        return {"slow": nothing, "fast": nothing.clone(), "count": nothing.long()}
+        """Return both bias-corrected means and the number of the norms so far, all 0."""
+        zero = zeros(slots, device=device)
+        return {"slow": zero, "fast": zero.clone(), "count": zero.long()}
 
     def __call__(self, totals: Totals, state: State) -> tuple[Tensor, State]:
-        """The bound from the averages of the steps before, and the averages with the clipped norm."""
+        """Return the bound from the means of the steps before, and the means with the clipped norm."""
         norms, count = totals.norms, state["count"]
-        free = (count < self.warmup) | ~(norms > self.ratio * state["slow"])
-        bound = torch.where(free, math.inf, self.target * state["fast"]).clamp(max=self.cap)
-        used = torch.minimum(norms, bound)
-        moved = {"count": count + 1}
+        unclipped = (count < self.warmup) | ~(norms > self.ratio * state["slow"])
+        bound = torch.where(unclipped, math.inf, self.target * state["fast"])
+        clipped = torch.minimum(norms, bound.clamp(max=self.cap))
+        new_state = {"count": count + 1}
         for name, decay in (("slow", self.slow), ("fast", self.fast)):
-            # s / (1 - b^t) kept itself: its step towards x has the weight (1 - b) / (1 - b^t).
+            # The state is the corrected mean s / (1 - b^t), so x enters with the weight (1 - b) / (1 - b^t).
             weight = (1 - decay) / (1 - decay ** (count + 1).to(norms.dtype))
-            moved[name] = state[name] + weight * (used - state[name])
-        return bound, moved
+            new_state[name] = state[name] + weight * (clipped - state[name])
+        return bound, new_state
 
-    def seed(self, norms: Tensor, state: State) -> State:
-        """Both averages at the mean of the last norms before clipping, which weighs as much as so many norms do."""
+    def restart(self, norms: Tensor, state: State) -> State:
+        """Return the mean of the last norms before clipping, with the weight of that many norms, for both means."""
         mean = norms.clamp(max=self.cap).mean(1)
-        return {"slow": mean, "fast": mean.clone(), "count": state["count"].clamp(min=max(self.warmup, norms.shape[1]))}
+        count = state["count"].clamp(min=max(self.warmup, norms.shape[1]))
+        return {"slow": mean, "fast": mean.clone(), "count": count}

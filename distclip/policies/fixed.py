@@ -1,9 +1,10 @@
-"""Bounds that never move."""
+"""Bound norms by constants: of the whole gradient, of every tensor, or of named groups of parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,40 +12,122 @@ from torch import Tensor
 from ..devices import device_constant
 from ..errors import ArgumentError
 from ..norms.reduce import Totals
-from .policy import State, as_number
+from .norm_policy import NormPolicy
+from .policy import Rule, State
+from .validation import to_float
 
-__all__ = ["Fixed"]
+__all__ = ["Fixed", "global_norm", "group_norm", "per_tensor_norm"]
+
+
+def global_norm(max_norm: float = 1.0, norm_type: float = 2.0) -> NormPolicy:
+    r"""Clip the whole gradient to one constant bound, the usual choice.
+
+    .. math:: coef = \min\left(1, \frac{max\_norm}{\lVert g \rVert_p + 10^{-6}}\right)
+
+    Args:
+        max_norm: bound, ≥ 0. `inf` measures and never clips.
+        norm_type: p of the norm.
+
+    Raises:
+        ArgumentError: a negative or NaN bound, or a norm type that is not a number.
+
+    Source: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", ICML 2013,
+    algorithm 1, with the 1e-6 of torch.nn.utils.clip_grad_norm_.
+
+    >>> global_norm(1.0).threshold
+    Fixed(max_norm=1.0)
+    """
+    return NormPolicy(Fixed(max_norm), norm_type)
+
+
+def per_tensor_norm(max_norm: float = 1.0, norm_type: float = 2.0) -> NormPolicy:
+    r"""Clip the gradient of each parameter to one constant bound.
+
+    .. math:: coef_i = \min\left(1, \frac{max\_norm}{\lVert g_i \rVert_p}\right)
+
+    Args:
+        max_norm: bound, ≥ 0.
+        norm_type: p of the norm.
+
+    Raises:
+        ArgumentError: a negative or NaN bound, or a norm type that is not a number.
+
+    Source: the `clipnorm` of Keras' optimizers.
+
+    >>> per_tensor_norm(0.5).per
+    'tensor'
+    """
+    return NormPolicy(Fixed(max_norm), norm_type, per="tensor", eps=0.0)
+
+
+def group_norm(
+    groups: Mapping[str, Mapping[str, Any] | Sequence[Any]], max_norm: float = 1.0, norm_type: float = 2.0
+) -> NormPolicy:
+    r"""Clip each named group of parameters, and all other parameters together, to a constant bound per group.
+
+    .. math:: coef_k = \min\left(1, \frac{max\_norm_k}{\lVert g_k \rVert_p + 10^{-6}}\right)
+
+    Args:
+        groups: {name: {"pattern": regular expression, "max_norm": bound ≥ 0}}, or {name: (pattern, bound)}. The
+            pattern is searched in parameter names, and the first group that matches takes a parameter.
+        max_norm: bound of the parameters without a group, ≥ 0.
+        norm_type: p of the norm.
+
+    Raises:
+        ArgumentError: no group, a group without pattern or bound, a negative or NaN bound, or a norm type that is not a
+            number.
+
+    Source: the parameter groups of Megatron-LM's optimizer that are clipped separately (`grad_norm_group`).
+
+    >>> group_norm({"embedding": ("embed", 0.1)}, max_norm=1.0).threshold
+    Fixed(max_norm=(0.1, 1.0))
+    """
+    patterns: dict[str, str] = {}
+    bounds: list[Any] = []
+    for name, group in dict(groups).items():
+        try:
+            pattern, bound = (group["pattern"], group["max_norm"]) if isinstance(group, Mapping) else group
+        except (KeyError, TypeError, ValueError):
+            pattern = bound = None
+        if not isinstance(pattern, str) or isinstance(group, str):
+            raise ArgumentError(
+                f"groups[{name!r}]={group!r}: a group needs a regular expression and a bound. "
+                f'Use groups={{{name!r}: {{"pattern": "embed", "max_norm": 1.0}}}}.'
+            )
+        patterns[name] = pattern
+        bounds.append(bound)
+    return NormPolicy(Fixed((*bounds, max_norm)), norm_type, per="group", groups=patterns)
 
 
 @dataclass(frozen=True, slots=True)
-class Fixed:
-    """A bound that never moves.
+class Fixed(Rule):
+    """Threshold with a constant bound.
 
     Args:
-        max_norm: ≥ 0; `inf` measures and never clips. Several of them are the bounds of the slots, in order.
+        max_norm: bound, ≥ 0. `inf` measures and never clips. A sequence has the bound of each slot, in order.
 
     Raises:
-        ArgumentError: a bound that is negative or no number.
+        ArgumentError: a bound that is negative or not a number.
     """
 
     max_norm: float | Sequence[float] = 1.0
 
     def __post_init__(self) -> None:
         many = isinstance(self.max_norm, Sequence) and not isinstance(self.max_norm, str)
-        bounds = tuple(map(as_number, self.max_norm)) if many else (as_number(self.max_norm),)  # type: ignore[arg-type]
+        bounds = tuple(map(to_float, self.max_norm)) if many else (to_float(self.max_norm),)  # type: ignore[arg-type]
         if not all(bound >= 0 for bound in bounds) or not bounds:
             raise ArgumentError(
                 f"max_norm={self.max_norm!r}: the bound must be a number ≥ 0. "
-                "Write max_norm=1.0, or max_norm=inf to measure without clipping."
+                "Use max_norm=1.0, or max_norm=inf to measure without clipping."
             )
         object.__setattr__(self, "max_norm", bounds if many else bounds[0])
 
     def init(self, slots: int, device: torch.device) -> State:
-        """Nothing to remember."""
+        """Return an empty state."""
         return {}
 
     def __call__(self, totals: Totals, state: State) -> tuple[Tensor, State]:
-        """The bound, whatever the norms."""
+        """Return the bounds, which do not depend on the norms."""
         bounds = self.max_norm if isinstance(self.max_norm, tuple) else (self.max_norm,)
         norms = totals.norms
         bound = device_constant(bounds, norms.device, norms.dtype)

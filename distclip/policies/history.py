@@ -1,7 +1,7 @@
-"""The last norms of every slot, and quantiles of them.
+"""Keep the last norms of every slot, and compute quantiles of them.
 
-A history is a ring, (slots, window), beside a count per slot of all norms that ever entered: slots may start late and
-miss steps. Nothing is written in place, nothing waits for a device.
+A history is a ring buffer, (slots, window), with a count per slot of all values that were ever appended, because slots
+can start late and miss steps. No function writes in place or waits for a device.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from torch import Tensor
 
 from ..devices import accumulation_dtype
 
-__all__ = ["append", "numbers", "quantile"]
+__all__ = ["append", "quantile", "zeros"]
 
 
-def numbers(*shape: int, device: torch.device, fill: float = 0.0) -> Tensor:
-    """State in the dtype of the norms."""
-    return torch.full(shape, fill, dtype=accumulation_dtype(device), device=device)
+def zeros(*shape: int, device: torch.device) -> Tensor:
+    """Return zeros in the dtype of the norms."""
+    return torch.zeros(shape, dtype=accumulation_dtype(device), device=device)
 
 
 def append(history: Tensor, count: Tensor, values: Tensor) -> Tensor:
-    """The history with one more value per slot, in the place of the oldest once it is full.
+    """Return the history with one more value per slot, which overwrites the oldest one once the history is full.
 
     Args:
         history: (slots, window).
-        count: (slots,), how many values entered before.
+        count: (slots,), the number of values appended before.
         values: (slots,).
 
     >>> append(torch.tensor([[1.0, 2.0]]), torch.tensor([2]), torch.tensor([3.0]))
@@ -36,14 +36,17 @@ def append(history: Tensor, count: Tensor, values: Tensor) -> Tensor:
 
 
 def quantile(history: Tensor, count: Tensor, q: float) -> Tensor:
-    """The q-quantile of what is in each slot's history, linear between neighbours as numpy's; NaN of an empty one.
+    """Return the q-quantile of each slot's history, interpolated linearly like numpy's.
 
     torch.quantile takes neither a count nor more than 16 M elements.
 
     Args:
         history: (slots, window).
-        count: (slots,), how many values entered so far.
+        count: (slots,), the number of values appended so far.
         q: in [0, 1].
+
+    Returns:
+        (slots,), NaN for an empty history.
 
     >>> quantile(torch.tensor([[4.0, 2.0, 0.0], [9.0, 5.0, 1.0]]), torch.tensor([2, 8]), 0.75)
     tensor([3.5000, 7.0000])
@@ -51,6 +54,7 @@ def quantile(history: Tensor, count: Tensor, q: float) -> Tensor:
     window = history.shape[1]
     filled = count.clamp(max=window).unsqueeze(1)
     missing = torch.arange(window, device=count.device) >= filled
+    # Missing values are sorted behind all others, which then begin at index 0.
     ordered = history.masked_fill(missing, math.inf).sort(dim=1).values
     last = (filled - 1).clamp(min=0)
     rank = q * last.to(history.dtype)

@@ -1,4 +1,4 @@
-"""A bound on how far a norm may lie from the median of the last ones, measured as they scatter."""
+"""Bound norms by a robust number of standard deviations above the median of the recent ones."""
 
 from __future__ import annotations
 
@@ -9,40 +9,75 @@ import torch
 from torch import Tensor
 
 from ..norms.reduce import Totals
-from .history import append, numbers, quantile
-from .policy import State
-from .validation import NATURAL, NOT_NEGATIVE, take
+from ..norms.spec import Per
+from .history import append, quantile, zeros
+from .norm_policy import NormPolicy
+from .policy import Rule, State
+from .validation import NATURAL, NOT_NEGATIVE, convert_fields
 
-__all__ = ["MedianMAD"]
+__all__ = ["MedianMAD", "median_mad"]
 
 _NORMAL = 1.4826
-"""What the MAD of normally distributed numbers is multiplied by to be their standard deviation."""
+"""Ratio of the standard deviation to the median absolute deviation (MAD) of a normal distribution."""
 
 
-@dataclass(frozen=True, slots=True)
-class MedianMAD:
-    r"""The median of the last norms times as many of their usual factors of scatter as k says.
+def median_mad(
+    k: float = 3.0,
+    window: int = 128,
+    warmup: int = 16,
+    cap: float = math.inf,
+    norm_type: float = 2.0,
+    per: Per = "model",
+    skip: bool = False,
+) -> NormPolicy:
+    r"""Clip to k robust standard deviations above the median of the last norms, in log space: spikes only.
 
-    .. math:: bound_t = \min\left(cap, \exp(m + k \max(1.4826 \, d, floor))\right), \quad
-        m = \mathrm{median}(\log norm_i), \quad d = \mathrm{median}\,|\log norm_i - m|, \quad t - w \le i < t
+    .. math:: bound_t = \min\left(cap, \exp(m + k \max(1.4826 \, d, 0.1))\right)
 
-    Norms scatter by factors, so it looks at logarithms. A few spikes among them, of any height, hardly move a median:
-    the history can be of norms as they were before clipping, so that the rule follows a new level by itself within half
-    a window, and has no `seed`. This step's norm is not in it: as the window fills, a spike would
-    widen the scatter by which it is judged.
+    m is the median of the logarithms of the last norms, and d their median absolute deviation from m. The rule clips
+    one healthy step in several hundred, holds a burst of twenty steps, and follows a new level within half a window.
 
     Args:
-        k: how many deviations are let through, ≥ 0.
-        window: how many norms it remembers, ≥ 1.
-        warmup: so many norms meet the cap only, ≥ 1.
-        floor: the least deviation, ≥ 0: norms that hardly scatter may still grow by a factor of exp(k · floor).
-        cap: the bound that always holds, in warm-up too, ≥ 0.
+        k: number of standard deviations that are not clipped, ≥ 0.
+        window: number of norms in the history, ≥ 1.
+        warmup: number of first norms to which only the cap applies, ≥ 1.
+        cap: bound that always holds, in warm-up too, ≥ 0. Without it the rule learns from bad first batches like from
+            any others.
+        norm_type: p of the norm.
+        per: granularity (see `NormPolicy`).
+        skip: skip steps with a spike instead of scaling them down, for example for a bad sample that comes again every
+            epoch. Norms that are only above the cap are scaled down, in warm-up and after it.
 
     Raises:
         ArgumentError: a number outside of its range.
 
     Source: the outlier rule of Hampel, "The influence curve and its role in robust estimation", JASA 69, 1974, on
     logarithms.
+
+    >>> median_mad(6.0).threshold
+    MedianMAD(k=6.0, window=128, warmup=16, floor=0.1, cap=inf)
+    """
+    return NormPolicy(MedianMAD(k, window, warmup, cap=cap), norm_type, per, skip=skip)
+
+
+@dataclass(frozen=True, slots=True)
+class MedianMAD(Rule):
+    r"""Threshold of `median_mad`.
+
+    .. math:: bound_t = \min\left(cap, \exp(m + k \max(1.4826 \, d, floor))\right), \quad
+        m = \mathrm{median}(\log norm_i), \quad d = \mathrm{median}\,|\log norm_i - m|, \quad t - w \le i < t
+
+    Norms scatter by factors, so the rule uses logarithms. A few spikes of any height hardly change a median, so the
+    history can contain norms before clipping. The rule therefore follows a new level within half a window and does not
+    restart. The norm of the current step is not in the history, because a spike would widen the scatter that it is
+    compared with while the window fills.
+
+    Args:
+        k, window, warmup, cap: see `median_mad`.
+        floor: least standard deviation, ≥ 0. Norms that hardly scatter can still grow by a factor of exp(k · floor).
+
+    Raises:
+        ArgumentError: a number outside of its range.
 
     >>> MedianMAD(k=6)
     MedianMAD(k=6.0, window=128, warmup=16, floor=0.1, cap=inf)
@@ -55,18 +90,18 @@ class MedianMAD:
     cap: float = math.inf
 
     def __post_init__(self) -> None:
-        take(self, k=NOT_NEGATIVE, window=NATURAL, warmup=NATURAL, floor=NOT_NEGATIVE, cap=NOT_NEGATIVE)
+        convert_fields(self, k=NOT_NEGATIVE, window=NATURAL, warmup=NATURAL, floor=NOT_NEGATIVE, cap=NOT_NEGATIVE)
 
     def init(self, slots: int, device: torch.device) -> State:
-        """An empty history of logarithms per slot."""
+        """Return an empty history of logarithms per slot."""
         count = torch.zeros(slots, dtype=torch.int64, device=device)
-        return {"logs": numbers(slots, self.window, device=device), "count": count}
+        return {"log_norms": zeros(slots, self.window, device=device), "count": count}
 
     def __call__(self, totals: Totals, state: State) -> tuple[Tensor, State]:
-        """The bound from the norms of the steps before, and the history with this one."""
-        logs, count = state["logs"], state["count"]
-        middle = quantile(logs, count, 0.5)
-        deviation = _NORMAL * quantile((logs - middle.unsqueeze(1)).abs(), count, 0.5)
-        bound = (middle + self.k * deviation.clamp(min=self.floor)).exp()
-        bound = torch.where(count < self.warmup, math.inf, bound).clamp(max=self.cap)
-        return bound, {"logs": append(logs, count, totals.norms.log()), "count": count + 1}
+        """Return the bound from the norms of the steps before, and the history with the norm of this step."""
+        log_norms, count = state["log_norms"], state["count"]
+        median = quantile(log_norms, count, 0.5)
+        deviation = _NORMAL * quantile((log_norms - median.unsqueeze(1)).abs(), count, 0.5)
+        bound = (median + self.k * deviation.clamp(min=self.floor)).exp()
+        bound = torch.where(count < self.warmup, math.inf, bound)
+        return bound, {"log_norms": append(log_norms, count, totals.norms.log()), "count": count + 1}

@@ -1,104 +1,152 @@
-"""What a policy is asked and what it can decide."""
+"""Declare what a policy is: `Policy`, its `Verdict`, and the `Threshold` rules that most policies are made of."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentError
 from ..norms.reduce import Totals
+from ..norms.spec import NormSpec
 
-__all__ = ["Clamp", "Per", "Policy", "Scale", "State", "Threshold", "Verdict", "as_number"]
-
-Per: TypeAlias = Literal["model", "group", "tensor", "row"]
-"""What has a norm, and so a slot, of its own: the whole model, each named group of parameters, each parameter, or each
-row (place along dim 0) of each parameter, one with a single dim counting as one row."""
+__all__ = ["Policy", "Rule", "State", "Threshold", "Verdict", "as_rule"]
 
 State: TypeAlias = dict[str, Tensor]
-"""What a policy remembers: tensors whose first dim is the slot, on the device of the norms."""
+"""State of a policy: tensors whose first dim is the slot, on the device of the norms. A checkpoint contains it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
-    """Multiply every gradient by the coefficient of its slot, or leave the step out.
+class Verdict:
+    """Decision of a policy about the gradients of one step.
 
     Args:
-        coefs: (slots,) float64 on the device of the norms, ≤ 1.
-        skip: 0-d bool, whether the step is to change nothing; None for never.
-        bounds: (slots,) float64, the norms that were allowed, inf where any is; None for what has no such thing.
+        coefs: (slots,), in [0, 1], in the dtype and on the device of the norms (float64 unless the device lacks it):
+            the factor of the gradients of each slot.
+        skip: 0-d bool on that device: whether the step must change nothing. None for never.
+        bounds: (slots,), like `coefs`: the norms that were allowed, inf for any norm. None without bounds on norms.
+        limits: (low, high): every element of every gradient is clamped to this interval. None for no clamping.
     """
 
     coefs: Tensor
     skip: Tensor | None = None
     bounds: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Clamp:
-    """Clamp every element to [low, high]."""
-
-    low: float
-    high: float
-
-
-Verdict: TypeAlias = Scale | Clamp
-
-
-class Threshold(Protocol):
-    """A rule for which norm is allowed: a pure function of the totals and of its own state.
-
-    A frozen dataclass with these two methods is a threshold; neither measuring nor reducing knows of it. One that
-    follows the norms may also have `seed(norms, state) -> state`, the state after starting anew from the last raw
-    norms, (slots, window); a `cap`, the bound that always holds; and one that compares with the parameters says
-    `needs_weights = True`.
-    """
-
-    def init(self, slots: int, device: torch.device) -> State:
-        """The state before the first step; empty for a rule that remembers nothing."""
-        ...
-
-    def __call__(self, totals: Totals, state: State) -> tuple[Tensor, State]:
-        """The bound of each slot, (slots,) float64, `inf` where there is none; and the state after this step.
-
-        Every norm may be anything here: what comes of one that is not finite, or of a slot without gradient, is
-        discarded by the caller. No host sync.
-        """
-        ...
+    limits: tuple[float, float] | None = None
 
 
 @runtime_checkable
 class Policy(Protocol):
-    """What a clipper asks of a policy."""
+    """Anything with a spec of the norms that it needs and a decision that depends on these norms alone.
+
+    Every rank computes the decision for itself from equal norms, so it must be deterministic.
+    """
 
     @property
-    def norm_type(self) -> float:
-        """p of the norm to measure."""
-        ...
-
-    @property
-    def per(self) -> Per:
-        """What has a slot of its own."""
+    def spec(self) -> NormSpec:
+        """Norms that the policy wants measured. The spec is constant and equal on every rank."""
         ...
 
     def init(self, slots: int, device: torch.device) -> State:
-        """The state before the first step."""
+        """Return the state before the first step, empty for a policy without state."""
         ...
 
     def decide(self, totals: Totals, state: State) -> tuple[Verdict, State]:
-        """The verdict on this step, and the state after it. No host sync, no collective."""
+        """Return the verdict on a step and the state after it, without writing to `state`.
+
+        Collectives: none. Host syncs: none.
+        """
         ...
 
 
-def as_number(value: Any) -> float:
-    """A bound as a float: what float() takes (numpy and 0-d tensors too), NaN for what it does not.
+class Threshold(Protocol):
+    """Rule for the largest norm that is allowed: a pure function of the norms and of the rule's own state.
 
-    >>> as_number("inf"), as_number(None)
-    (inf, nan)
+    Any object with these two methods is a threshold. A frozen dataclass is recommended, because the ranks compare the
+    `repr` of their policies. Subclass `distclip.policies.Rule` for a rule that needs the norms of the parameters, has
+    a cap or can restart.
     """
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
+
+    def init(self, slots: int, device: torch.device) -> State:
+        """Return the state before the first step, empty for a rule without state."""
+        ...
+
+    def __call__(self, totals: Totals, state: State) -> tuple[Tensor, State]:
+        """Return the bound of each slot, (slots,) float64 with inf for no bound, and the state after this step.
+
+        Norms can have any value here, NaN and Inf included. The caller discards the result of a step with a non-finite
+        norm, and the result of a slot whose norm is 0.
+
+        Collectives: none. Host syncs: none.
+        """
+        ...
+
+
+class Rule(Threshold):
+    """Base class of thresholds with a cap, a restart, or a need for the norms of the parameters.
+
+    Attributes:
+        needs_weights: whether `totals.weight_norms` must be there. False by default.
+        can_restart: whether `restart` is implemented. False by default.
+        cap: bound that always holds, in warm-up too. `NormPolicy` applies it to the bounds of `__call__`, which must be
+            without it, so that a step beyond the cap can be distinguished from a step beyond the rule. inf by default.
+    """
+
+    __slots__ = ()
+
+    needs_weights: ClassVar[bool] = False
+    can_restart: ClassVar[bool] = False
+    cap: float = math.inf
+
+    def restart(self, norms: Tensor, state: State) -> State:
+        """Return the state after a restart from the last norms.
+
+        Args:
+            norms: (slots, window), before clipping, in any order.
+            state: of the rule after this step. The caller keeps it for the slots that need no restart.
+        """
+        return state
+
+
+def as_rule(threshold: Threshold) -> Rule:
+    """Return a `Rule` unchanged, and wrap any other threshold into one.
+
+    Args:
+        threshold: an object with the two methods of `Threshold`. The members of `Rule` that it has are used as well.
+
+    Raises:
+        ArgumentError: one of the two methods is missing.
+    """
+    if isinstance(threshold, Rule):
+        return threshold
+    if isinstance(threshold, type) or not callable(threshold) or not callable(getattr(threshold, "init", None)):
+        raise ArgumentError(
+            f"threshold={threshold!r:.80}: expected an object with the methods init(slots, device) and "
+            "__call__(totals, state). Use threshold=distclip.Fixed(1.0), for example."
+        )
+    return _ForeignRule(threshold)
+
+
+class _ForeignRule(Rule):
+    """A caller's threshold that does not subclass `Rule`."""
+
+    def __init__(self, threshold: Any) -> None:
+        self._threshold = threshold
+        # Instance attributes hide the defaults of the class.
+        vars(self).update(
+            needs_weights=bool(getattr(threshold, "needs_weights", Rule.needs_weights)),
+            can_restart=callable(getattr(threshold, "restart", None)),
+            cap=float(getattr(threshold, "cap", Rule.cap)),
+        )
+
+    def init(self, slots: int, device: torch.device) -> State:
+        return dict(self._threshold.init(slots, device))
+
+    def __call__(self, totals: Totals, state: State) -> tuple[Tensor, State]:
+        bounds, state = self._threshold(totals, state)
+        return bounds, state
+
+    def restart(self, norms: Tensor, state: State) -> State:
+        return dict(self._threshold.restart(norms, state))

@@ -1,4 +1,4 @@
-"""Which numbers a rule can be given."""
+"""Check and convert the numbers that policies take as arguments."""
 
 from __future__ import annotations
 
@@ -7,50 +7,71 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import ArgumentError
-from .policy import as_number
 
-__all__ = ["FRACTION", "NATURAL", "NOT_NEGATIVE", "POSITIVE", "Range", "take"]
+__all__ = ["FRACTION", "NATURAL", "NOT_NEGATIVE", "POSITIVE", "Range", "convert_fields", "to_float"]
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The numbers from `low` to `high`, without those named in `but`; only whole ones if `whole`.
+    """Interval of allowed numbers.
 
-    >>> 1 in Range(0, 1), 1 in Range(0, 1, but=(1,)), 0.5 in Range(0, whole=True)
+    Args:
+        low: lower end.
+        high: upper end.
+        exclude: numbers of the interval that are not allowed, such as an open end.
+        whole: allow only whole numbers.
+
+    >>> 1 in Range(0, 1), 1 in Range(0, 1, exclude=(1,)), 0.5 in Range(0, whole=True)
     (True, False, False)
     """
 
     low: float
     high: float = math.inf
-    but: tuple[float, ...] = ()
+    exclude: tuple[float, ...] = ()
     whole: bool = False
 
     def __contains__(self, number: float) -> bool:
-        inside = self.low <= number <= self.high and number not in self.but
+        inside = self.low <= number <= self.high and number not in self.exclude
         return inside and (not self.whole or float(number).is_integer())
 
     def __str__(self) -> str:
-        lower = f"{'>' if self.low in self.but else '≥'} {self.low}"
-        upper = "" if math.isinf(self.high) else f" and {'<' if self.high in self.but else '≤'} {self.high}"
+        lower = f"{'>' if self.low in self.exclude else '≥'} {self.low}"
+        upper = "" if math.isinf(self.high) else f" and {'<' if self.high in self.exclude else '≤'} {self.high}"
         return f"a {'whole ' * self.whole}number {lower}{upper}"
 
 
-POSITIVE = Range(0, but=(0,))
+POSITIVE = Range(0, exclude=(0,))
 NOT_NEGATIVE = Range(0)
 NATURAL = Range(1, whole=True)
-FRACTION = Range(0, 1, but=(1,))
+FRACTION = Range(0, 1, exclude=(1,))
 
 
-def take(rule: Any, **allowed: Range) -> None:
-    """Make numbers of a frozen dataclass' fields, whatever they were given as.
+def to_float(value: Any) -> float:
+    """Convert anything that float() accepts, such as strings and 0-d tensors. Return NaN for other values.
+
+    >>> to_float("inf"), to_float(None)
+    (inf, nan)
+    """
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def convert_fields(instance: Any, **allowed: Range) -> None:
+    """Convert fields of a frozen dataclass to numbers, from strings of a configuration file for example.
+
+    Args:
+        instance: of a dataclass whose fields named in `allowed` have defaults.
+        allowed: {field name: allowed numbers}. Fields of a `whole` range become int, others float.
 
     Raises:
-        ArgumentError: a field that is no number, or none of those allowed for it.
+        ArgumentError: a field that is not a number, or outside of its range.
     """
-    usual = {field.name: field.default for field in fields(rule)}
+    defaults = {field.name: field.default for field in fields(instance)}
     for name, numbers in allowed.items():
-        seen = getattr(rule, name)
-        number = as_number(seen)
+        value = getattr(instance, name)
+        number = to_float(value)
         if number not in numbers:
-            raise ArgumentError(f"{name}={seen!r}: expected {numbers}. Write {name}={usual[name]}, for example.")
-        object.__setattr__(rule, name, int(number) if numbers.whole else number)
+            raise ArgumentError(f"{name}={value!r}: expected {numbers}. Use {name}={defaults[name]}, for example.")
+        object.__setattr__(instance, name, int(number) if numbers.whole else number)

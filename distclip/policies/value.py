@@ -1,4 +1,4 @@
-"""Clipping by value: element-wise, which changes the gradient's direction and needs no sum over ranks."""
+"""Clip by value: clamp every element, which changes the gradient's direction and needs no sum over ranks."""
 
 from __future__ import annotations
 
@@ -8,63 +8,66 @@ import torch
 
 from ..errors import ArgumentError
 from ..norms.reduce import Totals
-from .policy import Clamp, Per, State, as_number
+from ..norms.spec import NormSpec
+from .policy import State, Verdict
+from .validation import to_float
 
 __all__ = ["Value", "value"]
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """Clamp every element to [low, high].
+    """Clamp every element to [low, high]. The report still contains the Euclidean norm of the whole gradient.
 
     Args:
         low: lower bound.
         high: upper bound, ≥ low.
+
+    Raises:
+        ArgumentError: a lower bound above the upper one, or NaN.
+
+    >>> Value(-0.5, 0.5).spec.limits
+    (-0.5, 0.5)
     """
 
     low: float = -1.0
     high: float = 1.0
 
     def __post_init__(self) -> None:
-        low, high = as_number(self.low), as_number(self.high)
+        low, high = to_float(self.low), to_float(self.high)
         if not low <= high:
             raise ArgumentError(
                 f"clip_value={(self.low, self.high)!r}: the bounds must be two numbers, the lower one first. "
-                "Write clip_value=0.5 for [-0.5, 0.5], or clip_value=(low, high)."
+                "Use clip_value=0.5 for [-0.5, 0.5], or clip_value=(low, high)."
             )
         object.__setattr__(self, "low", low)
         object.__setattr__(self, "high", high)
 
     @property
-    def norm_type(self) -> float:
-        """The norm that a clipper reports beside: the Euclidean one."""
-        return 2.0
-
-    @property
-    def per(self) -> Per:
-        """One norm is reported."""
-        return "model"
+    def spec(self) -> NormSpec:
+        """Norms that the policy wants measured: one of the whole model, and elements outside of the limits."""
+        return NormSpec(limits=(self.low, self.high))
 
     def init(self, slots: int, device: torch.device) -> State:
-        """Nothing to remember."""
+        """Return an empty state."""
         return {}
 
-    def decide(self, totals: Totals, state: State) -> tuple[Clamp, State]:
-        """The same clamp whatever the norm."""
-        return Clamp(self.low, self.high), state
+    def decide(self, totals: Totals, state: State) -> tuple[Verdict, State]:
+        """Return the limits, which are constant, with coefficients of 1."""
+        return Verdict(torch.ones_like(totals.norms), limits=(self.low, self.high)), state
 
 
 def value(low: float, high: float | None = None) -> Value:
     """Clamp every element: `value(0.5)` to [-0.5, 0.5], `value(-0.1, 0.5)` to [-0.1, 0.5].
 
     Args:
-        low: lower bound; alone, the bound on both sides, ≥ 0.
+        low: lower bound. Without `high`, the bound on both sides, ≥ 0.
         high: upper bound.
 
     Raises:
-        ArgumentError: a lower bound above the upper one, a negative bound alone, NaN.
+        ArgumentError: a lower bound above the upper one, a negative bound without `high`, or NaN.
 
     >>> value(0.5)
     Value(low=-0.5, high=0.5)
     """
-    return Value(-as_number(low), low) if high is None else Value(low, high)
+    return Value(-to_float(low), low) if high is None else Value(low, high)

@@ -1,39 +1,51 @@
-"""A bound on how many standard deviations a norm may lie above the mean."""
+"""Bound the z-score of norms among the recent ones: ZClip."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..norms.reduce import Totals
-from .history import numbers
-from .policy import State
-from .validation import FRACTION, NATURAL, NOT_NEGATIVE, POSITIVE, take
+from ..norms.spec import Per
+from .history import zeros
+from .norm_policy import NormPolicy
+from .policy import Rule, State
+from .validation import FRACTION, NATURAL, NOT_NEGATIVE, POSITIVE, convert_fields
 
-__all__ = ["ZScore"]
+__all__ = ["ZScore", "zclip"]
 
 
-@dataclass(frozen=True, slots=True)
-class ZScore:
-    r"""ZClip: a norm whose z-score is beyond the threshold is cut the deeper the farther out it is.
+def zclip(
+    z: float = 2.5,
+    decay: float = 0.97,
+    warmup: int = 25,
+    cap: float = math.inf,
+    norm_type: float = 2.0,
+    per: Per = "model",
+    restart_after: int = 128,
+) -> NormPolicy:
+    r"""Clip norms with a z-score above `z`; the larger the score, the lower the bound (ZClip).
 
-    .. math::
-        z_t &= \frac{norm_t - \mu}{\sigma + \varepsilon}, \qquad
-        bound_t = \mu + \frac{z^2}{z_t} \sigma \text{ if } z_t > z \text{ else } \infty \\
-        x_t &= \min(norm_t, bound_t, cap), \quad \mu' = a \mu + (1 - a) x_t,
-        \quad \sigma'^2 = a \sigma^2 + (1 - a) (x_t - \mu')^2
+    .. math:: bound_t = \min\left(cap, \mu + \frac{z^2}{z_t} \sigma\right) \text{ if }
+        z_t = \frac{norm_t - \mu}{\sigma + 10^{-6}} > z \text{ else } cap
 
-    The first `warmup` norms meet the cap only; their mean and population variance are what μ and σ² start from.
+    μ and σ are the running mean and standard deviation of the clipped norms. The published rule (`restart_after=0`,
+    with cap=1.0) never follows norms that rise for good by a few times their scatter.
 
     Args:
-        z: the z-score from which on it clips, > 0.
-        decay: a, in [0, 1).
-        warmup: ≥ 1.
-        eps: ε, > 0.
-        cap: the bound that always holds, in warm-up too, ≥ 0.
+        z: largest z-score that is not clipped, > 0.
+        decay: of mean and variance, in [0, 1).
+        warmup: number of first norms to which only the cap applies, ≥ 1.
+        cap: bound that always holds, in warm-up too, ≥ 0. Without it the rule learns from bad first batches like from
+            any others.
+        norm_type: p of the norm.
+        per: granularity (see `NormPolicy`).
+        restart_after: number of steps after which the rule restarts from the norms before clipping if it has clipped
+            more than half of them; 0 for never.
 
     Raises:
         ArgumentError: a number outside of its range.
@@ -41,9 +53,36 @@ class ZScore:
     Source: Kumar, Owen, Chowdhury, Güra, "ZClip: adaptive spike mitigation for LLM pre-training", 2025,
     arXiv 2504.02507, algorithm 1 with reciprocal clipping.
 
+    >>> zclip(3.0).threshold
+    ZScore(z=3.0, decay=0.97, warmup=25, eps=1e-06, cap=inf)
+    """
+    return NormPolicy(ZScore(z, decay, warmup, cap=cap), norm_type, per, restart_after=restart_after)
+
+
+@dataclass(frozen=True, slots=True)
+class ZScore(Rule):
+    r"""Threshold of `zclip`.
+
+    .. math::
+        z_t &= \frac{norm_t - \mu}{\sigma + \varepsilon}, \qquad
+        bound_t = \mu + \frac{z^2}{z_t} \sigma \text{ if } z_t > z \text{ else } \infty \\
+        x_t &= \min(norm_t, bound_t, cap), \quad \mu' = a \mu + (1 - a) x_t,
+        \quad \sigma'^2 = a \sigma^2 + (1 - a) (x_t - \mu')^2
+
+    with a the decay. μ and σ² start from the mean and the population variance of the first `warmup` norms.
+
+    Args:
+        z, decay, warmup, cap: see `zclip`.
+        eps: ε, > 0.
+
+    Raises:
+        ArgumentError: a number outside of its range.
+
     >>> ZScore(z=3)
     ZScore(z=3.0, decay=0.97, warmup=25, eps=1e-06, cap=inf)
     """
+
+    can_restart: ClassVar[bool] = True
 
     z: float = 2.5
     decay: float = 0.97
@@ -52,29 +91,29 @@ class ZScore:
     cap: float = math.inf
 
     def __post_init__(self) -> None:
-        take(self, z=POSITIVE, decay=FRACTION, warmup=NATURAL, eps=POSITIVE, cap=NOT_NEGATIVE)
+        convert_fields(self, z=POSITIVE, decay=FRACTION, warmup=NATURAL, eps=POSITIVE, cap=NOT_NEGATIVE)
 
     def init(self, slots: int, device: torch.device) -> State:
-        """Mean, variance and number of the norms so far."""
-        nothing = numbers(slots, device=device)
-        return {"mean": nothing, "var": nothing.clone(), "count": nothing.long()}
+        """Return mean, variance and number of the norms so far, all 0."""
+        zero = zeros(slots, device=device)
+        return {"mean": zero, "var": zero.clone(), "count": zero.long()}
 
     def __call__(self, totals: Totals, state: State) -> tuple[Tensor, State]:
-        """The bound from the statistics of the steps before, and the statistics with the clipped norm."""
+        """Return the bound from the statistics of the steps before, and the statistics with the clipped norm."""
         norms, mean, var, count = totals.norms, state["mean"], state["var"], state["count"]
-        warming = count < self.warmup
+        in_warmup = count < self.warmup
         deviation = var.sqrt()
         score = (norms - mean) / (deviation + self.eps)
-        free = warming | ~(score > self.z)
-        bound = torch.where(free, math.inf, mean + self.z * deviation / (score / self.z)).clamp(max=self.cap)
-        used = torch.minimum(norms, bound)
-        # Every norm of the warm-up weighs the same: a running mean and variance (Welford), with no buffer.
-        weight = torch.where(warming, 1 / (count + 1).to(norms.dtype), 1 - self.decay)
-        moved = mean + weight * (used - mean)
-        square = (used - moved) * (used - torch.where(warming, mean, moved))
-        return bound, {"mean": moved, "var": (1 - weight) * var + weight * square, "count": count + 1}
+        unclipped = in_warmup | ~(score > self.z)
+        bound = torch.where(unclipped, math.inf, mean + self.z * deviation / (score / self.z))
+        clipped = torch.minimum(norms, bound.clamp(max=self.cap))
+        # All norms of the warm-up have equal weights: Welford's running mean and variance, which need no buffer.
+        weight = torch.where(in_warmup, 1 / (count + 1).to(norms.dtype), 1 - self.decay)
+        new_mean = mean + weight * (clipped - mean)
+        square = (clipped - new_mean) * (clipped - torch.where(in_warmup, mean, new_mean))
+        return bound, {"mean": new_mean, "var": (1 - weight) * var + weight * square, "count": count + 1}
 
-    def seed(self, norms: Tensor, state: State) -> State:
-        """Mean and variance of the last norms before clipping, as after a warm-up over them."""
+    def restart(self, norms: Tensor, state: State) -> State:
+        """Return the mean and variance of the last norms before clipping, as after a warm-up with these norms."""
         var, mean = torch.var_mean(norms.clamp(max=self.cap), dim=1, correction=0)
         return {"mean": mean, "var": var, "count": state["count"].clamp(min=self.warmup)}

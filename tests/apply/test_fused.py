@@ -17,7 +17,7 @@ import distclip
 from distclip import ArgumentError, GradClipper, NonFiniteWarning
 from distclip.apply.fused import fused_step, supports_grad_scale
 from distclip.judge import Judge
-from distclip.policies import Scale
+from distclip.policies import NormSpec, Verdict
 from tests.apply.test_grad_scaler import SCALE, scaler_of
 from tests.ranks import World
 from tests.rig import bits, build, frozen, quietly
@@ -340,13 +340,13 @@ def test_attached_twice() -> None:
 class Rule:
     """A policy that is no dataclass: where it lies in memory differs from rank to rank."""
 
-    norm_type, per = 2.0, "model"
+    spec = NormSpec()
 
     def init(self, slots: int, device: torch.device) -> dict[str, Tensor]:
         return {}
 
     def decide(self, totals: Any, state: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-        return Scale(torch.full_like(totals.norms, 0.5)), state
+        return Verdict(torch.full_like(totals.norms, 0.5)), state
 
 
 def check_own_policy() -> None:

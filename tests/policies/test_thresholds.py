@@ -145,7 +145,7 @@ def traces(draw: st.DrawFn) -> list[list[float]]:
 def test_a_rule_is_its_formula(case: Case, trace: list[list[float]]) -> None:
     """Each slot as if alone, steps that are not finite as if they had not been, nor zeros for their slot."""
     for (t, row), expected in zip(
-        enumerate(coefs(NormPolicy(case.threshold, window=0), trace)), case.expected(trace), strict=True
+        enumerate(coefs(NormPolicy(case.threshold, restart_after=0), trace)), case.expected(trace), strict=True
     ):
         for slot, (coef, wanted) in enumerate(zip(row, expected, strict=True)):
             if not math.isnan(wanted):
@@ -159,7 +159,7 @@ def test_a_rule_is_its_formula(case: Case, trace: list[list[float]]) -> None:
 def test_bad_steps_leave_no_trace(case: Case, window: int, trace: list[list[float]]) -> None:
     """Not finite anywhere: the state as it was. A zero: its slot as it was, with a factor that keeps a zero a zero."""
     for (_, norms), (row, before, after) in zip(
-        enumerate(trace), run(NormPolicy(case.threshold, window=window), trace), strict=True
+        enumerate(trace), run(NormPolicy(case.threshold, restart_after=window), trace), strict=True
     ):
         finite = all(map(math.isfinite, norms))
         assert finite or same(before, after)
@@ -175,7 +175,7 @@ def test_bad_steps_leave_no_trace(case: Case, window: int, trace: list[list[floa
 @given(trace=traces())
 def test_a_rule_is_a_pure_function(case: Case, trace: list[list[float]]) -> None:
     """The same inputs give the same bits, and stay what they were; the slot is the first dim of all there is."""
-    policy = NormPolicy(case.threshold, window=4)
+    policy = NormPolicy(case.threshold, restart_after=4)
     for norms, (row, before, after) in zip(trace, run(policy, trace), strict=True):
         kept = {key: value.clone() for key, value in before.items()}
         numbers = totals(norms)
@@ -305,17 +305,17 @@ def test_what_a_new_start_is_from() -> None:
     """Mean and variance of the raw window, no higher than the cap, and no second warm-up."""
     norms = torch.tensor([[1.0, 2.0, 6.0], [4.0, 4.0, 100.0]], dtype=torch.float64)
     for threshold in (ZScore(cap=10.0, warmup=30), EMA(cap=10.0, warmup=30)):
-        seeded = threshold.seed(norms, threshold.init(2, CPU))
+        seeded = threshold.restart(norms, threshold.init(2, CPU))
         assert seeded["count"].tolist() == [30, 30]
         mean = seeded["mean" if isinstance(threshold, ZScore) else "slow"]
         torch.testing.assert_close(mean, torch.tensor([3.0, 6.0], dtype=torch.float64))
     torch.testing.assert_close(
-        ZScore(cap=10.0).seed(norms, ZScore().init(2, CPU))["var"], torch.tensor([14 / 3, 8.0], dtype=torch.float64)
+        ZScore(cap=10.0).restart(norms, ZScore().init(2, CPU))["var"], torch.tensor([14 / 3, 8.0], dtype=torch.float64)
     )
     assert torch.equal(seeded["slow"], seeded["fast"])
     state = {"gamma": torch.tensor([7.0, 7.0], dtype=torch.float64), "count": torch.tensor([102, 103])}
     # The window of the first slot still holds a norm from the warm-up.
-    assert AdaGC(cap=10.0).seed(norms, state)["gamma"].tolist() == [7.0, 6.0]
+    assert AdaGC(cap=10.0).restart(norms, state)["gamma"].tolist() == [7.0, 6.0]
 
 
 @pytest.mark.parametrize("rule", [Percentile(), MedianMAD()], ids=["percentile", "mad"])
@@ -341,13 +341,13 @@ def test_a_bound_relative_to_the_weights() -> None:
     """Every row as the twin says; rows of zeros may leave zero."""
     weights, norms = [2.0, 0.0, 100.0, 5.0], [1.0, 1.0, 1.0, 0.0]
     policy = agc(0.01)
-    assert policy.needs_weights
+    assert policy.spec.needs_weights
     assert policy.init(4, CPU) == {}
     verdict, _ = policy.decide(totals(norms, weights), {})
     wanted = [min(1.0, reference.agc_bound(w) / n) if n else 1.0 for w, n in zip(weights, norms, strict=True)]
     assert verdict.coefs.tolist() == pytest.approx(wanted, rel=1e-12)
     assert verdict.coefs.tolist() == pytest.approx([0.02, 1e-5, 1.0, 1.0])
-    assert not any(p.needs_weights for p in (global_norm(), autoclip(), zclip()))
+    assert not any(p.spec.needs_weights for p in (global_norm(), autoclip(), zclip()))
 
 
 def test_groups_have_bounds_of_their_own() -> None:
@@ -389,7 +389,7 @@ BAD: list[tuple[Callable[..., object], dict[str, Any]]] = [
 @pytest.mark.parametrize(("rule", "passed"), BAD, ids=[f"{rule.__name__} {passed}" for rule, passed in BAD])
 def test_what_cannot_be_meant_is_refused(rule: Callable[..., object], passed: dict[str, Any]) -> None:
     """It says what was seen, and what to write instead."""
-    with pytest.raises(ArgumentError, match=r"Write") as raised:
+    with pytest.raises(ArgumentError, match=r"Use") as raised:
         rule(**passed)
     (name, seen), *_ = passed.items()
     assert f"{name}={seen!r}" in str(raised.value)

@@ -80,7 +80,7 @@ def attach(
     attempt = FirstError()
     attempt.run(_check, engine, policy, on_nonfinite, max_skips)
     own = policy.policy if isinstance(policy, GradClipper) else policy
-    hold = attempt.run(_held, engine, bool(getattr(own, "needs_weights", False)))
+    hold = attempt.run(lambda: _held(engine, own.spec.needs_weights))
     everybody = world_comm()
     gather_or_raise(everybody, attempt.error, None)
     assert hold is not None

@@ -115,7 +115,7 @@ class Attachment:
         self.report: Report | None = None
         """Of the last step; None before the first."""
         self._optimizer, self._leaves, self._parts = optimizer, leaves, parts
-        self._weights = bool(getattr(clipper.policy, "needs_weights", False))
+        self._weights = clipper.policy.spec.needs_weights
         self._scalers = _scalers(leaves)
         self._patches = Patches()
         self._patches.put(optimizer, "step", MethodType(lambda _: self._step(), optimizer))
@@ -168,7 +168,7 @@ def _scalers(leaves: list[Any]) -> list[Any]:
 def _parts(found: list[Any] | None, groups: Groups | None, model: Any, policy: Any) -> list[Part]:
     if found is None or groups is None:
         return []
-    weights = bool(getattr(policy, "needs_weights", False))
+    weights = policy.spec.needs_weights
     names = {} if model is None else names_of(model)
     parts = [part for leaf in found for part in parts_of(leaf, groups, names, weights)]
     if model is None:

@@ -99,7 +99,7 @@ def _train(setting: Setting, policy: Any, steps: int) -> None:
         grads = {key: grad.double() * factor for key, grad in wholes(model, setting, what).items()}
         right, report = truth.step(grads), attached.report
         assert success and report is not None
-        true = float(reference.total_norm(grads.values(), policy.norm_type))
+        true = float(reference.total_norm(grads.values(), policy.spec.norm_type))
         seen = [float(norm), float(report.norm), float(report.coef)]
         torch.testing.assert_close(seen, [true, true, float(right.coef)], rtol=1e-5, atol=0, msg=said)
         assert bool(report.clipped) == bool(right.clipped), policy
