@@ -1,22 +1,21 @@
-"""What distclip raises, and on whom.
+"""Define the exceptions and warnings that distclip raises.
 
 ::
 
     DistclipError
-    ├── ArgumentError      (ValueError)    an argument of the call cannot be meant
-    ├── LayoutError        (ValueError)    the tensors do not say enough about where they lie, or contradict it
-    ├── DisagreementError  (ValueError)    the ranks of one call do not ask for the same thing
-    ├── PeerError          (RuntimeError)  another rank failed for a reason of its own
-    └── NonFiniteError     (RuntimeError)  the total norm is NaN or infinite, and that was to be an error
-        └── TooManySkippedSteps            so many steps in a row were skipped for it as were to be borne
+    ├── ArgumentError             (ValueError)    an argument is invalid
+    ├── LayoutError               (ValueError)    the sharding of a tensor is unknown or contradictory
+    ├── DisagreementError         (ValueError)    the ranks of one call passed different arguments
+    ├── PeerError                 (RuntimeError)  another rank failed, and its own traceback has the reason
+    └── NonFiniteError            (RuntimeError)  the total norm is NaN or Inf, and the caller asked for an error
+        └── TooManySkippedSteps                   `max_skips` consecutive steps were skipped
 
-    NonFiniteWarning       (UserWarning)   a step was skipped, or elements were set to zero
-    FrequentClippingWarning         (UserWarning)   an adaptive policy clips more than half of the steps
+    NonFiniteWarning              (UserWarning)   a step was skipped, or elements were set to zero
+    FrequentClippingWarning       (UserWarning)   an adaptive policy clips more than half of the steps
 
-All of them are raised on every rank that takes part in the call, and before any gradient is touched. On an accelerator
-a host that waits for nothing learns that another rank failed when it next reads a number (a step later at most), and
-raises a PeerError.
-A message says what was seen and where, why it is wrong, and what to write instead.
+Every rank that takes part in a call raises, before any gradient is changed. On an accelerator the host does not
+synchronize every step, so that the other ranks raise `PeerError` at their next host read, at most one step later.
+A message names the argument or the parameter, states what is wrong, and ends with what to do.
 """
 
 from __future__ import annotations
@@ -37,47 +36,50 @@ __all__ = [
 
 
 class DistclipError(Exception):
-    """The root of everything that distclip raises."""
+    """Base class of all exceptions that distclip raises."""
 
 
 class ArgumentError(DistclipError, ValueError):
-    """An argument cannot be meant: a negative bound, an unknown norm type, something that holds no tensors."""
+    """Invalid argument: a negative bound, an unknown norm type, or an object that holds no tensors."""
 
 
 class LayoutError(DistclipError, ValueError):
-    """Nobody can say which ranks hold which piece of a gradient, or two statements about it clash."""
+    """The sharding of a tensor is unknown or contradictory."""
 
 
 class DisagreementError(DistclipError, ValueError):
-    """The ranks of one call passed different `split_over=`, or some of them never came."""
+    """The ranks of one call passed different arguments, such as `split_over=`, or some ranks never called."""
 
 
 class PeerError(DistclipError, RuntimeError):
-    """Another rank failed: with an exception that is not distclip's own, or on an accelerator, where nobody waits to be
-    told more."""
+    """Another rank failed, and this rank does not know the reason or cannot raise the same exception.
+
+    Either the other rank raised an exception that distclip does not define, or the tensors are on an accelerator, where
+    this rank does not wait for a message.
+    """
 
 
 class NonFiniteError(DistclipError, RuntimeError):
-    """The total norm is NaN or infinite and `error_if_nonfinite=True` or `on_nonfinite="raise"` was given."""
+    """The total norm is NaN or Inf, and `error_if_nonfinite=True` or `on_nonfinite="raise"` was passed."""
 
 
 class TooManySkippedSteps(NonFiniteError):
-    """`max_skips` steps in a row had gradients that are not finite."""
+    """`max_skips` consecutive steps had non-finite gradients."""
 
 
 class NonFiniteWarning(UserWarning):
-    """A step was skipped because its gradients are not finite, or elements of them were set to zero."""
+    """A step was skipped because of non-finite gradients, or non-finite elements were set to zero."""
 
 
 class FrequentClippingWarning(UserWarning):
-    """An adaptive policy clips more than half of the steps: what it follows it also holds back."""
+    """An adaptive policy clips more than half of the steps, so that it limits the norms it learns from."""
 
 
 _SHARED = {kind.__name__: kind for kind in (ArgumentError, LayoutError, DisagreementError)}
 
 
 def to_wire(error: Exception) -> tuple[str, str]:
-    """What other ranks are told of a failure, (class name, message): what `from_wire` makes an exception of again.
+    """Convert an exception into (class name, message), which other ranks pass to `from_wire`.
 
     >>> to_wire(ArgumentError("max_norm=-1.0: negative"))
     ('ArgumentError', 'max_norm=-1.0: negative')
@@ -86,15 +88,16 @@ def to_wire(error: Exception) -> tuple[str, str]:
 
 
 def from_wire(rank: int | None, kind: str, message: str) -> DistclipError:
-    """The exception to raise here for what `rank` ran into.
+    """Convert the failure of another rank into the exception that this rank must raise.
 
     Args:
-        rank: the rank that failed; None for what the ranks ran into together.
-        kind: the class name of its exception.
-        message: its text.
+        rank: the rank that failed. None if all ranks found the error together.
+        kind: class name of that rank's exception.
+        message: text of that rank's exception.
 
     Returns:
-        An exception of the same class where the class is one of ours, a `PeerError` otherwise.
+        An exception of the same class if the class is ArgumentError, LayoutError or DisagreementError. Otherwise a
+        `PeerError`.
 
     >>> from_wire(3, "ArgumentError", "max_norm=-1.0: negative")
     ArgumentError('rank 3: max_norm=-1.0: negative')

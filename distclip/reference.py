@@ -1,10 +1,10 @@
-"""The formulas on whole gradients in float64, in the order in which they are written: what everything else must equal.
+"""Compute norms and bounds from whole gradients in float64, exactly as the papers write the formulas.
 
-Nothing here knows of ranks. It is the oracle of the tests, public so that anyone can check a layout of their own.
+This module does not use ranks. It is the oracle of the tests, and public, so that anyone can check a new layout.
 
-The rules that follow the norms are loops over plain floats here: each takes the norms of one slot, step by step, all of
-them finite and above zero (a policy never shows its rule another), and returns the bound at every step, `inf` for
-none.
+The `*_bounds` functions loop over plain floats. Each takes the norms of one slot, step by step, and returns the bound
+at every step, `inf` for none. All norms must be finite and above zero, because a policy never passes other norms to its
+rule.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ __all__ = [
 
 
 def total_norm(grads: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
-    r"""The p-norm of all elements together, :math:`(\sum_i |g_i|^p)^{1/p}`.
+    r"""Compute the p-norm of all elements together, :math:`(\sum_i |g_i|^p)^{1/p}`.
 
     Args:
-        grads: every whole gradient of the model once; dense, of any floating or complex dtype.
+        grads: every whole gradient of the model, once. Dense, of any floating or complex dtype.
         norm_type: p > 0, or `inf`.
 
     Returns:
@@ -46,13 +46,13 @@ def total_norm(grads: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
     elements = torch.cat([torch.zeros(1, dtype=torch.float64), *wide])
     if math.isinf(norm_type):
         return elements.amax()
-    # A power of the largest element may not fit where the norm does.
+    # Divide by the largest element first: its power may overflow although the norm does not.
     largest = elements.amax().clamp(min=torch.finfo(torch.float64).tiny)
     return largest * (elements / largest).pow(norm_type).sum().pow(1.0 / norm_type)
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
-    r"""What a gradient is multiplied by, :math:`\min(1, max\_norm / (norm + 10^{-6}))`.
+    r"""Compute the factor that scales the gradient, :math:`\min(1, max\_norm / (norm + 10^{-6}))`.
 
     Source: Pascanu, Mikolov, Bengio 2013, algorithm 1, with the 1e-6 of torch.nn.utils.clip_grad_norm_.
 
@@ -63,7 +63,7 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
 
 
 def agc_bound(weight_norm: float, ratio: float = 0.01, eps: float = 1e-3) -> float:
-    r"""The bound of one row, :math:`ratio \cdot \max(\lVert w \rVert, eps)`.
+    r"""Compute the bound of one row, :math:`ratio \cdot \max(\lVert w \rVert, eps)`.
 
     Source: Brock, De, Smith, Simonyan 2021, arXiv 2102.06171, equation 3.
 
@@ -76,7 +76,7 @@ def agc_bound(weight_norm: float, ratio: float = 0.01, eps: float = 1e-3) -> flo
 def autoclip_bounds(
     norms: Sequence[float], percentile: float = 10.0, window: int = 1000, cap: float = math.inf
 ) -> list[float]:
-    """The percentile of the norms so far, this one among them; of the last `window` of them.
+    """Compute the percentile of the last `window` norms, including the current one.
 
     Source: Seetharaman, Wichern, Pardo, Le Roux 2020, arXiv 2007.14469, algorithm 1.
 
@@ -98,7 +98,7 @@ def zclip_bounds(
     eps: float = 1e-6,
     cap: float = math.inf,
 ) -> list[float]:
-    """z-score clipping with the reciprocal rule.
+    """Compute the bounds of z-score clipping with the reciprocal rule.
 
     Source: Kumar, Owen, Chowdhury, Güra 2025, arXiv 2504.02507.
 
@@ -134,7 +134,9 @@ def ema_bounds(
     warmup: int = 20,
     cap: float = math.inf,
 ) -> list[float]:
-    """Above `ratio` times the slow average of the clipped norms: to `target` times the fast one.
+    """Compute the bounds of clipping against two moving averages of the clipped norms.
+
+    A norm above `ratio` times the slow average is clipped to `target` times the fast average.
 
     Source: the EmaGradClip of PDE-Transformer (arXiv 2505.24717), with the bias correction of Adam (arXiv 1412.6980).
 
@@ -164,10 +166,13 @@ def adagc_bounds(
     eps: float = 1e-6,
     cap: float = math.inf,
 ) -> list[float]:
-    """Clipping of one tensor to its own average, after a warm-up under a global bound.
+    """Compute the bounds of one tensor, which follow the moving average of its norm after a warm-up.
+
+    During the warm-up the tensor is clipped by the norm of the whole gradient.
 
     Args:
-        totals: the norm of the whole gradient at each of the steps; None if that is this one tensor's.
+        norms: the tensor's norm at each step.
+        totals: the norm of the whole gradient at each step. None if the tensor is the whole gradient.
 
     Source: Wang et al. 2025, arXiv 2502.11034.
 
@@ -196,9 +201,9 @@ def median_mad_bounds(
     floor: float = 0.1,
     cap: float = math.inf,
 ) -> list[float]:
-    """The median of the logarithms before this step plus k times their median deviation from it.
+    """Compute bounds at k robust standard deviations above the median of recent norms, in log space.
 
-    Source: Hampel 1974 (JASA 69), on logarithms; 1.4826 is 1 / Φ⁻¹(3/4).
+    Source: Hampel 1974 (JASA 69), applied to logarithms. The constant 1.4826 is 1 / Φ⁻¹(3/4).
 
     >>> median_mad_bounds([1.0, 1.0, 50.0], warmup=2, floor=0.5, k=2)[-1] == math.e
     True
@@ -216,7 +221,7 @@ def median_mad_bounds(
 
 
 def _percentile(numbers: Sequence[float], percent: float) -> float:
-    """numpy's: linear between the two neighbours."""
+    """Compute a percentile as numpy does, by linear interpolation between the two neighbours."""
     ordered = sorted(numbers)
     rank = percent / 100 * (len(ordered) - 1)
     below = math.floor(rank)

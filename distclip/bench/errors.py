@@ -6,4 +6,4 @@ __all__ = ["BenchError"]
 
 
 class BenchError(Exception):
-    """Says what was asked for, what is wrong with it, and what to write instead."""
+    """Invalid option or failed case of the command. The message ends with what to do."""

@@ -1,4 +1,4 @@
-"""The images' files and the shell scripts: linted, and they name what exists. docker/verify.sh builds and runs them."""
+"""Lint Dockerfiles and shell scripts, and check that their paths exist. docker/verify.sh builds and runs the images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ each_dockerfile = pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: 
 
 
 def lint(tool: str, *arguments: object) -> None:
-    """Run a linter of the extra `dev`, which not every platform has a wheel of."""
+    """Run a linter of the extra `dev`. Skip the test on a platform that has no wheel of it."""
     where = shutil.which(tool, path=str(Path(sys.executable).parent)) or shutil.which(tool)
     if where is None:
         pytest.skip(f"no {tool} on this platform")
@@ -34,56 +34,56 @@ def lint(tool: str, *arguments: object) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def sources(path: Path) -> set[str]:
-    """What a Dockerfile takes from the build context, copied or mounted."""
+def build_inputs(path: Path) -> set[str]:
+    """Return the paths that a Dockerfile copies or mounts from the build context."""
     text = path.read_text()
     copied = [words.split()[:-1] for words in re.findall(r"^COPY (?!--from)(.*)$", text, flags=re.MULTILINE)]
     mounts = re.findall(r"--mount=type=bind,(?!from)source=([^,]+)", text)
     return {name for names in copied for name in names} | set(mounts)
 
 
-def admitted() -> set[str]:
-    """What .dockerignore lets into the build context."""
+def context_paths() -> set[str]:
+    """Return the paths that .dockerignore admits to the build context."""
     return {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
 
 
 @each_dockerfile
-def test_dockerfiles_are_linted(path: Path) -> None:
+def test_dockerfiles_pass_hadolint(path: Path) -> None:
     lint("hadolint", path)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_are_linted(path: Path) -> None:
+def test_scripts_pass_shellcheck(path: Path) -> None:
     lint("shellcheck", "--external-sources", path)
 
 
 @each_dockerfile
-def test_sources_are_in_the_build_context(path: Path) -> None:
-    assert sources(path) <= admitted()
-    assert [name for name in admitted() if not (ROOT / name).exists()] == []
+def test_build_inputs_are_in_the_context(path: Path) -> None:
+    assert build_inputs(path) <= context_paths()
+    assert [name for name in context_paths() if not (ROOT / name).exists()] == []
 
 
-def test_the_build_context_holds_nothing_in_vain() -> None:
-    assert admitted() == set().union(*map(sources, DOCKERFILES))
+def test_context_has_no_unused_paths() -> None:
+    assert context_paths() == set().union(*map(build_inputs, DOCKERFILES))
 
 
 @each_dockerfile
-def test_torch_is_the_one_of_the_setup(path: Path) -> None:
+def test_torch_is_pinned_as_in_the_setup(path: Path) -> None:
     pins = [set(re.findall(r"torch==([\d.]+)", text.read_text())) for text in (path, ROOT / "launch/setup.sh")]
     assert pins[0] == pins[1]
     assert len(pins[0]) == 1
 
 
 @each_dockerfile
-def test_the_image_runs_as_another_than_root(path: Path) -> None:
+def test_image_does_not_run_as_root(path: Path) -> None:
     users = re.findall(r"^USER (.*)$", path.read_text(), flags=re.MULTILINE)
     assert users
-    # By number: what forbids root, as Kubernetes can, does not look names up.
+    # A number, because Kubernetes does not resolve names when it forbids root.
     assert int(users[-1]) > 0
 
 
-def test_the_two_images_differ_in_base_and_torch_only() -> None:
-    """Between them a line is changed in both or in neither."""
+def test_images_differ_only_in_base_and_torch() -> None:
+    """A line must be changed in both Dockerfiles or in neither."""
     cpu, cuda = (path.read_text().partition("\nFROM python\n")[2].splitlines() for path in DOCKERFILES)
     assert len(cpu) == len(cuda) > 10
     assert [line for line, other in zip(cpu, cuda, strict=True) if line != other] == [
@@ -91,15 +91,15 @@ def test_the_two_images_differ_in_base_and_torch_only() -> None:
     ]
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="the images' Python reads TOML, this one does not")
-def test_requirements_are_those_of_the_extras() -> None:
-    def needed(extras: str) -> list[str]:
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib needs Python 3.11, which the images have")
+def test_requirements_match_the_extras() -> None:
+    def requirements(extras: str) -> list[str]:
         command = [sys.executable, "docker/requirements.py", extras]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 
-    assert needed("mpi") == ["torch>=2.10", "mpi4py>=4"]
-    train = needed("train,mpi")
-    assert set(needed("report")) < set(train)
+    assert requirements("mpi") == ["torch>=2.10", "mpi4py>=4"]
+    train = requirements("train,mpi")
+    assert set(requirements("report")) < set(train)
     assert any(line.startswith("hydra-core") for line in train)
     assert not [line for line in train if line.startswith("distclip")]
 
@@ -112,16 +112,16 @@ def test_compose_starts_one_world() -> None:
     assert environments[0]["HEAD"] in services
     assert len({tuple(service["networks"]) for service in services.values()}) == 1
     for name, service in services.items():
-        # torchrun's head finds itself by its host name; others find it by the service's.
+        # torchrun's head node resolves its own host name, and the other nodes resolve the name of the service.
         assert service["hostname"] == name
         assert service["command"] == services[environments[0]["HEAD"]]["command"]
-    late = [name for name in services if name != environments[0]["HEAD"]]
-    assert all(services[name]["depends_on"] == [environments[0]["HEAD"]] for name in late)
+    other_nodes = [name for name in services if name != environments[0]["HEAD"]]
+    assert all(services[name]["depends_on"] == [environments[0]["HEAD"]] for name in other_nodes)
 
 
-def test_compose_names_what_exists() -> None:
+def test_compose_refers_to_existing_files() -> None:
     builds = [service["build"] for service in COMPOSE["services"].values() if "build" in service]
-    # Two that build one image would both tag it.
+    # With two services that build the same image, both would tag it.
     (build,) = builds
     context = (ROOT / "docker" / build["context"]).resolve()
     assert context == ROOT
@@ -130,7 +130,7 @@ def test_compose_names_what_exists() -> None:
         assert (ROOT / service["command"][1]).is_file()
         assert {volume.split(":")[0] for volume in service["volumes"]} == set(COMPOSE["volumes"])
         assert set(service["networks"]) == set(COMPOSE["networks"])
-        # The volume takes over the owner of what the image has there.
-        (place,) = (volume.split(":")[1] for volume in service["volumes"])
+        # A new volume inherits the owner of the folder that the image has at this path.
+        (mount_point,) = (volume.split(":")[1] for volume in service["volumes"])
         (home,) = re.findall(r"^WORKDIR (/home/.*)$", (context / build["dockerfile"]).read_text(), flags=re.MULTILINE)
-        assert place == f"{home}/outputs"
+        assert mount_point == f"{home}/outputs"

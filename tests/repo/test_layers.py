@@ -1,104 +1,142 @@
-"""The import graph is the data flow: a module imports only from stages to its left."""
+"""Check the import graph: a module imports only from rows above its own, and there are no cycles."""
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
 
-import distclip
+from tests.repo.source import ROOT, cycles, files, imports, module_imports, relative
 
-ROOT = Path(distclip.__file__).parent
-
-STAGES = [
+ROWS = [
     ["_version", "_console", "errors", "devices", "reference", "conf"],
     ["comm"],
     ["sharding"],
     ["norms"],
     ["policies"],
     ["nonfinite", "apply"],
-    ["report", "checkpoint"],
-    ["call"],
-    ["decision"],
-    ["judge"],
-    ["stepper", "binding"],
-    ["functional", "clipper"],
-    ["extend", "__init__"],
+    ["report", "checkpoint", "outcome"],
+    ["call", "decision", "judge", "stepper", "binding", "engine"],
+    ["functional", "clipper", "extend", "__init__"],
     ["bench", "integrations", "monitor"],
 ]
-"""From left to right; stages in one line may not know each other."""
+"""Folders and top-level modules of distclip, from the bottom of the import graph to its top."""
 
-PLACE = {name: i for i, names in enumerate(STAGES) for name in names}
-"""What a stage may import besides those to its left: itself."""
+ROW = {name: i for i, names in enumerate(ROWS) for name in names}
 
-FREE_OF_RANKS = {"policies", "apply", "nonfinite", "report", "checkpoint", "reference", "errors", "devices"}
+SAME_ROW = {("functional", "engine"), *((a, b) for a in ROWS[7] + ROWS[8] for b in ROWS[7] + ROWS[8])}
+"""Pairs in one row of which the first may import the second. `test_no_cycles` checks their order."""
 
+WITHOUT_RANKS = {"policies", "apply", "nonfinite", "report", "checkpoint", "reference", "errors", "devices"}
+"""Stages that do not use torch.distributed."""
 
-def modules() -> list[tuple[str, Path]]:
-    """(stage, file) of the whole package."""
-    files = [p for p in sorted(ROOT.rglob("*.py")) if "conf" not in p.relative_to(ROOT).parts]
-    return [(p.relative_to(ROOT).parts[0].removesuffix(".py"), p) for p in files]
+EXTRAS = {
+    "bench": {"rich"},
+    "norms": {"triton"},
+    "comm": {"mpi4py"},
+    "integrations": {"mpi4py", "deepspeed", "hydra", "omegaconf", "lightning", "megatron", "pytorch_lightning"},
+    "_console": {"rich"},
+    "monitor": {"numpy", "rich", "plotly", "jinja2", "markupsafe", "matplotlib", "tensorboard"}
+    | {"wandb", "mlflow", "trackio"},
+}
+"""Packages other than torch that a stage may import."""
 
-
-def imported(path: Path) -> set[str]:
-    """Absolute names of what a file imports at any level."""
-    package = ["distclip", *path.relative_to(ROOT).parent.parts]
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            names.add(".".join([*base, *([node.module] if node.module else [])]))
-    return names
+MAX_TOP_LEVEL_MODULES = 19
+"""Number of modules at the top of distclip/. The tree allows 12."""
 
 
-def test_every_module_has_a_stage() -> None:
-    assert {stage for stage, _ in modules()} <= set(PLACE)
+TESTS_NOT_CONVERTED = {
+    "tests/apply/test_fused.py",
+    "tests/engine/test_accelerator.py",
+    "tests/integrations/mpi/test_mpi.py",
+    "tests/integrations/torchtitan/test_torchtitan.py",
+    "tests/launch/test_clusters.py",
+    "tests/launch/test_processes.py",
+    "tests/launch/test_ray.py",
+    "tests/launch/test_recovery.py",
+    "tests/launch/test_zero.py",
+    "tests/policies/test_policies.py",
+    "tests/sharding/test_slots.py",
+    "tests/sharding/test_table.py",
+}
+"""Test modules that still import other test modules. It must become empty."""
 
 
-def test_imports_come_from_the_left() -> None:
+def stage(path: Path) -> str:
+    """Return the folder or the top-level module of distclip that a file belongs to."""
+    return path.relative_to(ROOT / "distclip").parts[0].removesuffix(".py")
+
+
+def package(path: Path) -> tuple[str, ...]:
+    """Return the names of the packages that contain a module."""
+    return path.relative_to(ROOT).parent.parts
+
+
+def library_imports() -> list[tuple[Path, str]]:
+    """List (file, absolute name) of all imports in the library."""
+    return [(path, name) for path in files("distclip") for name in sorted(imports(path, package(path)))]
+
+
+def test_every_module_has_a_row() -> None:
+    assert {stage(path) for path in files("distclip")} <= set(ROW)
+
+
+def test_imports_come_from_rows_above() -> None:
     wrong = []
-    for stage, path in modules():
-        for name in imported(path):
-            parts = name.split(".")
-            if parts[0] == "distclip" and len(parts) > 1 and parts[1] != stage and PLACE[parts[1]] >= PLACE[stage]:
-                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
-    assert not wrong
+    for path, name in library_imports():
+        importer, parts = stage(path), name.split(".")
+        if parts[0] != "distclip" or len(parts) == 1 or parts[1] == importer:
+            continue
+        if ROW[parts[1]] >= ROW[importer] and (importer, parts[1]) not in SAME_ROW:
+            wrong.append(f"{relative(path)} imports {name}")
+    assert not wrong, "\n".join(wrong)
 
 
-def test_what_is_decided_knows_nothing_of_ranks() -> None:
+def test_no_cycles() -> None:
+    assert cycles(module_imports("distclip")) == []
+
+
+def test_few_modules_at_the_top() -> None:
+    top = [path.name for path in files("distclip") if path.parent == ROOT / "distclip"]
+    assert len(top) <= MAX_TOP_LEVEL_MODULES, top
+
+
+def test_stages_without_ranks() -> None:
     wrong = [
-        f"{path.relative_to(ROOT)} imports {name}"
-        for stage, path in modules()
-        for name in imported(path)
-        if stage in FREE_OF_RANKS and name.startswith("torch.distributed")
+        f"{relative(path)} imports {name}"
+        for path, name in library_imports()
+        if stage(path) in WITHOUT_RANKS and name.startswith("torch.distributed")
     ]
-    assert not wrong
+    assert not wrong, "\n".join(wrong)
 
 
-def test_importing_needs_torch_only() -> None:
-    allowed = {"torch", "distclip"} | set(sys.stdlib_module_names)
-    extras = {"bench": {"rich"}, "norms": {"triton"}, "comm": {"mpi4py"}, "integrations": {"mpi4py", "deepspeed"}}
-    extras["integrations"] |= {"hydra", "omegaconf", "lightning", "megatron", "pytorch_lightning"}
-    extras["_console"] = {"rich"}
-    extras["monitor"] = {"numpy", "rich", "plotly", "jinja2", "markupsafe", "matplotlib"}
-    extras["monitor"] |= {"tensorboard", "wandb", "mlflow", "trackio"}
+def test_only_extras_need_more_than_torch() -> None:
+    allowed = {"torch", "distclip", *sys.stdlib_module_names}
     wrong = [
-        f"{path.relative_to(ROOT)} imports {name}"
-        for stage, path in modules()
-        for name in imported(path)
-        if name.split(".")[0] not in allowed | extras.get(stage, set())
+        f"{relative(path)} imports {name}"
+        for path, name in library_imports()
+        if name.split(".")[0] not in allowed | EXTRAS.get(stage(path), set())
     ]
-    assert not wrong
+    assert not wrong, "\n".join(wrong)
 
 
 def test_importing_starts_nothing() -> None:
-    """No process group, no accelerator, no framework."""
+    """Importing distclip creates no process group and loads no framework."""
     code = (
         "import sys, distclip, torch.distributed as dist; assert not dist.is_initialized(); "
         "print([m for m in ('hydra', 'deepspeed', 'lightning', 'mpi4py', 'rich', 'triton') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_no_test_module_imports_another() -> None:
+    """Code that several test modules share is in tests/tables/ or in a module without tests."""
+    wrong = [
+        f"{relative(path)} imports {name}"
+        for path in files("tests")
+        if relative(path) not in TESTS_NOT_CONVERTED
+        for name in sorted(imports(path, package(path)))
+        if name.split(".")[0] == "tests" and name.split(".")[-1].startswith("test_")
+    ]
+    assert not wrong, "\n".join(wrong)

@@ -49,7 +49,7 @@ def _find_dlpack() -> int | None:
 
 
 def _find_openmp() -> int | None:
-    """Return the address of GOMP_parallel in torch's own OpenMP library, or None if torch has another one or none."""
+    """Return the address of GOMP_parallel in torch's OpenMP library, or None if it is not libgomp."""
     home = Path(torch.__file__).parent
     for path in (*home.glob("lib/libgomp*"), *home.parent.glob("torch.libs/libgomp*")):
         return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value

@@ -21,15 +21,20 @@ _CHUNK = {"cpu": 1 << 17}
 """Number of elements that are converted to float64 at a time. On a CPU they must fit into the cache."""
 
 _ROW = 512
-"""Number of elements that are summed in float32. torch's row norm keeps at least eight sums of at most 64 additions
-each, which loses less than 1e-7. A dot product over a million equal elements loses 1e-4."""
+"""Number of elements that are summed in float32.
+
+torch's row norm keeps at least eight sums of at most 64 additions each, which loses less than 1e-7. A dot product over
+a million equal elements loses 1e-4.
+"""
 
 _ROWS = 1 << 11
 """Number of rows at a time: 4 MB."""
 
 _UNDERFLOW = 1.2e-31
-"""Least average square for which a float32 sum is exact enough. Squares below 1.2e-38, which underflow in float32,
-then contribute less than 1e-7 of the sum."""
+"""Least average square for which a float32 sum is exact enough.
+
+Squares below 1.2e-38, which underflow in float32, then contribute less than 1e-7 of the sum.
+"""
 
 
 def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:

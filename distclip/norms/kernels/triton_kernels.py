@@ -97,7 +97,7 @@ def scale(
     addresses, lengths, tensor_of, start_of, coefs, per_tensor,
     ELEMENT: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Multiply this program's chunk by its tensor's factor (per_tensor = 1), or by the only one (per_tensor = 0)."""
+    """Multiply this program's chunk by its tensor's factor, or by the only one if per_tensor is 0."""
     pointer, count, tensor = _find_chunk(addresses, lengths, tensor_of, start_of, ELEMENT, CHUNK, ALIGNED)
     coef = tl.load(coefs + tensor * per_tensor)
     # The usual case of a step that is not clipped: no memory traffic.
