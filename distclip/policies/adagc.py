@@ -48,13 +48,13 @@ def adagc(
         norm_type: p of the norm.
         per: granularity (see `NormPolicy`).
         restart_after: number of steps after which the rule restarts from the norms before clipping if it has clipped
-            more than half of them; 0 for never, like the published rule.
+            more than half of them. 0 for never, like the published rule.
 
     Raises:
         ArgumentError: a number outside of its range.
 
     Source: Wang et al., "AdaGC: improving training stability for large language model pretraining", 2025,
-    arXiv 2502.11034, algorithm 1; λ and β are those of its authors' published code.
+    arXiv 2502.11034, algorithm 1. λ and β are those of its authors' published code.
 
     >>> adagc(1.05).threshold.ratio
     1.05

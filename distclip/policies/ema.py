@@ -47,7 +47,7 @@ def ema(
         norm_type: p of the norm.
         per: granularity (see `NormPolicy`).
         restart_after: number of steps after which the rule restarts from the norms before clipping if it has clipped
-            more than half of them; 0 for never.
+            more than half of them. 0 for never.
 
     Raises:
         ArgumentError: a number outside of its range.

@@ -2,8 +2,8 @@ r"""Clip by norm: a rule gives the bound of every slot, and a gradient with a la
 
 .. math:: coef_s = \min\left(1, \frac{bound_s}{norm_s + \varepsilon}\right)
 
-Source: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", ICML 2013, algorithm 1;
-ε = 1e-6 is torch.nn.utils.clip_grad_norm_'s.
+Source: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", ICML 2013, algorithm 1,
+with the ε = 1e-6 of torch.nn.utils.clip_grad_norm_.
 
 `NormPolicy` protects every rule with state from three problems. A step with a non-finite norm leaves the state
 unchanged. A norm of 0 leaves the state of its slot unchanged, because a tensor without gradient has no information
@@ -43,7 +43,7 @@ class NormPolicy:
             matches takes a parameter. All parameters without a match form the last group, "rest".
         exclude: regular expressions. Parameters with a matching name are measured and never clipped.
         eps: ε, ≥ 0.
-        restart_after: number of steps after which the rule restarts if it has clipped more than half of them; 0 for
+        restart_after: number of steps after which the rule restarts if it has clipped more than half of them. 0 for
             never. Only a rule with `can_restart` restarts.
         skip: skip a step with a norm above the rule's bound instead of scaling it down. A norm that is only above the
             threshold's `cap` is scaled down in any case, because a cap that is too low must not stop training.
@@ -90,7 +90,7 @@ class NormPolicy:
 
     @property
     def spec(self) -> NormSpec:
-        """Norms that the policy wants measured."""
+        """Norms that the policy needs."""
         return NormSpec(self.norm_type, self.per, self.groups, self.exclude, self._rule.needs_weights)
 
     def init(self, slots: int, device: torch.device) -> State:
@@ -127,7 +127,7 @@ def _default_threshold() -> Threshold:
 
 
 def coefficient(norm: Tensor, bound: Tensor | float, eps: float = 1e-6) -> Tensor:
-    """Return min(1, bound / (norm + eps)) in float64, NaN for a norm of NaN.
+    """Return min(1, bound / (norm + eps)) in float64. A norm of NaN gives NaN.
 
     Args:
         norm: of any shape, ≥ 0.
@@ -135,7 +135,7 @@ def coefficient(norm: Tensor, bound: Tensor | float, eps: float = 1e-6) -> Tenso
         eps: ≥ 0.
 
     Returns:
-        A tensor of the shape of `norm`. The coefficient is exactly 1 for an infinite bound, whatever the norm is, and
+        A tensor of the shape of `norm`. The coefficient is exactly 1 for an infinite bound with any norm, NaN too, and
         for a norm of 0.
 
     >>> coefficient(torch.tensor(4.0), 1.0)

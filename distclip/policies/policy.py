@@ -1,4 +1,4 @@
-"""Declare what a policy is: `Policy`, its `Verdict`, and the `Threshold` rules that most policies are made of."""
+"""Declare the protocols `Policy` and `Threshold`, the base class `Rule`, and the `Verdict` on a step."""
 
 from __future__ import annotations
 
@@ -39,14 +39,15 @@ class Verdict:
 
 @runtime_checkable
 class Policy(Protocol):
-    """Anything with a spec of the norms that it needs and a decision that depends on these norms alone.
+    """Pure function from the norms of a step, declared in its spec, to a verdict on the gradients.
 
-    Every rank computes the decision for itself from equal norms, so it must be deterministic.
+    Every rank computes the verdict from equal norms, so it must be deterministic. Any object with these members is a
+    policy.
     """
 
     @property
     def spec(self) -> NormSpec:
-        """Norms that the policy wants measured. The spec is constant and equal on every rank."""
+        """Norms that the policy needs. The spec is constant and equal on every rank."""
         ...
 
     def init(self, slots: int, device: torch.device) -> State:
@@ -88,7 +89,7 @@ class Rule(Threshold):
     """Base class of thresholds with a cap, a restart, or a need for the norms of the parameters.
 
     Attributes:
-        needs_weights: whether `totals.weight_norms` must be there. False by default.
+        needs_weights: whether the rule reads `totals.weight_norms`. False by default.
         can_restart: whether `restart` is implemented. False by default.
         cap: bound that always holds, in warm-up too. `NormPolicy` applies it to the bounds of `__call__`, which must be
             without it, so that a step beyond the cap can be distinguished from a step beyond the rule. inf by default.
@@ -114,7 +115,7 @@ def as_rule(threshold: Threshold) -> Rule:
     """Return a `Rule` unchanged, and wrap any other threshold into one.
 
     Args:
-        threshold: an object with the two methods of `Threshold`. The members of `Rule` that it has are used as well.
+        threshold: an object with the two methods of `Threshold`. Members of `Rule` that it has replace the defaults.
 
     Raises:
         ArgumentError: one of the two methods is missing.

@@ -19,8 +19,9 @@ from .policy import Rule, State
 __all__ = ["KEYS", "ClipRate", "init_window", "restart_where_stuck", "where_slot"]
 
 KEYS = ("recent_norms", "recent_clipped", "since_restart", "restarts")
-"""State of the window: the last norms before clipping, (slots, window); whether the rule clipped them, (slots, window)
-bool; the number of steps since the last restart, (slots,); the number of restarts, (slots,)."""
+"""Keys of the window's state: `recent_norms` (slots, window) has the last norms before clipping, `recent_clipped`
+(slots, window) has bools that are true where the rule clipped, `since_restart` (slots,) counts the steps since the last
+restart, and `restarts` (slots,) counts the restarts."""
 
 
 def init_window(slots: int, window: int, device: torch.device) -> State:

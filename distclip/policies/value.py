@@ -45,7 +45,7 @@ class Value:
 
     @property
     def spec(self) -> NormSpec:
-        """Norms that the policy wants measured: one of the whole model, and elements outside of the limits."""
+        """Norms that the policy needs: the norm of the whole model, and the limits of the elements."""
         return NormSpec(limits=(self.low, self.high))
 
     def init(self, slots: int, device: torch.device) -> State:

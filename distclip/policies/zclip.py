@@ -28,7 +28,7 @@ def zclip(
     per: Per = "model",
     restart_after: int = 128,
 ) -> NormPolicy:
-    r"""Clip norms with a z-score above `z`; the larger the score, the lower the bound (ZClip).
+    r"""Clip norms with a z-score above `z`. The larger the score is, the lower is the bound (ZClip).
 
     .. math:: bound_t = \min\left(cap, \mu + \frac{z^2}{z_t} \sigma\right) \text{ if }
         z_t = \frac{norm_t - \mu}{\sigma + 10^{-6}} > z \text{ else } cap
@@ -45,7 +45,7 @@ def zclip(
         norm_type: p of the norm.
         per: granularity (see `NormPolicy`).
         restart_after: number of steps after which the rule restarts from the norms before clipping if it has clipped
-            more than half of them; 0 for never.
+            more than half of them. 0 for never.
 
     Raises:
         ArgumentError: a number outside of its range.
