@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -85,7 +84,7 @@ class AdaGC(Rule):
     AdaGC(ratio=1.05, decay=0.99, warmup=100, warmup_norm=1.0, eps=1e-06, cap=inf)
     """
 
-    can_restart: ClassVar[bool] = True
+    can_restart = True
 
     ratio: float = 1.04
     decay: float = 0.99
@@ -118,7 +117,7 @@ class AdaGC(Rule):
         }
 
     def restart(self, norms: Tensor, state: State) -> State:
-        """Return the mean of the last norms before clipping as γ, once none of these norms is from the warm-up."""
+        """Return the mean of the last norms before clipping as γ, once the warm-up has left the window."""
         # In warm-up the bound of the whole model clips, and the minimum that results is where the rule must start.
         after_warmup = state["count"] >= self.warmup + norms.shape[1]
         return state | {"gamma": torch.where(after_warmup, norms.clamp(max=self.cap).mean(1), state["gamma"])}

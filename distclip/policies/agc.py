@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -60,7 +59,7 @@ class RelativeToWeight(Rule):
     RelativeToWeight(ratio=0.02, eps=0.001)
     """
 
-    needs_weights: ClassVar[bool] = True
+    needs_weights = True
 
     ratio: float = 0.01
     eps: float = 1e-3

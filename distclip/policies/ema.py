@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -81,7 +80,7 @@ class EMA(Rule):
     EMA(ratio=3.0, target=1.1, slow=0.99, fast=0.9, warmup=20, cap=inf)
     """
 
-    can_restart: ClassVar[bool] = True
+    can_restart = True
 
     ratio: float = 2.0
     target: float = 1.1
@@ -113,7 +112,8 @@ class EMA(Rule):
         return bound, new_state
 
     def restart(self, norms: Tensor, state: State) -> State:
-        """Return the mean of the last norms before clipping, with the weight of that many norms, for both means."""
+        """Return the mean of the last norms before clipping for both means."""
+        # The mean has the weight of as many norms.
         mean = norms.clamp(max=self.cap).mean(1)
         count = state["count"].clamp(min=max(self.warmup, norms.shape[1]))
         return {"slow": mean, "fast": mean.clone(), "count": count}

@@ -63,9 +63,11 @@ def per_tensor_norm(max_norm: float = 1.0, norm_type: float = 2.0) -> NormPolicy
 def group_norm(
     groups: Mapping[str, Mapping[str, Any] | Sequence[Any]], max_norm: float = 1.0, norm_type: float = 2.0
 ) -> NormPolicy:
-    r"""Clip each named group of parameters, and all other parameters together, to a constant bound per group.
+    r"""Clip each group of parameters to a constant bound of the group.
 
     .. math:: coef_k = \min\left(1, \frac{max\_norm_k}{\lVert g_k \rVert_p + 10^{-6}}\right)
+
+    All parameters without a group form one more group, "rest".
 
     Args:
         groups: {name: {"pattern": regular expression, "max_norm": bound ≥ 0}}, or {name: (pattern, bound)}. The

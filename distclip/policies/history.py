@@ -22,7 +22,7 @@ def zeros(*shape: int, device: torch.device) -> Tensor:
 
 
 def append(history: Tensor, count: Tensor, values: Tensor) -> Tensor:
-    """Return the history with one more value per slot, which overwrites the oldest one once the history is full.
+    """Return the history with one more value per slot, which overwrites the oldest one of a full history.
 
     Args:
         history: (slots, window).

@@ -24,7 +24,8 @@ from ..devices import accumulation_dtype, host_reads_free
 from ..errors import ArgumentError
 from ..norms.reduce import Totals
 from ..norms.spec import NormSpec, Per
-from .policy import Rule, State, Threshold, Verdict, as_rule
+from .custom import as_rule
+from .policy import Rule, State, Threshold, Verdict
 from .restart import KEYS, init_window, restart_where_stuck, where_slot
 from .validation import NOT_NEGATIVE, Range, convert_fields, to_float
 

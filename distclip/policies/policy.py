@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
 from ..norms.reduce import Totals
 from ..norms.spec import NormSpec
 
-__all__ = ["Policy", "Rule", "State", "Threshold", "Verdict", "as_rule"]
+__all__ = ["Policy", "Rule", "State", "Threshold", "Verdict"]
 
 State: TypeAlias = dict[str, Tensor]
 """State of a policy: tensors whose first dim is the slot, on the device of the norms. A checkpoint contains it."""
@@ -75,10 +74,10 @@ class Threshold(Protocol):
         ...
 
     def __call__(self, totals: Totals, state: State) -> tuple[Tensor, State]:
-        """Return the bound of each slot, (slots,) float64 with inf for no bound, and the state after this step.
+        """Return the bound of each slot and the state after this step.
 
-        Norms can have any value here, NaN and Inf included. The caller discards the result of a step with a non-finite
-        norm, and the result of a slot whose norm is 0.
+        The bounds are (slots,) float64, inf for no bound. Norms can have any value here, NaN and Inf included. The
+        caller discards the result of a step with a non-finite norm, and the result of a slot whose norm is 0.
 
         Collectives: none. Host syncs: none.
         """
@@ -97,8 +96,8 @@ class Rule(Threshold):
 
     __slots__ = ()
 
-    needs_weights: ClassVar[bool] = False
-    can_restart: ClassVar[bool] = False
+    needs_weights: bool = False
+    can_restart: bool = False
     cap: float = math.inf
 
     def restart(self, norms: Tensor, state: State) -> State:
@@ -109,45 +108,3 @@ class Rule(Threshold):
             state: of the rule after this step. The caller keeps it for the slots that need no restart.
         """
         return state
-
-
-def as_rule(threshold: Threshold) -> Rule:
-    """Return a `Rule` unchanged, and wrap any other threshold into one.
-
-    Args:
-        threshold: an object with the two methods of `Threshold`. Members of `Rule` that it has replace the defaults.
-
-    Raises:
-        ArgumentError: one of the two methods is missing.
-    """
-    if isinstance(threshold, Rule):
-        return threshold
-    if isinstance(threshold, type) or not callable(threshold) or not callable(getattr(threshold, "init", None)):
-        raise ArgumentError(
-            f"threshold={threshold!r:.80}: expected an object with the methods init(slots, device) and "
-            "__call__(totals, state). Use threshold=distclip.Fixed(1.0), for example."
-        )
-    return _ForeignRule(threshold)
-
-
-class _ForeignRule(Rule):
-    """A caller's threshold that does not subclass `Rule`."""
-
-    def __init__(self, threshold: Any) -> None:
-        self._threshold = threshold
-        # Instance attributes hide the defaults of the class.
-        vars(self).update(
-            needs_weights=bool(getattr(threshold, "needs_weights", Rule.needs_weights)),
-            can_restart=callable(getattr(threshold, "restart", None)),
-            cap=float(getattr(threshold, "cap", Rule.cap)),
-        )
-
-    def init(self, slots: int, device: torch.device) -> State:
-        return dict(self._threshold.init(slots, device))
-
-    def __call__(self, totals: Totals, state: State) -> tuple[Tensor, State]:
-        bounds, state = self._threshold(totals, state)
-        return bounds, state
-
-    def restart(self, norms: Tensor, state: State) -> State:
-        return dict(self._threshold.restart(norms, state))

@@ -19,9 +19,12 @@ from .policy import Rule, State
 __all__ = ["KEYS", "ClipRate", "init_window", "restart_where_stuck", "where_slot"]
 
 KEYS = ("recent_norms", "recent_clipped", "since_restart", "restarts")
-"""Keys of the window's state: `recent_norms` (slots, window) has the last norms before clipping, `recent_clipped`
-(slots, window) has bools that are true where the rule clipped, `since_restart` (slots,) counts the steps since the last
-restart, and `restarts` (slots,) counts the restarts."""
+"""Keys of the window's state.
+
+`recent_norms` (slots, window) has the last norms before clipping. `recent_clipped` (slots, window) has bools that are
+true where the rule clipped. `since_restart` (slots,) counts the steps since the last restart, and `restarts` (slots,)
+counts the restarts.
+"""
 
 
 def init_window(slots: int, window: int, device: torch.device) -> State:

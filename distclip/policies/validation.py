@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any
 
 from ..errors import ArgumentError
@@ -70,7 +71,7 @@ def convert_fields(instance: Any, **allowed: Range) -> None:
     """
     defaults = {field.name: field.default for field in fields(instance)}
     for name, numbers in allowed.items():
-        value = getattr(instance, name)
+        value = attrgetter(name)(instance)
         number = to_float(value)
         if number not in numbers:
             raise ArgumentError(f"{name}={value!r}: expected {numbers}. Use {name}={defaults[name]}, for example.")

@@ -17,7 +17,9 @@ __all__ = ["Value", "value"]
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """Clamp every element to [low, high]. The report still contains the Euclidean norm of the whole gradient.
+    """Clamp every element to [low, high].
+
+    The report still contains the Euclidean norm of the whole gradient.
 
     Args:
         low: lower bound.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -82,7 +81,7 @@ class ZScore(Rule):
     ZScore(z=3.0, decay=0.97, warmup=25, eps=1e-06, cap=inf)
     """
 
-    can_restart: ClassVar[bool] = True
+    can_restart = True
 
     z: float = 2.5
     decay: float = 0.97

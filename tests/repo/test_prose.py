@@ -24,7 +24,6 @@ NOT_CONVERTED: tuple[str, ...] = (
     "distclip/norms/r",
     "distclip/norms/s",
     "distclip/norms/b",
-    "distclip/policies/",
     "distclip/sharding/",
     "distclip/_console.py",
     "distclip/binding.py",

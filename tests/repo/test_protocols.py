@@ -16,7 +16,6 @@ NOT_CONVERTED: tuple[str, ...] = (
     "distclip/sharding/",
     "distclip/comm/",
     "distclip/norms/",
-    "distclip/policies/",
     "distclip/nonfinite/",
     "distclip/apply/",
     "distclip/monitor/",
@@ -38,11 +37,12 @@ FOREIGN = (
     "distclip/sharding/fsdp1.py",
     "distclip/sharding/ddp.py",
     "distclip/sharding/megatron.py",
+    "distclip/policies/custom.py",  # the threshold of a user
     "distclip/norms/kernels/native_library.py",  # torch.Tensor has no DLPack API up to torch 2.10
 )
 """Modules that read attributes which a foreign object may lack, with getattr or hasattr."""
 
-ARGUMENTS: dict[str, set[str]] = {}
+ARGUMENTS: dict[str, set[str]] = {"distclip/policies/custom.py": {"Rule"}}
 """Classes that a module may test for with isinstance, because it checks the argument of a caller."""
 
 DENSE = ("distclip/engine.py", "distclip/sharding/", "distclip/norms/", "distclip/comm/")
