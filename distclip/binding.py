@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any, get_args
 
-import torch.distributed as dist
 from torch import nn
 
 from .call import agree
-from .comm import Comm, ranks_of
+from .comm import Comm
 from .comm.consensus import FirstError, check_same_axes, gather_or_raise
+from .comm.discovery import global_rank
 from .errors import ArgumentError, DisagreementError
 from .judge import Judge
 from .nonfinite.culprits import OnNonFinite, SkipCounter
@@ -74,7 +74,7 @@ def measure_tensors(judge: Judge) -> None:
         judge.by_tensor = ByTensor(slots.names, None, parameters, slots.total, slots.total)
         return
     attempt = FirstError()
-    found = attempt.run(find, judge.plan, judge.comm.size, _world_rank(judge.comm), False, {}) or []
+    found = attempt.run(find, judge.plan, judge.comm.size, global_rank(judge.comm), False, {}) or []
     told = gather_or_raise(judge.comm, attempt.error or judge.plan.failure, found)
     fine = arrange(told, judge.comm.rank, "tensor", {}, ())
     part_of = within(told, policy.spec.groups, policy.spec.exclude)
@@ -104,12 +104,7 @@ def _find(parameters: Any, plan: Plan, policy: Policy, comm: Comm) -> list[Found
     slices = marked_slices(plan.tensors)
     if policy.spec.per in ("tensor", "row") and isinstance(parameters, nn.Module):
         slices |= flat_slices(parameters)
-    return find(plan, comm.size, _world_rank(comm), policy.spec.per == "row", slices)
-
-
-def _world_rank(comm: Comm) -> int:
-    here = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    return ranks_of(comm)[comm.rank] if hasattr(comm, "ranks") else here
+    return find(plan, comm.size, global_rank(comm), policy.spec.per == "row", slices)
 
 
 def _arrange(told: list[list[Found]], mine: int, policy: Policy) -> Slots:

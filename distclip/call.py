@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from .comm import Comm, LocalComm, MPIComm, ProcessGroupComm, ranks_of
+from .comm import Comm
 from .comm.consensus import FirstError, raise_gathered, wire_of
-from .comm.discovery import communicator, widened
+from .comm.discovery import check_covered, resolve_comm, uncovered_ranks, widened
 from .devices import host_reads_free
-from .errors import ArgumentError, LayoutError, PeerError
+from .errors import PeerError
 from .norms.measure import Evidence, measure
 from .norms.partial_grads import settle
 from .norms.reduce import Totals, reduce
@@ -116,21 +115,10 @@ def agree(plan: Plan, comm: Comm | None, attempt: FirstError) -> Comm:
         attempt: what this rank found wrong so far. All ranks of a first call without `comm` raise it here; otherwise it
             is for what comes next (`meet`, `total`) to let them all raise.
 
-    Collectives: none over `comm`; otherwise see `communicator`.
+    Collectives: none over `comm`; otherwise see `resolve_comm`.
     """
-    if comm is not None:
-        if not isinstance(comm, Comm):
-            raise ArgumentError(
-                f"comm={comm!r:.120}: expected what has rank, size, sum_, max_ and gather_objects. Write "
-                "comm=ProcessGroupComm(group) for a process group, comm=MPIComm(comm) for a communicator of mpi4py."
-            )
-        attempt.run(_check_covered, plan, comm)
-        return comm
-    failure = attempt.error or plan.failure
-    found = communicator(plan.groups, plan.axes, failure)
-    if failure is not None and isinstance(found, LocalComm):
-        raise failure
-    return found
+    attempt.add(plan.failure)
+    return resolve_comm(plan.groups, plan.axes, comm, attempt)
 
 
 def total(
@@ -166,9 +154,9 @@ def total(
     parameters = (attempt.run(plan.weights, comm.size) or ()) if weights else None
     partials = attempt.run(measure, shards, norm_type, device, inspect, slots, parameters)
     partials = partials or measure((), norm_type, device, None, slots, () if weights else None)
-    wider = isinstance(comm, ProcessGroupComm) and bool(_beyond(plan, comm))
-    if not isinstance(comm, ProcessGroupComm):
-        attempt.run(_check_covered, plan, comm)  # no wider one can be agreed on
+    wider = comm.covers_holders and bool(uncovered_ranks(comm, plan.groups, plan.axes))
+    if not comm.covers_holders:
+        attempt.run(check_covered, comm, plan.groups, plan.axes)  # no wider one can be agreed on
     stop = wider or partials.pending or attempt.error is not None
     totals = reduce(partials, norm_type, comm, stop=stop)
     if not _flags_matter(plan, comm, device):
@@ -181,37 +169,11 @@ def total(
         if any(isinstance(said, tuple) for said in told):
             raise_gathered(attempt.error, told, comm)
         if any(told):
-            assert isinstance(comm, ProcessGroupComm)
             return total(plan, norm_type, widened(comm, plan.groups, plan.axes), None, inspect, slots, weights)
         totals = settle(totals, plan, shards, comm, device)
     if isinstance(totals.stop, Tensor):
         totals = replace(totals, stop=0)  # it has been read
     return Measured(shards, totals, bool(totals.wide), len(plan.tensors), partials.each)
-
-
-def _check_covered(plan: Plan, comm: Comm) -> None:
-    """Refuse a communicator that leaves out ranks which hold something.
-
-    Raises:
-        LayoutError: it does, or counts ranks in another way than their meshes.
-    """
-    if plan.groups and isinstance(comm, MPIComm) and comm.ranks[comm.rank] != dist.get_rank():
-        raise LayoutError(
-            f"comm= knows rank {dist.get_rank()} of torch.distributed as rank {comm.ranks[comm.rank]} of MPI: whose "
-            "parameters are whose? Start torch.distributed with distclip.integrations.mpi.init_process_group()."
-        )
-    if missing := _beyond(plan, comm):
-        raise LayoutError(
-            f"comm= does not contain ranks {sorted(missing)}, on which parameters lie by their meshes or by "
-            "split_over=. Leave it out, or pass a communicator over all ranks concerned."
-        )
-
-
-def _beyond(plan: Plan, comm: Comm) -> frozenset[int]:
-    """The ranks that parameters lie on, by their meshes and the axes, and that `comm` does not reach."""
-    if not hasattr(comm, "ranks") or not (plan.groups or plan.axes):
-        return frozenset()
-    return frozenset().union(*plan.groups, *(axis.ranks for axis in plan.axes)).difference(ranks_of(comm))
 
 
 def _flags_matter(plan: Plan, comm: Comm, device: torch.device) -> bool:
@@ -220,7 +182,7 @@ def _flags_matter(plan: Plan, comm: Comm, device: torch.device) -> bool:
     Through a communicator of the caller's they are always read: some of its ranks may hold nothing, and know nothing of
     what others hold.
     """
-    return host_reads_free(device) or not getattr(comm, "agreed", False) or bool(plan.axes) or plan.may_be_partial
+    return host_reads_free(device) or not comm.covers_holders or bool(plan.axes) or plan.may_be_partial
 
 
 def _device(plan: Plan, shards: Shards) -> torch.device:

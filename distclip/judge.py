@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .apply.scale import outside
 from .call import Measured, total
-from .comm import Comm, LocalComm
+from .comm import Comm
 from .decision import Observer, Outcome
 from .devices import host_reads_free
 from .errors import PeerError
@@ -66,9 +66,9 @@ class Judge:
     @cached_property
     def on_host(self) -> bool:
         """Whether totals are on the host anyway: a fact of the communicator, so the same on all of its ranks."""
-        if isinstance(self.comm, LocalComm):
+        if self.comm.device is None:
             return all(host_reads_free(tensor.device) for tensor in self.plan.tensors)
-        return host_reads_free(getattr(self.comm, "device", torch.device("cpu")))
+        return host_reads_free(self.comm.device)
 
     @property
     def measured_slots(self) -> int:

@@ -165,7 +165,7 @@ def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
         try:
             torch.manual_seed(0)
             # Each job is the first of its program, so that no communicator is known before.
-            discovery._lives.clear()
+            discovery.forget_all()
             answer = (True, job(**kwargs))
         except BaseException:
             answer = (False, traceback.format_exc())

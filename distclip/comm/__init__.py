@@ -1,8 +1,8 @@
-"""Who can add numbers together.
+"""Communication backends: declare `Comm`, and re-export its implementations.
 
-A communicator is five names, so that anything which can sum a few numbers over ranks carries distclip:
-torch.distributed (`c10d`), MPI (`mpi`), one process (`LocalComm`), threads of one process (`threads`, the public test
-double).
+`Comm` is small on purpose, so that anything which adds a few numbers over ranks can carry distclip:
+torch.distributed (`process_group`), MPI (`mpi`), a single process (`LocalComm`), and threads of one process
+(`threads`, a public test double).
 """
 
 from __future__ import annotations
@@ -10,18 +10,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from .local import LocalComm, threads
 from .mpi import MPIComm
 from .process_group import ProcessGroupComm
 
-__all__ = ["Comm", "LocalComm", "MPIComm", "ProcessGroupComm", "ranks_of", "threads"]
+__all__ = ["Comm", "LocalComm", "MPIComm", "ProcessGroupComm", "global_ranks", "missing_members", "threads"]
 
 
 @runtime_checkable
 class Comm(Protocol):
-    """What distclip asks of whoever adds numbers up over ranks; nothing else is ever asked."""
+    """Communication backend over a fixed list of ranks. distclip uses these members and no others.
+
+    >>> isinstance(LocalComm(), Comm)
+    True
+    """
 
     @property
     def rank(self) -> int:
@@ -30,27 +35,53 @@ class Comm(Protocol):
 
     @property
     def size(self) -> int:
-        """How many ranks take part."""
+        """Number of ranks in the communicator."""
+        ...
+
+    @property
+    def ranks(self) -> Sequence[int] | None:
+        """Global ranks of the members, in order; None for members within one process."""
+        ...
+
+    @property
+    def device(self) -> torch.device | None:
+        """Device on which the numbers travel; None for wherever the tensors are."""
+        ...
+
+    @property
+    def covers_holders(self) -> bool:
+        """True if the communicator was derived from layouts: every member then holds parameters in the same layouts."""
         ...
 
     def sum_(self, tensor: Tensor) -> None:
-        """Replace `tensor` (a small float64 vector, any device) by its sum over ranks, the same bits on each."""
+        """Replace `tensor` (a small float64 vector, any device) by its sum over ranks, with the same bits on each."""
         ...
 
     def max_(self, tensor: Tensor) -> None:
-        """Replace `tensor` by its element-wise maximum over ranks. NaN is never passed."""
+        """Replace `tensor` by its element-wise maximum over ranks. Callers never pass NaN."""
         ...
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's `value`, in the order of the ranks. Only on paths that end in an error or are rare."""
+        """Return every rank's `value`, in the order of the ranks. Called only on rare paths, such as errors."""
         ...
 
 
-def ranks_of(comm: Comm) -> Sequence[int]:
-    """The world ranks of a communicator's members, in order; where it does not say, those within itself.
+_MEMBERS = ("rank", "size", "ranks", "device", "covers_holders", "sum_", "max_", "gather_objects")
 
-    >>> ranks_of(LocalComm())
+
+def missing_members(comm: object) -> list[str]:
+    """Return the members of `Comm` that a caller's object lacks.
+
+    >>> missing_members(LocalComm()), missing_members("tp")[:2]
+    ([], ['rank', 'size'])
+    """
+    return [name for name in _MEMBERS if not hasattr(comm, name)]
+
+
+def global_ranks(comm: Comm) -> Sequence[int]:
+    """Return the global ranks of a communicator's members, in order; within one process, their own numbers.
+
+    >>> global_ranks(LocalComm())
     range(0, 1)
     """
-    ranks: Sequence[int] = getattr(comm, "ranks", range(comm.size))
-    return ranks
+    return range(comm.size) if comm.ranks is None else comm.ranks

@@ -1,29 +1,36 @@
 """Fail on all ranks together: collect errors on one rank, and raise where every rank is at the same collective.
 
-A rank that raised on its own would leave the others waiting in the next collective. So an error is kept in a
-`FirstError`, the rank enters the collective all the same, and the error travels with what the ranks exchange there.
+A rank that raised alone would leave the other ranks waiting in the next collective. So an error is kept in a
+`FirstError`, the rank enters the collective all the same, and the error travels with the data of that collective.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
-from ..errors import from_wire, to_wire
-from . import Comm, ranks_of
+from ..errors import DisagreementError, from_wire, to_wire
+from . import Comm, global_ranks
 from .ranks import Axis
-from .rendezvous import Post, check
 
-__all__ = ["FirstError", "check_same_axes", "gather_or_raise", "raise_gathered", "wire_of"]
+__all__ = [
+    "FirstError",
+    "axes_contradiction",
+    "check_same_axes",
+    "describe_axes",
+    "gather_or_raise",
+    "raise_gathered",
+    "wire_of",
+]
 
 T = TypeVar("T")
 
 
 class FirstError:
-    """Collect the first exception of some steps, for all ranks to raise together.
+    """Collect the first exception of some steps, so that all ranks can raise it together.
 
-    As a context manager it keeps the exception that its block raises, and the program goes on behind the block.
+    As a context manager it keeps the exception that its block raises, and the program continues after the block.
     Only an `Exception` is kept: a KeyboardInterrupt ends the program as usual.
 
     Args:
@@ -97,10 +104,49 @@ def check_same_axes(by_rank: Sequence[tuple[Axis, ...]], comm: Comm) -> None:
 
     Collectives: none.
     """
-    if hasattr(comm, "ranks"):
-        clash = check({rank: Post((), axes) for rank, axes in zip(ranks_of(comm), by_rank, strict=True)})
-        if clash is not None:
-            raise clash
+    # Axes name global ranks, which cannot be compared with the members of one process.
+    if comm.ranks is not None:
+        contradiction = axes_contradiction(dict(zip(comm.ranks, by_rank, strict=True)))
+        if contradiction is not None:
+            raise contradiction
+
+
+def axes_contradiction(by_rank: Mapping[int, tuple[Axis, ...]]) -> DisagreementError | None:
+    """Find a contradiction between the axes of `split_over=` that ranks passed.
+
+    Args:
+        by_rank: the axes of some ranks, by global rank.
+
+    Returns:
+        The error to raise, or None if the axes are consistent.
+
+    >>> print(axes_contradiction({0: (Axis((0, 1), "pp"),), 1: ()}))
+    split_over= differs between the ranks of one call: rank 0 passed [pp over ranks [0, 1]], rank 1 passed None. \
+Pass the same axes of the same mesh, through the rank itself, on every rank.
+    """
+
+    def contradiction(one: int, two: int) -> DisagreementError:
+        return DisagreementError(
+            f"split_over= differs between the ranks of one call: {describe_axes(by_rank, [one, two])}. "
+            "Pass the same axes of the same mesh, through the rank itself, on every rank."
+        )
+
+    first = min(by_rank)
+    for rank, axes in sorted(by_rank.items()):
+        if [axis.name for axis in axes] != [axis.name for axis in by_rank[first]]:
+            return contradiction(first, rank)
+        for i, axis in enumerate(axes):
+            # Every rank along an axis must have passed that very axis, in this position.
+            for other in axis.ranks:
+                if other in by_rank and by_rank[other][i : i + 1] != (axis,):
+                    return contradiction(rank, other)
+    return None
+
+
+def describe_axes(by_rank: Mapping[int, tuple[Axis, ...]], ranks: Sequence[int]) -> str:
+    """Describe which `split_over=` each of `ranks` passed, for error messages."""
+    texts = [(rank, ", ".join(map(str, by_rank[rank]))) for rank in ranks]
+    return ", ".join(f"rank {rank} passed {f'[{text}]' if text else None}" for rank, text in texts)
 
 
 def wire_of(error: Exception | None) -> tuple[str, str] | None:
@@ -118,5 +164,5 @@ def raise_gathered(error: Exception | None, by_rank: Sequence[Any], comm: Comm) 
     """
     if error is not None:
         raise error
-    wires = zip(ranks_of(comm), by_rank, strict=True)
+    wires = zip(global_ranks(comm), by_rank, strict=True)
     raise next(from_wire(rank, *wire) for rank, wire in wires if isinstance(wire, tuple))

@@ -1,91 +1,204 @@
-"""From meshes and `split_over=` to the one communicator that a call reduces over."""
+"""Find out which ranks take part in a call, and choose the communicator that the call reduces over.
+
+A rank knows the meshes of its own parameters and the axes of its own `split_over=`. A pipeline stage does not know the
+mesh of the next stage, and a rank without parameters knows no mesh. So the first call with new meshes or axes runs a
+rendezvous through the key-value store of torch.distributed (`Rendezvous`). The resulting communicator is cached, and
+later calls exchange nothing. The rendezvous uses no collective, so that an invalid argument on one rank, or a
+contradiction between ranks, raises on all of them instead of hanging some.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import math
+import time
+import uuid
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import partial
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, _resolve_process_group
 from torch.distributed import distributed_c10d
 
-from ..errors import DistclipError, to_wire
+from ..errors import ArgumentError, DisagreementError, DistclipError, LayoutError, from_wire, to_wire
+from . import Comm, missing_members
+from .consensus import FirstError, axes_contradiction, describe_axes
 from .local import LocalComm
+from .mpi import mpi_size
 from .process_group import ProcessGroupComm
 from .ranks import Axis, Ranks
-from .rendezvous import Agreement, Meeting, Post, key
 
-__all__ = ["communicator", "widened", "world_comm"]
+__all__ = [
+    "Component",
+    "Post",
+    "Rendezvous",
+    "check_covered",
+    "forget_all",
+    "global_rank",
+    "job_size",
+    "resolve_comm",
+    "uncovered_ranks",
+    "widened",
+    "world_comm",
+]
+
+T = TypeVar("T")
+
+_log = logging.getLogger("distclip")
 
 
-class _Known:
-    """What was agreed on so far within one life of torch.distributed."""
+def resolve_comm(groups: Collection[Ranks], axes: Sequence[Axis], comm: Comm | None, errors: FirstError) -> Comm:
+    """Return the communicator of a call: `comm`, or one derived from meshes and axes.
+
+    Args:
+        groups: rank groups that this rank's parameters span, from their layouts.
+        axes: axes of `split_over=`.
+        comm: communicator given by the caller, or None. An error is added to `errors` if it misses ranks.
+        errors: what this rank has run into so far. Without `comm`, all ranks of a first call raise its error here.
+            Otherwise the next collective lets all ranks raise together (see `gather_or_raise`).
+
+    Returns:
+        `comm`, or a derived communicator. The derived one is `LocalComm` if nothing is spread over ranks (one process,
+        or plain tensors without `split_over=`).
+
+    Raises:
+        ArgumentError: `comm` is no communicator.
+        DistclipError: see `Rendezvous.join`. An error of this rank, if nothing is spread over ranks.
+
+    Collectives: none over `comm`. Without `comm` the first call with new meshes or axes exchanges messages through the
+    store, and creates a process group if the ranks have none of their own. Host syncs: none.
+    """
+    if comm is not None:
+        if missing := missing_members(comm):
+            raise ArgumentError(
+                f"comm={comm!r:.120}: expected a communicator, and {', '.join(missing)} "
+                f"{'is' if len(missing) == 1 else 'are'} missing. Pass comm=ProcessGroupComm(group) for a process "
+                "group, or comm=MPIComm(comm) for a communicator of mpi4py."
+            )
+        with errors:
+            check_covered(comm, groups, axes)
+        return comm
+    derived = _derived(groups, axes, errors.error)
+    if errors.error is not None and derived.size == 1:
+        raise errors.error  # No other rank takes part, so there is no collective to raise in.
+    return derived
+
+
+def widened(comm: Comm, groups: Collection[Ranks], axes: Sequence[Axis]) -> Comm:
+    """Derive a wider communicator, after a rank came with a mesh that `comm` does not cover.
+
+    Args:
+        comm: derived communicator that is too small. All of its ranks call this together.
+        groups, axes: of this rank; see `resolve_comm`.
+
+    Collectives: see `resolve_comm`.
+    """
+    assert comm.ranks is not None, "only a derived communicator can be widened"
+    # The ranks of `comm` whose own mesh is no wider take part because `comm` itself is one of the spans.
+    wider = _rendezvous(_spans(groups, axes) | {tuple(sorted(comm.ranks))}, axes, None)
+    _session().comms[_cache_key(groups, axes)] = wider
+    return wider
+
+
+def world_comm() -> Comm:
+    """Return a communicator over all ranks of torch.distributed; `LocalComm` before it has been initialized."""
+    return ProcessGroupComm(dist.group.WORLD) if dist.group.WORLD is not None else LocalComm()
+
+
+def check_covered(comm: Comm, groups: Collection[Ranks], axes: Sequence[Axis]) -> None:
+    """Raise if a caller's communicator does not contain every rank that holds parameters.
+
+    Args:
+        comm: the communicator.
+        groups, axes: of this rank; see `resolve_comm`.
+
+    Raises:
+        LayoutError: it misses ranks, or its global ranks are not those of the meshes.
+    """
+    if groups and comm.ranks is not None and _is_initialized() and comm.ranks[comm.rank] != dist.get_rank():
+        raise LayoutError(
+            f"comm= numbers this process as rank {comm.ranks[comm.rank]}, and torch.distributed, whose meshes hold the "
+            f"parameters, as rank {dist.get_rank()}. With MPI, call distclip.integrations.mpi.init_process_group() to "
+            "start torch.distributed with the ranks of MPI."
+        )
+    if missing := uncovered_ranks(comm, groups, axes):
+        raise LayoutError(
+            f"comm= does not contain ranks {sorted(missing)}, which hold parameters according to their meshes or to "
+            "split_over=. Pass a communicator over all ranks that hold parameters, or omit comm=."
+        )
+
+
+def uncovered_ranks(comm: Comm, groups: Collection[Ranks], axes: Sequence[Axis]) -> frozenset[int]:
+    """Return the ranks that hold parameters, according to meshes and axes, and are not in `comm`."""
+    if comm.ranks is None or not (groups or axes):
+        return frozenset()
+    return frozenset().union(*groups, *(axis.ranks for axis in axes)).difference(comm.ranks)
+
+
+def global_rank(comm: Comm) -> int:
+    """Return the global rank of this process: by `comm`, or by torch.distributed within one process."""
+    if comm.ranks is not None:
+        return comm.ranks[comm.rank]
+    return dist.get_rank() if _is_initialized() else 0
+
+
+def job_size() -> int:
+    """Return the number of processes in the job, by torch.distributed or MPI; 1 if neither was started."""
+    return dist.get_world_size() if _is_initialized() else mpi_size()
+
+
+def forget_all() -> None:
+    """Drop all cached communicators, so that the next call runs a rendezvous. For tests."""
+    _sessions.clear()
+
+
+# ---- The cache of derived communicators ----
+
+
+class _Session:
+    """State that lives as long as one initialization of torch.distributed."""
 
     def __init__(self, world: dist.ProcessGroup) -> None:
         self.world = weakref.ref(world)
         self.comms: dict[tuple[str, ...], ProcessGroupComm] = {}
-        self.meeting = Meeting(PrefixStore("distclip", _store()), dist.get_rank())
+        self.rendezvous = Rendezvous(PrefixStore("distclip", _store()), dist.get_rank())
 
 
-_lives: list[_Known] = []
+_sessions: list[_Session] = []  # At most one.
 
 
-def _known() -> _Known:
-    """The present life's; process groups of an earlier one are forgotten."""
+def _session() -> _Session:
+    """Return the present session; drop the process groups of an earlier one."""
     world = dist.group.WORLD
     assert world is not None
-    if not _lives or _lives[0].world() is not world:
-        _lives[:] = [_Known(world)]
-    return _lives[0]
+    # A program may destroy its process groups and initialize again: the old groups are unusable then.
+    if not _sessions or _sessions[0].world() is not world:
+        _sessions[:] = [_Session(world)]
+    return _sessions[0]
 
 
-def communicator(
-    groups: Collection[Ranks], axes: Sequence[Axis], failure: Exception | None = None
-) -> LocalComm | ProcessGroupComm:
-    """The communicator of everybody who holds something of the same model.
-
-    With `split_over=` it is looked up by those axes alone: they are the same on all ranks concerned, whichever of
-    them holds parameters, so that either all of them find it or all of them agree on it. Meshes are looked up by their
-    ranks and not by identity: torch's DTensor operators exchange equal meshes for one another.
-
-    Args:
-        groups: what this rank's parameters span, from their layouts.
-        axes: of `split_over=`.
-        failure: what this rank found wrong with its arguments. Every rank then raises, if this is the first call.
-
-    Returns:
-        `LocalComm` where nothing is spread over ranks (one process, or plain tensors of which nothing is said).
-
-    Raises:
-        DistclipError: see `Meeting.agree`.
-
-    Collectives: none; the first time an exchange through the store, and the creation of a process group where the
-    component is neither the world nor one of the groups at hand. Host syncs: none.
-    """
+def _derived(groups: Collection[Ranks], axes: Sequence[Axis], error: Exception | None) -> LocalComm | ProcessGroupComm:
+    """Look up the communicator of these groups and axes, or run a rendezvous for it."""
     spans = _spans(groups, axes)
-    if not (dist.is_available() and dist.is_initialized()) or all(len(ranks) == 1 for ranks in spans):
+    if not _is_initialized() or all(len(ranks) == 1 for ranks in spans):
         return LocalComm()
-    comms = _known().comms
-    place = _place(groups, axes)
-    if place not in comms:
-        comms[place] = _agree(spans, axes, failure)
-    return comms[place]
+    comms = _session().comms
+    key = _cache_key(groups, axes)
+    if key not in comms:
+        comms[key] = _rendezvous(spans, axes, error)
+    return comms[key]
 
 
-def widened(comm: ProcessGroupComm, groups: Collection[Ranks], axes: Sequence[Axis]) -> ProcessGroupComm:
-    """Agree anew after a rank came with a mesh that reaches beyond `comm`; all ranks of `comm` call this together."""
-    wider = _agree(_spans(groups, axes) | {tuple(sorted(comm.ranks))}, axes, None)
-    _known().comms[_place(groups, axes)] = wider
-    return wider
-
-
-def world_comm() -> LocalComm | ProcessGroupComm:
-    """Of torch.distributed, where it has been started. Collectives: none."""
-    return ProcessGroupComm(dist.group.WORLD) if dist.group.WORLD is not None else LocalComm()
-
-
-def _place(groups: Collection[Ranks], axes: Sequence[Axis]) -> tuple[str, ...]:
+def _cache_key(groups: Collection[Ranks], axes: Sequence[Axis]) -> tuple[str, ...]:
+    """Return the cache key of a call, so that either all ranks of a call have a cached communicator or none has."""
+    # With split_over= the axes alone are the key: they are equal on all ranks concerned, also on ranks that hold no
+    # parameters. Meshes are compared by their ranks, because torch's DTensor operators replace meshes by equal ones.
     return tuple(axis.identity for axis in axes) if axes else tuple(sorted(map(str, groups)))
 
 
@@ -93,50 +206,56 @@ def _spans(groups: Collection[Ranks], axes: Sequence[Axis]) -> set[Ranks]:
     return {tuple(sorted(ranks)) for ranks in (*groups, *(axis.ranks for axis in axes))}
 
 
-def _agree(spans: set[Ranks], axes: Sequence[Axis], failure: Exception | None) -> ProcessGroupComm:
+def _rendezvous(spans: set[Ranks], axes: Sequence[Axis], error: Exception | None) -> ProcessGroupComm:
+    """Run a rendezvous, and return a communicator over the ranks that it found."""
     post = Post(
         groups=tuple(sorted(spans)),
         axes=tuple(axes),
-        named=_groups_at_hand(),
-        pg_count=_pg_count(),
-        failure=None if failure is None else to_wire(failure),
+        group_names=_own_group_names(),
+        num_groups=_num_groups(),
+        error=None if error is None else to_wire(error),
     )
     try:
-        agreed = _known().meeting.agree(post, _timeout())
+        component = _session().rendezvous.join(post, _timeout())
     except DistclipError:
-        if failure is not None:
-            raise failure from None
+        if error is not None:
+            raise error from None  # With its traceback, which did not travel through the store.
         raise
-    return ProcessGroupComm(_process_group(agreed), agreed=True)
+    return ProcessGroupComm(_process_group(component), covers_holders=True)
 
 
-def _process_group(agreed: Agreement) -> dist.ProcessGroup:
-    """The world, a group that all ranks have already, or a new one: the same choice on all of them."""
+def _process_group(component: Component) -> dist.ProcessGroup:
+    """Return a process group of the component's ranks: the world, an existing group or a new one."""
+    # Every branch depends only on `component`, which is equal on all of its ranks.
     assert dist.group.WORLD is not None
-    if len(agreed.ranks) == dist.get_world_size():
+    if len(component.ranks) == dist.get_world_size():
         return dist.group.WORLD
-    if agreed.group is not None:
-        return _resolve_process_group(agreed.group)  # type: ignore[arg-type]
-    # A group made by its own members alone takes its name from how many groups each of them has seen:
-    # make that number the same first, or the members would wait for each other under different names.
-    for _ in range(agreed.pg_count - _pg_count()):
+    if component.group_name is not None:
+        return _resolve_process_group(component.group_name)  # type: ignore[arg-type]
+    # torch names a group that only its members create after the number of groups that each of them has seen. Members
+    # with different numbers would wait for each other under different names, so the numbers are made equal first.
+    for _ in range(component.num_groups - _num_groups()):
         dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    group = dist.new_group(list(agreed.ranks), timeout=_timeout(), use_local_synchronization=True)
+    group = dist.new_group(list(component.ranks), timeout=_timeout(), use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)
     return group
 
 
-def _groups_at_hand() -> dict[str, list[str]]:
-    """Names of the process groups that this rank belongs to, by the `key` of their ranks."""
+def _own_group_names() -> dict[str, list[str]]:
+    """Return the names of the process groups that this rank belongs to, by the `_digest` of their ranks."""
     names: dict[str, list[str]] = {}
     for group, ranks in distributed_c10d._world.pg_group_ranks.items():
         if isinstance(group, dist.ProcessGroup):
-            names.setdefault(key(ranks), []).append(group.group_name)
+            names.setdefault(_digest(ranks), []).append(group.group_name)
     return names
 
 
-def _pg_count() -> int:
+def _num_groups() -> int:
     return len(distributed_c10d._world.pg_names)
+
+
+def _is_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _store() -> Store:
@@ -144,6 +263,236 @@ def _store() -> Store:
 
 
 def _timeout() -> timedelta:
-    """What the job gave its process group: the store has the same."""
+    """Return the timeout of the store, which is the one that the job gave its process group."""
     timeout: timedelta = _store().timeout  # type: ignore[attr-defined]
     return timeout
+
+
+# ---- The rendezvous ----
+
+_TOMBSTONE = "-"
+"""Value of a withdrawn post. `Store.get` blocks on a deleted key, so withdrawn posts are overwritten instead."""
+
+_WARN_AFTER = 20.0
+"""Seconds after which a waiting rank logs which ranks are missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """Message of one rank in a rendezvous.
+
+    Args:
+        groups: rank groups of this rank's meshes and axes.
+        axes: axes of this rank's `split_over=`.
+        group_names: names of this rank's process groups, by the `_digest` of their ranks. They are candidates for the
+            communicator.
+        num_groups: number of process groups that this rank belongs to.
+        error: (class name, message) of the error that this rank has run into, or None.
+        token: text that is unique to this rank and call. The result is published under it.
+    """
+
+    groups: tuple[Ranks, ...]
+    axes: tuple[Axis, ...]
+    group_names: dict[str, list[str]] = field(default_factory=dict)
+    num_groups: int = 0
+    error: tuple[str, str] | None = None
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def neighbours(self) -> frozenset[int]:
+        """Ranks that share a group or an axis with this rank, this rank included."""
+        return frozenset(rank for ranks in self.groups for rank in ranks)
+
+    def encode(self) -> str:
+        """Return the post as JSON."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def decode(text: str | bytes) -> Post:
+        """Parse a post from JSON."""
+        raw = json.loads(text)
+        raw["groups"] = tuple(map(tuple, raw["groups"]))
+        raw["axes"] = tuple(Axis(tuple(a["ranks"]), a["name"], a["identity"]) for a in raw["axes"])
+        raw["error"] = None if raw["error"] is None else tuple(raw["error"])
+        return Post(**raw)
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """Result of a rendezvous: a connected component of ranks that share meshes and axes.
+
+    Args:
+        ranks: global ranks of the component, ascending.
+        group_name: name of a process group of exactly these ranks that all of them have, or None without one.
+        num_groups: largest number of process groups that any of the ranks belongs to.
+    """
+
+    ranks: Ranks
+    group_name: str | None
+    num_groups: int
+
+
+class Rendezvous:
+    """Find the connected component of ranks around this one, through a store.
+
+    Every rank posts its neighbours under its rank. A rank that is the lowest among its own neighbours leads: it reads
+    its neighbours' posts, then their neighbours' posts, until it has read the whole component. Then it publishes the
+    result under the token of each post. Ranks of another model are neither read nor waited for.
+
+    Args:
+        store: store that all ranks share, and that nothing else uses under the same prefix.
+        rank: global rank of this process.
+    """
+
+    def __init__(self, store: Store, rank: int) -> None:
+        self._store = store
+        self._rank = rank
+
+    def join(self, post: Post, timeout: timedelta) -> Component:
+        """Find every rank that this one is connected to.
+
+        Args:
+            post: message of this rank.
+            timeout: time to wait for a rank that does not call.
+
+        Raises:
+            DisagreementError: a rank did not call, or the ranks' axes contradict each other; on all ranks that called.
+            DistclipError: an error that some rank posted; on all ranks that called.
+
+        Collectives: none. Host syncs: none (a store on the host is read).
+        """
+        deadline = time.monotonic() + timeout.total_seconds()
+        self._store.set(str(self._rank), post.encode())
+        try:
+            if self._rank == min(post.neighbours):
+                self._lead(post, deadline)
+            # The leader times out first, and publishes the error. A follower therefore waits longer.
+            leader = [min(post.neighbours)]
+            result = _poll(
+                lambda: self._result(post),
+                deadline + _WARN_AFTER,
+                lambda: _describe_missing(leader, {self._rank: post}),
+            )
+        finally:
+            self._store.set(str(self._rank), _TOMBSTONE)
+            self._store.delete_key(post.token)
+        if result is None:
+            raise DisagreementError(_describe_missing(leader, {self._rank: post}))
+        if result["error"] is not None:
+            raise from_wire(*result["error"])
+        return Component(tuple(result["ranks"]), result["group_name"], result["num_groups"])
+
+    def _lead(self, post: Post, deadline: float) -> None:
+        """Read posts until the component is complete, and publish the result, unless another leader has done so."""
+        posts, error = {self._rank: post}, None
+        while missing := sorted(_neighbours(posts) - posts.keys()):
+            new = _poll(partial(self._read_posts, missing, posts), deadline, partial(_describe_missing, missing, posts))
+            if not new:
+                # An empty dict means that another leader has published. None means that the deadline has passed.
+                error = None if new == {} else DisagreementError(_describe_missing(missing, posts))
+                break
+            posts.update(new)
+        # Checked after the last post was read: a rank that already has its result may have posted for its next call.
+        if self._result(post) is None:
+            self._publish(posts, error)
+
+    def _read_posts(self, missing: list[int], posts: Mapping[int, Post]) -> dict[int, Post] | None:
+        """Read the posts of missing ranks.
+
+        Args:
+            missing: ranks whose posts are still to be read.
+            posts: posts that were read so far, by rank.
+
+        Returns:
+            New posts by rank, None if there are none yet, an empty dict if another leader has published the result.
+        """
+        if self._result(posts[self._rank]) is not None:
+            return {}
+        known = _neighbours(posts)
+        new = {peer: post for peer in missing if (post := self._read_post(peer)) is not None}
+        return {peer: post for peer, post in new.items() if self._belongs(post, known - {peer})} or None
+
+    def _belongs(self, post: Post, known: frozenset[int]) -> bool:
+        """Return whether `post` belongs to this rendezvous, and not to another one with disjoint ranks."""
+        # A rank may still be in an earlier rendezvous. Follow its neighbours until one of this rendezvous shows up.
+        reached, followed = post.neighbours, frozenset[int]()
+        while not reached & known and (more := reached - followed):
+            followed |= more
+            reached |= frozenset[int]().union(*(p.neighbours for p in map(self._read_post, more) if p is not None))
+        return bool(reached & known)
+
+    def _read_post(self, rank: int) -> Post | None:
+        """Read the post of a rank; None before it was written and after it was withdrawn."""
+        # Checked first, because `Store.get` blocks on a key that was never set.
+        text = self._store.get(str(rank)).decode() if self._store.check([str(rank)]) else _TOMBSTONE
+        return None if text == _TOMBSTONE else Post.decode(text)
+
+    def _publish(self, posts: Mapping[int, Post], error: Exception | None) -> None:
+        """Withdraw all posts of the component, then write the result under their tokens."""
+        if self._store.add(_digest(post.token for post in posts.values()), 1) > 1:
+            return  # Another leader publishes the result of the very same posts.
+        for rank in posts:
+            self._store.set(str(rank), _TOMBSTONE)
+        result = _component_of(posts) if error is None else _failure(None, *to_wire(error))
+        # Leaders get it first, so that no leader acts on a post that a faster rank writes for its next call.
+        for _, post in sorted(posts.items(), key=lambda item: item[0] != min(item[1].neighbours)):
+            self._store.set(post.token, json.dumps(result))
+
+    def _result(self, post: Post) -> dict[str, Any] | None:
+        """Read the result that a leader has published for this rank; None so far."""
+        if not self._store.check([post.token]):
+            return None
+        result: dict[str, Any] = json.loads(self._store.get(post.token))
+        return result
+
+
+def _component_of(posts: Mapping[int, Post]) -> dict[str, Any]:
+    """Return the result to publish: the lowest rank's error, a contradiction, or the component."""
+    for rank, post in sorted(posts.items()):
+        if post.error is not None:
+            return _failure(rank, *post.error)
+    if (contradiction := axes_contradiction({rank: post.axes for rank, post in posts.items()})) is not None:
+        return _failure(None, *to_wire(contradiction))
+    ranks = sorted(posts)
+    # A process group of exactly these ranks is used again only if every one of them has it, under one name.
+    names = [set(post.group_names.get(_digest(ranks), ())) for post in posts.values()]
+    return {
+        "error": None,
+        "ranks": ranks,
+        "group_name": min(set.intersection(*names), default=None),
+        "num_groups": max(post.num_groups for post in posts.values()),
+    }
+
+
+def _failure(rank: int | None, kind: str, message: str) -> dict[str, Any]:
+    return {"error": (rank, kind, message)}
+
+
+def _digest(members: Iterable[int] | Iterable[str]) -> str:
+    """Return a short name for a set of ranks or tokens."""
+    return hashlib.sha1(repr(sorted(members)).encode(), usedforsecurity=False).hexdigest()[:16]
+
+
+def _poll(read: Callable[[], T | None], deadline: float, describe_missing: Callable[[], str]) -> T | None:
+    """Call `read` until it returns a value; None at the deadline. Log once if it takes long."""
+    # Ranks that run in step find each other within a millisecond. Late ones must not load the store.
+    pause, warn_at = 0.0002, time.monotonic() + _WARN_AFTER
+    while (value := read()) is None and time.monotonic() < deadline:
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+        if time.monotonic() > warn_at:
+            _log.warning("still waiting: %s", describe_missing())
+            warn_at = math.inf
+    return value
+
+
+def _describe_missing(missing: Sequence[int], posts: Mapping[int, Post]) -> str:
+    axes = describe_axes({rank: post.axes for rank, post in posts.items()}, sorted(posts))
+    return (
+        f"rank(s) {list(missing)} share a mesh or an axis of split_over= with {axes}, and have not made this call. "
+        "Make the call on every rank that shares one, with the same split_over=."
+    )
+
+
+def _neighbours(posts: Mapping[int, Post]) -> frozenset[int]:
+    return frozenset[int]().union(*(post.neighbours for post in posts.values()))

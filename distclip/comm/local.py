@@ -1,4 +1,4 @@
-"""Communicators within one process: `LocalComm` for a single rank, `threads` for several."""
+"""Communicate within one process: `LocalComm` for a single rank, `threads` for several."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["LocalComm", "threads"]
 
 
 class LocalComm:
-    """A communicator of one rank: nothing is ever sent.
+    """Communicator of one rank, which sends nothing.
 
     >>> comm = LocalComm()
     >>> comm.rank, comm.size, comm.gather_objects("a")
@@ -21,37 +21,48 @@ class LocalComm:
 
     rank = 0
     size = 1
+    ranks: None = None
+    device: None = None
+    covers_holders = False
 
     def sum_(self, tensor: Tensor) -> None:
-        """The sum over one rank is what it has."""
+        """Leave `tensor` as it is: it is the sum over one rank."""
 
     def max_(self, tensor: Tensor) -> None:
-        """The maximum over one rank is what it has."""
+        """Leave `tensor` as it is: it is the maximum over one rank."""
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """The one value."""
+        """Return the one value."""
         return [value]
 
 
-class _Meeting:
-    """Where the threads of one world lay down what they bring; the barrier breaks rather than hangs."""
+class _Exchange:
+    """Values that the threads of one world exchange. The barrier breaks after a timeout instead of hanging."""
 
     def __init__(self, size: int, timeout: float) -> None:
-        self.slots: list[Any] = [None] * size
+        self.values: list[Any] = [None] * size
         self.barrier = threading.Barrier(size, timeout=timeout)
 
 
 class _ThreadComm:
-    def __init__(self, rank: int, meeting: _Meeting) -> None:
+    """Communicator of one thread among several."""
+
+    # Threads share a global rank, so the members have no global ranks that differ.
+    ranks: None = None
+    device = torch.device("cpu")
+    covers_holders = False
+
+    def __init__(self, rank: int, exchange: _Exchange) -> None:
         self.rank = rank
-        self.size = len(meeting.slots)
-        self._meeting = meeting
+        self.size = len(exchange.values)
+        self._exchange = exchange
 
     def gather_objects(self, value: Any) -> list[Any]:
-        self._meeting.slots[self.rank] = value
-        self._meeting.barrier.wait()
-        values = list(self._meeting.slots)
-        self._meeting.barrier.wait()
+        self._exchange.values[self.rank] = value
+        self._exchange.barrier.wait()
+        values = list(self._exchange.values)
+        # Without a second barrier a fast thread would overwrite its value before a slow one has read it.
+        self._exchange.barrier.wait()
         return values
 
     def sum_(self, tensor: Tensor) -> None:
@@ -62,11 +73,11 @@ class _ThreadComm:
 
 
 def threads(size: int, *, timeout: float = 30.0) -> list[_ThreadComm]:
-    """Communicators for `size` threads of this process: a world for tests without any process group.
+    """Make communicators for `size` threads of this process, for tests without a process group.
 
     Args:
-        size: how many threads take part; give each one communicator of the list.
-        timeout: seconds after which a missing thread breaks the others' wait (`threading.BrokenBarrierError`).
+        size: number of threads that take part. Give each thread one communicator of the list.
+        timeout: seconds after which a missing thread breaks the other threads' wait (`threading.BrokenBarrierError`).
 
     Returns:
         One communicator per rank, in order.
@@ -80,5 +91,5 @@ def threads(size: int, *, timeout: float = 30.0) -> list[_ThreadComm]:
     ...     list(pool.map(add, threads(3)))
     [3.0, 3.0, 3.0]
     """
-    meeting = _Meeting(size, timeout)
-    return [_ThreadComm(rank, meeting) for rank in range(size)]
+    exchange = _Exchange(size, timeout)
+    return [_ThreadComm(rank, exchange) for rank in range(size)]

@@ -1,4 +1,4 @@
-"""Groups of ranks: `Ranks`, and the named `Axis` of `split_over=`."""
+"""Define groups of ranks: `Ranks`, and the named `Axis` of `split_over=`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Ranks = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis of `split_over=`: the ranks along it, this one among them, hold different parameters.
+    """One axis of `split_over=`: the ranks along it, this rank among them, hold different parameters.
 
     Args:
         ranks: the global ranks along the axis, through this rank.
-        name: what the axis is called ("pp", "tp" ...), None where nobody named it.
-        identity: the same text on all of `ranks` and on no other group of ranks.
+        name: name of the axis ("pp", "tp" ...), or None if the caller gave none.
+        identity: text that is equal on all of `ranks`, and on no other group of ranks.
     """
 
     ranks: Ranks

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..clipper import GradClipper
-from ..comm import LocalComm, ranks_of
+from ..comm import global_ranks
 from ..comm.consensus import FirstError, gather_or_raise
 from ..decision import Outcome
 from ..errors import ArgumentError, DisagreementError
@@ -158,7 +158,7 @@ class Recorder:
         own = [Told.of(steps[i]) for i, _ in found]
         told = comm.gather_objects(own) if found else [own]
         if self._writer is not None:
-            self._writer.write(steps, rows, found, told, ranks_of(comm))
+            self._writer.write(steps, rows, found, told, global_ranks(comm))
 
     @torch.no_grad()
     def close(self) -> None:
@@ -172,7 +172,7 @@ class Recorder:
             found = copy.deepcopy(self._extremes).among([row["norm"] for row in rows])
             comm = self._clipper.comm
             told = [[Told.of(self._steps[i]) for i, _ in found]]
-            self._writer.write(self._steps, rows, found, told, ranks_of(comm)[comm.rank : comm.rank + 1])
+            self._writer.write(self._steps, rows, found, told, global_ranks(comm)[comm.rank : comm.rank + 1])
         self._writer = None
 
     def __enter__(self) -> Recorder:
@@ -200,7 +200,7 @@ def _close(recorder: weakref.ref[Recorder]) -> None:
 
 def _writes(clipper: GradClipper) -> bool:
     """One rank of those that clip together; where ranks clip alone with plain tensors, they are copies."""
-    alone = isinstance(clipper.comm, LocalComm) and dist.is_available() and dist.is_initialized()
+    alone = clipper.comm.ranks is None and dist.is_available() and dist.is_initialized()
     return clipper.comm.rank == 0 and not (alone and dist.get_rank() > 0)
 
 

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from ..comm import Comm, ranks_of
+from ..comm import Comm, global_ranks
 from ..errors import FrequentClippingWarning, NonFiniteError, NonFiniteWarning, TooManySkippedSteps
 from ..norms.measure import Evidence
 from ..sharding.shard import Shard, stored_values
@@ -97,7 +97,7 @@ def blame(found: list[tuple[str, int, int]], comm: Comm) -> tuple[Culprit, ...]:
     """What all ranks found. Collectives: one gather over `comm`."""
     culprits: dict[str, Culprit] = {}
     told_by = comm.gather_objects(found)
-    ranks = ranks_of(comm) if comm.size > 1 else (None,)
+    ranks = global_ranks(comm) if comm.size > 1 else (None,)
     for rank, told in zip(ranks, told_by, strict=True):
         for name, nans, infs in told:
             old = culprits.get(name, Culprit(name, 0, 0, ()))

@@ -16,7 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..comm import Comm, LocalComm
+from ..comm import Comm
 from ..devices import host_reads_free
 from .kernels.torch_ops import combine
 from .measure import Partials
@@ -103,12 +103,12 @@ def reduce(partials: Partials, norm_type: float, comm: Comm, *, stop: bool = Fal
         stop: this rank cannot go on as usual, and the others must know.
 
     Collectives: one all-reduce over `comm`, of slots + 1 float64 numbers for a finite p and of 2 slots + 3 for ±inf
-    (with weights: twice as many slots); none for `LocalComm`. Host syncs: none.
+    (with weights: twice as many slots); none for a communicator of one rank. Host syncs: none.
     """
     value, slots, outside = partials.value, len(partials.value), partials.outside
     on_host = host_reads_free(value.device)
     flags: list[Flag] = [stop, partials.wide, bool(outside) if on_host or outside is None else outside]
-    if isinstance(comm, LocalComm):
+    if comm.size == 1:
         return Totals(value, norm_type, flags[0], flags[1], flags[2], partials.weight)
     values = value if partials.weight is None else torch.cat([value, partials.weight])
     n = len(values)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..comm.mpi import mpi_size
+from ..comm.discovery import job_size
 from ..comm.ranks import Axis
 from ..errors import ArgumentError, LayoutError
 from .dtensor import pending_of, pieces_of
@@ -140,8 +140,7 @@ def check_tags(named: Sequence[tuple[str, Tensor]], axes: Sequence[Axis], used: 
             f"split_over= has {len(unnamed)} axes without a name and the parameters carry {sorted(used)}: which axis "
             'do the tags speak of? Name them: split_over={"pp": pp_group, "tp": tp_group, "ep": ep_group}.'
         )
-    there = dist.get_world_size() if dist.is_available() and dist.is_initialized() else mpi_size()
-    if there == 1 or unnamed:
+    if job_size() == 1 or unnamed:
         return
     names = [axis.name or "" for axis in axes]
     for tagged, tag, short, word in (

@@ -10,15 +10,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..comm import Comm, MPIComm
+from ..comm import Comm, missing_members
 from ..comm.ranks import Axis, Ranks
 from ..errors import ArgumentError, LayoutError
 
 __all__ = ["SplitOver", "cut_along", "group_ranks", "mesh_ranks", "split_axes", "split_of"]
 
-_One: TypeAlias = DeviceMesh | dist.ProcessGroup | MPIComm
+_One: TypeAlias = DeviceMesh | dist.ProcessGroup | Comm
 SplitOver: TypeAlias = _One | Iterable[_One] | Mapping[str, _One] | None
-"""A DeviceMesh (every axis of it), a ProcessGroup, an MPIComm, several of them, or {name: one of them}."""
+"""A DeviceMesh (every axis of it), a ProcessGroup, a Comm such as MPIComm, several of them, or {name: one of them}."""
 
 
 def split_axes(split_over: SplitOver, comm: Comm | None = None) -> tuple[Axis, ...]:
@@ -36,10 +36,11 @@ def split_axes(split_over: SplitOver, comm: Comm | None = None) -> tuple[Axis, .
         ArgumentError: it is none of these, does not contain this rank, or is MPI's where `comm` is not given.
     """
     named = list(_named(split_over))
-    if comm is None and any(isinstance(one, MPIComm) for _, one in named):
+    if comm is None and any(_is_comm(one) for _, one in named):
         raise ArgumentError(
-            "split_over= names MPI communicators, and without comm= nothing is added up over MPI: each rank would have "
-            "a norm of its own. Write comm=MPIComm(), or an MPIComm over all ranks that hold something of the model."
+            "split_over= contains a communicator such as MPIComm, but comm= is not given, so that each rank would "
+            "clip by a norm of its local gradients only. Pass comm=MPIComm(), or another communicator over all ranks "
+            "that hold parameters."
         )
     return tuple(axis for name, one in named for axis in _axes(one, name))
 
@@ -108,15 +109,22 @@ def _axes(one: Any, name: str | None) -> Iterator[Axis]:
                 yield Axis(group_ranks(group), name or dim_name, group.group_name)
         elif isinstance(one, dist.ProcessGroup) or one == dist.GroupMember.NON_GROUP_MEMBER:
             yield Axis(group_ranks(one), name or _described(one), one.group_name)
-        elif isinstance(one, MPIComm):
-            yield Axis(one.ranks, name, one.identity)
+        elif _is_comm(one) and one.ranks is not None:
+            ranks = tuple(one.ranks)
+            yield Axis(ranks, name, f"comm:{','.join(map(str, ranks))}")
         else:
             raise ArgumentError(
-                f"split_over={one!r:.120}: expected a DeviceMesh, a ProcessGroup, an MPIComm, several of them, or a "
-                'mapping from their names. Write split_over=mesh["pp"] or split_over={"pp": pp_group}.'
+                f"split_over={one!r:.120}: expected a DeviceMesh, a ProcessGroup, an MPIComm (or another Comm with "
+                "global ranks), several of them, or a mapping from their names. "
+                'Pass split_over=mesh["pp"] or split_over={"pp": pp_group}.'
             )
     except LayoutError as error:
         raise ArgumentError(f"split_over=: {error}") from None
+
+
+def _is_comm(one: Any) -> bool:
+    """Return whether a caller's object is a communicator."""
+    return not missing_members(one)
 
 
 def _described(group: Any) -> str | None:

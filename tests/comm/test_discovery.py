@@ -10,8 +10,8 @@ import pytest
 from torch.distributed import HashStore
 
 from distclip import ArgumentError, DisagreementError
+from distclip.comm.discovery import Post, Rendezvous
 from distclip.comm.ranks import Axis, Ranks
-from distclip.comm.rendezvous import Meeting, Post
 
 SECONDS = timedelta(seconds=20)
 
@@ -30,7 +30,7 @@ def together(posts: dict[int, Post], timeout: timedelta = SECONDS) -> dict[int, 
 
     def one(item: tuple[int, Post]) -> object:
         try:
-            return list(Meeting(store, item[0]).agree(item[1], timeout).ranks)
+            return list(Rendezvous(store, item[0]).join(item[1], timeout).ranks)
         except Exception as error:
             return error
 
@@ -72,8 +72,8 @@ def test_agreeing_again_on_the_same_store() -> None:
     store = HashStore()
 
     def one(rank: int) -> list[list[int]]:
-        meeting = Meeting(store, rank)
-        return [list(meeting.agree(stage_post(rank), SECONDS).ranks) for _ in range(50)]
+        rendezvous = Rendezvous(store, rank)
+        return [list(rendezvous.join(stage_post(rank), SECONDS).ranks) for _ in range(50)]
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(one, range(4))) == [[[0, 1, 2, 3]] * 50] * 4
@@ -81,7 +81,7 @@ def test_agreeing_again_on_the_same_store() -> None:
 
 def test_one_rank_failing_is_read_by_all() -> None:
     failed = ("ArgumentError", "max_norm=-1.0: negative")
-    found = together({rank: stage_post(rank, failure=failed if rank == 3 else None) for rank in range(4)})
+    found = together({rank: stage_post(rank, error=failed if rank == 3 else None) for rank in range(4)})
     assert {type(error) for error in found.values()} == {ArgumentError}
     assert {str(error) for error in found.values()} == {"rank 3: max_norm=-1.0: negative"}
 

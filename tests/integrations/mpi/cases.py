@@ -104,7 +104,7 @@ def case_what_is_no_communicator_is_refused() -> None:
     if null == MPI.COMM_NULL:
         with pytest.raises(ArgumentError, match="that this rank belongs to"):
             MPIComm(null)
-    with pytest.raises(ArgumentError, match=r"Write MPIComm\(\)"):
+    with pytest.raises(ArgumentError, match=r"Use MPIComm\(\)"):
         MPIComm("tp")  # type: ignore[arg-type]
     weight = nn.Parameter(torch.ones(2))
     with pytest.raises(ArgumentError, match=r"comm=MPIComm\(comm\)"):

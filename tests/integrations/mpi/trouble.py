@@ -118,9 +118,9 @@ def case_another_rank_is_named_as_the_world_names_it() -> None:
 
 def case_axes_without_a_communicator_are_refused() -> None:
     weight = nn.Parameter(torch.ones(2))
-    with everywhere(ArgumentError, "Write comm=MPIComm()"):
+    with everywhere(ArgumentError, "Pass comm=MPIComm()"):
         distclip.clip_grad_norm_([weight], 1.0, split_over={"pp": split(0)})
-    with everywhere(ArgumentError, "Write comm=MPIComm()"):
+    with everywhere(ArgumentError, "Pass comm=MPIComm()"):
         GradClipper([weight], distclip.global_norm(1.0), split_over=[split(0)])
 
 
