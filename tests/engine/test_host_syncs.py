@@ -39,7 +39,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 class TwoRanks:
     """Of which this is one: numbers stay on the device."""
 
-    rank, size, device, agreed = 0, 2, META, True
+    rank, size, ranks, device, covers_holders = 0, 2, None, META, True
 
     def sum_(self, tensor: Tensor) -> None:
         assert tensor.device == META
