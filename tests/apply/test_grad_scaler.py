@@ -1,8 +1,8 @@
-"""Under a GradScaler: what one rank's scaler cannot see, all ranks act on, and their scales stay the same."""
+"""Train with a GradScaler: an overflow on one rank is seen by all, and their scales stay the same."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -16,37 +16,46 @@ from torch.optim import Optimizer
 
 import distclip
 from distclip import ArgumentError, DisagreementError, GradClipper, reference
-from tests.ranks import World
-from tests.rig import CASES, INF, KINDS, Rig, alike, bits, build, everywhere_, frozen, local, made_up
+from tests.ranks import on_ranks
+from tests.rig import (
+    INF,
+    LOSS_SCALE,
+    RIG_CASES,
+    Rig,
+    assert_raises_on_ranks,
+    assert_same_on_ranks,
+    build_rig,
+    each_rig,
+    local_tensor,
+    make_scaler,
+    to_bytes,
+    training_state,
+    whole_gradient,
+)
 from tests.tables.layouts.data_parallel import mlp
-from tests.tables.layouts.pipeline import plain
-
-SCALE = 2.0**10
-
-
-def scaler_of(**options: Any) -> torch.amp.GradScaler:
-    """One that has scaled a loss."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, **options)
-    scaler.scale(torch.ones(()))
-    return scaler
+from tests.tables.layouts.tensors import plain_param
+from tests.tables.optimizers import OPTIMIZERS
+from tests.tables.policies import POLICIES
 
 
-class Whole:
-    """The model on one process in float64: what training without a scaler makes of it.
+class WholeModel:
+    """The model of a rig on one process in float64, trained without a scaler.
 
     Args:
-        rig: whose parameters it starts from.
-        kinds: of optimizers, as in the rig's, each with its share of the keys.
+        rig: has the initial parameters.
+        kinds: names in `OPTIMIZERS`, each for a share of the keys.
     """
 
     def __init__(self, rig: Rig, kinds: Sequence[str]) -> None:
-        self.params = {key: nn.Parameter(value) for key, value in rig.gathered(lambda p: p).items()}
-        own = [[self.params[key] for key in sorted(self.params)[i :: len(kinds)]] for i in range(len(kinds))]
-        self.optimizers = [KINDS["adamw" if kind == "fused" else kind](p) for kind, p in zip(kinds, own, strict=True)]
+        self.params = {key: nn.Parameter(value) for key, value in rig.gather_whole(lambda p: p).items()}
+        shares = [[self.params[key] for key in sorted(self.params)[i :: len(kinds)]] for i in range(len(kinds))]
+        # In one process the fused kernel would be the one under test.
+        kinds = ["adamw" if kind == "fused" else kind for kind in kinds]
+        self.optimizers = [OPTIMIZERS[kind](share) for kind, share in zip(kinds, shares, strict=True)]
 
     def step(self, number: int, max_norm: float) -> Tensor:
-        """The norm before clipping."""
-        grads = {key: made_up(key, param.shape, number) for key, param in self.params.items()}
+        """Clip and step, and return the norm before clipping."""
+        grads = {key: whole_gradient(key, param.shape, number) for key, param in self.params.items()}
         norm = reference.total_norm(grads.values())
         for key, grad in grads.items():
             self.params[key].grad = grad * reference.clip_coefficient(norm, max_norm)
@@ -54,31 +63,32 @@ class Whole:
             optimizer.step()
         return norm
 
-    def matches(self, rig: Rig) -> None:
+    def assert_same(self, rig: Rig) -> None:
+        """Assert that the rig has the same parameters."""
         for name, param in rig.named:
-            expected = local(rig.lay(param, self.params[rig.key(name, param)].detach()))
-            torch.testing.assert_close(local(param.data), expected, rtol=1e-6, atol=1e-6)
+            expected = local_tensor(rig.distribute(param, self.params[rig.key(name, param)].detach()))
+            torch.testing.assert_close(local_tensor(param.data), expected, rtol=1e-6, atol=1e-6)
 
 
-def shared_out(rig: Rig, kinds: Sequence[str]) -> list[Optimizer]:
-    """Optimizers of these kinds, with the same share of the keys as in `Whole`."""
-    keys = sorted(rig.gathered(lambda p: p))
+def split_optimizers(rig: Rig, kinds: Sequence[str]) -> list[Optimizer]:
+    """Make optimizers of these kinds, each for the same share of the keys as in `WholeModel`."""
+    keys = sorted(rig.gather_whole(lambda p: p))
     optimizers = []
     for i, kind in enumerate(kinds):
-        own = [p for name, p in rig.named if rig.key(name, p) in keys[i :: len(kinds)]]
-        groups = [[p for p in own if isinstance(p, DTensor)], [p for p in own if not isinstance(p, DTensor)]]
-        # A rank may have nothing for one of them.
+        share = [p for name, p in rig.named if rig.key(name, p) in keys[i :: len(kinds)]]
+        groups = [[p for p in share if isinstance(p, DTensor)], [p for p in share if not isinstance(p, DTensor)]]
+        # A rank may have no parameter for one of the optimizers.
         groups = [{"params": group} for group in groups if group] or [{"params": []}]
-        optimizers.append(KINDS[kind](groups))
+        optimizers.append(OPTIMIZERS[kind](groups))
     return optimizers
 
 
 def check_training(name: str, kinds: tuple[str, ...], together: bool) -> None:
-    """A trace with overflows and growth: as in one process, all step or all skip, one scale."""
-    rig = build(name)
-    whole, optimizers = Whole(rig, kinds), shared_out(rig, kinds)
-    clipper, scaler = rig.clipper(distclip.global_norm(2.0)), scaler_of(growth_interval=3)
-    expected, healthy = SCALE, 0
+    """Train through overflows and growth of the scale: all ranks step or all skip, as one process does."""
+    rig = build_rig(name)
+    whole, optimizers = WholeModel(rig, kinds), split_optimizers(rig, kinds)
+    clipper, scaler = rig.clipper(distclip.global_norm(2.0)), make_scaler(growth_interval=3)
+    expected, num_healthy = LOSS_SCALE, 0
     for number in range(9):
         bad = number in (1, 6, 7)
         rig.fill(number, scaler.get_scale())
@@ -86,34 +96,35 @@ def check_training(name: str, kinds: tuple[str, ...], together: bool) -> None:
             rig.poison(number % dist.get_world_size(), INF)
         else:
             norm = whole.step(number, 2.0)
-        before, writes = frozen(rig, *optimizers), [g._version for g in rig.grads()]
-        seen: list[list[int]] = []
+        before, writes = training_state(rig, *optimizers), [g._version for g in rig.grads()]
+        versions: list[list[int]] = []
 
-        def look(*_: Any, seen: list[list[int]] = seen) -> None:
-            seen.append([g._version for g in rig.grads()])
+        def record(*_: Any, versions: list[list[int]] = versions) -> None:
+            versions.append([g._version for g in rig.grads()])
 
-        hooks = [optimizer.register_step_pre_hook(look) for optimizer in optimizers]
+        hooks = [optimizer.register_step_pre_hook(record) for optimizer in optimizers]
         reports = [clipper.step(part, scaler) for part in ([optimizers] if together else optimizers)]
         for hook in hooks:
             hook.remove()
         if not bad:
-            assert (seen[0] == writes) == (kinds[0] == "fused" and (not together or set(kinds) == {"fused"}))
-            assert all(now - old <= 1 for now, old in zip(seen[0], writes, strict=True)), "more than one pass"
+            scales_in_kernel = kinds[0] == "fused" and (not together or set(kinds) == {"fused"})
+            assert (versions[0] == writes) == scales_in_kernel
+            assert all(now - old <= 1 for now, old in zip(versions[0], writes, strict=True)), "more than one pass"
             assert all(abs(float(report.norm) / float(norm) - 1) < 1e-6 for report in reports)
         else:
-            assert frozen(rig, *optimizers) == before
+            assert training_state(rig, *optimizers) == before
         assert [bool(report.skipped) for report in reports] == [bad] * len(reports)
         scaler.update()
-        healthy = 0 if bad else healthy + 1
-        expected *= 0.5 if bad else 2.0 if healthy == 3 else 1.0
-        healthy %= 3
+        num_healthy = 0 if bad else num_healthy + 1
+        expected *= 0.5 if bad else 2.0 if num_healthy == 3 else 1.0
+        num_healthy %= 3
         assert scaler.get_scale() == expected
-        whole.matches(rig)
+        whole.assert_same(rig)
     assert clipper.skipped == 3 and [i.step for i in clipper.incidents] == [2, 7, 8]
-    alike(clipper, scaler.get_scale())
+    assert_same_on_ranks(clipper, scaler.get_scale())
 
 
-MIXES = [
+MIXES: list[tuple[tuple[str, ...], bool]] = [
     (("adamw",), True),
     (("fused",), True),
     (("fused", "sgd"), True),
@@ -123,18 +134,31 @@ MIXES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "size"), CASES)
-def test_training(world: Callable[[int], World], name: str, size: int) -> None:
-    for kinds, together in MIXES if size == 4 else MIXES[3:4]:
-        world(size).run(check_training, name=name, kinds=kinds, together=together)
+TRAINING = [
+    (name, num_ranks, kinds, together)
+    for name, num_ranks in RIG_CASES
+    for kinds, together in (MIXES if num_ranks == 4 else MIXES[3:4])
+]
 
 
-def check_unscaled(name: str, which: tuple[bool, ...], together: bool) -> None:
-    """What the caller has unscaled is not unscaled again; `which` of the optimizers were."""
+@pytest.mark.parametrize(("name", "num_ranks", "kinds", "together"), TRAINING)
+@on_ranks()
+def test_trains_as_one_process_without_a_scaler(name: str, kinds: tuple[str, ...], together: bool) -> None:
+    check_training(name, kinds, together)
+
+
+@on_ranks(4)
+@pytest.mark.parametrize(
+    ("which", "together"),
+    [((True,), True), ((True, True), True), ((True, False), True), ((False, True), True), ((True, True), False)],
+)
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "stages", "stages_fsdp2"])
+def test_does_not_unscale_twice(name: str, which: tuple[bool, ...], together: bool) -> None:
+    """Train where the caller has unscaled some of the optimizers, which must not be unscaled again."""
     kinds = ("adamw", "sgd")[: len(which)]
-    rig = build(name)
-    whole, optimizers = Whole(rig, kinds), shared_out(rig, kinds)
-    clipper, scaler = rig.clipper(distclip.global_norm(2.0)), scaler_of()
+    rig = build_rig(name)
+    whole, optimizers = WholeModel(rig, kinds), split_optimizers(rig, kinds)
+    clipper, scaler = rig.clipper(distclip.global_norm(2.0)), make_scaler()
     for number in range(3):
         rig.fill(number, scaler.get_scale())
         whole.step(number, 2.0)
@@ -144,220 +168,186 @@ def check_unscaled(name: str, which: tuple[bool, ...], together: bool) -> None:
         for part in [optimizers] if together else optimizers:
             clipper.step(part, scaler)
         scaler.update()
-        whole.matches(rig)
+        whole.assert_same(rig)
 
 
-@pytest.mark.parametrize(
-    ("which", "together"),
-    [((True,), True), ((True, True), True), ((True, False), True), ((False, True), True), ((True, True), False)],
-)
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "stages", "stages_fsdp2"])
-def test_unscaled(world: Callable[[int], World], name: str, which: tuple[bool, ...], together: bool) -> None:
-    world(4).run(check_unscaled, name=name, which=which, together=together)
-
-
-def check_unscaled_apart(which: tuple[bool, bool]) -> None:
-    """In a call each, where only one was unscaled, there is no norm of both: the first call says so."""
-    rig = build("stages")
-    optimizers, clipper, scaler = shared_out(rig, ("sgd", "adamw")), rig.clipper(distclip.global_norm(1.0)), scaler_of()
+@on_ranks(2)
+@pytest.mark.parametrize("which", [(True, False), (False, True)])
+def test_raises_in_the_first_of_two_calls_if_one_optimizer_was_unscaled(which: tuple[bool, bool]) -> None:
+    """Step two optimizers in two calls: there is no norm over both if only one was unscaled."""
+    rig = build_rig("stages")
+    optimizers = split_optimizers(rig, ("sgd", "adamw"))
+    clipper, scaler = rig.clipper(distclip.global_norm(1.0)), make_scaler()
     rig.fill(0, scaler.get_scale())
     for unscaled, optimizer in zip(which, optimizers, strict=True):
         if unscaled:
             scaler.unscale_(optimizer)
-    before = bits(rig.grads())
-    refused(lambda: clipper.step(optimizers[0], scaler), "some of the clipper's gradients have been unscaled")
-    assert bits(rig.grads()) == before
+    before = to_bytes(rig.grads())
+    assert_raises_on_ranks(
+        lambda: clipper.step(optimizers[0], scaler), ArgumentError, "some of the clipper's gradients have been unscaled"
+    )
+    assert to_bytes(rig.grads()) == before
 
 
-@pytest.mark.parametrize("which", [(True, False), (False, True)])
-def test_unscaled_apart(world: Callable[[int], World], which: tuple[bool, bool]) -> None:
-    world(2).run(check_unscaled_apart, which=which)
-
-
-def refused(call: Callable[[], Any], *words: str, kind: type[Exception] = ArgumentError) -> None:
-    """On every rank, and the world goes on."""
-    try:
-        call()
-    except Exception as error:
-        assert isinstance(error, kind), f"{type(error).__name__}: {error}"
-        assert all(word in str(error) for word in words), error
-    else:
-        raise AssertionError(f"not refused on rank {dist.get_rank()}")
-    dist.barrier()
-
-
-def check_refused(name: str, everyone: bool) -> None:
-    """What one rank does wrong, or all, all refuse; nothing moves."""
-    rig = build(name)
+@on_ranks(2)
+@pytest.mark.parametrize("everyone", [True, False])
+@pytest.mark.parametrize("name", ["megatron", "stages", "experts"])
+def test_mistakes_raise_on_all_ranks_and_change_nothing(name: str, everyone: bool) -> None:
+    rig = build_rig(name)
     here = everyone or dist.get_rank() == 1
     clipper, optimizer = rig.clipper(distclip.global_norm(1.0)), rig.optimizer("sgd")
-    scaler, unscaled = scaler_of(), torch.amp.GradScaler("cpu", init_scale=SCALE)
-    stranger = torch.optim.SGD([plain(torch.ones(2))], lr=1.0)
-    rig.fill(0, SCALE)
-    before, grads = frozen(rig, optimizer), bits(rig.grads())
+    scaler, unscaled = make_scaler(), torch.amp.GradScaler("cpu", init_scale=LOSS_SCALE)
+    stranger = torch.optim.SGD([plain_param(torch.ones(2))], lr=1.0)
+    rig.fill(0, LOSS_SCALE)
+    before, grads = training_state(rig, optimizer), to_bytes(rig.grads())
     if everyone:
-        refused(lambda: clipper.step(optimizer, unscaled), "has not scaled a loss")
-    refused(lambda: clipper.step(optimizer, 3 if here else scaler), "scaler=3")
-    refused(lambda: clipper.step("adam" if here else optimizer, scaler), "optimizer='adam'")
-    # Made apart, so that what this clipper has met stays the same on all ranks.
+        assert_raises_on_ranks(lambda: clipper.step(optimizer, unscaled), ArgumentError, "has not scaled a loss")
+    assert_raises_on_ranks(lambda: clipper.step(optimizer, 3 if here else scaler), ArgumentError, "scaler=3")
+    other = "adam" if here else optimizer
+    assert_raises_on_ranks(lambda: clipper.step(other, scaler), ArgumentError, "optimizer='adam'")
+    # Another clipper, because the first call with an optimizer compares ranks.
     other = rig.clipper(distclip.global_norm(1.0))
-    refused(lambda: other.step([optimizer, stranger] if here else optimizer, scaler), "not the clipper's")
+    assert_raises_on_ranks(
+        lambda: other.step([optimizer, stranger] if here else optimizer, scaler), ArgumentError, "not the clipper's"
+    )
     _, param = rig.named[-1]
     if here:
         param.data, param.grad = param.data.half(), None
-        param.grad = rig.lay(param, torch.ones(param.shape))
-    refused(lambda: clipper.step(optimizer, scaler), "FP16 gradients")
+        param.grad = rig.distribute(param, torch.ones(param.shape))
+    assert_raises_on_ranks(lambda: clipper.step(optimizer, scaler), ArgumentError, "FP16 gradients")
     if here:
         param.data, param.grad = param.data.float(), None
-    rig.fill(0, SCALE)
-    assert (frozen(rig, optimizer), bits(rig.grads())) == (before, grads)
+    rig.fill(0, LOSS_SCALE)
+    assert (training_state(rig, optimizer), to_bytes(rig.grads())) == (before, grads)
     clipper.step(optimizer, scaler)
-    refused(lambda: clipper.step(optimizer, scaler), "scaler.update()")
+    assert_raises_on_ranks(lambda: clipper.step(optimizer, scaler), ArgumentError, "scaler.update()")
     scaler.update()
-    rig.fill(1, SCALE)
+    rig.fill(1, LOSS_SCALE)
     clipper.step(optimizer, scaler)
 
 
-@pytest.mark.parametrize("everyone", [True, False])
-@pytest.mark.parametrize("name", ["megatron", "stages", "experts"])
-def test_refused(world: Callable[[int], World], name: str, everyone: bool) -> None:
-    world(2).run(check_refused, name=name, everyone=everyone)
-
-
-def check_no_loss(init_scale: float) -> None:
-    """Only the last stage sees a loss; the scalers of the others have to start where its own does."""
-    rig = build("stages")
+@on_ranks(2)
+@pytest.mark.parametrize("init_scale", [LOSS_SCALE, 2.0 * LOSS_SCALE])
+def test_stages_without_a_loss_need_the_same_initial_scale(init_scale: float) -> None:
+    """Scale a loss on one stage only: the scalers of the other stages must have the same initial scale."""
+    rig = build_rig("stages")
     clipper, optimizer = rig.clipper(distclip.global_norm(1.0)), rig.optimizer("sgd")
-    scaler = torch.amp.GradScaler("cpu", init_scale=init_scale) if dist.get_rank() == 0 else scaler_of()
-    rig.fill(0, SCALE)
-    if init_scale != SCALE:
-        refused(lambda: clipper.step(optimizer, scaler), "scale", kind=DisagreementError)
+    scaler = torch.amp.GradScaler("cpu", init_scale=init_scale) if dist.get_rank() == 0 else make_scaler()
+    rig.fill(0, LOSS_SCALE)
+    if init_scale != LOSS_SCALE:
+        assert_raises_on_ranks(lambda: clipper.step(optimizer, scaler), DisagreementError, "scale")
         return
-    norm = reference.total_norm(rig.gathered(lambda p: p.grad).values()) / SCALE
+    norm = reference.total_norm(rig.gather_whole(lambda p: p.grad).values()) / LOSS_SCALE
     report = clipper.step(optimizer, scaler)
     torch.testing.assert_close(report.norm.double(), norm, rtol=1e-6, atol=0)
     scaler.update()
-    alike(clipper, scaler.get_scale())
+    assert_same_on_ranks(clipper, scaler.get_scale())
 
 
-@pytest.mark.parametrize("init_scale", [SCALE, 2.0 * SCALE])
-def test_no_loss(world: Callable[[int], World], init_scale: float) -> None:
-    world(2).run(check_no_loss, init_scale=init_scale)
-
-
-def check_second_call() -> None:
-    """What the first of two calls would refuse, the second has to as well."""
-    rig = build("stages")
-    clipper, scaler, stranger = rig.clipper(distclip.global_norm(1.0)), scaler_of(), plain(torch.ones(2))
+@on_ranks(2)
+def test_second_call_checks_its_optimizer() -> None:
+    rig = build_rig("stages")
+    clipper, scaler, stranger = rig.clipper(distclip.global_norm(1.0)), make_scaler(), plain_param(torch.ones(2))
     optimizers = [rig.optimizer("sgd"), torch.optim.SGD([stranger], lr=1.0)]
-    rig.fill(0, SCALE)
-    stranger.grad = torch.full((2,), SCALE)
+    rig.fill(0, LOSS_SCALE)
+    stranger.grad = torch.full((2,), LOSS_SCALE)
     clipper.step(optimizers[0], scaler)
-    refused(lambda: clipper.step(optimizers[1], scaler), "not the clipper's")
+    assert_raises_on_ranks(lambda: clipper.step(optimizers[1], scaler), ArgumentError, "not the clipper's")
 
 
-def test_second_call(world: Callable[[int], World]) -> None:
-    world(2).run(check_second_call)
-
-
-def check_unscaled_between() -> None:
-    """Multiplied in the first call already: the caller's unscale_ before the second is one too many."""
-    rig = build("stages")
-    optimizers, clipper, scaler = shared_out(rig, ("sgd", "adamw")), rig.clipper(distclip.global_norm(1.0)), scaler_of()
-    rig.fill(0, SCALE)
+@on_ranks(2)
+def test_raises_if_unscaled_between_two_calls() -> None:
+    """Unscale between two calls, of which the first has already unscaled all gradients."""
+    rig = build_rig("stages")
+    optimizers = split_optimizers(rig, ("sgd", "adamw"))
+    clipper, scaler = rig.clipper(distclip.global_norm(1.0)), make_scaler()
+    rig.fill(0, LOSS_SCALE)
     clipper.step(optimizers[0], scaler)
     scaler.unscale_(optimizers[1])
-    refused(lambda: clipper.step(optimizers[1], scaler), "unscale_")
+    assert_raises_on_ranks(lambda: clipper.step(optimizers[1], scaler), ArgumentError, "unscale_")
 
 
-def test_unscaled_between(world: Callable[[int], World]) -> None:
-    world(2).run(check_unscaled_between)
-
-
-def check_value(name: str) -> None:
-    """Bounds of elements mean unscaled ones."""
-    rig = build(name)
-    clipper, scaler, optimizer = rig.clipper(distclip.value(0.5)), scaler_of(), rig.optimizer("sgd")
-    whole = {key: p.clone() for key, p in rig.gathered(lambda p: p).items()}
-    rig.fill(0, SCALE)
-    moved = {key: whole[key] - 0.01 * (g / SCALE).clamp(-0.5, 0.5) for key, g in rig.gathered(lambda p: p.grad).items()}
+@each_rig
+@on_ranks()
+def test_value_bounds_unscaled_elements(name: str) -> None:
+    rig = build_rig(name)
+    clipper, scaler, optimizer = rig.clipper(distclip.value(0.5)), make_scaler(), rig.optimizer("sgd")
+    whole = {key: p.clone() for key, p in rig.gather_whole(lambda p: p).items()}
+    rig.fill(0, LOSS_SCALE)
+    expected = {
+        key: whole[key] - 0.01 * (g / LOSS_SCALE).clamp(-0.5, 0.5)
+        for key, g in rig.gather_whole(lambda p: p.grad).items()
+    }
     clipper.step(optimizer, scaler)
     scaler.update()
-    for key, param in rig.gathered(lambda p: p).items():
-        torch.testing.assert_close(param, moved[key], rtol=1e-6, atol=1e-6)
-    rig.fill(1, SCALE)
+    for key, param in rig.gather_whole(lambda p: p).items():
+        torch.testing.assert_close(param, expected[key], rtol=1e-6, atol=1e-6)
+    rig.fill(1, LOSS_SCALE)
     rig.poison(1, INF)
     assert clipper.step(optimizer, scaler).skipped
     scaler.update()
-    alike(clipper, scaler.get_scale())
-    assert scaler.get_scale() == SCALE / 2
+    assert_same_on_ranks(clipper, scaler.get_scale())
+    assert scaler.get_scale() == LOSS_SCALE / 2
 
 
-@everywhere_
-def test_value(world: Callable[[int], World], name: str, size: int) -> None:
-    world(size).run(check_value, name=name)
-
-
-def check_policies(name: str) -> None:
-    """Whatever the policy and whatever it does about NaN: as a twin without a scaler that skips."""
-    policies = [distclip.adagc(warmup=2), distclip.agc(0.1), distclip.per_tensor_norm(0.5), distclip.zclip(warmup=2)]
-    for policy, action in zip(policies, ("skip", "raise", "zero", "propagate"), strict=True):
-        rig, twin = build(name), build(name)
-        optimizers = [rig.optimizer("fused"), twin.optimizer("adamw")]
-        clippers, scaler = [rig.clipper(policy, on_nonfinite=action), twin.clipper(policy)], scaler_of()
-        for number in range(4):
-            rig.fill(number, scaler.get_scale())
-            twin.fill(number)
-            if number == 2:
-                rig.poison(1, INF)
-            else:
-                clippers[1].step(optimizers[1])
-            assert bool(clippers[0].step(optimizers[0], scaler).skipped) == (number == 2)
-            scaler.update()
-        assert scaler.get_scale() == SCALE / 2 and clippers[0].skipped == 1
-        for (_, one), (_, two) in zip(rig.named, twin.named, strict=True):
-            torch.testing.assert_close(local(one.data), local(two.data), rtol=1e-6, atol=1e-6)
-
-
+@on_ranks(2)
 @pytest.mark.parametrize("name", ["fsdp2", "tp", "stages", "experts"])
-def test_policies(world: Callable[[int], World], name: str) -> None:
-    world(2).run(check_policies, name=name)
+@pytest.mark.parametrize(
+    ("policy", "action"),
+    [("adagc", "skip"), ("agc", "raise"), ("per_tensor_norm", "zero"), ("zclip", "propagate")],
+)
+def test_policies_skip_overflows_with_any_rule_for_nonfinite_steps(name: str, policy: str, action: str) -> None:
+    """Compare with a twin that has no scaler and that does not take the step."""
+    small = POLICIES[policy].small
+    assert small is not None
+    rig, twin = build_rig(name), build_rig(name)
+    optimizers = [rig.optimizer("fused"), twin.optimizer("adamw")]
+    clippers, scaler = [rig.clipper(small(), on_nonfinite=action), twin.clipper(small())], make_scaler()
+    for number in range(4):
+        rig.fill(number, scaler.get_scale())
+        twin.fill(number)
+        if number == 2:
+            rig.poison(1, INF)
+        else:
+            clippers[1].step(optimizers[1])
+        assert bool(clippers[0].step(optimizers[0], scaler).skipped) == (number == 2)
+        scaler.update()
+    assert scaler.get_scale() == LOSS_SCALE / 2
+    assert clippers[0].skipped == 1
+    for (_, one), (_, two) in zip(rig.named, twin.named, strict=True):
+        torch.testing.assert_close(local_tensor(one.data), local_tensor(two.data), rtol=1e-6, atol=1e-6)
 
 
-def check_disabled() -> None:
-    rig = build("stages")
+@on_ranks(2)
+def test_disabled_scaler_keeps_nothing_of_a_round() -> None:
+    rig = build_rig("stages")
     clipper, optimizer = rig.clipper(distclip.global_norm(1.0)), rig.optimizer("fused")
     rig.fill(0)
     coef = clipper.step(optimizer, torch.amp.GradScaler("cpu", enabled=False)).coef
     assert 0 < coef < 1
-    # Nothing of a round is kept: the next one is clipped anew.
     rig.fill(1)
     assert clipper.step(optimizer, torch.amp.GradScaler("cpu", enabled=False)).coef != coef
 
 
-def check_fsdp1() -> None:
+@on_ranks(2)
+def test_sharded_grad_scaler_of_fsdp1() -> None:
     model = FullyShardedDataParallel(mlp(8, 6, 4), device_id=torch.device("cpu"), use_orig_params=True)
-    scaler = ShardedGradScaler("cpu", init_scale=SCALE, growth_interval=3)
+    scaler = ShardedGradScaler("cpu", init_scale=LOSS_SCALE, growth_interval=3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
-    clipper, scale, norms = GradClipper(model, distclip.global_norm(1.0)), SCALE, []
+    clipper, scale, norms = GradClipper(model, distclip.global_norm(1.0)), LOSS_SCALE, []
     for number in range(4):
         torch.manual_seed(dist.get_rank())
         scaler.scale(model(torch.randn(6, 8)).square().sum() * 30).backward()
         grads = [p.grad for p in model.parameters() if p.grad is not None and p.grad.numel()]
         if number == 1 and dist.get_rank() == 1:
             grads[0].view(-1)[0] = INF
-        before = bits(model.parameters())
+        before = to_bytes(model.parameters())
         report = clipper.step(optimizer, scaler)
-        assert bool(report.skipped) == (number == 1) == (bits(model.parameters()) == before)
+        assert bool(report.skipped) == (number == 1) == (to_bytes(model.parameters()) == before)
         scaler.update()
         scale *= 0.5 if number == 1 else 1.0
         assert scaler.get_scale() == scale
         norms.append(float(report.norm))
         optimizer.zero_grad()
-    assert 0 < norms[3] < norms[0] < SCALE, "the norm is free of the scale"
-    alike(clipper, norms[0])
-
-
-def test_other_scalers(world: Callable[[int], World]) -> None:
-    world(2).run(check_disabled)
-    world(2).run(check_fsdp1)
+    assert 0 < norms[3] < norms[0] < LOSS_SCALE, "the norm depends on the scale"
+    assert_same_on_ranks(clipper, norms[0])

@@ -1,29 +1,30 @@
-"""As on an accelerator, where the host reads totals only if it has to: the same norms, policies and refusals."""
+"""Run as on an accelerator, where the host reads totals only if it must: the same norms, policies and errors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from importlib import import_module
 from unittest import mock
 
 import pytest
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
 import distclip
 from distclip import ArgumentError, PeerError, ProcessGroupComm
-from tests.policies.test_policies import check_policies
-from tests.ranks import World
-from tests.rig import INF, NAN, bits, build, frozen, memory
-from tests.sharding.test_layouts import check_layout
+from tests.policies.checks import PER_GRANULARITY, check_policies
+from tests.ranks import on_ranks
+from tests.rig import INF, NAN, build_rig, policy_state, to_bytes, training_state
+from tests.sharding.checks import check_layout
 from tests.tables.layouts import LAYOUTS
-from tests.tables.layouts.model_parallel import known, made
+from tests.tables.layouts.meshes import mesh_of
+from tests.tables.layouts.tensors import dtensor_param, random_grad
 
 
 @contextmanager
 def on_an_accelerator() -> Iterator[None]:
+    """Let the engine treat every host read as a synchronization."""
     with ExitStack() as stack:
         for stage in ("norms.reduce", "call", "judge"):
             module = import_module(f"distclip.{stage}")
@@ -31,45 +32,47 @@ def on_an_accelerator() -> Iterator[None]:
         yield
 
 
-def check_as_before(check: Callable[..., None], name: str) -> None:
+# The host cannot know that a norm overflows float32, so it does not return that one in float64.
+@pytest.mark.parametrize(
+    ("name", "num_ranks"),
+    [(name, max(row.worlds)) for name, row in sorted(LAYOUTS.items()) if name != "fp32_norm_beyond_fp32"],
+)
+@on_ranks()
+def test_norm_and_gradients(name: str) -> None:
     with on_an_accelerator():
-        check(name)
+        check_layout(name)
 
 
-# A norm beyond float32 is written in float64 where the host knows it to be one.
-@pytest.mark.parametrize("name", sorted(LAYOUTS.keys() - {"fp32_norm_beyond_fp32"}))
-def test_layout(world: Callable[[int], World], name: str) -> None:
-    world(max(LAYOUTS[name].worlds)).run(check_as_before, check=check_layout, name=name)
-
-
+@on_ranks(4)
 @pytest.mark.parametrize(
     "name", ["ddp", "fsdp1_full_shard_orig", "fsdp2_tp", "many_meshes", "partial", "stages_fsdp2", "tp_sequence"]
 )
-def test_policies(world: Callable[[int], World], name: str) -> None:
-    world(4).run(check_as_before, check=check_policies, name=name)
+def test_policies(name: str) -> None:
+    with on_an_accelerator():
+        check_policies(name, PER_GRANULARITY)
 
 
-def check_a_communicator_of_the_caller() -> None:
-    """Rank 0 holds nothing and is on no accelerator; both read that rank 1 has failed, and raise in its words."""
+@on_ranks(2)
+def test_communicator_of_the_caller_raises_the_error_of_another_rank() -> None:
+    """Fail on rank 1, while rank 0 holds nothing and is on no accelerator: both raise the error of rank 1."""
     comm = ProcessGroupComm(dist.group.WORLD)
     last = dist.get_rank() == 1
-    mesh = DeviceMesh("cpu", [1])
-    parameters = [made(known(4, 3), mesh, [Shard(0)])] if last else []
+    mesh = mesh_of(1)
+    parameters = [dtensor_param(random_grad(4, 3), mesh, [Shard(0)])] if last else []
     with on_an_accelerator() if last else nullcontext(), pytest.raises(ArgumentError, match="max_norm=-1"):
         distclip.clip_grad_norm_(parameters, -1.0 if last else 1.0, comm=comm)
     dist.barrier()
 
 
-def test_a_communicator_of_the_caller(world: Callable[[int], World]) -> None:
-    world(2).run(check_a_communicator_of_the_caller)
-
-
-def check_a_failure(how: str, value: float) -> None:
-    """Of rank 1, in the third step, beside a bad element of rank 0 or not: nobody waits to be told."""
-    rig, untouched = build("fsdp2"), build("fsdp2")
+@on_ranks(2)
+@pytest.mark.parametrize("value", [1.0, NAN, INF])
+@pytest.mark.parametrize("how", ["clip", "step", "checked", "free"])
+def test_failure_of_one_rank_raises_on_the_other_at_its_next_host_read(how: str, value: float) -> None:
+    """Fail on rank 1 in the third step, in which rank 0 may have a non-finite element: rank 0 does not wait."""
+    rig, untouched = build_rig("fsdp2"), build_rig("fsdp2")
     clipper = rig.clipper(distclip.ema())
     optimizer = rig.optimizer("fused" if how == "step" else "sgd")
-    fails = dist.get_rank() == 1
+    is_failing = dist.get_rank() == 1
 
     def call(wrong: bool = False) -> None:
         if how == "clip":
@@ -85,11 +88,11 @@ def check_a_failure(how: str, value: float) -> None:
         for number in range(2):
             rig.fill(number)
             call()
-        before, remembered = frozen(rig, optimizer), memory(clipper)
+        before, state_before = training_state(rig, optimizer), policy_state(clipper)
         for one in (rig, untouched):
             one.fill(2)
             one.poison(0, value)
-        if fails:
+        if is_failing:
             with pytest.raises(ArgumentError):
                 call(wrong=True)
         elif how in ("clip", "checked"):
@@ -97,16 +100,10 @@ def check_a_failure(how: str, value: float) -> None:
                 call()
         else:
             call()
-        assert frozen(rig, optimizer) == before
-        assert bits(rig.grads()) == bits(untouched.grads()), "a gradient was touched"
-        if how == "step" and not fails:
+        assert training_state(rig, optimizer) == before
+        assert to_bytes(rig.grads()) == to_bytes(untouched.grads()), "a gradient was written"
+        if how == "step" and not is_failing:
             with pytest.raises(PeerError, match="another rank failed in step 3"):
                 call()
-        assert memory(clipper) == remembered
+        assert policy_state(clipper) == state_before
     dist.barrier()
-
-
-@pytest.mark.parametrize("value", [1.0, NAN, INF])
-@pytest.mark.parametrize("how", ["clip", "step", "checked", "free"])
-def test_a_failure(world: Callable[[int], World], how: str, value: float) -> None:
-    world(2).run(check_a_failure, how=how, value=value)

@@ -1,9 +1,8 @@
-"""Who waits for a device, and who does not: on meta tensors, which no host can read and which mix with no others."""
+"""Count host syncs on meta tensors, which no host can read and which mix with no other tensors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,28 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import distclip
-from distclip import GradClipper, Policy
+from distclip import GradClipper
 from distclip.monitor import Recorder
+from tests.tables.policies import POLICIES
 
 META = torch.device("meta")
 
-POLICIES: dict[str, Callable[[], Policy]] = {
-    "global_norm": lambda: distclip.global_norm(1.0),
-    "inf-norm": lambda: distclip.global_norm(1.0, math.inf),
-    "group_norm": lambda: distclip.group_norm({"first": ("^0", 2.0)}),
-    "per_tensor_norm": lambda: distclip.per_tensor_norm(1.0),
-    "value": lambda: distclip.value(0.1),
-    "agc": lambda: distclip.agc(0.01),
-    "autoclip": lambda: distclip.autoclip(10),
-    "zclip": lambda: distclip.zclip(cap=1.0),
-    "adagc": lambda: distclip.adagc(),
-    "ema": lambda: distclip.ema(),
-    "median_mad": lambda: distclip.median_mad(3.0, cap=2.0),
-}
+MAKERS = {name: row.make for name, row in POLICIES.items()} | {"inf-norm": lambda: distclip.global_norm(1.0, math.inf)}
 
 
 class TwoRanks:
-    """Of which this is one: numbers stay on the device."""
+    """A communicator of two ranks that keeps numbers on the device."""
 
     rank, size, ranks, device, covers_holders = 0, 2, None, META, True
 
@@ -52,19 +40,19 @@ class TwoRanks:
         return [value, value]
 
 
-alone_and_of_two = pytest.mark.parametrize("comm", [None, TwoRanks()], ids=["alone", "of two"])
-each_policy = pytest.mark.parametrize("policy", POLICIES)
+each_comm = pytest.mark.parametrize("comm", [None, TwoRanks()], ids=["one rank", "two ranks"])
+each_policy = pytest.mark.parametrize("policy", MAKERS)
 
 
-def model() -> nn.Module:
-    made = nn.Sequential(nn.Linear(4, 3, device=META), nn.Linear(3, 2, dtype=torch.bfloat16, device=META))
-    for param in made.parameters():
+def make_model() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 3, device=META), nn.Linear(3, 2, dtype=torch.bfloat16, device=META))
+    for param in model.parameters():
         param.grad = torch.empty_like(param)
-    return made
+    return model
 
 
 class Fused(torch.optim.Optimizer):
-    """Takes a factor, and whether to step at all, as torch's fused optimizers do."""
+    """An optimizer that takes `grad_scale` and `found_inf`, as torch's fused ones do."""
 
     _step_supports_amp_scaling = True
     grad_scale: Tensor
@@ -77,31 +65,31 @@ class Fused(torch.optim.Optimizer):
         assert self.found_inf.device == META
 
 
-def go_on(clipper: GradClipper) -> None:
-    """As if what the host has not read yet had come: nothing of interest."""
+def drop_deferred_reads(clipper: GradClipper) -> None:
+    """Drop the host reads that are due, as if they had found nothing."""
     clipper._judge._later = None
 
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Each time that a fact was asked of the device; the answer is yes. Asking for a number raises."""
-    asked: list[int] = []
+    """Record each bool that the host reads from the device, which is True. Reading a number raises."""
+    bools: list[int] = []
     real = Tensor.__bool__
 
     def answer(self: Tensor) -> bool:
         if self.device != META:
             return real(self)
-        asked.append(1)
+        bools.append(1)
         return True
 
     monkeypatch.setattr(Tensor, "__bool__", answer)
-    return asked
+    return bools
 
 
-@alone_and_of_two
+@each_comm
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, 3.0, 0.5, 0.0, math.inf, -math.inf])
-def test_functions_wait_for_nothing(reads: list[int], norm_type: float, comm: Any) -> None:
-    parameters = list(model().parameters())
+def test_functions_have_no_host_sync(reads: list[int], norm_type: float, comm: Any) -> None:
+    parameters = list(make_model().parameters())
     norm = distclip.clip_grad_norm_(parameters, 1.0, norm_type, comm=comm)
     total = distclip.get_total_norm([p.grad for p in parameters], norm_type, comm=comm)
     distclip.clip_grads_with_norm_(parameters, 1.0, total)
@@ -110,39 +98,39 @@ def test_functions_wait_for_nothing(reads: list[int], norm_type: float, comm: An
     assert not reads
 
 
-@alone_and_of_two
+@each_comm
 @each_policy
-def test_a_clipper_that_propagates_waits_for_nothing(reads: list[int], policy: str, comm: Any) -> None:
-    clipper = GradClipper(model(), POLICIES[policy](), on_nonfinite="propagate", comm=comm)
+def test_propagating_clipper_has_no_host_sync(reads: list[int], policy: str, comm: Any) -> None:
+    clipper = GradClipper(make_model(), MAKERS[policy](), on_nonfinite="propagate", comm=comm)
     for _ in range(2):
-        go_on(clipper)
+        drop_deferred_reads(clipper)
         report = clipper.clip()
         values = [getattr(report, field.name) for field in fields(report)]
         assert {value.device for value in values if value is not None} == {META}
     assert not reads
 
 
-@alone_and_of_two
+@each_comm
 @each_policy
 @pytest.mark.parametrize("on_nonfinite", ["skip", "raise", "zero"])
-def test_a_clipper_asks_once_whether_all_is_finite(reads: list[int], policy: str, on_nonfinite: Any, comm: Any) -> None:
-    clipper = GradClipper(model(), POLICIES[policy](), on_nonfinite=on_nonfinite, comm=comm)
+def test_other_clippers_have_one_host_sync(reads: list[int], policy: str, on_nonfinite: Any, comm: Any) -> None:
+    clipper = GradClipper(make_model(), MAKERS[policy](), on_nonfinite=on_nonfinite, comm=comm)
     clipper.clip()
     assert len(reads) == 1
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-@alone_and_of_two
+@each_comm
 @each_policy
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_fused_step_waits_for_nothing_and_others_ask_once(
+def test_fused_step_has_no_host_sync_and_others_have_one(
     reads: list[int], fused: bool, policy: str, comm: Any, scaled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    net, scaler = model(), None
-    clipper = GradClipper(net, POLICIES[policy](), comm=comm)
+    net, scaler = make_model(), None
+    clipper = GradClipper(net, MAKERS[policy](), comm=comm)
     optimizer = Fused(net.parameters()) if fused else torch.optim.SGD(net.parameters(), lr=0.1)
     if scaled:
-        # The scale itself is read once, when the ranks compare theirs.
+        # The scale is read once, when the ranks compare their scales.
         monkeypatch.setattr(GradScaler, "get_scale", lambda self: 65536.0)
         scaler = GradScaler("meta")
         scaler.scale(torch.empty((), device=META))
@@ -150,41 +138,41 @@ def test_a_fused_step_waits_for_nothing_and_others_ask_once(
     assert len(reads) == (not fused)
 
 
-class Travels(TorchDispatchMode):
-    """Operators that take something from the host to the device, for which a host may have to wait too."""
+class HostToDevice(TorchDispatchMode):
+    """Record operators that copy from the host to the device, for which a host may wait too."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[str] = []
+        self.operators: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given, made = ({t.device for t in tree_leaves(x) if isinstance(t, Tensor)} for x in ((args, kwargs), out))
-        if torch.device("cpu") in given and META in given | made:
-            self.seen.append(str(func))
+        inputs, outputs = ({t.device for t in tree_leaves(x) if isinstance(t, Tensor)} for x in ((args, kwargs), out))
+        if torch.device("cpu") in inputs and META in inputs | outputs:
+            self.operators.append(str(func))
         return out
 
 
-@alone_and_of_two
+@each_comm
 @each_policy
 @pytest.mark.usefixtures("reads")
-def test_constants_and_memory_travel_once(policy: str, comm: Any) -> None:
-    net = model()
-    clipper, optimizer = GradClipper(net, POLICIES[policy](), comm=comm), Fused(net.parameters())
+def test_constants_and_state_are_copied_once(policy: str, comm: Any) -> None:
+    net = make_model()
+    clipper, optimizer = GradClipper(net, MAKERS[policy](), comm=comm), Fused(net.parameters())
     clipper.measure_tensors()
     clipper.step(optimizer)
-    go_on(clipper)
-    with Travels() as travels:
+    drop_deferred_reads(clipper)
+    with HostToDevice() as copies:
         clipper.step(optimizer)
-    assert travels.seen == []
+    assert copies.operators == []
 
 
-def test_a_recorder_waits_for_nothing_between_its_writes(reads: list[int], tmp_path: Path) -> None:
-    net = model()
+def test_recorder_has_no_host_sync_between_writes(reads: list[int], tmp_path: Path) -> None:
+    net = make_model()
     clipper, optimizer = GradClipper(net, distclip.zclip(cap=1.0)), Fused(net.parameters())
     recorder = Recorder(clipper, tmp_path, every=100, per_tensor=True)
     for step in range(3):
-        go_on(clipper)
+        drop_deferred_reads(clipper)
         assert clipper.step(optimizer).tensor_norms is not None
         recorder.note(loss=torch.empty((), device=META), ids=[step])
     assert not reads

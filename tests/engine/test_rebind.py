@@ -1,4 +1,4 @@
-"""A clipper over other tensors, and a decision written elsewhere than where it was measured."""
+"""Bind a clipper to other tensors, and write a decision into copies of gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from distclip import ArgumentError, GradClipper, LayoutError, adagc, agc, global_norm, per_tensor_norm, value, zclip
 
 
-def model() -> nn.Module:
+def make_model() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
 
@@ -23,51 +23,51 @@ def fill(module: nn.Module, step: int) -> None:
 
 
 @pytest.mark.parametrize("policy", [zclip(warmup=2), adagc(warmup=2)], ids=["model", "tensor"])
-def test_the_memory_comes_along(policy: object) -> None:
-    one, other = model(), model()
-    stays, moves = GradClipper(one, policy), GradClipper(one, policy)  # type: ignore[arg-type]
+def test_rebinding_keeps_the_state(policy: object) -> None:
+    one, other = make_model(), make_model()
+    kept, rebound = GradClipper(one, policy), GradClipper(one, policy)  # type: ignore[arg-type]
     for step in range(4):
-        for clipper in (stays, moves):
+        for clipper in (kept, rebound):
             fill(one, step)
             clipper.clip()
-    moves.rebind(list(reversed(list(other.named_parameters()))))
+    rebound.rebind(list(reversed(list(other.named_parameters()))))
     fill(one, 4)
     fill(other, 4)
-    expected, report = stays.clip(), moves.clip()
+    expected, report = kept.clip(), rebound.clip()
     assert report.as_dict() == pytest.approx(expected.as_dict())
-    assert dict(zip(moves.slots, report.coefs.tolist(), strict=True)) == pytest.approx(
-        dict(zip(stays.slots, expected.coefs.tolist(), strict=True))
+    assert dict(zip(rebound.slots, report.coefs.tolist(), strict=True)) == pytest.approx(
+        dict(zip(kept.slots, expected.coefs.tolist(), strict=True))
     )
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
 
 
-def test_what_cannot_be_bound_is_refused() -> None:
+def test_rebinding_to_an_invalid_argument_raises() -> None:
     with pytest.raises(ArgumentError, match="expected a torch"):
-        GradClipper(model(), global_norm(1.0)).rebind(3)  # type: ignore[arg-type]
+        GradClipper(make_model(), global_norm(1.0)).rebind(3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("policy", [global_norm(0.1), per_tensor_norm(0.1), agc(0.01), value(0.1)])
 @pytest.mark.parametrize("scale", [None, 64.0])
-def test_a_decision_is_written_into_copies(policy: object, scale: float | None) -> None:
-    usual, apart = model(), model()
-    clipper = GradClipper(apart, policy)  # type: ignore[arg-type]
-    fill(usual, 0)
-    fill(apart, 0)
-    GradClipper(usual, policy).clip()  # type: ignore[arg-type]
-    for param in apart.parameters():
+def test_writes_a_decision_into_copies(policy: object, scale: float | None) -> None:
+    model, measured = make_model(), make_model()
+    clipper = GradClipper(measured, policy)  # type: ignore[arg-type]
+    fill(model, 0)
+    fill(measured, 0)
+    GradClipper(model, policy).clip()  # type: ignore[arg-type]
+    for param in measured.parameters():
         assert param.grad is not None
         param.grad.mul_(scale or 1.0)
     decision = clipper.decide(scale)
-    copies = [copy.deepcopy(param.grad).double() for param in apart.parameters()]
+    copies = [copy.deepcopy(param.grad).double() for param in measured.parameters()]
     clipper.write_(decision, [1, 0, 2, 3], [copies[1], copies[0], copies[2], copies[3]])
     assert not decision.skip_known
-    for param, written in zip(usual.parameters(), copies, strict=True):
+    for param, written in zip(model.parameters(), copies, strict=True):
         assert param.grad is not None
         torch.testing.assert_close(written, param.grad.double(), rtol=1e-6, atol=1e-7)
 
 
-def test_what_the_caller_found_is_raised() -> None:
-    clipper = GradClipper(model(), global_norm(1.0))
+def test_raises_the_error_of_the_caller() -> None:
+    clipper = GradClipper(make_model(), global_norm(1.0))
     with pytest.raises(LayoutError, match="somewhere else"):
         clipper.decide(failure=LayoutError("somewhere else"))

@@ -1,23 +1,23 @@
-"""PyTorch's own tests of gradient clipping over ranks, restated for gloo, with distclip's function in place of torch's.
+"""Run PyTorch's tests of gradient clipping over ranks on gloo, with distclip's function instead of torch's.
 
-After test/distributed/_composable/fsdp/test_fully_shard_clip_grad_norm_.py (FSDP2, alone and over tensor parallelism)
-and test/distributed/fsdp/test_fsdp_clip_grad_norm.py (FSDP1, without offloading: torch pins memory for it, which needs
-an accelerator). What is declared to be different is asked for as we do it: the norm is a plain tensor in float32 or
-wider, and it costs one all-reduce however many axes the mesh has.
+They are from test/distributed/_composable/fsdp/test_fully_shard_clip_grad_norm_.py (FSDP2, alone and over tensor
+parallelism) and test/distributed/fsdp/test_fsdp_clip_grad_norm.py (FSDP1, without offloading, for which torch pins
+memory and needs an accelerator). Two differences are documented: the norm is a plain tensor in float32 or wider, and
+it costs one all-reduce for any number of mesh axes.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     FullyShardedDataParallel,
     MixedPrecision,
@@ -38,13 +38,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distclip
 from distclip import reference
-from tests.ranks import World
+from tests.ranks import gather_from_ranks, on_ranks
+from tests.tables.layouts.meshes import world_mesh
 
 VOCABULARY, LENGTH, DIM, HEADS = 8, 16, 16, 4
 
 
 class Attention(nn.Module):
-    """Self-attention; under tensor parallelism with the heads of this rank."""
+    """Self-attention with the heads of this rank."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +71,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """PyTorch's small test transformer in few lines: two blocks, the output tied to the token embedding."""
+    """A short form of PyTorch's test transformer: two blocks, the output tied to the token embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +84,7 @@ class Transformer(nn.Module):
         h = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]))
         for block in self.blocks:
             h = block(h)
-        # FSDP2 warns of a view, which is what a local part of a DTensor is.
+        # The local part of a DTensor is a view, of which FSDP2 warns.
         return self.output(self.norm(h)).clone()
 
 
@@ -108,7 +109,7 @@ ROOT_PLAN = {
 
 
 def with_tensor_parallelism(model: Transformer, mesh: DeviceMesh) -> None:
-    """PyTorch's plan for its transformer, with sequence parallelism; the tied weight stays one."""
+    """Apply PyTorch's plan for its transformer, with sequence parallelism. The tied weight stays one tensor."""
     parallelize_module(model, mesh, ROOT_PLAN)
     for block in model.blocks:
         parallelize_module(block, mesh, BLOCK_PLAN)
@@ -116,20 +117,17 @@ def with_tensor_parallelism(model: Transformer, mesh: DeviceMesh) -> None:
 
 
 def norms_of(grads: Iterable[Tensor], norm_type: float) -> list[float]:
-    """The norm of each gradient."""
+    """Return the norm of each gradient."""
     return [float(torch.linalg.vector_norm(g, norm_type)) for g in grads]
 
 
 def check_fully_shard(norm_type: float, tensor_parallel: bool, steps: int = 2) -> None:
-    """The body of PyTorch's _test_clip_grad_norm, for FSDP2 against data parallelism; it takes ten steps, all alike.
+    """Run PyTorch's _test_clip_grad_norm, which compares FSDP2 with data parallelism in ten equal steps.
 
-    The second step does in two calls, on gradients and then on parameters, what the first does in one.
+    The first step clips in one call, the second in two calls, on gradients and then on parameters.
     """
     max_norm = 1
-    if tensor_parallel:
-        mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
-    else:
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
+    mesh = world_mesh("dp", "tp") if tensor_parallel else world_mesh("dp")
     dp = mesh["dp"]
     torch.manual_seed(42)
     model = Transformer()
@@ -150,9 +148,9 @@ def check_fully_shard(norm_type: float, tensor_parallel: bool, steps: int = 2) -
         assert len(before) == len(expected_grads)
         for param, expected in zip(model.parameters(), expected_grads, strict=True):
             torch.testing.assert_close(param.grad.full_tensor(), expected, rtol=1e-4, atol=1e-3)
-        # Or a clip of each rank's own shards, or of each tensor, would go unnoticed.
+        # Otherwise clipping by the norm of a rank's shards, or of each tensor, could pass.
         for grads in (expected_grads, before):
-            assert min(norms_of(grads, norm_type)) > max_norm, "not every gradient is longer than the bound"
+            assert min(norms_of(grads, norm_type)) > max_norm, "not every norm is above the bound"
 
         expected_norm = nn.utils.clip_grad_norm_(whole.parameters(), max_norm=max_norm, norm_type=norm_type)
         with CommDebugMode() as counter:
@@ -176,20 +174,21 @@ def check_fully_shard(norm_type: float, tensor_parallel: bool, steps: int = 2) -
             torch.testing.assert_close(param.grad.full_tensor(), reference_param.grad, rtol=1e-4, atol=1e-6)
 
 
+@on_ranks(2)
 @pytest.mark.parametrize("norm_type", [2, 1, float("inf")])
-def test_fully_shard_1d(world: Callable[[int], World], norm_type: float) -> None:
-    """FSDP2 on two ranks: norm and gradients are data parallelism's."""
-    world(2).run(check_fully_shard, norm_type=norm_type, tensor_parallel=False)
+def test_fully_shard_1d(norm_type: float) -> None:
+    check_fully_shard(norm_type, tensor_parallel=False)
 
 
+@on_ranks(4)
 @pytest.mark.parametrize("norm_type", [2, 1, 3, float("inf")])
-def test_fully_shard_2d(world: Callable[[int], World], norm_type: float) -> None:
-    """FSDP2 over tensor and sequence parallelism on four ranks: still one all-reduce, where torch has one per axis."""
-    world(4).run(check_fully_shard, norm_type=norm_type, tensor_parallel=True)
+def test_fully_shard_2d(norm_type: float) -> None:
+    """Shard over tensor and sequence parallelism: one all-reduce, where torch has one per axis."""
+    check_fully_shard(norm_type, tensor_parallel=True)
 
 
 class SharedWeights(nn.Module):
-    """PyTorch's TransformerWithSharedParams: encoder and decoder, the output tied to the embedding, no dropout."""
+    """A short form of PyTorch's TransformerWithSharedParams, without dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -207,7 +206,7 @@ LAYERS = ModuleWrapPolicy({nn.TransformerEncoderLayer, nn.TransformerDecoderLaye
 
 
 def sharded_by_fsdp1(strategy: str, **options: Any) -> FullyShardedDataParallel:
-    """The model with its layers wrapped; "mixed" keeps copies of the encoder, shards the decoder and the rest."""
+    """Wrap the layers of the model. The strategy "mixed" replicates the encoder and shards the others."""
     model = SharedWeights()
     options["device_id"] = torch.device("cpu")
     if strategy != "mixed":
@@ -220,17 +219,16 @@ def sharded_by_fsdp1(strategy: str, **options: Any) -> FullyShardedDataParallel:
     return FullyShardedDataParallel(model, sharding_strategy=ShardingStrategy.FULL_SHARD, **options)
 
 
-def check_ddp_parity(strategy: str, use_orig_params: bool) -> None:
-    """The body of PyTorch's _test_ddp_parity for every bound and norm of its list."""
-    for max_norm in (1, 2.5):
-        for norm_type in (1, 2, float("inf")):
-            _check_ddp_parity(max_norm, norm_type, strategy, use_orig_params)
-
-
-def _check_ddp_parity(max_norm: float, norm_type: float, strategy: str, use_orig_params: bool) -> None:
+@on_ranks(2)
+@pytest.mark.parametrize("norm_type", [1, 2, float("inf")])
+@pytest.mark.parametrize("max_norm", [1, 2.5])
+@pytest.mark.parametrize("use_orig_params", [False, True])
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "NO_SHARD", "mixed"])
+def test_fsdp1_ddp_parity(strategy: str, use_orig_params: bool, max_norm: float, norm_type: float) -> None:
+    """Run PyTorch's _test_ddp_parity: FSDP1 has the norms and the training of data parallelism."""
     ddp = DistributedDataParallel(SharedWeights())
     fsdp = sharded_by_fsdp1(strategy, use_orig_params=use_orig_params)
-    # PyTorch takes Adam, whose steps hardly depend on the factor that all gradients share.
+    # PyTorch uses Adam, whose steps hardly depend on a common factor of all gradients.
     ddp_optim, fsdp_optim = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (ddp, fsdp))
     generator = torch.Generator().manual_seed(1 + dist.get_rank())
     src, tgt = (torch.randint(0, 23, (2, n), generator=generator) for n in (6, 4))
@@ -256,7 +254,7 @@ def _check_ddp_parity(max_norm: float, norm_type: float, strategy: str, use_orig
 
 
 def check_same_norm(ddp: nn.Module, fsdp: nn.Module, max_norm: float, norm_type: float) -> None:
-    """Clip both, one by torch and one by us; the same norm comes back, and it was longer than the bound."""
+    """Clip one model by torch and one by distclip, and compare the norms, which must be above the bound."""
     expected = nn.utils.clip_grad_norm_(ddp.parameters(), max_norm=max_norm, norm_type=norm_type)
     norm = distclip.clip_grad_norm_(fsdp, max_norm=max_norm, norm_type=norm_type)
     torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0)
@@ -266,7 +264,7 @@ def check_same_norm(ddp: nn.Module, fsdp: nn.Module, max_norm: float, norm_type:
 def check_same_step(
     ddp: nn.Module, fsdp: FullyShardedDataParallel, ddp_optim: torch.optim.Optimizer, fsdp_optim: torch.optim.Optimizer
 ) -> None:
-    """A step with the clipped gradients leads to the same parameters."""
+    """Step both optimizers and compare the parameters."""
     ddp_optim.step()
     fsdp_optim.step()
     with FullyShardedDataParallel.summon_full_params(fsdp):
@@ -277,15 +275,8 @@ def check_same_step(
             torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("use_orig_params", [False, True])
-@pytest.mark.parametrize("strategy", ["FULL_SHARD", "NO_SHARD", "mixed"])
-def test_fsdp1_ddp_parity(world: Callable[[int], World], strategy: str, use_orig_params: bool) -> None:
-    """FSDP1 in every strategy of PyTorch's list: the same norms and the same training as data parallelism."""
-    world(2).run(check_ddp_parity, strategy=strategy, use_orig_params=use_orig_params)
-
-
 def nested(**options: Any) -> FullyShardedDataParallel:
-    """PyTorch's NestedWrappedModule: FSDP1 within FSDP1 within FSDP1."""
+    """Make PyTorch's NestedWrappedModule: FSDP1 within FSDP1 within FSDP1."""
     torch.manual_seed(0)
 
     def wrapped(module: nn.Module) -> FullyShardedDataParallel:
@@ -301,16 +292,17 @@ def nested(**options: Any) -> FullyShardedDataParallel:
     )
 
 
-def gathered(model: nn.Module) -> list[Tensor]:
-    """The local gradients of all ranks, each once, for a model that is sharded everywhere."""
+def gather_grads(model: nn.Module) -> list[Tensor]:
+    """Gather the local gradients of all ranks of a model that is sharded over all ranks."""
     local = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    everybody: list[list[Tensor]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(everybody, local)
-    return [grad for grads in everybody for grad in grads]
+    return [grad for grads in gather_from_ranks(local) for grad in grads]
 
 
-def check_low_precision(strategy: str, use_orig_params: bool) -> None:
-    """The body of PyTorch's _test_low_precision_grads; the norm is that of the float16 numbers, in float32."""
+@on_ranks(2)
+@pytest.mark.parametrize("use_orig_params", [False, True])
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "NO_SHARD"])
+def test_fsdp1_low_precision_grads(strategy: str, use_orig_params: bool) -> None:
+    """Run PyTorch's _test_low_precision_grads: the norm is that of the float16 numbers, in float32."""
     for max_norm in (1, 2.5):
         for norm_type in (1, 2, float("inf")):
             model = nested(
@@ -322,26 +314,21 @@ def check_low_precision(strategy: str, use_orig_params: bool) -> None:
             (model(torch.rand(4, 8)).sum() * 30).backward()
             grads = [p.grad for p in model.parameters() if p.grad is not None]
             assert {g.dtype for g in grads} == {torch.float16}
-            whole = gathered(model) if strategy == "FULL_SHARD" else [g.clone() for g in grads]
+            whole = gather_grads(model) if strategy == "FULL_SHARD" else [g.clone() for g in grads]
             norm = distclip.clip_grad_norm_(model, max_norm, norm_type)
             assert norm.dtype == torch.float32
             expected = reference.total_norm(whole, norm_type)
             assert expected > max_norm, "nothing to clip"
             torch.testing.assert_close(norm.double(), expected, rtol=1e-6, atol=0)
             assert max(norms_of((g.double() for g in grads), norm_type)) <= max_norm * (1 + 1e-3)
-            left = reference.total_norm(gathered(model) if strategy == "FULL_SHARD" else grads, norm_type)
+            left = reference.total_norm(gather_grads(model) if strategy == "FULL_SHARD" else grads, norm_type)
             torch.testing.assert_close(float(left), float(max_norm), rtol=1e-3, atol=0)
 
 
+@on_ranks(2)
 @pytest.mark.parametrize("use_orig_params", [False, True])
-@pytest.mark.parametrize("strategy", ["FULL_SHARD", "NO_SHARD"])
-def test_fsdp1_low_precision_grads(world: Callable[[int], World], strategy: str, use_orig_params: bool) -> None:
-    """Gradients kept in float16: measured without rounding to it, and scaled in place in their own dtype."""
-    world(2).run(check_low_precision, strategy=strategy, use_orig_params=use_orig_params)
-
-
-def check_no_gradients(use_orig_params: bool) -> None:
-    """The body of PyTorch's _test_no_gradients: only a forward, under mixed precision."""
+def test_fsdp1_no_gradients(use_orig_params: bool) -> None:
+    """Run PyTorch's _test_no_gradients: a forward under mixed precision, and a norm of zero in float32."""
     model = FullyShardedDataParallel(
         nn.Linear(24, 24),
         sharding_strategy=ShardingStrategy.SHARD_GRAD_OP,
@@ -351,21 +338,16 @@ def check_no_gradients(use_orig_params: bool) -> None:
     )
     model(torch.randn(32, 24))
     with warnings.catch_warnings():
-        # Torch's own method sets this off too: between forward and backward its parameters are views.
+        # Between forward and backward the parameters are views, which torch's method also warns of.
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         norm = distclip.clip_grad_norm_(model, 1)
     assert norm.dtype == torch.float32
     assert torch.equal(norm, torch.zeros(())), f"{norm}"
 
 
-@pytest.mark.parametrize("use_orig_params", [False, True])
-def test_fsdp1_no_gradients(world: Callable[[int], World], use_orig_params: bool) -> None:
-    """Clipping before any backward is a zero in float32 and no error."""
-    world(2).run(check_no_gradients, use_orig_params=use_orig_params)
-
-
-def check_non_uniform_dtype() -> None:
-    """The body of PyTorch's test_non_uniform_grad_dtype."""
+@on_ranks(2)
+def test_fsdp1_non_uniform_grad_dtype() -> None:
+    """Run PyTorch's test_non_uniform_grad_dtype: one norm over bfloat16 and float32, in float32."""
     torch.manual_seed(0)
     bf16 = MixedPrecision(param_dtype=torch.bfloat16, keep_low_precision_grads=True, cast_forward_inputs=True)
     fp32 = MixedPrecision(param_dtype=torch.float32, cast_forward_inputs=True)
@@ -381,14 +363,9 @@ def check_non_uniform_dtype() -> None:
     torch.manual_seed(1 + dist.get_rank())
     model(torch.randn(2, 5)).sum().backward()
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.bfloat16, torch.float32}
-    whole = gathered(model)
+    whole = gather_grads(model)
     norm = distclip.clip_grad_norm_(model, max_norm=1)
     assert norm.dtype == torch.float32
     torch.testing.assert_close(norm.double(), reference.total_norm(whole), rtol=1e-6, atol=0)
-    left = reference.total_norm(gathered(model))
+    left = reference.total_norm(gather_grads(model))
     torch.testing.assert_close(float(left), 1.0, rtol=4e-3, atol=0)
-
-
-def test_fsdp1_non_uniform_grad_dtype(world: Callable[[int], World]) -> None:
-    """bfloat16 and float32 gradients in one model: one norm over both, in float32."""
-    world(2).run(check_non_uniform_dtype)

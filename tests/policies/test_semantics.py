@@ -1,4 +1,4 @@
-"""Clipping as other frameworks define it: each of their rules is a policy, here against its formula in NumPy's fp64."""
+"""Compare policies with the rules of other frameworks, by their formulas in NumPy's float64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 Arrays = list[NDArray[np.float64]]
 SHAPES = [(6, 5), (6,), (4, 3, 2, 2), (3, 1, 2, 2, 2), (1, 7), ()]
 SCALES = [0.01, 1.0, 100.0]
-"""Of the gradients: below every bound, among the bounds, far above."""
+"""Scales of gradients below all bounds, among the bounds and far above."""
 
 
 def optax_clip_by_global_norm(grads: Arrays, weights: Arrays, max_norm: float) -> Arrays:
@@ -34,7 +34,7 @@ def optax_clip(grads: Arrays, weights: Arrays, max_delta: float) -> Arrays:
 
 
 def optax_adaptive_grad_clip(grads: Arrays, weights: Arrays, clipping: float) -> Arrays:
-    """Its units lie along the last dim, where JAX's layers have their outputs; ours, like torch's, along the first."""
+    """Clip units along the first dim, where torch has outputs. Optax has them along the last dim."""
 
     def units(x: NDArray[np.float64]) -> NDArray[np.float64]:
         axes = tuple(range(1, x.ndim)) if x.ndim > 1 else None
@@ -61,10 +61,10 @@ class Rule:
     """A rule of another framework.
 
     Args:
-        formula: (gradients, weights, bound) to clipped gradients.
-        bound: its argument.
-        ours: the policy that does the same.
-        off_by: how much smaller our factor may be, relatively.
+        formula: computes clipped gradients from gradients, weights and a bound.
+        bound: argument of the formula.
+        ours: the policy that equals the rule.
+        off_by: relative difference by which our factor may be smaller.
     """
 
     formula: Callable[[Arrays, Arrays, float], Arrays]
@@ -84,8 +84,8 @@ RULES = {
 }
 
 
-def made(scale: float, shapes: Sequence[tuple[int, ...]] = SHAPES) -> tuple[Arrays, Arrays]:
-    """Gradients and weights; one gradient and one weight are zero."""
+def make_arrays(scale: float, shapes: Sequence[tuple[int, ...]] = SHAPES) -> tuple[Arrays, Arrays]:
+    """Return gradients and weights, of which one gradient and one weight are zero."""
     generator = np.random.default_rng(7)
     grads = [np.asarray(generator.normal(size=shape) * scale) for shape in shapes]
     weights = [np.asarray(generator.normal(size=shape)) for shape in shapes]
@@ -96,8 +96,8 @@ def made(scale: float, shapes: Sequence[tuple[int, ...]] = SHAPES) -> tuple[Arra
     return grads, weights
 
 
-def clipped(policy: Policy, grads: Arrays, weights: Arrays, on_nonfinite: Any = "skip") -> Arrays:
-    """What the policy leaves of the gradients."""
+def clip(policy: Policy, grads: Arrays, weights: Arrays, on_nonfinite: Any = "skip") -> Arrays:
+    """Return the gradients after clipping."""
     named = []
     for i, (g, w) in enumerate(zip(grads, weights, strict=True)):
         param = torch.nn.Parameter(torch.tensor(w))
@@ -107,7 +107,7 @@ def clipped(policy: Policy, grads: Arrays, weights: Arrays, on_nonfinite: Any = 
     return [param.grad.numpy() for _, param in named if param.grad is not None]
 
 
-def check(ours: Arrays, theirs: Arrays, rtol: float) -> None:
+def assert_close(ours: Arrays, theirs: Arrays, rtol: float) -> None:
     assert len(ours) == len(theirs)
     for one, two in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(one, two, rtol=rtol, atol=0)
@@ -115,45 +115,45 @@ def check(ours: Arrays, theirs: Arrays, rtol: float) -> None:
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", RULES)
-def test_policy_does_what_the_formula_says(name: str, scale: float) -> None:
+def test_policy_equals_the_formula(name: str, scale: float) -> None:
     rule = RULES[name]
-    grads, weights = made(scale)
+    grads, weights = make_arrays(scale)
     expected = rule.formula(grads, weights, rule.bound)
     assert any((e != g).any() for e, g in zip(expected, grads, strict=True)) or scale < 1
-    check(clipped(rule.ours, grads, weights), expected, rule.off_by + 1e-12)
+    assert_close(clip(rule.ours, grads, weights), expected, rule.off_by + 1e-12)
 
 
-def test_the_table_in_the_docs_is_this_one() -> None:
+def test_docs_list_the_same_rules() -> None:
     rows = re.findall(r"^\| `(.*)` \| `(.*)` \|$", (DOCS / "policies.md").read_text(encoding="utf-8"), re.MULTILINE)
-    found = {theirs: eval(here, vars(distclip)) for theirs, here in rows if "optax" in theirs or "keras" in theirs}
-    assert {re.sub(r"[(=].*", "", theirs): policy for theirs, policy in found.items()} == {
+    documented = {theirs: eval(here, vars(distclip)) for theirs, here in rows if "optax" in theirs or "keras" in theirs}
+    assert {re.sub(r"[(=].*", "", theirs): policy for theirs, policy in documented.items()} == {
         name: rule.ours for name, rule in RULES.items() if "," not in name
     }
-    for theirs in found:
+    for theirs in documented:
         name, bound = re.fullmatch(r"(.*)[(=]([\d.]+)\)?", theirs).groups()  # type: ignore[union-attr]
         assert RULES[name].bound == float(bound)
 
 
-def test_torch_adds_to_the_norm_what_optax_and_keras_do_not() -> None:
-    grads, weights = made(100.0)
+def test_torch_adds_an_epsilon_and_optax_and_keras_do_not() -> None:
+    grads, weights = make_arrays(100.0)
     norm = np.sqrt(sum(np.square(g).sum() for g in grads))
-    exact, torchs = (clipped(p, grads, weights)[0] for p in (NormPolicy(Fixed(2.0), eps=0.0), global_norm(2.0)))
+    exact, torchs = (clip(p, grads, weights)[0] for p in (NormPolicy(Fixed(2.0), eps=0.0), global_norm(2.0)))
     np.testing.assert_allclose(torchs, exact * norm / (norm + 1e-6), rtol=1e-12)
     assert (torchs != exact).any()
 
 
-def test_what_is_not_finite_can_be_passed_on() -> None:
-    """As optax does: NaN where it was infinite and, by 2 / inf, zero elsewhere."""
-    grads, weights = made(1.0)
+def test_propagates_nonfinite_gradients_as_optax_does() -> None:
+    """Propagate an infinite element, which becomes NaN, while the others become zero by the factor 2 / inf."""
+    grads, weights = make_arrays(1.0)
     grads[0][0, 0] = np.inf
     with np.errstate(invalid="ignore"):
         expected = optax_clip_by_global_norm(grads, weights, 2.0)
-    check(clipped(NormPolicy(Fixed(2.0), eps=0.0), grads, weights, "propagate"), expected, 0.0)
+    assert_close(clip(NormPolicy(Fixed(2.0), eps=0.0), grads, weights, "propagate"), expected, 0.0)
     assert np.isnan(expected[0][0, 0]) and (expected[1] == 0).all()
 
 
-def rows_last(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A weight of torch as JAX lays it out."""
+def move_rows_last(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Transpose a weight of torch to the convention of JAX."""
     return np.moveaxis(x, 0, -1) if x.ndim > 1 else x
 
 
@@ -166,34 +166,36 @@ OPTAX: dict[str, tuple[Callable[[Any], Any], Policy, float]] = {
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", OPTAX)
-@pytest.mark.filterwarnings("default")  # JAX has warnings of its own
-def test_policy_does_what_optax_does(name: str, scale: float) -> None:
+@pytest.mark.filterwarnings("default")  # JAX warns
+def test_policy_equals_optax(name: str, scale: float) -> None:
     optax = pytest.importorskip("optax")
     make, policy, rtol = OPTAX[name]
-    grads, weights = ([x.astype(np.float32).astype(np.float64) for x in xs] for xs in made(scale))
+    grads, weights = ([x.astype(np.float32).astype(np.float64) for x in xs] for xs in make_arrays(scale))
     transform = make(optax)
-    laid_out = [[rows_last(x).astype(np.float32) for x in xs] for xs in (grads, weights)]
+    laid_out = [[move_rows_last(x).astype(np.float32) for x in xs] for xs in (grads, weights)]
     theirs, _ = transform.update(laid_out[0], transform.init(laid_out[1]), laid_out[1])
-    check([rows_last(g) for g in clipped(policy, grads, weights)], [np.asarray(t, np.float64) for t in theirs], rtol)
+    assert_close(
+        [move_rows_last(g) for g in clip(policy, grads, weights)], [np.asarray(t, np.float64) for t in theirs], rtol
+    )
 
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("shape", [(4, 1), (4, 3, 2)])
-def test_optax_has_other_units_where_it_guesses(shape: tuple[int, ...]) -> None:
-    """A column is one unit to it, and three dims are attention heads; ours are rows, whatever the shape."""
+def test_optax_clips_other_units_for_columns_and_three_dims(shape: tuple[int, ...]) -> None:
+    """Clip a column, which is one unit to optax, and three dims, which it takes for attention heads. Ours are rows."""
     optax = pytest.importorskip("optax")
-    grads, weights = made(100.0, [shape])
+    grads, weights = make_arrays(100.0, [shape])
     transform = optax.adaptive_grad_clip(0.05)
-    laid_out = [[rows_last(x).astype(np.float32) for x in xs] for xs in (grads, weights)]
+    laid_out = [[move_rows_last(x).astype(np.float32) for x in xs] for xs in (grads, weights)]
     theirs, _ = transform.update(laid_out[0], transform.init(laid_out[1]), laid_out[1])
-    ours = clipped(agc(0.05), grads, weights)
-    assert not np.allclose(rows_last(ours[0]), np.asarray(theirs[0]), rtol=1e-3)
+    ours = clip(agc(0.05), grads, weights)
+    assert not np.allclose(move_rows_last(ours[0]), np.asarray(theirs[0]), rtol=1e-3)
 
 
-def test_adaptive_clipping_per_tensor_is_a_policy_as_well() -> None:
-    """What optax does with a column or `axis=None` of a vector: one unit."""
-    grads, weights = made(100.0, [(4, 1)])
-    ours = clipped(NormPolicy(RelativeToWeight(0.05), per="tensor", eps=0.0), grads, weights)
+def test_adaptive_clipping_per_tensor() -> None:
+    """Clip each tensor as one unit, as optax does with a column or with `axis=None`."""
+    grads, weights = make_arrays(100.0, [(4, 1)])
+    ours = clip(NormPolicy(RelativeToWeight(0.05), per="tensor", eps=0.0), grads, weights)
     for g, w, after in zip(grads, weights, ours, strict=True):
         bound = 0.05 * max(float(np.sqrt(np.square(w).sum())), 1e-3)
         norm = float(np.sqrt(np.square(g).sum()))

@@ -1,8 +1,7 @@
-"""What each policy does to the norms of a training run: to healthy ones, to a spike, a burst, and a new level.
+"""Measure each policy on the norms of training runs: healthy ones, a spike, a burst, and a new level.
 
-Norms are lognormal around 1; their logarithms scatter by .25 ("wide") or by .05 ("narrow"). All runs lie beside each
-other as slots of one policy. Every claim about behaviour that the documentation makes stands in a row here, with the
-number that was measured.
+Norms are lognormal around 1. Their logarithms scatter by .25 ("wide") or by .05 ("narrow"). All runs are slots of one
+policy. Each claim of the documentation about behavior has a row here, with the number that was measured.
 """
 
 from __future__ import annotations
@@ -29,24 +28,24 @@ POLICIES: dict[str, Callable[[], NormPolicy]] = {
     "zclip, published": lambda: zclip(restart_after=0),
     "ema": ema,
     "ema, published": lambda: ema(restart_after=0),
-    # The norm of all runs together means nothing here.
+    # The total norm of independent runs has no meaning, so the bound on it is infinite.
     "adagc": lambda: adagc(warmup_norm=inf),
     "adagc 1.05": lambda: adagc(1.05, 0.98, warmup_norm=inf),
     "adagc 2": lambda: adagc(2.0, warmup_norm=inf),
-    "adagc, reseed": lambda: adagc(warmup_norm=inf, restart_after=128),
+    "adagc, restarting": lambda: adagc(warmup_norm=inf, restart_after=128),
     "median_mad": median_mad,
 }
 
 
 def norms(steps: int) -> Tensor:
-    """(steps, 2, RUNS), the first half of the runs wide, the second narrow; the same on every call."""
+    """Return the same (steps, 2, RUNS) norms on every call, the first half of the runs wide, the second narrow."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(steps, 2, RUNS, generator=generator, dtype=torch.float64)
     return (noise * torch.tensor([[0.25], [0.05]])).exp()
 
 
 def run(policy: NormPolicy, trace: Tensor) -> tuple[Tensor, State]:
-    """The coefficient of every step and run, and the last state."""
+    """Return the coefficient of every step and run, and the last state."""
     state = policy.init(2 * RUNS, torch.device("cpu"))
     coefs = []
     for row in trace:
@@ -55,19 +54,19 @@ def run(policy: NormPolicy, trace: Tensor) -> tuple[Tensor, State]:
     return torch.stack(coefs).view_as(trace), state
 
 
-def clipped(policy: NormPolicy, after: int = START) -> Tensor:
-    """How many of 1000 steps are clipped, in %, where nothing happens."""
+def clip_rate(policy: NormPolicy, after: int = START) -> Tensor:
+    """Return the percentage of 1000 healthy steps that are clipped."""
     coefs, _ = run(policy, norms(after + 1000))
     return 100 * (coefs[after:] < 1).double().mean((0, 2))
 
 
-def clipped_late(policy: NormPolicy) -> Tensor:
-    """The same after two thousand steps: AdaGC's average comes up from the least norm of its warm-up slowly."""
-    return clipped(policy, 2000)
+def late_clip_rate(policy: NormPolicy) -> Tensor:
+    """Return it after 2000 steps, because AdaGC's average rises slowly from the least norm of its warm-up."""
+    return clip_rate(policy, 2000)
 
 
 def spike(policy: NormPolicy) -> Tensor:
-    """To which norm one that is 50 is cut."""
+    """Return the norm after clipping of a spike of 50."""
     trace = norms(START + 1)
     trace[START] = 50
     coefs, _ = run(policy, trace)
@@ -75,7 +74,7 @@ def spike(policy: NormPolicy) -> Tensor:
 
 
 def burst(policy: NormPolicy) -> Tensor:
-    """What is left on average of 20 steps in a row that are 20 times too large."""
+    """Return the mean norm after clipping of 20 consecutive norms that are 20 times too large."""
     trace = norms(START + 20)
     trace[START:] *= 20
     coefs, _ = run(policy, trace)
@@ -84,26 +83,26 @@ def burst(policy: NormPolicy) -> Tensor:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured, in wide runs and in narrow ones, and how far another random run may lie from it."""
+    """A measured number in wide and in narrow runs, and how much another random run may differ."""
 
     policy: str
-    what: Callable[[NormPolicy], Tensor]
+    measure: Callable[[NormPolicy], Tensor]
     measured: tuple[float, float]
     within: float
 
 
 TABLE = [
-    Row("fixed 2", clipped, (0.2, 0.0), 0.1),
-    Row("autoclip 10", clipped, (90.0, 90.0), 1.5),
-    Row("autoclip 90", clipped, (10.2, 10.2), 1.5),
-    Row("zclip", clipped, (3.2, 1.3), 0.4),
-    Row("ema", clipped, (0.2, 0.0), 0.15),
-    Row("adagc", clipped, (89.7, 29.6), 2.0),
-    Row("adagc", clipped_late, (73.5, 26.5), 2.0),
-    Row("adagc 1.05", clipped, (73.3, 19.5), 2.0),
-    Row("adagc 2", clipped, (0.2, 0.0), 0.1),
-    Row("adagc, reseed", clipped, (47.5, 26.5), 3.0),
-    Row("median_mad", clipped, (0.2, 0.0), 0.1),
+    Row("fixed 2", clip_rate, (0.2, 0.0), 0.1),
+    Row("autoclip 10", clip_rate, (90.0, 90.0), 1.5),
+    Row("autoclip 90", clip_rate, (10.2, 10.2), 1.5),
+    Row("zclip", clip_rate, (3.2, 1.3), 0.4),
+    Row("ema", clip_rate, (0.2, 0.0), 0.15),
+    Row("adagc", clip_rate, (89.7, 29.6), 2.0),
+    Row("adagc", late_clip_rate, (73.5, 26.5), 2.0),
+    Row("adagc 1.05", clip_rate, (73.3, 19.5), 2.0),
+    Row("adagc 2", clip_rate, (0.2, 0.0), 0.1),
+    Row("adagc, restarting", clip_rate, (47.5, 26.5), 3.0),
+    Row("median_mad", clip_rate, (0.2, 0.0), 0.1),
     Row("fixed 2", spike, (2.0, 2.0), 1e-6),
     Row("autoclip 10", spike, (0.73, 0.94), 0.03),
     Row("autoclip 90", spike, (1.37, 1.07), 0.03),
@@ -120,9 +119,9 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize("row", TABLE, ids=[f"{row.policy} {row.what.__name__}" for row in TABLE])
-def test_what_is_clipped(row: Row) -> None:
-    assert row.what(POLICIES[row.policy]()).tolist() == pytest.approx(row.measured, abs=row.within)
+@pytest.mark.parametrize("row", TABLE, ids=[f"{row.policy} {row.measure.__name__}" for row in TABLE])
+def test_measured_behavior(row: Row) -> None:
+    assert row.measure(POLICIES[row.policy]()).tolist() == pytest.approx(row.measured, abs=row.within)
 
 
 NEVER = (inf, inf)
@@ -133,32 +132,29 @@ FOLLOWED: list[tuple[str, float, tuple[float, float], tuple[float, float]]] = [
     ("ema", 3.0, (66, 90), (61, 61)),
     ("adagc 2", 3.0, (64, 89), (37, 43)),
     ("adagc", 3.0, NEVER, NEVER),
-    # A quarter of the wide runs finds back by itself.
+    # A quarter of the wide runs follows without a restart.
     ("zclip, published", 3.0, (61, inf), NEVER),
     ("zclip, published", 10.0, NEVER, NEVER),
     ("zclip", 3.0, (58, 62), (58, 61)),
     ("zclip", 10.0, (57, 60), (58, 61)),
 ]
-"""A level that is higher for good: by which factor, and after how many steps the first run and the last follow it,
-wide and narrow."""
+"""Policy, factor of a new level, and the steps after which the first and the last run follow it, wide and narrow."""
 
 
 @pytest.mark.parametrize(("name", "factor", "wide", "narrow"), FOLLOWED)
-def test_who_follows_a_new_level(
-    name: str, factor: float, wide: tuple[float, float], narrow: tuple[float, float]
-) -> None:
-    """Followed is a level once less than 10 % of the next 50 steps are clipped."""
+def test_follows_a_new_level(name: str, factor: float, wide: tuple[float, float], narrow: tuple[float, float]) -> None:
+    """Find the first step from which less than 10 % of 50 steps are clipped."""
     trace = norms(START + 600)
     trace[START:] *= factor
     coefs, _ = run(POLICIES[name](), trace)
-    calm = (coefs[START:] < 1).double().unfold(0, 50, 1).mean(-1) < 0.1
-    first = torch.where(calm.any(0), calm.double().argmax(0), inf)
+    follows = (coefs[START:] < 1).double().unfold(0, 50, 1).mean(-1) < 0.1
+    first = torch.where(follows.any(0), follows.double().argmax(0), inf)
     for runs, measured in zip(first, (wide, narrow), strict=True):
         assert (float(runs.min()), float(runs.max())) == pytest.approx(measured, abs=8)
 
 
-def test_zclip_as_published_keeps_the_coefficient_of_a_new_level() -> None:
-    """Ten times higher: every step is cut to the old mean, hundreds of steps later too; with the escape, none."""
+def test_zclip_as_published_clips_every_step_of_a_new_level() -> None:
+    """Raise the norms tenfold: without restarts every step is clipped to the old mean, with restarts none."""
     trace = norms(START + 600)
     trace[START:] *= 10
     coefs, _ = run(zclip(restart_after=0), trace)
@@ -169,24 +165,24 @@ def test_zclip_as_published_keeps_the_coefficient_of_a_new_level() -> None:
 
 
 @pytest.mark.parametrize("name", ["zclip", "ema", "median_mad", "adagc 2"])
-def test_a_healthy_run_is_never_started_anew(name: str) -> None:
+def test_healthy_runs_restart_no_rule(name: str) -> None:
     _, state = run(POLICIES[name](), norms(1000))
     assert "restarts" not in state or not state["restarts"].any()
 
 
-def test_adagc_cannot_tell_a_lost_run_from_a_healthy_one() -> None:
-    """Why its `reseed` is off: it clips more than half of all steps anyway."""
-    _, state = run(POLICIES["adagc, reseed"](), norms(1000))
+def test_adagc_restarts_in_healthy_runs() -> None:
+    """Restart AdaGC, which is off by default because it clips more than half of all healthy steps."""
+    _, state = run(POLICIES["adagc, restarting"](), norms(1000))
     assert (state["restarts"][:RUNS] >= 3).all()
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_a_step_that_is_not_finite_changes_nothing(name: str) -> None:
-    """The rest of the runs has the bits that it has without such steps."""
+def test_nonfinite_step_changes_no_later_step(name: str) -> None:
+    """Compare bit by bit with runs that do not have the step."""
     trace = norms(200)
-    torn = trace[[120, 120]].clone()
-    torn[0, 0, 3], torn[1, 1, 5] = nan, inf
-    coefs, _ = run(POLICIES[name](), torch.cat([trace[:120], torn, trace[120:]]))
+    nonfinite = trace[[120, 120]].clone()
+    nonfinite[0, 0, 3], nonfinite[1, 1, 5] = nan, inf
+    coefs, _ = run(POLICIES[name](), torch.cat([trace[:120], nonfinite, trace[120:]]))
     without, _ = run(POLICIES[name](), trace)
     assert torch.equal(coefs[:120], without[:120])
     assert torch.equal(coefs[122:], without[120:])

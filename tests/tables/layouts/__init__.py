@@ -1,7 +1,7 @@
-"""Every way that a gradient can lie across ranks, as a table: `LAYOUTS[name]`, each row with the reason it is there.
+"""List every way that a gradient can be spread over ranks: `LAYOUTS[name]`, each row with the reason why it is there.
 
-A row builds its case on every rank: what to pass to distclip, and the whole gradient of the model in float64, found
-without distclip (from full tensors, or known beforehand).
+A row builds its case on every rank: arguments for distclip, and the whole gradient of the model in float64, computed
+without distclip (from full tensors, or known beforehand). To add a layout, add a builder with `@row` to a module here.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class Case:
     """One layout on one rank.
 
     Args:
-        parameters: what is passed.
-        whole: every gradient of the model once, the same on all ranks; any dtype.
-        split_over: what is passed.
-        all_reduces: how many collectives of that kind a call is to make.
-        other_collectives: how many of other kinds.
-        tolerance: relative, of the norm.
-        idle: this rank has nothing to do with the model.
-        ranks: the group of those that have, None for all.
+        parameters: argument of the clipping functions.
+        whole: every gradient of the model once, the same on all ranks, of any dtype.
+        split_over: argument of the clipping functions.
+        all_reduces: number of all-reduces of one call.
+        other_collectives: number of other collectives of one call.
+        tolerance: relative error of the norm that is allowed.
+        idle: whether this rank holds nothing of the model and makes no call.
+        ranks: process group of the ranks that make the call, None for all.
     """
 
     parameters: Any
@@ -43,7 +43,15 @@ class Case:
 
 @dataclass
 class Row:
-    """A line of the table."""
+    """A row of the table.
+
+    Args:
+        name: name of the builder.
+        worlds: numbers of ranks that the layout is tested on.
+        why: reason for this row.
+        build: makes the case on each rank.
+        norms: orders of the norm.
+    """
 
     name: str
     worlds: tuple[int, ...]
@@ -56,13 +64,13 @@ LAYOUTS: dict[str, Row] = {}
 
 
 def row(*worlds: int, why: str, norms: tuple[float, ...] | None = None) -> Callable[[Callable[[], Case]], Any]:
-    """Enter a builder into the table under its own name."""
+    """Enter a builder into the table under its name."""
 
     def enter(build: Callable[[], Case]) -> Callable[[], Case]:
-        made = Row(build.__name__, worlds, why, build)
+        entry = Row(build.__name__, worlds, why, build)
         if norms is not None:
-            made.norms = norms
-        LAYOUTS[build.__name__] = made
+            entry.norms = norms
+        LAYOUTS[build.__name__] = entry
         return build
 
     return enter

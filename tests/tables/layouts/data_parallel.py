@@ -1,25 +1,25 @@
-"""DDP, FSDP2, HSDP, FSDP1."""
+"""Enter DDP, FSDP2, HSDP and FSDP1 into the table of layouts."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.tables.layouts import Case, row
+from tests.tables.layouts.meshes import group_of, mesh_of, world_mesh
+from tests.tables.layouts.tensors import full_grads
 
 
 def mlp(*dims: int) -> nn.Sequential:
-    """Linear layers with tanh between; the same on every rank."""
+    """Make linear layers with tanh between them, the same on every rank."""
     torch.manual_seed(0)
     layers: list[nn.Module] = []
     for a, b in zip(dims, dims[1:], strict=False):
@@ -28,25 +28,18 @@ def mlp(*dims: int) -> nn.Sequential:
 
 
 def backward(model: nn.Module, inputs: int, dtype: torch.dtype = torch.float32) -> None:
-    """A step on this rank's own batch, with gradients of about 1."""
+    """Run backward on a batch of this rank, with gradients of about 1."""
     torch.manual_seed(100 + dist.get_rank())
     (model(torch.randn(6, inputs, dtype=dtype)) * 30).square().sum().backward()
-
-
-def full(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The whole gradients of DTensor or plain parameters."""
-    return [
-        p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in parameters if p.grad is not None
-    ]
 
 
 def _ddp(**options: Any) -> Case:
     model = DistributedDataParallel(mlp(5, 7, 3), **options)
     backward(model, 5)
-    return Case(model.parameters(), full(model.parameters()), all_reduces=0)
+    return Case(model.parameters(), full_grads(model.parameters()), all_reduces=0)
 
 
-@row(1, 2, 4, why="the common case: copies everywhere, nothing to add up; must not count a gradient once per rank")
+@row(1, 2, 4, why="the common case: replicas, nothing to reduce; a gradient must not count once per rank")
 def ddp() -> Case:
     return _ddp()
 
@@ -56,13 +49,13 @@ def ddp_bucket_view() -> Case:
     return _ddp(gradient_as_bucket_view=True)
 
 
-@row(2, 4, why="static graph delays its all-reduce to the end of backward")
+@row(2, 4, why="a static graph delays its all-reduce to the end of backward")
 def ddp_static_graph() -> Case:
     return _ddp(static_graph=True)
 
 
 class _Branches(nn.Module):
-    """Uses `even` or `odd`, depending on the rank, and never `never`."""
+    """Use `even` or `odd`, depending on the rank, and never `never`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,32 +66,36 @@ class _Branches(nn.Module):
         return self.even(x) if dist.get_rank() % 2 == 0 else self.odd(x)
 
 
-@row(2, 4, why="parameters that only some ranks, or none, used; the wrapped module is passed, which tells its group")
+@row(
+    2,
+    4,
+    why="parameters that only some ranks, or none, used; the wrapped module is passed",
+)
 def ddp_unused() -> Case:
     model = DistributedDataParallel(_Branches(), find_unused_parameters=True)
     backward(model, 5)
-    return Case(model, full(model.parameters()), all_reduces=1 if dist.get_world_size() > 1 else 0)
+    return Case(model, full_grads(model.parameters()), all_reduces=1 if dist.get_world_size() > 1 else 0)
 
 
-@row(2, why="gradient accumulation: a step under no_sync, then one that synchronises both")
+@row(2, why="gradient accumulation: a step under no_sync, then one that synchronizes both")
 def ddp_accumulated() -> Case:
     model = DistributedDataParallel(mlp(5, 7, 3))
     with model.no_sync():
         backward(model, 5)
     backward(model, 5)
-    return Case(model.parameters(), full(model.parameters()), all_reduces=0)
+    return Case(model.parameters(), full_grads(model.parameters()), all_reduces=0)
 
 
 def _fsdp2(model: nn.Sequential, inputs: int, mesh_shape: tuple[int, ...] = (), **options: Any) -> Case:
     if mesh_shape:
-        options["mesh"] = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicate", "shard"))
+        options["mesh"] = world_mesh("replicate", "shard", shape=mesh_shape)
     dtype = next(model.parameters()).dtype
     for layer in model:
         if isinstance(layer, nn.Linear):
             fully_shard(layer, **options)
     fully_shard(model, **options)
     backward(model, inputs, dtype)
-    return Case(model.parameters(), full(model.parameters()))
+    return Case(model.parameters(), full_grads(model.parameters()))
 
 
 @row(2, 4, why="FSDP2, every shard of the same size")
@@ -111,7 +108,7 @@ def fsdp2_ragged() -> Case:
     return _fsdp2(mlp(5, 7, 3), 5)
 
 
-@row(2, 4, why="fewer rows than ranks: some hold an empty shard (torch's inf-norm raises there and hangs elsewhere)")
+@row(2, 4, why="fewer rows than ranks: some shards are empty (torch's inf-norm raises there and hangs on other ranks)")
 def fsdp2_empty() -> Case:
     return _fsdp2(mlp(4, 1, 2), 4)
 
@@ -123,7 +120,7 @@ def fsdp2_nested() -> Case:
         fully_shard(inner)
     fully_shard(model)
     backward(model, 8)
-    return Case(model, full(model.parameters()))
+    return Case(model, full_grads(model.parameters()))
 
 
 @row(2, 4, why="bf16 parameters in the forward, fp32 reduction: fp32 shards")
@@ -132,7 +129,7 @@ def fsdp2_mixed_precision() -> Case:
     return _fsdp2(mlp(8, 16, 8), 8, mp_policy=policy)
 
 
-@row(2, 4, why="bf16 gradients: torch returns a norm rounded to bf16, 2e-3 wrong")
+@row(2, 4, why="bf16 gradients: torch returns a norm rounded to bf16, with an error of 2e-3")
 def fsdp2_bf16() -> Case:
     return _fsdp2(mlp(8, 16, 8).bfloat16(), 8)
 
@@ -144,7 +141,7 @@ def fsdp2_fp64() -> Case:
     return case
 
 
-@row(2, 4, why="one unit never ran: no gradient anywhere in it")
+@row(2, 4, why="one unit never ran: none of its parameters has a gradient")
 def fsdp2_unused() -> Case:
     model = mlp(8, 16, 8)
     model.append(nn.Linear(8, 8))
@@ -152,16 +149,15 @@ def fsdp2_unused() -> Case:
         if isinstance(layer, nn.Linear):
             fully_shard(layer)
     backward(model[:-1], 8)
-    return Case(model.parameters(), full(model.parameters()))
+    return Case(model.parameters(), full_grads(model.parameters()))
 
 
-@row(2, 4, why="one rank lost its gradients: torch's vector of norms has another length there, and all hang")
+@row(2, 4, why="one rank has fewer gradients: torch's vector of norms is shorter there, and all ranks hang")
 def fsdp2_one_rank_without() -> Case:
     case = _fsdp2(mlp(8, 16, 8), 8)
     parameters = list(case.parameters)
     last = dist.get_world_size() - 1
-    lost = parameters[0].grad.placements[0]
-    assert lost.is_shard()
+    assert parameters[0].grad.placements[0].is_shard()
     rows = case.whole[0].chunk(dist.get_world_size())[last]
     case.whole[0] = torch.cat([case.whole[0][: -rows.shape[0]], torch.zeros_like(rows)])
     if dist.get_rank() == last:
@@ -170,7 +166,7 @@ def fsdp2_one_rank_without() -> Case:
     return case
 
 
-@row(2, 4, why="shards within a node, copies across: a piece held twice counts once")
+@row(2, 4, why="shards within a node, replicas across nodes: a replicated shard counts once")
 def hsdp() -> Case:
     return _fsdp2(mlp(5, 7, 3), 5, (2, dist.get_world_size() // 2))
 
@@ -180,23 +176,21 @@ def _fsdp1(strategy: ShardingStrategy, use_orig_params: bool) -> Case:
     backward(reference, 5)
     options: dict[str, Any] = {"sharding_strategy": strategy, "use_orig_params": use_orig_params}
     if strategy is ShardingStrategy.HYBRID_SHARD:
-        options["device_mesh"] = init_device_mesh(
-            "cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard")
-        )
+        options["device_mesh"] = world_mesh("replicate", "shard")
     model = FullyShardedDataParallel(
         mlp(5, 7, 3, 1), auto_wrap_policy=ModuleWrapPolicy({nn.Linear}), device_id=torch.device("cpu"), **options
     )
     backward(model, 5)
     all_reduces = 0 if strategy is ShardingStrategy.NO_SHARD else 1
-    return Case(model, full(reference.parameters()), all_reduces=all_reduces, tolerance=2e-6)
+    return Case(model, full_grads(reference.parameters()), all_reduces=all_reduces, tolerance=2e-6)
 
 
 def _enter_fsdp1() -> None:
     why = {
-        ShardingStrategy.FULL_SHARD: "1-D slices that only the module can place",
+        ShardingStrategy.FULL_SHARD: "1-D slices whose positions only the module knows",
         ShardingStrategy.SHARD_GRAD_OP: "gradients sharded, parameters not",
-        ShardingStrategy.HYBRID_SHARD: "slices within a node, copies across",
-        ShardingStrategy.NO_SHARD: "copies, as in DDP",
+        ShardingStrategy.HYBRID_SHARD: "slices within a node, replicas across nodes",
+        ShardingStrategy.NO_SHARD: "replicas, as in DDP",
     }
     for strategy, reason in why.items():
         for use_orig_params in (False, True):
@@ -212,20 +206,20 @@ def _enter_fsdp1() -> None:
 _enter_fsdp1()
 
 
-@row(2, 4, why="FSDP2 that cuts columns, and leaves one parameter plain")
+@row(2, 4, why="FSDP2 that shards columns, and ignores one parameter, which stays plain")
 def fsdp2_columns_and_ignored() -> Case:
     model = mlp(8, 16, 8)
     kept = model[2].bias
     fully_shard(model, shard_placement_fn=lambda p: Shard(p.ndim - 1), ignored_params={kept})
     backward(model, 8)
     dist.all_reduce(kept.grad)
-    return Case(model.parameters(), full(model.parameters()))
+    return Case(model.parameters(), full_grads(model.parameters()))
 
 
 @row(4, why="a model on two of four ranks, neither of them the first")
 def fsdp2_inner_ranks() -> Case:
-    mesh = DeviceMesh("cpu", [1, 2])
-    ranks = dist.new_group([1, 2])
+    mesh = mesh_of(1, 2)
+    ranks = group_of(1, 2)
     if dist.get_rank() in (0, 3):
         return Case([], [], idle=True)
     return dataclasses.replace(_fsdp2(mlp(8, 16, 8), 8, mesh=mesh), ranks=ranks)
