@@ -1,4 +1,4 @@
-"""Fixtures: warm worlds of ranks, and the wheel as it would be published."""
+"""Provide worlds of ranks, the wheel as it would be published, and the quick subset."""
 
 from __future__ import annotations
 
@@ -20,30 +20,37 @@ from tests.ranks import World, rewrite_asserts, worlds
 rewrite_asserts()
 
 from tests.commands import output  # noqa: E402
+from tests.quick import mark_quick  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
-# Before anything imports Triton: where there is no GPU, its kernels run in an interpreter, on tensors of the CPU.
+# Before the first import of Triton, whose kernels run in an interpreter on CPU tensors if there is no GPU.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the quick subset, before `-m quick` selects it."""
+    mark_quick(items)
+
+
 @pytest.fixture(scope="session")
 def world() -> Iterator[Callable[[int], World]]:
-    """`world(4)`: four gloo ranks that stay."""
-    with worlds() as of:
-        yield of
+    """Return the world of a size, `world(4)`, which lives until the session ends."""
+    with worlds() as world_of:
+        yield world_of
 
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Callable[[int], World]]:
-    """`ranks(2)`: as the fixture `world`, but of one file alone."""
-    with worlds() as of:
-        yield of
+    """Return the world of a size, `ranks(2)`, which lives until the module ends."""
+    with worlds() as world_of:
+        yield world_of
 
 
 class Built(NamedTuple):
-    """The two files that would be published, and an environment that has the second."""
+    """The two files that would be published, and an environment with the wheel."""
 
     sdist: Path
     wheel: Path
@@ -52,7 +59,7 @@ class Built(NamedTuple):
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """From tracked kinds of files alone, the wheel from the sdist; what distclip needs is that of these tests."""
+    """Build the sdist from tracked kinds of files and the wheel from the sdist, and install the wheel."""
     pytest.importorskip("build")
     folder = tmp_path_factory.mktemp("built")
     source = folder / "source"
@@ -65,7 +72,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     python = folder / "venv" / "bin" / "python"
     (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
     output(sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel))
-    # A path alone: what an editable install hooks in there stays out.
+    # Dependencies are those of the tests. A path file does not run the hook of the editable install.
     site = output(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     (Path(site) / "needed.pth").write_text(sysconfig.get_path("purelib"))
     return Built(sdist, wheel, python)

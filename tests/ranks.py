@@ -90,6 +90,7 @@ def on_ranks(*sizes: int, fixture: str = "world") -> Callable[[Callable[..., Non
         names = [fixture, *(["num_ranks"] if is_parametrized else []), *(n for n in arguments if n != "num_ranks")]
         keyword_only = [Parameter(name, Parameter.KEYWORD_ONLY) for name in names]
         test.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
+        test = pytest.mark.ranks(*sizes)(test)
         return pytest.mark.parametrize("num_ranks", sizes)(test) if len(sizes) > 1 else test
 
     return decorate
