@@ -59,7 +59,8 @@ def test_fused_kernel_divides_by_grad_scale(kind: str) -> None:
         for param in two.parameters():
             param.grad.mul_(0.3)
         unfused.step()
-        assert not hasattr(fused, "grad_scale") and not hasattr(fused, "found_inf")
+        assert not hasattr(fused, "grad_scale")
+        assert not hasattr(fused, "found_inf")
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
@@ -100,7 +101,8 @@ def test_removes_attributes_if_the_step_raises() -> None:
         clipper.step(optimizer, scaler)
     assert len(scales) == 1
     assert scales[0] > LOSS_SCALE
-    assert not hasattr(optimizer, "grad_scale") and not hasattr(optimizer, "found_inf")
+    assert not hasattr(optimizer, "grad_scale")
+    assert not hasattr(optimizer, "found_inf")
     hook.remove()
 
 
@@ -346,4 +348,5 @@ def test_takes_a_policy_of_the_caller() -> None:
     clipper = GradClipper([weight], HalvingPolicy(), split_over=dist.group.WORLD)
     weight.grad = torch.ones(2)
     clipper.clip()
-    assert torch.equal(weight.grad, torch.full((2,), 0.5)) and len(padding) % 1000 == 0
+    assert torch.equal(weight.grad, torch.full((2,), 0.5))
+    assert len(padding) % 1000 == 0

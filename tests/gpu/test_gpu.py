@@ -1,4 +1,4 @@
-"""On a GPU: the numbers, and that the host waits for nothing."""
+"""Check norms, gradients and host syncs on a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 SIZES = [1, 7, 1000, 65536, 65537, 300_000]
 
 
-def made(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> list[nn.Parameter]:
+def make_params(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> list[nn.Parameter]:
     parameters = [nn.Parameter(torch.ones(n, dtype=dtype, device="cuda")) for n in SIZES]
     for param in parameters:
         param.grad = (torch.randn(param.shape, device="cuda") * scale).to(dtype)
@@ -30,12 +30,13 @@ def made(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> list[nn.Para
 
 
 def grads(parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Return the gradients that exist."""
     return [p.grad for p in parameters if p.grad is not None]
 
 
 @contextmanager
 def no_syncs() -> Iterator[None]:
-    """Whatever makes the host wait raises."""
+    """Raise at every host sync."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -45,13 +46,13 @@ def no_syncs() -> Iterator[None]:
 
 
 @pytest.fixture(params=["triton", "operators"])
-def _either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the Triton kernels, and as where Triton is absent."""
+def _each_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run with the Triton kernels, and as without Triton."""
     if request.param == "operators":
         monkeypatch.setattr(kernels, "gpu_kernels", lambda device: None)
 
 
-@pytest.mark.usefixtures("_either")
+@pytest.mark.usefixtures("_each_kernel")
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
 @pytest.mark.parametrize(
     ("dtype", "scale"),
@@ -65,7 +66,7 @@ def _either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_norm_and_gradients(dtype: torch.dtype, scale: float, norm_type: float) -> None:
-    parameters = made(dtype, scale)
+    parameters = make_params(dtype, scale)
     before = [g.clone() for g in grads(parameters)]
     expected = reference.total_norm([g.cpu() for g in before], norm_type)
     norm = distclip.clip_grad_norm_(parameters, math.inf, norm_type)
@@ -77,11 +78,11 @@ def test_norm_and_gradients(dtype: torch.dtype, scale: float, norm_type: float) 
         torch.testing.assert_close(grad.double(), old.double() * 0.5, rtol=rtol, atol=1e-7)
 
 
-@pytest.mark.usefixtures("_either")
+@pytest.mark.usefixtures("_each_kernel")
 @pytest.mark.parametrize("max_norm", [0.5, 1e9])
-def test_the_host_waits_for_nothing(max_norm: float) -> None:
-    """clip_grad_norm_; and step() with a fused optimizer, which leaves a bad step out by itself."""
-    parameters = made()
+def test_host_does_not_wait(max_norm: float) -> None:
+    """Call clip_grad_norm_, and step() with a fused optimizer, which skips a non-finite step by itself."""
+    parameters = make_params()
     optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=True)
     clipper = distclip.GradClipper(parameters, distclip.global_norm(max_norm), on_nonfinite="skip")
     distclip.clip_grad_norm_(parameters, max_norm)
@@ -95,9 +96,9 @@ def test_the_host_waits_for_nothing(max_norm: float) -> None:
     assert all(torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
 
 
-def test_three_launches() -> None:
-    """One reads, one adds up, one would scale; what is small besides is torch's."""
-    parameters = made()
+def test_starts_three_kernels() -> None:
+    """Count kernels: one reads, one adds, one scales. Others are small ones of torch."""
+    parameters = make_params()
     distclip.clip_grad_norm_(parameters, 1e9)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         distclip.clip_grad_norm_(parameters, 1e9)
@@ -106,10 +107,9 @@ def test_three_launches() -> None:
     assert sum(name in ("powers", "gather", "scale") for name in names) == 3, names
 
 
-@pytest.mark.usefixtures("_either")
-def test_cuda_graph() -> None:
-    """Captured once, replayed on other numbers in the same memory."""
-    parameters = made()
+@pytest.mark.usefixtures("_each_kernel")
+def test_cuda_graph_replays_on_other_numbers() -> None:
+    parameters = make_params()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -128,17 +128,17 @@ def test_cuda_graph() -> None:
         torch.testing.assert_close(after, expected.clamp(max=1.0), rtol=1e-5, atol=0)
 
 
-def test_more_elements_than_32_bits_count() -> None:
+def test_more_elements_than_an_int32_can_index() -> None:
     if torch.cuda.mem_get_info()[0] < 12 << 30:
         pytest.skip("less than 12 GiB of GPU memory are free")
     grad = torch.ones((1 << 31) + 12345, dtype=torch.bfloat16, device="cuda")
     grad[-1] = 1000
-    found = kernels.power_sums([grad], 2.0, grad.device)[0]
-    assert found.tolist() == [(1 << 31) + 12344 + 1e6]
+    result = kernels.power_sums([grad], 2.0, grad.device)[0]
+    assert result.tolist() == [(1 << 31) + 12344 + 1e6]
 
 
-def test_nothing_grows_with_the_model() -> None:
-    parameters = made()
+def test_allocates_little_memory() -> None:
+    parameters = make_params()
     distclip.clip_grad_norm_(parameters, 0.5)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -146,11 +146,11 @@ def test_nothing_grows_with_the_model() -> None:
     assert torch.cuda.max_memory_allocated() - before < 1 << 16
 
 
-def test_a_recorder_waits_for_nothing_between_two_writes(tmp_path: Path) -> None:
-    parameters = made()
+def test_recorder_has_no_host_sync_between_writes(tmp_path: Path) -> None:
+    parameters = make_params()
     clipper = distclip.GradClipper(parameters, distclip.global_norm(1.0), on_nonfinite="propagate")
     recorder = Recorder(clipper, tmp_path, every=4, per_tensor=True)
-    for guard in (nullcontext(), no_syncs()):  # the first time, constants travel to the device
+    for guard in (nullcontext(), no_syncs()):  # the first writes copy constants to the device
         with guard:
             for _ in range(2):
                 clipper.clip()

@@ -1,4 +1,4 @@
-"""Every kernel against float64: sums of powers of any tensors, whatever their dtype, length, memory and magnitude."""
+"""Compare every kernel with float64, for tensors of any dtype, length, strides and magnitude."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PowerSums = Callable[[Sequence[Tensor], float], Any]
 
 
-def by_operators(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, bool]:
+def operator_power_sums(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, bool]:
+    """Compute power sums by operators of torch, which take one dtype at a time."""
     sums = torch.empty(len(tensors), dtype=torch.float64)
     for kind in {(t.dtype, torch_ops.is_dense(t)) for t in tensors}:
         chosen = [i for i, t in enumerate(tensors) if (t.dtype, torch_ops.is_dense(t)) == kind]
@@ -37,93 +38,99 @@ def by_operators(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, b
 
 
 KERNELS: dict[str, tuple[PowerSums, str]] = {
-    "operators": (by_operators, "cpu"),
+    "operators": (operator_power_sums, "cpu"),
     "native": (native.power_sums, "cpu"),
     "triton_launch": (triton_launch.power_sums, DEVICE),
 }
 TRITON, NUMPY = (tuple(map(int, metadata.version(name).split(".")[:2])) for name in ("triton", "numpy"))
 OLD = TRITON < (3, 7) and NUMPY >= (2, 4) and DEVICE == "cpu"
-interpreted = pytest.mark.skipif(OLD, reason="Triton's interpreter cannot do with NumPy 2.4 before its version 3.7")
+interpreted = pytest.mark.skipif(OLD, reason="Triton's interpreter does not work with NumPy 2.4 before Triton 3.7")
 gpu_kernels = pytest.param("triton_launch", marks=interpreted)
-every_kernel = pytest.mark.parametrize("kernel", ["operators", "native", gpu_kernels])
+each_kernel = pytest.mark.parametrize("kernel", ["operators", "native", gpu_kernels])
 
 LENGTHS = [0, 1, 3, 15, 16, 17, 33, 1000, 2047, 2048, 2049, 4096, 4097, 16383, 16384, 16385, 65536, 65537, 262149]
-"""Around the sizes of lanes, runs, blocks and chunks."""
+"""Lengths around the sizes of lanes, runs, blocks and chunks."""
 
 SCALES = {torch.float64: 1e100, torch.float32: 1e25, torch.bfloat16: 1e25, torch.float16: 1e3}
 
 
 def sums(kernel: str, tensors: Sequence[Tensor], norm_type: float) -> list[float]:
+    """Return the power sums by a kernel."""
     compute, device = KERNELS[kernel]
-    found = compute([tensor.to(device) for tensor in tensors], norm_type)
-    assert found is not None
-    assert found[0].dtype == torch.float64 and found[0].shape == (len(tensors),)
-    return found[0].tolist()
+    result = compute([tensor.to(device) for tensor in tensors], norm_type)
+    assert result is not None
+    assert result[0].dtype == torch.float64
+    assert result[0].shape == (len(tensors),)
+    return result[0].tolist()
 
 
-def truth(tensor: Tensor, norm_type: float) -> float:
+def expected_sum(tensor: Tensor, norm_type: float) -> float:
+    """Return the power sum in float64, or the maximum."""
     size = tensor.double().abs()
     if norm_type == math.inf:
         return float(size.max()) if tensor.numel() else 0.0
     return float(size.pow(norm_type).sum())
 
 
-def test_the_c_library_is_built() -> None:
-    """Without it everything would pass, slowly: here is a compiler, so it has to be there."""
+def test_c_library_is_built() -> None:
+    """Load the library, without which all tests would pass by operators of torch."""
     assert load_library() is not None
 
 
-@every_kernel
+@each_kernel
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_lengths_and_magnitudes(kernel: str, dtype: torch.dtype, norm_type: float) -> None:
-    """Squares that overflow and underflow in the dtype are counted; nothing is lost at the end of a block."""
+    """Sum squares that overflow or underflow in the dtype, up to the end of every block."""
     generator = torch.Generator().manual_seed(0)
     scales = [1.0, SCALES[dtype], 1 / SCALES[dtype]]
     drawn = [torch.randn(n, generator=generator, dtype=torch.float64).clamp_(-3, 3) for n in LENGTHS]
     tensors = [(x * scales[i % 3]).to(dtype) for i, x in enumerate(drawn)]
     for tensor, found in zip(tensors, sums(kernel, tensors, norm_type), strict=True):
-        assert found == pytest.approx(truth(tensor, norm_type), rel=1e-7, abs=0), f"{tensor.numel()} elements"
+        assert found == pytest.approx(expected_sum(tensor, norm_type), rel=1e-7, abs=0), f"{tensor.numel()} elements"
 
 
-@every_kernel
+@each_kernel
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_non_finite_elements_show(kernel: str, dtype: torch.dtype, norm_type: float, bad: float) -> None:
-    """Wherever they are, and in their own tensor only; NaN also beside an infinity, before and after it."""
+def test_nonfinite_elements_change_the_sum_of_their_tensor(
+    kernel: str, dtype: torch.dtype, norm_type: float, bad: float
+) -> None:
+    """Write NaN and infinity at any index, and NaN before and after infinity."""
     tensors = [torch.ones(5000, dtype=dtype) for _ in range(5)]
     for tensor, place in zip(tensors, [0, 77, 4999], strict=False):
         tensor[place] = bad
     tensors[4][[10, 20, 4000]] = torch.tensor([math.inf, math.nan, math.inf], dtype=dtype)
     found = sums(kernel, tensors, norm_type)
     assert [repr(x) for x in found[:3]] == [repr(abs(bad))] * 3
-    assert math.isfinite(found[3]) and math.isnan(found[4])
+    assert math.isfinite(found[3])
+    assert math.isnan(found[4])
 
 
-@every_kernel
-def test_all_halves(kernel: str) -> None:
-    """Each of the float16 numbers, subnormal ones too."""
+@each_kernel
+def test_every_float16_number(kernel: str) -> None:
+    """Sum all float16 numbers, including subnormal ones."""
     numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
     finite = numbers[numbers.isfinite()]
-    assert sums(kernel, [finite], 2.0) == [pytest.approx(truth(finite, 2.0), rel=1e-6, abs=0)]
-    assert sums(kernel, [finite], 1.0) == [pytest.approx(truth(finite, 1.0), rel=1e-7, abs=0)]
+    assert sums(kernel, [finite], 2.0) == [pytest.approx(expected_sum(finite, 2.0), rel=1e-6, abs=0)]
+    assert sums(kernel, [finite], 1.0) == [pytest.approx(expected_sum(finite, 1.0), rel=1e-7, abs=0)]
     assert sums(kernel, list(finite.split(1))[:2000], math.inf) == finite.abs().double()[:2000].tolist()
 
 
-@every_kernel
+@each_kernel
 @pytest.mark.parametrize("value", [0.1, 0.3, 0.7, 3e38, 1e-30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equal_elements(kernel: str, dtype: torch.dtype, value: float) -> None:
-    """The hardest case for sums in float32, which err in the same direction every time: torch's dot is 1e-4 off."""
+    """Sum equal elements, the hardest case for float32: all rounding errors have one sign, 1e-4 in torch's dot."""
     tensor = torch.full((300_000,), value).to(dtype)
     norm = math.sqrt(sums(kernel, [tensor], 2.0)[0])
-    assert norm == pytest.approx(math.sqrt(truth(tensor, 2.0)), rel=1e-6, abs=0)
+    assert norm == pytest.approx(math.sqrt(expected_sum(tensor, 2.0)), rel=1e-6, abs=0)
 
 
-@every_kernel
-def test_memory(kernel: str) -> None:
-    """Permuted, unaligned, one element, mixed dtypes, a parameter that requires a gradient."""
+@each_kernel
+def test_strides_alignment_and_mixed_dtypes(kernel: str) -> None:
+    """Sum permuted, unaligned and one-element tensors, mixed dtypes, and a parameter that requires a gradient."""
     flat = torch.randn(200)
     tensors = [
         torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
@@ -136,7 +143,7 @@ def test_memory(kernel: str) -> None:
     ]
     with torch.no_grad():
         found = sums(kernel, tensors, 2.0)
-    assert found == [pytest.approx(truth(tensor.detach(), 2.0), rel=1e-7, abs=0) for tensor in tensors]
+    assert found == [pytest.approx(expected_sum(tensor.detach(), 2.0), rel=1e-7, abs=0) for tensor in tensors]
 
 
 @pytest.mark.parametrize("kernel", ["native", gpu_kernels])
@@ -151,13 +158,14 @@ def test_memory(kernel: str) -> None:
     ],
     ids=["strided", "expanded", "complex", "sparse", "int"],
 )
-def test_what_kernels_leave_to_operators(kernel: str, odd: Tensor) -> None:
+def test_kernels_refuse_tensors_that_operators_take(kernel: str, odd: Tensor) -> None:
     compute, device = KERNELS[kernel]
     assert compute([torch.ones(3, device=device), odd.to(device)], 2.0) is None
     assert compute([torch.ones(3, device=device)], 3.0) is None
     expected = float(odd.to_dense().abs().double().square().sum()) if odd.dtype != torch.int32 else 2.0
-    found, wide = kernels.power_sums([torch.ones(3), odd, torch.ones(2).bfloat16()], 2.0, torch.device("cpu"))
-    assert found.tolist() == [3.0, expected, 2.0] and not wide
+    result, wide = kernels.power_sums([torch.ones(3), odd, torch.ones(2).bfloat16()], 2.0, torch.device("cpu"))
+    assert result.tolist() == [3.0, expected, 2.0]
+    assert not wide
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
@@ -177,25 +185,28 @@ def test_what_kernels_leave_to_operators(kernel: str, odd: Tensor) -> None:
     ],
 )
 def test_rows(shape: tuple[int, ...], rows: Rows, dtype: torch.dtype, norm_type: float) -> None:
-    """By C and by operators: whole rows, and slices of a flattened parameter that begin and end anywhere."""
+    """Sum by C and by operators: whole rows, and slices of a flattened parameter that begin and end anywhere."""
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    found = native.row_powers(grad, rows, norm_type)
-    assert found is not None and found.shape == (rows.count,)
-    torch.testing.assert_close(found, torch_ops.row_powers(grad, rows, norm_type), rtol=1e-7, atol=0)
+    result = native.row_powers(grad, rows, norm_type)
+    assert result is not None
+    assert result.shape == (rows.count,)
+    torch.testing.assert_close(result, torch_ops.row_powers(grad, rows, norm_type), rtol=1e-7, atol=0)
 
 
-def test_descriptions_with_and_without_dlpack() -> None:
-    """What C reads through it is what torch says."""
+def test_tables_with_and_without_dlpack_are_equal() -> None:
+    """Describe tensors through DLPack, which C reads, and from Python."""
     tensors = [torch.randn(3, 4, dtype=dtype)[1:] for dtype in DTYPES] + [torch.zeros(0, 3), torch.tensor(1.0)]
     found, other = describe_tensors(tensors, "cpu"), TensorTable(len(tensors))
-    assert found is not None and _fill(other, tensors, "cpu")
+    assert found is not None
+    assert _fill(other, tensors, "cpu")
     assert vars(found) == vars(other)
-    assert list(found.addresses) == [t.data_ptr() for t in tensors] and found.has_float64
+    assert list(found.addresses) == [t.data_ptr() for t in tensors]
+    assert found.has_float64
 
 
 @pytest.mark.parametrize("odd", [torch.ones(2, 2).to_sparse(), torch.zeros(4, 4)[::2], torch.ones(2).to(torch.int8)])
-def test_the_c_kernel_without_dlpack(odd: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under a torch that has none, tensors are described from Python."""
+def test_c_kernel_without_dlpack(odd: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove DLPack, as in an old torch: tensors are described from Python."""
     tensors = [torch.randn(3, 4), torch.randn(100).bfloat16()]
     expected = sums("native", tensors, 2.0)
     monkeypatch.setattr(load_library(), "dlpack", None)
@@ -203,8 +214,8 @@ def test_the_c_kernel_without_dlpack(odd: Tensor, monkeypatch: pytest.MonkeyPatc
     assert native.power_sums([*tensors, odd], 2.0) is None
 
 
-def test_dense_in_any_order() -> None:
-    """C and torch agree on what fills a range of memory."""
+def test_c_and_torch_agree_on_dense_tensors() -> None:
+    """Describe permuted, strided, expanded and empty tensors."""
     base = torch.zeros(2, 3, 4)
     shapes = [base.permute(order) for order in ((0, 1, 2), (2, 0, 1), (1, 0, 2), (2, 1, 0))]
     shapes += [
@@ -240,8 +251,8 @@ def test_bits_do_not_depend_on_threads_or_alignment(openmp: bool, monkeypatch: p
     assert all(result == results[0] for result in results)
 
 
-def test_the_second_look_is_only_taken_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without C, a large float32 sum is made again in float64 where float32 cannot hold it, and not otherwise."""
+def test_operators_repeat_a_sum_in_float64_only_if_float32_is_too_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sum large float32 tensors by operators, whose squares do or do not fit into float32."""
     widened: list[int] = []
     real = torch_ops._to_float64
     monkeypatch.setattr(torch_ops, "_to_float64", lambda piece: widened.append(piece.numel()) or real(piece))
@@ -255,29 +266,29 @@ def test_the_second_look_is_only_taken_where_it_is_needed(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_many_positive_elements(dtype: torch.dtype) -> None:
-    """16 M of them; torch's own norm is 3e-3 off, more with more."""
+    """Sum 16 M elements. Torch's norm has an error of 3e-3, which grows with their number."""
     tensor = torch.rand(1 << 24).to(dtype)
-    for compute in (native.power_sums, by_operators):
+    for compute in (native.power_sums, operator_power_sums):
         found = compute([tensor], 2.0)
         assert found is not None
-        error = abs(math.sqrt(float(found[0])) / math.sqrt(truth(tensor, 2.0)) - 1)
+        error = abs(math.sqrt(float(found[0])) / math.sqrt(expected_sum(tensor, 2.0)) - 1)
         assert error < 1e-6, compute
 
 
 def test_no_temporary_grows_with_the_model() -> None:
-    """64 MB of gradients, in one tensor and in many; a table costs 20 bytes for each, what operators widen 8 MB."""
+    """Sum 64 MB in one tensor and in many. A table costs 20 bytes per tensor, widening by operators 8 MB."""
     one, many = torch.randn(1 << 24), list(torch.randn(1 << 24).split(1 << 14))
     assert peak_bytes(lambda: native.power_sums([one], 2.0)) < 1 << 12
     assert peak_bytes(lambda: native.power_sums(many, 2.0)) < 1 << 16
     for tensor in (one, one.bfloat16()):
-        assert peak_bytes(lambda tensor=tensor: by_operators([tensor], 2.0)) < 10 << 20  # type: ignore[misc]
+        assert peak_bytes(lambda tensor=tensor: operator_power_sums([tensor], 2.0)) < 10 << 20  # type: ignore[misc]
 
 
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("coefs", [[0.3], [1.0], [math.nan], [0.5, 1.0, 0.25, 1.0]])
 def test_conditional_scale(dtype: torch.dtype, coefs: list[float]) -> None:
-    """A factor of 1 leaves every bit; others multiply in at least float32; versions tell autograd of it."""
+    """Multiply in at least float32, except by 1, and increase the versions, which autograd reads."""
     drawn = [torch.randn(70_000), torch.randn(5, 3), torch.randn(0), torch.randn(4097)[1:]]
     tensors = [x.to(dtype).to(DEVICE) for x in drawn]
     before = [tensor.clone() for tensor in tensors]
@@ -295,8 +306,8 @@ def test_conditional_scale(dtype: torch.dtype, coefs: list[float]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("factor", [0.3, 1e-30, math.nan, 0.0])
-def test_scale_by_a_number(dtype: torch.dtype, factor: float) -> None:
-    """The bits of torch's own mul_: every length, NaN, infinities and subnormals, on one thread and on several."""
+def test_scale_equals_mul_bit_by_bit(dtype: torch.dtype, factor: float) -> None:
+    """Scale every length, NaN, infinities and subnormals, on one thread and on several."""
     drawn = [torch.randn(n, dtype=torch.float64) for n in (*LENGTHS, 1_500_000)]
     drawn += [torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40, 3e38] * 20), torch.randn(6, 4).t()]
     tensors = [x.to(dtype) for x in drawn] + [torch.randn(101).to(dtype)[1:]]
@@ -310,7 +321,7 @@ def test_scale_by_a_number(dtype: torch.dtype, factor: float) -> None:
     assert all(tensor._version > version for tensor, version in zip(tensors, versions, strict=True))
 
 
-def test_all_bfloat16_numbers_are_rounded_as_torch_does() -> None:
+def test_rounds_every_bfloat16_number_as_torch_does() -> None:
     numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     for factor in (0.3337, 1.0, 1e-3, 255.7):
         expected, tensor = numbers.clone().mul_(factor), numbers.clone()
@@ -319,49 +330,54 @@ def test_all_bfloat16_numbers_are_rounded_as_torch_does() -> None:
         assert torch.equal(tensor[~tensor.isnan()], expected[~expected.isnan()])
 
 
-def test_what_scaling_leaves_to_operators() -> None:
+def test_scale_refuses_tensors_that_operators_take() -> None:
     for odd in (torch.ones(3).half(), torch.ones(4, 4)[::2], torch.ones(2, dtype=torch.complex64)):
         assert not native.scale_([torch.ones(2), odd], 0.5)
         assert (odd == 1).all()
 
 
-def test_a_table_is_made_once() -> None:
-    """And again when a tensor is elsewhere; its chunks only when lengths change."""
+def test_table_is_reused_until_an_address_or_a_length_changes() -> None:
+    """Request tables after an address changed, which keeps the chunks, and after a length changed."""
     from distclip.norms.kernels.gpu_tables import get_table
 
     tensors = [torch.ones(100, device=DEVICE), torch.ones(70_000, device=DEVICE)]
     table = get_table(tensors)
-    assert table is not None and table is get_table(list(tensors)) and table.num_chunks == 3
-    moved = get_table([tensors[0].clone(), tensors[1]])
-    assert moved is not None and moved is not table and moved.bounds is table.bounds
+    assert table is not None
+    assert table is get_table(list(tensors))
+    assert table.num_chunks == 3
+    other = get_table([tensors[0].clone(), tensors[1]])
+    assert other is not None
+    assert other is not table
+    assert other.bounds is table.bounds
     assert [launch.aligned for launch in table.launches] == [True]
     odd = get_table([torch.ones(100, device=DEVICE)[1:], tensors[1]])
-    assert odd is not None and [launch.aligned for launch in odd.launches] == [False]
+    assert odd is not None
+    assert [launch.aligned for launch in odd.launches] == [False]
     assert get_table([torch.ones(101, device=DEVICE), tensors[1]]).bounds is not table.bounds  # type: ignore[union-attr]
 
 
-def test_a_gpu_gets_the_triton_kernels() -> None:
-    """A wrong module name would leave every GPU to torch's operators without a word."""
+def test_gpu_uses_the_triton_kernels() -> None:
+    """Import the kernels by name. With a wrong name every GPU would silently use operators of torch."""
     assert kernels.gpu_kernels(torch.device("cuda")) is triton_launch
     assert kernels.gpu_kernels(torch.device("cpu")) is None
 
 
 @interpreted
-def test_a_clipper_on_the_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole way with the kernels a GPU runs: policies with one norm and with many, clipped and not."""
+def test_clipper_with_the_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clip with policies of one norm and of many, in comparison with operators of torch."""
     monkeypatch.setattr(kernels, "gpu_kernels", lambda device: triton_launch)
     for policy in (distclip.global_norm(0.5), distclip.per_tensor_norm(0.5), distclip.global_norm(1e9)):
-        made = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 700, 12)]
+        params = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 700, 12)]
         twins = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 700, 12)]
-        for param, twin in zip(made, twins, strict=True):
+        for param, twin in zip(params, twins, strict=True):
             param.grad = torch.randn(param.shape)
             twin.grad = param.grad.clone()
-        report = distclip.GradClipper([(f"p{i}", p) for i, p in enumerate(made)], policy).clip()
+        report = distclip.GradClipper([(f"p{i}", p) for i, p in enumerate(params)], policy).clip()
         with monkeypatch.context() as plain:
             plain.setattr(kernels, "gpu_kernels", lambda device: None)
             other = distclip.GradClipper([(f"p{i}", p) for i, p in enumerate(twins)], policy).clip()
         torch.testing.assert_close(report.norms, other.norms, rtol=1e-13, atol=0)
-        for param, twin in zip(made, twins, strict=True):
+        for param, twin in zip(params, twins, strict=True):
             torch.testing.assert_close(param.grad, twin.grad, rtol=3e-7, atol=0)
 
 
@@ -394,7 +410,7 @@ print("compiled")
 
 
 def test_gpu_kernels_compile_for_hopper() -> None:
-    """To PTX, which needs no GPU; with loads and stores 16 bytes wide where tensors are aligned."""
+    """Compile to PTX, which needs no GPU, with loads and stores of 16 bytes for aligned tensors."""
     environment = {"PATH": "/usr/bin:/bin", "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, check=False, env=environment)
     assert done.stdout.strip() == "compiled", done.stderr

@@ -149,7 +149,8 @@ def test_propagates_nonfinite_gradients_as_optax_does() -> None:
     with np.errstate(invalid="ignore"):
         expected = optax_clip_by_global_norm(grads, weights, 2.0)
     assert_close(clip(NormPolicy(Fixed(2.0), eps=0.0), grads, weights, "propagate"), expected, 0.0)
-    assert np.isnan(expected[0][0, 0]) and (expected[1] == 0).all()
+    assert np.isnan(expected[0][0, 0])
+    assert (expected[1] == 0).all()
 
 
 def move_rows_last(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -62,7 +62,8 @@ def test_a_failing_assert_shows_its_values(pair: World) -> None:
     with pytest.raises(RankError) as caught:
         pair.run(compare_lists)
     report = str(caught.value)
-    assert "--- rank 1" in report and "--- rank 0" not in report
+    assert "--- rank 1" in report
+    assert "--- rank 0" not in report
     assert "assert [1, 2, 3] == [1, 2, 4]" in report
     assert "At index 2 diff: 3 != 4" in report
     assert "in compare_lists" in report

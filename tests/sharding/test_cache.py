@@ -55,7 +55,8 @@ def test_attribute_set_between_calls_counts() -> None:
     parameters[0].shared = True  # type: ignore[attr-defined]
     # A replica that does not count leaves the other parameter.
     rest = distclip.clip_grad_norm_(parameters, float("inf"))
-    assert float(rest) == pytest.approx(float(expected_norm(parameters[1:]))) and rest < whole
+    assert float(rest) == pytest.approx(float(expected_norm(parameters[1:])))
+    assert rest < whole
 
 
 def test_duplicates_and_unknown_layouts_are_checked_at_every_call() -> None:
@@ -178,7 +179,8 @@ class TestFlatGrads:
                 optimizer.zero_grad(set_to_none=False)
         assert len({p.grad.untyped_storage().data_ptr() for p in models[0].parameters() if p.grad is not None}) == 1
         shards = clippers[0]._judge.plan.shards(1)
-        assert shards.merged is not None and len(shards.merged) == 1
+        assert shards.merged is not None
+        assert len(shards.merged) == 1
         for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 

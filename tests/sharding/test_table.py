@@ -78,7 +78,8 @@ def test_flat_grads_keep_dtensors_and_take_the_same_steps() -> None:
     assert all(isinstance(p.grad, DTensor) for p in models[0].parameters() if isinstance(p, DTensor))
     shards = clippers[0]._judge.plan.shards(2)
     # Sharded and replicated elements count differently and are stored apart.
-    assert shards.merged is not None and len(shards.merged) == 2
+    assert shards.merged is not None
+    assert len(shards.merged) == 2
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         local = [p.to_local() if isinstance(p, DTensor) else p for p in (one, other)]
         torch.testing.assert_close(*local, rtol=1e-6, atol=1e-7)

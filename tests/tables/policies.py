@@ -68,7 +68,8 @@ class PolicyRow:
         """Return a policy that clips the gradients of the oracle, and its bound."""
         if self.fit is not None:
             return self.fit(oracle)
-        assert self.small is not None and self.twin is not None
+        assert self.small is not None
+        assert self.twin is not None
         twin = self.twin
         return self.small(per=self.per), lambda norms, totals, slot, weight: twin(norms, totals)[-1]
 
