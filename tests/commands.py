@@ -1,4 +1,4 @@
-"""Run commands that must succeed, and read what they print."""
+"""Run commands that must succeed, and return what they print."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ __all__ = ["output"]
 
 
 def output(*command: str, **options: Any) -> str:
-    """What a command prints that has to go well; `options` are those of `subprocess.run`."""
+    """Run a command and return its standard output. It must exit with 0.
+
+    Args:
+        command: program and arguments.
+        options: arguments of `subprocess.run`.
+    """
     done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
