@@ -116,9 +116,8 @@ def traces(draw: st.DrawFn) -> list[list[float]]:
 @given(trace=traces())
 def test_rule_equals_its_twin(variant: Variant, trace: list[list[float]]) -> None:
     """Compare slot by slot. The twin sees no step that is not finite, and no zero of its slot."""
-    for (t, row), expected in zip(
-        enumerate(coefs(NormPolicy(variant.threshold, restart_after=0), trace)), expected_coefs(variant, trace), strict=True
-    ):
+    rows = coefs(NormPolicy(variant.threshold, restart_after=0), trace)
+    for t, (row, expected) in enumerate(zip(rows, expected_coefs(variant, trace), strict=True)):
         for slot, (coef, bound) in enumerate(zip(row, expected, strict=True)):
             if not math.isnan(bound):
                 assert math.isclose(coef, bound, rel_tol=1e-7), f"step {t}, slot {slot}: {coef}, not {bound}"

@@ -46,8 +46,6 @@ MAX_TOP_LEVEL_MODULES = 19
 
 
 TESTS_NOT_CONVERTED = {
-    "tests/apply/test_fused.py",
-    "tests/engine/test_accelerator.py",
     "tests/integrations/mpi/test_mpi.py",
     "tests/integrations/torchtitan/test_torchtitan.py",
     "tests/launch/test_clusters.py",
@@ -55,9 +53,6 @@ TESTS_NOT_CONVERTED = {
     "tests/launch/test_ray.py",
     "tests/launch/test_recovery.py",
     "tests/launch/test_zero.py",
-    "tests/policies/test_policies.py",
-    "tests/sharding/test_slots.py",
-    "tests/sharding/test_table.py",
 }
 """Test modules that still import other test modules. It must become empty."""
 
