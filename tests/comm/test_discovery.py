@@ -10,8 +10,8 @@ import pytest
 from torch.distributed import HashStore
 
 from distclip import ArgumentError, DisagreementError
-from distclip.comm.ranks import Axis, Ranks
 from distclip.comm.discovery import Post, Rendezvous
+from distclip.comm.ranks import Axis, Ranks
 
 SECONDS = timedelta(seconds=20)
 
