@@ -63,7 +63,7 @@ def check_norms_beside(name: str, policy: str) -> None:
         torch.testing.assert_close(reports[1].norms, reports[0].norms, rtol=1e-12, atol=0)
         for one, other in zip(measured.grads(), plain.grads(), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
-        expected = whole_norms(plain, step, POLICIES[policy]().norm_type) * (1.0 + 4 * step)
+        expected = whole_norms(plain, step, POLICIES[policy]().spec.norm_type) * (1.0 + 4 * step)
         norms = reports[1].tensor_norms
         assert norms is not None
         torch.testing.assert_close(norms.sort().values, expected, rtol=1e-6, atol=0)

@@ -102,7 +102,7 @@ def check_report(
     """Check the total norm, and the norm and coefficient of each slot."""
     assert abs(float(report.norm) - total) <= case.tolerance * total, f"{where}: {float(report.norm)} for {total}"
     assert len(clipper.slots) == len(report.norms) == len(report.coefs), f"{where}: {clipper.slots}"
-    by_parameter = clipper.policy.per in ("tensor", "row")
+    by_parameter = clipper.policy.spec.per in ("tensor", "row")
     if by_parameter:
         # Without any parameter there is one slot, whose norm is 0.
         num_slots = sum(len(n) for n in norms.values()) or 1
