@@ -1,16 +1,16 @@
-"""`python -m distclip.bench`: distclip's clipping against torch's, on the machine at hand.
+"""Benchmark the gradient clipping of distclip against torch's on this machine: `python -m distclip.bench`.
 
 ::
 
-    models ─▶ cases, sharded ─▶ contestants ─▶ timing, counters ─▶ results ─▶ table
-              gradients that     who deals      interleaved        medians,    terminal,
-              lie somewhere      with them      rounds; costs      ratios      Markdown
+    models ─▶ cases ─▶ competitors ─▶ timing, counters ─▶ results ─▶ table
+              gradients   calls that     interleaved        medians,    terminal,
+              to clip     clip them      rounds; costs      ratios      Markdown
 
-`--json` writes {"machine", "versions", "command", "cases"}, and of each case what `results.Outcome` has; of each of its
-contestants {"name", "own", "error", "median_ms", "ratio", "gb_per_s", "counts", "samples_ms", "preempted"}, where
-"counts" is `counters.Counts`, null where nothing was counted, as anything else that a contestant does not have.
+All competitors of a case run in one process, in random order in every round, so that a busy machine slows all of them
+down. The median of the rounds' ratios is the result. `world` starts the ranks of the sharded cases, and `machine`
+describes the hardware. No other module of the library imports this package.
 
-Contestants of a case meet in one process, in random order in every round, so that a machine that is busy slows all of
-them; what counts is the median of the rounds' ratios. `world` starts the ranks of the sharded cases, `machine` says
-what it all ran on. Nothing of the library imports this.
+`--json` writes {"machine", "versions", "command", "cases"}. A case has the fields of `results.Outcome`. Each of its
+competitors has {"name", "own", "error", "median_ms", "ratio", "gb_per_s", "counts", "samples_ms", "preempted"}, where
+"counts" is `counters.Counts`. A value that a competitor does not have is null.
 """

@@ -1,4 +1,4 @@
-"""Who takes part: torch's call, distclip's, and on request those of other libraries."""
+"""Define the competitors: calls of torch, of distclip, and of other libraries on request."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ import distclip
 
 from .errors import BenchError
 
-__all__ = ["OTHERS", "BelowNorm", "Bound", "Contestant", "Setup", "clipper", "drop_ins", "limit", "local"]
+__all__ = ["OTHERS", "BelowNorm", "Bound", "Competitor", "Setup", "clipper", "drop_ins", "local", "read_limit"]
 
 OTHERS = {"torchtitan": "torchtitan.distributed.utils", "deepspeed": "deepspeed.runtime.utils"}
-"""Where other libraries keep a `clip_grad_norm_`."""
+"""Modules of other libraries that define `clip_grad_norm_`."""
 
 
 @dataclass
-class Contestant:
-    """One way to do the work.
+class Competitor:
+    """One way to clip the gradients of a case.
 
     Args:
-        name: as the table has it.
-        call: what is timed; returns the norm, None where there is none.
+        name: in the table.
+        call: the timed function. It returns the norm, or None if it computes none.
         prepare: called before each call, untimed.
         own: whether this is distclip.
     """
@@ -41,90 +41,94 @@ class Contestant:
 
 @dataclass
 class Setup:
-    """Gradients in place, and who is to deal with them.
+    """Parameters with gradients, and the competitors that clip them.
 
     Args:
-        parameters: of this rank; each has a gradient.
-        contestants: the first one is what the others are compared with.
+        parameters: of this rank. Each has a gradient.
+        competitors: the first one is the baseline.
     """
 
     parameters: Sequence[Tensor]
-    contestants: list[Contestant]
+    competitors: list[Competitor]
 
     def grads(self) -> list[Tensor]:
-        """This rank's pieces of the gradients, as they are now."""
+        """Return the current gradients, as this rank's shards."""
         return [local(p.grad) for p in self.parameters if p.grad is not None]
 
 
 class Bound:
-    """A max_norm that nothing reaches."""
+    """A max_norm that no gradient reaches."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = parameters
         self.value = 1e9
 
     def prepare(self) -> None:
-        """Renew the bound before a call."""
+        """Update the bound before a call."""
 
 
 class BelowNorm(Bound):
-    """A max_norm just below the norm: every call clips, and the gradient still lasts for many rounds."""
+    """A max_norm 1 % below the norm, so that every call clips and gradients shrink slowly."""
 
     def prepare(self) -> None:
-        # A norm in bf16 is off by more than the bound is to be below it.
+        # A bf16 norm has an error larger than the 1 % between norm and bound.
         grads = (p.grad for p in self.parameters if p.grad is not None)
         norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
         self.value = 0.99 * float(torch.stack(norms).norm())
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's piece."""
+    """Return this rank's shard."""
     with torch.no_grad():
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def drop_ins(parameters: Sequence[Tensor], bound: Bound, against: Sequence[str] = ()) -> list[Contestant]:
-    """Torch's `clip_grad_norm_`, distclip's, and those of other libraries.
+def drop_ins(parameters: Sequence[Tensor], bound: Bound, against: Sequence[str] = ()) -> list[Competitor]:
+    """Return the `clip_grad_norm_` of torch, distclip and other libraries as competitors.
 
     Args:
-        parameters: whose gradients are clipped.
-        bound: to what.
-        against: keys of `OTHERS`, to be imported.
+        parameters: with gradients.
+        bound: the max_norm.
+        against: keys of `OTHERS`. Each is imported.
 
     Returns:
-        Contestants, torch first.
+        The competitors, torch first.
     """
     calls: dict[str, Callable[..., Any]] = {
         "torch": torch.nn.utils.clip_grad_norm_,
         "distclip": distclip.clip_grad_norm_,
     }
-    calls |= {name: _imported(name) for name in against}
+    calls |= {name: _import_clip(name) for name in against}
 
-    def contestant(name: str, clip: Callable[..., Any]) -> Contestant:
-        return Contestant(name, lambda: _norm(clip(parameters, bound.value)), bound.prepare, own=name == "distclip")
+    def make(name: str, clip: Callable[..., Any]) -> Competitor:
+        def call() -> Tensor:
+            return _as_tensor(clip(parameters, bound.value))
 
-    return [contestant(name, clip) for name, clip in calls.items()]
+        return Competitor(name, call, bound.prepare, own=name == "distclip")
+
+    return [make(name, clip) for name, clip in calls.items()]
 
 
 def clipper(
     parameters: Any, policy: distclip.Policy, name: str = "GradClipper.clip", prepare: Callable[[], None] | None = None
-) -> Contestant:
-    """A `GradClipper` that was constructed beforehand.
+) -> Competitor:
+    """Return a `GradClipper` as a competitor. It is constructed here, untimed.
 
     Args:
-        parameters: what the clipper is bound to.
-        policy: its policy.
-        name: as the table has it.
-        prepare: see `Contestant`.
+        parameters: of the clipper.
+        policy: of the clipper.
+        name: in the table.
+        prepare: see `Competitor`.
     """
-    bound = distclip.GradClipper(parameters, policy)
-    return Contestant(name, lambda: bound.clip().norm, prepare or (lambda: None), own=True)
+    grad_clipper = distclip.GradClipper(parameters, policy)
+    return Competitor(name, lambda: grad_clipper.clip().norm, prepare or (lambda: None), own=True)
 
 
-def limit(grads: Sequence[Tensor]) -> Contestant:
-    """What the machine can do: as many bytes read once, by one call that uses all of the device.
+def read_limit(grads: Sequence[Tensor]) -> Competitor:
+    """Return a competitor that reads as many bytes as the gradients have, at memory bandwidth.
 
-    On CPU the sum of a flat buffer; on an accelerator a copy of its first half over the second, which moves as many.
+    On a CPU it sums a flat buffer. On an accelerator it copies the first half of the buffer over the second half, which
+    moves the same number of bytes.
     """
     device = grads[0].device
     flat = torch.ones(sum(grad.nbytes for grad in grads) // 4, device=device)
@@ -136,19 +140,19 @@ def limit(grads: Sequence[Tensor]) -> Contestant:
         else:
             flat[half : 2 * half].copy_(flat[:half])
 
-    return Contestant("read limit", read)
+    return Competitor("read limit", read)
 
 
-def _norm(result: Any) -> Tensor:
-    """DeepSpeed returns a float in some releases."""
+def _as_tensor(result: Any) -> Tensor:
+    """Convert a norm to a tensor, because DeepSpeed returns a float in some releases."""
     return result if isinstance(result, Tensor) else torch.tensor(float(result))
 
 
-def _imported(name: str) -> Callable[..., Any]:
+def _import_clip(name: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(OTHERS[name])
     except ImportError as error:
-        raise BenchError(f"--against {name}: {error}. Install it, or leave it out.") from error
+        raise BenchError(f"--against {name}: {error}. Install it, or omit the option.") from error
     if name == "deepspeed":
         _start_deepspeed()
     clip: Callable[..., Any] = module.clip_grad_norm_
@@ -156,7 +160,7 @@ def _imported(name: str) -> Callable[..., Any]:
 
 
 def _start_deepspeed() -> None:
-    """Its clip_grad_norm_ averages over a process group even where there is one process: that gets a group of one."""
+    """Initialize DeepSpeed's communication, which its clip_grad_norm_ uses even in one process."""
     if not dist.is_initialized():
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)

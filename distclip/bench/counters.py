@@ -1,4 +1,4 @@
-"""What a call costs beside time, counted in calls of their own that nobody times."""
+"""Count the costs of a call other than time, in separate calls that are not timed."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ from torch.utils._pytree import tree_leaves
 
 from ..norms import kernels
 from ..sharding.shard import Rows
-from .competitors import Contestant, Setup
+from .competitors import Competitor, Setup
 
 __all__ = ["Counts", "count", "peak_bytes"]
 
 CHUNK = 1 << 22
-"""Elements that the oracle widens at a time."""
+"""Number of elements that the oracle converts to float64 at a time."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one call on one rank.
+    """Costs of one call on one rank.
 
     Args:
-        bytes_read: of gradients, by operators that torch dispatches and by kernels of distclip's own.
-        bytes_written: of gradients, by operators that torch dispatches, and at least of those that have changed.
-        collectives: of any kind.
-        peak_bytes: memory allocated on top of what was there before, at its highest.
-        norm_error: relative, against a float64 norm; None where no norm is returned.
-        host_syncs: on CUDA, how often the host waited for the device.
-        kernels: on CUDA, how many were launched.
+        bytes_read: of gradients, by the operators that torch dispatches and by the kernels of distclip.
+        bytes_written: of gradients, by the operators that torch dispatches. At least the bytes of all gradients that
+            have changed.
+        collectives: number of collectives of any kind.
+        peak_bytes: highest amount of memory allocated during the call, above the amount before it.
+        norm_error: relative to a float64 norm. None if the call returns no norm.
+        host_syncs: on CUDA, number of host syncs.
+        kernels: on CUDA, number of kernel launches.
     """
 
     bytes_read: int
@@ -52,38 +53,38 @@ class Counts:
     kernels: int | None
 
 
-def count(setup: Setup, contestant: Contestant) -> Counts:
-    """Call a contestant several times, and count something else in each.
+def count(setup: Setup, competitor: Competitor) -> Counts:
+    """Call a competitor several times, and count one kind of cost in each call.
 
     Args:
-        setup: what the contestant works on.
-        contestant: who is called; on all ranks alike.
+        setup: the gradients.
+        competitor: the same on all ranks.
     """
     cuda = setup.grads()[0].device.type == "cuda"
-    call = contestant.call
-    contestant.prepare()
-    with Traffic(setup.grads()) as traffic, traffic.of_kernels():
+    call = competitor.call
+    competitor.prepare()
+    with Traffic(setup.grads()) as traffic, traffic.include_kernels():
         call()
-    contestant.prepare()
-    # It needs NumPy, which torch does not bring.
+    competitor.prepare()
+    # Imported here because it needs NumPy, which torch does not install.
     from torch.distributed.tensor.debug import CommDebugMode
 
     with CommDebugMode() as collectives:  # type: ignore[no-untyped-call]
         call()
-    contestant.prepare()
+    competitor.prepare()
     peak = _peak_on_cuda(call) if cuda else peak_bytes(call)
     host_syncs = kernels = None
     if cuda:
-        contestant.prepare()
+        competitor.prepare()
         host_syncs = _host_syncs(call)
-        contestant.prepare()
+        competitor.prepare()
         kernels = _kernels(call)
-    contestant.prepare()
+    competitor.prepare()
     truth = norm64(setup.parameters)
     grads = setup.grads()
     before = [grad.clone() for grad in grads]
     norm = call()
-    # What is written past torch's operators shows nowhere else.
+    # Writes that bypass torch's operators are visible only as changed gradients.
     changed = sum(g.nbytes for g, old in zip(grads, before, strict=True) if not torch.equal(g, old))
     written = max(traffic.written, changed)
     error = _error(norm, truth)
@@ -91,10 +92,10 @@ def count(setup: Setup, contestant: Contestant) -> Counts:
 
 
 class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up how many bytes of some storages operators are given to read and to write.
+    """Count the bytes of some storages that operators read and write.
 
     Args:
-        tensors: whose storages are watched.
+        tensors: their storages are counted.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -105,45 +106,45 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # The operator of a DTensor (or of one that is still being reduced) comes again, for the plain one within.
-        if any(type(each) not in (Tensor, Parameter) for each in _tensors((args, kwargs))):
+        # The operator of a DTensor or an AsyncCollectiveTensor is dispatched again for the plain tensor inside.
+        if any(type(tensor) not in (Tensor, Parameter) for tensor in _tensors((args, kwargs))):
             return NotImplemented
         if not func.is_view and not func._schema.name.endswith("_like"):
             self.read += self._bytes((args, kwargs))
-            self.written += self._bytes(_written(func, args, kwargs or {}))
+            self.written += self._bytes(_written_arguments(func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     @contextmanager
-    def of_kernels(self) -> Iterator[None]:
-        """Count also what distclip's own kernels read, which torch does not dispatch."""
-        whole, by_row = kernels.fused_power_sums, kernels.native.row_powers
+    def include_kernels(self) -> Iterator[None]:
+        """Count the reads of distclip's kernels too, which torch does not dispatch."""
+        power_sums, row_powers = kernels.fused_power_sums, kernels.native.row_powers
 
-        def counted(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, bool] | None:
-            found = whole(tensors, norm_type)
-            self.read += 0 if found is None else self._bytes(tensors)
-            return found
+        def count_power_sums(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, bool] | None:
+            sums = power_sums(tensors, norm_type)
+            self.read += 0 if sums is None else self._bytes(tensors)
+            return sums
 
-        def counted_rows(grad: Tensor, rows: Rows, norm_type: float) -> Tensor | None:
-            found = by_row(grad, rows, norm_type)
-            self.read += 0 if found is None else self._bytes(grad)
-            return found
+        def count_row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor | None:
+            powers = row_powers(grad, rows, norm_type)
+            self.read += 0 if powers is None else self._bytes(grad)
+            return powers
 
-        kernels.fused_power_sums, kernels.native.row_powers = counted, counted_rows
+        kernels.fused_power_sums, kernels.native.row_powers = count_power_sums, count_row_powers
         try:
             yield
         finally:
-            kernels.fused_power_sums, kernels.native.row_powers = whole, by_row
+            kernels.fused_power_sums, kernels.native.row_powers = power_sums, row_powers
 
     def _bytes(self, values: Any) -> int:
         return sum(t.nbytes for t in _tensors(values) if t.untyped_storage().data_ptr() in self._storages)
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The arguments that an operator writes to."""
+def _written_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Return the arguments that an operator writes to."""
     arguments = func._schema.arguments
     given = dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
     writes = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
-    # Fused optimizers claim to write gradients, and do where these are to be unscaled.
+    # The schemas of fused optimizers declare gradients as written. They are written only to unscale them.
     if "grad_scale" in (a.name for a in arguments) and given.get("grad_scale") is None:
         writes.discard("grads")
     return [given.get(name) for name in writes]
@@ -155,7 +156,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 @torch.no_grad()
 def norm64(parameters: Sequence[Tensor]) -> float:
-    """The norm of the whole gradient, in float64; gathers what is spread."""
+    """Compute the norm of the whole gradient in float64. DTensors are gathered."""
     squares = []
     for parameter in parameters:
         grad = parameter.grad
@@ -168,15 +169,17 @@ def norm64(parameters: Sequence[Tensor]) -> float:
 def _error(norm: Tensor | None, truth: float) -> float | None:
     if norm is None:
         return None
-    found = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    return abs(found - truth) / truth
+    value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return abs(value - truth) / truth
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """What a call has allocated on a CPU at its highest, by torch's allocator: the process' own high-water mark also
-    moves with what was freed before."""
+    """Return the highest amount of CPU memory that a call had allocated.
+
+    The profiler's allocations are used because the peak memory of the process also depends on earlier calls.
+    """
     activities = [ProfilerActivity.CPU]
-    # Without acc_events torch 2.10 warns, of cycles that there are none of.
+    # Without acc_events torch 2.10 warns about profiling cycles, which this call does not use.
     with _without_stderr(), profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
         call()
     assert profiler.profiler is not None
@@ -190,16 +193,16 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 @contextmanager
 def _without_stderr() -> Iterator[None]:
-    """The profiler talks to file descriptor 2, past Python."""
+    """Discard the output of the profiler, which writes to file descriptor 2 and not to sys.stderr."""
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(devnull)
 
 
 def _peak_on_cuda(call: Callable[[], object]) -> int:
@@ -219,8 +222,8 @@ def _host_syncs(call: Callable[[], object]) -> int:
             call()
         finally:
             torch.cuda.set_sync_debug_mode(mode)
-    # Not the one that says what this mode is.
-    return sum("called a synchronizing" in str(each.message) for each in caught)
+    # The mode also emits one warning about itself, which is not counted.
+    return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 def _kernels(call: Callable[[], object]) -> int:

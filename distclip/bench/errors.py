@@ -1,4 +1,4 @@
-"""What a user of the command can put right."""
+"""Define the error of the benchmark that its user can fix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What it ran on."""
+"""Describe the hardware, the versions and the command of a benchmark."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ __all__ = ["command_line", "machine", "versions"]
 
 
 def machine(device: str) -> dict[str, str | int]:
-    """What is measured, processor, how many of them this process may use, the GPU if that is it, and the system."""
-    found: dict[str, str | int] = {"device": device, "cpu": _processor(), "cpus": _cpus()}
+    """Describe the processor, the number of usable CPUs, the GPU if it is used, and the system."""
+    description: dict[str, str | int] = {"device": device, "cpu": _processor(), "cpus": _cpus()}
     if device == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
-    return found | {"system": platform.platform()}
+        description |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
+    return description | {"system": platform.platform()}
 
 
 def versions() -> dict[str, str]:
-    """Of everything that is compared, and the day."""
+    """Return the versions of the libraries and today's date."""
     return {
         "distclip": distclip.__version__,
         "torch": torch.__version__,
@@ -35,7 +35,7 @@ def versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """What to type to measure it again."""
+    """Return the command that repeats the benchmark."""
     return shlex.join(["python", "-m", "distclip.bench", *sys.argv[1:]])
 
 

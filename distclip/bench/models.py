@@ -1,4 +1,4 @@
-"""Models whose gradients are clipped: GPT-2 by its shapes, and one of very many tiny layers."""
+"""Define the models: GPT-2 by its shapes, and a model of very many tiny layers."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 small if not told otherwise: 148 tensors of 124 M elements.
+    """GPT-2, by default the small one of 148 tensors with 124 M elements.
 
     Args:
-        scale: 1 for the real width and vocabulary; smaller for tests.
-        layers: how many blocks.
+        scale: 1 for the real width and vocabulary, smaller for tests.
+        layers: number of blocks.
         width: of the residual stream, at scale 1.
     """
 
@@ -52,7 +52,7 @@ class GPT(nn.Module):
 
 
 def gpt_shapes(scale: float = 1.0, layers: int = 12, width: int = 768) -> list[torch.Size]:
-    """The shapes of `GPT`'s parameters in their order; nothing is allocated."""
+    """Return the shapes of `GPT`'s parameters in order, without allocating memory."""
     with torch.device("meta"):
         return [p.shape for p in GPT(scale, layers, width).parameters()]
 
@@ -70,10 +70,10 @@ class Pair(nn.Module):
 
 
 class Tiny(nn.Module):
-    """Very many parameters and little in them.
+    """Model of very many small parameters.
 
     Args:
-        count: of parameters, a multiple of four.
+        count: number of parameters, a multiple of four.
         width: of each layer.
     """
 

@@ -1,30 +1,30 @@
-"""One case in one process, or on one rank: try, count, race."""
+"""Run one case in one process or on one rank: try each competitor, count its costs, time it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .competitors import Contestant, Setup
+from .competitors import Competitor, Setup
 from .counters import count
 from .results import Standing
-from .timing import race
+from .timing import time_interleaved
 
-__all__ = ["Options", "contest"]
+__all__ = ["Options", "race"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to measure.
+    """Options of the benchmark.
 
     Args:
         device: "cpu" or "cuda".
-        rounds: how often each contestant is timed.
-        seed: of the order of contestants.
-        world: ranks of the sharded cases; None for the default.
-        threads: of torch in each process; None for the default.
-        against: other libraries that take part, see `contestants.OTHERS`.
-        scale: of the models; below 1 for tests.
+        rounds: number of timed calls of each competitor.
+        seed: of the gradients and of the order of competitors.
+        world: number of ranks of the sharded cases. None for the default.
+        threads: torch threads in each process. None for the default.
+        against: other libraries to include, see `competitors.OTHERS`.
+        scale: of the models, below 1 for tests.
     """
 
     device: str = "cpu"
@@ -36,41 +36,41 @@ class Options:
     scale: float = 1.0
 
 
-def contest(
+def race(
     setup: Setup,
     options: Options,
     advance: Callable[[], object],
-    meet: Callable[[], object] = lambda: None,
-    agree: Callable[[str | None], str | None] = lambda error: error,
+    barrier: Callable[[], object] = lambda: None,
+    share_error: Callable[[str | None], str | None] = lambda error: error,
 ) -> list[Standing]:
-    """Count what each contestant costs, and time those that work.
+    """Count the costs of each competitor, and time those that do not fail.
 
     Args:
-        setup: the case, in place.
-        options: how to measure.
+        setup: the gradients and the competitors.
+        options: of the benchmark.
         advance: called after each round.
-        meet: a barrier, where there are ranks.
-        agree: of what went wrong on this rank, what went wrong on any.
+        barrier: called before each timed call.
+        share_error: takes the error of this rank, and returns the first error of all ranks.
 
     Returns:
-        The standings, in the order of contestants.
+        The standings, in the order of competitors.
     """
-    errors = {each.name: agree(_failure(each)) for each in setup.contestants}
-    fit = [each for each in setup.contestants if errors[each.name] is None]
-    counts = {each.name: count(setup, each) for each in fit}
+    errors = {competitor.name: share_error(_try(competitor)) for competitor in setup.competitors}
+    working = [competitor for competitor in setup.competitors if errors[competitor.name] is None]
+    counts = {competitor.name: count(setup, competitor) for competitor in working}
     device = setup.grads()[0].device
-    samples = race(fit, options.rounds, options.seed, device, meet, advance)
+    samples = time_interleaved(working, options.rounds, options.seed, device, barrier, advance)
     return [
-        Standing(each.name, each.own, samples.get(each.name, []), counts.get(each.name), errors[each.name])
-        for each in setup.contestants
+        Standing(one.name, one.own, samples.get(one.name, []), counts.get(one.name), errors[one.name])
+        for one in setup.competitors
     ]
 
 
-def _failure(contestant: Contestant) -> str | None:
-    """Call it once, untimed; a library that cannot do the case stays out of it."""
-    contestant.prepare()
+def _try(competitor: Competitor) -> str | None:
+    """Call a competitor once, untimed. Return its error, with which it is excluded from the case."""
+    competitor.prepare()
     try:
-        contestant.call()
+        competitor.call()
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return None

@@ -1,4 +1,4 @@
-"""All cases of one call of the command, and its file."""
+"""Collect the outcomes of all cases of one command, and write its JSON file."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["Report"]
 
 @dataclass
 class Report:
-    """What was measured, where, and with what.
+    """Outcomes of all cases, with the machine and the versions.
 
     Args:
-        path: of the JSON file; None for none.
+        path: of the JSON file. None for no file.
         machine: see `machine.machine`.
         versions: see `machine.versions`.
-        command: what was typed.
-        outcomes: so far.
+        command: that repeats the benchmark.
+        outcomes: of the cases so far.
     """
 
     path: Path | None
@@ -33,10 +33,10 @@ class Report:
     outcomes: list[Outcome] = field(default_factory=list)
 
     def save(self) -> None:
-        """Write the file anew, so that a call that is broken off leaves what it has.
+        """Rewrite the file, so that an interrupted command leaves its finished cases.
 
         Raises:
-            BenchError: it cannot be written.
+            BenchError: the file cannot be written.
         """
         if self.path is None:
             return
@@ -46,4 +46,4 @@ class Report:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(content) + "\n")
         except OSError as error:
-            raise BenchError(f"--json {self.path}: {error.strerror}.") from error
+            raise BenchError(f"--json {self.path}: {error.strerror}. Pass a path that can be written.") from error

@@ -1,4 +1,4 @@
-"""What came of a case, and how it is written down."""
+"""Hold the results of a case, and convert them to JSON."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 from .counters import Counts
 from .timing import Sample, median_ratio, median_seconds
 
-__all__ = ["Outcome", "Standing", "merged"]
+__all__ = ["Outcome", "Standing", "merge"]
 
 
 @dataclass(frozen=True)
 class Standing:
-    """One contestant of a case.
+    """Result of one competitor in a case.
 
     Args:
-        name: of the contestant.
+        name: of the competitor.
         own: whether it is distclip.
-        samples: one per round; none, if it failed.
-        counts: what else it costs, where that was counted.
-        error: why it takes no part.
+        samples: one per round. Empty if the competitor failed.
+        counts: of other costs, if they were counted.
+        error: that excluded the competitor.
     """
 
     name: str
@@ -33,16 +33,16 @@ class Standing:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A case as it went.
+    """Result of a case.
 
     Args:
         name: of the case.
-        title: what is in it, in one line.
-        world: how many ranks; 1 for a local case.
+        title: description in one line.
+        world: number of ranks, 1 for a local case.
         threads: of torch, on each rank.
-        tensors: how many gradients.
-        bytes: of gradients, on one rank.
-        standings: the first one is what the others are compared with.
+        tensors: number of gradients.
+        bytes: of all gradients on one rank.
+        standings: one per competitor. The first one is the baseline.
     """
 
     name: str
@@ -54,22 +54,22 @@ class Outcome:
     standings: Sequence[Standing]
 
     def milliseconds(self, standing: Standing) -> float | None:
-        """The median of a contestant; None if it failed."""
+        """Return the median time of a competitor, None if it failed."""
         return 1e3 * median_seconds(standing.samples) if standing.samples else None
 
     def ratio(self, standing: Standing) -> float | None:
-        """The median over rounds of its time as a multiple of the first contestant's; None if either failed."""
+        """Return the median ratio of a competitor's time to the baseline's, None if either failed."""
         first = self.standings[0]
         if not standing.samples or not first.samples:
             return None
         return median_ratio(standing.samples, first.samples)
 
     def rate(self, standing: Standing) -> float | None:
-        """Gigabytes of gradient per second and rank."""
+        """Return the gigabytes of gradients per second and rank, None if the competitor failed."""
         return 1e-9 * self.bytes / median_seconds(standing.samples) if standing.samples else None
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, with all samples, in what JSON has."""
+        """Convert to JSON types, with all samples."""
         return {
             "name": self.name,
             "title": self.title,
@@ -77,10 +77,10 @@ class Outcome:
             "threads": self.threads,
             "tensors": self.tensors,
             "bytes": self.bytes,
-            "contestants": [self._contestant(standing) for standing in self.standings],
+            "competitors": [self._competitor(standing) for standing in self.standings],
         }
 
-    def _contestant(self, standing: Standing) -> dict[str, Any]:
+    def _competitor(self, standing: Standing) -> dict[str, Any]:
         return {
             "name": standing.name,
             "own": standing.own,
@@ -94,22 +94,22 @@ class Outcome:
         }
 
 
-def merged(ranks: Sequence[Outcome]) -> Outcome:
-    """One outcome of those of all ranks: of every round the slowest rank, of every count the largest.
+def merge(ranks: Sequence[Outcome]) -> Outcome:
+    """Merge the outcomes of all ranks: the slowest rank of every round, the largest of every count.
 
     Args:
         ranks: the outcome of the same case on each rank.
     """
     columns = zip(*(rank.standings for rank in ranks), strict=True)
-    return replace(ranks[0], standings=[_standing(column) for column in columns])
+    return replace(ranks[0], standings=[_merge_standings(column) for column in columns])
 
 
-def _standing(column: Sequence[Standing]) -> Standing:
+def _merge_standings(column: Sequence[Standing]) -> Standing:
     rounds = zip(*(standing.samples for standing in column), strict=True)
-    samples = [Sample(max(s.seconds for s in each), any(s.preempted for s in each)) for each in rounds]
+    samples = [Sample(max(s.seconds for s in one), any(s.preempted for s in one)) for one in rounds]
     counts = [asdict(standing.counts) for standing in column if standing.counts is not None]
-    most: dict[str, Any] = {
-        key: max((each[key] for each in counts if each[key] is not None), default=None)
+    largest: dict[str, Any] = {
+        key: max((count[key] for count in counts if count[key] is not None), default=None)
         for key in (counts[0] if counts else {})
     }
-    return replace(column[0], samples=samples, counts=Counts(**most) if counts else None)
+    return replace(column[0], samples=samples, counts=Counts(**largest) if counts else None)

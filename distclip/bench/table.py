@@ -1,4 +1,4 @@
-"""What is printed: a table per case, a progress bar, one Markdown table of all cases."""
+"""Print the results: one table per case, a progress bar, one Markdown table of all cases."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .results import Outcome, Standing
 __all__ = ["Terminal", "markdown"]
 
 COLUMNS = ["median ms", "x torch", "GB/s", "norm error", "written", "collectives", "extra memory", "syncs", "kernels"]
-"""Beside the contestant's name; where there is no room, the last ones are left out."""
+"""Columns after the competitor's name. A narrow terminal omits the last ones."""
 
 
 class Terminal(Screen):
-    """Where everything is shown: see `Screen`."""
+    """Terminal or pipe that shows the results: see `Screen`."""
 
     def header(self, *parts: Mapping[str, object]) -> None:
-        """What it runs on, a line for each part."""
+        """Print machine and versions, one line for each part."""
         for part in parts:
             self.line(", ".join(f"{key} {value}" for key, value in part.items()))
 
     def bar(self) -> Progress:
-        """A progress bar, or on a pipe (where every update would be a line) an invisible one."""
+        """Return a progress bar. On a pipe, where every update would be a line, the bar is invisible."""
         return Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -39,26 +39,26 @@ class Terminal(Screen):
         )
 
     def outcome(self, outcome: Outcome) -> None:
-        """The table of a case, in as many columns as there is room for."""
+        """Print the table of a case, in as many columns as fit."""
         ranks = f" on each of {outcome.world} ranks" if outcome.world > 1 else ""
         self.line("")
         self.line(outcome.name, "bold")
         self.line(f"{outcome.title}; {amount(outcome.bytes)}{ranks}, threads {outcome.threads}")
         cells = [_cells(outcome, standing) for standing in outcome.standings]
-        there = [i for i in range(len(COLUMNS)) if any(row[i] for row in cells)]
-        while len(there) > 1 and self._width(_table(outcome, cells, there)) > self.console.width:
-            there.pop()
-        self.console.print(_table(outcome, cells, there))
+        columns = [i for i in range(len(COLUMNS)) if any(row[i] for row in cells)]
+        while len(columns) > 1 and self._width(_table(outcome, cells, columns)) > self.console.width:
+            columns.pop()
+        self.console.print(_table(outcome, cells, columns))
         for standing in outcome.standings:
             if standing.error is not None:
-                self.line(f"{standing.name} takes no part: {standing.error}")
+                self.line(f"{standing.name} is excluded: {standing.error}")
 
     def _width(self, table: Table) -> int:
         return measure_renderables(self.console, self.console.options.update(max_width=10_000), [table]).maximum
 
 
 def amount(size: int) -> str:
-    """Bytes, as one reads them: decimal, as bandwidths are."""
+    """Format bytes with decimal units, as bandwidths are."""
     for unit, factor in {"GB": 1e9, "MB": 1e6, "kB": 1e3}.items():
         if size >= factor:
             return f"{size / factor:.3g} {unit}"
@@ -66,7 +66,7 @@ def amount(size: int) -> str:
 
 
 def markdown(outcomes: Sequence[Outcome]) -> str:
-    """One table of all cases: distclip against the first contestant."""
+    """Return one Markdown table of all cases: distclip against the baseline."""
     lines = ["| case | torch ms | distclip ms | ratio |", "|---|--:|--:|--:|"]
     for outcome in outcomes:
         own = [standing for standing in outcome.standings if standing.own]
@@ -78,19 +78,19 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def _table(outcome: Outcome, cells: list[list[str]], there: Sequence[int]) -> Table:
+def _table(outcome: Outcome, cells: list[list[str]], columns: Sequence[int]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("", overflow="fold")
-    for i in there:
+    for i in columns:
         table.add_column(COLUMNS[i], justify="right", no_wrap=True)
     for standing, row in zip(outcome.standings, cells, strict=True):
-        table.add_row(standing.name, *(row[i] for i in there), style="bold" if standing.own else None)
+        table.add_row(standing.name, *(row[i] for i in columns), style="bold" if standing.own else None)
     return table
 
 
 def _cells(outcome: Outcome, standing: Standing) -> list[str]:
     rate, counts = outcome.rate(standing), standing.counts
-    # The rate of next to nothing says nothing.
+    # The rate of a case with less than 1 MB is not meaningful.
     shown = "" if rate is None or outcome.bytes < 1e6 else f"{rate:.3g}"
     timed = [_ms(outcome.milliseconds(standing)), _ratio(outcome.ratio(standing)), shown]
     if counts is None:

@@ -1,4 +1,4 @@
-"""Interleaved timing: in every round each contestant once, in random order."""
+"""Time competitors in interleaved rounds: each once per round, in random order."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from statistics import median
 
 import torch
 
-from .competitors import Contestant
+from .competitors import Competitor
 
-__all__ = ["Sample", "median_ratio", "median_seconds", "race"]
+__all__ = ["Sample", "median_ratio", "median_seconds", "time_interleaved"]
 
 WARM_UP = 2
-"""Rounds that do not count."""
+"""Number of rounds that are not recorded."""
 
 
 @dataclass(frozen=True)
@@ -25,81 +25,81 @@ class Sample:
     """One timed call.
 
     Args:
-        seconds: wall clock, until the device is done; of several ranks the slowest one's.
-        preempted: whether the system took a processor away meanwhile, on any rank.
+        seconds: wall-clock time until the device has finished, on the slowest rank.
+        preempted: whether the operating system preempted a thread of the process, on any rank.
     """
 
     seconds: float
     preempted: bool
 
 
-def race(
-    contestants: Sequence[Contestant],
+def time_interleaved(
+    competitors: Sequence[Competitor],
     rounds: int,
     seed: int,
     device: torch.device,
-    meet: Callable[[], object],
+    barrier: Callable[[], object],
     advance: Callable[[], object],
 ) -> dict[str, list[Sample]]:
-    """Time the contestants against each other.
+    """Time the competitors against each other.
 
     Args:
-        contestants: who takes part.
-        rounds: how often each of them is called, after a warm-up.
-        seed: of the order, so that all ranks have the same.
-        device: what is waited for before and after a call.
-        meet: called right before each timed call: a barrier, where there are ranks.
+        competitors: to time.
+        rounds: number of timed calls of each competitor, after a warm-up.
+        seed: of the order, so that all ranks have the same order.
+        device: that is synchronized before and after a call.
+        barrier: called right before each timed call.
         advance: called after each round.
 
     Returns:
-        The samples of each contestant by name, in the order of rounds.
+        Samples by the name of the competitor, in the order of rounds.
     """
     order = random.Random(seed)
-    samples: dict[str, list[Sample]] = {each.name: [] for each in contestants}
-    collected = gc.isenabled()
+    samples: dict[str, list[Sample]] = {competitor.name: [] for competitor in competitors}
+    gc_enabled = gc.isenabled()
     gc.disable()
-    # What is there already is not looked through between the rounds.
+    # gc.collect between the rounds then ignores the objects that exist already.
     gc.freeze()
     try:
         for number in range(-WARM_UP, rounds):
             gc.collect()
-            for contestant in order.sample(contestants, len(contestants)):
-                sample = _timed(contestant, device, meet)
+            for competitor in order.sample(competitors, len(competitors)):
+                sample = _time_call(competitor, device, barrier)
                 if number >= 0:
-                    samples[contestant.name].append(sample)
+                    samples[competitor.name].append(sample)
             if number >= 0:
                 advance()
     finally:
         gc.unfreeze()
-        if collected:
+        if gc_enabled:
             gc.enable()
     return samples
 
 
 def median_seconds(samples: Sequence[Sample]) -> float:
-    """The median over rounds; without preempted ones, if enough others are left."""
+    """Return the median over rounds, without preempted rounds if enough others are left."""
     return median(samples[i].seconds for i in _undisturbed([samples]))
 
 
 def median_ratio(samples: Sequence[Sample], others: Sequence[Sample]) -> float:
-    """The median of the rounds' ratios of two contestants; without preempted rounds, if enough others are left."""
+    """Return the median of the rounds' ratios of two competitors, preempted rounds excluded."""
     return median(samples[i].seconds / others[i].seconds for i in _undisturbed([samples, others]))
 
 
-def _undisturbed(contestants: Sequence[Sequence[Sample]]) -> list[int]:
-    """Rounds in which none of the contestants was preempted; all, if these are fewer than half or than three."""
-    rounds = range(len(contestants[0]))
-    good = [i for i in rounds if not any(samples[i].preempted for samples in contestants)]
-    return good if len(good) >= max(3, len(rounds) / 2) else list(rounds)
+def _undisturbed(competitors: Sequence[Sequence[Sample]]) -> list[int]:
+    """Return the rounds without preemption, or all rounds if fewer than half or three are left."""
+    rounds = range(len(competitors[0]))
+    kept = [i for i in rounds if not any(samples[i].preempted for samples in competitors)]
+    return kept if len(kept) >= max(3, len(rounds) / 2) else list(rounds)
 
 
-def _timed(contestant: Contestant, device: torch.device, meet: Callable[[], object]) -> Sample:
-    contestant.prepare()
+def _time_call(competitor: Competitor, device: torch.device, barrier: Callable[[], object]) -> Sample:
+    competitor.prepare()
     _wait(device)
-    meet()
+    barrier()
     before = _preemptions()
     start = time.perf_counter()
-    contestant.call()
+    competitor.call()
     _wait(device)
     seconds = time.perf_counter() - start
     return Sample(seconds, _preemptions() > before)
@@ -111,7 +111,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _preemptions() -> int:
-    """How often a thread of this process had to leave its processor."""
+    """Return the number of times that a thread of this process was preempted."""
     if sys.platform == "win32":
         return 0
     import resource

@@ -1,4 +1,4 @@
-"""A world of ranks for one job: fresh processes, a file to meet at, nothing that is left behind."""
+"""Start a world of new processes for one job. They rendezvous through a file, and end with the job."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .errors import BenchError
 
 __all__ = ["default_size", "on_ranks"]
 
-PATIENCE = timedelta(minutes=5)
-"""After which a collective gives up."""
+TIMEOUT = timedelta(minutes=5)
+"""Timeout of a collective."""
 
 
 def default_size(device: str) -> int:
-    """Four ranks on a CPU, one per GPU."""
+    """Return the default world size: four ranks on a CPU, one per GPU."""
     return torch.cuda.device_count() if device == "cuda" else 4
 
 
@@ -38,19 +38,19 @@ def on_ranks(
 
     Args:
         job: a function that is importable by name.
-        size: how many ranks.
+        size: number of ranks.
         device: "cpu" (gloo) or "cuda" (nccl).
-        threads: of torch on each rank; None to share the processors.
-        advance: called here whenever the first rank calls its own.
+        threads: of torch on each rank. None to share the processors.
+        advance: called in this process whenever rank 0 calls its `advance`.
         kwargs: picklable.
 
     Returns:
-        What the ranks returned, in their order; picklable.
+        The return values of the ranks, in order. They must be picklable.
 
     Raises:
-        BenchError: a rank failed; with the traceback of the first that did.
+        BenchError: a rank failed. The message has the traceback of the first one.
     """
-    # A server that has imported torch starts a rank in a fraction of a second, and has called nothing of it.
+    # The fork server has imported torch but called nothing, so that it starts a rank in a fraction of a second.
     context: Any = mp.get_context("spawn" if sys.platform == "win32" else "forkserver")
     if sys.platform != "win32":
         context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.tensor.debug", __name__])
@@ -58,14 +58,16 @@ def on_ranks(
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(size)]
         processes = [
-            context.Process(target=_rank, args=(rank, size, device, threads, folder, pipe[1], job, kwargs), daemon=True)
+            context.Process(
+                target=_run_rank, args=(rank, size, device, threads, folder, pipe[1], job, kwargs), daemon=True
+            )
             for rank, pipe in enumerate(pipes)
         ]
         try:
-            for process, (_, there) in zip(processes, pipes, strict=True):
+            for process, (_, child_end) in zip(processes, pipes, strict=True):
                 process.start()
-                there.close()
-            return _collect([here for here, _ in pipes], advance)
+                child_end.close()
+            return _collect([parent_end for parent_end, _ in pipes], advance)
         finally:
             for process in processes:
                 process.kill()
@@ -73,7 +75,7 @@ def on_ranks(
 
 
 def _collect(connections: list[Connection], advance: Callable[[], object]) -> list[Any]:
-    answers: dict[int, Any] = {}
+    results: dict[int, Any] = {}
     open_ = dict(zip(connections, range(len(connections)), strict=True))
     while open_:
         for connection in wait(list(open_)):
@@ -88,11 +90,11 @@ def _collect(connections: list[Connection], advance: Callable[[], object]) -> li
             rank = open_.pop(connection)
             if kind == "failed":
                 raise BenchError(f"rank {rank} of {len(connections)}:\n{content}")
-            answers[rank] = content
-    return [answers[rank] for rank in range(len(connections))]
+            results[rank] = content
+    return [results[rank] for rank in range(len(connections))]
 
 
-def _rank(
+def _run_rank(
     rank: int,
     size: int,
     device: str,
@@ -102,10 +104,10 @@ def _rank(
     job: Callable[..., Any],
     kwargs: dict[str, Any],
 ) -> None:
-    """The life of a rank."""
-    # Ctrl-C is the parent's business, which ends this process.
+    """Initialize a rank, run the job, and send its result."""
+    # The parent handles Ctrl-C and kills this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Whatever torch has to say about a contestant, it says on every rank.
+    # torch would print each warning about a competitor once per rank.
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(threads)
@@ -124,13 +126,13 @@ def _rank(
             init_method=f"file://{folder}/store",
             rank=rank,
             world_size=size,
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
             device_id=device_id,
         )
-        answer = ("done", job(**kwargs, advance=advance))
-        # Nobody leaves while another one may still read from it.
+        message = ("done", job(**kwargs, advance=advance))
+        # A rank must not exit while another rank may still read from it.
         dist.barrier()
         dist.destroy_process_group()
     except Exception:
-        answer = ("failed", traceback.format_exc())
-    connection.send(answer)
+        message = ("failed", traceback.format_exc())
+    connection.send(message)

@@ -1,4 +1,4 @@
-"""`python -m distclip.bench`: every case can be run, and counts what it says. Nothing here looks at a time."""
+"""Test `python -m distclip.bench`: every case runs, and its counts are right. No test asserts a time."""
 
 from __future__ import annotations
 
@@ -18,77 +18,78 @@ from rich.console import Console
 from torch import Tensor
 
 import distclip
-from distclip.bench.__main__ import CASES, USUAL, main, usual
-from distclip.bench.cases import LOCAL
-from distclip.bench.competitors import Contestant
+from distclip.bench.__main__ import DEFAULT, default_cases, main
+from distclip.bench.cases import CASES
+from distclip.bench.cases.local import LOCAL
+from distclip.bench.competitors import Competitor
 from distclip.bench.race import Options
-from distclip.bench.results import Outcome, Standing, merged
+from distclip.bench.results import Outcome, Standing, merge
 from distclip.bench.table import Terminal, amount, markdown
-from distclip.bench.timing import WARM_UP, Sample, median_ratio, median_seconds, race
+from distclip.bench.timing import WARM_UP, Sample, median_ratio, median_seconds, time_interleaved
 
 ROOT = Path(distclip.__file__).parents[1]
 CPU = torch.device("cpu")
 
 
-def nothing() -> None:
+def do_nothing() -> None:
     pass
 
 
 def measure(name: str, **options: Any) -> Outcome:
-    return LOCAL[name].measure(Options(rounds=2, scale=0.01, **options), nothing)
+    return LOCAL[name].measure(Options(rounds=2, scale=0.01, **options), do_nothing)
 
 
-measured = cache(measure)
+measure_once = cache(measure)
 
 
-def standing(outcome: Outcome, name: str) -> Standing:
-    return next(each for each in outcome.standings if each.name == name)
+def find_standing(outcome: Outcome, name: str) -> Standing:
+    return next(standing for standing in outcome.standings if standing.name == name)
 
 
 @pytest.mark.parametrize("name", list(LOCAL))
 def test_local_case(name: str) -> None:
-    outcome = measured(name)
-    for each in outcome.standings:
-        assert each.error is None and len(each.samples) == 2 and each.counts is not None
-        if each.own:
-            assert each.counts.norm_error is not None and each.counts.norm_error < 1e-6
-            assert each.counts.bytes_read >= outcome.bytes
-    assert any(each.own for each in outcome.standings)
+    outcome = measure_once(name)
+    for one in outcome.standings:
+        assert one.error is None and len(one.samples) == 2 and one.counts is not None
+        if one.own:
+            assert one.counts.norm_error is not None and one.counts.norm_error < 1e-6
+            assert one.counts.bytes_read >= outcome.bytes
+    assert any(one.own for one in outcome.standings)
     assert outcome.ratio(outcome.standings[0]) == 1.0
 
 
-def test_what_is_written() -> None:
-    """By torch always, by distclip what has to be, also into views and by a fused optimizer that unscales."""
+def test_bytes_written() -> None:
+    """torch writes every gradient, distclip only those that it clips, into views too."""
     for name, own in {"gpt2": 0, "gpt2_clipped": 1, "gpt2_bf16_clipped": 1, "gpt2_views": 0, "small_views": 0}.items():
-        outcome = measured(name)
-        written = {each.name: each.counts.bytes_written for each in outcome.standings if each.counts is not None}
+        outcome = measure_once(name)
+        written = {one.name: one.counts.bytes_written for one in outcome.standings if one.counts is not None}
         assert written == {"torch": outcome.bytes, "distclip": own * outcome.bytes, "read limit": 0}, name
-    alone = standing(measured("adamw"), "the step alone").counts
+    alone = find_standing(measure_once("adamw"), "the step alone").counts
     assert alone is not None and alone.bytes_written == 0
 
 
-def test_contestants_come_equally_often_in_any_order() -> None:
+def test_competitors_run_equally_often_in_random_order() -> None:
     calls: list[str] = []
     prepared: list[str] = []
 
-    def contestant(name: str) -> Contestant:
-        return Contestant(name, lambda: calls.append(name), lambda: prepared.append(name))
+    def competitor(name: str) -> Competitor:
+        return Competitor(name, lambda: calls.append(name), lambda: prepared.append(name))
 
     names = list("abcd")
     rounds = 5
-    samples = race([contestant(name) for name in names], rounds, 0, CPU, nothing, nothing)
-    assert {name: len(each) for name, each in samples.items()} == dict.fromkeys(names, rounds)
+    samples = time_interleaved([competitor(name) for name in names], rounds, 0, CPU, do_nothing, do_nothing)
+    assert {name: len(taken) for name, taken in samples.items()} == dict.fromkeys(names, rounds)
     assert calls == prepared
     turns = [calls[i : i + len(names)] for i in range(0, len(calls), len(names))]
     assert len(turns) == rounds + WARM_UP
     assert all(sorted(turn) == names for turn in turns)
     assert len(set(map(tuple, turns))) > 1
     calls.clear()
-    race([contestant(name) for name in names], rounds, 0, CPU, nothing, nothing)
-    assert [name for turn in turns for name in turn] == calls, "ranks would not be in step"
+    time_interleaved([competitor(name) for name in names], rounds, 0, CPU, do_nothing, do_nothing)
+    assert [name for turn in turns for name in turn] == calls, "the order differs between ranks"
 
 
-def test_preempted_rounds_are_left_out_while_enough_are_left() -> None:
+def test_preempted_rounds_are_excluded_while_enough_are_left() -> None:
     samples = [Sample(1.0, False), Sample(1.0, False), Sample(1.0, False), Sample(9.0, True), Sample(9.0, True)]
     others = [Sample(2.0, False)] * 5
     assert median_seconds(samples) == 1.0
@@ -96,31 +97,31 @@ def test_preempted_rounds_are_left_out_while_enough_are_left() -> None:
     assert median_seconds([*samples, *[Sample(9.0, True)] * 2]) == 9.0
 
 
-def test_of_ranks_the_slowest_counts() -> None:
+def test_merge_takes_the_slowest_rank() -> None:
     def rank(seconds: float) -> Outcome:
         return Outcome("c", "", 2, 1, 1, 4, [Standing("torch", False, [Sample(seconds, seconds > 1)])])
 
-    both = merged([rank(1.0), rank(2.0)])
-    assert both.standings[0].samples == [Sample(2.0, True)]
+    merged = merge([rank(1.0), rank(2.0)])
+    assert merged.standings[0].samples == [Sample(2.0, True)]
 
 
-def test_other_libraries_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_libraries_are_included(monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = ModuleType("torchtitan.distributed.utils")
     module.clip_grad_norm_ = torch.nn.utils.clip_grad_norm_
     for name in ("torchtitan", "torchtitan.distributed", "torchtitan.distributed.utils"):
         monkeypatch.setitem(sys.modules, name, module)
     outcome = measure("small", against=("torchtitan",))
-    assert len(standing(outcome, "torchtitan").samples) == 2
+    assert len(find_standing(outcome, "torchtitan").samples) == 2
 
     def refuse(parameters: Any, max_norm: float) -> Tensor:
         raise RuntimeError("not here\nand more")
 
     module.clip_grad_norm_ = refuse
-    failed = standing(measure("small", against=("torchtitan",)), "torchtitan")
+    failed = find_standing(measure("small", against=("torchtitan",)), "torchtitan")
     assert failed.error == "RuntimeError: not here" and not failed.samples
 
 
-def test_unknown_case(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_case_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--cases", "gpt7"])
     assert caught.value.code == 2
@@ -138,7 +139,7 @@ def test_unknown_case(capsys: pytest.CaptureFixture[str]) -> None:
         (["--cases", "small", "--json", "/dev/null/x.json"], "--json"),
     ],
 )
-def test_what_cannot_be(
+def test_invalid_options_are_rejected(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
@@ -147,11 +148,11 @@ def test_what_cannot_be(
     assert words in capsys.readouterr().err
 
 
-def test_a_case_that_does_not_fit_leaves_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+def test_case_that_does_not_fit_the_world_is_skipped(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--cases", "fsdp2_tp_100", "small", "--world", "3", "--rounds", "1", "--scale", "0.01"]) == 1
     output = capsys.readouterr().out
     assert "fsdp2_tp_100: --world 3" in output and "median ms" in output
-    assert "fsdp2_tp_100" in usual(4) and "fsdp2_tp_100" not in usual(1)
+    assert "fsdp2_tp_100" in default_cases(4) and "fsdp2_tp_100" not in default_cases(1)
 
 
 def test_without_rich(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +174,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert listed == list(CASES)
-    assert set(USUAL) <= set(CASES)
+    assert set(DEFAULT) <= set(CASES)
 
 
 def test_markdown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,7 +187,7 @@ def test_markdown(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_a_contestant_that_failed_leaves_blanks() -> None:
+def test_failed_competitor_has_blank_cells() -> None:
     failed = Outcome(
         "c", "", 1, 1, 1, 4, [Standing("torch", False, error="no"), Standing("distclip", True, error="no")]
     )
@@ -194,20 +195,20 @@ def test_a_contestant_that_failed_leaves_blanks() -> None:
 
 
 @pytest.mark.parametrize(("width", "columns"), [(40, ["median ms"]), (200, ["median ms", "extra memory"])])
-def test_a_narrow_terminal_gets_fewer_columns(width: int, columns: list[str]) -> None:
+def test_narrow_terminal_shows_fewer_columns(width: int, columns: list[str]) -> None:
     output = StringIO()
-    Terminal(Console(file=output, width=width, force_terminal=True, color_system=None)).outcome(measured("gpt2"))
+    Terminal(Console(file=output, width=width, force_terminal=True, color_system=None)).outcome(measure_once("gpt2"))
     table = output.getvalue().splitlines()[3:]
     assert [name for name in ("median ms", "extra memory") if name in table[1]] == columns
     assert all(len(line) <= width for line in table)
 
 
-def test_amounts() -> None:
+def test_amount_formats_bytes() -> None:
     assert [amount(size) for size in (12, 1200, 5_000_000, 498_000_000)] == ["12 B", "1.2 kB", "5 MB", "498 MB"]
 
 
 def test_sharded_cases_on_two_ranks(tmp_path: Path) -> None:
-    """By the command itself, on a pipe: whole tables and no control characters, and everything in the file."""
+    """Run the command on a pipe. It prints whole tables without control characters, and writes all results."""
     path = tmp_path / "out.json"
     cases = ["small", "fsdp2_tp_100", "first_call"]
     options = ["--rounds", "1", "--scale", "0.05", "--world", "2", "--json", str(path)]
@@ -222,17 +223,16 @@ def test_sharded_cases_on_two_ranks(tmp_path: Path) -> None:
     assert done.stderr == ""
     assert "\x1b" not in done.stdout and "\r" not in done.stdout
     assert all(word in done.stdout for word in (*cases, "torch", "GradClipper.clip", "collectives"))
-    found = json.loads(path.read_text())
-    assert set(found) == {"machine", "versions", "command", "cases"}
-    assert [case["name"] for case in found["cases"]] == cases
-    for case in found["cases"]:
-        assert set(case) == {"name", "title", "world", "threads", "tensors", "bytes", "contestants"}
-        for each in case["contestants"]:
-            assert (
-                each["error"] is None and each["ratio"] > 0 and len(each["samples_ms"]) == len(each["preempted"]) == 1
-            )
-    sharded = found["cases"][1]
-    counts = {each["name"]: each["counts"] for each in sharded["contestants"]}
+    report = json.loads(path.read_text())
+    assert set(report) == {"machine", "versions", "command", "cases"}
+    assert [case["name"] for case in report["cases"]] == cases
+    for case in report["cases"]:
+        assert set(case) == {"name", "title", "world", "threads", "tensors", "bytes", "competitors"}
+        for entry in case["competitors"]:
+            assert entry["error"] is None and entry["ratio"] > 0
+            assert len(entry["samples_ms"]) == len(entry["preempted"]) == 1
+    sharded = report["cases"][1]
+    counts = {entry["name"]: entry["counts"] for entry in sharded["competitors"]}
     assert sharded["world"] == 2
     assert counts["distclip"]["collectives"] == 1
     assert counts["distclip"]["bytes_written"] == 0

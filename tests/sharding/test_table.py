@@ -11,8 +11,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import distclip
 from distclip import reference
+from distclip.bench.cases.sharded import tiny
 from distclip.bench.race import Options
-from distclip.bench.sharded import tiny
 from distclip.sharding.shard import ShardInfos
 from tests.ranks import on_ranks
 from tests.sharding.checks import CountOperators

@@ -1,4 +1,4 @@
-"""The sharded cases: FSDP2, alone and with tensor parallelism, on ranks of a world of their own."""
+"""Define the sharded cases: FSDP2 alone and with tensor parallelism, on a new world of ranks."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import distclip
 
-from .competitors import Bound, Setup, clipper, drop_ins
-from .errors import BenchError
-from .models import GPT, Tiny
-from .race import Options, contest
-from .results import Outcome, Standing, merged
-from .timing import Sample
-from .world import default_size, on_ranks
+from ..competitors import Bound, Setup, clipper, drop_ins
+from ..errors import BenchError
+from ..models import GPT, Tiny
+from ..race import Options, race
+from ..results import Outcome, Standing, merge
+from ..timing import Sample
+from ..world import default_size, on_ranks
 
 __all__ = ["SHARDED", "FirstCalls", "ShardedCase"]
 
 
 @dataclass(frozen=True)
 class ShardedCase:
-    """Gradients that are spread over ranks.
+    """Case whose gradients are sharded over ranks.
 
     Args:
-        name: what `--cases` calls it.
-        title: what is in it, in one line.
-        build: the model on this rank, after a backward.
-        divisor: of the world size.
-        devices: where it can run.
+        name: for `--cases`.
+        title: description in one line.
+        build: makes the model on this rank and runs backward.
+        divisor: number that the world size must be a multiple of.
+        devices: types of devices that the case runs on.
     """
 
     name: str
@@ -47,41 +47,43 @@ class ShardedCase:
     devices: Sequence[str] = ("cpu", "cuda")
 
     def measure(self, options: Options, advance: Callable[[], object]) -> Outcome:
-        """Start a world, count and race in it; `advance` is called after each round.
+        """Start a world, count costs and time the competitors in it. Call `advance` after each round.
 
         Raises:
-            BenchError: a world size that does not fit; a rank that failed.
+            BenchError: the world size does not fit, or a rank failed.
         """
         size = world_size(options)
         if size % self.divisor:
-            raise BenchError(f"--world {size}: {self.name} needs a multiple of {self.divisor}.")
-        ranks = on_ranks(_race, size, options.device, options.threads, advance, name=self.name, options=options)
-        return merged(ranks)
+            raise BenchError(f"--world {size}: {self.name} needs a multiple of {self.divisor}. Pass one.")
+        ranks = on_ranks(_race_on_rank, size, options.device, options.threads, advance, name=self.name, options=options)
+        return merge(ranks)
 
 
 @dataclass(frozen=True)
 class FirstCalls:
-    """The very first call of a contestant in a world that has clipped nothing yet; a world for each.
+    """Case that times the first call of each competitor in a new world.
 
     Args:
-        name: what `--cases` calls it.
-        title: what is in it, in one line.
-        build: the model on this rank, after a backward.
-        devices: where it can run.
+        name: for `--cases`.
+        title: description in one line.
+        build: makes the model on this rank and runs backward.
+        devices: types of devices that the case runs on.
+        divisor: number that the world size must be a multiple of.
     """
 
     name: str
     title: str
     build: Callable[[Options], nn.Module]
     devices: Sequence[str] = ("cpu", "cuda")
+    divisor: int = 1
 
     def measure(self, options: Options, advance: Callable[[], object]) -> Outcome:
-        """Worlds for a third of the rounds (at least one), in each round one for each contestant in random order."""
+        """Start one world per competitor and round, in random order. Rounds are a third of `--rounds`."""
         order = random.Random(options.seed)
         names = ["torch", "distclip", *options.against]
         calls: dict[str, list[Outcome]] = {name: [] for name in names}
         for _ in range(max(1, options.rounds // 3)):
-            for who in order.sample(names, len(names)):
+            for competitor in order.sample(names, len(names)):
                 ranks = on_ranks(
                     _call_once,
                     world_size(options),
@@ -90,16 +92,17 @@ class FirstCalls:
                     lambda: None,
                     name=self.name,
                     options=options,
-                    who=who,
+                    competitor=competitor,
                 )
-                calls[who].append(merged(ranks))
+                calls[competitor].append(merge(ranks))
             for _ in range(3):
                 advance()
         standings = [
-            Standing(who, who == "distclip", [each.standings[0].samples[0] for each in calls[who]]) for who in names
+            Standing(name, name == "distclip", [outcome.standings[0].samples[0] for outcome in calls[name]])
+            for name in names
         ]
-        one = calls[names[0]][0]
-        return Outcome(self.name, self.title, one.world, one.threads, one.tensors, one.bytes, standings)
+        first = calls[names[0]][0]
+        return Outcome(self.name, self.title, first.world, first.threads, first.tensors, first.bytes, standings)
 
 
 def world_size(options: Options) -> int:
@@ -107,7 +110,7 @@ def world_size(options: Options) -> int:
 
 
 def tiny(options: Options, count: int, tensor_parallel: bool = False) -> nn.Module:
-    """`Tiny`, each of its pairs of layers a unit of FSDP2; with tensor parallelism on pairs of ranks."""
+    """Shard `Tiny` with FSDP2, one unit per pair of layers, and with tensor parallelism on pairs of ranks."""
     model = Tiny(4 * max(1, round(count * options.scale / 4))).to(options.device)
     size = dist.get_world_size()
     mesh = init_device_mesh(options.device, (size,), mesh_dim_names=("dp",))
@@ -122,7 +125,7 @@ def tiny(options: Options, count: int, tensor_parallel: bool = False) -> nn.Modu
 
 
 def gpt(options: Options) -> nn.Module:
-    """`GPT`, each of its blocks a unit of FSDP2."""
+    """Shard `GPT` with FSDP2, one unit per block."""
     model = GPT(options.scale).to(options.device)
     for part in (*model.blocks, model):
         fully_shard(part)
@@ -131,34 +134,35 @@ def gpt(options: Options) -> nn.Module:
     return model
 
 
-def _race(name: str, options: Options, advance: Callable[[], object]) -> Outcome:
-    """A sharded case on one rank."""
+def _race_on_rank(name: str, options: Options, advance: Callable[[], object]) -> Outcome:
+    """Run a sharded case on one rank."""
     case = SHARDED[name]
     torch.manual_seed(options.seed)
     model = case.build(options)
-    made = list(model.parameters())
-    contestants = [*drop_ins(made, Bound(made), options.against), clipper(model, distclip.global_norm(1e9))]
-    setup = Setup(made, contestants)
-    standings = contest(setup, options, advance, dist.barrier, _agreed)
+    parameters = list(model.parameters())
+    competitors = [*drop_ins(parameters, Bound(parameters), options.against), clipper(model, distclip.global_norm(1e9))]
+    setup = Setup(parameters, competitors)
+    standings = race(setup, options, advance, dist.barrier, _first_error)
     return _outcome(case, setup, standings)
 
 
-def _call_once(name: str, options: Options, who: str, advance: Callable[[], object]) -> Outcome:
-    """The first call of one contestant on one rank."""
+def _call_once(name: str, options: Options, competitor: str, advance: Callable[[], object]) -> Outcome:
+    """Time the first call of one competitor on one rank."""
     case = SHARDED[name]
     torch.manual_seed(options.seed)
     model = case.build(options)
-    made = list(model.parameters())
-    setup = Setup(made, [each for each in drop_ins(made, Bound(made), options.against) if each.name == who])
+    parameters = list(model.parameters())
+    competitors = drop_ins(parameters, Bound(parameters), options.against)
+    setup = Setup(parameters, [one for one in competitors if one.name == competitor])
     if options.device == "cuda":
         torch.cuda.synchronize()
     dist.barrier()
     start = time.perf_counter()
-    setup.contestants[0].call()
+    setup.competitors[0].call()
     if options.device == "cuda":
         torch.cuda.synchronize()
     sample = Sample(time.perf_counter() - start, False)
-    return _outcome(case, setup, [Standing(who, who == "distclip", [sample])])
+    return _outcome(case, setup, [Standing(competitor, competitor == "distclip", [sample])])
 
 
 def _outcome(case: ShardedCase | FirstCalls, setup: Setup, standings: Sequence[Standing]) -> Outcome:
@@ -167,10 +171,10 @@ def _outcome(case: ShardedCase | FirstCalls, setup: Setup, standings: Sequence[S
     return Outcome(case.name, case.title, dist.get_world_size(), torch.get_num_threads(), len(grads), size, standings)
 
 
-def _agreed(error: str | None) -> str | None:
+def _first_error(error: str | None) -> str | None:
     errors: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
-    return next((each for each in errors if each is not None), None)
+    return next((message for message in errors if message is not None), None)
 
 
 _FSDP2 = "tiny parameters under FSDP2"
@@ -183,8 +187,8 @@ _ALL: list[ShardedCase | FirstCalls] = [
     ShardedCase("fsdp2_gpt2", "GPT-2's 148 parameters, 124 M elements, fp32, under FSDP2", gpt),
     ShardedCase("fsdp2_tp_100", f"100 {_TP}", partial(tiny, count=100, tensor_parallel=True), divisor=2),
     ShardedCase("fsdp2_tp_500", f"500 {_TP}", partial(tiny, count=500, tensor_parallel=True), divisor=2),
-    FirstCalls("first_call", f"the first call of all, in a new world; 100 {_FSDP2}", partial(tiny, count=100)),
+    FirstCalls("first_call", f"the first call in a new world; 100 {_FSDP2}", partial(tiny, count=100)),
 ]
 
 SHARDED = {case.name: case for case in _ALL}
-"""By name."""
+"""Sharded cases by name."""
