@@ -11,10 +11,8 @@ import pytest
 from tests.repo.source import ROOT, Docstring, Text, comments, docstrings, files, messages, relative, tracked
 
 NOT_CONVERTED: tuple[str, ...] = (
-    "README.md",
     "conf/",
     "distclip/apply/",
-    "distclip/bench/",
     "distclip/comm/",
     "distclip/integrations/",
     "distclip/monitor/",
@@ -42,7 +40,6 @@ NOT_CONVERTED: tuple[str, ...] = (
     "distclip/engine.py",
     "distclip/outcome.py",
     "docker/",
-    "docs/",
     "launch/",
     "pyproject.toml",
     "tests/",

@@ -20,7 +20,6 @@ NOT_CONVERTED: tuple[str, ...] = (
     "distclip/apply/",
     "distclip/monitor/",
     "distclip/integrations/",
-    "distclip/bench/",
     "distclip/binding.py",
     "distclip/call.py",
     "distclip/clipper.py",
