@@ -35,7 +35,6 @@ NOT_CONVERTED: tuple[str, ...] = (
     "distclip/judge.py",
     "distclip/report.py",
     "distclip/stepper.py",
-    "distclip/CHANGELOG.md",
     "distclip/__init__.py",
     "distclip/engine.py",
     "distclip/outcome.py",
