@@ -102,14 +102,14 @@ def _run_body(test: Any, arguments: dict[str, Any]) -> None:
 
 
 def rewrite_asserts() -> None:
-    """Let failing asserts show their values in all modules of the tests, so in tables and checks too."""
+    """Make failing asserts show their values in all modules of tests, including tables and checks."""
     imported = ("__init__", "conftest", "ranks")
     names = (path.stem for path in Path(__file__).parent.iterdir())
     pytest.register_assert_rewrite(*(f"tests.{name}" for name in names if name not in imported))
 
 
 def _rewrite_asserts_on_rank() -> None:
-    """Do the same in the process of a rank, where pytest does not run."""
+    """Make failing asserts show their values in the process of a rank, where pytest does not run."""
     from _pytest.assertion import util
     from _pytest.config import get_config
 

@@ -70,7 +70,7 @@ class Rig:
             param.grad = self.distribute(param, whole * factor)
 
     def poison(self, rank: int, *values: float) -> str:
-        """Write non-finite elements into the target's gradient on one rank and return how messages describe them."""
+        """Write non-finite elements on one rank, and return the words for them in messages."""
         if self.replicated or dist.get_rank() == rank:
             local_tensor(dict(self.named)[self.target].grad).view(-1)[: len(values)] = torch.tensor(values)
         nans = sum(value != value for value in values)
@@ -196,7 +196,7 @@ def policy_state(clipper: GradClipper) -> list[bytes]:
 
 
 def record_warnings(call: Callable[[], Any]) -> tuple[Any, list[str]]:
-    """Return the result of `call` and the messages of its NonFiniteWarnings, which are the same on every rank."""
+    """Return the result of `call` and its NonFiniteWarnings, which must be the same on every rank."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = call()

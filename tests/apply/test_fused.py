@@ -143,7 +143,7 @@ def test_fused_optimizer_steps_dtensors_as_an_unfused_one_does() -> None:
 @on_ranks(2)
 @pytest.mark.parametrize("scaled", [False, True])
 def test_deferred_host_reads_report_one_step_later(scaled: bool) -> None:
-    """Compare with a clipper as on an accelerator, whose fused kernel skips and whose host reads that a step later."""
+    """Compare with a clipper as on an accelerator, whose host reads a skip at the next step."""
     rigs = [build_rig("stages"), build_rig("stages")]
     optimizers = [rig.optimizer("fused") for rig in rigs]
     clippers = [rig.clipper(distclip.zclip(warmup=2), max_skips=2) for rig in rigs]

@@ -24,7 +24,7 @@ from tests.tables.layouts.tensors import dtensor_param, random_grad
 
 @contextmanager
 def on_an_accelerator() -> Iterator[None]:
-    """Let the engine treat every host read as a synchronization."""
+    """Make the engine treat every host read as a synchronization."""
     with ExitStack() as stack:
         for stage in ("norms.reduce", "call", "judge"):
             module = import_module(f"distclip.{stage}")
@@ -68,7 +68,7 @@ def test_communicator_of_the_caller_raises_the_error_of_another_rank() -> None:
 @pytest.mark.parametrize("value", [1.0, NAN, INF])
 @pytest.mark.parametrize("how", ["clip", "step", "checked", "free"])
 def test_failure_of_one_rank_raises_on_the_other_at_its_next_host_read(how: str, value: float) -> None:
-    """Fail on rank 1 in the third step, in which rank 0 may have a non-finite element: rank 0 does not wait."""
+    """Fail on rank 1 in the third step, in which rank 0 may have a non-finite element."""
     rig, untouched = build_rig("fsdp2"), build_rig("fsdp2")
     clipper = rig.clipper(distclip.ema())
     optimizer = rig.optimizer("fused" if how == "step" else "sgd")

@@ -160,7 +160,7 @@ def test_gradient_that_cannot_be_measured_raises_on_all_ranks() -> None:
 
 @on_ranks(4)
 def test_wider_meshes_in_a_later_call_over_the_same_axis() -> None:
-    """Clip plain stages, then parameters over the same axis whose mesh also contains ranks of other pipelines."""
+    """Clip plain stages, then parameters over the same axis whose mesh has ranks of other pipelines."""
     mesh = world_mesh("pp", "dp")
     stage, replica = mesh.get_local_rank("pp"), mesh.get_local_rank("dp")
     local = plain_param(torch.full((2,), float(1 + stage + 2 * replica)))

@@ -40,7 +40,7 @@ def gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 
 def large_grads() -> list[Tensor]:
-    """Return gradients of a ten by ten linear layer far above the bound, the second much smaller than the first."""
+    """Return gradients of a ten by ten linear layer far above the bound, the second very small."""
     return [torch.arange(1.0, 101.0).view(10, 10), torch.ones(10).div(1000)]
 
 
@@ -214,7 +214,7 @@ def bad_parameters(number: float, one_element: bool, good_first: bool) -> list[n
 
 
 def every_nonfinite_case() -> list[tuple[float, float, bool, bool, bool]]:
-    """Return all cases of the table: (order, number, one element, good first, whether the norm is not finite)."""
+    """Return (order, number, one element, good first, norm is not finite) of all cases."""
     return [
         (norm_type, number, one_element, good_first, norm_type in nonfinite)
         for one_element, good_first, numbers, nonfinite in NONFINITE

@@ -109,7 +109,7 @@ ROOT_PLAN = {
 
 
 def with_tensor_parallelism(model: Transformer, mesh: DeviceMesh) -> None:
-    """Apply PyTorch's plan for its transformer, with sequence parallelism. The tied weight stays one tensor."""
+    """Apply PyTorch's plan for its transformer, with sequence parallelism, and tie the weights again."""
     parallelize_module(model, mesh, ROOT_PLAN)
     for block in model.blocks:
         parallelize_module(block, mesh, BLOCK_PLAN)

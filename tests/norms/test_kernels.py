@@ -122,7 +122,7 @@ def test_every_float16_number(kernel: str) -> None:
 @pytest.mark.parametrize("value", [0.1, 0.3, 0.7, 3e38, 1e-30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equal_elements(kernel: str, dtype: torch.dtype, value: float) -> None:
-    """Sum equal elements, the hardest case for float32: all rounding errors have one sign, 1e-4 in torch's dot."""
+    """Sum equal elements, whose rounding errors in float32 have one sign (1e-4 in torch's dot)."""
     tensor = torch.full((300_000,), value).to(dtype)
     norm = math.sqrt(sums(kernel, [tensor], 2.0)[0])
     assert norm == pytest.approx(math.sqrt(expected_sum(tensor, 2.0)), rel=1e-6, abs=0)
@@ -130,7 +130,7 @@ def test_equal_elements(kernel: str, dtype: torch.dtype, value: float) -> None:
 
 @each_kernel
 def test_strides_alignment_and_mixed_dtypes(kernel: str) -> None:
-    """Sum permuted, unaligned and one-element tensors, mixed dtypes, and a parameter that requires a gradient."""
+    """Sum permuted, unaligned and one-element tensors, mixed dtypes, and a parameter."""
     flat = torch.randn(200)
     tensors = [
         torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
@@ -185,7 +185,7 @@ def test_kernels_refuse_tensors_that_operators_take(kernel: str, odd: Tensor) ->
     ],
 )
 def test_rows(shape: tuple[int, ...], rows: Rows, dtype: torch.dtype, norm_type: float) -> None:
-    """Sum by C and by operators: whole rows, and slices of a flattened parameter that begin and end anywhere."""
+    """Sum whole rows, and slices of a flattened parameter that begin and end anywhere."""
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     result = native.row_powers(grad, rows, norm_type)
     assert result is not None

@@ -30,7 +30,7 @@ FITTED = [name for name, row in POLICIES.items() if row.fit is not None or row.t
 
 
 def check_clipper(oracle: Oracle, clipper: GradClipper, bound: Bound, where: str, case: Case, trace: Any) -> int:
-    """Clip the gradients, multiplied by each factor of the trace, and compare norms, coefficients and gradients.
+    """Clip the gradients times each factor of the trace, and compare with the oracle.
 
     Returns:
         Number of steps in which some coefficient was below 1.

@@ -89,7 +89,7 @@ def dtensor_piece(name: str, param: DTensor, key: Any) -> Piece:
 
 
 def fsdp1_pieces(model: Any, names: dict[int, tuple[str, Any]]) -> dict[int, Piece]:
-    """Return the slices of FSDP1 by the `id` of the parameter. Each begins where the slice of the last rank ends."""
+    """Return the slices of FSDP1 by the `id` of the parameter."""
     pieces = {}
     for wrapped in FullyShardedDataParallel.fsdp_modules(model):
         handle = wrapped._handle
@@ -100,6 +100,7 @@ def fsdp1_pieces(model: Any, names: dict[int, tuple[str, Any]]) -> dict[int, Pie
             lengths: list[int] = [0] * dist.get_world_size(group)
             dist.all_gather_object(lengths, param.numel(), group=group)
             shape = (sum(lengths),) if flat._params is None else tuple(flat._shapes[i])
+            # A slice begins where that of the previous rank ends.
             begin = sum(lengths[: dist.get_rank(group)])
             name, key = names[id(param)]
             pieces[id(param)] = Piece(name, param, key, shape, torch.arange(begin, begin + param.numel()))
@@ -194,7 +195,7 @@ class Oracle:
 
     @property
     def has_partial_grads(self) -> bool:
-        """Whether a gradient is Partial over some axis."""
+        """Return whether a gradient is Partial over some axis."""
         return any(part for parts in self.partial_grads.values() for part in parts)
 
     def grads(self, scale: float) -> dict[Any, Tensor]:
@@ -246,6 +247,7 @@ class Oracle:
 
 
 def _median(norms: Tensor) -> float:
-    """Return about the median of the positive norms, in few digits, so that rounding does not decide who clips."""
+    """Return about the median of the positive norms, in few digits."""
     norms = norms[norms > 0]
+    # A bound between two norms, so that rounding does not decide which one is clipped.
     return float(f"{float(norms.median()):.2g}") * 1.03 if len(norms) else 1.0

@@ -143,7 +143,7 @@ def test_torch_adds_an_epsilon_and_optax_and_keras_do_not() -> None:
 
 
 def test_propagates_nonfinite_gradients_as_optax_does() -> None:
-    """Propagate an infinite element, which becomes NaN, while the others become zero by the factor 2 / inf."""
+    """Propagate an infinite element, which becomes NaN, while the factor 2 / inf zeroes the others."""
     grads, weights = make_arrays(1.0)
     grads[0][0, 0] = np.inf
     with np.errstate(invalid="ignore"):
@@ -154,7 +154,7 @@ def test_propagates_nonfinite_gradients_as_optax_does() -> None:
 
 
 def move_rows_last(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Transpose a weight of torch to the convention of JAX."""
+    """Convert a weight of torch to the convention of JAX."""
     return np.moveaxis(x, 0, -1) if x.ndim > 1 else x
 
 
@@ -183,7 +183,7 @@ def test_policy_equals_optax(name: str, scale: float) -> None:
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("shape", [(4, 1), (4, 3, 2)])
 def test_optax_clips_other_units_for_columns_and_three_dims(shape: tuple[int, ...]) -> None:
-    """Clip a column, which is one unit to optax, and three dims, which it takes for attention heads. Ours are rows."""
+    """Clip a column, which is one unit to optax, and three dims, which are attention heads to it."""
     optax = pytest.importorskip("optax")
     grads, weights = make_arrays(100.0, [shape])
     transform = optax.adaptive_grad_clip(0.05)

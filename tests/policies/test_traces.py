@@ -38,7 +38,7 @@ POLICIES: dict[str, Callable[[], NormPolicy]] = {
 
 
 def norms(steps: int) -> Tensor:
-    """Return the same (steps, 2, RUNS) norms on every call, the first half of the runs wide, the second narrow."""
+    """Return (steps, 2, RUNS) norms of wide and of narrow runs, the same on every call."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(steps, 2, RUNS, generator=generator, dtype=torch.float64)
     return (noise * torch.tensor([[0.25], [0.05]])).exp()

@@ -104,7 +104,7 @@ def test_number_of_tables_is_limited() -> None:
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_clipper_describes_each_set_of_gradients_once(set_to_none: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Alternate between two sets of gradients, each of which is described at its first step."""
+    """Use two sets of gradients in turn, each of which is described at its first step."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(2, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     clipper = distclip.GradClipper(model, distclip.global_norm(0.1))

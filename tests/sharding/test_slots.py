@@ -53,7 +53,7 @@ def chunk_param(grad: Tensor, dim: int, index: int, num_chunks: int) -> nn.Param
 
 @model(4)
 def tags() -> tuple[list[Piece], Case]:
-    """Build stages x tensor parallel by Megatron's tags: shards along dim 0 and 1, replicas, one tagged `shared`."""
+    """Build stages x tensor parallel by tags: shards along dim 0 and 1, replicas, one `shared`."""
     mesh = world_mesh("pp", "tp")
     stage, part = mesh.get_local_rank("pp"), mesh.get_local_rank("tp")
     column, row = (
@@ -131,7 +131,7 @@ def dtensor_annotated() -> tuple[list[Piece], Case]:
 
 @model(4)
 def tied() -> tuple[list[Piece], Case]:
-    """Build an embedding tied between the outer stages under two names; other names are equal on all stages."""
+    """Build an embedding tied between the outer stages under two names."""
     mesh = world_mesh("pp")
     rank, ends = mesh.get_local_rank(), group_of(0, 3)
     pieces = [whole_piece("0.weight", plain_param(random_grad(3, 4, seed=rank)), ("0.weight", rank))]
@@ -232,7 +232,7 @@ def test_one_slot_of_which_some_ranks_hold_nothing(norm_type: float) -> None:
 
 @on_ranks(2)
 def test_two_tied_pairs_of_one_shape_are_distinguished_or_refused() -> None:
-    """Tie two pairs of parameters under four names, which must not become four slots."""
+    """Build two tied pairs under four names, which must not become four slots."""
     mesh = world_mesh("pp")
     stage = mesh.get_local_rank()
     params = {}
@@ -264,7 +264,7 @@ def test_clipper_made_before_the_first_backward() -> None:
 
 @on_ranks(2)
 def test_patterns_must_match_on_some_stage() -> None:
-    """Pass patterns that match no name, which raises on all ranks, and patterns that match on another stage."""
+    """Pass patterns that match no name, and patterns that match on another stage."""
     mesh = world_mesh("pp")
     stage = mesh.get_local_rank()
     param = plain_param(random_grad(3, 4, seed=stage))

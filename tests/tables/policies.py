@@ -1,4 +1,4 @@
-"""List every policy once: `POLICIES[name]`. Whoever adds a policy adds one row here.
+"""List every policy once: `POLICIES[name]`. A new policy needs one new row here.
 
 A row feeds the tests of rules against `distclip.reference`, of policies on layouts, of host syncs, of checkpoints, of
 steps with non-finite gradients, and of loss scaling.

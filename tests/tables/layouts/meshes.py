@@ -16,7 +16,7 @@ __all__ = ["group_of", "mesh_of", "world_mesh"]
 
 @cache
 def world_mesh(*names: str, shape: tuple[int, ...] = ()) -> DeviceMesh:
-    """Return the mesh over the world with these axes, by default two of the first axes and the remaining ranks last."""
+    """Return the mesh over the world with these axes, by default of size 2 except for the last."""
     size = dist.get_world_size()
     shape = shape or {1: (size,), 2: (2, size // 2), 3: (2, 2, size // 4)}[len(names)]
     return init_device_mesh("cpu", shape, mesh_dim_names=names)

@@ -246,7 +246,7 @@ def partial_two_axes() -> Case:
     wide = [
         DTensor.from_local(p.grad.to_local().double(), mesh, p.grad.placements, run_check=False) for p in parameters
     ]
-    # One all-reduce per axis besides the usual two: bfloat16 is reduced as float32, together with float32.
+    # One all-reduce per axis and the usual two: bfloat16 is reduced as float32, together with float32.
     return Case(parameters, [w.full_tensor().float() for w in wide], all_reduces=4, other_collectives=1)
 
 
