@@ -16,11 +16,12 @@ from torch import Tensor
 
 from distclip.norms.reduce import Totals
 from distclip.policies import NormPolicy, State, adagc, autoclip, ema, global_norm, median_mad, zclip
+from tests.tables.policies import ADAPTIVE
 
 RUNS, START = 12, 400
 ZERO = torch.zeros(())
 
-POLICIES: dict[str, Callable[[], NormPolicy]] = {
+POLICIES: dict[str, Callable[..., NormPolicy]] = {
     "fixed 2": lambda: global_norm(2.0),
     "autoclip 10": lambda: autoclip(10.0),
     "autoclip 90": lambda: autoclip(90.0),
@@ -35,6 +36,9 @@ POLICIES: dict[str, Callable[[], NormPolicy]] = {
     "adagc, restarting": lambda: adagc(warmup_norm=inf, restart_after=128),
     "median_mad": median_mad,
 }
+
+EVERY_POLICY = POLICIES | {f"{name}, small": row.small for name, row in ADAPTIVE.items() if row.small is not None}
+"""The policies above, and those of the table with small windows."""
 
 
 def norms(steps: int) -> Tensor:
@@ -176,13 +180,13 @@ def test_adagc_restarts_in_healthy_runs() -> None:
     assert (state["restarts"][:RUNS] >= 3).all()
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", EVERY_POLICY)
 def test_nonfinite_step_changes_no_later_step(name: str) -> None:
     """Compare bit by bit with runs that do not have the step."""
     trace = norms(200)
     nonfinite = trace[[120, 120]].clone()
     nonfinite[0, 0, 3], nonfinite[1, 1, 5] = nan, inf
-    coefs, _ = run(POLICIES[name](), torch.cat([trace[:120], nonfinite, trace[120:]]))
-    without, _ = run(POLICIES[name](), trace)
+    coefs, _ = run(EVERY_POLICY[name](), torch.cat([trace[:120], nonfinite, trace[120:]]))
+    without, _ = run(EVERY_POLICY[name](), trace)
     assert torch.equal(coefs[:120], without[:120])
     assert torch.equal(coefs[122:], without[120:])
