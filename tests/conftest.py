@@ -16,6 +16,9 @@ import torch
 
 from tests.ranks import World, rewrite_asserts, worlds
 
+# Before the first import of Triton, whose kernels run in an interpreter on CPU tensors if there is no GPU.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 # Before the first import of such a module.
 rewrite_asserts()
 
@@ -23,10 +26,6 @@ from tests.commands import output  # noqa: E402
 from tests.quick import mark_quick  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-
-# Before the first import of Triton, whose kernels run in an interpreter on CPU tensors if there is no GPU.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -18,6 +18,7 @@ import functools
 import inspect
 import multiprocessing as mp
 import os
+import sys
 import tempfile
 import traceback
 import warnings
@@ -103,9 +104,9 @@ def _run_body(test: Any, arguments: dict[str, Any]) -> None:
 
 def rewrite_asserts() -> None:
     """Make failing asserts show their values in all modules of tests, including tables and checks."""
-    imported = ("__init__", "conftest", "ranks")
-    names = (path.stem for path in Path(__file__).parent.iterdir())
-    pytest.register_assert_rewrite(*(f"tests.{name}" for name in names if name not in imported))
+    names = (f"tests.{path.stem}" for path in Path(__file__).parent.iterdir())
+    # Pytest warns of modules that were imported before, such as this one.
+    pytest.register_assert_rewrite(*(name for name in names if name not in sys.modules))
 
 
 def _rewrite_asserts_on_rank() -> None:
