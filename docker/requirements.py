@@ -1,6 +1,6 @@
-"""What distclip with these extras needs, a line each: `python docker/requirements.py train,mpi`.
+"""Print the requirements of distclip with some extras, one per line: `python docker/requirements.py train,mpi`.
 
-The images install it before the source is copied, so that a change of the source installs nothing anew.
+The images install the requirements before the source is copied, so that a change of the source does not reinstall them.
 """
 
 import re
@@ -13,13 +13,14 @@ import tomllib
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 
 
-def needed(extras: str) -> Iterator[str]:
+def requirements(extras: str) -> Iterator[str]:
+    """Yield the requirements of extras, and of the extras that these include."""
     for extra in extras.split(","):
         for requirement in PROJECT["optional-dependencies"][extra]:
             if inner := re.fullmatch(rf"{PROJECT['name']}\[(.+)\]", requirement):
-                yield from needed(inner[1])
+                yield from requirements(inner[1])
             else:
                 yield requirement
 
 
-print(*PROJECT["dependencies"], *needed(sys.argv[1]), sep="\n")
+print(*PROJECT["dependencies"], *requirements(sys.argv[1]), sep="\n")

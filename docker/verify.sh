@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# Without a Docker engine: build an image, use it, and play compose.yaml. bash docker/verify.sh [cpu|cuda]
-# As root on Debian or Ubuntu, with buildah, debootstrap and iproute2; takes 10 GB in ${TMPDIR:-/var/tmp} and some ten
-# minutes. The base is a Debian of debootstrap's; cuda.Dockerfile gets torch for CPUs on it: all but FROM is run.
-#   MIRROR         of Debian
-#   TORCH_INDEX    the index torch comes from, or empty: from wherever pip is told to look
-#   VERIFY_MOUNTS  directories to lend to the build, beside those that pip's settings on this machine name
-#   VERIFY_STORE   a directory to keep base and image in; without it nothing stays
+# Build an image, use it, and run compose.yaml, without a Docker engine: bash docker/verify.sh [cpu|cuda]
+# Run as root on Debian or Ubuntu, with buildah, debootstrap and iproute2. It needs 10 GB in ${TMPDIR:-/var/tmp} and
+# about ten minutes. The base is a Debian from debootstrap. cuda.Dockerfile gets torch for CPUs on it, so that everything
+# except its FROM line is tested.
+#   MIRROR         mirror of Debian
+#   TORCH_INDEX    index that torch comes from, or empty for the index that pip is configured for
+#   VERIFY_MOUNTS  directories to mount into the build, in addition to those in pip's settings on this machine
+#   VERIFY_STORE   directory that keeps base and image. Without it, everything is removed
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 file=docker/${1:-cpu}.Dockerfile
 refuse() { echo "verify.sh: $*" >&2 && exit 1; }
-[ -f "$file" ] || refuse "there is no $file: write cpu or cuda"
-[ "$(id -u)" = 0 ] || refuse "only root makes chroots and network namespaces"
+[ -f "$file" ] || refuse "${1:-cpu}: there is no $file. Pass cpu or cuda."
+[ "$(id -u)" = 0 ] || refuse "chroots and network namespaces need root. Run as root."
 for tool in buildah debootstrap ip; do
-    command -v "$tool" >/dev/null || refuse "no $tool: apt-get install buildah debootstrap iproute2"
+    command -v "$tool" >/dev/null || refuse "no $tool. Run apt-get install buildah debootstrap iproute2."
 done
 
 work=$(mktemp -d "${TMPDIR:-/var/tmp}/distclip-verify.XXXXXX")
@@ -32,73 +33,76 @@ stop() {
 trap finish EXIT
 trap 'exit 130' INT TERM
 
-# A store of its own: nothing of the machine's is touched.
+# A separate store, so that the images of this machine do not change.
 store=${VERIFY_STORE:-$work/store}
 printf '[storage]\ndriver = "vfs"\ngraphroot = "%s"\nrunroot = "%s"\n' "$store" "$work/run" >"$work/storage.conf"
 mkdir "$work/tmp"
 export CONTAINERS_STORAGE_CONF=$work/storage.conf BUILDAH_ISOLATION=chroot TMPDIR=$work/tmp
 
-say() { printf '%5d s  %s\n' "$SECONDS" "$*"; }
+log() { printf '%5d s  %s\n' "$SECONDS" "$*"; }
 ranks() { sed -n 's/.* \([0-9]*\) rank(s)$/\1/p' "$1"; }
-quietly() { "$@" >"$work/log" 2>&1 || { tail -n 40 "$work/log" >&2 && return 1; }; }
+silent() { "$@" >"$work/command.log" 2>&1 || { tail -n 40 "$work/command.log" >&2 && return 1; }; }
 
 base=localhost/distclip-verify-base
 if ! buildah inspect --type image "$base" >/dev/null 2>&1; then
     box=$(buildah from scratch)
     boxes=("$box")
     root=$(buildah mount "$box")
-    quietly debootstrap --variant=minbase --include=ca-certificates,python3,python3-pip,python3-venv \
+    silent debootstrap --variant=minbase --include=ca-certificates,python3,python3-pip,python3-venv \
         bookworm "$root" "${MIRROR:-http://deb.debian.org/debian}"
     rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/*
-    quietly buildah commit --rm "$box" "$base"
+    silent buildah commit --rm "$box" "$base"
     boxes=()
-    say "base: Debian bookworm with python3"
+    log "base: Debian bookworm with python3"
 fi
 
-# A build sees neither the environment nor the files that tell pip and TLS where to look: it is lent them, and the local
-# files and directories that they name; an index of pip's, simple/, with what lies beside it.
-lent=()
-lend() { [ ! -e "$1" ] || lent+=(--volume "$1:${2:-$1}:ro"); }
+# A build does not see the environment and the files that configure pip and TLS. They are mounted, together with the
+# local files and directories that they refer to. For a local index of pip, simple/, its parent directory is mounted.
+mounts=()
+mount_path() { [ ! -e "$1" ] || mounts+=(--volume "$1:${2:-$1}:ro"); }
 mkdir "$work/pip"
 { echo '[global]' && env | sed -n 's/^PIP_\([A-Z_]*\)=/\1 = /p'; } >"$work/pip/pip.conf"
-lend "$work/pip" /root/.pip
-lend "$HOME/.config/pip" /root/.config/pip
-for path in /etc/ssl/certs /etc/pip.conf /etc/xdg/pip; do lend "$path"; done
+mount_path "$work/pip" /root/.pip
+mount_path "$HOME/.config/pip" /root/.config/pip
+for path in /etc/ssl/certs /etc/pip.conf /etc/xdg/pip; do mount_path "$path"; done
 named=$(cat "$work/pip/pip.conf" /etc/pip.conf /etc/xdg/pip/pip.conf "$HOME/.config/pip/pip.conf" 2>/dev/null \
     | grep -oE '(^|[ =]|file://)/[^[:space:]:]+' | sed 's/^[^/]*\/*/\//; s/\/simple$//' | sort -u) || true
 for path in $named ${VERIFY_MOUNTS:-}; do
-    case $path in /etc/ssl/certs/* | /etc/xdg/pip/*) ;; *) lend "$path" ;; esac
+    case $path in /etc/ssl/certs/* | /etc/xdg/pip/*) ;; *) mount_path "$path" ;; esac
 done
 
 arguments=(--build-arg "BASE=$base")
 [ "${1:-cpu}" != cuda ] || TORCH_INDEX=${TORCH_INDEX-https://download.pytorch.org/whl/cpu}
 [ -z "${TORCH_INDEX+set}" ] || arguments+=(--build-arg "TORCH_INDEX=$TORCH_INDEX")
 image=localhost/distclip-verify
-quietly buildah bud "${arguments[@]}" "${lent[@]}" -f "$file" -t "$image" .
+silent buildah bud "${arguments[@]}" "${mounts[@]}" -f "$file" -t "$image" .
 size=$(buildah images --format '{{.Size}}' "$image")
-say "$file: builds, $size with the base"
+log "$file: builds, $size with the base"
 
 box=$(buildah from "$image")
 boxes+=("$box")
 run() { buildah run --hostname localhost "$@"; }
 uid=$(run "$box" id -u)
-[ "$uid" != 0 ] || refuse "the image runs as root"
+[ "$uid" != 0 ] || refuse "the image runs as root. Set USER in the Dockerfile."
 run "$box" sh -c 'touch outputs/mine && rm outputs/mine && test -d conf -a -d launch'
 left=$(run --user root "$box" find / -xdev \( -name .git -o -path '/root/.cache/*' -o -path '/home/*/tests' \))
 [ -z "$left" ] || refuse "left in the image: $left"
-say "runs as uid $uid, may write outputs, has no caches and no .git"
+log "runs as uid $uid, may write outputs, has no caches and no .git"
 run "$box" python -c 'import sys, distclip; assert "hydra" not in sys.modules, "distclip loads hydra"'
-run "$box" python -c 'from distclip.norms.kernels.native_library import load_library; assert load_library() is not None, "no compiled kernels"'
-say "imports distclip without hydra, and with its compiled kernels"
+run "$box" python -c '
+from distclip.norms.kernels.native_library import load_library
+assert load_library() is not None, "no compiled kernels"
+'
+log "imports distclip without hydra, and with its compiled kernels"
 mapfile -t cmd < <(buildah inspect --format '{{range .OCIv1.Config.Cmd}}{{println .}}{{end}}' "$box" | sed '/^$/d')
-quietly run "$box" "${cmd[@]}" steps=20
-say "${cmd[*]} steps=20: $(ranks "$work/log") ranks, exit 0"
-quietly run "$box" bash launch/mpirun.sh steps=5 comm=mpi
-quietly run "$box" bash launch/deepspeed.sh steps=5
-say "launch/mpirun.sh comm=mpi and launch/deepspeed.sh: exit 0"
+silent run "$box" "${cmd[@]}" steps=20
+log "${cmd[*]} steps=20: $(ranks "$work/command.log") ranks, exit 0"
+silent run "$box" bash launch/mpirun.sh steps=5 comm=mpi
+silent run "$box" bash launch/deepspeed.sh steps=5
+log "launch/mpirun.sh comm=mpi and launch/deepspeed.sh: exit 0"
 
-# compose.yaml is read by the image's Python: the services; or, for one of them, what buildah run is to be told, its
-# volumes in $work; a word a line.
+# Read compose.yaml with the image's Python. Without arguments, print the services. For one service, print the arguments
+# of buildah run, one per line, with its volumes in $work.
 compose() { # [SERVICE CONTAINER]
     run --volume "$PWD/docker:/docker:ro" "$box" python -c '
 import sys, yaml
@@ -115,7 +119,7 @@ else:
 ' "$work" "$@"
 }
 mapfile -t nodes < <(compose)
-[ "${#nodes[@]}" = 2 ] || refuse "one cable joins two services, not ${nodes[*]}"
+[ "${#nodes[@]}" = 2 ] || refuse "compose.yaml must have two services, not ${nodes[*]}"
 for node in "${nodes[@]}"; do
     ip netns add "distclip-$$-$node"
     spaces+=("distclip-$$-$node")
@@ -137,7 +141,7 @@ for word in "${first[@]}" "${second[@]}"; do
     word=${word%:*}
     case $word in --volume=*) install -d -o "$uid" "${word#--volume=}" ;; esac
 done
-# buildah's chroot stays in the network that it is started in.
+# buildah's chroot uses the network namespace that it is started in.
 node() {
     exec timeout 600 ip netns exec "$1" buildah run --no-hosts --volume "$work/hosts:/etc/hosts:ro" "${@:2}"
 }
@@ -152,15 +156,15 @@ for _ in "${nodes[@]}"; do
 done
 crossed=$(ip netns exec "${spaces[0]}" cat /sys/class/net/eth0/statistics/tx_bytes)
 ranks=$(ranks "$work/log0")
-say "compose.yaml: ${nodes[*]} exit 0; $ranks ranks, $((crossed / 1024)) KiB went from one node to the other"
+log "compose.yaml: ${nodes[*]} exit 0; $ranks ranks, $((crossed / 1024)) KiB sent between the nodes"
 
-# The same ranks on one node: the same norms and the same loss.
+# With the same ranks on one node, norms and loss must be the same.
 overrides=()
 for word in "${first[@]}"; do
     case $word in --*) ;; *=*) overrides+=("$word") ;; esac
 done
 install -d -o "$uid" "$work/one"
-quietly run --env "NPROC=$ranks" --volume "$work/one:/home/distclip/outputs" "$box" \
+silent run --env "NPROC=$ranks" --volume "$work/one:/home/distclip/outputs" "$box" \
     bash launch/torchrun.sh "${overrides[@]}"
 run --volume "$work/one:/volumes/one:ro" --volume "$work/outputs:/volumes/outputs:ro" "$box" python -c '
 import json, math, pathlib
@@ -172,5 +176,5 @@ for name in one:
     assert math.isclose(one[name], two[name], rel_tol=1e-5), (name, one[name], two[name])
 print("median norm {p50:.5g}, held-out loss {held-out loss:.5g}".format(**two))
 ' >"$work/figures"
-say "the same on two nodes as with all $ranks ranks on one: $(cat "$work/figures")"
-say "verified: $file and docker/compose.yaml"
+log "two nodes give the same result as $ranks ranks on one node: $(cat "$work/figures")"
+log "verified: $file and docker/compose.yaml"

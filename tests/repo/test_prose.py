@@ -38,7 +38,6 @@ NOT_CONVERTED: tuple[str, ...] = (
     "distclip/__init__.py",
     "distclip/engine.py",
     "distclip/outcome.py",
-    "docker/",
     "launch/",
     "pyproject.toml",
     "tests/",
