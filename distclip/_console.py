@@ -1,4 +1,4 @@
-"""`Screen`: a terminal, or a pipe, that a command of distclip writes to; it needs rich."""
+"""Define the output of distclip's commands, a terminal or a pipe. It needs rich."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from rich.console import Console
 __all__ = ["WIDTH", "Screen"]
 
 WIDTH = 120
-"""Of a pipe, which has none of its own."""
+"""Number of columns on a pipe, which has no width."""
 
 
 class Screen:
-    """Where everything is shown.
+    """Output of a command.
 
     Args:
-        console: rich's; None for the process' own output. One that is not a terminal becomes 120 wide.
+        console: of rich. None for the standard output of the process. A console that is not a terminal is set to a
+            width of 120.
 
-    >>> Screen(Console(width=5)).line("[folded] is not")
-    [folded] is not
+    >>> Screen(Console(width=5)).line("[markup] is text")
+    [markup] is text
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -26,5 +27,5 @@ class Screen:
             self.console.width = WIDTH
 
     def line(self, text: str = "", style: str = "") -> None:
-        """A line that may be copied: never folded, nothing in it is markup."""
+        """Print a line that can be copied: it is never wrapped, and markup is plain text."""
         self.console.print(text, style=style, soft_wrap=True, highlight=False, markup=False)

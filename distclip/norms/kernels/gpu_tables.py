@@ -84,6 +84,7 @@ def get_table(tensors: Sequence[Tensor]) -> GPUTable | None:
     table = describe_tensors(tensors, device.type)
     if table is None or len(set(map(Tensor.get_device, tensors))) > 1:
         return None
+    # Addresses are part of the key, because gradients can move between steps.
     key = (device, bytes(table.lengths), bytes(table.dtypes), bytes(table.addresses))
     if is_capturing():
         # No new table within a capture: each replay would copy it from host memory that has been freed by then.
@@ -103,6 +104,7 @@ def _build_table(table: TensorTable, device: torch.device) -> GPUTable:
     launches = []
     for launch in chunked.launches:
         addresses = (a for a, dtype in zip(table.addresses, table.dtypes, strict=True) if dtype == launch.dtype)
+        # Aligned loads are 16 bytes wide. A single unaligned tensor makes the launch use narrow loads.
         launches.append(replace(launch, aligned=all(address % 16 == 0 for address in addresses)))
     return replace(chunked, launches=tuple(launches), addresses=_to_device(table.addresses, device))
 
@@ -112,6 +114,7 @@ def _chunk_tensors(device: torch.device, lengths: bytes, dtypes: bytes) -> GPUTa
     """Build a table without addresses. Chunks are numbered by dtype, and by tensor within a dtype."""
     lengths_, dtypes_ = array("q", lengths), array("i", dtypes)
     begin, launches, num_chunks = [0] * len(lengths_), [], 0
+    # One launch per dtype, because a kernel is compiled for one dtype.
     order = sorted(range(len(lengths_)), key=lambda i: (dtypes_[i], i))
     for dtype in sorted(set(dtypes_)):
         tensor, start, first = array("q"), array("q"), num_chunks

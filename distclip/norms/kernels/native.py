@@ -57,6 +57,7 @@ def row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor | None:
         return None
     if grad.numel() == 0:
         return torch.zeros(rows.count, dtype=torch.float64)
+    # Rows of a dense tensor that is not contiguous are not ranges of memory.
     if not grad.is_contiguous() or (whole := describe_tensors([grad], "cpu")) is None:
         return None
     # For the kernel, each row is a tensor.

@@ -51,6 +51,7 @@ def _find_dlpack() -> int | None:
 def _find_openmp() -> int | None:
     """Return the address of GOMP_parallel in torch's OpenMP library, or None if it is not libgomp."""
     home = Path(torch.__file__).parent
+    # Wheels from PyPI have the library in torch/lib, or in torch.libs next to it.
     for path in (*home.glob("lib/libgomp*"), *home.parent.glob("torch.libs/libgomp*")):
         return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value
     return None
@@ -59,6 +60,7 @@ def _find_openmp() -> int | None:
 @functools.cache
 def load_library() -> Library | None:
     """Load the C library once. Return None if it was not compiled."""
+    # The file is not a Python module. Its finder knows the suffix that the build gave to it.
     spec = importlib.util.find_spec("distclip.norms.kernels._native")
     try:
         return None if spec is None or spec.origin is None else Library(spec.origin)

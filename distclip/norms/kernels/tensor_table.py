@@ -64,11 +64,13 @@ def describe_tensors(tensors: Sequence[Tensor], device: str) -> TensorTable | No
     >>> list(table.lengths), list(table.dtypes)
     ([6, 4], [1, 2])
     """
+    # The exact type is compared, because an instance of a subclass is a Tensor too.
     if not _PLAIN_TYPES.issuperset(map(type, tensors)):
         return None
     table, library = TensorTable(len(tensors)), load_library()
     if library is None or library.dlpack is None:
         return table if _fill(table, tensors, device) else None
+    # In CPython, the id of an object is its address.
     objects = array("q", list(map(id, tensors)))
     arguments = (library.dlpack, len(tensors), objects.buffer_info()[0], _DLPACK_DEVICE_TYPES[device])
     try:
@@ -76,6 +78,7 @@ def describe_tensors(tensors: Sequence[Tensor], device: str) -> TensorTable | No
     except (BufferError, RuntimeError):
         # DLPack raises for a tensor that it cannot express, such as a sparse one.
         return None
+    # Forget the API, so that later calls read the attributes of each tensor at once.
     if status == _UNKNOWN_API:
         library.dlpack = None
         return describe_tensors(tensors, device)

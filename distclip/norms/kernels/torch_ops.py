@@ -61,6 +61,7 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     batch: list[int] = []
     elements = 0
     for i, tensor in enumerate(tensors):
+        # For a large tensor, the cost of several operators does not matter.
         if tensor.numel() >= _ROW * 8:
             sums[i] = power_sum(tensor, norm_type)
             continue
@@ -88,6 +89,7 @@ def power_sum(grad: Tensor, norm_type: float) -> Tensor:
     tensor(500., dtype=torch.float64)
     """
     values = _values(grad)
+    # float64 has half the throughput on a CPU, so that large sums of squares take the float32 path.
     if norm_type == 2 and values.device.type == "cpu" and values.numel() >= _ROW * 8 and _is_narrow(values.dtype):
         return _square_sum(values)
     powers = [_power(chunk, norm_type) for chunk in _chunks(values)]
@@ -191,6 +193,7 @@ def _row_power(piece: Tensor, norm_type: float) -> Tensor:
 
 
 def _sparse_row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor:
+    # Duplicate indices must be added before the powers are taken.
     if grad.is_sparse:
         grad = grad.coalesce()
     index, values = row_index(grad), grad.values()
