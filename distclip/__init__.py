@@ -1,26 +1,43 @@
-"""Gradient clipping that is right when the gradient is spread over many processes.
+"""Clip gradients correctly when a model is spread over many processes.
 
 ::
 
-    gradients ─▶ sources ─▶ shards ─▶ measure ─▶ reduce ─▶ policies ─▶ apply ─▶ report
-                 who holds   local     Σ|g|^p     ONE all-   norm →     in        norm, coef,
-                 what        pieces    or max|g|  reduce     verdict    place     clipped …
+                     every rank                  all ranks                every rank
+    ┌──────────────────────────────────────┐   ┌───────────┐   ┌─────────────────────────────────┐
+    gradients ─▶ sharding ─▶ norms: measure ─▶ norms: reduce ─▶ policies ─▶ nonfinite ─▶ apply
+                 Shards      Partials          Totals           Verdict     Outcome      in place
+                 which rank  Σ|g|^p of the     ONE              norms to    skip, zero   scale, step,
+                 has what    local shards      all-reduce       coefs       or raise     or skip
 
-A gradient of the model is spread over many processes. Some hold different pieces of it, some hold copies of the same
-piece. Clipping is right only if every element is counted exactly once and every process applies the same factor.
-A module imports only from stages to its left. `call` runs the stages up to the totals; `clip` has torch's functions on
-top of it; `judge` adds a policy's memory and what to do about gradients that are not finite, and comes to a `decision`;
-`stepper` adds the optimizers (`amp`: a loss scale; `fold`: factors that a fused optimizer applies itself), `binding`
-makes a judge of arguments, and `clipper` is the one class over them. `slots` settles between the ranks what has a norm
-of its own: the model, or every group, tensor or row; `by_tensor` has the norms of tensors beside those. `kernels` read
-and multiply for `measure` and `apply`: in C on a CPU, in Triton on a GPU, with torch's operators anywhere. Nothing here
-imports `monitor`, which records what a clipper sees and says what follows from it, or `integrations`, which takes a
-clipper into DeepSpeed's engines, and torch.distributed into MPI jobs.
+    comm       who adds up: torch.distributed, MPI, one process      devices    what differs between devices
+    engine     one step, all stages in order                         outcome    Outcome, and Report for the user
+    functional torch's four functions                                clipper    GradClipper: step, clip, attach
+    checkpoint state of a policy by slot name                        extend     building blocks for integrations
+    monitor    record and explain runs    integrations    DeepSpeed, Lightning, …    bench    speed against torch
 
-Words: a *norm* is a root, a *power sum* is Σ|g|^p without it; *max_norm* is the user's bound; *coef* ≤ 1 multiplies a
-gradient; an *axis* belongs to a mesh, a *dim* to a tensor; a *shard* is one rank's piece of a gradient, and its
-*copies* are the ranks that hold that same piece; a trailing underscore changes its argument. *mesh*, *placements*,
-*rank*, *world size* are torch.distributed's.
+A gradient of the model is spread over many processes. Some have different shards of it, some have replicas of the same
+shard. Clipping is right only if every element counts exactly once and every process applies the same coefficient. A
+package imports only from packages to its left, and `engine` is the only module that knows all stages.
+
+Glossary:
+
+- **rank**, **mesh**, **placements**, **world size**: as in torch.distributed. An *axis* belongs to a mesh, a *dim* to a
+  tensor.
+- **shard**: one rank's part of a gradient. **Replicas** are the ranks that have the same shard.
+- **layout**: the ranks that a parameter spans, and the number of its shards on them.
+- **partial gradient**: a gradient in Partial placement, which must be summed over a mesh axis first.
+- **power sum**: Σ|g|^p, which can be added over ranks. A **norm** is its p-th root.
+- **slot**: an element of the vector of norms: the model, a group of parameters, a parameter, or a row.
+- **bound**: the largest norm that a policy allows, `max_norm` if it is fixed. **Limits** bound elements instead.
+- **coefficient** (`coef`): factor ≤ 1 of a gradient.
+- **verdict**: what a policy decides about the totals. **Outcome**: what happens to the gradients of a step.
+- **skip**: leave parameters, optimizer and policy state unchanged in a step.
+- **non-finite**: NaN or Inf. **found_inf** is GradScaler's flag for it, **loss scale** the factor of its gradients.
+- **all-reduce**, **gather**: collectives that every rank of a communicator enters.
+- **host sync**: a wait of the host for the accelerator.
+- **fact**: a bool that all ranks share, and that the host may not have read yet.
+- **rendezvous**: how ranks find each other through the store of torch.distributed before the first collective.
+- A trailing underscore marks a function that changes its argument.
 """
 
 from ._version import __version__
@@ -38,7 +55,8 @@ from .errors import (
     TooManySkippedSteps,
 )
 from .functional import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
-from .nonfinite.culprits import Culprit, Incident
+from .nonfinite import Culprit, Incident
+from .outcome import Report
 from .policies import (
     EMA,
     AdaGC,
@@ -62,7 +80,6 @@ from .policies import (
     value,
     zclip,
 )
-from .report import Report
 from .sharding import annotate_
 
 __all__ = [

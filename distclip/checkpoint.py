@@ -1,58 +1,159 @@
-"""What a clipper remembers, as a checkpoint has it: by the names of what has a norm of its own.
+"""Convert the state of a policy to {slot name: tensors} and back, so that a checkpoint fits any layout.
 
-Every rank has all of it and the same. Found again by name, it fits another world size and another layout.
+Every rank has the whole state, and the same one. A slot is found by its name, so that a checkpoint can be loaded with
+another world size and another layout.
 """
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .errors import ArgumentError
+from .errors import ArgumentError, warn_user
 from .policies import Policy, State
-from .sharding.slots import Slots
+from .sharding.slots import SlotMap
 
-__all__ = ["policy_kind", "restored", "saved"]
+__all__ = ["VERSION", "check_state_dict", "pack_state", "policy_kind", "unpack_counts", "unpack_state"]
+
+VERSION = 1
+"""Version of the format of `GradClipper.state_dict`."""
+
+_KEYS = {"version", "rule", "counts", "state"}
 
 
 def policy_kind(policy: Policy) -> str:
-    """What kind of memory a policy has."""
+    """Return the name of the kind of state that a policy has.
+
+    >>> from distclip import zclip
+    >>> policy_kind(zclip())
+    'NormPolicy(ZScore)'
+    """
     return f"{type(policy).__name__}({type(getattr(policy, 'threshold', None)).__name__})"
 
 
-def saved(state: State, slots: Slots) -> dict[str, dict[str, torch.Tensor]]:
-    """{slot name: {key: (rows, …) tensor}}: copies, on CPU."""
+def check_state_dict(state_dict: Mapping[str, Any], policy: Policy) -> None:
+    """Raise unless a state dict is of this version and of a policy of the same kind.
+
+    Args:
+        state_dict: of `GradClipper.state_dict`.
+        policy: of the clipper that loads it.
+
+    Raises:
+        ArgumentError: see above.
+    """
+    unknown, missing = sorted(set(state_dict) - _KEYS), sorted(_KEYS - set(state_dict))
+    if unknown or missing:
+        raise ArgumentError(
+            f"state_dict: unknown keys {unknown}, missing keys {missing}. Pass what GradClipper.state_dict() returned."
+        )
+    if state_dict["version"] != VERSION:
+        raise ArgumentError(
+            f"state_dict: format version {state_dict['version']}, expected {VERSION}. Use the release of distclip that "
+            "saved it, or leave the clipper's state out."
+        )
+    if state_dict["rule"] != policy_kind(policy):
+        raise ArgumentError(
+            f"state_dict: it has the state of {state_dict['rule']}, and the policy is {policy_kind(policy)}. Resume "
+            "with the policy that the run was started with, or leave the clipper's state out."
+        )
+
+
+def pack_state(state: State, slots: SlotMap) -> dict[str, dict[str, Tensor]]:
+    """Copy the state of every slot to the CPU, by slot name.
+
+    Args:
+        state: of the policy, tensors whose first dim is the slot.
+        slots: of the clipper.
+
+    Returns:
+        {slot name: {key: (rows, …) tensor}}.
+
+    Host syncs: one per key.
+    """
     parts = {key: torch.split(value.detach().cpu(), list(slots.counts)) for key, value in state.items()}
     return {name: {key: parts[key][i].clone() for key in state} for i, name in enumerate(slots.names)} if state else {}
 
 
-def restored(state: State, slots: Slots, told: dict[str, Any]) -> State:
-    """A state with what `told` has of it; what that lacks stays as it is, with a warning.
+def unpack_state(state: State, slots: SlotMap, saved: Mapping[str, Mapping[str, Any]]) -> State:
+    """Return a state with the values of a checkpoint.
+
+    A slot that the checkpoint lacks keeps its value, with a warning.
+
+    Args:
+        state: of the policy as it is; its keys, shapes and dtypes are what the checkpoint must have.
+        slots: of the clipper.
+        saved: see `pack_state`.
 
     Raises:
-        ArgumentError: a memory of another shape.
+        ArgumentError: another key, shape or dtype.
     """
     if not state:
         return state
-    missing = [name for name in slots.names if name not in told]
+    missing = [name for name in slots.names if name not in saved]
     if missing:
-        warnings.warn(
-            f"the checkpoint has no memory of {len(missing)} of {len(slots.names)} norms ({', '.join(missing[:3])} …): "
-            "they start anew.",
-            stacklevel=3,
+        warn_user(
+            f"state_dict: no state for {len(missing)} of {len(slots.names)} norms ({', '.join(missing[:3])} …). They "
+            "start like those of a new clipper.",
+            UserWarning,
         )
-    new: State = {}
-    for key, value in state.items():
-        parts = []
-        for name, own in zip(slots.names, torch.split(value, list(slots.counts)), strict=True):
-            part = told.get(name, {}).get(key, own)
-            if part.shape != own.shape:
+    columns = {key: torch.split(value, list(slots.counts)) for key, value in state.items()}
+    loaded: dict[str, list[Tensor]] = {key: [] for key in state}
+    for i, name in enumerate(slots.names):
+        values = saved.get(name, {key: column[i] for key, column in columns.items()})
+        _check_keys(f"state[{name!r}]", values, state)
+        for key, column in columns.items():
+            value, own = values[key], column[i]
+            if not isinstance(value, Tensor) or value.shape != own.shape:
                 raise ArgumentError(
-                    f"{name}: the checkpoint has a {key!r} of shape {tuple(part.shape)} and this policy one of "
-                    f"{tuple(own.shape)}. Resume with the window (and per=) that the run was started with."
+                    f"state_dict: {key!r} of {name} has shape {tuple(getattr(value, 'shape', ()))}, and this policy "
+                    f"needs {tuple(own.shape)}. Resume with the window (and per=) that the run was started with."
                 )
-            parts.append(part.to(own))
-        new[key] = torch.cat(parts)
-    return new
+            if _kind_of(value.dtype) != _kind_of(own.dtype):
+                raise ArgumentError(
+                    f"state_dict: {key!r} of {name} has dtype {value.dtype}, and this policy needs {own.dtype}. Pass "
+                    "what GradClipper.state_dict() returned."
+                )
+            loaded[key].append(value.to(own))
+    return {key: torch.cat(parts) for key, parts in loaded.items()}
+
+
+def unpack_counts(saved: Mapping[str, Any], names: Collection[str]) -> dict[str, int]:
+    """Return the counters of a checkpoint.
+
+    Args:
+        saved: {name: 0-d integer tensor}.
+        names: the counters that a clipper has.
+
+    Raises:
+        ArgumentError: another name, or a value that is not a whole number ≥ 0.
+    """
+    _check_keys("counts", saved, names)
+    counts = {}
+    for name in names:
+        count = torch.as_tensor(saved[name])
+        if count.numel() != 1 or count.is_floating_point() or count.is_complex() or int(count) < 0:
+            raise ArgumentError(
+                f"state_dict: counts[{name!r}]={saved[name]!r:.80} is not a whole number ≥ 0. Pass what "
+                "GradClipper.state_dict() returned."
+            )
+        counts[name] = int(count)
+    return counts
+
+
+def _kind_of(dtype: torch.dtype) -> str:
+    """Return the kind of a dtype."""
+    # A floating point state may come from a device with another accumulation dtype.
+    return "bool" if dtype == torch.bool else "floating point" if dtype.is_floating_point else str(dtype)
+
+
+def _check_keys(where: str, saved: Mapping[str, Any], expected: Collection[str]) -> None:
+    """Raise unless a part of a state dict has exactly the expected keys."""
+    unknown, missing = sorted(set(saved) - set(expected)), sorted(set(expected) - set(saved))
+    if unknown or missing:
+        raise ArgumentError(
+            f"state_dict: {where} has unknown keys {unknown} and lacks {missing}. Pass what GradClipper.state_dict() "
+            "returned; restart_after= and window= must be those of the run."
+        )

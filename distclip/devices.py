@@ -1,5 +1,7 @@
 """Answer the questions whose answer differs between devices: dtypes, host reads, graph capture, constants.
 
+`Fact` is a bool that the host may not have read from the device yet.
+
 A new accelerator is added here. No other module of the pipeline compares `device.type`, except the kernels, each of
 which is written for one kind of device.
 """
@@ -13,6 +15,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "NEVER",
+    "Fact",
     "accumulation_dtype",
     "copy_to_host_async",
     "device_constant",
@@ -20,6 +24,86 @@ __all__ = [
     "is_capturing",
     "prefers_foreach",
 ]
+
+
+class Fact:
+    """A bool that every rank shares, and that the host may not have read yet.
+
+    On a CPU the host knows it at once. On an accelerator it stays a tensor until `read`, so that the host does not wait
+    for the device unless it must.
+
+    Args:
+        value: a bool, or a 0-d bool tensor.
+
+    >>> finite, failed = Fact(torch.tensor(True)), Fact(False)
+    >>> finite.host, (finite & ~failed).read(), (finite | failed).host
+    (True, True, True)
+    """
+
+    __slots__ = ("_tensor", "host")
+
+    def __init__(self, value: bool | Tensor) -> None:
+        self.host: bool | None
+        self._tensor: Tensor | None
+        if not isinstance(value, Tensor):
+            self.host, self._tensor = value, None
+        else:
+            self.host, self._tensor = bool(value) if host_reads_free(value.device) else None, value
+
+    def read(self) -> bool:
+        """Return the value on the host.
+
+        Host syncs: one on an accelerator, the first time.
+        """
+        if self.host is None:
+            self.host = bool(self._tensor)
+        return self.host
+
+    def on(self, device: torch.device) -> Tensor:
+        """Return the value as a 0-d bool tensor. Host syncs: none."""
+        if self._tensor is None:
+            return torch.full((), bool(self.host), dtype=torch.bool, device=device)
+        return self._tensor
+
+    def select(self, if_true: Tensor, if_false: Tensor) -> Tensor:
+        """Return `if_true` where the fact holds, otherwise `if_false`. Host syncs: none."""
+        if self.host is not None:
+            return if_true if self.host else if_false
+        assert self._tensor is not None
+        return torch.where(self._tensor, if_true, if_false)
+
+    def __invert__(self) -> Fact:
+        if self.host is not None:
+            return Fact(not self.host)
+        assert self._tensor is not None
+        return Fact(~self._tensor)
+
+    def __and__(self, other: Fact) -> Fact:
+        if self.host is not None:
+            return other if self.host else self
+        if other.host is not None:
+            return self if other.host else other
+        assert self._tensor is not None and other._tensor is not None
+        return Fact(self._tensor & other._tensor)
+
+    def __or__(self, other: Fact) -> Fact:
+        if self.host is not None:
+            return self if self.host else other
+        if other.host is not None:
+            return other if other.host else self
+        assert self._tensor is not None and other._tensor is not None
+        return Fact(self._tensor | other._tensor)
+
+    def __bool__(self) -> bool:
+        # An implicit bool() would hide a host sync, and `is None` checks would go wrong silently.
+        raise TypeError("Fact: the host may not have read it. Use .read(), or .host for what the host has read.")
+
+    def __repr__(self) -> str:
+        return f"Fact({self.host})"
+
+
+NEVER = Fact(False)
+"""Fact that holds on no rank, known to the host."""
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:
@@ -41,7 +125,7 @@ def host_reads_free(device: torch.device) -> bool:
 
 
 def prefers_foreach(device: torch.device) -> bool:
-    """Return whether torch's multi-tensor operators are faster than one operator per tensor on this device."""
+    """Return whether torch's multi-tensor operators are faster than single ones on this device."""
     return device.type == "cuda"
 
 

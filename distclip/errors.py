@@ -20,6 +20,13 @@ A message names the argument or the parameter, states what is wrong, and ends wi
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
 __all__ = [
     "ArgumentError",
     "DisagreementError",
@@ -32,6 +39,7 @@ __all__ = [
     "TooManySkippedSteps",
     "from_wire",
     "to_wire",
+    "warn_user",
 ]
 
 
@@ -73,6 +81,24 @@ class NonFiniteWarning(UserWarning):
 
 class FrequentClippingWarning(UserWarning):
     """An adaptive policy clips more than half of the steps, so that it limits the norms it learns from."""
+
+
+_LIBRARIES = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
+"""Folders whose lines a warning does not point to: those of distclip and torch."""
+
+
+def warn_user(message: str, category: type[Warning]) -> None:
+    """Warn, and point to the line of the user's program that called into distclip.
+
+    Args:
+        message: text of the warning.
+        category: class of the warning.
+    """
+    # The number of frames in between varies: decorators of torch, hooks of optimizers, our own modules.
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level + 1)
 
 
 _SHARED = {kind.__name__: kind for kind in (ArgumentError, LayoutError, DisagreementError)}

@@ -1,6 +1,7 @@
-"""Re-export what integrations and third parties may build on; `distclip.integrations` imports nothing else.
+"""Re-export the building blocks of integrations, for third parties as well.
 
-These names are public: they change only with an entry in the changelog.
+`distclip.integrations` imports nothing else from the core. These names are public: they change only with an entry in
+the changelog.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ from .comm import Comm, LocalComm
 from .comm.consensus import FirstError, gather_or_raise
 from .comm.discovery import world_comm
 from .comm.mpi import abort_on_exception, started
-from .decision import Outcome
 from .errors import ArgumentError, LayoutError, PeerError
 from .functional import clip_grad_norm_, get_total_norm
-from .nonfinite.culprits import OnNonFinite
+from .nonfinite.rules import OnNonFinite
+from .outcome import Outcome, Report
 from .policies import Fixed, NormPolicy, Policy
-from .report import Report
 from .sharding.annotations import set_layout
 from .sharding.dtensor import is_dtensor
 from .sharding.layout import Layout

@@ -1,10 +1,11 @@
-"""The drop-ins for torch.nn.utils: composition, no algorithm of its own."""
+"""Clip with torch's own four functions: drop-ins for torch.nn.utils that are right in any layout.
+
+They run the stages of `distclip.engine` without a policy object and without state.
+"""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable
 from types import GeneratorType
 
 import torch
@@ -12,16 +13,23 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from .apply.scale import clamp_, scale_
-from .call import Measured, agree, total
 from .comm import Comm
 from .comm.consensus import FirstError
+from .comm.discovery import resolve_comm
 from .comm.ranks import Axis
-from .errors import NonFiniteError
-from .policies import Fixed, NormPolicy, coefficient, global_norm, value
-from .sharding import Plan, gradient_plan, parameter_plan, recent_plan, split_axes
+from .devices import Fact, accumulation_dtype, device_constant
+from .engine import measure_all_ranks
+from .errors import ArgumentError, NonFiniteError, warn_user
+from .norms.reduce import Totals
+from .norms.spec import NormSpec
+from .policies.norm_policy import coefficient
+from .policies.validation import to_float
+from .policies.value import value
+from .sharding.cache import cached_table
 from .sharding.parameters import Parameters
 from .sharding.shard import Shards
-from .sharding.split_over import SplitOver
+from .sharding.split_over import SplitOver, split_axes
+from .sharding.table import ShardTable, gradient_table, local_table
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
 
@@ -38,45 +46,47 @@ def clip_grad_norm_(
     split_over: SplitOver = None,
     comm: Comm | None = None,
 ) -> Tensor:
-    r"""Clip the norm of the whole gradient of a model, wherever its pieces lie.
+    r"""Clip the norm of the whole gradient of a model, in any layout.
 
     .. math:: g \leftarrow g \cdot \min\left(1, \frac{max\_norm}{\lVert g \rVert_p + 10^{-6}}\right)
 
-    where g is the one true gradient of the model: every element counted once, shards added up, copies not.
+    where g is the true gradient of the model: every element counts once, shards are added up, replicas are not.
 
     Args:
         parameters: a module (FSDP1 needs the wrapped root), a tensor, or an iterable of tensors or (name, tensor)
-            pairs; gradients of any floating or complex dtype, dense or sparse, on any mesh, also None.
-        max_norm: ≥ 0; `inf` only measures and never writes.
-        norm_type: p; any number, `inf` for the largest element.
-        error_if_nonfinite: raise, on every rank, if the norm is NaN or infinite, and leave the gradients as they are.
-            Otherwise they are multiplied by the coefficient that follows, NaN or 0, as torch does.
-        foreach: use torch's multi-tensor operators to scale, or do not; None for what is fastest.
-        split_over: axes along which ranks hold *different* parameters and no placement says so: mesh["pp"] for
+            pairs; gradients of any floating or complex dtype, dense or sparse, on any mesh, or None.
+        max_norm: bound on the norm, ≥ 0; `inf` only measures and never writes.
+        norm_type: p of the norm, any number, `inf` for the largest element.
+        error_if_nonfinite: raise, on every rank, if the norm is NaN or infinite, and leave the gradients unchanged.
+            Otherwise they are multiplied by the coefficient that follows, NaN or 0, as in torch.
+        foreach: use torch's multi-tensor operators to scale, or do not. None uses the fastest.
+        split_over: axes along which ranks hold *different* parameters without a placement that shows it: mesh["pp"] for
             pipeline stages, the expert group for experts kept as plain tensors. A DeviceMesh, a ProcessGroup, an
-            MPIComm, several, or {name: one of them}; every rank passes its own slice of the same axes.
-        comm: add up over this communicator, for example `distclip.comm.mpi.MPIComm()`, instead of the one derived from
-            meshes and `split_over`. Every rank of it makes the call, with the same p.
+            MPIComm, several of them, or {name: one of them}. Every rank passes its own slice of the same axes.
+        comm: communicator to use, for example `distclip.comm.mpi.MPIComm()`, instead of the one derived from meshes and
+            `split_over`. Every rank of it makes the call, with the same p.
 
     Returns:
         The norm before clipping: a plain 0-d tensor on the gradients' device, float32 (float64 if any rank has a
-        float64 gradient; on a CPU also where float32 cannot hold it), the same bits on every rank.
+        float64 gradient, and on a CPU if the norm overflows float32), the same bits on every rank.
 
     Raises:
-        ArgumentError: a negative or NaN bound, no p-norm, something that holds no tensors, a mesh without this rank.
-        LayoutError: parameters that do not say where they lie (bare FSDP1 parameters).
+        ArgumentError: a negative or NaN bound, a norm type that is not a number, an argument without tensors, a mesh
+            without this rank.
+        LayoutError: parameters of unknown layout (bare FSDP1 parameters).
         DisagreementError: ranks passed different `split_over`.
         NonFiniteError: see `error_if_nonfinite`.
-        All of them on every rank that takes part; on an accelerator, where no host waits for the others (see host
-        syncs), on the rank that failed, while the others leave their gradients as they are (and raise PeerError with
-        `error_if_nonfinite`).
+        Every rank that takes part raises the error, before any gradient changes. On an accelerator whose host does not
+        wait for the other ranks (see host syncs), the failed rank raises it, and the others leave their gradients
+        unchanged (and raise PeerError with `error_if_nonfinite`).
 
-    Collectives: one all-reduce of two float64 numbers over everybody concerned, whatever the meshes; none where nothing
-    is spread (one process, DDP). More only if a gradient is Partial: see `distclip.settle`. The first call with
-    new meshes exchanges who they are through the store of torch.distributed.
+    Collectives: one all-reduce of a few float64 numbers over all ranks concerned, for any number of meshes. None if
+    nothing is sharded (one process, DDP). More only if a gradient is partial, see `distclip.norms.partial_grads`. The
+    first call with new meshes exchanges their ranks through the store of torch.distributed.
     Host syncs: none on CUDA, except one with `error_if_nonfinite`, `split_over`, `comm` or tensor-parallel replicas.
 
-    Source: Pascanu, Mikolov, Bengio 2013, algorithm 1; the signature and the 1e-6 are torch.nn.utils.clip_grad_norm_'s.
+    Source: Pascanu, Mikolov, Bengio 2013, algorithm 1. The signature and the 1e-6 are those of
+    torch.nn.utils.clip_grad_norm_.
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
     >>> weight.grad = torch.tensor([3.0, 4.0])
@@ -85,18 +95,25 @@ def clip_grad_norm_(
     >>> weight.grad
     tensor([0.6000, 0.8000])
     """
-    attempt = FirstError()
-    # The p that was asked for also where max_norm is refused: it decides which collective the others are in.
-    policy = (
-        attempt.run(global_norm, max_norm, norm_type) or attempt.run(global_norm, math.inf, norm_type) or global_norm()
-    )
-    measured = _measured(attempt, recent_plan, parameters, policy, split_over, comm)
-    if isinstance(parameters, GeneratorType) and not measured.passed:
-        warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3)
-    _refuse_nonfinite(measured, policy.norm_type, error_if_nonfinite)
-    verdict, _ = policy.decide(measured.totals, {})
-    scale_(measured.shards, measured.guard(verdict.coefs), foreach)
-    return measured.presented()
+    errors, spec, bound = FirstError(), NormSpec(), math.inf
+    axes: tuple[Axis, ...] = ()
+    with errors:
+        spec = NormSpec(_checked_norm_type(norm_type))
+    with errors:
+        bound = _checked_bound(max_norm)
+    with errors:
+        axes = split_axes(split_over, comm)
+    table = ShardTable.empty(axes)
+    with errors:
+        table = cached_table(parameters, axes)
+    comm = resolve_comm(table.groups, table.axes, comm, errors)
+    shards, _, totals = measure_all_ranks(table, spec, comm, errors)
+    if isinstance(parameters, GeneratorType) and not table.tensors:
+        warn_user("`parameters` is an empty generator, no gradient clipping will occur.", UserWarning)
+    _raise_if_nonfinite(totals, error_if_nonfinite)
+    coef = coefficient(totals.norms, device_constant((bound,), totals.norms.device, totals.norms.dtype))
+    scale_(shards, totals.mask_if_failed(coef), foreach)
+    return totals.as_user_dtype()
 
 
 @_disable_dynamo
@@ -110,31 +127,39 @@ def get_total_norm(
     split_over: SplitOver = None,
     comm: Comm | None = None,
 ) -> Tensor:
-    r"""The norm of tensors taken together, :math:`(\sum |t|^p)^{1/p}`, wherever their pieces lie.
+    r"""Return the norm of tensors taken together, :math:`(\sum |t|^p)^{1/p}`, in any layout.
 
     Args:
         tensors: usually gradients: a tensor, or an iterable of tensors or (name, tensor) pairs. A DTensor is the one
-            tensor that its placements mean; a plain one is replicated, or different along `split_over`.
-        norm_type: p; any number, `inf` for the largest element.
+            tensor that its placements describe. A plain tensor is replicated, or different along `split_over`.
+        norm_type: p of the norm, any number, `inf` for the largest element.
         error_if_nonfinite: raise, on every rank, if the norm is NaN or infinite.
-        foreach: accepted for the signature's sake; the sums are made one way.
+        foreach: ignored; it is part of torch's signature.
         split_over: see `clip_grad_norm_`.
         comm: see `clip_grad_norm_`.
 
     Returns:
-        The norm: see `clip_grad_norm_`.
+        The norm, see `clip_grad_norm_`.
 
-    Raises, Collectives, Host syncs: see `clip_grad_norm_`. A rank that passes nothing at all still takes part if it
-    passes `split_over`; without, it cannot know that others do: prefer passing parameters to `clip_grad_norm_`.
+    Raises, Collectives, Host syncs: see `clip_grad_norm_`. A rank without any tensor takes part if it passes
+    `split_over`. Without `split_over` it has no mesh, and cannot take part: prefer `clip_grad_norm_` with parameters.
 
     >>> get_total_norm([torch.tensor([3.0]), torch.tensor([4.0], dtype=torch.bfloat16)])
     tensor(5.)
     """
-    attempt = FirstError()
-    policy = attempt.run(global_norm, math.inf, norm_type) or global_norm()
-    measured = _measured(attempt, gradient_plan, tensors, policy, split_over, comm)
-    _refuse_nonfinite(measured, policy.norm_type, error_if_nonfinite)
-    return measured.presented()
+    errors, spec = FirstError(), NormSpec()
+    axes: tuple[Axis, ...] = ()
+    with errors:
+        spec = NormSpec(_checked_norm_type(norm_type))
+    with errors:
+        axes = split_axes(split_over, comm)
+    table = ShardTable.empty(axes)
+    with errors:
+        table = gradient_table(tensors, axes)
+    comm = resolve_comm(table.groups, table.axes, comm, errors)
+    _, _, totals = measure_all_ranks(table, spec, comm, errors)
+    _raise_if_nonfinite(totals, error_if_nonfinite)
+    return totals.as_user_dtype()
 
 
 @_disable_dynamo
@@ -142,16 +167,18 @@ def get_total_norm(
 def clip_grads_with_norm_(
     parameters: Parameters, max_norm: float, total_norm: Tensor, foreach: bool | None = None
 ) -> None:
-    r"""Scale gradients by :math:`\min(1, max\_norm / (total\_norm + 10^{-6}))`, a norm that is known already.
+    r"""Clip gradients by a norm that is known already.
+
+    .. math:: g \leftarrow g \cdot \min\left(1, \frac{max\_norm}{total\_norm + 10^{-6}}\right)
 
     Args:
         parameters: see `clip_grad_norm_`.
-        max_norm: ≥ 0; `inf` never writes.
+        max_norm: bound on the norm, ≥ 0; `inf` never writes.
         total_norm: 0-d, as `get_total_norm` returns it, the same on every rank.
         foreach: see `clip_grad_norm_`.
 
     Raises:
-        ArgumentError: a negative or NaN bound, something that holds no tensors.
+        ArgumentError: a negative or NaN bound, an argument without tensors.
 
     Collectives: none. Host syncs: none.
 
@@ -162,8 +189,8 @@ def clip_grads_with_norm_(
     tensor([0.3000, 0.4000])
     """
     norm = torch.as_tensor(total_norm)
-    bound = torch.tensor(Fixed(max_norm).max_norm, dtype=torch.float64)
-    scale_(_local_shards(parameters), coefficient(norm, bound), foreach)
+    coef = coefficient(norm, device_constant((_checked_bound(max_norm),), norm.device, accumulation_dtype(norm.device)))
+    scale_(_local_shards(parameters), coef, foreach)
 
 
 @_disable_dynamo
@@ -174,13 +201,13 @@ def clip_grad_value_(
     r"""Clamp every gradient element to [−clip_value, clip_value], or to [low, high].
 
     Args:
-        parameters: see `clip_grad_norm_`. Every rank clamps the pieces it holds.
+        parameters: see `clip_grad_norm_`. Every rank clamps its own shards.
         clip_value: ≥ 0, or a pair (low, high).
-        foreach: use torch's multi-tensor operators; None lets the device decide.
+        foreach: use torch's multi-tensor operators, or do not. None uses the fastest.
 
     Raises:
-        ArgumentError: a negative or NaN bound, a lower bound above the upper one, something that holds no tensors.
-        LayoutError: a gradient that cannot be clamped element by element (complex, or Partial).
+        ArgumentError: a negative or NaN limit, a lower limit above the upper one, an argument without tensors.
+        LayoutError: the elements of a gradient cannot be clamped one by one (complex, or partial).
 
     Collectives: none. Host syncs: none.
 
@@ -190,34 +217,39 @@ def clip_grad_value_(
     >>> weight.grad
     tensor([-1.,  2.])
     """
-    bounds = value(*clip_value) if isinstance(clip_value, tuple) else value(clip_value)
-    clamp_(_local_shards(parameters), bounds.low, bounds.high, foreach)
+    limits = value(*clip_value) if isinstance(clip_value, tuple) else value(clip_value)
+    clamp_(_local_shards(parameters), limits.low, limits.high, foreach)
 
 
-def _measured(
-    attempt: FirstError,
-    make_plan: Callable[[Parameters, tuple[Axis, ...]], Plan],
-    tensors: Parameters,
-    policy: NormPolicy,
-    split_over: SplitOver,
-    comm: Comm | None,
-) -> Measured:
-    """One call of a functional drop-in up to its totals; everything found wrong is raised by all ranks together."""
-    axes = attempt.run(split_axes, split_over, comm) or ()
-    plan = attempt.run(make_plan, tensors, axes) or Plan.empty(axes)
-    everybody = agree(plan, comm, attempt)
-    return total(plan, policy.norm_type, everybody, attempt.error)
+def _checked_bound(max_norm: float) -> float:
+    """Return the bound as a number ≥ 0."""
+    bound = to_float(max_norm)
+    if not bound >= 0:
+        raise ArgumentError(
+            f"max_norm={max_norm!r}: the bound must be a number ≥ 0. Pass max_norm=1.0, or max_norm=inf to measure "
+            "without clipping."
+        )
+    return bound
+
+
+def _checked_norm_type(norm_type: float) -> float:
+    """Return p as a number."""
+    p = to_float(norm_type)
+    if math.isnan(p):
+        raise ArgumentError(f'norm_type={norm_type!r}: not the p of a p-norm. Use norm_type=2.0, or "inf".')
+    return p
 
 
 def _local_shards(parameters: Parameters) -> Shards:
-    """This rank's pieces, for what needs no other rank."""
-    plan = parameter_plan(parameters, None)
-    return plan.shards(1)
+    """Return this rank's gradients for a function that needs no other rank, and so no layouts."""
+    table = local_table(parameters)
+    table.world_size = 1
+    return table.gradients()
 
 
-def _refuse_nonfinite(measured: Measured, norm_type: float, error_if_nonfinite: bool) -> None:
-    if error_if_nonfinite and not measured.learn(measured.norm.isfinite()):
+def _raise_if_nonfinite(totals: Totals, error_if_nonfinite: bool) -> None:
+    if error_if_nonfinite and not totals.read(Fact(totals.norm.isfinite())):
         raise NonFiniteError(
-            f"The total norm of order {norm_type} for gradients from `parameters` is {float(measured.norm)}, so it "
-            "cannot be clipped; no gradient was changed. Pass error_if_nonfinite=False to scale by it all the same."
+            f"The total norm of order {totals.norm_type} for gradients from `parameters` is {float(totals.norm)}, so "
+            "it cannot be clipped. No gradient was changed. Pass error_if_nonfinite=False to scale by it all the same."
         )

@@ -1,1 +1,1 @@
-"""Write a decision into gradients, optimizers and a GradScaler."""
+"""Write an outcome: scale or clamp gradients in place, step optimizers, inform a GradScaler."""

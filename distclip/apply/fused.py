@@ -1,8 +1,8 @@
-"""Verdict → optimizer: a factor that a fused optimizer applies itself, and a step that it leaves out itself.
+"""Let fused optimizers apply a factor and skip a step, so that the host neither multiplies nor waits.
 
-torch's fused optimizers divide gradients by their attribute `grad_scale` and do nothing at all where `found_inf` is
-exactly 1.0, both without the host knowing. That saves a pass over the gradients wherever they have to be multiplied
-anyway (a loss scale), and the host's wait wherever a step may have to be skipped.
+torch's fused optimizers divide gradients by their attribute `grad_scale`, and do nothing where their attribute
+`found_inf` is exactly 1.0. Both are tensors on the device. This saves a pass over the gradients if they must be
+multiplied anyway (a loss scale), and a host sync if a step may have to be skipped.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ __all__ = ["fused_step", "supports_grad_scale"]
 
 
 def supports_grad_scale(optimizer: Optimizer) -> bool:
-    """Whether an optimizer divides by `grad_scale` without losing precision over it.
-
-    On CPU the kernels round `grad_scale` to the parameters' dtype: 0.4 % off for bfloat16.
+    """Return whether an optimizer divides gradients by `grad_scale` without losing precision.
 
     >>> weight = torch.nn.Parameter(torch.zeros(1))
     >>> supports_grad_scale(torch.optim.AdamW([weight], fused=True)), supports_grad_scale(torch.optim.AdamW([weight]))
@@ -31,23 +29,24 @@ def supports_grad_scale(optimizer: Optimizer) -> bool:
         return False
     if "grad_scaler" in inspect.signature(optimizer.step).parameters:
         return False
-    narrow = (torch.float16, torch.bfloat16)
+    # On a CPU the kernels round grad_scale to the parameters' dtype, an error of 0.4 % for bfloat16.
+    rounded = (torch.float16, torch.bfloat16)
     return all(
-        group.get("fused") and not any(p.device.type == "cpu" and p.dtype in narrow for p in group["params"])
+        group.get("fused") and not any(p.device.type == "cpu" and p.dtype in rounded for p in group["params"])
         for group in optimizer.param_groups
     )
 
 
 @contextmanager
 def fused_step(optimizers: Sequence[Optimizer], divisor: Tensor | None, found_inf: Tensor) -> Iterator[None]:
-    """For the length of a step, let fused optimizers divide gradients and leave the step out.
+    """Divide gradients and skip steps within the block, by the optimizers' kernels.
 
     Args:
-        optimizers: for which `supports_grad_scale`.
-        divisor: 0-d float32; None to divide by nothing.
-        found_inf: 0-d float32, exactly 1.0 to leave the step out.
+        optimizers: those for which `supports_grad_scale` is true.
+        divisor: 0-d float32. None divides by nothing.
+        found_inf: 0-d float32, exactly 1.0 to skip the step.
 
-    The attributes are removed again whatever happens.
+    The attributes are removed when the block ends, also by an exception.
     """
     for optimizer in optimizers:
         optimizer.grad_scale, optimizer.found_inf = divisor, found_inf  # type: ignore[attr-defined]

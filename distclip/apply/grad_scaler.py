@@ -1,8 +1,8 @@
-"""A torch.amp.GradScaler's part in a step: the scale that gradients carry, and a found_inf that is the world's.
+"""Work with a `torch.amp.GradScaler`: read the loss scale, and give it the found_inf of all ranks.
 
-The scaler itself looks at the gradients of one rank, or at DTensors over the mesh of the first of them, so that under
-tensor, pipeline or expert parallelism some ranks step and others skip. Here it is told what all ranks have found.
-It is told through the records that it keeps between `unscale_` and `update`; `update` stays the caller's.
+A GradScaler checks the gradients of one rank, or DTensors over the mesh of the first of them. Under tensor, pipeline or
+expert parallelism some ranks would therefore step while others skip. So the found_inf of all ranks is written into the
+records that the scaler keeps between `unscale_` and `update`. The caller still calls `update`.
 """
 
 from __future__ import annotations
@@ -17,75 +17,80 @@ from torch.optim import Optimizer
 
 from ..errors import ArgumentError
 
-__all__ = ["ScalerState", "initial_scale", "parameters_of"]
+__all__ = ["ScalerState", "enabled", "initial_scale", "parameters_of"]
 
 
 def parameters_of(optimizers: Iterable[Optimizer]) -> list[Tensor]:
-    """All that they step."""
+    """Return all parameters that the optimizers step."""
     return [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
 
 
+def enabled(scaler: Any) -> Any:
+    """Return the scaler, or None for a GradScaler that was constructed with `enabled=False`."""
+    return None if isinstance(scaler, GradScaler) and not scaler.is_enabled() else scaler
+
+
 def initial_scale(scaler: Any) -> tuple[float, bool]:
-    """What an enabled scaler starts with, and whether it has scaled a loss on this rank.
+    """Return the scale that an enabled scaler starts with, and whether it has scaled a loss on this rank.
 
     Raises:
-        ArgumentError: no GradScaler.
+        ArgumentError: `scaler` is no GradScaler.
     """
     if not isinstance(scaler, GradScaler):
-        raise ArgumentError(f"scaler={scaler!r:.80}: expected a torch.amp.GradScaler, or None.")
+        raise ArgumentError(f"scaler={scaler!r:.80}: not a torch.amp.GradScaler. Pass one, or None.")
     return scaler.get_scale(), scaler._scale is not None
 
 
 class ScalerState:
-    """One step of some optimizers under an enabled scaler.
+    """The records of an enabled GradScaler for one step of some optimizers.
 
     Args:
-        scaler: a GradScaler, or a subclass (ShardedGradScaler).
-        optimizers: that step together.
+        scaler: a GradScaler, or a subclass such as ShardedGradScaler.
+        optimizers: the optimizers that step together.
 
     Raises:
-        ArgumentError: an optimizer that has stepped since the last `scaler.update()`.
+        ArgumentError: an optimizer has stepped since the last `scaler.update()`.
     """
 
     def __init__(self, scaler: GradScaler, optimizers: Sequence[Optimizer]) -> None:
         if scaler._scale is None:
-            # A pipeline stage that sees no loss: it starts at the scale with which the last one started.
+            # A pipeline stage that sees no loss starts at the scale of the last stage, which all ranks have compared.
             devices = (param.device for param in parameters_of(optimizers))
             scaler._lazy_init_scale_growth_tracker(next(devices, torch.device("cpu")))
         self.scaler, self.optimizers = scaler, optimizers
         if any(record["stage"] is OptState.STEPPED for record in self._records()):
             raise ArgumentError(
-                "an optimizer has stepped since the last scaler.update(): call scaler.update() once after every step, "
-                "when all optimizers have stepped."
+                "scaler: an optimizer has stepped since the last scaler.update(). Call scaler.update() once after "
+                "every step, after all optimizers have stepped."
             )
 
     @property
     def round(self) -> object:
-        """What is the same object from one `scaler.update()` to the next."""
+        """Identity of the round: the same object from one `scaler.update()` to the next."""
         return self.scaler._per_optimizer_states
 
     @property
     def loss_scale(self) -> Tensor:
-        """What gradients are multiplied by until they are unscaled, 0-d."""
+        """Factor that gradients carry until they are unscaled, 0-d."""
         assert self.scaler._scale is not None
         return self.scaler._scale
 
-    def scaled(self) -> list[Optimizer]:
-        """The optimizers whose gradients still carry the scale: the caller has not called `scaler.unscale_`."""
+    def scaled_optimizers(self) -> list[Optimizer]:
+        """Return the optimizers whose gradients `scaler.unscale_` has not unscaled."""
         records = zip(self.optimizers, self._records(), strict=True)
         return [optimizer for optimizer, record in records if record["stage"] is OptState.READY]
 
     def others_unscaled(self) -> bool:
-        """Whether the caller has unscaled an optimizer that is not among these."""
-        own = {id(optimizer) for optimizer in self.optimizers}
+        """Return whether the caller has unscaled an optimizer that is not among these."""
+        ids = {id(optimizer) for optimizer in self.optimizers}
         records = self.scaler._per_optimizer_states.items()
-        return any(record["stage"] is OptState.UNSCALED for one, record in records if one not in own)
+        return any(record["stage"] is OptState.UNSCALED for key, record in records if key not in ids)
 
     def check_dtypes(self) -> None:
-        """Refuse gradients that unscaling would flush to zero, as the scaler itself does.
+        """Raise if unscaling would flush gradients to zero, as the scaler itself does.
 
         Raises:
-            ArgumentError: a float16 gradient (those of a ShardedGradScaler may be).
+            ArgumentError: a gradient is float16, and the scaler is no ShardedGradScaler.
         """
         if type(self.scaler).__name__ == "ShardedGradScaler":
             return
@@ -95,8 +100,8 @@ class ScalerState:
                 "compute under torch.autocast."
             )
 
-    def tell(self, found_inf: Tensor) -> None:
-        """Let the scaler know what all ranks have found, so that `update` moves the scale alike on each.
+    def set_found_inf(self, found_inf: Tensor) -> None:
+        """Give the scaler the result of all ranks, so that `update` changes the scale equally on each.
 
         Args:
             found_inf: 0-d float32, 1.0 if a gradient of any rank is not finite, otherwise 0.0.
@@ -106,8 +111,8 @@ class ScalerState:
             record["found_inf_per_device"] = {own.device: own}
             record["stage"] = OptState.UNSCALED
 
-    def stepped(self) -> None:
-        """Note that the optimizers have stepped, or left the step out."""
+    def mark_stepped(self) -> None:
+        """Record that the optimizers have stepped, or skipped the step."""
         for record in self._records():
             record["stage"] = OptState.STEPPED
 

@@ -41,6 +41,7 @@ from torch.amp.grad_scaler import GradScaler
 from ..extend import (
     ArgumentError,
     Comm,
+    FirstError,
     GradClipper,
     LocalComm,
     OnNonFinite,
@@ -186,7 +187,7 @@ class Patched:
         self._look()
         optimizers = [_raw(one) for one in accelerator._optimizers]
         failure = self._wrong([parameters] if isinstance(parameters, Tensor) else list(parameters))
-        report = self._late.clip(optimizers, accelerator.scaler, failure)
+        report = self._late.clip(optimizers, accelerator.scaler, FirstError(failure))
         self._due = dict.fromkeys(map(id, optimizers), self._late.skipped)
         return report.norm
 
@@ -214,10 +215,10 @@ class Patched:
         skipped = self._due.pop(id(_raw(optimizer)), None) if optimizer.gradient_state.sync_gradients else None
         if skipped is not None and isinstance(optimizer.scaler, GradScaler) and optimizer.scaler.is_enabled():
             scaling = ScalerState(optimizer.scaler, [_raw(optimizer)])
-            if scaling.scaled():
+            if scaling.scaled_optimizers():
                 # Another one's update() has forgotten that this one's gradients are unscaled.
                 assert self._late.found_inf is not None
-                scaling.tell(self._late.found_inf.to(torch.float32))
+                scaling.set_found_inf(self._late.found_inf.to(torch.float32))
         result = its_step(*args, **kwargs)
         if skipped is not None:
             optimizer._is_overflow = skipped

@@ -7,7 +7,18 @@ from typing import Any
 
 from torch import Tensor
 
-from ..extend import ArgumentError, Comm, GradClipper, OnNonFinite, Outcome, Parameters, Policy, Report, SplitOver
+from ..extend import (
+    ArgumentError,
+    Comm,
+    FirstError,
+    GradClipper,
+    OnNonFinite,
+    Outcome,
+    Parameters,
+    Policy,
+    Report,
+    SplitOver,
+)
 
 __all__ = ["Late", "OnBind"]
 
@@ -76,10 +87,10 @@ class Late:
             self._on_bind(clipper)
         return clipper
 
-    def clip(self, optimizers: Any, scaler: Any, failure: Exception | None = None) -> Report:
+    def clip(self, optimizers: Any, scaler: Any, errors: FirstError | None = None) -> Report:
         """See `GradClipper.clip`. Collectives and host syncs: the same."""
         assert self.clipper is not None
-        self.report = self.clipper.clip(optimizers, scaler, failure=failure)
+        self.report = self.clipper.clip(optimizers, scaler, errors=errors)
         return self.report
 
     def state_dict(self) -> dict[str, Any]:
@@ -93,8 +104,8 @@ class Late:
         elif state_dict:
             self.clipper.load_state_dict(state_dict)
 
-    def _observe(self, step: int, decision: Outcome) -> None:
-        self.skipped, self.found_inf = bool(decision.skip_known), decision.overflow
+    def _observe(self, outcome: Outcome) -> None:
+        self.skipped, self.found_inf = bool(outcome.skip.host), outcome.overflow.on(outcome.coefs.device)
 
 
 def check_policy(policy: Any, where: str) -> None:

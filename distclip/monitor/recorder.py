@@ -19,8 +19,8 @@ from torch import Tensor
 from ..clipper import GradClipper
 from ..comm import global_ranks
 from ..comm.consensus import FirstError, gather_or_raise
-from ..decision import Outcome
 from ..errors import ArgumentError, DisagreementError
+from ..outcome import Outcome
 from .extremes import Extremes
 from .jsonl import Lines
 from .sinks import Sink
@@ -185,12 +185,12 @@ class Recorder:
             self.flush()
         self.close()
 
-    def _observe(self, number: int, decision: Outcome) -> None:
+    def _observe(self, outcome: Outcome) -> None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return
         if len(self._steps) >= self.every:
             self.flush()
-        self._steps.append(Step.of(number, decision, self._by_slot))
+        self._steps.append(Step.of(outcome, self._by_slot))
 
 
 def _close(recorder: weakref.ref[Recorder]) -> None:

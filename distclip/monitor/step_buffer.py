@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..decision import Outcome
 from ..norms.kernels.torch_ops import combine
-from ..norms.measure import Evidence
+from ..norms.measure import PerTensorPowers
+from ..outcome import Outcome
 
 __all__ = ["Step", "read"]
 
@@ -38,22 +38,20 @@ class Step:
     number: int
     numbers: dict[str, Tensor]
     power_sum: Tensor
-    each: tuple[Evidence, ...]
+    each: tuple[PerTensorPowers, ...]
     noted: dict[str, Any] = field(default_factory=dict)
     ids: Any = ()
     time: float = field(default_factory=time.time)
 
     @classmethod
-    def of(cls, number: int, decision: Outcome, slots: bool) -> Step:
+    def of(cls, outcome: Outcome, slots: bool) -> Step:
         """What is to be kept of a decision; no gradient is.
 
         Args:
-            number: which call of the clipper.
-            decision: of that step.
+            outcome: of that step.
             slots: whether to keep the norm of every slot.
         """
-        report, measured = decision.report(), decision.measured
-        totals = measured.totals
+        report, totals = outcome.report(), outcome.totals
         numbers = {
             "norm": totals.norm,
             "coef": report.coef,
@@ -69,7 +67,8 @@ class Step:
             numbers["norms"] = report.norms
         if report.tensor_norms is not None:
             numbers["tensor_norms"] = report.tensor_norms
-        return cls(number, numbers, combine(totals.value, totals.norm_type), measured.each)
+        power_sum = combine(totals.powers, totals.norm_type)
+        return cls(outcome.step, numbers, power_sum, outcome.per_tensor_powers)
 
     def ids_on_host(self) -> list[Any]:
         """As Python's own numbers or strings."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..clipper import GradClipper
 from ..norms.measure import measure
 from ..norms.reduce import reduce
+from ..norms.spec import NormSpec
 from ..sharding.shard import Shards
 
 __all__ = ["UpdateRatio"]
@@ -61,7 +62,7 @@ class UpdateRatio:
         now = self._clipper.pieces()
         device = now.grads[0].device if now.grads else torch.device("cpu")
         moved = Shards(now.places, [new - old for new, old in zip(now.grads, before.grads, strict=True)])
-        totals = reduce(
-            measure(moved, 2.0, device, None, self._clipper.measured_slots, before), 2.0, self._clipper.comm
-        )
+        spec = NormSpec(needs_weights=True)
+        partials = measure(moved, spec, device, self._clipper.measured_slots, before)
+        totals = reduce(partials, spec, self._clipper.comm, read_facts=False)
         self.ratio = totals.norm / torch.linalg.vector_norm(totals.weight_norms)

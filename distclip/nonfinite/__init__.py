@@ -1,1 +1,6 @@
-"""What to do about gradients that are not finite."""
+"""Handle gradients that are not finite: find them, apply the rule of `on_nonfinite`, count skipped steps."""
+
+from .culprits import Culprit, Incident
+from .rules import NonFiniteRule, OnNonFinite
+
+__all__ = ["Culprit", "Incident", "NonFiniteRule", "OnNonFinite"]

@@ -1,133 +1,175 @@
-"""Shard → Partials: what this rank adds to the total, in float64, whatever the gradient's own dtype.
+"""Measure this rank's shards: Shards -> Partials, in float64, regardless of the gradient's own dtype.
 
-Squares of float16, bfloat16 and float32 numbers are exact in float64 and cannot overflow there, so that a norm is
-neither rounded to the gradient's dtype nor lost at 300 (float16) or 1e25 (float32), and a non-finite sum of powers
-means a non-finite element.
+Squares of float16, bfloat16 and float32 numbers are exact in float64 and cannot overflow there. So a norm is neither
+rounded to the gradient's dtype nor lost at 300 (float16) or 1e25 (float32), and a non-finite power sum means a
+non-finite element.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from .. import devices
 from ..devices import device_constant
-from ..sharding.shard import Rows, Shard, ShardInfos, Shards
+from ..sharding.shard import Shard, ShardInfos, Shards
 from .kernels import power_sums, row_powers
 from .kernels.torch_ops import identity
+from .limits import any_out_of_limits
+from .spec import NormSpec
 
-__all__ = ["Evidence", "Partials", "joined", "measure"]
+__all__ = ["Partials", "PerTensorPowers", "measure", "sum_by_slot"]
 
-Evidence = tuple[tuple[str, ...], Tensor]
-"""Names of parameters, and what was measured of each of them: (names,) power sums, or a row of them."""
+PerTensorPowers: TypeAlias = tuple[tuple[str, ...], Tensor]
+"""Parameter names with the power sums of their local gradients: (names,), or (1, rows) of a single parameter."""
+
+_FLOAT64 = (torch.float64, torch.complex128)
 
 
 @dataclass(frozen=True, slots=True)
 class Partials:
-    """What one rank adds to the total.
+    """One rank's contribution to the totals.
 
     Args:
-        value: (slots,) float64 on the gradients' device: Σ|g|^p / copies, or max|g| for p = inf (−min|g| for −inf).
-        outside: 0-d bool, whether some element lies outside of the policy's bounds; None where there are none.
-        pending: whether some gradient has to be summed over ranks before it can be measured; it is not in `value`.
-        wide: whether some gradient is float64 or complex128.
-        weight: (slots,), the same of the parameters, or None.
-        each: what each measured shard has alone: evidence of which one is not finite.
+        powers: (slots,) float64 on the gradients' device, Σ|g|^p / num_replicas, or max|g| for p = inf (−min|g| for
+            −inf).
+        weight_powers: (slots,), the same of the parameters. None unless the policy needs it.
+        out_of_limits: whether some element is outside of the policy's limits; a 0-d bool on an accelerator.
+        has_partial_grads: whether some gradient is partial, and therefore missing from `powers`.
+        has_fp64: whether some gradient is float64 or complex128.
+        failed: whether this rank has an error that all ranks must raise.
+        uncovered: whether parameters of this rank are on ranks that the communicator does not reach.
+        per_tensor_powers: the power sums of every gradient on this rank alone, to find the non-finite ones.
     """
 
-    value: Tensor
-    outside: Tensor | None = None
-    pending: bool = False
-    wide: bool = False
-    weight: Tensor | None = None
-    each: tuple[Evidence, ...] = ()
+    powers: Tensor
+    weight_powers: Tensor | None = None
+    out_of_limits: Tensor | bool = False
+    has_partial_grads: bool = False
+    has_fp64: bool = False
+    failed: bool = False
+    uncovered: bool = False
+    per_tensor_powers: tuple[PerTensorPowers, ...] = ()
+
+    @classmethod
+    def empty(cls, spec: NormSpec, device: torch.device, num_slots: int = 1) -> Partials:
+        """Return the contribution of a rank that has no gradient, or that has failed."""
+        nothing = identity(spec.norm_type, device).repeat(num_slots)
+        return cls(nothing, nothing if spec.needs_weights else None)
 
 
 def measure(
     shards: Iterable[Shard],
-    norm_type: float,
+    spec: NormSpec,
     device: torch.device,
-    inspect: Callable[[Shard], Tensor] | None = None,
-    slots: int = 1,
-    weights: Iterable[Shard] | None = None,
+    num_slots: int = 1,
+    weights: Iterable[Shard] = (),
 ) -> Partials:
-    r"""Sum this rank's powers, :math:`\sum_s \frac{1}{copies_s} \sum_i |g_{s,i}|^p`, or take the extreme, by slot.
+    r"""Sum the powers of this rank's gradients by slot, or take the maximum for p = ±inf.
+
+    .. math:: \sum_s \frac{1}{replicas_s} \sum_i |g_{s,i}|^p
 
     Args:
-        shards: of this rank; those that wait for a sum are only counted.
-        norm_type: p.
+        shards: the gradients of this rank. Partial gradients are only noticed.
+        spec: the norm to measure.
         device: where the result goes.
-        inspect: says of a shard whether it has elements outside of the policy's bounds, 0-d bool.
-        slots: how many norms there are; shards say in which one they count.
-        weights: this rank's pieces of the parameters, to be measured as well.
+        num_slots: number of norms; every shard names the slot that it counts in.
+        weights: this rank's shards of the parameters, measured if `spec.needs_weights`.
 
     Returns:
-        `Partials`. Nothing at all gives the neutral element.
+        `Partials`.
 
     Raises:
-        Whatever `inspect` raises.
+        LayoutError: `spec.limits` are set, and a gradient cannot be compared with them.
 
     Collectives: none. Host syncs: none on the gradients' own device.
+
+    >>> shards = [Shard("w", torch.tensor([3.0, 4.0])), Shard("b", torch.tensor([2.0]), num_replicas=2.0)]
+    >>> measure(shards, NormSpec(), torch.device("cpu")).powers
+    tensor([27.], dtype=torch.float64)
     """
     shards = Shards.of(shards)
-    outside = None
-    if inspect is not None:
-        outside = torch.zeros((), dtype=torch.bool, device=device)
+    out_of_limits: Tensor | bool = False
+    if spec.limits is not None:
+        beyond = torch.zeros((), dtype=torch.bool, device=device)
         for shard in shards:
-            outside |= inspect(shard).to(device)
-    value, pending, is_wide, each = _by_slot(shards, norm_type, device, slots)
-    weight = None if weights is None else _by_slot(Shards.of(weights), norm_type, device, slots)[0]
-    return Partials(value, outside, pending, is_wide, weight, each)
+            beyond |= any_out_of_limits(shard, *spec.limits).to(device)
+        out_of_limits = bool(beyond) if devices.host_reads_free(device) else beyond
+    powers, has_fp64, per_tensor = _powers_by_slot(shards, spec.norm_type, device, num_slots)
+    weight_powers = None
+    if spec.needs_weights:
+        weight_powers = _powers_by_slot(Shards.of(weights), spec.norm_type, device, num_slots)[0]
+    # Only shards that are not measured as whole tensors can be partial, and there are few of them.
+    has_partial_grads = any(shards[i].partial_sums for i in shards.infos.whole[2])
+    return Partials(powers, weight_powers, out_of_limits, has_partial_grads, has_fp64, per_tensor_powers=per_tensor)
 
 
-def _by_slot(
-    shards: Shards, norm_type: float, device: torch.device, slots: int
-) -> tuple[Tensor, bool, bool, tuple[Evidence, ...]]:
-    """What all shards have together by slot, whether some had to be left out, whether any is float64, and what each has
-    alone."""
-    if slots == 1 and shards.merged is not None and device.type == "cpu":
+def _powers_by_slot(
+    shards: Shards, norm_type: float, device: torch.device, num_slots: int
+) -> tuple[Tensor, bool, tuple[PerTensorPowers, ...]]:
+    """Return power sums by slot, whether any gradient is float64, and power sums by gradient."""
+    # With one slot it does not matter where a tensor ends, so that gradients in one storage are read as one tensor.
+    if num_slots == 1 and shards.merged is not None and device.type == "cpu":
         shards = shards.merged
-    places, chosen, apart = shards.places.whole
-    others = [shards[i] for i in apart]
-    whole = Shards(places, [shards.grads[i] for i in chosen]) if apart else shards
-    by_row = [shard for shard in others if not shard.pending]
-    is_wide = any(shard.grad.dtype in (torch.float64, torch.complex128) for shard in others)
-    each: list[Evidence] = []
-    if whole.grads:
-        sums, some_wide = power_sums(whole.grads, norm_type, device)
-        is_wide = is_wide or some_wide
-        each.append((whole.places.names, sums))
-        total = joined(_shared(sums, whole.places.num_replicas, norm_type), whole.places, norm_type, slots)
+    infos, whole, others = shards.infos.whole
+    by_row = [shard for shard in map(shards.__getitem__, others) if not shard.partial_sums]
+    has_fp64 = any(shards.grads[i].dtype in _FLOAT64 for i in others)
+    per_tensor: list[PerTensorPowers] = []
+
+    # 1. All shards that count in one slot each, in one kernel.
+    grads = [shards.grads[i] for i in whole] if others else shards.grads
+    if grads:
+        sums, some_fp64 = power_sums(grads, norm_type, device)
+        has_fp64 = has_fp64 or some_fp64
+        per_tensor.append((infos.names, sums))
+        # Every replica contributes its share, so that no rank has to own the shard and a NaN in any replica is seen.
+        if infos.num_replicas and not math.isinf(norm_type):
+            sums = sums / device_constant(infos.num_replicas, sums.device, sums.dtype)
+        total = sum_by_slot(sums, infos, norm_type, num_slots)
     else:
-        total = identity(norm_type, device).repeat(slots)
+        total = identity(norm_type, device).repeat(num_slots)
+
+    # 2. Shards whose rows have a slot each.
     for shard in by_row:
-        assert isinstance(shard.rows, Rows)
+        assert shard.rows is not None
         powers = row_powers(shard.grad, shard.rows, norm_type).to(device)
-        each.append(((shard.name,), powers.view(1, -1)))
+        per_tensor.append(((shard.name,), powers.view(1, -1)))
         first = shard.slot + shard.rows.first
-        part = total[first : first + shard.rows.count]
-        own = powers if math.isinf(norm_type) or shard.num_replicas == 1 else powers / shard.num_replicas
-        part.copy_(torch.maximum(part, own) if math.isinf(norm_type) else part + own)
-    return total, len(by_row) < len(others), is_wide, tuple(each)
+        row_slots = total[first : first + shard.rows.count]
+        if math.isinf(norm_type):
+            row_slots.copy_(torch.maximum(row_slots, powers))
+        else:
+            row_slots.add_(powers if shard.num_replicas == 1 else powers / shard.num_replicas)
+    return total, has_fp64, tuple(per_tensor)
 
 
-def _shared(sums: Tensor, num_replicas: Sequence[float], norm_type: float) -> Tensor:
-    """This rank's part of power sums that several ranks have; all of an extreme."""
-    if math.isinf(norm_type) or not num_replicas:
-        return sums
-    return sums / device_constant(tuple(num_replicas), sums.device, sums.dtype)
+def sum_by_slot(sums: Tensor, infos: ShardInfos, norm_type: float, num_slots: int) -> Tensor:
+    """Add up the power sums of every slot.
 
+    The order of the sum is the same every time, so that replicas get the same bits.
 
-def joined(sums: Tensor, places: ShardInfos, norm_type: float, slots: int) -> Tensor:
-    """(slots,): power sums of one slot added up, always in the same order, so that copies have the same bits."""
-    if slots == 1:
+    Args:
+        sums: (n,) power sums, or maxima for p = ±inf.
+        infos: the slot of each.
+        norm_type: p.
+        num_slots: number of slots.
+
+    Returns:
+        (num_slots,), the identity of the reduction where a slot has no summand.
+
+    Host syncs: none.
+    """
+    if num_slots == 1:
         return sums.amax(0, keepdim=True) if math.isinf(norm_type) else sums.sum(0, keepdim=True)
     if math.isinf(norm_type):
-        index = device_constant(places.slots, sums.device, torch.int64)
-        return identity(norm_type, sums.device).repeat(slots).scatter_reduce_(0, index, sums, "amax")
-    order, lengths = places.by_slot(slots)
+        index = device_constant(infos.slots, sums.device, torch.int64)
+        return identity(norm_type, sums.device).repeat(num_slots).scatter_reduce_(0, index, sums, "amax")
+    # segment_reduce, because index_add_ on a GPU adds in any order.
+    order, lengths = infos.by_slot(num_slots)
     sums = sums[device_constant(order, sums.device, torch.int64)]
     return torch.segment_reduce(sums, "sum", lengths=device_constant(lengths, sums.device, torch.int64))

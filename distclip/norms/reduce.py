@@ -1,9 +1,7 @@
-"""Partials → Totals: one all-reduce over everybody concerned, whatever the meshes and however many the slots.
+"""Add up what all ranks have measured: Partials -> Totals, by one all-reduce over all ranks concerned.
 
-Besides the numbers themselves the ranks must learn three facts of each other: that somebody cannot go on as usual
-(`stop`), that somebody's gradients are float64 (`wide`), that somebody's elements lie outside of a policy's bounds
-(`outside`). They travel in the same buffer, so that no rank ever has to decide alone whether there will be another
-collective.
+In addition to the power sums, the all-reduce carries facts that all ranks need in order to enter the same collectives
+afterwards, such as "a rank has failed". No rank has to decide alone whether another collective follows.
 """
 
 from __future__ import annotations
@@ -11,81 +9,130 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import devices
 from ..comm import Comm
-from ..devices import host_reads_free
+from ..devices import NEVER, Fact
+from ..errors import PeerError
 from .kernels.torch_ops import combine
 from .measure import Partials
+from .message import FACTS, FIELDS, all_reduce_, pack, unpack_facts, unpack_fields
+from .spec import NormSpec
 
-__all__ = ["Flag", "Totals", "reduce"]
-
-Flag: TypeAlias = Tensor | float
-"""A count of ranks, or a bool: on an accelerator 0-d, so that the host need not wait for it."""
-
-_FLAG = 1 << 17
-"""Flags are counts of ranks packed into one float64 beside the sum: three times 17 bits, up to 131,071 ranks."""
+__all__ = ["Totals", "reduce"]
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What all ranks know after the reduction, the same bits on each.
+    """The sums over all ranks, the same bits on each.
 
     Args:
-        value: (slots,) float64: Σ|g|^p over the whole gradient of each slot, or its max|g| (−min|g|).
+        powers: (slots,) float64, Σ|g|^p of the whole gradient of each slot, or its max|g| (−min|g| for p = −inf).
         norm_type: p.
-        stop: how many ranks (for p = ±inf: whether any) cannot go on as usual: they failed, came with a mesh that
-            reaches further, or hold summands that are not in `value`. On a CPU a number, elsewhere 0-d, as those below.
-        wide: likewise: have float64 gradients.
-        outside: likewise: have elements outside of the policy's bounds.
-        weight: (slots,) float64: the same of the parameters themselves, where the policy asked for it.
-        loss_scale: 0-d, what the gradients are multiplied by (a GradScaler's); norms are free of it. None for 1.
+        weight_powers: (slots,) float64, the same of the parameters. None unless the policy needs it.
+        failed: whether some rank has failed. An accelerator's host may not have read it.
+        uncovered: whether some rank has parameters on ranks that the communicator does not reach.
+        has_partial_grads: whether some rank has partial gradients, which are missing from `powers`.
+        has_fp64: whether some gradient is float64.
+        out_of_limits: whether some element of the whole gradient is outside of the policy's limits.
+        loss_scale: 0-d, factor of a GradScaler that the gradients carry. Norms are free of it. None for 1.
     """
 
-    value: Tensor
-    norm_type: float
-    stop: Flag
-    wide: Flag
-    outside: Flag
-    weight: Tensor | None = None
+    powers: Tensor
+    norm_type: float = 2.0
+    weight_powers: Tensor | None = None
+    failed: Fact = NEVER
+    uncovered: Fact = NEVER
+    has_partial_grads: Fact = NEVER
+    has_fp64: Fact = NEVER
+    out_of_limits: Fact = NEVER
     loss_scale: Tensor | None = None
 
     @cached_property
     def norms(self) -> Tensor:
-        r"""The root of each slot, :math:`(\sum |g|^p)^{1/p}`, (slots,) float64; for p = 0 how many are not zero.
+        r"""Norm of each slot, (slots,) float64.
 
-        >>> Totals(torch.tensor([25.0, 1.0]), 2.0, 0, 0, 0).norms
+        It is :math:`(\sum |g|^p)^{1/p}`, and for p = 0 the number of non-zero elements.
+
+        >>> Totals(torch.tensor([25.0, 1.0])).norms
         tensor([5., 1.])
         """
-        return self._free(_root(self.value, self.norm_type))
+        return self._unscaled(_root(self.powers, self.norm_type))
 
     @cached_property
     def norm(self) -> Tensor:
-        """The norm of the whole gradient: of all slots together, 0-d float64."""
-        if len(self.value) == 1:
+        """Norm of the whole gradient, all slots together, 0-d float64."""
+        if len(self.powers) == 1:
             return self.norms[0]
-        return self._free(_root(combine(self.value, self.norm_type), self.norm_type))
+        return self._unscaled(_root(combine(self.powers, self.norm_type), self.norm_type))
 
     @cached_property
     def weight_norms(self) -> Tensor:
-        """Of the parameters, for a policy with `needs_weights`: (slots,) float64."""
-        assert self.weight is not None, "a policy has to say needs_weights = True"
-        return _root(self.weight, self.norm_type)
+        """Norm of each slot's parameters, (slots,) float64, for a policy whose spec has `needs_weights`."""
+        if self.weight_powers is None:
+            raise AttributeError(
+                "weight_norms: the norms of the parameters were not measured. Set needs_weights=True in the policy's "
+                "NormSpec, or in the threshold."
+            )
+        return _root(self.weight_powers, self.norm_type)
 
     @cached_property
-    def finite(self) -> Tensor:
-        """0-d bool: no element is NaN or infinite, and no power sum is beyond float64."""
-        finite = self.value.isfinite()
-        return finite[0] if len(finite) == 1 else finite.all()
+    def finite(self) -> Fact:
+        """Fact that every element is finite and no power sum exceeds float64, unless a rank has failed."""
+        finite = self.powers.isfinite()
+        return Fact(finite[0] if len(finite) == 1 else finite.all())
 
-    def _free(self, norm: Tensor) -> Tensor:
+    @property
+    def needs_attention(self) -> bool:
+        """True if the host knows that a rank has failed, is uncovered, or has partial gradients."""
+        return bool(self.failed.host or self.uncovered.host or self.has_partial_grads.host)
+
+    def read(self, fact: Fact) -> bool:
+        """Return a fact on the host.
+
+        Args:
+            fact: about these totals.
+
+        Raises:
+            PeerError: the totals are incomplete because another rank has failed. That rank has raised already.
+
+        Host syncs: on an accelerator one, and another if the answer is no.
+        """
+        if (fact & ~self.failed).read():
+            # The host knows both facts now.
+            fact.host = True
+            if self.failed.host is None:
+                self.failed.host = False
+            return True
+        if self.failed.read():
+            raise PeerError("another rank failed in this call; its own traceback has the reason. No gradient changed.")
+        fact.host = False
+        return False
+
+    def mask_if_failed(self, coefs: Tensor) -> Tensor:
+        """Return `coefs`, or ones where a rank has failed, so that no gradient changes. Host syncs: none."""
+        return coefs if self.failed.host is False else self.failed.select(torch.ones_like(coefs), coefs)
+
+    def as_user_dtype(self) -> Tensor:
+        """Return the total norm in the dtype of the user.
+
+        It is float32, or float64 if any gradient is float64 or the norm overflows float32. On an accelerator an
+        overflow goes unnoticed, because the host does not read the norm.
+        """
+        norm = self.norm
+        overflows = devices.host_reads_free(norm.device) and torch.finfo(torch.float32).max < float(norm) < math.inf
+        return norm if self.has_fp64.host or overflows else norm.to(torch.float32)
+
+    def _unscaled(self, norm: Tensor) -> Tensor:
         return norm if self.loss_scale is None else norm / self.loss_scale.to(norm)
 
 
 def _root(power_sum: Tensor, norm_type: float) -> Tensor:
+    """Return the p-th root of power sums."""
     if norm_type == -math.inf:
         return -power_sum
     if norm_type in (math.inf, 1.0, 0.0):
@@ -93,42 +140,32 @@ def _root(power_sum: Tensor, norm_type: float) -> Tensor:
     return power_sum.sqrt() if norm_type == 2 else power_sum.pow(1.0 / norm_type)
 
 
-def reduce(partials: Partials, norm_type: float, comm: Comm, *, stop: bool = False) -> Totals:
-    """Add up, or take the maximum of, what every rank of the communicator measured.
+def reduce(partials: Partials, spec: NormSpec, comm: Comm, *, read_facts: bool = True) -> Totals:
+    """Add up what every rank of the communicator has measured, or take the maximum for p = ±inf.
 
     Args:
         partials: of this rank.
-        norm_type: p, the same on every rank.
-        comm: everybody concerned.
-        stop: this rank cannot go on as usual, and the others must know.
+        spec: the norm that was measured, the same on every rank.
+        comm: all ranks concerned.
+        read_facts: whether the host reads the facts now; the same on every rank. On a CPU it always does.
 
-    Collectives: one all-reduce over `comm`, of slots + 1 float64 numbers for a finite p and of 2 slots + 3 for ±inf
-    (with weights: twice as many slots); none for a communicator of one rank. Host syncs: none.
+    Returns:
+        `Totals`.
+
+    Collectives: one all-reduce over `comm`, of slots + 5 float64 numbers, `slots` more with the norms of the
+    parameters, and twice as many for p = ±inf; none for a single rank.
+    Host syncs: on an accelerator one with `read_facts`, otherwise none.
     """
-    value, slots, outside = partials.value, len(partials.value), partials.outside
-    on_host = host_reads_free(value.device)
-    flags: list[Flag] = [stop, partials.wide, bool(outside) if on_host or outside is None else outside]
     if comm.size == 1:
-        return Totals(value, norm_type, flags[0], flags[1], flags[2], partials.weight)
-    values = value if partials.weight is None else torch.cat([value, partials.weight])
-    n = len(values)
-    if math.isinf(norm_type):
-        # A maximum over ranks may lose a NaN, depending on who comes first: it travels as a flag.
-        buffer = values.new_empty(2 * n + 3)
-        nan = values.isnan()
-        buffer[:n], buffer[n : 2 * n] = values.masked_fill(nan, -math.inf), nan
-        for i, flag in enumerate(flags):
-            buffer[2 * n + i] = flag
-        comm.max_(buffer)
-        values, told = buffer[:n].masked_fill(buffer[n : 2 * n] > 0, math.nan), buffer[2 * n :]
-        flags = told.tolist() if on_host else list(told.unbind())
-    else:
-        packed: Flag = sum(flag * _FLAG**i for i, flag in enumerate(flags))
-        last = packed.to(values.dtype).view(1) if isinstance(packed, Tensor) else values.new_full((1,), packed)
-        buffer = torch.cat([values, last])
-        comm.sum_(buffer)
-        values = buffer[:n]
-        packed = buffer.tolist()[n] if on_host else buffer[n]
-        flags = [packed // _FLAG**i % _FLAG for i in range(3)]
-    weight = None if partials.weight is None else values[slots:]
-    return Totals(values[:slots], norm_type, flags[0], flags[1], flags[2], weight)
+        fields: dict[str, Any] = {field.name: field.write(partials) for field in FIELDS}
+        fields |= {fact.name: Fact(fact.write(partials)) for fact in FACTS}
+        return Totals(norm_type=spec.norm_type, **fields)
+    buffer = all_reduce_(pack(partials, spec), spec, comm)
+    fields = dict[str, Any](unpack_fields(buffer, len(partials.powers), spec))
+    read_facts = read_facts or devices.host_reads_free(buffer.device)
+    fields |= unpack_facts(buffer, on_host=read_facts)
+    if not read_facts:
+        # A host may only skip the read if all ranks have the same layouts and dtypes, so this rank's dtypes stand for
+        # those of all ranks.
+        fields["has_fp64"] = Fact(partials.has_fp64)
+    return Totals(norm_type=spec.norm_type, **fields)

@@ -117,7 +117,7 @@ class NormPolicy:
         if "restarts" in state:
             clipped_by_rule = (norms > rule_bounds) & (rule_bounds < cap)
             new_state = restart_where_stuck(self._rule, norms, clipped_by_rule, new_state, state)
-        usable = totals.finite & (norms > 0)
+        usable = totals.finite.on(norms.device) & (norms > 0)
         return verdict, {key: where_slot(usable, new_state[key], old) for key, old in state.items()}
 
 

@@ -33,7 +33,7 @@ class Annotation:
     shape of the whole parameter and where in it, counted in elements, the slice begins."""
 
     layout: Layout
-    pending: tuple[PartialSum, ...] = ()
+    partial_sums: tuple[PartialSum, ...] = ()
     cuts: tuple[tuple[int, int], ...] = ()
     slice: tuple[tuple[int, ...], int] | None = None
 
@@ -79,14 +79,14 @@ def annotate_(param: Tensor, mesh: DeviceMesh | dist.ProcessGroup, placements: S
     else:
         ranks = group_ranks(mesh)
         sizes, axis_groups = (len(ranks),), [mesh]
-    pending = pending_of(axis_groups, placements)
-    layout = Layout(groups=(ranks,), pieces=pieces_of(sizes, placements), may_be_partial=bool(pending))
+    partial_sums = pending_of(axis_groups, placements)
+    layout = Layout(groups=(ranks,), pieces=pieces_of(sizes, placements), may_be_partial=bool(partial_sums))
     cuts = tuple(
         (int(getattr(placement, "dim", 0)), dist.get_rank(group))
         for group, placement in zip(axis_groups, placements, strict=True)
         if not (placement.is_replicate() or placement.is_partial())
     )
-    setattr(param, _ATTRIBUTE, Annotation(layout, pending, cuts))
+    setattr(param, _ATTRIBUTE, Annotation(layout, partial_sums, cuts))
     return param
 
 

@@ -44,7 +44,7 @@ class Arrangement:
         self.axes = axes
         self.names = [name for name, _, _ in entries]
         self.layouts = [layout for _, _, layout in entries]
-        self._pending = [annotation_of(tensor).pending for _, tensor, _ in entries]
+        self._pending = [annotation_of(tensor).partial_sums for _, tensor, _ in entries]
         # What a DTensor whose pieces need no sum says of itself; anything else is looked at.
         self._specs: list[Any] = [
             _UNSEEN if is_dtensor(tensor) and any(p.is_partial() for p in tensor.placements) else _spec(tensor)
@@ -77,8 +77,10 @@ class Arrangement:
         """
         if world_size not in self._usual:
             self._usual[world_size] = ShardInfos(
-                ShardInfo(name, num_replicas(world_size, layout, self.axes), pending, *self._slots.get(name, (0, None)))
-                for name, layout, pending in zip(self.names, self.layouts, self._pending, strict=True)
+                ShardInfo(
+                    name, num_replicas(world_size, layout, self.axes), partial_sums, *self._slots.get(name, (0, None))
+                )
+                for name, layout, partial_sums in zip(self.names, self.layouts, self._pending, strict=True)
             )
         return self._usual[world_size]
 
@@ -117,13 +119,13 @@ class Arrangement:
         for i, (tensor, grad, spec) in enumerate(zip(tensors, grads, specs, strict=True)):
             if spec is self._specs[i] or spec is None:
                 continue
-            place, pending = places[i], dtensor_pending(grad)
+            place, partial_sums = places[i], dtensor_pending(grad)
             alike = is_dtensor(tensor) and grad.placements == tensor.placements
-            if alike and not pending:
+            if alike and not partial_sums:
                 # The same in other words, which are known from now on.
                 self._specs[i] = spec
                 continue
-            own[i] = place = replace(place, pending=place.pending + pending)
+            own[i] = place = replace(place, partial_sums=place.partial_sums + partial_sums)
             if not alike:
                 # A gradient with placements of its own: those count, split as for its parameter.
                 layout = product(dtensor_layout(grad), annotation_of(tensor).layout)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from ..comm.ranks import Axis
 from .arrangement import Arrangement
 from .parameters import Parameters
-from .table import Plan, parameter_plan
+from .table import Plan, ShardTable, parameter_plan
 
-__all__ = ["recent_plan"]
+__all__ = ["cached_table", "recent_plan"]
 
 _noted: Callable[[Tensor], dict[str, Any]] = attrgetter("__dict__")
 
@@ -72,3 +72,8 @@ def recent_plan(parameters: Parameters, axes: tuple[Axis, ...]) -> Plan:
         while len(_recent) > _LIMIT:
             _recent.pop(next(iter(_recent)), None)
     return plan
+
+
+def cached_table(parameters: Parameters, axes: tuple[Axis, ...]) -> ShardTable:
+    """Return a table over parameters, from the last ones if nothing has changed."""
+    return ShardTable(recent_plan(parameters, axes))

@@ -35,7 +35,7 @@ class Flattened:
     def __init__(self, tensors: Sequence[Tensor], shards: Shards, find: Callable[[], Shards]) -> None:
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, (tensor, shard) in enumerate(zip(tensors, shards, strict=True)):
-            if tensor.grad is not None and not shard.pending and _is_alone(shard.grad):
+            if tensor.grad is not None and not shard.partial_sums and _is_alone(shard.grad):
                 groups.setdefault((shard.grad.device, shard.grad.dtype, shard.num_replicas), []).append(i)
         flats = [_laid_out(tensors, shards, chosen) for chosen in groups.values()]
         moved = {i for chosen in groups.values() for i in chosen}

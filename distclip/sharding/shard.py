@@ -75,14 +75,14 @@ class Shard:
     name: str
     grad: Tensor
     num_replicas: float = 1.0
-    pending: tuple[PartialSum, ...] = field(default=())
+    partial_sums: tuple[PartialSum, ...] = field(default=())
     slot: int = 0
     rows: Rows | None = None
 
     @property
     def place(self) -> ShardInfo:
         """All but the gradient."""
-        return ShardInfo(self.name, self.num_replicas, self.pending, self.slot, self.rows)
+        return ShardInfo(self.name, self.num_replicas, self.partial_sums, self.slot, self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class ShardInfo:
 
     name: str
     num_replicas: float = 1.0
-    pending: tuple[PartialSum, ...] = ()
+    partial_sums: tuple[PartialSum, ...] = ()
     slot: int = 0
     rows: Rows | None = None
 
@@ -108,7 +108,7 @@ class ShardInfos(tuple[ShardInfo, ...]):
     def whole(self) -> tuple[ShardInfos, tuple[int, ...], tuple[int, ...]]:
         """Those that can be measured as they are and count in one slot: their places, their positions, and those of
         the others."""
-        fit = [not place.pending and place.rows is None for place in self]
+        fit = [not place.partial_sums and place.rows is None for place in self]
         chosen = tuple(i for i, fits in enumerate(fit) if fits)
         others = tuple(i for i, fits in enumerate(fit) if not fits)
         return (ShardInfos(self[i] for i in chosen) if others else self), chosen, others
@@ -152,6 +152,11 @@ class Shards(Sequence[Shard]):
     def __init__(self, places: ShardInfos, grads: list[Tensor], merged: Shards | None = None) -> None:
         self.places, self.grads, self.merged = places, grads, merged
 
+    @property
+    def infos(self) -> ShardInfos:
+        """Metadata of the shards."""
+        return self.places
+
     @classmethod
     def of(cls, shards: Iterable[Shard]) -> Shards:
         """The same shards, if they are not of this class already."""
@@ -172,7 +177,7 @@ class Shards(Sequence[Shard]):
         if isinstance(i, slice):
             return Shards(ShardInfos(self.places[i]), self.grads[i])
         place = self.places[i]
-        return Shard(place.name, self.grads[i], place.num_replicas, place.pending, place.slot, place.rows)
+        return Shard(place.name, self.grads[i], place.num_replicas, place.partial_sums, place.slot, place.rows)
 
     def __iter__(self) -> Iterator[Shard]:
         return map(self.__getitem__, range(len(self.grads)))

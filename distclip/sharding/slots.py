@@ -9,16 +9,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from torch import nn
 
 from ..comm.ranks import Axis
 from ..errors import ArgumentError, LayoutError
 from . import Plan
 from .annotations import annotation_of
+from .fsdp1 import flat_slices, marked_slices
 from .layout import Layout, num_replicas
 from .rows import Cut, cut_of
 from .shard import Rows
+from .table import ShardTable
 
-__all__ = ["Found", "Slots", "arrange", "find", "within"]
+__all__ = ["ParamInfo", "SlotMap", "arrange", "assign_slots", "describe_params", "find", "parent_slots", "within"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,3 +267,44 @@ def _matching(patterns: Iterable[str], names: Mapping[str, None], argument: str)
             )
         matching |= hits
     return matching
+
+
+SlotMap = Slots
+ParamInfo = Found
+
+
+class Granularity(Protocol):
+    """The part of a NormSpec that slots depend on."""
+
+    @property
+    def per(self) -> str:
+        """Granularity of the norms."""
+        ...
+
+    @property
+    def groups(self) -> Mapping[str, str]:
+        """Regular expressions by group name."""
+        ...
+
+    @property
+    def exclude(self) -> Sequence[str]:
+        """Regular expressions of parameters that are never clipped."""
+        ...
+
+
+def describe_params(table: ShardTable, rank: int, spec: Granularity, module: nn.Module | None) -> list[ParamInfo]:
+    """Describe the parameters of this rank for the other ranks."""
+    slices = marked_slices(table.tensors)
+    if spec.per in ("tensor", "row") and module is not None:
+        slices |= flat_slices(module)
+    return find(table.plan, table.world_size, rank, spec.per == "row", slices)
+
+
+def assign_slots(by_rank: Sequence[Sequence[ParamInfo]], mine: int, spec: Granularity) -> SlotMap:
+    """Assign the slots of all ranks' parameters."""
+    return arrange(by_rank, mine, spec.per, spec.groups, spec.exclude)
+
+
+def parent_slots(by_rank: Sequence[Sequence[ParamInfo]], spec: Granularity) -> tuple[int, ...]:
+    """Return the policy's slot of every parameter."""
+    return within(by_rank, spec.groups, spec.exclude)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -19,10 +19,10 @@ from .flat_storage import Flattened
 from .fsdp1 import flat_layouts, refuse_bare
 from .layout import Layout
 from .parameters import Named, Parameters, named
-from .shard import PartialSum, Shard, ShardInfos, Shards
+from .shard import PartialSum, Rows, Shard, ShardInfos, Shards
 from .split_over import cut_along, split_of
 
-__all__ = ["Plan", "gradient_plan", "parameter_plan"]
+__all__ = ["Plan", "ShardTable", "gradient_plan", "gradient_table", "local_table", "parameter_plan", "parameter_table"]
 
 
 @dataclass(slots=True)
@@ -86,14 +86,14 @@ class Plan:
     def weights(self, world_size: int) -> Shards:
         """This rank's pieces of the parameters themselves, also of those without gradient."""
         found = self.arrangement.pieces(self.tensors, world_size)
-        if all(not place.pending for place in found.places):
+        if all(not place.partial_sums for place in found.places):
             return found
-        return Shards(ShardInfos(replace(place, pending=()) for place in found.places), found.grads)
+        return Shards(ShardInfos(replace(place, partial_sums=()) for place in found.places), found.grads)
 
     def sums(self, name: str) -> tuple[PartialSum, ...]:
         """Every sum that a gradient of that name could wait for, from its parameter alone."""
         tensor = self.tensors[self.arrangement.names.index(name)]
-        return annotation_of(tensor).pending + (dtensor_axes(tensor) if is_dtensor(tensor) else ())
+        return annotation_of(tensor).partial_sums + (dtensor_axes(tensor) if is_dtensor(tensor) else ())
 
     def absent(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, world_size: int) -> Shard:
         """Zeros in place of a gradient that only other ranks have."""
@@ -167,3 +167,106 @@ def _layout(name: str, tensor: Tensor, axes: tuple[Axis, ...], tags: frozenset[s
         return noted
     counted = not getattr(tensor, "shared", False)
     return Layout(split=split_of(tensor, axes, tags), cut=cut_along(tensor, axes, tags), counted=counted)
+
+
+class ShardTable:
+    """Shards of the parameters of a call, for the number of ranks in its communicator.
+
+    Args:
+        plan: tensors and their layouts.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.world_size = 1
+
+    @classmethod
+    def empty(cls, axes: tuple[Axis, ...] = ()) -> ShardTable:
+        """Return the table of a rank that passes no tensor."""
+        return cls(Plan.empty(axes))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Tensors of this rank."""
+        return self.plan.tensors
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors."""
+        return self.plan.arrangement.names
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """Axes of `split_over=`."""
+        return self.plan.axes
+
+    @property
+    def groups(self) -> frozenset[Ranks]:
+        """Ranks of everything that some tensor spans."""
+        return self.plan.groups
+
+    @property
+    def may_be_partial(self) -> bool:
+        """Whether a gradient may be partial."""
+        return self.plan.may_be_partial
+
+    @property
+    def error(self) -> DistclipError | None:
+        """First error of a layout, kept so that all ranks raise it together."""
+        return self.plan.failure
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first tensor."""
+        return self.plan.tensors[0].device if self.plan.tensors else torch.device("cpu")
+
+    def use_flat_grads(self) -> None:
+        """Move the gradients of the first step into few storages."""
+        self.plan.flatten = True
+
+    def gradients(self) -> Shards:
+        """Return the shards of the gradients that exist now."""
+        return self.plan.shards(self.world_size)
+
+    def drop_gradients(self) -> None:
+        """Set every `.grad` to None, and Megatron's `main_grad`, which it keeps for good, to 0."""
+        for tensor in self.tensors:
+            tensor.grad = None
+            if (main_grad := getattr(tensor, "main_grad", None)) is not None:
+                main_grad.zero_()
+
+    def weights(self) -> Shards:
+        """Return the shards of the parameters themselves."""
+        return self.plan.weights(self.world_size)
+
+    def shards_at(self, positions: Sequence[int], grads: Sequence[Tensor]) -> Shards:
+        """Return shards of gradients that may be elsewhere."""
+        usual = self.plan.arrangement.usual(self.world_size)
+        return Shards(ShardInfos(usual[i] for i in positions), list(grads))
+
+    def possible_sums(self, name: str) -> tuple[PartialSum, ...]:
+        """Return every sum that a gradient of that name could need."""
+        return self.plan.sums(name)
+
+    def zeros_for(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Shard:
+        """Return zeros in place of a gradient that only other ranks have."""
+        return self.plan.absent(name, shape, dtype, self.world_size)
+
+    def assign_slots(self, slots: Mapping[str, tuple[int, Rows | None]]) -> None:
+        """Assign the first slot of each tensor by name, with the rows that this rank has."""
+        self.plan.arrangement.assign(slots)
+
+
+def parameter_table(parameters: Parameters, axes: tuple[Axis, ...]) -> ShardTable:
+    """Return a table over parameters."""
+    return ShardTable(parameter_plan(parameters, axes))
+
+
+def gradient_table(tensors: Parameters, axes: tuple[Axis, ...]) -> ShardTable:
+    """Return a table over gradients themselves."""
+    return ShardTable(gradient_plan(tensors, axes))
+
+
+def local_table(parameters: Parameters) -> ShardTable:
+    """Return a table for a function that needs no other rank."""
+    return ShardTable(parameter_plan(parameters, None))

@@ -60,7 +60,7 @@ def test_follows_a_new_level_or_raises_after_max_skips() -> None:
         warnings.simplefilter("ignore")
         _, steps, _ = train(distclip.median_mad(window=16, warmup=4, skip=True), [1.0] * 16 + [3.0] * 16)
         assert not steps[-1][0]
-        with pytest.raises(TooManySkippedSteps, match=r"3 steps in a row.*beyond the bound"):
+        with pytest.raises(TooManySkippedSteps, match=r"3 steps in a row.*above the bound"):
             train(distclip.median_mad(warmup=4, skip=True), [1.0] * 8 + [3.0] * 3, max_skips=3)
 
 

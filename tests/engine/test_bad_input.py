@@ -192,7 +192,7 @@ def test_invalid_optimizers_raise_on_all_ranks(only: int | None) -> None:
             lambda passed=passed: clipper.step(passed),
             ArgumentError,
             "optimizer=",
-            "expected a torch.optim.Optimizer",
+            "not a torch.optim.Optimizer",
             unchanged=param.grad.to_local(),
         )
         assert torch.equal(param.to_local(), weights)

@@ -165,7 +165,7 @@ def clip_alone(policy: NormPolicy, steps: int = 4, names: str = "ab") -> GradCli
 
 def test_refuses_the_state_of_another_rule() -> None:
     state = clip_alone(distclip.zclip(warmup=2)).state_dict()
-    with pytest.raises(ArgumentError, match=r"ZScore.*EMA.*resume with the policy"):
+    with pytest.raises(ArgumentError, match=r"ZScore.*EMA.*Resume with the policy"):
         clip_alone(distclip.ema()).load_state_dict(state)
     with pytest.raises(ArgumentError, match="window"):
         clip_alone(distclip.zclip(restart_after=64)).load_state_dict(state)
@@ -191,7 +191,7 @@ def test_refused_state_changes_nothing() -> None:
 def test_missing_names_start_fresh_with_a_warning() -> None:
     state = clip_alone(distclip.adagc(warmup=2), names="ab").state_dict()
     clipper = clip_alone(distclip.adagc(warmup=2), steps=0, names="bc")
-    with pytest.warns(UserWarning, match=r"no memory of 1 of 2 norms \(c"):
+    with pytest.warns(UserWarning, match=r"no state for 1 of 2 norms \(c"):
         clipper.load_state_dict(state)
     loaded = clipper.state_dict()["state"]
     assert torch.equal(loaded["b"]["gamma"], state["state"]["b"]["gamma"])

@@ -1,6 +1,7 @@
 """Replay recorded calls: the order of collectives, the bits of every result and the errors, on every rank.
 
-`python -m tests.engine.test_golden_walk` records golden_walk.json again, for a change of behaviour that is intended.
+`python -c "from tests.engine.test_golden_walk import main; main()"` records golden_walk.json again, for a change of
+behaviour that is intended.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ class CountingFused(CountingSGD):
 
 
 def exact(value: Any) -> Any:
-    """Return the bits of a number, or of each of several, in a form that JSON can hold: a hash of more than four."""
+    """Return the bits of a number, or of each of several, in a form that JSON can hold."""
     if value is None:
         return None
     if value.dtype == torch.bool:
@@ -127,7 +128,7 @@ def exact(value: Any) -> Any:
     bits = [float(v).hex() for v in value.view(-1)]
     if value.ndim == 0:
         return bits[0]
-    return bits if len(bits) <= 4 else f"{len(bits)} numbers, {short_hash(' '.join(bits).encode())}"
+    return bits
 
 
 def short_hash(data: bytes) -> str:
@@ -440,8 +441,32 @@ def test_same_walk(world: Callable[[int], World], job: str, layout: str, size: i
     if not KERNELS_BUILT:
         expected = {name: {k: v for k, v in step.items() if k not in LAST_BITS} for name, step in expected.items()}
     assert list(walk) == list(expected)
-    different = {name: (walk[name], expected[name]) for name in walk if walk[name] != expected[name]}
+    different = {name: (walk[name], expected[name]) for name in walk if not same(walk[name], expected[name])}
     assert not different
+
+
+def same(step: Step, expected: Step) -> bool:
+    """Return whether two steps are equal: to the last bit, except for sums over ranks.
+
+    The order in which a backend adds up an element depends on the length of the buffer, which is no part of the walk.
+    """
+    if step.keys() != expected.keys():
+        return False
+    return all(
+        (numbers(value) == pytest.approx(numbers(expected[key]), rel=1e-14, nan_ok=True))
+        if key in LAST_BITS
+        else value == expected[key]
+        for key, value in step.items()
+    )
+
+
+def numbers(value: Any) -> list[float]:
+    """Return the numbers that `exact` has written, of all ranks."""
+    if isinstance(value, dict):
+        return [number for rank in value["by rank"] for number in numbers(rank)]
+    if value is None:
+        return []
+    return [float.fromhex(number) for number in ([value] if isinstance(value, str) else value)]
 
 
 def main() -> None:
@@ -455,10 +480,3 @@ def main() -> None:
         for case, walk in walks.items()
     )
     GOLDEN.write_text(f"{{\n{lines}\n}}\n")
-
-
-if __name__ == "__main__":
-    # The ranks import their jobs by name.
-    from tests.engine import test_golden_walk
-
-    test_golden_walk.main()

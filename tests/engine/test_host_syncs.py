@@ -67,7 +67,7 @@ class Fused(torch.optim.Optimizer):
 
 def drop_deferred_reads(clipper: GradClipper) -> None:
     """Drop the host reads that are due, as if they had found nothing."""
-    clipper._judge._later = None
+    clipper._engine.deferred._unread = None
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from distclip import ArgumentError, GradClipper, LayoutError, adagc, agc, global_norm, per_tensor_norm, value, zclip
+from distclip.extend import FirstError
 
 
 def make_model() -> nn.Module:
@@ -61,7 +62,7 @@ def test_writes_a_decision_into_copies(policy: object, scale: float | None) -> N
     decision = clipper.decide(scale)
     copies = [copy.deepcopy(param.grad).double() for param in measured.parameters()]
     clipper.write_(decision, [1, 0, 2, 3], [copies[1], copies[0], copies[2], copies[3]])
-    assert not decision.skip_known
+    assert not decision.skip.read()
     for param, written in zip(model.parameters(), copies, strict=True):
         assert param.grad is not None
         torch.testing.assert_close(written, param.grad.double(), rtol=1e-6, atol=1e-7)
@@ -70,4 +71,4 @@ def test_writes_a_decision_into_copies(policy: object, scale: float | None) -> N
 def test_raises_the_error_of_the_caller() -> None:
     clipper = GradClipper(make_model(), global_norm(1.0))
     with pytest.raises(LayoutError, match="somewhere else"):
-        clipper.decide(failure=LayoutError("somewhere else"))
+        clipper.decide(errors=FirstError(LayoutError("somewhere else")))

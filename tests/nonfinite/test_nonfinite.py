@@ -75,7 +75,7 @@ def test_skipped_step_leaves_no_trace(
     rig.fill(3)
     culprit = rig.poison(dist.get_world_size() - 1, *values)
     report, messages = record_warnings(step)
-    assert messages == [f"step 4 was skipped (1 in all): elements are not finite in {culprit}."]
+    assert messages == [f"step 4 was skipped (1 in total): elements are not finite in {culprit}."]
     assert training_state(rig, optimizer) == before
     assert policy_state(clipper) == state_before
     assert report is None or (bool(report.skipped), bool(report.finite), bool(report.clipped)) == (True, False, False)
@@ -155,7 +155,7 @@ def test_zeroes_nonfinite_elements_and_clips(name: str) -> None:
     culprit = rig.poison(0, NAN, INF, -INF)
     expected = {key: g.nan_to_num(0, 0, 0) for key, g in rig.gather_whole(lambda p: p.grad).items()}
     report, messages = record_warnings(clipper.clip)
-    assert messages == [f"step 1: elements are not finite in {culprit}; they were set to zero."]
+    assert messages == [f"step 1: elements are not finite in {culprit}. They were set to zero."]
     norm = reference.total_norm(expected.values())
     torch.testing.assert_close(report.norm.double(), norm, rtol=1e-6, atol=0)
     assert (bool(report.skipped), bool(report.finite), bool(report.clipped)) == (False, True, True)

@@ -16,12 +16,11 @@ from distclip.norms.reduce import Totals
 from distclip.policies import Fixed, NormPolicy, Policy, Rule, State, agc, value, zclip
 
 CPU = torch.device("cpu")
-ZERO = torch.zeros(())
 
 
 def totals(*norms: float) -> Totals:
     """Return the totals of a step with these norms."""
-    return Totals(torch.tensor(norms, dtype=torch.float64) ** 2, 2.0, ZERO, ZERO, ZERO)
+    return Totals(torch.tensor(norms, dtype=torch.float64) ** 2)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,6 @@ from distclip.policies.history import append, quantile
 from tests.tables.policies import ADAPTIVE, POLICIES, VARIANTS, Variant
 
 CPU = torch.device("cpu")
-ZERO = torch.zeros(())
 EPS = 1e-6
 
 many = settings(deadline=None, database=None, derandomize=True, max_examples=25)
@@ -51,7 +50,7 @@ many = settings(deadline=None, database=None, derandomize=True, max_examples=25)
 def totals(norms: Sequence[float] | Tensor, weight_norms: Sequence[float] | None = None) -> Totals:
     """Return the totals of a step with these norms."""
     weight = None if weight_norms is None else torch.tensor(weight_norms, dtype=torch.float64) ** 2
-    return Totals(torch.as_tensor(norms, dtype=torch.float64) ** 2, 2.0, ZERO, ZERO, ZERO, weight)
+    return Totals(torch.as_tensor(norms, dtype=torch.float64) ** 2, weight_powers=weight)
 
 
 def run(policy: NormPolicy, trace: Sequence[Sequence[float]]) -> Iterator[tuple[list[float], State, State]]:
@@ -164,10 +163,9 @@ def test_rule_needs_no_host_sync(variant: Variant) -> None:
     """Decide on meta tensors, which have no values to read."""
     meta = torch.device("meta")
     policy = NormPolicy(variant.threshold)
-    zero = torch.zeros((), device=meta)
     state = policy.init(3, meta)
     value = torch.ones(3, dtype=torch.float64, device=meta)
-    verdict, after = policy.decide(Totals(value, 2.0, zero, zero, zero), state)
+    verdict, after = policy.decide(Totals(value), state)
     assert verdict.coefs.shape == (3,)
     assert {key: (v.shape, v.dtype) for key, v in after.items()} == {
         key: (v.shape, v.dtype) for key, v in state.items()

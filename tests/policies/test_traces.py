@@ -19,7 +19,6 @@ from distclip.policies import NormPolicy, State, adagc, autoclip, ema, global_no
 from tests.tables.policies import ADAPTIVE
 
 RUNS, START = 12, 400
-ZERO = torch.zeros(())
 
 POLICIES: dict[str, Callable[..., NormPolicy]] = {
     "fixed 2": lambda: global_norm(2.0),
@@ -53,7 +52,7 @@ def run(policy: NormPolicy, trace: Tensor) -> tuple[Tensor, State]:
     state = policy.init(2 * RUNS, torch.device("cpu"))
     coefs = []
     for row in trace:
-        verdict, state = policy.decide(Totals(row.flatten() ** 2, 2.0, ZERO, ZERO, ZERO), state)
+        verdict, state = policy.decide(Totals(row.flatten() ** 2), state)
         coefs.append(verdict.coefs)
     return torch.stack(coefs).view_as(trace), state
 

@@ -41,7 +41,7 @@ FOREIGN = (
 )
 """Modules that read attributes which a foreign object may lack, with getattr or hasattr."""
 
-ARGUMENTS: dict[str, set[str]] = {"distclip/policies/custom.py": {"Rule"}}
+ARGUMENTS: dict[str, set[str]] = {"distclip/engine.py": {"Policy"}, "distclip/policies/custom.py": {"Rule"}}
 """Classes that a module may test for with isinstance, because it checks the argument of a caller."""
 
 DENSE = ("distclip/engine.py", "distclip/sharding/", "distclip/norms/", "distclip/comm/")

@@ -141,7 +141,7 @@ class Hold(ABC):
 
 def skipped(decision: Outcome) -> bool:
     """Whether the step is left out; known to the host, as DeepSpeed's own steps need it."""
-    return bool(decision.skip_known)
+    return bool(decision.skip.host)
 
 
 def go_on(decision: Outcome, device: Any) -> Tensor:

@@ -167,7 +167,7 @@ class Attachment:
     def _decide(self) -> Outcome:
         attempt = FirstError()
         attempt.run(self._hold.look)
-        decision = self.clipper.decide(self._hold.loss_scale, attempt.error)
+        decision = self.clipper.decide(self._hold.loss_scale, attempt)
         self.report = decision.report()
         # DeepSpeed frees gradients group by group in its step: nothing here may keep them alive.
         self._decision = decision.without_gradients()
@@ -190,7 +190,7 @@ class Attachment:
     def _update_scale(self, its_own: Any, skipped: bool) -> None:
         """A step that the policy leaves out says nothing about the loss scale."""
         decision = self._decision
-        its_own(bool(decision.overflow) if skipped and decision is not None else skipped)
+        its_own(decision.overflow.read() if skipped and decision is not None else skipped)
 
 
 def _held(engine: Any, weights: bool) -> Hold:

@@ -134,13 +134,13 @@ class Attachment:
         try:
             # A chain multiplies the loss by the scale of its first optimizer.
             scale = float(self._scalers[0].scale) if self._scalers else None
-            decision = self.clipper.decide(scale, attempt.error)
+            decision = self.clipper.decide(scale, attempt)
             self.report = decision.report()
             if self._scalers:
-                overflow = bool(decision.overflow)
+                overflow = decision.overflow.read()
                 for scaler in self._scalers:
                     scaler.update(overflow)
-            if decision.skip_known:
+            if decision.skip.host:
                 return False, None, None
             there = [(i, part.own.grad) for i, part in enumerate(self._parts) if part.own.grad is not None]
             self.clipper.write_(decision, [i for i, _ in there], [grad for _, grad in there])

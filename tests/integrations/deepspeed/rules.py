@@ -103,7 +103,7 @@ def gives_back(setting: Setting) -> None:
             moved.append(torch.cat([(end[n] - start[n]).flatten() for n in start]).norm())
         assert 0.5 < float(moved[0] / moved[1]) < 2, moved
     clipper = GradClipper(Uneven(), zclip(cap=1.0, warmup=1), max_skips=3)
-    clipper._watch.skipped = 7
+    clipper._counter.skipped = 7
     again = attach(engine, clipper)
     # A scheduler made while a policy is attached finds an optimizer whose step is a method.
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)

@@ -1,0 +1,209 @@
+"""Step optimizers: check what the caller passed, unscale gradients, step or skip."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..comm import Comm
+from ..comm.consensus import FirstError, gather_or_raise
+from ..devices import Fact
+from ..errors import ArgumentError, DisagreementError
+from ..sharding.shard import Shards
+from ..sharding.table import ShardTable
+from .fused import fused_step, supports_grad_scale
+from .grad_scaler import ScalerState, initial_scale, parameters_of
+from .scale import scale_
+
+__all__ = ["OptimizerSteps", "as_list"]
+
+
+def as_list(optimizer: Any) -> list[Optimizer]:
+    """Return one optimizer, or several, as a list.
+
+    Raises:
+        ArgumentError: it is neither.
+    """
+    several = isinstance(optimizer, Iterable) and not isinstance(optimizer, Tensor) and not hasattr(optimizer, "step")
+    optimizers = list(optimizer) if several else [optimizer]
+    if not all(hasattr(one, "step") and hasattr(one, "param_groups") for one in optimizers):
+        raise ArgumentError(
+            f"optimizer={optimizer!r:.80}: not a torch.optim.Optimizer. Pass an optimizer, or a list of optimizers."
+        )
+    return optimizers
+
+
+class OptimizerSteps:
+    """Step the optimizers of the parameters in a table.
+
+    Args:
+        table: of this rank.
+        comm: all ranks concerned.
+    """
+
+    def __init__(self, table: ShardTable, comm: Comm) -> None:
+        self._table, self._comm = table, comm
+        # By the ids of the optimizers and the scaler: references that keep an entry only as long as they are alive,
+        # and whether every rank's optimizers are fused.
+        self._known: dict[tuple[int, ...], tuple[list[weakref.ref[Any]], bool]] = {}
+        self._has_compared = False
+
+    def compare_first(self, optimizers: Sequence[Optimizer], scaler: Any, errors: FirstError) -> bool:
+        """Compare optimizers and scaler with the other ranks, the first time that they are used together.
+
+        A rank may have no optimizer at all, or (a pipeline stage) a scaler that has seen no loss.
+
+        Args:
+            optimizers: of this rank.
+            scaler: an enabled GradScaler, or None.
+            errors: of this rank; all ranks raise them together.
+
+        Returns:
+            Whether all optimizers of all ranks take factors themselves, see `supports_grad_scale`.
+
+        Raises:
+            DisagreementError: the scalers start at different scales; on all ranks.
+            ArgumentError: the scaler has scaled no loss on any rank; on all ranks.
+
+        Collectives: one gather the first time, otherwise none.
+        """
+        used = [*optimizers, *([] if scaler is None else [scaler])]
+        key = tuple(map(id, used))
+        if key in self._known:
+            return self._known[key][1]
+        if errors.error is not None and self._has_compared:
+            # The other ranks may know their optimizers already, so they read the error in the next all-reduce.
+            return False
+        scale, has_scaled, fused = None, False, False
+        with errors:
+            if scaler is not None:
+                scale, has_scaled = initial_scale(scaler)
+            fused = all(map(supports_grad_scale, optimizers))
+        gathered = gather_or_raise(self._comm, errors.error, (fused, scale, has_scaled))
+        if len({scale for _, scale, _ in gathered}) > 1:
+            raise DisagreementError(
+                f"scaler: init_scale differs between ranks, {[scale for _, scale, _ in gathered]}. Use the same "
+                "GradScaler arguments on every rank."
+            )
+        if scaler is not None and not any(has_scaled for _, _, has_scaled in gathered):
+            raise ArgumentError("scaler: it has not scaled a loss on any rank. Call scaler.scale(loss).backward().")
+
+        def forget(_: object) -> None:
+            self._known.pop(key, None)
+
+        self._has_compared = True
+        self._known[key] = [weakref.ref(one, forget) for one in used], all(fused for fused, _, _ in gathered)
+        return self._known[key][1]
+
+    @torch.no_grad()
+    def loss_scale(self, optimizers: Sequence[Optimizer], state: ScalerState, *, unscale_first: bool) -> Tensor | None:
+        """Return the factor that all gradients carry, or unscale them and return None.
+
+        Args:
+            optimizers: of this rank.
+            state: of the scaler.
+            unscale_first: unscale the gradients before they are measured, because elements are compared with limits.
+
+        Returns:
+            0-d, or None for gradients that carry no scale (any more).
+
+        Raises:
+            ArgumentError: the optimizers step parameters that are not the clipper's, only some gradients carry the
+                scale, or gradients are float16.
+
+        Collectives: none. Host syncs: none.
+        """
+        self.check_owns(optimizers)
+        scaled = state.scaled_optimizers()
+        all_scaled = len(scaled) == len(optimizers)
+        uniform = (all_scaled or not scaled) and state.others_unscaled() == (not scaled)
+        if not uniform and not self._covers_table(optimizers):
+            raise ArgumentError(
+                "optimizer: scaler.unscale_ has unscaled some of the clipper's gradients, and others may still carry "
+                "the scale, so that they have no common norm. Pass all optimizers: clipper.step([one, other], scaler)."
+            )
+        if scaled:
+            state.check_dtypes()
+        if all_scaled and not unscale_first:
+            return state.loss_scale
+        if scaled:
+            # An extra pass over the gradients, because only some of them carry the scale, or limits need it.
+            shards = self._table.gradients() if all_scaled else self.shards_of(scaled)
+            scale_(shards, state.loss_scale.double().reciprocal())
+        return None
+
+    def advance(
+        self,
+        optimizers: Sequence[Optimizer],
+        factors: Tensor,
+        skip: Fact,
+        *,
+        overflow: Fact,
+        state: ScalerState | None,
+        fuse: bool,
+    ) -> None:
+        """Step the optimizers, or skip the step.
+
+        Args:
+            optimizers: of this rank.
+            factors: multiply the gradients; used with `fuse` only, otherwise they have been applied.
+            skip: whether the step is skipped.
+            overflow: whether a gradient of any rank is not finite.
+            state: of the scaler, if there is one.
+            fuse: let the optimizers' kernels apply the factor.
+
+        Collectives: none.
+        Host syncs: one on an accelerator if the host has not read `skip` and an optimizer is not fused.
+        """
+        found_inf = skip.on(factors.device).to(torch.float32)
+        if state is not None:
+            state.set_found_inf(overflow.on(factors.device).to(torch.float32))
+        if skip.host:
+            pass
+        elif fuse:
+            with fused_step(optimizers, factors.reciprocal().float().view(()), found_inf):
+                for optimizer in optimizers:
+                    optimizer.step()
+        else:
+            for optimizer in optimizers:
+                if skip.host is None and supports_grad_scale(optimizer):
+                    with fused_step([optimizer], None, found_inf):
+                        optimizer.step()
+                elif not skip.read():
+                    optimizer.step()
+        if state is not None:
+            state.mark_stepped()
+
+    def check_owns(self, optimizers: Sequence[Optimizer]) -> None:
+        """Raise if an optimizer steps parameters that are not in the table.
+
+        Raises:
+            ArgumentError: see above.
+        """
+        if not self.owns(optimizers):
+            raise ArgumentError(
+                "optimizer: it steps parameters that the clipper does not have, and the clipper cannot unscale them. "
+                "Construct the clipper with all parameters of the optimizer."
+            )
+
+    def owns(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Return whether all parameters of the optimizers are in the table."""
+        ids = set(map(id, self._table.tensors))
+        return all(id(param) in ids for param in parameters_of(optimizers))
+
+    def shards_of(self, optimizers: Sequence[Optimizer]) -> Shards:
+        """Return this rank's gradients of the optimizers' parameters. Collectives: none. Host syncs: none."""
+        ids = set(map(id, parameters_of(optimizers)))
+        pairs = zip(self._table.names, self._table.tensors, strict=True)
+        names = {name for name, tensor in pairs if id(tensor) in ids}
+        shards = self._table.gradients()
+        return shards.where([i for i, name in enumerate(shards.infos.names) if name in names])
+
+    def _covers_table(self, optimizers: Sequence[Optimizer]) -> bool:
+        ids = set(map(id, parameters_of(optimizers)))
+        return all(id(tensor) in ids for tensor in self._table.tensors)

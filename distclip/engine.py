@@ -1,0 +1,586 @@
+"""Run one step: shards -> norms -> policy -> non-finite rule -> gradients and optimizers.
+
+This is the only module that knows all stages. `Engine.decide` is the pipeline up to the decision, in order, and
+`Engine.step` and `Engine.clip` carry the decision out. All decisions follow from totals, which all ranks share bit for
+bit, so that every rank takes the same branch into the same collectives.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from . import devices
+from .apply.fused import supports_grad_scale
+from .apply.grad_scaler import ScalerState, enabled
+from .apply.optimizers import OptimizerSteps, as_list
+from .apply.scale import clamp_, scale_
+from .comm import Comm
+from .comm.consensus import FirstError, check_same_axes, gather_or_raise, raise_gathered, wire_of
+from .comm.discovery import global_rank, resolve_comm, uncovered_ranks, widened
+from .comm.ranks import Axis
+from .devices import Fact, device_constant
+from .errors import ArgumentError, DisagreementError, PeerError, warn_user
+from .nonfinite.culprits import count_nonfinite, gather_culprits, suspect_nonfinite
+from .nonfinite.rules import RULES, OnNonFinite, Skip
+from .nonfinite.skip_counter import SkipCounter
+from .norms.measure import Partials, PerTensorPowers, measure
+from .norms.partial_grads import reduce_partial_grads
+from .norms.reduce import Totals, reduce
+from .norms.spec import NormSpec
+from .norms.tensor_norms import TensorNorms
+from .outcome import Observer, Outcome
+from .policies import Policy, State
+from .policies.restart import ClipRate
+from .sharding.parameters import Parameters
+from .sharding.shard import Shards
+from .sharding.slots import ParamInfo, SlotMap, assign_slots, describe_params, parent_slots
+from .sharding.split_over import SplitOver, split_axes
+from .sharding.table import ShardTable, parameter_table
+
+__all__ = ["Engine", "measure_all_ranks"]
+
+
+class Engine:
+    """Clip the gradients of a table by a policy, and keep the policy's state.
+
+    Args:
+        table: parameters of this rank, with their layouts.
+        comm: all ranks concerned.
+        policy: decides about the norms.
+        slots: slots of the norms.
+        on_nonfinite: rule for steps that are not finite, see `GradClipper`.
+        counter: counts steps and skipped steps.
+    """
+
+    def __init__(
+        self,
+        table: ShardTable,
+        comm: Comm,
+        policy: Policy,
+        slots: SlotMap,
+        on_nonfinite: OnNonFinite,
+        counter: SkipCounter,
+    ) -> None:
+        self.table, self.comm, self.policy, self.slots = table, comm, policy, slots
+        self.on_nonfinite, self.rule, self.counter = on_nonfinite, RULES[on_nonfinite], counter
+        self.spec = policy.spec
+        self.state: State = policy.init(slots.total, torch.device("cpu"))
+        self.tensor_norms: TensorNorms | None = None
+        self.observers: list[Observer] = []
+        self.deferred = _DeferredReads(self)
+        self.optimizers = OptimizerSteps(table, comm)
+        self._scaler_round: _ScalerRound | None = None
+
+    @classmethod
+    def build(
+        cls,
+        parameters: Parameters,
+        policy: Policy,
+        split_over: SplitOver,
+        comm: Comm | None,
+        on_nonfinite: OnNonFinite,
+        counter: SkipCounter,
+        flat_grads: bool,
+    ) -> Engine:
+        """Build the engine of a `GradClipper` from its arguments.
+
+        Args:
+            counter: counts steps and skipped steps; it has `max_skips`.
+            parameters, policy, split_over, comm, on_nonfinite, flat_grads: see `GradClipper`.
+
+        Raises:
+            ArgumentError, LayoutError, DisagreementError: see `GradClipper`; on every rank.
+
+        Collectives: one gather. Without `comm`, the ranks find each other through the store of torch.distributed first.
+        """
+        errors = FirstError()
+        with errors:
+            _check_arguments(policy, on_nonfinite, counter.max_skips)
+        axes: tuple[Axis, ...] = ()
+        with errors:
+            axes = split_axes(split_over, comm)
+        table = ShardTable.empty(axes)
+        with errors:
+            table = parameter_table(parameters, axes)
+        comm = resolve_comm(table.groups, table.axes, comm, errors)
+        table.world_size = comm.size
+
+        # Slots and arguments must be the same on all ranks, so they compare both.
+        params: list[ParamInfo] = []
+        with errors:
+            spec = policy.spec
+            if spec.per != "model" or spec.exclude:
+                module = parameters if isinstance(parameters, nn.Module) else None
+                params = describe_params(table, global_rank(comm), spec, module)
+        # The address of an object in memory differs between ranks.
+        arguments = f"{policy!r}, on_nonfinite={on_nonfinite!r}, max_skips={counter.max_skips}"
+        arguments = re.sub(r" at 0x\w+", "", arguments)
+        errors.add(table.error)
+        gathered = gather_or_raise(comm, errors.error, (arguments, params, table.axes))
+        if len({arguments for arguments, _, _ in gathered}) > 1:
+            raise DisagreementError(
+                f"policy: differs between ranks, {sorted({arguments for arguments, _, _ in gathered})}. Pass the same "
+                "policy, on_nonfinite and max_skips on every rank."
+            )
+        check_same_axes([axes for _, _, axes in gathered], comm)
+        slots = assign_slots([params for _, params, _ in gathered], comm.rank, policy.spec)
+        table.assign_slots(slots.places)
+        if flat_grads:
+            table.use_flat_grads()
+        return cls(table, comm, policy, slots, on_nonfinite, counter)
+
+    @cached_property
+    def on_host(self) -> bool:
+        """True if the host reads totals without a sync. It follows from the communicator, so all ranks agree."""
+        if self.comm.device is not None:
+            return devices.host_reads_free(self.comm.device)
+        return all(devices.host_reads_free(tensor.device) for tensor in self.table.tensors)
+
+    @property
+    def num_measured_slots(self) -> int:
+        """Number of norms in the all-reduce: those of the policy, or finer ones."""
+        return self.slots.total if self.tensor_norms is None else self.tensor_norms.num_measured
+
+    def step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None) -> Outcome:
+        """Clip and step, or skip, see `GradClipper.step`."""
+        errors = FirstError()
+        optimizers: list[Optimizer] = []
+        with errors:
+            optimizers = as_list(optimizer)
+        scaler, state, loss_scale = enabled(scaler), None, None
+        # The host need not wait for the norms if the optimizers of all ranks can skip on the device.
+        all_fused = self.optimizers.compare_first(optimizers, scaler, errors)
+        if scaler is not None:
+            with errors:
+                state = ScalerState(scaler, optimizers)
+        if state is not None and self._scaler_round is not None and self._scaler_round.round is state.round:
+            # An earlier call since the last scaler.update() has decided about all gradients.
+            return self._step_again(self._scaler_round, optimizers, state)
+        was_scaled = state is not None and len(state.scaled_optimizers()) == len(optimizers)
+        if state is not None:
+            with errors:
+                loss_scale = self.optimizers.loss_scale(optimizers, state, unscale_first=self.spec.limits is not None)
+
+        # Stages 1 to 5.
+        must_read = not all_fused or self.rule.needs_host
+        outcome = self.decide(errors, loss_scale, expect_overflow=state is not None, must_read=must_read)
+
+        # 6. Fused optimizers apply one factor themselves, which saves a pass over the gradients if these must be
+        # multiplied anyway. With a loss scale it has been checked already that the parameters are the table's.
+        fuse = (
+            (loss_scale is not None or outcome.skip.host is None)
+            and outcome.limits is None
+            and len(outcome.coefs) == 1
+            and all(map(supports_grad_scale, optimizers))
+            and (loss_scale is not None or self.optimizers.owns(optimizers))
+        )
+        if not fuse and not outcome.skip.host:
+            self.write_(outcome, outcome.shards)
+        self._advance(optimizers, outcome, state, fuse)
+        if state is not None:
+            self._scaler_round = _ScalerRound(state.round, outcome.without_gradients(), not fuse, was_scaled)
+        return outcome
+
+    @torch.no_grad()
+    def clip(
+        self,
+        optimizer: Optimizer | Iterable[Optimizer] | None,
+        scaler: GradScaler | None,
+        errors: FirstError,
+    ) -> Outcome:
+        """Clip in place, or drop the gradients of a skipped step, see `GradClipper.clip`."""
+        scaler, state, loss_scale = enabled(scaler), None, None
+        if scaler is not None:
+            optimizers: list[Optimizer] = []
+            with errors:
+                optimizers = as_list(optimizer)
+            self.optimizers.compare_first(optimizers, scaler, errors)
+            with errors:
+                state = ScalerState(scaler, optimizers)
+                loss_scale = self.optimizers.loss_scale(optimizers, state, unscale_first=self.spec.limits is not None)
+
+        # Stages 1 to 5.
+        outcome = self.decide(errors, loss_scale, expect_overflow=scaler is not None)
+
+        # 6. Scale in place, or drop the gradients, so that the caller's optimizer.step() changes nothing.
+        if state is not None:
+            state.set_found_inf(outcome.overflow.on(outcome.coefs.device).to(torch.float32))
+        if not outcome.skip.host:
+            self.write_(outcome, outcome.shards)
+        else:
+            self.table.drop_gradients()
+        return outcome
+
+    @torch.no_grad()
+    def decide(
+        self,
+        errors: FirstError,
+        loss_scale: Tensor | None = None,
+        *,
+        expect_overflow: bool = False,
+        must_read: bool = True,
+    ) -> Outcome:
+        """Measure, decide, and handle gradients that are not finite.
+
+        Only the rule "zero" writes gradients here.
+
+        Args:
+            errors: of this rank so far. All ranks raise them together.
+            loss_scale: factor that the gradients carry, 0-d. None for 1.
+            expect_overflow: a GradScaler is in use, so that non-finite steps are skipped without a warning.
+            must_read: the host must know in this step whether to skip it.
+
+        Returns:
+            The outcome, the same on every rank.
+
+        Raises:
+            NonFiniteError, TooManySkippedSteps: on every rank.
+
+        Collectives: see `measure_all_ranks`. On a step that the host knows to be non-finite, a gather of the culprits,
+        and with "zero" those of `measure_all_ranks` again.
+        Host syncs: on an accelerator one with `must_read`, unless the rule is "propagate" and the policy never skips.
+        """
+        # 0. Host reads that the last step postponed: its errors, counts and warnings are due now, on all ranks.
+        self.deferred.raise_due()
+        self.counter.steps += 1
+        step, rule = self.counter.steps, Skip(expected=True) if expect_overflow else self.rule
+
+        # 1.-3. This rank's shards, their power sums, and ONE all-reduce.
+        shards, partials, measured, totals = self._measure(errors, loss_scale)
+
+        # 5a. A step that is not finite, if the host must know it or knows it for nothing: skip it, repair or raise.
+        if rule.leaves_step_out and (must_read or self.on_host) and not totals.read(totals.finite):
+            culprits = gather_culprits(count_nonfinite(shards), self.comm)
+            if rule.resolve(step, shards, culprits, self.counter):
+                shards, partials, measured, totals = self._measure(FirstError(), loss_scale)
+                if not totals.read(totals.finite):
+                    # Every element is finite now, but the norm overflows.
+                    self.counter.record_skip(step, (), expected=expect_overflow)
+
+        # 4. The policy decides about norms that all ranks share. No rank communicates.
+        device = totals.powers.device
+        state = {key: value.to(device) for key, value in self.state.items()}
+        verdict, new_state = self.policy.decide(totals, state)
+        coefs = verdict.coefs
+        if any(self.slots.excluded):
+            coefs = torch.where(self._excluded(coefs.device), 1.0, coefs)
+
+        # 5b. Skip a step that is not finite, that the policy leaves out, or of which a rank failed, in tensors where
+        # the host has not read these facts. A skipped step leaves no trace in the policy's state.
+        usable = totals.finite & ~totals.failed if rule.leaves_step_out else Fact(True)
+        self.state = {key: usable.select(value, state[key]) for key, value in new_state.items()}
+        overflow = ~totals.finite if rule.leaves_step_out else Fact(False)
+        skip = ~usable
+        if verdict.skip is not None:
+            skip = skip | (Fact(verdict.skip) & totals.finite)
+            if usable.host is not None:
+                skip.read()
+        if not rule.leaves_step_out:
+            coefs = totals.mask_if_failed(coefs)
+        coefs = skip.select(torch.ones_like(coefs), coefs)
+
+        outcome = Outcome(
+            step,
+            totals,
+            coefs,
+            skip,
+            overflow,
+            verdict.bounds,
+            verdict.limits,
+            shards,
+            partials.per_tensor_powers,
+            measured,
+            self.tensor_norms,
+        )
+        if usable.host is not False:
+            self.deferred.record(outcome, quiet=expect_overflow)
+        for observe in self.observers:
+            observe(outcome)
+        return outcome
+
+    @torch.no_grad()
+    def write_(self, outcome: Outcome, shards: Shards) -> None:
+        """Scale gradients, and clamp their elements if the outcome has limits.
+
+        Collectives: none. Host syncs: none.
+        """
+        scale_(shards, outcome.factors)
+        if outcome.limits is not None:
+            clamp_(shards, *outcome.limits)
+
+    def measure_tensors(self) -> None:
+        """Measure the norm of every parameter from now on, in addition to the norms that the policy needs.
+
+        Collectives: one gather, unless the policy is per tensor or row.
+        """
+        slots, spec = self.slots, self.spec
+        if spec.per in ("tensor", "row"):
+            # The policy's slots are parameters already, or their rows.
+            rows = [i for i, count in enumerate(slots.counts) for _ in range(count)]
+            parameters = TensorNorms.index(rows) if spec.per == "row" else None
+            self.tensor_norms = TensorNorms(slots.names, None, parameters, slots.total, slots.total)
+            return
+        errors = FirstError(self.table.error)
+        params: list[ParamInfo] = []
+        per_tensor = NormSpec(per="tensor")
+        with errors:
+            params = describe_params(self.table, global_rank(self.comm), per_tensor, None)
+        gathered = gather_or_raise(self.comm, errors.error, params)
+        finer = assign_slots(gathered, self.comm.rank, per_tensor)
+        parents = TensorNorms.index(parent_slots(gathered, spec))
+        self.table.assign_slots(finer.places)
+        self.tensor_norms = TensorNorms(finer.names, parents, None, finer.total, slots.total)
+
+    def _measure(self, errors: FirstError, loss_scale: Tensor | None) -> tuple[Shards, Partials, Totals, Totals]:
+        """Run stages 1 to 3, and return totals by measured slot and by slot of the policy."""
+        spec = self.spec
+        if spec.limits is not None and loss_scale is not None:
+            # The gradients carry the loss scale, so the limits must carry it too.
+            low, high = spec.limits
+            spec = replace(spec, limits=(low * float(loss_scale), high * float(loss_scale)))
+        shards, partials, totals = measure_all_ranks(self.table, spec, self.comm, errors, self.num_measured_slots)
+        if loss_scale is not None:
+            totals = replace(totals, loss_scale=loss_scale)
+        return shards, partials, totals, totals if self.tensor_norms is None else self.tensor_norms.for_policy(totals)
+
+    def _step_again(self, earlier: _ScalerRound, optimizers: Sequence[Optimizer], state: ScalerState) -> Outcome:
+        """Step further optimizers by the decision of an earlier call since the last `scaler.update()`."""
+        outcome = earlier.outcome
+        self.optimizers.check_owns(optimizers)
+        if len(state.scaled_optimizers()) != (len(optimizers) if earlier.was_scaled else 0):
+            raise ArgumentError(
+                "scaler: an earlier call has clipped all of the clipper's gradients since the last scaler.update(), "
+                f"and {'unscaled them' if earlier.was_scaled else 'found them unscaled'}. Call scaler.unscale_ for all "
+                "optimizers before the first call or for none, or pass all of them: clipper.step([one, other], scaler)."
+            )
+        fuse = not earlier.written and all(map(supports_grad_scale, optimizers))
+        if not earlier.written and not fuse and not outcome.skip.host:
+            # The earlier call has left the factor to the kernels of the optimizers that it stepped.
+            with torch.no_grad():
+                scale_(self.optimizers.shards_of(optimizers), outcome.factors)
+        self._advance(optimizers, outcome, state, fuse)
+        return outcome
+
+    def _advance(
+        self, optimizers: Sequence[Optimizer], outcome: Outcome, state: ScalerState | None, fuse: bool
+    ) -> None:
+        self.optimizers.advance(
+            optimizers,
+            outcome.factors if fuse else outcome.coefs,
+            outcome.skip,
+            overflow=outcome.overflow,
+            state=state,
+            fuse=fuse,
+        )
+
+    def _excluded(self, device: torch.device) -> Tensor:
+        """Return a mask of the slots that are measured and never clipped, (slots,) bool."""
+        pairs = zip(self.slots.excluded, self.slots.counts, strict=True)
+        return device_constant(tuple(excluded for excluded, count in pairs for _ in range(count)), device, torch.bool)
+
+
+def measure_all_ranks(
+    table: ShardTable, spec: NormSpec, comm: Comm, errors: FirstError, num_slots: int = 1
+) -> tuple[Shards, Partials, Totals]:
+    """Run stages 1 to 3 of a call: find this rank's shards, measure them, add up over all ranks.
+
+    Args:
+        table: of this rank.
+        spec: the norm to measure, the same on all ranks.
+        comm: all ranks concerned.
+        errors: of this rank so far.
+        num_slots: number of norms.
+
+    Returns:
+        The shards and partials of this rank, and the totals.
+
+    Raises:
+        DistclipError: the first error of this rank, or of the lowest other rank with one. It is raised on every rank if
+            the host reads the facts. Otherwise the failed rank raises, and the others get totals with `failed`.
+
+    Collectives: one all-reduce over `comm`. Only if it shows that a rank has failed, is uncovered or has partial
+    gradients: a gather, and then those of `reduce_partial_grads`, or all of them again over a wider communicator.
+    Host syncs: on an accelerator none, or one if ranks may differ in what they have (`split_over`, `comm`, partial
+    gradients).
+    """
+    errors.add(table.error)
+    table.world_size = comm.size
+
+    # 1. Where: the shards of this rank.
+    shards, weights = Shards.of(()), Shards.of(())
+    with errors:
+        shards = table.gradients()
+        if spec.needs_weights:
+            weights = table.weights()
+    device = shards.grads[0].device if shards.grads else table.device
+
+    # 2. How long: power sums in float64. A rank that has failed contributes nothing, but it takes part.
+    partials = Partials.empty(spec, device, num_slots)
+    if errors.error is None:
+        with errors:
+            partials = measure(shards, spec, device, num_slots, weights)
+    # A cached communicator may be too small for a mesh that this rank uses for the first time.
+    uncovered = comm.covers_holders and bool(uncovered_ranks(comm, table.groups, table.axes))
+    partials = replace(partials, failed=errors.error is not None, uncovered=uncovered)
+
+    # 3. ONE all-reduce, of the power sums and of facts that decide which collectives follow. The host reads the facts
+    # if it costs nothing, or if ranks may differ: a rank of a caller's communicator may hold nothing.
+    read_facts = devices.host_reads_free(device) or not comm.covers_holders or bool(table.axes) or table.may_be_partial
+    totals = reduce(partials, spec, comm, read_facts=read_facts)
+    if not read_facts:
+        if errors.error is not None:
+            raise errors.error
+        return shards, partials, totals
+    if not totals.needs_attention:
+        return shards, partials, totals
+
+    # The rare paths. Every rank has read the same facts, so every rank is here.
+    gathered = comm.gather_objects(wire_of(errors.error) or uncovered)
+    if any(isinstance(wire, tuple) for wire in gathered):
+        raise_gathered(errors.error, gathered, comm)
+    if any(gathered):
+        wider = widened(comm, table.groups, table.axes)
+        return measure_all_ranks(table, spec, wider, errors, num_slots)
+    return shards, partials, reduce_partial_grads(totals, table, shards, spec, comm, device)
+
+
+@dataclass(frozen=True)
+class _ScalerRound:
+    """The decision that holds until `scaler.update()`.
+
+    Args:
+        round: identity of the round, see `ScalerState.round`.
+        outcome: the decision.
+        written: whether it was written into the gradients, or left to the kernels of the optimizers.
+        was_scaled: whether the gradients carried the loss scale when they were measured.
+    """
+
+    round: object
+    outcome: Outcome
+    written: bool
+    was_scaled: bool
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """Device values of a step whose host read is deferred to the next step, to avoid a sync."""
+
+    step: int
+    values: Tensor
+    wait: Callable[[], None]
+    per_tensor_powers: tuple[PerTensorPowers, ...]
+    quiet: bool
+
+
+class _DeferredReads:
+    """Count a step and warn about it, at once or during the next step.
+
+    A step is counted at once if the host reads its values without a sync.
+
+    Args:
+        engine: whose steps they are.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._unread: _Unread | None = None
+        self.clip_rate = ClipRate(warn_user)
+
+    def record(self, outcome: Outcome, *, quiet: bool) -> None:
+        """Count a step that the host does not know to be non-finite.
+
+        Args:
+            outcome: of the step.
+            quiet: do not warn of a non-finite step.
+
+        Host syncs: none on an accelerator.
+        """
+        totals, coefs, state = outcome.totals, outcome.coefs, self._engine.state
+        if self._engine.on_host and not state:
+            self._count(outcome.step, totals.finite.read(), outcome.skip.read(), outcome.per_tensor_powers, quiet)
+            return
+        if devices.is_capturing():
+            # The host takes no part in the replays of a graph.
+            return
+        device = coefs.device
+        clipped = ((coefs != 1) | outcome.skip.on(device)).to(coefs.dtype).mean() * bool(state)
+        restarts = state["restarts"].sum() if "restarts" in state else coefs.new_zeros(())
+        facts = (totals.failed.on(device), totals.finite.on(device), outcome.skip.on(device))
+        values = torch.stack([value.to(coefs.dtype) for value in (*facts, clipped, restarts)])
+        values, wait = devices.copy_to_host_async(values)
+        self._unread = _Unread(outcome.step, values, wait, outcome.per_tensor_powers, quiet)
+        if self._engine.on_host:
+            self.raise_due()
+
+    def raise_due(self) -> None:
+        """Read what the host has not read of the last step.
+
+        Raises:
+            TooManySkippedSteps: on every rank.
+            PeerError: a rank failed in the last step; on all other ranks.
+
+        Host syncs: one on an accelerator, for a step that has ended long ago.
+        """
+        unread = self._unread
+        if unread is None or devices.is_capturing():
+            return
+        self._unread = None
+        unread.wait()
+        failed, finite, skipped, clipped, restarts = unread.values.tolist()
+        if failed:
+            raise PeerError(
+                f"another rank failed in step {unread.step}; its own traceback has the reason. This rank changed no "
+                "gradient in that step."
+            )
+        if finite:
+            self.clip_rate.record(unread.step, clipped, int(restarts))
+        self._count(unread.step, bool(finite), bool(skipped), unread.per_tensor_powers, unread.quiet)
+
+    def _count(
+        self,
+        step: int,
+        finite: bool,
+        skipped: bool,
+        per_tensor_powers: tuple[PerTensorPowers, ...],
+        quiet: bool,
+    ) -> None:
+        counter, engine = self._engine.counter, self._engine
+        if finite and skipped:
+            counter.record_policy_skip(step)
+        elif finite:
+            counter.record_update()
+        elif engine.rule.leaves_step_out or quiet:
+            culprits = gather_culprits(suspect_nonfinite(per_tensor_powers), engine.comm)
+            counter.record_skip(step, culprits, expected=quiet)
+
+
+def _check_arguments(policy: Any, on_nonfinite: Any, max_skips: Any) -> None:
+    """Raise unless the arguments of a clipper are valid.
+
+    Raises:
+        ArgumentError: see above.
+    """
+    if not isinstance(policy, Policy):
+        raise ArgumentError(
+            f"policy={policy!r:.80}: not a policy. Pass distclip.global_norm(1.0), distclip.value(0.5) or another one."
+        )
+    if not policy.spec.norm_type > 0:
+        raise ArgumentError(
+            f"norm_type={policy.spec.norm_type}: a norm of order <= 0 hides NaN and Inf. Use a p above 0, or inf."
+        )
+    if on_nonfinite not in get_args(OnNonFinite):
+        raise ArgumentError(f"on_nonfinite={on_nonfinite!r}: unknown. Use one of {', '.join(get_args(OnNonFinite))}.")
+    if max_skips is not None and (not isinstance(max_skips, int) or max_skips < 1):
+        raise ArgumentError(
+            f"max_skips={max_skips!r}: not a number of steps ≥ 1. Pass how many skipped steps in a row are too many, "
+            "or None."
+        )

@@ -1,0 +1,84 @@
+"""Count skipped steps, warn about them, and raise after too many, on every rank at the same step."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from ..errors import NonFiniteError, NonFiniteWarning, TooManySkippedSteps, warn_user
+from .culprits import Culprit, Incident, describe_culprits
+
+__all__ = ["SkipCounter"]
+
+
+class SkipCounter:
+    """Count the steps of a clipper, and those of them that were skipped.
+
+    Args:
+        max_skips: number of steps skipped in a row at which it raises, ≥ 1. None for never.
+    """
+
+    def __init__(self, max_skips: int | None) -> None:
+        self.max_skips = max_skips
+        self.steps = 0
+        """Number of clipper calls."""
+        self.skipped = 0
+        """Number of skipped steps."""
+        self.in_a_row = 0
+        """Number of steps skipped since the last one that was not."""
+        self.incidents: deque[Incident] = deque(maxlen=100)
+
+    def refuse(self, step: int, culprits: tuple[Culprit, ...]) -> None:
+        """Raise for a step that is not finite.
+
+        Raises:
+            NonFiniteError: always.
+        """
+        self.incidents.append(Incident(step, "raise", culprits))
+        raise NonFiniteError(
+            f"step {step}: {describe_culprits(culprits)}. No gradient was changed. "
+            'Use on_nonfinite="skip" to skip such steps.'
+        )
+
+    def record_zeroed(self, step: int, culprits: tuple[Culprit, ...]) -> None:
+        """Warn that elements of a step were set to zero."""
+        self.incidents.append(Incident(step, "zero", culprits))
+        warn_user(f"step {step}: {describe_culprits(culprits)}. They were set to zero.", NonFiniteWarning)
+
+    def record_skip(self, step: int, culprits: tuple[Culprit, ...], *, expected: bool) -> None:
+        """Count a step that was skipped because it is not finite.
+
+        Args:
+            step: 1-based index of the clipper call.
+            culprits: the gradients that are not finite.
+            expected: do not warn, because a GradScaler finds its scale by such steps.
+
+        Raises:
+            TooManySkippedSteps: it is the last of `max_skips` in a row.
+        """
+        self.incidents.append(Incident(step, "skip", culprits))
+        reason = f"{describe_culprits(culprits)}. Parameters and optimizer are as they were before the first of them"
+        self._count(step, reason)
+        if not expected:
+            warn_user(
+                f"step {step} was skipped ({self.skipped} in total): {describe_culprits(culprits)}.", NonFiniteWarning
+            )
+
+    def record_policy_skip(self, step: int) -> None:
+        """Count a step that was skipped by the policy.
+
+        Raises:
+            TooManySkippedSteps: it is the last of `max_skips` in a row.
+        """
+        self._count(step, "the policy skipped this one: its norm is finite and above the bound")
+
+    def record_update(self) -> None:
+        """Count a step that was not skipped."""
+        self.in_a_row = 0
+
+    def _count(self, step: int, reason: str) -> None:
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.max_skips is not None and self.in_a_row >= self.max_skips:
+            raise TooManySkippedSteps(
+                f"step {step}: {self.in_a_row} steps in a row were skipped (max_skips={self.max_skips}): {reason}."
+            )

@@ -1,0 +1,144 @@
+"""Describe one step: `Outcome` for the engine and its observers, `Report` for the user."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from .devices import Fact
+from .norms.measure import PerTensorPowers
+from .norms.reduce import Totals
+from .norms.tensor_norms import TensorNorms
+from .sharding.shard import Shards
+
+__all__ = ["Observer", "Outcome", "Report"]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Measurements and decision of one call of a clipper, the same on every rank.
+
+    The values are device scalars. The host reads none of them before `as_dict`.
+
+    Args:
+        norm: 0-d, total norm before clipping, float32 (float64 if some gradient is), without the loss scale.
+        coef: 0-d float64, factor by which clipping shortened the whole gradient, 1 without clipping. With one slot it
+            is the coefficient itself; with several it is ‖(coefs · norms)‖ / ‖norms‖.
+        clipped: 0-d bool, whether the policy changed the gradients.
+        finite: 0-d bool, whether the norm is finite; with on_nonfinite="zero", the norm of the remaining elements.
+        skipped: 0-d bool, whether this step leaves parameters and optimizer unchanged. A scheduler that counts
+            updates only must be stepped where this is False.
+        norms: (slots,) float64, norm of each slot; `GradClipper.slots` has the names.
+        coefs: (slots,) float64, coefficient of each slot.
+        bounds: (slots,) float64, norm that the policy allowed each slot, inf without a bound. None for a policy that
+            has no bounds.
+        tensor_norms: (parameters,) float64, norm of each parameter's gradient, after `GradClipper.measure_tensors`;
+            `GradClipper.tensors` has the names. None without it.
+    """
+
+    norm: Tensor
+    coef: Tensor
+    clipped: Tensor
+    finite: Tensor
+    skipped: Tensor
+    norms: Tensor
+    coefs: Tensor
+    bounds: Tensor | None = None
+    tensor_norms: Tensor | None = None
+
+    def as_dict(self) -> dict[str, float | bool]:
+        """Return Python numbers for a log: {"norm", "coef", "clipped", "finite", "skipped"}.
+
+        Collectives: none. Host syncs: one per value. No other method has any.
+        """
+        return {
+            "norm": float(self.norm),
+            "coef": float(self.coef),
+            "clipped": bool(self.clipped),
+            "finite": bool(self.finite),
+            "skipped": bool(self.skipped),
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The decision about the gradients of one step, the same on every rank.
+
+    Args:
+        step: 1-based index of the clipper call.
+        totals: sums by slot of the policy.
+        coefs: (slots,) float64, coefficients; 1 where the step is skipped.
+        skip: whether the step leaves everything unchanged.
+        overflow: whether the gradients are not finite, so that a GradScaler lowers its scale.
+        bounds: (slots,) float64, the norms that the policy allowed. None for a policy without bounds.
+        limits: (low, high) to clamp elements to. None for no clamping.
+        shards: gradients of this rank.
+        per_tensor_powers: power sums of every gradient on this rank.
+        measured: totals by measured slot, if these are finer than the policy's.
+        tensor_norms: relation between measured slots and parameters, likewise.
+    """
+
+    step: int
+    totals: Totals
+    coefs: Tensor
+    skip: Fact
+    overflow: Fact
+    bounds: Tensor | None
+    limits: tuple[float, float] | None
+    shards: Shards
+    per_tensor_powers: tuple[PerTensorPowers, ...]
+    measured: Totals
+    tensor_norms: TensorNorms | None = None
+
+    @cached_property
+    def factors(self) -> Tensor:
+        """Factors of the gradients, (measured slots,) or (1,): the coefficients without the loss scale."""
+        scale = self.totals.loss_scale
+        factors = self.coefs if scale is None else self.coefs / scale.to(self.coefs)
+        if self.skip.host is None:
+            # The device skips the step, without the host knowing.
+            factors = self.skip.select(torch.ones_like(factors), factors)
+        return factors if self.tensor_norms is None else self.tensor_norms.expand(factors)
+
+    def without_gradients(self) -> Outcome:
+        """Return a copy that keeps no gradient alive."""
+        return replace(self, shards=Shards.of(()), per_tensor_powers=())
+
+    def report(self) -> Report:
+        """Return the report for the user. Collectives: none. Host syncs: none."""
+        return self._report
+
+    @cached_property
+    def _report(self) -> Report:
+        totals, coefs, device = self.totals, self.coefs, self.coefs.device
+        has_one_slot = len(coefs) == 1
+        clipped = (coefs[0] if has_one_slot else coefs).ne(1.0).any()
+        if totals.out_of_limits.host is not False:
+            clipped = clipped | (totals.out_of_limits & ~self.skip).on(device)
+        return Report(
+            norm=totals.as_user_dtype(),
+            coef=coefs[0] if has_one_slot else _overall_coef(totals.norms, coefs, totals.norm_type),
+            clipped=clipped,
+            finite=totals.finite.on(device),
+            skipped=self.skip.on(device),
+            norms=totals.norms,
+            coefs=coefs,
+            bounds=self.bounds,
+            tensor_norms=None if self.tensor_norms is None else self.tensor_norms.per_parameter(self.measured),
+        )
+
+
+Observer: TypeAlias = Callable[[Outcome], None]
+"""Function that is called with every outcome, before any gradient is written. It must not raise."""
+
+
+def _overall_coef(norms: Tensor, coefs: Tensor, norm_type: float) -> Tensor:
+    """Return the factor by which the whole gradient gets shorter, 1 where nothing is clipped."""
+    before = torch.linalg.vector_norm(norms, norm_type)
+    after = torch.linalg.vector_norm(norms * coefs, norm_type)
+    return torch.where((coefs == 1).all() | (before == 0), 1.0, after / before)
