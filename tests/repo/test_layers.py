@@ -87,6 +87,17 @@ def test_imports_come_from_rows_above() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_integrations_use_extend_only() -> None:
+    """A third party can then write the same integration, from public names."""
+    wrong = [
+        f"{relative(path)} imports {name}"
+        for path, name in library_imports()
+        if stage(path) == "integrations" and name.startswith("distclip.")
+        if name.split(".")[1] not in {"extend", "integrations"}
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_no_cycles() -> None:
     assert cycles(module_imports("distclip")) == []
 
