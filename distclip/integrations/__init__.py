@@ -1,7 +1,19 @@
-"""Where distclip meets other programs: the only folder that may import a framework, and nothing imports it.
+"""Connect distclip to training frameworks. Only this package imports a framework, and no other part imports it.
 
-`deepspeed`: `attach` a policy to an engine, from ZeRO stage 0 to 3. `mpi`: torch.distributed inside of an MPI job.
-`lightning`: a callback for the Trainer, a line for Fabric. `accelerate`, `transformers`: `patch` an Accelerator, a
-Trainer. `megatron`: `attach` a policy to an optimizer of Megatron-core, or its two functions replaced. `torchtitan`:
-its `clip_grad_norm_`. `hydra`: policies as a config group of any app. `late`, `patches`: what several of them need.
+Every integration has one verb, `attach(thing, policy) -> Attachment`, and its inverse `detach(thing)`:
+
+- `deepspeed`: an engine, ZeRO stages 0 to 3.
+- `megatron`: an optimizer of Megatron-core. Two drop-in functions replace Megatron's norm and clipping alone.
+- `accelerate`: an Accelerator.
+- `transformers`: a Trainer.
+
+Frameworks that offer a hook need no `attach`:
+
+- `lightning`: a callback for the Trainer, a function for Fabric.
+- `torchtitan`: a drop-in `clip_grad_norm_`.
+- `mpi`: starts torch.distributed in an MPI job.
+- `hydra`: registers the policies as a config group.
+
+An integration is built from three modules. `attachment` has the base class, `deferred` a clipper that is bound when the
+framework has wrapped the model, and `monkeypatch` replaces methods and restores them.
 """

@@ -1,35 +1,38 @@
-"""Accelerate: `accelerator.clip_grad_norm_` as ever, with distclip's norm, policy and decision.
+"""Clip the gradients of an Accelerator's models by any policy, in `accelerator.clip_grad_norm_`.
 
 ::
 
     import torch
     from accelerate import Accelerator
     from distclip import zclip
-    from distclip.integrations.accelerate import patch
+    from distclip.integrations.accelerate import attach
 
-    accelerator = patch(Accelerator(gradient_accumulation_steps=2), zclip(cap=5.0))
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    attachment = attach(accelerator, zclip(cap=5.0))
     model = torch.nn.Linear(4, 2)
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     for x in torch.ones(4, 3, 4, device=accelerator.device):
         with accelerator.accumulate(model):
             accelerator.backward(model(x).sum())
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)  # by the policy; 1.0 is left out of account
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)  # clips by the policy and ignores 1.0
             optimizer.step()
             optimizer.zero_grad()
-    print(accelerator.distclip.report.as_dict())
+    print(attachment.report.as_dict())
 
-What is wrong in Accelerate 1.15 and right here: with several optimizers under a GradScaler all but the first are
-unscaled twice (silently); a bound of infinity turns all gradients into NaN where one is infinite.
+All processes decide from one norm, under DDP too. Every rank sees a NaN in one rank's gradients, and every rank raises
+if one rank passes a wrong argument.
 
-All processes decide from one total, under DDP too: a NaN in one rank's gradients alone is seen by all, and what one
-rank alone passes wrongly is refused by all.
+This integration fixes two errors of Accelerate 1.15:
+
+- With several optimizers under a GradScaler, all except the first are silently unscaled twice.
+- A bound of infinity turns all gradients into NaN if one of them is infinite.
 
 Tested with DDP and FSDP2, on CPUs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial, wraps
 from types import MethodType
 from typing import Any
@@ -53,13 +56,15 @@ from ..extend import (
     named,
     world_comm,
 )
-from .deferred import Late, OnBind, check_policy
-from .monkeypatch import Patches
+from . import attachment as base
+from .attachment import check_not_attached, check_policy, detach
+from .deferred import DeferredClipper, OnBind
+from .monkeypatch import MethodPatches
 
-__all__ = ["Patched", "patch", "unpatch"]
+__all__ = ["Attachment", "attach", "detach"]
 
 
-def patch(
+def attach(
     accelerator: Any,
     policy: Policy,
     *,
@@ -68,200 +73,199 @@ def patch(
     split_over: SplitOver = None,
     comm: Comm | None = None,
     on_bind: OnBind | None = None,
-) -> Any:
+) -> Attachment:
     """Let `accelerator.clip_grad_norm_` clip all models of the accelerator by a policy.
 
-    Works with DDP and FSDP2 as Accelerate prepares them, gradient accumulation, fp16. The call's `max_norm` and
-    `norm_type` are left out of account: the policy has its own. Its parameters say nothing either, but are checked: a
-    foreign one, or a list that lacks one with a gradient, is refused. While gradients are being accumulated the call
-    does nothing and returns None. A step that is skipped loses its gradients; `accelerator.optimizer_step_was_skipped`
-    says so, and prepared schedulers wait, as after an overflow. The policy's memory goes into `accelerator.save_state`.
+    Works with DDP and FSDP2 as Accelerate prepares them, gradient accumulation and fp16. The call's `max_norm` and
+    `norm_type` are ignored, because the policy has its own. The call's parameters are only checked: foreign parameters,
+    or a list that lacks a parameter with a gradient, raise. While gradients are accumulated, the call does nothing and
+    returns None. A skipped step sets the gradients to None, `accelerator.optimizer_step_was_skipped` is True, and
+    prepared schedulers wait, as after an overflow. `accelerator.save_state` saves the policy's state.
 
     Args:
-        accelerator: of Accelerate, before `prepare` or after it.
-        policy: what to do, for example `distclip.global_norm(1.0)`.
+        accelerator: an Accelerator, before or after `prepare`.
+        policy: the policy, for example `distclip.global_norm(1.0)`.
         on_nonfinite, max_skips, split_over: see `GradClipper`.
-        comm: who steps together, where that is not all processes. In Accelerate's `LocalSGD` each process has gradients
-            of its own: write `comm=distclip.LocalComm()`.
+        comm: the ranks that step together. None for all processes. In Accelerate's `LocalSGD` each process has its own
+            gradients, so pass `comm=distclip.LocalComm()`.
         on_bind: called on every rank with the clipper at the first step, for example
             `lambda clipper: distclip.monitor.Recorder(clipper, "runs/one")`.
 
     Returns:
-        The accelerator; `accelerator.distclip` is its `Patched`.
+        The attachment, with the clipper and the report of each step. It is `accelerator.distclip` too.
 
     Raises:
-        ArgumentError: no policy; an accelerator that has one already, or leaves steps to DeepSpeed, Megatron or XLA.
-            In the call: parameters as above; ranks that have not prepared the same number of models. Otherwise see
-            `GradClipper.clip`.
+        ArgumentError: `policy` is not a policy; the accelerator is attached already, or leaves steps to DeepSpeed,
+            Megatron or XLA. In the call: wrong parameters; ranks that have prepared different numbers of models.
+            Otherwise see `GradClipper.clip`.
 
-    Collectives: none here. At the first clip, and at the first after another `prepare` (which every rank makes, or
-    none), a gather and those of `GradClipper`; at each those of `GradClipper.clip`, over all processes: one all-reduce
-    of (slots + 1) float64 numbers, under DDP too. Host syncs: those of `GradClipper.clip`.
+    Collectives: none here. The first clip, and the first clip after another `prepare` (on every rank or on none), has a
+    gather and those of `GradClipper`. Each clip has those of `GradClipper.clip` over all processes: one all-reduce of a
+    few float64 numbers, under DDP too. Host syncs: those of `GradClipper.clip`.
     """
-    check_policy(policy, "patch")
-    if getattr(accelerator, "distclip", None) is not None:
-        raise ArgumentError("patch: the accelerator has a policy already. Write unpatch(accelerator) first.")
+    check(accelerator, policy)
+    return Attachment(
+        accelerator, DeferredClipper(policy, split_over, on_nonfinite, max_skips, on_bind), comm, [accelerator]
+    )
+
+
+def check(accelerator: Any, policy: Policy) -> None:
+    """Raise if a policy cannot be attached to an accelerator.
+
+    Raises:
+        ArgumentError: see `attach`.
+    """
+    check_policy(policy, "attach")
+    check_not_attached(accelerator)
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind in ("DEEPSPEED", "MEGATRON_LM", "XLA"):
         raise ArgumentError(
-            f"patch: under {kind} steps are not Accelerate's to clip. With DeepSpeed write "
-            "distclip.integrations.deepspeed.attach(engine, policy), where engine is what accelerator.prepare returned."
+            f"attach: Accelerate does not clip under {kind}. With DeepSpeed call "
+            "distclip.integrations.deepspeed.attach(engine, policy) with the engine that accelerator.prepare returns."
         )
-    accelerator.distclip = Patched(accelerator, Late(policy, split_over, on_nonfinite, max_skips, on_bind), comm)
-    return accelerator
 
 
-def unpatch(accelerator: Any) -> Any:
-    """Give an accelerator back: from now on it clips as the call says.
-
-    Returns:
-        The accelerator.
-
-    Raises:
-        ArgumentError: it has not been patched.
-    """
-    patched = getattr(accelerator, "distclip", None)
-    if not isinstance(patched, Patched):
-        raise ArgumentError("unpatch: this accelerator has not been patched.")
-    patched.restore()
-    del accelerator.distclip
-    return accelerator
-
-
-class Patched:
-    """An accelerator's clipper, and what it saw: `accelerator.distclip`.
+class Attachment(base.Attachment):
+    """A policy that decides the steps of an accelerator's optimizers.
 
     Args:
-        accelerator: whose method is replaced.
-        late: has the policy.
-        comm: see `patch`.
+        accelerator: the accelerator.
+        deferred: has the policy.
+        comm: see `attach`.
+        owners: the objects that `detach` takes.
     """
 
-    def __init__(self, accelerator: Any, late: Late, comm: Comm | None = None) -> None:
-        self._accelerator, self._late, self._comm = accelerator, late, comm
-        self._patches, self._steps = Patches(), Patches()
+    def __init__(self, accelerator: Any, deferred: DeferredClipper, comm: Comm | None, owners: Sequence[Any]) -> None:
+        super().__init__(owners, None)
+        self._accelerator, self._deferred, self._comm = accelerator, deferred, comm
+        self._step_patches = MethodPatches()
         self._models: list[Any] = []
         self._optimizers: list[Any] = []
-        self._pairs: list[tuple[str, Tensor]] = []
-        self._due: dict[int, bool] = {}
-        its_own = accelerator.clip_grad_norm_
+        self._params: list[tuple[str, Tensor]] = []
+        self._skips: dict[int, bool] = {}
+        original = accelerator.clip_grad_norm_
 
-        @wraps(its_own)
+        @wraps(original)
         def clip_grad_norm_(
             _: Any, parameters: Iterable[Tensor] | Tensor, max_norm: Any = None, norm_type: Any = 2
         ) -> Tensor | None:
             return self._clip(parameters)
 
-        self._patches.put(accelerator, "clip_grad_norm_", MethodType(clip_grad_norm_, accelerator))
+        self._patches.replace(accelerator, "clip_grad_norm_", MethodType(clip_grad_norm_, accelerator))
         accelerator.register_for_checkpointing(self)
 
     @property
     def clipper(self) -> GradClipper | None:
-        """None before the first step."""
-        return self._late.clipper
+        """Clipper over all prepared models, or None before the first step."""
+        return self._deferred.clipper
 
     @property
     def report(self) -> Report | None:
-        """Of the last step; None before the first."""
-        return self._late.report
+        """Report of the last step, or None before the first step."""
+        return self._deferred.report
 
     def state_dict(self) -> dict[str, Any]:
-        """What the policy remembers; called by `accelerator.save_state`. Collectives: none."""
-        return self._late.state_dict()
+        """Return the policy's state; called by `accelerator.save_state`. Collectives: none."""
+        return self._deferred.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where it was saved; called by `accelerator.load_state`. Collectives: none."""
-        self._late.load_state_dict(state_dict)
+        """Restore the policy's state; called by `accelerator.load_state`. Collectives: none."""
+        self._deferred.load_state_dict(state_dict)
 
-    def restore(self) -> None:
-        """See `unpatch`."""
-        self._patches.restore()
-        self._steps.restore()
-        own = self._accelerator._custom_objects
-        own[:] = [one for one in own if one is not self]
+    def detach(self) -> None:
+        """Restore the accelerator's own clipping, and remove the policy's state from its checkpoints."""
+        super().detach()
+        self._step_patches.restore()
+        custom_objects = self._accelerator._custom_objects
+        custom_objects[:] = [registered for registered in custom_objects if registered is not self]
 
     def _clip(self, parameters: Iterable[Tensor] | Tensor) -> Tensor | None:
         accelerator = self._accelerator
         if not accelerator.sync_gradients:
             return None
-        self._look()
-        optimizers = [_raw(one) for one in accelerator._optimizers]
-        failure = self._wrong([parameters] if isinstance(parameters, Tensor) else list(parameters))
-        report = self._late.clip(optimizers, accelerator.scaler, FirstError(failure))
-        self._due = dict.fromkeys(map(id, optimizers), self._late.skipped)
+        self._bind_prepared()
+        optimizers = [_unwrap(optimizer) for optimizer in accelerator._optimizers]
+        errors = FirstError()
+        with errors:
+            self._check_passed([parameters] if isinstance(parameters, Tensor) else list(parameters))
+        report = self._deferred.clip(optimizers, accelerator.scaler, errors)
+        self._skips = dict.fromkeys(map(id, optimizers), self._deferred.skipped)
         return report.norm
 
-    def _look(self) -> None:
-        """Take hold of what has been prepared since the last time."""
-        # After free_memory() a Trainer prepares its optimizer anew, and not the model, which it has wrapped already.
+    def _bind_prepared(self) -> None:
+        """Bind the clipper to models, and patch optimizers, that were prepared since the last call."""
+        # After free_memory() a Trainer prepares its optimizer again, but not the model, which it has wrapped already.
         models, optimizers = list(self._accelerator._models) or self._models, list(self._accelerator._optimizers)
-        if self.clipper is None or not _same(models, self._models):
+        if self.clipper is None or not _same_objects(models, self._models):
             comm = self._comm
             if comm is None and self._accelerator.num_processes > 1:
-                # Accelerate keeps the module inside of DistributedDataParallel, which does not know whose copy it is.
+                # Accelerate keeps the module inside DistributedDataParallel, which does not show that it is replicated.
                 comm = world_comm()
             _check_prepared(gather_or_raise(comm or LocalComm(), None, len(models)))
-            whole = models[0] if len(models) == 1 else nn.ModuleList(models)
-            self._late.bind(whole, comm)
-            self._models, self._pairs = models, named(whole)
-        if not _same(optimizers, self._optimizers):
-            self._steps.restore()
+            module = models[0] if len(models) == 1 else nn.ModuleList(models)
+            self._deferred.bind(module, comm)
+            self._models, self._params = models, named(module)
+        if not _same_objects(optimizers, self._optimizers):
+            self._step_patches.restore()
             self._optimizers = optimizers
-            for one in optimizers:
-                self._steps.put(one, "step", wraps(one.step)(partial(self._step, one, one.step)))
+            for optimizer in optimizers:
+                step = wraps(optimizer.step)(partial(self._step, optimizer, optimizer.step))
+                self._step_patches.replace(optimizer, "step", step)
 
-    def _step(self, optimizer: Any, its_step: Any, *args: Any, **kwargs: Any) -> Any:
-        """A step of an AcceleratedOptimizer, which then calls `scaler.update()` whatever other optimizers there are."""
-        skipped = self._due.pop(id(_raw(optimizer)), None) if optimizer.gradient_state.sync_gradients else None
-        if skipped is not None and isinstance(optimizer.scaler, GradScaler) and optimizer.scaler.is_enabled():
-            scaling = ScalerState(optimizer.scaler, [_raw(optimizer)])
-            if scaling.scaled_optimizers():
-                # Another one's update() has forgotten that this one's gradients are unscaled.
-                assert self._late.found_inf is not None
-                scaling.set_found_inf(self._late.found_inf.to(torch.float32))
-        result = its_step(*args, **kwargs)
-        if skipped is not None:
-            optimizer._is_overflow = skipped
+    def _step(self, optimizer: Any, optimizer_step: Any, *args: Any, **kwargs: Any) -> Any:
+        """Step an AcceleratedOptimizer, which then calls `scaler.update()` even if there are other optimizers."""
+        skip = self._skips.pop(id(_unwrap(optimizer)), None) if optimizer.gradient_state.sync_gradients else None
+        if skip is not None and isinstance(optimizer.scaler, GradScaler) and optimizer.scaler.is_enabled():
+            scaler_state = ScalerState(optimizer.scaler, [_unwrap(optimizer)])
+            if scaler_state.scaled_optimizers():
+                # The update() of another optimizer has deleted the record that these gradients are unscaled.
+                assert self._deferred.found_inf is not None
+                scaler_state.set_found_inf(self._deferred.found_inf.to(torch.float32))
+        result = optimizer_step(*args, **kwargs)
+        if skip is not None:
+            optimizer._is_overflow = skip
         return result
 
-    def _wrong(self, passed: list[Tensor]) -> ArgumentError | None:
-        """What there is to say against the parameters of a call."""
-        ids, own = set(map(id, passed)), {id(param) for _, param in self._pairs}
-        lacking = [name for name, param in self._pairs if param.grad is not None and id(param) not in ids]
-        if not ids <= own:
-            return ArgumentError(
-                f"clip_grad_norm_: {len(ids - own)} of the parameters passed belong to no model that this accelerator "
-                "has prepared. Write model = accelerator.prepare(model) first, and pass model.parameters()."
+    def _check_passed(self, passed: list[Tensor]) -> None:
+        """Raise if the parameters of a call are not those that the policy clips.
+
+        Raises:
+            ArgumentError: a parameter of no prepared model was passed, or one with a gradient is missing.
+        """
+        passed_ids, known_ids = set(map(id, passed)), {id(param) for _, param in self._params}
+        missing = [name for name, param in self._params if param.grad is not None and id(param) not in passed_ids]
+        if not passed_ids <= known_ids:
+            raise ArgumentError(
+                f"clip_grad_norm_: {len(passed_ids - known_ids)} of the parameters passed belong to no model that this "
+                "accelerator has prepared. Call model = accelerator.prepare(model) first, and pass model.parameters()."
             )
-        if lacking:
-            return ArgumentError(
-                f"clip_grad_norm_: {len(lacking)} parameters with gradients were not passed ({', '.join(lacking[:3])}"
-                f"{', …' * (len(lacking) > 3)}), and the policy is for the whole. Pass model.parameters(), of all "
-                "models; to treat parts differently write distclip.group_norm({…}), or exclude= of the policy."
+        if missing:
+            raise ArgumentError(
+                f"clip_grad_norm_: {len(missing)} parameters with gradients were not passed ({', '.join(missing[:3])}"
+                f"{', …' * (len(missing) > 3)}), but the policy clips all of them. Pass model.parameters() of all "
+                "models. To treat parts differently, use distclip.group_norm({…}) or the policy's exclude=."
             )
-        return None
 
 
-def _check_prepared(models: list[int]) -> None:
-    """How many models each rank has prepared: all know it, and raise together."""
-    if not any(models):
+def _check_prepared(num_models: list[int]) -> None:
+    """Raise if the ranks have not prepared the same number of models. Every rank passes the same list."""
+    if not any(num_models):
         raise ArgumentError(
-            "clip_grad_norm_: the accelerator has prepared no model. Write accelerator.prepare(model) first."
+            "clip_grad_norm_: the accelerator has prepared no model. Call accelerator.prepare(model) first."
         )
-    if len(set(models)) > 1:
+    if len(set(num_models)) > 1:
         raise ArgumentError(
-            f"clip_grad_norm_: the ranks have prepared {models} models, in their order. A model that only some of them "
-            "have would count in part: write accelerator.prepare(model) on every rank alike."
+            f"clip_grad_norm_: the ranks have prepared {num_models} models, by rank. The norm of a model that only "
+            "some ranks have would be incomplete. Call accelerator.prepare(model) on every rank."
         )
 
 
-def _raw(optimizer: Any) -> Any:
-    """The torch optimizer inside."""
+def _unwrap(optimizer: Any) -> Any:
+    """Return the torch optimizer inside an AcceleratedOptimizer."""
     while hasattr(optimizer, "optimizer") and hasattr(optimizer, "gradient_state"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
-def _same(one: list[Any], other: list[Any]) -> bool:
-    """The very objects."""
-    return list(map(id, one)) == list(map(id, other))
+def _same_objects(left: list[Any], right: list[Any]) -> bool:
+    return list(map(id, left)) == list(map(id, right))

@@ -1,4 +1,4 @@
-"""`Late`: a clipper that is bound when a framework has wrapped the model, and may be given its memory before that."""
+"""Construct a clipper later, once a framework has wrapped the model. Its state may be loaded before that."""
 
 from __future__ import annotations
 
@@ -7,35 +7,24 @@ from typing import Any
 
 from torch import Tensor
 
-from ..extend import (
-    ArgumentError,
-    Comm,
-    FirstError,
-    GradClipper,
-    OnNonFinite,
-    Outcome,
-    Parameters,
-    Policy,
-    Report,
-    SplitOver,
-)
+from ..extend import Comm, FirstError, GradClipper, OnNonFinite, Outcome, Parameters, Policy, Report, SplitOver
 
-__all__ = ["Late", "OnBind"]
+__all__ = ["DeferredClipper", "OnBind"]
 
 OnBind = Callable[[GradClipper], object]
-"""Is called with a clipper when it has been bound, on every rank: a place to attach a Recorder."""
+"""Function that is called on every rank with a new clipper, for example to attach a Recorder."""
 
 
-class Late:
-    """What a clipper is to be constructed with, and the clipper once there is one.
+class DeferredClipper:
+    """The arguments of a clipper, and the clipper once it is bound to parameters.
 
     Args:
         policy, split_over, on_nonfinite, max_skips: see `GradClipper`.
-        on_bind: see `OnBind`; None for nothing.
+        on_bind: see `OnBind`. None calls nothing.
 
     >>> import torch, distclip
-    >>> late = Late(distclip.global_norm(1.0))
-    >>> late.bind(torch.nn.Linear(2, 1)).parameters
+    >>> deferred = DeferredClipper(distclip.global_norm(1.0))
+    >>> deferred.bind(torch.nn.Linear(2, 1)).parameters
     ('weight', 'bias')
     """
 
@@ -49,22 +38,22 @@ class Late:
     ) -> None:
         self.clipper: GradClipper | None = None
         self.report: Report | None = None
-        """Of the last step; None before the first."""
+        """Report of the last step, or None before the first step."""
         self.skipped = False
-        """Whether that step is left out, on the host."""
+        """True if the last step was skipped, as a bool on the host."""
         self.found_inf: Tensor | None = None
-        """0-d, whether because something in it was not finite."""
+        """0-d bool, True if a gradient of the last step was non-finite."""
         self._policy, self._split_over, self._on_bind = policy, split_over, on_bind
         self._on_nonfinite, self._max_skips = on_nonfinite, max_skips
-        self._memory: dict[str, Any] = {}
+        self._pending_state: dict[str, Any] = {}
 
     def bind(self, parameters: Parameters, comm: Comm | None = None) -> GradClipper:
-        """The clipper over these parameters, which has kept what it remembered of others of the same names.
+        """Construct the clipper over these parameters, or rebind it to them. Rebinding keeps the state.
 
         Args:
-            parameters: of this rank.
-            comm: everybody who steps together, so that all decide and refuse together, also where nothing is spread.
-                None for who is found by `GradClipper`.
+            parameters: the parameters of this rank.
+            comm: all ranks that step together. They then decide and raise together even where nothing is sharded.
+                None lets `GradClipper` find the ranks.
 
         Raises, Collectives: see `GradClipper`.
         """
@@ -79,8 +68,8 @@ class Late:
             on_nonfinite=self._on_nonfinite,
             max_skips=self._max_skips,
         )
-        if self._memory:
-            clipper.load_state_dict(self._memory)
+        if self._pending_state:
+            clipper.load_state_dict(self._pending_state)
         clipper.observe(self._observe)
         self.clipper = clipper
         if self._on_bind is not None:
@@ -88,33 +77,25 @@ class Late:
         return clipper
 
     def clip(self, optimizers: Any, scaler: Any, errors: FirstError | None = None) -> Report:
-        """See `GradClipper.clip`. Collectives and host syncs: the same."""
+        """Clip in place. Raises, Collectives, Host syncs: see `GradClipper.clip`.
+
+        Args:
+            optimizers, scaler, errors: see `GradClipper.clip`.
+        """
         assert self.clipper is not None
         self.report = self.clipper.clip(optimizers, scaler, errors=errors)
         return self.report
 
     def state_dict(self) -> dict[str, Any]:
-        """The clipper's; before there is one, what was loaded. Collectives: none."""
-        return self._memory if self.clipper is None else self.clipper.state_dict()
+        """Return the clipper's state, or the state that was loaded for it. Collectives: none."""
+        return self._pending_state if self.clipper is None else self.clipper.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there, now or once there is a clipper."""
+        """Restore the clipper's state, now or when the clipper is bound."""
         if self.clipper is None:
-            self._memory = state_dict
+            self._pending_state = state_dict
         elif state_dict:
             self.clipper.load_state_dict(state_dict)
 
     def _observe(self, outcome: Outcome) -> None:
         self.skipped, self.found_inf = bool(outcome.skip.host), outcome.overflow.on(outcome.coefs.device)
-
-
-def check_policy(policy: Any, where: str) -> None:
-    """Refuse what is no policy at once, not at the first step.
-
-    Raises:
-        ArgumentError: it is none.
-    """
-    if not isinstance(policy, Policy):
-        raise ArgumentError(
-            f"{where}: policy={policy!r:.80}: expected a policy. Write distclip.global_norm(1.0), for example."
-        )

@@ -1,4 +1,4 @@
-"""Hydra: distclip's policies as a config group of any app.
+"""Register distclip's policies as a config group of any Hydra app.
 
 ::
 
@@ -6,8 +6,8 @@
 
     register()  # before @hydra.main's function is called; the app's YAML then has `distclip@trainer.clip: zclip`
 
-Without a line of Python, in the app's YAML: `hydra: {searchpath: [pkg://distclip.conf]}`, which lets Hydra see the
-groups of distclip's own training job as well (`model`, `optim` …), after the app's own.
+Or without Python, in the app's YAML: `hydra: {searchpath: [pkg://distclip.conf]}`. Hydra then also finds the groups of
+distclip's own training job (`model`, `optim` …), after the groups of the app.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Let Hydra find the group `distclip`, of which every policy is a choice, in this process from now on.
+    """Register the config group `distclip`, with one choice per policy, in this process.
 
-    Nothing else is added; files of the app in a group `distclip` of its own come first where names are the same.
-    Calling it again changes nothing.
+    Nothing else is registered. A file of the app in its own group `distclip` takes precedence over a policy of the same
+    name. A second call changes nothing.
 
     Raises:
         ImportError: Hydra is not installed.

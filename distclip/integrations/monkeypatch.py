@@ -1,42 +1,43 @@
-"""Methods of somebody else's objects, replaced and given back."""
+"""Replace methods of objects that belong to a framework, and restore them."""
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["Patches"]
+__all__ = ["MethodPatches"]
 
-_NOTHING = object()
+_ABSENT = object()
 
 
-class Patches:
-    """What was replaced on which object.
+class MethodPatches:
+    """Record of replaced attributes, and of their original values.
 
     >>> class Engine:
     ...     def step(self):
-    ...         return "its own"
-    >>> engine, patches = Engine(), Patches()
-    >>> patches.put(engine, "step", lambda: "ours")
+    ...         return "framework"
+    >>> engine, patches = Engine(), MethodPatches()
+    >>> patches.replace(engine, "step", lambda: "distclip")
     >>> engine.step()
-    'ours'
+    'distclip'
     >>> patches.restore()
     >>> engine.step()
-    'its own'
+    'framework'
     """
 
     def __init__(self) -> None:
-        self._before: list[tuple[Any, str, Any]] = []
+        self._originals: list[tuple[Any, str, Any]] = []
 
-    def put(self, owner: Any, name: str, value: Any) -> None:
-        """Replace an attribute of one object, and of no other of its class."""
-        self._before.append((owner, name, vars(owner).get(name, _NOTHING)))
+    def replace(self, owner: Any, name: str, value: Any) -> None:
+        """Replace an attribute on this one object. Other objects of its class keep theirs."""
+        self._originals.append((owner, name, vars(owner).get(name, _ABSENT)))
         setattr(owner, name, value)
 
     def restore(self) -> None:
-        """Give back everything, the last replaced first."""
-        while self._before:
-            owner, name, value = self._before.pop()
-            if value is _NOTHING:
+        """Restore all originals, in reverse order of replacement."""
+        while self._originals:
+            owner, name, value = self._originals.pop()
+            if value is _ABSENT:
+                # The attribute was the class's.
                 delattr(owner, name)
             else:
                 setattr(owner, name, value)

@@ -1,4 +1,4 @@
-"""torch.distributed inside of an MPI job: `mpirun` in place of `torchrun`."""
+"""Start torch.distributed in an MPI job: `mpirun` in place of `torchrun`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def init_process_group(
     address: str | None = None,
     timeout: timedelta | None = None,
 ) -> None:
-    """Start torch.distributed among the ranks of an MPI job, which say who they are and where they meet.
+    """Start torch.distributed among the ranks of an MPI job.
 
     ::
 
@@ -35,44 +35,46 @@ def init_process_group(
         init_process_group()
         model = DistributedDataParallel(model)
 
-    What a launcher would have left in the environment (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
-    MASTER_PORT) is set, over what another one may have left there. The port is one that is free. A rank that raises
-    takes the job down: see `distclip.comm.mpi.abort_on_exception`.
+    It sets the environment that torchrun would set (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
+    MASTER_PORT), and overwrites values of another launcher. The port is a free one. A rank that raises ends the job:
+    see `distclip.comm.mpi.abort_on_exception`.
 
     Args:
-        backend: of `torch.distributed.init_process_group`; None for gloo, and NCCL for CUDA tensors where there is a
-            GPU. Each rank then gets one of the GPUs of its machine as its current device.
-        comm: whose ranks take part; None for MPI.COMM_WORLD.
-        address: a name of this machine that the others can resolve, asked of the first rank alone; None for its host
-            name, or for the loopback address where all ranks are on one machine.
-        timeout: of the process group; None for torch's own.
+        backend: see `torch.distributed.init_process_group`. None for gloo, and NCCL for CUDA tensors if there is a GPU.
+            With NCCL, each rank gets one of the GPUs of its machine as its current device.
+        comm: the communicator whose ranks take part. None for MPI.COMM_WORLD.
+        address: a name of the first rank's machine that the other ranks can resolve. Only the first rank's value is
+            read. None for the host name, or for the loopback address if all ranks are on one machine.
+        timeout: timeout of the process group. None for torch's default.
 
     Raises:
         ArgumentError: torch.distributed has been started already.
         DisagreementError: see `distclip.comm.mpi.MPIComm`.
-        PeerError: the first rank could not open a port.
+        PeerError: the first rank could not open a port. Raised on every rank.
 
-    Collectives: one broadcast and one split over `comm`, and what torch does. Host syncs: none.
+    Collectives: one broadcast and one split over `comm`, and those of torch. Host syncs: none.
     """
     mpi = started()
     comm = mpi.COMM_WORLD if comm is None else comm
     if dist.is_initialized():
         raise ArgumentError(
-            "torch.distributed has been started already, so its ranks and MPI's may differ. Call "
-            "distclip.integrations.mpi.init_process_group() first, and in place of torch's."
+            "torch.distributed has been started already, so its ranks may differ from MPI's. Call "
+            "distclip.integrations.mpi.init_process_group() first, instead of torch's."
         )
     if comm.size > 1:
         abort_on_exception()
-    near = comm.Split_type(mpi.COMM_TYPE_SHARED)
-    local_rank, local_size = near.rank, near.size
-    near.Free()
-    store, told = None, None
+    machine = comm.Split_type(mpi.COMM_TYPE_SHARED)
+    local_rank, local_size = machine.rank, machine.size
+    machine.Free()
+    # The first rank opens a store on a free port, and broadcasts its address or the reason why there is none.
+    store, message = None, None
     if comm.rank == 0:
         host = address or ("127.0.0.1" if local_size == comm.size else socket.gethostname())
-        store, told = _opened(host, comm.size)
-    host, port, failure = comm.bcast(told)
-    if failure is not None:
-        raise PeerError(f"the first rank cannot listen at {host}: {failure}. Write address=, a name of that machine.")
+        store, port, error = _open_store(host, comm.size)
+        message = host, port, error
+    host, port, error = comm.bcast(message)
+    if error is not None:
+        raise PeerError(f"the first rank cannot listen at {host}: {error}. Pass address=, a name of that machine.")
     if store is None:
         store = TCPStore(host, port, comm.size, is_master=False)
     os.environ |= {
@@ -90,10 +92,14 @@ def init_process_group(
     dist.init_process_group(backend, store=store, rank=comm.rank, world_size=comm.size, timeout=timeout)
 
 
-def _opened(host: str, size: int) -> tuple[TCPStore | None, tuple[str, int, str | None]]:
-    """A store at a free port of this machine, and what the others are told: where it is, or why there is none."""
+def _open_store(host: str, size: int) -> tuple[TCPStore | None, int, str | None]:
+    """Open a store on a free port of this machine.
+
+    Returns:
+        (store, port, None), or (None, 0, the error's text).
+    """
     try:
         store = TCPStore(host, 0, size, is_master=True, wait_for_workers=False)
     except Exception as error:
-        return None, (host, 0, str(error))
-    return store, (host, store.port, None)
+        return None, 0, str(error)
+    return store, store.port, None

@@ -1,4 +1,4 @@
-"""torchtitan: its `clip_grad_norm_`, by distclip.
+"""Replace torchtitan's `clip_grad_norm_`.
 
 ::
 
@@ -6,9 +6,9 @@
 
     from distclip.integrations.torchtitan import clip_grad_norm_
 
-    dist_utils.clip_grad_norm_ = clip_grad_norm_  # before the Trainer runs, which looks it up at every step
+    dist_utils.clip_grad_norm_ = clip_grad_norm_  # before the Trainer runs; it reads the attribute at every step
 
-torchtitan is not imported, and need not be installed. For another policy than a fixed norm give the Trainer's model
+torchtitan is not imported, and need not be installed. For a policy other than a fixed norm, pass the Trainer's model
 parts and optimizers to a `GradClipper` with `split_over=parallel_dims.get_optional_mesh("pp")`.
 """
 
@@ -40,21 +40,21 @@ def clip_grad_norm_(
 
     .. math:: g \leftarrow g \cdot \min\left(1, \frac{max\_norm}{\lVert g \rVert_p + 10^{-6}}\right)
 
-    Right also where torchtitan's own raises, hangs or is wrong: plain parameters beside DTensors, DTensors on more
-    meshes than one and one with an "ep" axis, stages whose gradients differ in dtype, a rank of a stage that lacks a
-    gradient, fp16 gradients whose squares overflow, a parameter listed twice.
+    It is also correct where torchtitan's function raises, hangs or is wrong: plain parameters next to DTensors,
+    DTensors on several meshes, one mesh with an "ep" axis, stages whose gradients differ in dtype, a rank of a stage
+    without a gradient, fp16 gradients whose squares overflow, a parameter that is listed twice.
 
     Args:
-        parameters: of this rank's stage, or of its model parts together; may be empty with `pp_mesh`.
+        parameters: the parameters of this rank's stage, or of its model parts together. May be empty with `pp_mesh`.
         max_norm: see `distclip.clip_grad_norm_`.
         norm_type: see `distclip.clip_grad_norm_`.
-        error_if_nonfinite: see `distclip.clip_grad_norm_`; raises on the ranks of all stages.
-        foreach: False to scale gradients one by one; otherwise they are scaled as is fastest.
-        pp_mesh: the axis of the pipeline stages; every rank passes its slice of it, or none does.
-        ep_enabled: changes nothing: placements say which parameters are experts, and where they lie.
+        error_if_nonfinite: see `distclip.clip_grad_norm_`. Raises on the ranks of all stages.
+        foreach: False scales gradients one by one. None and True use the fastest kernel.
+        pp_mesh: the mesh of the pipeline stages. Pass it on every rank or on none.
+        ep_enabled: ignored, because placements show which parameters are experts.
 
     Returns:
-        The norm before clipping: float32 or wider whatever the gradients are, the same bits on every rank.
+        The norm before clipping, 0-d, float32 or wider for any dtype of the gradients, the same bits on every rank.
 
     Raises, Collectives, Host syncs: see `distclip.clip_grad_norm_`, called with `split_over=pp_mesh`.
 
@@ -68,6 +68,6 @@ def clip_grad_norm_(
     >>> weight.grad
     tensor([0.6000, 0.8000])
     """
-    # Its Trainer passes foreach=True, which asks for speed, not for torch's multi-tensor operators.
-    how = None if foreach else foreach
-    return _clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, how, split_over=pp_mesh)
+    # torchtitan's Trainer passes foreach=True for speed. For distclip it would mean torch's foreach kernels.
+    foreach = None if foreach else foreach
+    return _clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach, split_over=pp_mesh)

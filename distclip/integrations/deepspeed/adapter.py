@@ -1,8 +1,8 @@
-"""`Hold`: where one kind of DeepSpeed optimizer keeps its gradients, and where its step can be taken hold of.
+"""Define the interface of the adapters: one for each kind of DeepSpeed optimizer.
 
-Measuring and writing are two moments: DeepSpeed wants the norm before it has made the copies in float32 that its step
-takes, and lets go of the originals in between. So a hold lays the gradients of the moment beside stand-ins for this
-rank's pieces of the parameters (`look`), and writes the decision into the copies when they are there.
+DeepSpeed asks for the norm before it has made the float32 copies that its step consumes, and frees the original
+gradients in between. Measuring and writing are therefore two moments. An adapter attaches the current gradients to
+stand-ins for this rank's pieces of the parameters, and applies the decision to the copies once they exist.
 """
 
 from __future__ import annotations
@@ -10,22 +10,26 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ...extend import LayoutError, Outcome, named, set_layout
-from ..monkeypatch import Patches
-from .topology import Ranks
+from ...extend import LayoutError, named, set_layout
+from ..monkeypatch import MethodPatches
+from .topology import Topology
 
-__all__ = ["Decide", "Hold", "Piece", "Write", "go_on", "skipped"]
+if TYPE_CHECKING:
+    from .foreign import Engine
 
-Decide: TypeAlias = Callable[[], Outcome]
-"""Looks, measures and decides; on every rank together."""
+__all__ = ["Adapter", "Decide", "Piece", "Write", "norm_signal"]
+
+Decide: TypeAlias = Callable[[], bool]
+"""Function that measures and decides, on all ranks together. It returns True if the step must be skipped."""
 
 Write: TypeAlias = Callable[[Sequence["Piece"], Sequence[Tensor]], None]
-"""Writes the last decision into the gradients of some pieces."""
+"""Function that applies the last decision to the gradients of some pieces, in place."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,117 +37,127 @@ class Piece:
     """This rank's piece of one parameter.
 
     Args:
-        name: of the parameter in the engine's module.
-        tensor: stands for the piece; its gradient of the moment is laid beside it as `main_grad`.
-        index: the how-manieth of all pieces of the rank it is.
-        offset: where it begins in the flat partition of its group, counted in elements.
+        name: the name of the parameter in the engine's module.
+        stand_in: a tensor with the layout of the piece. Its `main_grad` is the current gradient.
+        index: position of this piece among all pieces on this rank.
+        offset: index of its first element in the flat partition of its group.
     """
 
     name: str
-    tensor: Tensor
+    stand_in: Tensor
     index: int
     offset: int = 0
 
-    def of(self, flat: Tensor) -> Tensor:
-        """Its elements in a partition of its group."""
-        return flat.narrow(0, self.offset, self.tensor.numel()).view(self.tensor.shape)
+    def view_in(self, partition: Tensor) -> Tensor:
+        """Return the view of this piece in a flat partition of its group."""
+        return partition.narrow(0, self.offset, self.stand_in.numel()).view(self.stand_in.shape)
 
 
-class Hold(ABC):
-    """An optimizer of DeepSpeed, by the places where its step is taken hold of.
+class Adapter(ABC):
+    """One kind of DeepSpeed optimizer: where its gradients are, and which of its methods clip.
 
     Args:
-        engine: what `deepspeed.initialize` returned.
-        weights: whether the policy looks at the parameters too: stand-ins then share the memory of the float32 copies.
+        engine: the engine that `deepspeed.initialize` returned.
+        weights: True if the policy reads parameters. Stand-ins then share the memory of the float32 copies.
     """
 
-    def __init__(self, engine: Any, weights: bool) -> None:
+    optimizer: Any
+
+    def __init__(self, engine: Engine, weights: bool) -> None:
         self.engine, self.optimizer, self.weights = engine, engine.optimizer, weights
         self._names = {id(param): name for name, param in named(engine.module)}
-        self.ranks = Ranks(engine)
+        self.topology = Topology(engine)
         self.groups: list[list[Piece]] = []
-        self._count = 0
-        self.find()
+        """Pieces of this rank, by parameter group of the optimizer."""
+        self._num_pieces = 0
+        self.find_pieces()
 
     @property
     def pieces(self) -> list[Piece]:
-        """Of all groups, in order."""
+        """Pieces of all groups, in order."""
         return [piece for group in self.groups for piece in group]
 
     @property
     def loss_scale(self) -> float | None:
-        """What gradients are multiplied by at the moment; None where no loss is scaled."""
-        own = self.optimizer
-        dtype = getattr(own, "low_precision_dtype", getattr(own, "dtype", None))
-        return float(own.loss_scale) if dtype == torch.float16 else None
+        """Factor that the gradients carry now, or None without loss scaling."""
+        dtype = getattr(self.optimizer, "low_precision_dtype", getattr(self.optimizer, "dtype", None))
+        return float(self.optimizer.loss_scale) if dtype == torch.float16 else None
 
     @abstractmethod
-    def find(self) -> None:
+    def find_pieces(self) -> None:
         """Fill `groups` with the pieces of this rank."""
 
     @abstractmethod
-    def look(self) -> None:
-        """Lay the gradients of the moment beside the stand-ins.
+    def attach_grads(self) -> None:
+        """Attach the current gradients to the stand-ins.
 
         Raises:
-            LayoutError: they are not where they were expected; on this rank, for the others to hear of.
+            LayoutError: DeepSpeed keeps them elsewhere. The error is local, and the caller raises it on all ranks.
         """
 
     @abstractmethod
-    def take(self, patches: Patches, decide: Decide, write: Write) -> None:
-        """Put `decide` and `write` where DeepSpeed measures and clips."""
+    def install(self, patches: MethodPatches, decide: Decide, write: Write) -> None:
+        """Replace the methods with which DeepSpeed measures and clips."""
 
     def piece(
-        self, param: Any, weights: Tensor, process_group: Any, *, start: int | None = None, offset: int = 0
+        self,
+        param: Any,
+        weights: Tensor,
+        process_group: dist.ProcessGroup,
+        *,
+        start: int | None = None,
+        offset: int = 0,
     ) -> Piece:
-        """A stand-in for this rank's piece of a parameter.
+        """Make a stand-in for this rank's piece of a parameter.
 
         Args:
-            param: the parameter of the module.
-            weights: the piece in float32: what the step will change.
-            process_group: the ranks that hold the other pieces, or copies of the whole parameter.
-            start: of a slice, which element of the parameter is its first; None for the whole.
+            param: the parameter of the module, see `foreign.Parameter`.
+            weights: the piece in float32, which the step will change.
+            process_group: the ranks that have the other pieces, or replicas of all of the parameter.
+            start: for a slice, the index of its first element in the parameter. None for all of the parameter.
             offset: see `Piece`.
         """
-        # Memory of its own would be wasted on who only counts elements.
+        # Without weights only the shape is used, so one element is expanded instead of allocating memory.
         stand_in = weights.detach() if self.weights else weights.new_empty(()).expand(weights.shape)
         shape = tuple(getattr(param, "ds_shape", param.shape))
-        layout = self.ranks.layout(param, process_group, cut=start is not None)
+        layout = self.topology.layout(param, process_group, sliced=start is not None)
         set_layout(stand_in, layout, None if start is None else (shape, start))
         if hasattr(param, "partition_dim"):
             stand_in.partition_dim = param.partition_dim  # type: ignore[attr-defined]
-        self._count += 1
-        name = self._names.get(id(param)) or f"optimizer.parameters[{self._count - 1}]"
-        return Piece(name, stand_in, self._count - 1, offset)
+        index = self._num_pieces
+        self._num_pieces += 1
+        return Piece(self._names.get(id(param)) or f"optimizer.parameters[{index}]", stand_in, index, offset)
 
     @staticmethod
-    def lay(piece: Piece, grad: Tensor | None) -> None:
-        """Lay a gradient beside its stand-in, or say that there is none."""
-        if grad is not None and grad.numel() != piece.tensor.numel():
-            raise LayoutError(
-                f"the gradient of {piece.name} has {grad.numel()} elements where DeepSpeed holds "
-                f"{piece.tensor.numel()} of its weights: this version keeps them otherwise than 0.19 does. "
-                "Write detach(engine), and gradient_clipping into its config."
-            )
-        piece.tensor.main_grad = None if grad is None else grad.view(piece.tensor.shape)  # type: ignore[attr-defined]
+    def set_grad(piece: Piece, grad: Tensor | None) -> None:
+        """Attach a gradient to its stand-in, or None if there is no gradient.
 
-    def renew(self, group: int, weights: Tensor) -> None:
-        """Let stand-ins share the memory of the weights, which DeepSpeed moves when it loads a checkpoint."""
+        Raises:
+            LayoutError: the gradient does not have the size of the piece.
+        """
+        if grad is not None and grad.numel() != piece.stand_in.numel():
+            raise LayoutError(
+                f"the gradient of {piece.name} has {grad.numel()} elements and the optimizer's piece has "
+                f"{piece.stand_in.numel()}: this version of DeepSpeed keeps gradients differently from 0.19. "
+                "Call detach(engine), and set gradient_clipping in the engine's config."
+            )
+        piece.stand_in.main_grad = None if grad is None else grad.view(piece.stand_in.shape)  # type: ignore[attr-defined]
+
+    def share_weights(self, group: int, weights: Tensor) -> None:
+        """Let the stand-ins of a group share the memory of its flat weights, which a loaded checkpoint moves."""
         if self.weights:
             for piece in self.groups[group]:
-                piece.tensor.data = piece.of(weights.detach())
+                piece.stand_in.data = piece.view_in(weights.detach())
 
-    def let_go(self) -> None:
-        """Keep no gradient alive."""
+    def drop_grads(self) -> None:
+        """Remove the gradients from the stand-ins, so that DeepSpeed can free them."""
         for piece in self.pieces:
-            piece.tensor.main_grad = None  # type: ignore[attr-defined]
+            piece.stand_in.main_grad = None  # type: ignore[attr-defined]
 
 
-def skipped(decision: Outcome) -> bool:
-    """Whether the step is left out; known to the host, as DeepSpeed's own steps need it."""
-    return bool(decision.skip.host)
+def norm_signal(skip: bool, device: torch.device) -> Tensor:
+    """Return the number that replaces the norm within DeepSpeed's step. An infinite norm makes DeepSpeed skip.
 
-
-def go_on(decision: Outcome, device: Any) -> Tensor:
-    """What DeepSpeed is told in place of the norm, which it only looks at to see whether it is finite."""
-    return torch.tensor(torch.inf if skipped(decision) else 0.0, device=device)
+    DeepSpeed uses the number only to see whether it is finite.
+    """
+    return torch.tensor(torch.inf if skip else 0.0, device=device)

@@ -1,46 +1,37 @@
-"""`attach`: a clipper and an engine of DeepSpeed, held together until `detach`."""
+"""Attach a policy to a DeepSpeed engine."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial, wraps
+from functools import wraps
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from ...extend import (
-    ArgumentError,
-    FirstError,
-    GradClipper,
-    OnNonFinite,
-    Outcome,
-    Policy,
-    Report,
-    gather_or_raise,
-    world_comm,
-)
-from ..monkeypatch import Patches
-from .adapter import Hold, Piece
+from ...extend import ArgumentError, FirstError, GradClipper, OnNonFinite, Policy, gather_or_raise, world_comm
+from .. import attachment as base
+from ..attachment import bind, check_not_attached, check_policy
+from .adapter import Adapter, Piece
 from .bf16 import BF16
 from .stage_0 import HalfPrecision, SinglePrecision
-from .stage_1_2 import Stage12
+from .stage_1_2 import Stages12
 from .stage_3 import Stage3
 
-__all__ = ["Attachment", "attach", "detach"]
+if TYPE_CHECKING:
+    from .foreign import Engine
 
-_ATTRIBUTE = "_distclip_attachment"
+__all__ = ["Attachment", "attach"]
 
-_HOLDS: dict[str, type[Hold]] = {
+_ADAPTERS: dict[str, type[Adapter]] = {
     "DeepSpeedZeroOptimizer_Stage3": Stage3,
-    "DeepSpeedZeroOptimizer": Stage12,
+    "DeepSpeedZeroOptimizer": Stages12,
     "BF16_Optimizer": BF16,
     "FP16_Optimizer": HalfPrecision,
     "FP16_UnfusedOptimizer": HalfPrecision,
     "Optimizer": SinglePrecision,
 }
-"""By the name of the class, or of one that it derives from: DeepSpeed is not imported to find out."""
+"""Adapter by the name of the optimizer's class or of a base class, so that DeepSpeed need not be imported."""
 
 
 def attach(
@@ -50,159 +41,127 @@ def attach(
     on_nonfinite: OnNonFinite | None = None,
     max_skips: int | None = None,
 ) -> Attachment:
-    """Let `engine.step()` use distclip's norm, policy and non-finite decision in place of DeepSpeed's own.
+    """Let a policy decide the steps of `engine.step()`, in place of DeepSpeed's own clipping.
 
-    Works with ZeRO stage 0, 1, 2 and 3 in float32, bfloat16 and float16, gradient accumulation, an optimizer on the
-    CPU, and DeepSpeed's experts; a policy per tensor or row sees whole parameters, wherever partitions cut them. The
-    `gradient_clipping` of the engine's config is left out of account. `engine.get_global_grad_norm()` is the norm
-    before clipping, free of the loss scale. A step that is left out counts in `engine.skipped_steps` and holds the
-    engine's learning-rate scheduler; only one that is not finite makes the loss scale back off.
+    Works with ZeRO stages 0 to 3 in float32, bfloat16 and float16, gradient accumulation, an optimizer on the CPU, and
+    DeepSpeed's experts. A policy per tensor or row gets whole parameters, wherever partitions cut them. The
+    `gradient_clipping` of the engine's config is ignored. `engine.get_global_grad_norm()` is the norm before clipping,
+    without the loss scale. A skipped step counts in `engine.skipped_steps` and holds the engine's learning-rate
+    scheduler. The loss scale backs off only if the step is non-finite.
 
     Args:
-        engine: what `deepspeed.initialize` returned, with an optimizer.
-        policy: what to do, for example `distclip.global_norm(1.0)`. Or a clipper, with its policy, rule and memory: it
-            is bound to the engine's gradients from now on.
-        on_nonfinite: see `GradClipper`; "skip" if not given. With float16 such steps are the loss scaler's way to find
-            its scale: they are skipped and counted, without a warning.
+        engine: the engine that `deepspeed.initialize` returned, with an optimizer.
+        policy: the policy, for example `distclip.global_norm(1.0)`. Or a clipper with its policy, rules and state,
+            which is rebound to the engine's gradients.
+        on_nonfinite: see `GradClipper`; "skip" by default. With float16, the loss scaler finds its scale by non-finite
+            steps, so they are skipped and counted without a warning.
         max_skips: see `GradClipper`.
 
     Returns:
-        What has the clipper and, after each step, its report.
+        The attachment, with the clipper and the report of each step. It is `engine.distclip` too.
 
     Raises:
-        ArgumentError: an engine that has no optimizer, is attached already, or has an optimizer that keeps its
-            gradients where distclip does not know them; a rule beside a clipper that has its own. In a step: see
-            `GradClipper.clip`. On every rank.
+        ArgumentError: the engine has no optimizer, is attached already, or has an optimizer that distclip does not
+            know; or a clipper was passed together with `on_nonfinite` or `max_skips`. Raised on every rank. In a step:
+            see `GradClipper.clip`.
 
-    Collectives: call it on every rank; two gathers. In a step one all-reduce of (slots + 1) float64 numbers, in place
-    of those of DeepSpeed's norm and overflow check. Host syncs: one in a step, as DeepSpeed has.
+    Collectives: two gathers, so call it on every rank. A step has one all-reduce of a few float64 numbers, in place of
+    those of DeepSpeed's norm and overflow check. Host syncs: one per step, as in DeepSpeed.
     """
-    attempt = FirstError()
-    attempt.run(_check, engine, policy, on_nonfinite, max_skips)
-    own = policy.policy if isinstance(policy, GradClipper) else policy
-    hold = attempt.run(lambda: _held(engine, own.spec.needs_weights))
-    everybody = world_comm()
-    gather_or_raise(everybody, attempt.error, None)
-    assert hold is not None
-    named = [(piece.name, piece.tensor) for piece in hold.pieces]
-    if isinstance(policy, GradClipper):
-        policy.rebind(named, split_over=hold.ranks.split_over, comm=everybody)
-        clipper = policy
-    else:
-        clipper = GradClipper(
-            named,
-            policy,
-            split_over=hold.ranks.split_over,
-            comm=everybody,
-            on_nonfinite=on_nonfinite or "skip",
-            max_skips=max_skips,
-        )
-    attachment = Attachment(engine, clipper, hold)
-    setattr(engine, _ATTRIBUTE, attachment)
-    return attachment
+    comm, errors = world_comm(), FirstError()
+    adapter: Adapter | None = None
+    with errors:
+        _check(engine, policy, on_nonfinite, max_skips)
+        adapter = _make_adapter(engine, policy.policy if isinstance(policy, GradClipper) else policy)
+    gather_or_raise(comm, errors.error, None)
+    assert adapter is not None
+    params = [(piece.name, piece.stand_in) for piece in adapter.pieces]
+    clipper = bind(policy, params, adapter.topology.split_over, comm, on_nonfinite or "skip", max_skips)
+    return Attachment(engine, clipper, adapter)
 
 
-def detach(engine: Any) -> None:
-    """Give an engine back: from its next step on it clips as its own config says.
-
-    Raises:
-        ArgumentError: nothing is attached to it.
-    """
-    attachment = getattr(engine, _ATTRIBUTE, None)
-    if not isinstance(attachment, Attachment):
-        raise ArgumentError("detach: nothing is attached to this engine.")
-    attachment.detach()
-
-
-class Attachment:
-    """An engine and the clipper that decides its steps: what `attach` returns.
+class Attachment(base.Attachment):
+    """A policy that decides the steps of an engine.
 
     Args:
-        engine: of DeepSpeed.
-        clipper: over the pieces of `hold`.
-        hold: where the engine's optimizer is taken hold of.
+        engine: the engine.
+        clipper: a clipper over the pieces of `adapter`.
+        adapter: the adapter of the engine's optimizer.
     """
 
-    def __init__(self, engine: Any, clipper: GradClipper, hold: Hold) -> None:
-        self.clipper = clipper
-        self.report: Report | None = None
-        """Of the last step; None before the first."""
-        self.held = tuple(piece.name for piece in hold.pieces)
-        """The parameters of which this rank holds a piece."""
-        self._engine, self._hold = engine, hold
-        self._decision: Outcome | None = None
-        self._patches = Patches()
-        hold.take(self._patches, self._decide, self._write)
+    def __init__(self, engine: Engine, clipper: GradClipper, adapter: Adapter) -> None:
+        super().__init__([engine], clipper)
+        self._adapter = adapter
+        self.held = tuple(piece.name for piece in adapter.pieces)
+        """Names of the parameters of which this rank has a piece."""
         optimizer = engine.optimizer
-        its_step = optimizer.step
+        adapter.install(self._patches, self._measure, self._write_pieces)
+        optimizer_step = optimizer.step
 
-        @wraps(its_step)
+        @wraps(optimizer_step)
         def step(_: Any, *args: Any, **kwargs: Any) -> Any:
-            return self._step(its_step, *args, **kwargs)
+            self._outcome = None
+            result = optimizer_step(*args, **kwargs)
+            if self.report is not None:
+                # `engine.get_global_grad_norm()` reads the norm here.
+                optimizer._global_grad_norm = self.report.norm
+            self._outcome = None
+            return result
 
-        # A method that carries what they have noted on it, as torch's learning-rate schedulers expect.
-        self._patches.put(optimizer, "step", MethodType(step, optimizer))
+        # torch's learning-rate schedulers expect a method, and read what they have set on it.
+        self._patches.replace(optimizer, "step", MethodType(step, optimizer))
         if hasattr(optimizer, "_update_scale"):
-            self._patches.put(optimizer, "_update_scale", partial(self._update_scale, optimizer._update_scale))
+            update_scale = optimizer._update_scale
+            # A finite step that the policy skips must not move the loss scale.
+            self._patches.replace(optimizer, "_update_scale", lambda skip: update_scale(self._backs_off(skip)))
+
+    @property
+    def clipper(self) -> GradClipper:
+        """Clipper over this rank's pieces of the parameters."""
+        assert self._clipper is not None
+        return self._clipper
 
     def gradients(self) -> dict[str, Tensor]:
-        """This rank's pieces of the gradients as they are, by parameter name, to be read or written.
+        """Return this rank's pieces of the current gradients by parameter name, to read or write.
 
-        After the backward pass of the last micro-batch, before the step; multiplied by the loss scale. Slices of
-        flattened parameters are 1-D, of any floating dtype. Collectives: none. Host syncs: none.
+        Call it after the backward pass of the last micro-batch and before the step. The gradients carry the loss scale,
+        and have any floating dtype. Slices of flattened parameters are 1-D. Collectives: none. Host syncs: none.
         """
-        self._hold.look()
-        found = {piece.name: piece.tensor.main_grad for piece in self._hold.pieces}  # type: ignore[attr-defined]
-        self._hold.let_go()
-        return {name: grad for name, grad in found.items() if grad is not None}
+        self._adapter.attach_grads()
+        grads = {piece.name: piece.stand_in.main_grad for piece in self._adapter.pieces}  # type: ignore[attr-defined]
+        self._adapter.drop_grads()
+        return {name: grad for name, grad in grads.items() if grad is not None}
 
     def detach(self) -> None:
-        """See `detach`."""
-        self._patches.restore()
-        self._hold.let_go()
-        if getattr(self._engine, _ATTRIBUTE, None) is self:
-            delattr(self._engine, _ATTRIBUTE)
+        """Restore DeepSpeed's own clipping, which follows the engine's config."""
+        super().detach()
+        self._adapter.drop_grads()
 
-    @torch.no_grad()
-    def _decide(self) -> Outcome:
-        attempt = FirstError()
-        attempt.run(self._hold.look)
-        decision = self.clipper.decide(self._hold.loss_scale, attempt)
-        self.report = decision.report()
-        # DeepSpeed frees gradients group by group in its step: nothing here may keep them alive.
-        self._decision = decision.without_gradients()
-        self._hold.let_go()
-        return self._decision
+    def _measure(self) -> bool:
+        errors = FirstError()
+        with errors:
+            self._adapter.attach_grads()
+        skip = self._decide(errors, self._adapter.loss_scale)
+        self._adapter.drop_grads()
+        return skip
 
-    def _write(self, pieces: Sequence[Piece], grads: Sequence[Tensor]) -> None:
-        assert self._decision is not None
-        self.clipper.write_(self._decision, [piece.index for piece in pieces], grads)
+    def _write_pieces(self, pieces: Sequence[Piece], grads: Sequence[Tensor]) -> None:
+        self._write([piece.index for piece in pieces], grads)
 
-    def _step(self, its_step: Any, *args: Any, **kwargs: Any) -> Any:
-        """A step, and its norm where the engine looks for it."""
-        self._decision = None
-        result = its_step(*args, **kwargs)
-        if self.report is not None:
-            self._engine.optimizer._global_grad_norm = self.report.norm
-        self._decision = None
-        return result
-
-    def _update_scale(self, its_own: Any, skipped: bool) -> None:
-        """A step that the policy leaves out says nothing about the loss scale."""
-        decision = self._decision
-        its_own(decision.overflow.read() if skipped and decision is not None else skipped)
+    def _backs_off(self, skip: bool) -> bool:
+        return self._overflowed() if skip and self._outcome is not None else skip
 
 
-def _held(engine: Any, weights: bool) -> Hold:
-    """Its optimizer.
+def _make_adapter(engine: Any, policy: Policy) -> Adapter:
+    """Return the adapter of an engine's optimizer.
 
     Raises:
-        ArgumentError: nobody knows.
+        ArgumentError: there is none.
     """
     optimizer = engine.optimizer
-    kind = next((_HOLDS[c.__name__] for c in type(optimizer).__mro__ if c.__name__ in _HOLDS), None)
-    for unknown, is_so in (
-        (f"an optimizer of class {type(optimizer).__name__}", kind is None),
+    adapter = next((_ADAPTERS[c.__name__] for c in type(optimizer).__mro__ if c.__name__ in _ADAPTERS), None)
+    for feature, present in (
+        (f"an optimizer of class {type(optimizer).__name__}", adapter is None),
         ("a pipeline", bool(getattr(engine, "pipeline_parallelism", False))),
         ("ZenFlow", bool(getattr(optimizer, "zenflow", False))),
         ("Muon", bool(getattr(optimizer, "use_muon", False) or getattr(optimizer, "_uses_muon", False))),
@@ -217,26 +176,27 @@ def _held(engine: Any, weights: bool) -> Hold:
             bool(getattr(optimizer, "fused_adam_legacy", False) or getattr(optimizer, "fused_lamb_legacy", False)),
         ),
     ):
-        if is_so:
+        if present:
             raise ArgumentError(
-                f"attach: the engine has {unknown}, and where that keeps its gradients is not known here. Leave it "
-                "out, or write gradient_clipping into DeepSpeed's config instead of attach."
+                f"attach: the engine has {feature}, which keeps gradients where distclip cannot find them. Turn it off "
+                "in the engine's config, or set gradient_clipping there instead of calling attach."
             )
-    assert kind is not None
-    return kind(engine, weights)
+    assert adapter is not None
+    return adapter(engine, policy.spec.needs_weights)
 
 
 def _check(engine: Any, policy: Any, on_nonfinite: Any, max_skips: Any) -> None:
     if not (hasattr(engine, "optimizer") and hasattr(engine, "module") and hasattr(engine, "get_global_grad_norm")):
         raise ArgumentError(
-            f"engine={type(engine).__name__}: expected what deepspeed.initialize returned first. "
-            "Write engine, *_ = deepspeed.initialize(…); attach(engine, policy)."
+            f"engine={type(engine).__name__}: expected the engine that deepspeed.initialize returns first. "
+            "Call engine, *_ = deepspeed.initialize(…), and attach(engine, policy)."
         )
     if not hasattr(engine.optimizer, "step") or not hasattr(engine.optimizer, "param_groups"):
-        raise ArgumentError("attach: the engine has no optimizer to step. Give deepspeed.initialize one.")
-    if getattr(engine, _ATTRIBUTE, None) is not None:
-        raise ArgumentError("attach: the engine has a policy already. Write detach(engine) first.")
-    if isinstance(policy, GradClipper) and (on_nonfinite is not None or max_skips is not None):
+        raise ArgumentError("attach: the engine has no optimizer to step. Pass one to deepspeed.initialize.")
+    check_not_attached(engine)
+    if not isinstance(policy, GradClipper):
+        check_policy(policy, "attach")
+    elif on_nonfinite is not None or max_skips is not None:
         raise ArgumentError(
-            "attach: a clipper has its own on_nonfinite and max_skips. Write them where it is constructed."
+            "attach: a clipper has its own on_nonfinite and max_skips. Pass them where it is constructed."
         )

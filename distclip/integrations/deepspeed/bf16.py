@@ -1,4 +1,4 @@
-"""BF16_Optimizer: ZeRO stage 1 that accumulates bfloat16 gradients in float32; each rank has all of them, averaged."""
+"""Adapt BF16_Optimizer: ZeRO stage 1 that accumulates bfloat16 gradients in float32."""
 
 from __future__ import annotations
 
@@ -7,48 +7,52 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..monkeypatch import Patches
-from .adapter import Decide, Hold, Write, go_on, skipped
+from ..monkeypatch import MethodPatches
+from .adapter import Adapter, Decide, Write, norm_signal
+from .foreign import BF16Optimizer
 from .stage_1_2 import overlaps
 
 __all__ = ["BF16"]
 
 
-class BF16(Hold):
-    """The partition that a rank steps is a part of its whole gradients: only that is measured and clipped."""
+class BF16(Adapter):
+    """BF16_Optimizer. Each rank has all averaged gradients, and measures and clips its own partition of them."""
 
-    def find(self) -> None:
-        own = self.optimizer
-        for i, params in enumerate(own.bf16_groups):
-            process_group, master = own.real_dp_process_group[i], own.fp32_groups_flat_partition[i]
-            begin, size = dist.get_rank(process_group) * master.numel(), master.numel()
+    optimizer: BF16Optimizer
+
+    def find_pieces(self) -> None:
+        optimizer = self.optimizer
+        for i, params in enumerate(optimizer.bf16_groups):
+            process_group, weights = optimizer.real_dp_process_group[i], optimizer.fp32_groups_flat_partition[i]
+            begin, size = dist.get_rank(process_group) * weights.numel(), weights.numel()
             offsets = list(accumulate((param.numel() for param in params), initial=0))[:-1]
             self.groups.append(
                 [
-                    self.piece(param, master.narrow(0, at, n), process_group, start=start, offset=at)
+                    self.piece(param, weights.narrow(0, at, n), process_group, start=start, offset=at)
                     for param, start, at, n in overlaps(params, offsets, begin, size)
                 ]
             )
 
-    def look(self) -> None:
-        own = self.optimizer
+    def attach_grads(self) -> None:
+        optimizer = self.optimizer
         for i, group in enumerate(self.groups):
-            self.renew(i, own.fp32_groups_flat_partition[i])
+            self.share_weights(i, optimizer.fp32_groups_flat_partition[i])
             for piece in group:
-                self.lay(piece, piece.of(own.fp32_groups_gradient_flat_partition[i]))
+                self.set_grad(piece, piece.view_in(optimizer.fp32_groups_gradient_flat_partition[i]))
 
-    def take(self, patches: Patches, decide: Decide, write: Write) -> None:
-        own = self.optimizer
+    def install(self, patches: MethodPatches, decide: Decide, write: Write) -> None:
+        optimizer = self.optimizer
 
-        def measure(for_clipping: bool = False) -> Any:
-            """In place of the gradients DeepSpeed gets one number, whose norm it takes, and nothing to clip."""
+        def get_grads_for_norm(for_clipping: bool = False) -> Any:
+            # DeepSpeed takes the norm of what this returns, and then asks again for the gradients to clip.
             if for_clipping:
                 return []
-            decision = decide()
-            if not skipped(decision):
-                for group, flat in zip(self.groups, own.fp32_groups_gradient_flat_partition, strict=True):
-                    write(group, [piece.of(flat) for piece in group])
-            return [go_on(decision, own.fp32_groups_gradients_flat[0].device)], {}
+            skip = decide()
+            if not skip:
+                for group, flat in zip(self.groups, optimizer.fp32_groups_gradient_flat_partition, strict=True):
+                    write(group, [piece.view_in(flat) for piece in group])
+            return [norm_signal(skip, optimizer.fp32_groups_gradients_flat[0].device)], {}
 
-        patches.put(own, "get_grads_for_norm", measure)
-        patches.put(own, "mpu", None)
+        patches.replace(optimizer, "get_grads_for_norm", get_grads_for_norm)
+        # Otherwise DeepSpeed would add the norm up over tensor-parallel ranks.
+        patches.replace(optimizer, "mpu", None)

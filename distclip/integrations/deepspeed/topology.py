@@ -1,70 +1,78 @@
-"""Which ranks hold what, by DeepSpeed's process groups: the axes of a job, and where on them a parameter lies."""
+"""Find the ranks that share a parameter, from DeepSpeed's process groups."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from ...extend import Layout, group_ranks
 
-__all__ = ["Ranks"]
+if TYPE_CHECKING:
+    from .foreign import Engine
+
+__all__ = ["Topology"]
 
 
-class Ranks:
-    """The axes along which the ranks of an engine hold different parameters: experts, tensor parallelism.
+class Topology:
+    """The axes along which the ranks of an engine have different parameters: experts and tensor parallelism.
 
     Args:
-        engine: what `deepspeed.initialize` returned.
+        engine: the engine that `deepspeed.initialize` returned.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.split_over: dict[str, dist.ProcessGroup] = {}
-        self._copies = engine.seq_data_parallel_group
+        """Process group of each axis, by name. See `split_over=` of `GradClipper`."""
+        self._data_parallel = engine.seq_data_parallel_group
         for param in engine.module.parameters():
-            if (name := _expert_group(param)) is not None:
+            if (name := _expert_group_name(param)) is not None:
                 from deepspeed.utils import groups
 
                 self.split_over.setdefault(f"expert {name}", groups._get_expert_parallel_group(name))
-        if (tensor := _tensor_group(engine.mpu)) is not None and dist.get_world_size(tensor) > 1:
-            self.split_over["tp"] = tensor
+        tensor_parallel = _tensor_parallel_group(engine.mpu)
+        if tensor_parallel is not None and dist.get_world_size(tensor_parallel) > 1:
+            self.split_over["tp"] = tensor_parallel
 
-    def copies_of(self, param: Any) -> Any:
-        """The process group of the ranks that hold the same parameter, where no partition is made."""
-        if (name := _expert_group(param)) is None:
-            return self._copies
+    def replica_group(self, param: Any) -> dist.ProcessGroup:
+        """Return the process group of the ranks that have the same parameter, without partitions."""
+        if (name := _expert_group_name(param)) is None:
+            return self._data_parallel
         from deepspeed.utils import groups
 
-        return groups._get_expert_data_parallel_group(name)
+        group: dist.ProcessGroup = groups._get_expert_data_parallel_group(name)
+        return group
 
-    def layout(self, param: Any, process_group: Any, *, cut: bool) -> Layout:
-        """Where a parameter lies.
+    def layout(self, param: Any, process_group: dist.ProcessGroup, *, sliced: bool) -> Layout:
+        """Return the layout of a parameter.
 
         Args:
-            param: of the engine's module.
-            process_group: the ranks that hold slices of it, or copies of the whole.
-            cut: whether they hold slices.
+            param: a parameter of the engine's module, see `foreign.Parameter`.
+            process_group: the ranks that have slices of the parameter, or replicas of all of it.
+            sliced: True if the ranks have slices.
         """
-        expert = _expert_group(param)
-        pieces_of_tensor = bool(getattr(param, "tensor_model_parallel", getattr(param, "model_parallel", False)))
-        split = {f"expert {expert}": expert is not None, "tp": pieces_of_tensor}
+        expert = _expert_group_name(param)
+        tensor_parallel = bool(getattr(param, "tensor_model_parallel", getattr(param, "model_parallel", False)))
+        split = {f"expert {expert}": expert is not None, "tp": tensor_parallel}
         ranks = group_ranks(process_group)
         return Layout(
             groups=(ranks,),
-            pieces=len(ranks) if cut else 1,
+            pieces=len(ranks) if sliced else 1,
             split=tuple(split.get(axis, False) for axis in self.split_over),
-            cut=tuple(axis == "tp" and pieces_of_tensor for axis in self.split_over),
+            cut=tuple(axis == "tp" and tensor_parallel for axis in self.split_over),
             counted=not getattr(param, "ds_pipe_replicated", False),
         )
 
 
-def _expert_group(param: Any) -> str | None:
-    """DeepSpeed's name of the experts that a parameter belongs to, None for any other parameter."""
+def _expert_group_name(param: Any) -> str | None:
+    """Return DeepSpeed's name of the expert group of a parameter, or None if the parameter is not an expert's."""
     return None if getattr(param, "allreduce", True) else getattr(param, "group_name", None)
 
 
-def _tensor_group(mpu: Any) -> Any:
+def _tensor_parallel_group(mpu: Any) -> dist.ProcessGroup | None:
+    # Megatron has renamed the method.
     for name in ("get_tensor_model_parallel_group", "get_model_parallel_group"):
         if hasattr(mpu, name):
-            return getattr(mpu, name)()
+            group: dist.ProcessGroup = getattr(mpu, name)()
+            return group
     return None

@@ -1,4 +1,4 @@
-"""Lightning: a callback for the Trainer, and a line for Fabric.
+"""Clip by any policy in Lightning: a callback for the Trainer, a function for Fabric.
 
 ::
 
@@ -8,13 +8,15 @@
     from distclip.integrations.lightning import GradientClipping
 
     clipping = GradientClipping(zclip(cap=5.0), on_nonfinite="skip")
-    trainer = Trainer(max_steps=3, callbacks=[clipping])  # no gradient_clip_val: it would clip once more
+    trainer = Trainer(max_steps=3, callbacks=[clipping])  # without gradient_clip_val, which would clip again
     trainer.fit(BoringModel())
     print(clipping.report.as_dict())
 
-The Trainer itself refuses to clip by norm under FSDP, and throws the norm away under the other strategies; Fabric's
-`clip_gradients` forgets `error_if_nonfinite` under FSDP, and steps with what is not finite. Here both clip by any
-policy under DDP, FSDP and FSDP2 (ModelParallelStrategy), with gradient accumulation and the GradScaler of "16-mixed".
+Both work under DDP, FSDP and FSDP2 (ModelParallelStrategy), with gradient accumulation and the GradScaler of
+"16-mixed". Lightning's own clipping is limited there:
+
+- The Trainer refuses to clip by norm under FSDP, and discards the norm under the other strategies.
+- Fabric's `clip_gradients` ignores `error_if_nonfinite` under FSDP, and steps with non-finite gradients.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ __all__ = ["GradientClipping", "clip_gradients"]
 
 
 def __getattr__(name: str) -> Any:
-    # A callback derives from Lightning's: it is imported when somebody wants one, not before.
+    # The callback derives from Lightning's class, so its module imports Lightning. Only its first use pays for that.
     if name == "GradientClipping":
         from .callback import GradientClipping
 

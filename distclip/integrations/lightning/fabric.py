@@ -1,4 +1,4 @@
-"""Fabric: `clip_gradients`, in place of its own."""
+"""Clip in Lightning Fabric, in place of Fabric's own `clip_gradients`."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def clip_gradients(fabric: Any, clipper: GradClipper, *optimizers: Any) -> Repor
             optimizer.zero_grad()
         fabric.save("checkpoint", {"model": model, "optimizer": optimizer, "clipper": clipper})
 
-    With a GradScaler of Fabric's precision, gradients are unscaled in the same pass, once, and the scaler learns what
-    all ranks found: `optimizer.step()` then steps, or not, on all of them. A step that is to be skipped loses its
-    gradients, so that it does nothing.
+    With the GradScaler of a Fabric precision, gradients are unscaled once, in the same pass, and the scaler gets the
+    found_inf of all ranks. `optimizer.step()` then steps on every rank or on none. A skipped step sets the gradients to
+    None, so that `optimizer.step()` does nothing.
 
     Args:
-        fabric: that has set up the model.
-        clipper: over the module that `fabric.setup` returned; names in its memory are those of the bare module.
-        optimizers: that step the clipper's parameters, as `fabric.setup` returned them.
+        fabric: the Fabric that has set up the model.
+        clipper: a clipper over the module that `fabric.setup` returned. Its state has the names of the bare module.
+        optimizers: the optimizers that step the clipper's parameters, as `fabric.setup` returned them.
 
     Returns:
-        What was seen and done, as device scalars.
+        The report of this step, as device scalars.
 
     Raises, Collectives, Host syncs: see `GradClipper.clip`.
     """

@@ -1,22 +1,23 @@
-"""`attach`: a clipper and an optimizer of Megatron-core, held together until `detach`."""
+"""Attach a policy to an optimizer of Megatron-core."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from ...extend import ArgumentError, FirstError, GradClipper, OnNonFinite, Policy, Report, gather_or_raise, world_comm
-from ..monkeypatch import Patches
-from .parameters import Groups, Part, by_one_name, leaves, names_of, parts_of
+from ...extend import ArgumentError, FirstError, GradClipper, OnNonFinite, Policy, gather_or_raise, world_comm
+from .. import attachment as base
+from ..attachment import bind, check_not_attached, check_policy
+from .parameters import Groups, Piece, flatten_chain, names_of, pieces_of, share_names
 
-__all__ = ["Attachment", "attach", "detach"]
+if TYPE_CHECKING:
+    from .foreign import LossScaler, Optimizer
 
-_ATTRIBUTE = "_distclip_attachment"
+__all__ = ["Attachment", "attach"]
 
 
 def attach(
@@ -28,160 +29,136 @@ def attach(
     on_nonfinite: OnNonFinite = "skip",
     max_skips: int | None = None,
 ) -> Attachment:
-    """Let `optimizer.step()` use distclip's norm, policy and non-finite decision in place of Megatron's own.
+    """Let a policy decide the steps of `optimizer.step()`, in place of Megatron's own clipping.
 
-    Works with FP32Optimizer, Float16OptimizerWithFloat16Params and DistributedOptimizer, and chains of them, under
-    tensor, pipeline, expert and data parallelism, with loss scaling; a policy per tensor or row sees whole parameters,
+    Works with FP32Optimizer, Float16OptimizerWithFloat16Params and DistributedOptimizer, and with chains of them, under
+    tensor, pipeline, expert and data parallelism, with loss scaling. A policy per tensor or row gets whole parameters,
     wherever a distributed optimizer cuts them. A tied embedding is one parameter, by its name on the first stage.
-    `config.clip_grad` is left out of account.
-    `step()` returns what it always has: (True, norm, zeros), or (False, None, None) for a step that is left out. Only
-    one that is not finite makes loss scales back off, and then all of a chain alike.
+    `config.clip_grad` is ignored. `step()` returns (True, norm, zeros) as usual, or (False, None, None) for a skipped
+    step. Loss scales back off only if the step is non-finite, and then all of a chain together.
 
     Args:
-        optimizer: what `megatron.core.optimizer.get_megatron_optimizer` returned; also where a rank has no parameters.
-        policy: what to do, for example `distclip.global_norm(1.0)`.
-        model: its modules, which have the names of parameters: needed by policies per group, tensor or row.
-        pg_collection: the groups of the job, `tp`, `pp`, `ep`, `expt_tp`, `dp_cp` and `expt_dp`, where they are not
-            those of `megatron.core.parallel_state`.
-        on_nonfinite: see `GradClipper`. With a loss scale such steps are its way to find itself: they are skipped and
-            counted, without a warning.
+        optimizer: what `megatron.core.optimizer.get_megatron_optimizer` returned, also on a rank without parameters.
+        policy: the policy, for example `distclip.global_norm(1.0)`.
+        model: the modules of this rank, which have the names of the parameters. Policies per group, tensor or row need
+            them.
+        pg_collection: the process groups `tp`, `pp`, `ep`, `expt_tp`, `dp_cp` and `expt_dp`. None for those of
+            `megatron.core.parallel_state`.
+        on_nonfinite: see `GradClipper`. With a loss scale, the scaler finds its scale by non-finite steps, so they are
+            skipped and counted without a warning.
         max_skips: see `GradClipper`.
 
     Returns:
-        What has the clipper and, after each step, its report.
+        The attachment, with the clipper and the report of each step. It is `optimizer.distclip` too.
 
     Raises:
-        ArgumentError: no optimizer of Megatron's; one that is attached already, or keeps its gradients elsewhere
-            (layer-wise, precision-aware, Megatron-FSDP); a policy that goes by names without `model`, or one that
-            lacks parameters; loss scales on some ranks only. In a step: see `GradClipper.clip`. On every rank.
+        ArgumentError: `optimizer` is not Megatron's, is attached already, or keeps its gradients elsewhere (layer-wise,
+            precision-aware, Megatron-FSDP); the policy needs names and `model` is missing or incomplete; some ranks
+            have a loss scale and others do not. Raised on every rank. In a step: see `GradClipper.clip`.
 
-    Collectives: call it on every rank; two gathers. In a step one all-reduce of (slots + 1) float64 numbers over all
+    Collectives: two gathers, so call it on every rank. A step has one all-reduce of a few float64 numbers over all
     ranks, in place of those of Megatron's norm and overflow check. Host syncs: in a step the host waits for the
     gradients once, and then reads a few numbers.
     """
-    attempt = FirstError()
-    everybody = world_comm()
-    found = attempt.run(leaves, optimizer)
-    attempt.run(_check, optimizer, policy, model)
-    groups = attempt.run(Groups, pg_collection)
-    parts = attempt.run(_parts, found, groups, model, policy) or []
-    num_replicas = [(part.name, part.original) for part in parts if part.original is not None and model is not None]
-    told = gather_or_raise(everybody, attempt.error, (bool(_scalers(found or [])), num_replicas))
-    scaled = [has for has, _ in told]
+    comm, errors = world_comm(), FirstError()
+    leaves: list[Any] = []
+    pieces: list[Piece] = []
+    split_over: dict[str, Any] = {}
+    with errors:
+        leaves = flatten_chain(optimizer)
+        _check(optimizer, policy, model)
+        groups = Groups(pg_collection)
+        split_over, pieces = groups.split_over, _find_pieces(leaves, groups, model, policy)
+    tied = [(p.name, p.is_original) for p in pieces if p.is_original is not None and model is not None]
+    gathered = gather_or_raise(comm, errors.error, (bool(_scalers(leaves)), tied))
+    scaled = [has_scale for has_scale, _ in gathered]
     if len(set(scaled)) > 1:
         raise ArgumentError(
-            f"attach: the optimizers of ranks {[r for r, has in enumerate(scaled) if not has]} have no loss scale and "
-            "those of other ranks do. On a rank without parameters pass what get_megatron_optimizer makes of them."
+            f"attach: the optimizers of ranks {[rank for rank, has_scale in enumerate(scaled) if not has_scale]} have "
+            "no loss scale and those of other ranks do. On a rank without parameters pass what get_megatron_optimizer "
+            "returns for it."
         )
-    assert found is not None and groups is not None
-    parts = by_one_name(parts, [num_replicas for _, num_replicas in told])
-    clipper = GradClipper(
-        [(part.name, part.stand_in) for part in parts],
-        policy,
-        split_over=groups.split_over,
-        comm=everybody,
-        on_nonfinite=on_nonfinite,
-        max_skips=max_skips,
-    )
-    attachment = Attachment(optimizer, clipper, found, parts)
-    setattr(optimizer, _ATTRIBUTE, attachment)
-    return attachment
+    pieces = share_names(pieces, [tied for _, tied in gathered])
+    params = [(piece.name, piece.stand_in) for piece in pieces]
+    clipper = bind(policy, params, split_over, comm, on_nonfinite, max_skips)
+    return Attachment(optimizer, clipper, leaves, pieces)
 
 
-def detach(optimizer: Any) -> None:
-    """Give an optimizer back: from its next step on it clips as its own config says.
-
-    Raises:
-        ArgumentError: nothing is attached to it.
-    """
-    attachment = getattr(optimizer, _ATTRIBUTE, None)
-    if not isinstance(attachment, Attachment):
-        raise ArgumentError("detach: nothing is attached to this optimizer.")
-    attachment.detach()
-
-
-class Attachment:
-    """An optimizer and the clipper that decides its steps: what `attach` returns.
+class Attachment(base.Attachment):
+    """A policy that decides the steps of an optimizer.
 
     Args:
-        optimizer: of Megatron.
-        clipper: over the stand-ins of `parts`.
-        leaves: the optimizers that it consists of.
-        parts: what they step on this rank.
+        optimizer: the optimizer, which may be a chain.
+        clipper: a clipper over the stand-ins of `pieces`.
+        leaves: the optimizers of the chain.
+        pieces: the parameters that they step on this rank.
     """
 
-    def __init__(self, optimizer: Any, clipper: GradClipper, leaves: list[Any], parts: list[Part]) -> None:
-        self.clipper = clipper
-        self.report: Report | None = None
-        """Of the last step; None before the first."""
-        self._optimizer, self._leaves, self._parts = optimizer, leaves, parts
+    def __init__(
+        self, optimizer: Optimizer, clipper: GradClipper, leaves: list[Optimizer], pieces: list[Piece]
+    ) -> None:
+        super().__init__([optimizer], clipper)
+        self._optimizer, self._leaves, self._pieces = optimizer, leaves, pieces
         self._weights = clipper.policy.spec.needs_weights
         self._scalers = _scalers(leaves)
-        self._patches = Patches()
-        self._patches.put(optimizer, "step", MethodType(lambda _: self._step(), optimizer))
+        self._patches.replace(optimizer, "step", MethodType(lambda _: self._step(), optimizer))
 
-    def detach(self) -> None:
-        """See `detach`."""
-        self._patches.restore()
-        if getattr(self._optimizer, _ATTRIBUTE, None) is self:
-            delattr(self._optimizer, _ATTRIBUTE)
+    @property
+    def clipper(self) -> GradClipper:
+        """Clipper over this rank's pieces of the parameters."""
+        assert self._clipper is not None
+        return self._clipper
 
-    @torch.no_grad()
     def _step(self) -> tuple[bool, float | None, float | None]:
-        """Megatron's own step, with one decision in place of its overflow check, norm and clipping."""
-        attempt = FirstError()
-        attempt.run(self._look)
+        """Step as Megatron does, with one decision in place of its overflow check, norm and clipping."""
+        errors = FirstError()
+        with errors:
+            self._attach_grads()
         try:
             # A chain multiplies the loss by the scale of its first optimizer.
-            scale = float(self._scalers[0].scale) if self._scalers else None
-            decision = self.clipper.decide(scale, attempt)
-            self.report = decision.report()
-            if self._scalers:
-                overflow = decision.overflow.read()
-                for scaler in self._scalers:
-                    scaler.update(overflow)
-            if decision.skip.host:
+            skip = self._decide(errors, float(self._scalers[0].scale) if self._scalers else None)
+            for scaler in self._scalers:
+                scaler.update(self._overflowed())
+            if skip:
                 return False, None, None
-            there = [(i, part.own.grad) for i, part in enumerate(self._parts) if part.own.grad is not None]
-            self.clipper.write_(decision, [i for i, _ in there], [grad for _, grad in there])
+            with_grad = [(i, grad) for i, piece in enumerate(self._pieces) if (grad := piece.stepped.grad) is not None]
+            self._write([i for i, _ in with_grad], [grad for _, grad in with_grad])
         finally:
-            for part in self._parts:
-                part.let_go()
-        counted = bool(getattr(self._leaves[0].config, "log_num_zeros_in_grad", False)) if self._leaves else False
-        zeros = self._optimizer.count_zeros() if counted else None
+            for piece in self._pieces:
+                piece.drop_grad()
+        assert self.report is not None
+        logs_zeros = bool(self._leaves) and bool(getattr(self._leaves[0].config, "log_num_zeros_in_grad", False))
+        zeros = self._optimizer.count_zeros() if logs_zeros else None
         return bool(self._optimizer.step_with_ready_grads()), float(self.report.norm), zeros
 
-    def _look(self) -> None:
+    def _attach_grads(self) -> None:
         for leaf in self._leaves:
-            if hasattr(leaf, "_copy_model_grads_to_main_grads") and not leaf.is_stub_optimizer:
+            if not hasattr(leaf, "_copy_model_grads_to_main_grads"):
+                leaf.prepare_grads()  # in float32 this only sets attributes
+            elif not leaf.is_stub_optimizer:
                 leaf._copy_model_grads_to_main_grads()
-            elif not hasattr(leaf, "_copy_model_grads_to_main_grads"):
-                leaf.prepare_grads()  # in float32 a matter of attributes alone
-        for part in self._parts:
-            part.look(self._weights)
+        for piece in self._pieces:
+            piece.attach_grad(self._weights)
 
 
-def _scalers(leaves: list[Any]) -> list[Any]:
-    return [leaf.grad_scaler for leaf in leaves if getattr(leaf, "grad_scaler", None) is not None]
+def _scalers(leaves: list[Optimizer]) -> list[LossScaler]:
+    scalers = (getattr(leaf, "grad_scaler", None) for leaf in leaves)
+    return [scaler for scaler in scalers if scaler is not None]
 
 
-def _parts(found: list[Any] | None, groups: Groups | None, model: Any, policy: Any) -> list[Part]:
-    if found is None or groups is None:
-        return []
-    weights = policy.spec.needs_weights
+def _find_pieces(leaves: list[Optimizer], groups: Groups, model: Any, policy: Policy) -> list[Piece]:
     names = {} if model is None else names_of(model)
-    parts = [part for leaf in found for part in parts_of(leaf, groups, names, weights)]
+    pieces = [piece for leaf in leaves for piece in pieces_of(leaf, groups, names, policy.spec.needs_weights)]
     if model is None:
-        return [replace(part, name=f"optimizer.parameters[{i}]") for i, part in enumerate(parts)]
-    return parts
+        return [replace(piece, name=f"optimizer.parameters[{i}]") for i, piece in enumerate(pieces)]
+    return pieces
 
 
 def _check(optimizer: Any, policy: Any, model: Any) -> None:
-    if getattr(optimizer, _ATTRIBUTE, None) is not None:
-        raise ArgumentError("attach: the optimizer has a policy already. Write detach(optimizer) first.")
-    per = getattr(policy, "per", "model")
-    if model is None and (per != "model" or getattr(policy, "exclude", ())):
+    check_not_attached(optimizer)
+    check_policy(policy, "attach")
+    if model is None and (policy.spec.per != "model" or policy.spec.exclude):
         raise ArgumentError(
-            f'attach: a policy with per="{per}" or exclude= goes by the names of parameters, which the optimizer does '
-            "not know. Write attach(optimizer, policy, model=model_chunks)."
+            f'attach: a policy with per="{policy.spec.per}" or exclude= uses the names of parameters, which the optimizer '
+            "does not have. Call attach(optimizer, policy, model=model_chunks)."
         )

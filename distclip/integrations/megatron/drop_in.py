@@ -1,4 +1,4 @@
-"""The two functions of `megatron.core.optimizer.clip_grads`, with their signatures."""
+"""Replace the two functions of `megatron.core.optimizer.clip_grads`, with their signatures."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ def get_grad_norm_fp32(
     norm_type: int | float = 2,
     grad_stats_parallel_group: dist.ProcessGroup | None = None,
 ) -> float:
-    r"""The norm of gradients of which every rank of a group has its own, :math:`(\sum |g|^p)^{1/p}`.
+    r"""Compute the norm of gradients over the ranks of a group, :math:`(\sum |g|^p)^{1/p}`.
 
     Args:
-        grads_for_norm: as `MegatronOptimizer.get_main_grads_for_grad_norm` filters them: no copy of what another rank
-            of the group passes. Of any dtype and on any device; a DTensor is what its placements mean. May be empty.
-        norm_type: p; any number, `inf` for the largest element.
+        grads_for_norm: the gradients of this rank as `MegatronOptimizer.get_main_grads_for_grad_norm` filters them, so
+            that no rank of the group passes a replica of another rank's gradient. Any dtype and device; may be empty.
+            DTensors are measured by their placements.
+        norm_type: p, any number. `inf` for the largest element.
         grad_stats_parallel_group: the group; None for all ranks.
 
     Returns:
         The norm, the same on every rank of the group.
 
     Raises:
-        See `distclip.clip_grad_norm_`; on every rank of the group.
+        See `distclip.clip_grad_norm_`. Raised on every rank of the group.
 
-    Collectives: one all-reduce of two float64 numbers over the group, and the meshes of DTensors, together; the first
-    call with a group exchanges who belongs to it through the store of torch.distributed. Host syncs: one.
+    Collectives: one all-reduce of a few float64 numbers over the group and the meshes of DTensors together. The first
+    call with a group exchanges the ranks of the group through the store of torch.distributed. Host syncs: one.
 
     Source: the signature is Megatron-core 0.16's.
 
@@ -55,13 +56,13 @@ def clip_grad_by_total_norm_fp32(
 ) -> None:
     r"""Scale gradients in place by :math:`\min(1, max\_norm / (total\_norm + 10^{-6}))`.
 
-    A norm that is NaN leaves them as they are, as in Megatron: the step would be for who calls this to leave out.
+    If the norm is NaN, the gradients stay unchanged, as in Megatron. The caller must skip the step.
 
     Args:
-        parameters: a tensor or several; one that is listed twice is scaled once.
-        max_norm: the norm that is allowed.
-        total_norm: of `get_grad_norm_fp32`.
-        use_decoupled_grad: scale `.decoupled_grad` in place of `.grad`.
+        parameters: one or several tensors. A tensor that is listed twice is scaled once.
+        max_norm: the allowed norm.
+        total_norm: the result of `get_grad_norm_fp32`.
+        use_decoupled_grad: scale `.decoupled_grad` instead of `.grad`.
 
     Collectives: none. Host syncs: none.
 
@@ -77,11 +78,11 @@ def clip_grad_by_total_norm_fp32(
     if not coef < 1:
         return
     attribute = "decoupled_grad" if use_decoupled_grad else "grad"
-    found = [(name, getattr(param, attribute, None)) for name, param in named(parameters)]
-    shards = Shards.of(Shard(name, _local(grad)) for name, grad in found if grad is not None)
+    grads = [(name, getattr(param, attribute, None)) for name, param in named(parameters)]
+    shards = Shards.of(Shard(name, _to_local(grad)) for name, grad in grads if grad is not None)
     if shards.grads:
         scale_(shards, torch.tensor(coef, dtype=torch.float64))
 
 
-def _local(grad: Tensor) -> Tensor:
+def _to_local(grad: Tensor) -> Tensor:
     return grad.to_local() if is_dtensor(grad) else grad

@@ -76,6 +76,12 @@ def accelerator(kind: str, ga: int = 1, *, fp16: bool = False) -> Any:
     return made
 
 
+def attached(made: Any, policy: Any, **options: Any) -> Any:
+    """The accelerator, with a policy attached."""
+    assert ours.attach(made, policy, **options) is made.distclip
+    return made
+
+
 def is_of(model: Any, kind: str) -> bool:
     """Whether the model is what it was to be."""
     from torch.distributed.fsdp import FSDPModule
@@ -115,7 +121,7 @@ def loop(made: Any, model: Any, optimizer: Any, data: Any, poisoned: int | None 
 def trains(kind: str, policy: Any, ga: int = 1) -> None:
     """Parameters and norms as in the plain loop."""
     with among_others():
-        made = ours.patch(accelerator(kind, ga), policy)
+        made = attached(accelerator(kind, ga), policy)
         parts = prepared(made, ga)
         assert is_of(parts[0], kind), type(parts[0])
         seen = loop(made, *parts)
@@ -127,7 +133,7 @@ def trains(kind: str, policy: Any, ga: int = 1) -> None:
 def skips(kind: str, rule: str) -> None:
     """A NaN on one rank at the third step."""
     with among_others() as caught:
-        made = ours.patch(accelerator(kind), distclip.zclip(cap=1.0, warmup=1), on_nonfinite=rule)  # type: ignore[arg-type]
+        made = attached(accelerator(kind), distclip.zclip(cap=1.0, warmup=1), on_nonfinite=rule)  # type: ignore[arg-type]
         model, optimizer, data = prepared(made)
         assert is_of(model, kind), type(model)
         scheduler = made.prepare(torch.optim.lr_scheduler.StepLR(optimizer.optimizer, 1000))
@@ -156,7 +162,7 @@ def resumes(kind: str, folder: str) -> None:
     path = os.path.join(everywhere(folder)[0], kind)
 
     with among_others():
-        first = ours.patch(accelerator(kind), policy)
+        first = attached(accelerator(kind), policy)
         parts = prepared(first)
         loop(first, *parts)
         first.save_state(path)
@@ -164,7 +170,7 @@ def resumes(kind: str, folder: str) -> None:
         expected = loop(first, *parts)
 
         for before in (True, False):
-            second = ours.patch(accelerator(kind), policy)
+            second = attached(accelerator(kind), policy)
             parts = prepared(second)
             if not before:
                 loop(second, *parts)
@@ -184,7 +190,7 @@ def scales(fused: bool) -> None:
 
     policy = distclip.global_norm(0.5)
     with among_others():
-        made = ours.patch(accelerator("ddp", fp16=True), policy)
+        made = attached(accelerator("ddp", fp16=True), policy)
         parts = prepared(made, optimizer=adamw)
         seen = loop(made, *parts)
         agree(seen[-1]["params"], [step["norm"] for step in seen], policy, fp16=True, optimizer=adamw)
@@ -202,7 +208,7 @@ def two_optimizers(patched: bool) -> None:
     with among_others():
         made = accelerator("ddp", fp16=True)
         if patched:
-            ours.patch(made, policy)
+            ours.attach(made, policy)
         model = net()
         model, one, other, data = made.prepare(
             model, sgd(model.first.parameters()), sgd(model.last.parameters()), loader()
@@ -222,7 +228,7 @@ def two_optimizers(patched: bool) -> None:
 def overflows_of_two() -> None:
     """Neither steps, and the scale is halved."""
     with among_others():
-        made = ours.patch(accelerator("ddp", fp16=True), distclip.global_norm(0.5))
+        made = attached(accelerator("ddp", fp16=True), distclip.global_norm(0.5))
         model = net()
         model, one, other, data = made.prepare(
             model, sgd(model.first.parameters()), sgd(model.last.parameters()), loader()
@@ -243,9 +249,9 @@ def refuses(kind: str) -> None:
     """Wrong parameters, on one rank only: both raise, in words, and nothing is touched."""
     policy = distclip.global_norm(0.5)
     with among_others():
-        assert "expected a policy" in raised(lambda: ours.patch(accelerator(kind), 1.0))  # type: ignore[arg-type]
-        made = ours.patch(accelerator(kind), policy)
-        assert "has a policy already" in raised(lambda: ours.patch(made, policy))
+        assert "expected a policy" in raised(lambda: ours.attach(accelerator(kind), 1.0))  # type: ignore[arg-type]
+        made = attached(accelerator(kind), policy)
+        assert "has a policy already" in raised(lambda: ours.attach(made, policy))
         model, _, data = prepared(made)
         x, y = next(iter(data))
 
@@ -265,21 +271,21 @@ def refuses(kind: str) -> None:
         assert all("belong to no model" in text for text in told), told
         assert not said(every)
 
-        ours.unpatch(made)
+        ours.detach(made)
         model.zero_grad()
         made.backward(mse(model(x), y))
         norm = made.clip_grad_norm_(model.parameters(), 0.01)
         assert float(norm) > 0.01 and float(distclip.get_total_norm([p.grad for p in every])) <= 0.01 + 1e-6
-        assert "has not been patched" in raised(lambda: ours.unpatch(made))
+        assert "nothing is attached" in raised(lambda: ours.detach(made))
         assert not hasattr(made, "distclip") and not made._custom_objects
         stands_in = type("Engine", (), {"distributed_type": "DEEPSPEED"})()
-        assert "deepspeed.attach" in raised(lambda: ours.patch(stands_in, policy))
+        assert "deepspeed.attach" in raised(lambda: ours.attach(stands_in, policy))
 
 
 def refuses_unequal_models() -> None:
     """None was prepared, or one rank alone has prepared one more."""
     with among_others():
-        made = ours.patch(accelerator("ddp"), distclip.global_norm(0.5))
+        made = attached(accelerator("ddp"), distclip.global_norm(0.5))
         told = everywhere(raised(lambda: made.clip_grad_norm_([], 1.0)))
         assert all("has prepared no model" in text for text in told), told
         model, _, _ = prepared(made)
@@ -292,7 +298,7 @@ def refuses_unequal_models() -> None:
 def communicates(kind: str) -> None:
     """One all-reduce a step, under DDP too."""
     with among_others():
-        made = ours.patch(accelerator(kind), distclip.global_norm(0.5))
+        made = attached(accelerator(kind), distclip.global_norm(0.5))
         model, optimizer, data = prepared(made)
         counts = []
         for x, y in data:
@@ -311,7 +317,7 @@ def local_sgd() -> None:
     from accelerate.local_sgd import LocalSGD
 
     with among_others():
-        made = ours.patch(accelerator("ddp"), distclip.global_norm(0.01), comm=distclip.LocalComm())
+        made = attached(accelerator("ddp"), distclip.global_norm(0.01), comm=distclip.LocalComm())
         model, optimizer, data = prepared(made)
         with LocalSGD(accelerator=made, model=model, local_sgd_steps=3) as local:
             for x, y in data:
@@ -342,7 +348,7 @@ def infinite() -> None:
             return torch.cat([p.grad.view(-1) for p in model.parameters()])
 
         assert int(grads().isnan().sum()) > 0
-        ours.patch(made, distclip.global_norm(float("inf")), on_nonfinite="zero")
+        ours.attach(made, distclip.global_norm(float("inf")), on_nonfinite="zero")
         assert bool(grads().isfinite().all())
 
 
@@ -355,7 +361,7 @@ def its_own_script() -> None:
     made: list[Any] = []
 
     def patched(**options: Any) -> Any:
-        made.append(ours.patch(script.Accelerator(**options), distclip.global_norm(0.5)))
+        made.append(attached(script.Accelerator(**options), distclip.global_norm(0.5)))
         return made[-1]
 
     text = inspect.getsource(script.mock_training) + inspect.getsource(script.training_check)

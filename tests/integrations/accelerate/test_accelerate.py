@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integrations import in_accelerate
+from tests.integrations.accelerate import in_accelerate
 from tests.integrations.plain import POLICIES
 from tests.ranks import World
 

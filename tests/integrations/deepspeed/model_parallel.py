@@ -60,7 +60,7 @@ def experts(setting: Setting, policy: Any, ep_size: int = 2) -> None:
         backward(engine, x, torch.ones(6, 3), DTYPES[own.dtype])
         if not norms:
             found = reduced(engine, dist.get_rank() % ep_size, lambda name, p: "deepspeed_experts" in name)
-            truth = {key: grad / (attached._hold.loss_scale or 1.0) for key, grad in found.items()}
+            truth = {key: grad / (attached._adapter.loss_scale or 1.0) for key, grad in found.items()}
             assert any("deepspeed_experts" in key for key in truth)
         engine.step()
         right, exact = total_norm(truth.values()), 1e-5 if not norms else rough

@@ -22,7 +22,7 @@ def nonfinite(setting: Setting, rule: str) -> None:
     attached = attach(engine, zclip(cap=1.0, warmup=1), on_nonfinite=rule)  # type: ignore[arg-type]
     step(engine, setting, 0)
     before, memory = masters(engine), attached.clipper.state_dict()
-    scale = attached._hold.loss_scale
+    scale = attached._adapter.loss_scale
     last = dist.get_world_size() - 1
     said, raised = caught(lambda: step(engine, setting, 1, NAN, last))
     after, scaled = masters(engine), scale is not None
@@ -39,7 +39,7 @@ def nonfinite(setting: Setting, rule: str) -> None:
         assert attached.clipper.skipped == 1
         assert all(map(torch.equal, flat_state(memory), flat_state(attached.clipper.state_dict())))
         if scaled:
-            assert attached._hold.loss_scale == scale / 2
+            assert attached._adapter.loss_scale == scale / 2
     elif rule == "zero":
         assert len(said) == 1 and "were set to zero" in said[0], said
         assert all(bool(value.isfinite().all()) for value in after.values())
@@ -69,11 +69,11 @@ def leaves_out(setting: Setting) -> None:
     attached = attach(engine, median_mad(k=3, window=8, warmup=3, skip=True))
     for _ in range(5):
         step(engine, setting, 0)
-    before, scale = masters(engine), attached._hold.loss_scale
+    before, scale = masters(engine), attached._adapter.loss_scale
     step(engine, setting, 0, 200.0)
     after = masters(engine)
     assert all(torch.equal(after[n], before[n]) for n in before), attached.report.as_dict()
-    assert attached._hold.loss_scale == scale
+    assert attached._adapter.loss_scale == scale
     assert engine.skipped_steps == 1 and bool(attached.report.finite) and bool(attached.report.skipped)
     torch.testing.assert_close(torch.as_tensor(engine.get_global_grad_norm()), attached.report.norm)
 

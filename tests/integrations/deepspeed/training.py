@@ -108,7 +108,7 @@ def growth(setting: Setting, scaled_already: bool = False) -> None:
     scales = []
     for k in range(6):
         engine.backward(engine(torch.ones(1, 4).half()).float().sum())
-        scales.append(attached._hold.loss_scale)
+        scales.append(attached._adapter.loss_scale)
         engine.step()
         weight = next(iter(masters(engine).values()))
         torch.testing.assert_close(weight, torch.full((1, 4), -k - 1.0, dtype=torch.float64))
@@ -124,7 +124,7 @@ def missing(setting: Setting) -> None:
     attached = attach(engine, per_tensor_norm(0.1))
     module.reaches_first = dist.get_rank() != 0
     backward(engine, torch.ones(2, 13), torch.ones(2, 3), DTYPES[setting.dtype])
-    scale = attached._hold.loss_scale or 1.0
+    scale = attached._adapter.loss_scale or 1.0
     truth = total_norm(grad / scale for grad in reduced(engine).values())
     engine.step()
     torch.testing.assert_close(attached.report.norm.double(), truth, rtol=1e-6, atol=0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integrations import in_lightning
+from tests.integrations.lightning import in_lightning
 from tests.integrations.plain import POLICIES
 from tests.ranks import World
 

@@ -336,8 +336,8 @@ def refuses() -> None:
         wrong: Any = 1.0
         for call, text in (
             (lambda: attach(flat if first else optimizer, every), "optimizer=SGD: expected what megatron.core"),
-            (lambda: attach(optimizer, tensor), 'a policy with per="tensor" or exclude= goes by the names'),
-            (lambda: attach(optimizer, tensor, model=None if first else [model]), "goes by the names of parameters"),
+            (lambda: attach(optimizer, tensor), 'a policy with per="tensor" or exclude= uses the names'),
+            (lambda: attach(optimizer, tensor, model=None if first else [model]), "uses the names of parameters"),
             (lambda: attach(optimizer, tensor, model=half if first else model), "that model= does not have"),
             (lambda: attach(optimizer, agc(exclude=["nowhere"]), model=model), "'nowhere' matches none of"),
             (lambda: attach(optimizer, global_norm(1.0 if first else 2.0)), "were given different policies"),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 import distclip
-from distclip.integrations.megatron.parameters import by_one_name
+from distclip.integrations.megatron.parameters import share_names
 from tests.integrations.megatron import gpt, rules, training
 from tests.integrations.megatron.model import SCALE, Setting
 from tests.ranks import World
@@ -122,4 +122,4 @@ def test_bad_input(ranks: Callable[[int], World]) -> None:
 def test_a_tied_embedding_that_nobody_can_tell() -> None:
     told = [[("a", True), ("b", True)], [("c", False)]]
     with pytest.raises(distclip.ArgumentError, match="a, b are embeddings that other stages have copies of"):
-        by_one_name([], told)
+        share_names([], told)

@@ -115,6 +115,12 @@ def trainer(
     return made
 
 
+def attached(made: Any, policy: Any, **options: Any) -> Any:
+    """The trainer, with a policy attached."""
+    assert ours.attach(made, policy, **options) is made.distclip is made.accelerator.distclip
+    return made
+
+
 def norms(made: Any) -> list[float]:
     return [float(entry["grad_norm"]) for entry in made.state.log_history if "grad_norm" in entry]
 
@@ -122,7 +128,7 @@ def norms(made: Any) -> list[float]:
 def trains(policy: Any, folder: str, kind: str = "ddp", ga: int = 1, bound: float = 1.0) -> None:
     folder = everywhere(folder)[0]
     with among_others():
-        made = ours.patch(trainer(folder, kind, ga, max_grad_norm=bound), policy)
+        made = attached(trainer(folder, kind, ga, max_grad_norm=bound), policy)
         made.train()
         if kind == "tp":
             assert {isinstance(param, DTensor) for param in made.model.parameters()} == {True, False}
@@ -140,7 +146,7 @@ def skips(folder: str, rule: str, kind: str = "ddp", scale: float | None = None)
     policy = distclip.zclip(cap=1.0, warmup=1)
     with among_others() as caught:
         made = trainer(folder, kind, bad=2, scale=scale, max_grad_norm=0, lr_scheduler_type="linear")
-        ours.patch(made, policy, on_nonfinite=rule)  # type: ignore[arg-type]
+        ours.attach(made, policy, on_nonfinite=rule)  # type: ignore[arg-type]
         said = raised(made.train)
         if rule == "raise" and scale is None:
             assert said.startswith("NonFiniteError: step 3"), said
@@ -162,7 +168,7 @@ def scales(folder: str, kind: str = "ddp") -> None:
     """fp16: unscaled once, and the norm in the log is free of the scale."""
     policy = distclip.global_norm(0.5)
     with among_others():
-        made = ours.patch(trainer(everywhere(folder)[0], kind, scale=1024.0), policy)
+        made = attached(trainer(everywhere(folder)[0], kind, scale=1024.0), policy)
         made.train()
         agree(whole(made.model_wrapped), norms(made), policy, fp16=True)
 
@@ -172,10 +178,10 @@ def resumes(folder: str, kind: str = "ddp") -> None:
     folder = everywhere(folder)[0]
     policy = distclip.zclip(cap=1.0, warmup=1)
     with among_others():
-        through = ours.patch(trainer(folder, kind, save_strategy="steps", save_steps=3), policy)
+        through = attached(trainer(folder, kind, save_strategy="steps", save_steps=3), policy)
         through.train()
         dist.barrier()
-        rest = ours.patch(trainer(folder, kind), policy)
+        rest = attached(trainer(folder, kind), policy)
         rest.train(resume_from_checkpoint=os.path.join(folder, "checkpoint-3"))
         assert norms(rest) == norms(through), (norms(rest), norms(through))
         assert equal(whole(rest.model_wrapped), whole(through.model_wrapped))
@@ -186,7 +192,7 @@ def resumes(folder: str, kind: str = "ddp") -> None:
 def trains_again(folder: str) -> None:
     """A second `train` wraps the model anew: the memory stays."""
     with among_others():
-        made = ours.patch(trainer(everywhere(folder)[0]), distclip.zclip(cap=1.0, warmup=1))
+        made = attached(trainer(everywhere(folder)[0]), distclip.zclip(cap=1.0, warmup=1))
         made.train()
         made.train()
         assert int(made.accelerator.distclip.state_dict()["counts"]["steps"]) == 2 * STEPS
@@ -199,7 +205,7 @@ def poisoned_by_transformers(folder: str) -> None:
         theirs = trainer(folder, bad=2, max_grad_norm=0)
         theirs.train()
         broken = whole(theirs.model_wrapped)
-        made = ours.patch(trainer(folder, bad=2, max_grad_norm=0), distclip.global_norm(float("inf")))
+        made = attached(trainer(folder, bad=2, max_grad_norm=0), distclip.global_norm(float("inf")))
         made.train()
         sound = whole(made.model_wrapped)
         assert sum(int(param.isnan().sum()) for param in broken.values()) > 1
@@ -209,20 +215,20 @@ def poisoned_by_transformers(folder: str) -> None:
 def refuses(folder: str) -> None:
     with among_others():
         made = trainer(everywhere(folder)[0])
-        assert "expected a policy" in raised(lambda: ours.patch(made, 1.0))  # type: ignore[arg-type]
-        assert "no place where gradients are clipped" in raised(lambda: ours.patch(net(), distclip.global_norm(1.0)))
+        assert "expected a policy" in raised(lambda: ours.attach(made, 1.0))  # type: ignore[arg-type]
+        assert "expected a Trainer of transformers" in raised(lambda: ours.attach(net(), distclip.global_norm(1.0)))
         its_own = getattr(made, "_has_mixed_mesh_grads", None)
-        ours.patch(made, distclip.global_norm(1.0))
-        assert "has a policy already" in raised(lambda: ours.patch(made, distclip.global_norm(1.0)))
-        ours.unpatch(made)
+        ours.attach(made, distclip.global_norm(1.0))
+        assert "has a policy already" in raised(lambda: ours.attach(made, distclip.global_norm(1.0)))
+        ours.detach(made)
         assert getattr(made, "_has_mixed_mesh_grads", None) == its_own and not hasattr(made.accelerator, "distclip")
-        assert "has not been patched" in raised(lambda: ours.unpatch(made))
+        assert "nothing is attached" in raised(lambda: ours.detach(made))
 
 
 def refuses_together(folder: str, kind: str) -> None:
     """A Trainer that on one rank passes what is not its model's."""
     with among_others():
-        made = ours.patch(trainer(everywhere(folder)[0], kind), distclip.global_norm(1.0))
+        made = attached(trainer(everywhere(folder)[0], kind), distclip.global_norm(1.0))
         if dist.get_rank() == 1:
             stranger = torch.zeros(2, requires_grad=True)
             made._clip_grad_norm = lambda model: made.accelerator.clip_grad_norm_([*model.parameters(), stranger], 1.0)
@@ -258,7 +264,7 @@ def a_model_of_its_own(folder: str) -> None:
         config = GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
         made = Trainer(model=GPT2LMHeadModel(config), args=args, train_dataset=rows)
         if policy is not None:
-            ours.patch(made, policy)
+            ours.attach(made, policy)
         made.train()
         return whole(made.model_wrapped), norms(made)
 

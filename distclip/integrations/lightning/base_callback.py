@@ -1,9 +1,10 @@
-"""Lightning's Callback, out of the package that the program uses: `lightning`, or `pytorch_lightning` alone."""
+"""Import Lightning's Callback from the package that the program uses: `lightning` or `pytorch_lightning`."""
 
 from __future__ import annotations
 
 import sys
 
+# The two packages have a class each. A Trainer only accepts callbacks of its own package.
 if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules:
     from pytorch_lightning import Callback
 else:

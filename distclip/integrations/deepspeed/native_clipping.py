@@ -1,4 +1,4 @@
-"""The modest way: DeepSpeed's own clipping, for a policy that it can express."""
+"""Write a policy into DeepSpeed's own config, if DeepSpeed can express it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ __all__ = ["config"]
 
 
 def config(policy: Policy) -> dict[str, Any]:
-    """The entry of DeepSpeed's JSON config that clips as a policy does, without `attach`.
+    """Return the entry of DeepSpeed's JSON config that clips by a policy without `attach`.
 
-    Norm and non-finite rule are DeepSpeed's own then.
+    DeepSpeed then computes the norm and handles non-finite gradients itself.
 
     Args:
-        policy: a fixed bound on the 2-norm of the whole gradient; `inf` for none.
+        policy: a fixed bound on the 2-norm of the whole gradient. `inf` sets no bound.
 
     Returns:
-        {"gradient_clipping": bound}, to be merged into the config; DeepSpeed takes 0 for no bound.
+        {"gradient_clipping": bound}, for the engine's config. DeepSpeed reads 0 as no bound.
 
     Raises:
-        ArgumentError: DeepSpeed has nothing like this policy.
+        ArgumentError: DeepSpeed cannot express this policy.
 
     >>> from distclip import global_norm
     >>> config(global_norm(1.0))
@@ -41,7 +41,7 @@ def config(policy: Policy) -> dict[str, Any]:
         or rule.max_norm == 0
     ):
         raise ArgumentError(
-            f"policy={policy!r:.80}: DeepSpeed itself clips the 2-norm of the whole gradient at a fixed bound above 0, "
-            "and nothing else. Write attach(engine, policy) for any other policy."
+            f"policy={policy!r:.80}: DeepSpeed itself clips only the 2-norm of the whole gradient, at a fixed bound "
+            "above 0. Call attach(engine, policy) for any other policy."
         )
     return {"gradient_clipping": 0.0 if math.isinf(rule.max_norm) else rule.max_norm}
