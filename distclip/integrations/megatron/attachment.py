@@ -159,6 +159,6 @@ def _check(optimizer: Any, policy: Any, model: Any) -> None:
     check_policy(policy, "attach")
     if model is None and (policy.spec.per != "model" or policy.spec.exclude):
         raise ArgumentError(
-            f'attach: a policy with per="{policy.spec.per}" or exclude= uses the names of parameters, which the optimizer '
+            f'attach: a policy with per="{policy.spec.per}" or exclude= uses parameter names, which the optimizer '
             "does not have. Call attach(optimizer, policy, model=model_chunks)."
         )

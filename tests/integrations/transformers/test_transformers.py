@@ -1,72 +1,189 @@
-"""The Trainer of transformers for real, on two ranks, beside one process in float64 on the whole batch."""
+"""The Trainer of transformers on two ranks, against one process in float64 on the global batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-from tests.integrations.transformers import in_transformers
-from tests.integrations.plain import POLICIES
-from tests.ranks import World
+import distclip
+from distclip.integrations.transformers import attach
+from tests.integrations.accelerate.integration import reset_state
+from tests.integrations.one_process import (
+    NUM_STEPS,
+    OUTLIER,
+    POLICIES,
+    check_equal_on_ranks,
+    check_run,
+    framework_environment,
+    full_params,
+)
+from tests.integrations.transformers.integration import Transformers, build_trainer, check_kind, norms_in
+from tests.ranks import on_ranks
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'distclip[hf]'")
 pytest.importorskip("accelerate", reason="Accelerate is not installed: pip install 'distclip[hf]'")
 
-
 KINDS = ["ddp", "fsdp2", "tp"]
-"""Of "tp" the first layer alone is cut: gradients on a mesh, and plain ones, which the Trainer treats apart."""
+"""With "tp" only the first layer is sharded, and the Trainer treats DTensors and plain gradients separately."""
+
+LOSS_SCALE = 1024.0
 
 
-@pytest.mark.parametrize("ga", [1, 2])
+@on_ranks(2, fixture="ranks")
+@pytest.mark.parametrize(
+    ("kind", "policy"), [*((kind, "model") for kind in KINDS), ("fsdp2", "tensor"), ("tp", "tensor")]
+)
+def test_steps_as_one_process(kind: str, policy: str) -> None:
+    Transformers().steps_as_one_process(kind, POLICIES[policy])
+
+
+@on_ranks(2, fixture="ranks")
 @pytest.mark.parametrize("kind", KINDS)
-def test_steps_as_one_process(ranks: Callable[[int], World], tmp_path: Path, kind: str, ga: int) -> None:
-    ranks(2).run(in_transformers.trains, policy=POLICIES["model"], folder=str(tmp_path), kind=kind, ga=ga)
+def test_accumulates_as_one_process(kind: str) -> None:
+    Transformers().steps_as_one_process(kind, POLICIES["model"], num_micro_batches=2)
 
 
-@pytest.mark.parametrize("kind", ["fsdp2", "tp"])
-def test_norms_of_whole_tensors(ranks: Callable[[int], World], tmp_path: Path, kind: str) -> None:
-    ranks(2).run(in_transformers.trains, policy=POLICIES["tensor"], folder=str(tmp_path), kind=kind)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_max_grad_norm_is_left_out_of_account(ranks: Callable[[int], World], tmp_path: Path, kind: str) -> None:
-    ranks(2).run(in_transformers.trains, policy=POLICIES["adaptive"], folder=str(tmp_path), kind=kind, bound=0.0)
-
-
+@on_ranks(2, fixture="ranks")
 @pytest.mark.parametrize("rule", ["skip", "raise"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_infinity_on_one_rank_is_seen_by_all(
-    ranks: Callable[[int], World], tmp_path: Path, kind: str, rule: str
-) -> None:
-    ranks(2).run(in_transformers.skips, folder=str(tmp_path), kind=kind, rule=rule)
+def test_nonfinite_on_one_rank(kind: str, rule: str) -> None:
+    Transformers().nonfinite_on_one_rank(kind, rule)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_a_scaler_unscales_once(ranks: Callable[[int], World], tmp_path: Path, kind: str) -> None:
-    ranks(2).run(in_transformers.scales, folder=str(tmp_path), kind=kind)
-
-
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_an_overflow_is_skipped_by_all(ranks: Callable[[int], World], tmp_path: Path, kind: str) -> None:
-    ranks(2).run(in_transformers.skips, folder=str(tmp_path), kind=kind, rule="raise", scale=1024.0)
-
-
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_a_checkpoint_has_the_memory(ranks: Callable[[int], World], tmp_path: Path, kind: str) -> None:
-    ranks(2).run(in_transformers.resumes, folder=str(tmp_path), kind=kind)
-
-
+@on_ranks(2, fixture="ranks")
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_one_rank_gets_wrong_is_refused_by_all(ranks: Callable[[int], World], tmp_path: Path, kind: str) -> None:
-    ranks(2).run(in_transformers.refuses_together, folder=str(tmp_path), kind=kind)
+def test_step_skipped_by_policy(kind: str) -> None:
+    Transformers().skipped_by_policy(kind)
 
 
-@pytest.mark.parametrize("job", ["trains_again", "poisoned_by_transformers", "refuses"])
-def test_the_rest(ranks: Callable[[int], World], tmp_path: Path, job: str) -> None:
-    ranks(2).run(getattr(in_transformers, job), folder=str(tmp_path))
+@on_ranks(2, fixture="ranks")
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_checkpoint(kind: str, tmp_path: Path) -> None:
+    Transformers().checkpoint(kind, str(tmp_path))
 
 
-def test_a_model_of_its_own(ranks: Callable[[int], World], tmp_path: Path) -> None:
-    ranks(2).run(in_transformers.a_model_of_its_own, folder=str(tmp_path))
+@on_ranks(2, fixture="ranks")
+@pytest.mark.parametrize("kind", KINDS)
+def test_invalid_input(kind: str) -> None:
+    Transformers().invalid_input(kind)
+
+
+@on_ranks(2, fixture="ranks")
+@pytest.mark.parametrize("kind", ["ddp"])
+def test_detach(kind: str) -> None:
+    Transformers().detach(kind)
+
+
+@on_ranks(2, fixture="ranks")
+@pytest.mark.parametrize("kind", KINDS)
+def test_max_grad_norm_is_ignored(tmp_path: Path, kind: str) -> None:
+    with framework_environment():
+        trainer = build_trainer(str(tmp_path), kind, max_grad_norm=0.0)
+        attach(trainer, POLICIES["adaptive"])
+        trainer.train()
+        check_kind(trainer, kind)
+    check_run(trainer.params[-1], norms_in(trainer), POLICIES["adaptive"])
+
+
+@on_ranks(2, fixture="ranks")
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_fp16_is_unscaled_once_and_logs_unscaled_norms(tmp_path: Path, kind: str) -> None:
+    policy = distclip.global_norm(0.5)
+    with framework_environment():
+        trainer = build_trainer(str(tmp_path), kind, loss_scale=LOSS_SCALE)
+        attach(trainer, policy)
+        trainer.train()
+    check_run(trainer.params[-1], norms_in(trainer), policy, fp16=True)
+
+
+@on_ranks(2, fixture="ranks")
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_fp16_skips_an_overflow_on_every_rank(kind: str) -> None:
+    with framework_environment() as caught:
+        policy = distclip.zclip(cap=1.0, warmup=1)
+        run = Transformers().train(
+            kind,
+            policy,
+            poisoned_step=OUTLIER,
+            on_nonfinite="raise",
+            loss_scale=LOSS_SCALE,
+            max_grad_norm=0,
+            lr_scheduler_type="linear",
+        )
+    assert not [warning for warning in caught if warning.category is distclip.NonFiniteWarning]
+    assert all(bool(param.isfinite().all()) for param in run.params[-1].values())
+    scale = run.attached._accelerator.scaler.get_scale()
+    check_equal_on_ranks(scale, run.attached.clipper.skipped)
+    assert scale == LOSS_SCALE / 2
+    assert run.attached.clipper.skipped == 1
+
+
+@on_ranks(2, fixture="ranks")
+def test_second_train_keeps_the_state(tmp_path: Path) -> None:
+    """A second `train` wraps the model again."""
+    with framework_environment():
+        trainer = build_trainer(str(tmp_path))
+        attachment = attach(trainer, distclip.zclip(cap=1.0, warmup=1))
+        trainer.train()
+        trainer.train()
+        assert int(attachment.state_dict()["counts"]["steps"]) == 2 * NUM_STEPS
+
+
+@on_ranks(2, fixture="ranks")
+def test_transformers_itself_turns_an_infinite_gradient_into_nan(tmp_path: Path) -> None:
+    """With clipping turned off, the call that logs the norm spreads one infinite element."""
+    with framework_environment():
+        trainer = build_trainer(str(tmp_path), poisoned_step=OUTLIER, max_grad_norm=0)
+        trainer.train()
+        assert sum(int(param.isnan().sum()) for param in full_params(trainer.model_wrapped).values()) > 1
+        trainer = build_trainer(str(tmp_path), poisoned_step=OUTLIER, max_grad_norm=0)
+        attach(trainer, distclip.global_norm(float("inf")))
+        trainer.train()
+        assert all(bool(param.isfinite().all()) for param in full_params(trainer.model_wrapped).values())
+
+
+@on_ranks(2, fixture="ranks")
+def test_gpt2_trains_as_under_the_trainers_own_clipping(tmp_path: Path) -> None:
+    """With AdamW and a schedule under DDP, the Trainer's own clipping is correct."""
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+    tokens = torch.randint(64, (40, 8), generator=torch.Generator().manual_seed(2))
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
+
+    def train(max_grad_norm: float, policy: Any = None) -> tuple[dict[str, Tensor], list[float]]:
+        reset_state()
+        args = TrainingArguments(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            max_steps=5,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_grad_norm=max_grad_norm,
+            learning_rate=0.01,
+            warmup_steps=2,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        torch.manual_seed(0)
+        sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 8, "vocab_size": 64}
+        config = GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
+        trainer = Trainer(model=GPT2LMHeadModel(config), args=args, train_dataset=rows)
+        if policy is not None:
+            attach(trainer, policy)
+        trainer.train()
+        return full_params(trainer.model_wrapped), norms_in(trainer)
+
+    with framework_environment():
+        params, norms = train(1.0, distclip.global_norm(0.1))
+        expected_params, expected_norms = train(0.1)
+    assert len(norms) == 5
+    assert min(norms) > 0.1
+    torch.testing.assert_close(torch.tensor(norms), torch.tensor(expected_norms))
+    torch.testing.assert_close(params, expected_params)
+    check_equal_on_ranks(norms)
