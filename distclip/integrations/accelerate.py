@@ -74,7 +74,7 @@ def attach(
     comm: Comm | None = None,
     on_bind: OnBind | None = None,
 ) -> Attachment:
-    """Let `accelerator.clip_grad_norm_` clip all models of the accelerator by a policy.
+    """Clip all models of an accelerator by a policy, in `accelerator.clip_grad_norm_`.
 
     Works with DDP and FSDP2 as Accelerate prepares them, gradient accumulation and fp16. The call's `max_norm` and
     `norm_type` are ignored, because the policy has its own. The call's parameters are only checked: foreign parameters,
@@ -165,11 +165,11 @@ class Attachment(base.Attachment):
         return self._deferred.report
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the policy's state; called by `accelerator.save_state`. Collectives: none."""
+        """Return the policy's state. `accelerator.save_state` calls it. Collectives: none."""
         return self._deferred.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the policy's state; called by `accelerator.load_state`. Collectives: none."""
+        """Restore the policy's state. `accelerator.load_state` calls it. Collectives: none."""
         self._deferred.load_state_dict(state_dict)
 
     def detach(self) -> None:

@@ -78,7 +78,7 @@ class Attachment:
             if vars(owner).get(_ATTRIBUTE) is self:
                 delattr(owner, _ATTRIBUTE)
 
-    # The rest is for subclasses whose framework measures and writes at two moments of its own step. Only this class and
+    # The methods below are for frameworks that measure and write at two moments of a step. Only this class and
     # `DeferredClipper` read an Outcome.
 
     @torch.no_grad()

@@ -50,7 +50,7 @@ def attach(
     split_over: SplitOver = None,
     on_bind: OnBind | None = None,
 ) -> Attachment:
-    """Let a Trainer, or a class that derives from it, clip by a policy.
+    """Clip in a Trainer, or in a class that derives from it, by a policy.
 
     Works with everything that `accelerate.attach` works with, gradient accumulation and fp16. `max_grad_norm` is
     ignored, even 0. Pass `distclip.global_norm(float("inf"))` to clip nothing. `grad_norm` in the logs is distclip's

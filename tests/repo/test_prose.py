@@ -13,7 +13,6 @@ from tests.repo.source import ROOT, Docstring, Text, comments, docstrings, files
 NOT_CONVERTED: tuple[str, ...] = (
     "conf/",
     "distclip/comm/",
-    "distclip/integrations/",
     "distclip/monitor/",
     "distclip/sharding/",
     "launch/",

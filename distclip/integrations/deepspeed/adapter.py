@@ -34,7 +34,7 @@ Write: TypeAlias = Callable[[Sequence["Piece"], Sequence[Tensor]], None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """This rank's piece of one parameter.
+    """Piece of one parameter, on this rank.
 
     Args:
         name: the name of the parameter in the engine's module.
@@ -144,7 +144,7 @@ class Adapter(ABC):
         piece.stand_in.main_grad = None if grad is None else grad.view(piece.stand_in.shape)  # type: ignore[attr-defined]
 
     def share_weights(self, group: int, weights: Tensor) -> None:
-        """Let the stand-ins of a group share the memory of its flat weights, which a loaded checkpoint moves."""
+        """Share the memory of a group's flat weights with its stand-ins. Loading a checkpoint moves it."""
         if self.weights:
             for piece in self.groups[group]:
                 piece.stand_in.data = piece.view_in(weights.detach())
@@ -156,8 +156,8 @@ class Adapter(ABC):
 
 
 def norm_signal(skip: bool, device: torch.device) -> Tensor:
-    """Return the number that replaces the norm within DeepSpeed's step. An infinite norm makes DeepSpeed skip.
+    """Return the number that replaces the norm within DeepSpeed's step.
 
-    DeepSpeed uses the number only to see whether it is finite.
+    DeepSpeed uses the number only to see whether it is finite, and skips the step if it is not.
     """
     return torch.tensor(torch.inf if skip else 0.0, device=device)

@@ -41,7 +41,7 @@ def attach(
     on_nonfinite: OnNonFinite | None = None,
     max_skips: int | None = None,
 ) -> Attachment:
-    """Let a policy decide the steps of `engine.step()`, in place of DeepSpeed's own clipping.
+    """Replace DeepSpeed's own clipping in `engine.step()` by a policy.
 
     Works with ZeRO stages 0 to 3 in float32, bfloat16 and float16, gradient accumulation, an optimizer on the CPU, and
     DeepSpeed's experts. A policy per tensor or row gets whole parameters, wherever partitions cut them. The

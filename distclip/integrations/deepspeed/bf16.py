@@ -16,7 +16,10 @@ __all__ = ["BF16"]
 
 
 class BF16(Adapter):
-    """BF16_Optimizer. Each rank has all averaged gradients, and measures and clips its own partition of them."""
+    """BF16_Optimizer.
+
+    Each rank has all averaged gradients, and measures and clips its own partition of them.
+    """
 
     optimizer: BF16Optimizer
 

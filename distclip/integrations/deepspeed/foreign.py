@@ -26,7 +26,10 @@ __all__ = [
 
 
 class Mpu(Protocol):
-    """Tensor-parallel groups, as Megatron gives them to DeepSpeed. Some have `get_tensor_model_parallel_group`."""
+    """Tensor-parallel groups, as Megatron gives them to DeepSpeed.
+
+    A newer Megatron has `get_tensor_model_parallel_group` instead.
+    """
 
     def get_model_parallel_group(self) -> dist.ProcessGroup: ...
 
@@ -48,7 +51,10 @@ class Engine(Protocol):
 
 
 class Parameter(Protocol):
-    """A parameter of the engine's module, with what DeepSpeed and Megatron attach to it. All of these may be absent."""
+    """A parameter of the engine's module, with the attributes of DeepSpeed and Megatron.
+
+    Any of these may be absent.
+    """
 
     allreduce: bool  # False for an expert
     group_name: str  # of an expert's process groups

@@ -57,7 +57,10 @@ class SinglePrecision(_WholeParameters):
 
 
 class HalfPrecision(_WholeParameters):
-    """FP16_Optimizer and FP16_UnfusedOptimizer: parameters in float16 or bfloat16, stepped as float32 copies."""
+    """FP16_Optimizer and FP16_UnfusedOptimizer.
+
+    Parameters are float16 or bfloat16, and their float32 copies are stepped.
+    """
 
     optimizer: FP16Optimizer
 
@@ -102,7 +105,10 @@ class HalfPrecision(_WholeParameters):
         return self._by_param(i, [tensor.detach() for tensor in self._stepped(i)])
 
     def _copy_grads(self, i: int) -> list[Tensor]:
-        """Copy a group's gradients to where the optimizer reads them, in float32. A missing gradient becomes zeros."""
+        """Copy a group's gradients to where the optimizer reads them, in float32.
+
+        A missing gradient becomes zeros.
+        """
         grads = [torch.zeros_like(tensor) for tensor in self._stepped(i)]
         for tensor, grad in zip(self._stepped(i), grads, strict=True):
             tensor.grad = grad

@@ -15,7 +15,9 @@ __all__ = ["Topology"]
 
 
 class Topology:
-    """The axes along which the ranks of an engine have different parameters: experts and tensor parallelism.
+    """The axes along which the ranks of an engine have different parameters.
+
+    There is an axis for each kind of experts, and one for tensor parallelism.
 
     Args:
         engine: the engine that `deepspeed.initialize` returned.
@@ -65,7 +67,7 @@ class Topology:
 
 
 def _expert_group_name(param: Any) -> str | None:
-    """Return DeepSpeed's name of the expert group of a parameter, or None if the parameter is not an expert's."""
+    """Return DeepSpeed's name of the expert group of a parameter, or None without one."""
     return None if getattr(param, "allreduce", True) else getattr(param, "group_name", None)
 
 

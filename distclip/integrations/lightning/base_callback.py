@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-# The two packages have a class each. A Trainer only accepts callbacks of its own package.
+# Each package has a class Callback, and its Trainer only accepts callbacks of that class.
 if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules:
     from pytorch_lightning import Callback
 else:

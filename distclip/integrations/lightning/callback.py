@@ -31,7 +31,9 @@ __all__ = ["GradientClipping"]
 
 
 class GradientClipping(Callback):
-    """Clip between backward and step, under any strategy and precision plugin of the Trainer except DeepSpeed's.
+    """Clip between backward and step of Lightning's Trainer.
+
+    It works under any strategy and precision plugin except DeepSpeed's.
 
     ::
 
@@ -108,7 +110,7 @@ class GradientClipping(Callback):
         return {str(i): deferred.state_dict() for i, deferred in enumerate(self._deferred)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the clippers' states; called by the Trainer."""
+        """Restore the clippers' states. The Trainer calls it."""
         for i in range(len(state_dict)):
             self._deferred_at(i).load_state_dict(state_dict[str(i)])
 

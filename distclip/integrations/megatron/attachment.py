@@ -29,7 +29,7 @@ def attach(
     on_nonfinite: OnNonFinite = "skip",
     max_skips: int | None = None,
 ) -> Attachment:
-    """Let a policy decide the steps of `optimizer.step()`, in place of Megatron's own clipping.
+    """Replace Megatron's own clipping in `optimizer.step()` by a policy.
 
     Works with FP32Optimizer, Float16OptimizerWithFloat16Params and DistributedOptimizer, and with chains of them, under
     tensor, pipeline, expert and data parallelism, with loss scaling. A policy per tensor or row gets whole parameters,

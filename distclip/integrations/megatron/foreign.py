@@ -21,7 +21,7 @@ class LossScaler(Protocol):
 
 
 class Optimizer(Protocol):
-    """FP32Optimizer, Float16OptimizerWithFloat16Params or DistributedOptimizer, and the chain of such optimizers."""
+    """FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer, or a chain of these."""
 
     config: Any
     optimizer: torch.optim.Optimizer
@@ -54,7 +54,7 @@ class Optimizer(Protocol):
 
 
 class Parameter(Protocol):
-    """A parameter of the model, with what Megatron attaches to it. All of these may be absent."""
+    """A parameter of the model, with the attributes of Megatron. Any of these may be absent."""
 
     allreduce: bool  # False for an expert
     tensor_model_parallel: bool

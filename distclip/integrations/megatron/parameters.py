@@ -20,7 +20,7 @@ __all__ = ["Groups", "Piece", "flatten_chain", "names_of", "pieces_of", "share_n
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """This rank's piece of one parameter.
+    """Piece of one parameter, on this rank.
 
     Args:
         name: the name of the parameter in the model.
@@ -76,7 +76,7 @@ class Groups:
         """
         is_expert = getattr(param, "allreduce", True) is False
         tensor_parallel = bool(getattr(param, "tensor_model_parallel", False))
-        # Experts have a tensor-parallel group of their own. It often has one rank, and experts carry the tag even then.
+        # Experts have a separate tensor-parallel group. It often has one rank, and experts carry the tag even then.
         cut = {"tp": tensor_parallel and not is_expert, "expt_tp": tensor_parallel and is_expert}
         split = {**cut, "pp": True, "ep": is_expert}
         group = sliced_over or self._group("expt_dp" if is_expert else "dp_cp")
@@ -176,7 +176,10 @@ def share_names(pieces: list[Piece], by_rank: Iterable[Iterable[tuple[str, bool]
 
 
 def names_of(model: nn.Module | Iterable[nn.Module]) -> dict[int, str]:
-    """Return the names of parameters by `id`, without the `module.` of wrappers. Several chunks are numbered."""
+    """Return the names of parameters by `id`, without the `module.` of wrappers.
+
+    Names of several chunks begin with the index of the chunk.
+    """
     chunks: Sequence[nn.Module] = [model] if isinstance(model, nn.Module) else list(model)
     return {
         id(param): ("" if len(chunks) == 1 else f"{i}.") + re.sub(r"^(module\.)+", "", name)
