@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import multiprocessing as mp
 import os
@@ -110,6 +111,8 @@ def _fork_on_request(modules: Sequence[str], connection: Connection) -> None:
         warnings.simplefilter("ignore")
         for module in modules:
             importlib.import_module(module)
+    # A full collection visits a million objects otherwise, and DeepSpeed asks for many of them.
+    gc.freeze()
     while True:
         try:
             size, folder = connection.recv()

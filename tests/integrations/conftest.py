@@ -10,7 +10,15 @@ from tests.preload import PreloadedWorld, Preloader
 
 PRELOADED = {
     "accelerate": ["accelerate", "accelerate.test_utils.scripts.test_script", "accelerate.local_sgd"],
-    "deepspeed": ["deepspeed", "deepspeed.ops", "deepspeed.moe.layer"],
+    "deepspeed": [
+        "deepspeed",
+        "deepspeed.moe.layer",
+        "deepspeed.module_inject",
+        "deepspeed.ops",
+        "deepspeed.runtime.superoffload",
+        "setuptools",
+        "torch._inductor.compile_fx",
+    ],
     "lightning": ["lightning.pytorch", "lightning.fabric"],
     "megatron": [
         "megatron.core.distributed",
@@ -46,6 +54,13 @@ def _preloaders() -> Iterator[_Preloaders]:
 
 
 @pytest.fixture(scope="module")
-def ranks(request: pytest.FixtureRequest, _preloaders: _Preloaders) -> Callable[..., PreloadedWorld]:
+def ranks(request: pytest.FixtureRequest, _preloaders: _Preloaders) -> Callable[[int], PreloadedWorld]:
     """Return `ranks(2)`: a world of two ranks that all files of a folder share."""
     return _preloaders.switch_to(request.path.parent.name).world
+
+
+@pytest.fixture(scope="module")
+def isolated_ranks(request: pytest.FixtureRequest, _preloaders: _Preloaders) -> Callable[[int], PreloadedWorld]:
+    """Return `isolated_ranks(4)`: as `ranks`, but other processes. For tests that change the state of a framework."""
+    preloader = _preloaders.switch_to(request.path.parent.name)
+    return lambda size: preloader.world(size, "isolated")

@@ -30,7 +30,7 @@ POLICIES = {
     "tensor": distclip.per_tensor_norm(0.2),
     "adaptive": distclip.zclip(cap=1.0, warmup=1),
 }
-SKIPPING = distclip.median_mad(k=3, window=8, warmup=2, skip=True)
+SKIPPING = distclip.median_mad(k=10, window=8, warmup=2, skip=True)
 """A policy that skips the outlier."""
 
 

@@ -1,4 +1,4 @@
-"""Parameters that differ between ranks: DeepSpeed's experts, Megatron's tensor parallelism."""
+"""Check parameters that differ between ranks: DeepSpeed's experts, and Megatron's tensor parallelism."""
 
 from __future__ import annotations
 
@@ -12,12 +12,20 @@ from torch import Tensor, nn
 
 from distclip.integrations.deepspeed import attach
 from distclip.reference import total_norm
-from tests.integrations.deepspeed.engines import DTYPES, Setting, backward, engine_of, quiet_deepspeed, reduced, sgd
-from tests.ranks import everywhere
+from tests.integrations.deepspeed.engines import (
+    DTYPES,
+    Setting,
+    backward,
+    build_engine,
+    import_deepspeed,
+    reduced_grads,
+    sgd,
+)
+from tests.ranks import gather_from_ranks
 
 
 class Experts(nn.Module):
-    """A dense layer, then DeepSpeed's experts: as many as ranks, each two times on four of them."""
+    """A dense layer, then DeepSpeed's experts, two per rank of an expert-parallel group."""
 
     def __init__(self, ep_size: int) -> None:
         super().__init__()
@@ -31,17 +39,17 @@ class Experts(nn.Module):
         return self.head(self.moe(torch.tanh(self.dense(x)))[0])
 
 
-def experts(setting: Setting, policy: Any, ep_size: int = 2) -> None:
-    """DeepSpeed's mixture of experts: squares are added over experts, and each has a norm of its own."""
-    quiet_deepspeed()
+def check_experts(setting: Setting, policy: Any, ep_size: int = 2) -> None:
+    """Check that squares are added over experts, and that each expert has a slot, at stage 0 and at `setting`."""
+    deepspeed = import_deepspeed()
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-    norms: list[Any] = []
-    rough = 1e-5 if setting.dtype == "fp32" else setting.tolerance
-    for own in (replace(setting, stage=0, top={}), setting):
+    norms_by_stage: list[dict[str, float]] = []
+    tolerance = 1e-5 if setting.dtype == "fp32" else setting.tolerance
+    grads: dict[str, Tensor] = {}
+    for current in (replace(setting, stage=0, config={}), setting):
         torch.manual_seed(0)
-        # Makes DeepSpeed's process groups, and draws the experts alike.
-        deepspeed = quiet_deepspeed()
+        # The layer makes DeepSpeed's process groups, and draws the same experts on every rank.
         deepspeed.init_distributed("gloo", verbose=False)
         model = Experts(ep_size)
         torch.manual_seed(dist.get_rank() % ep_size)
@@ -49,35 +57,40 @@ def experts(setting: Setting, policy: Any, ep_size: int = 2) -> None:
             if "experts" in name:
                 nn.init.normal_(param)
 
-        def grouped(groups: Any) -> torch.optim.Optimizer:
-            one = {"params": [p for group in groups for p in group["params"]], "name": "all"}
-            return sgd(split_params_into_different_moe_groups_for_optimizer(one))
+        def optimizer_of(groups: Any) -> torch.optim.Optimizer:
+            one_group = {"params": [p for group in groups for p in group["params"]], "name": "all"}
+            return sgd(split_params_into_different_moe_groups_for_optimizer(one_group))
 
-        engine = engine_of(model, own, grouped)
+        engine = build_engine(model, current, optimizer_of)
         start = {name: param.detach().clone() for name, param in engine.module.named_parameters()}
-        attached = attach(engine, policy)
+        attachment = attach(engine, policy)
         x = torch.randn(6, 13, generator=torch.Generator().manual_seed(dist.get_rank()))
-        backward(engine, x, torch.ones(6, 3), DTYPES[own.dtype])
-        if not norms:
-            found = reduced(engine, dist.get_rank() % ep_size, lambda name, p: "deepspeed_experts" in name)
-            truth = {key: grad / (attached._adapter.loss_scale or 1.0) for key, grad in found.items()}
-            assert any("deepspeed_experts" in key for key in truth)
+        backward(engine, x, torch.ones(6, 3), DTYPES[current.dtype])
+        is_stage_0 = not norms_by_stage
+        if is_stage_0:
+            scaled = reduced_grads(engine, dist.get_rank() % ep_size, lambda name, p: "deepspeed_experts" in name)
+            grads = {key: grad / (attachment._adapter.loss_scale or 1.0) for key, grad in scaled.items()}
+            assert any("deepspeed_experts" in key for key in grads)
         engine.step()
-        right, exact = total_norm(truth.values()), 1e-5 if not norms else rough
-        torch.testing.assert_close(attached.report.norm.double(), right, rtol=exact, atol=0)
-        norms.append(dict(zip(attached.clipper.slots, attached.report.norms.tolist(), strict=True)))
+        report = attachment.report
+        assert report is not None
+        # The gradients are those of stage 0, and other stages round differently.
+        rtol = 1e-5 if is_stage_0 else tolerance
+        torch.testing.assert_close(report.norm.double(), total_norm(grads.values()), rtol=rtol, atol=0)
+        norms = dict(zip(attachment.clipper.slots, report.norms.tolist(), strict=True))
+        norms_by_stage.append(norms)
         if policy.per == "tensor":
-            assert sorted(norms[-1].values()) == pytest.approx(sorted(float(g.norm()) for g in truth.values()), exact)
-        if policy.per == "tensor" and own.dtype == "fp32":
-            mine = {n: (start[n] - p.detach()) / 0.05 for n, p in engine.module.named_parameters()}
-            for name, moved in mine.items():
-                assert float(moved.norm()) <= policy.threshold.max_norm * 1.001, (name, moved.norm())
-    assert norms[0].keys() == norms[1].keys()
-    assert norms[0] == pytest.approx(norms[1], rel=rough)
+            assert sorted(norms.values()) == pytest.approx(sorted(float(grad.norm()) for grad in grads.values()), rtol)
+        if policy.per == "tensor" and current.dtype == "fp32":
+            for name, param in engine.module.named_parameters():
+                update = (start[name] - param.detach()) / 0.05
+                assert float(update.norm()) <= policy.threshold.max_norm * 1.001, name
+    assert norms_by_stage[0].keys() == norms_by_stage[1].keys()
+    assert norms_by_stage[0] == pytest.approx(norms_by_stage[1], rel=tolerance)
 
 
-class Mpu:
-    """What Megatron gives DeepSpeed: tensor parallelism over neighbours, data parallelism over the others."""
+class MegatronGroups:
+    """The groups that Megatron gives DeepSpeed: tensor parallelism over neighbors, data parallelism across them."""
 
     def __init__(self) -> None:
         size, rank = dist.get_world_size(), dist.get_rank()
@@ -105,12 +118,12 @@ class Mpu:
 
 
 class Columns(nn.Module):
-    """A layer of which each rank has other rows, marked as Megatron does, beside one that all have alike."""
+    """A replicated layer, and a layer of which each rank has other rows, tagged as Megatron does."""
 
-    def __init__(self, place: int) -> None:
+    def __init__(self, index: int) -> None:
         super().__init__()
         self.dense, self.columns = nn.Linear(13, 3), nn.Linear(13, 3, bias=False)
-        nn.init.normal_(self.columns.weight, mean=place)
+        nn.init.normal_(self.columns.weight, mean=index)
         self.columns.weight.tensor_model_parallel = True  # type: ignore[assignment]
         self.columns.weight.model_parallel = True  # type: ignore[assignment]
         self.columns.weight.partition_dim = 0  # type: ignore[assignment]
@@ -119,38 +132,34 @@ class Columns(nn.Module):
         return self.dense(x) + self.columns(x) - self.columns(x).detach()
 
 
-def tensor_parallel(stage: int, policy: Any) -> None:
-    """Pieces of one parameter along a tensor axis, cut again by ZeRO: it counts once and has one coefficient."""
-    mpu, truth, reports = Mpu(), {}, []
-    for own in (0, stage):
+def check_tensor_parallel(stage: int, policy: Any) -> None:
+    """Check that a parameter that is cut along a tensor axis and by ZeRO has one norm and one coefficient."""
+    groups, grads = MegatronGroups(), {}
+    updates_by_stage = []
+    for current in (0, stage):
         torch.manual_seed(0)
-        engine = engine_of(Columns(mpu.get_model_parallel_rank()), Setting(own, groups=1), sgd, mpu)
-        attached = attach(engine, policy)
-        x = torch.randn(2, 13, generator=torch.Generator().manual_seed(mpu.get_data_parallel_rank()))
+        model = Columns(groups.get_model_parallel_rank())
+        engine = build_engine(model, Setting(current, num_groups=1), sgd, groups)
+        attachment = attach(engine, policy)
+        x = torch.randn(2, 13, generator=torch.Generator().manual_seed(groups.get_data_parallel_rank()))
         backward(engine, x, torch.ones(2, 3), torch.float32)
-        if own == 0:
-            truth = reduced(engine, mpu.get_model_parallel_rank(), lambda name, p: hasattr(p, "partition_dim"))
-            assert len(truth) == 4
+        if current == 0:
+            index = groups.get_model_parallel_rank()
+            grads = reduced_grads(engine, index, lambda name, param: hasattr(param, "partition_dim"))
+            assert len(grads) == 4
         start = {name: param.detach().clone() for name, param in engine.module.named_parameters()}
         engine.step()
-        report = attached.report
-        torch.testing.assert_close(report.norm.double(), total_norm(truth.values()), rtol=1e-6, atol=0)
-        half = torch.cat([truth["columns.weight@0"], truth["columns.weight@1"]])
-        names = attached.clipper.slots
+        report, names = attachment.report, attachment.clipper.slots
+        assert report is not None
+        torch.testing.assert_close(report.norm.double(), total_norm(grads.values()), rtol=1e-6, atol=0)
+        columns = torch.cat([grads["columns.weight@0"], grads["columns.weight@1"]])
         if policy.per == "tensor":
-            assert float(report.norms[names.index("columns.weight")]) == pytest.approx(float(half.norm()), 1e-6)
+            assert float(report.norms[names.index("columns.weight")]) == pytest.approx(float(columns.norm()), 1e-6)
+            coefs = torch.clamp(policy.threshold.max_norm / (report.norms + 1e-6), max=1.0)
+            torch.testing.assert_close(report.coefs, coefs, rtol=1e-6, atol=0)
         else:
             rows = [i for i, name in enumerate(names) if name.startswith("columns.weight[")]
-            torch.testing.assert_close(report.norms[rows], half.norm(dim=1), rtol=1e-6, atol=0)
-        moved = [(start[n] - p.detach()).norm() for n, p in engine.module.named_parameters()]
-        told = everywhere(torch.stack(moved).double())
-        reports.append(torch.stack(told))
-        torch.testing.assert_close(report.coefs, policy_coefs(policy, report, attached), rtol=1e-6, atol=0)
-    torch.testing.assert_close(reports[0], reports[1], rtol=1e-4, atol=0)
-
-
-def policy_coefs(policy: Any, report: Any, attached: Any) -> Tensor:
-    """What each slot is to be multiplied by, where the bound is fixed; otherwise what was said."""
-    if policy.per != "tensor":
-        return report.coefs
-    return torch.clamp(policy.threshold.max_norm / (report.norms + 1e-6), max=1.0)
+            torch.testing.assert_close(report.norms[rows], columns.norm(dim=1), rtol=1e-6, atol=0)
+        updates = [(start[name] - param.detach()).norm() for name, param in engine.module.named_parameters()]
+        updates_by_stage.append(torch.stack(gather_from_ranks(torch.stack(updates).double())))
+    torch.testing.assert_close(updates_by_stage[0], updates_by_stage[1], rtol=1e-4, atol=0)
