@@ -1,4 +1,4 @@
-"""Megatron-core on CPUs: a small model of real layers on gloo groups, with gradients that every rank can make up."""
+"""Build a small model of Megatron-core layers on CPUs, with gradients that every rank can compute."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tests.ranks import everywhere
+from tests.ranks import gather_from_ranks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LR = 0.5
@@ -26,12 +26,12 @@ SCALE = 256.0
 
 @dataclass(frozen=True)
 class Setting:
-    """How a job is laid out.
+    """Layout of a job.
 
     Args:
-        tp, pp, ep, etp: sizes of the parallel groups; the rest is data parallel.
+        tp, pp, ep, etp: sizes of the parallel groups. Other ranks are data parallel.
         dtype: a key of `DTYPES`.
-        distributed: with DistributedOptimizer.
+        distributed: use DistributedOptimizer.
     """
 
     tp: int = 1
@@ -43,7 +43,7 @@ class Setting:
 
 
 class AsIfCuda(TorchFunctionMode):
-    """Megatron asks for tensors on "cuda" and for their type by name: it gets them on the CPU."""
+    """Create tensors for "cuda" on the CPU. Megatron asks for that device, and for types by name."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -51,21 +51,21 @@ class AsIfCuda(TorchFunctionMode):
             kwargs["device"] = "cpu"
         if func is torch.Tensor.cuda:
             return args[0]
-        out = func(*args, **kwargs)
-        asked_for_type = func is torch.Tensor.type and len(args) == 1
-        return out.replace("torch.", "torch.cuda.") if asked_for_type else out
+        result = func(*args, **kwargs)
+        is_type_name = func is torch.Tensor.type and len(args) == 1
+        return result.replace("torch.", "torch.cuda.") if is_type_name else result
 
 
 @contextmanager
 def megatron(setting: Setting) -> Iterator[None]:
-    """Its groups, and a CPU that it takes for a GPU."""
+    """Create Megatron's groups, on a CPU that it takes for a GPU."""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    here = mock.patch.object(torch.cuda, "current_device", return_value=torch.device("cpu"))
-    with warnings.catch_warnings(), here, AsIfCuda():
+    on_cpu = mock.patch.object(torch.cuda, "current_device", return_value=torch.device("cpu"))
+    with warnings.catch_warnings(), on_cpu, AsIfCuda():
         warnings.simplefilter("ignore")
         from megatron.core import parallel_state
 
-        # Groups end with the last who holds them: models of the job before. Nothing that stays is searched again.
+        # Models of the last job keep its groups alive. Later collections skip what survives this one.
         gc.collect()
         gc.freeze()
         parallel_state.initialize_model_parallel(
@@ -78,14 +78,14 @@ def megatron(setting: Setting) -> Iterator[None]:
             yield
         finally:
             parallel_state.destroy_model_parallel()
-            # It leaves the groups, each with threads of its own.
+            # It leaves the groups, each with several threads.
             for group in list(dist.distributed_c10d._world.pg_map):
                 if group is not dist.group.WORLD:
                     dist.destroy_process_group(group)
 
 
-class Places:
-    """Where this rank stands, asked of Megatron."""
+class Coordinates:
+    """Index of this rank along the axes of the job."""
 
     def __init__(self) -> None:
         from megatron.core import parallel_state as state
@@ -94,14 +94,14 @@ class Places:
         self.ep = state.get_expert_model_parallel_rank()
 
 
-def made(setting: Setting, trained: bool = True) -> Any:
-    """A stage of the model, wrapped in Megatron's DistributedDataParallel."""
+def build_model(setting: Setting, trained: bool = True) -> Any:
+    """Build this rank's stage of the model, wrapped in Megatron's DistributedDataParallel."""
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer import MegatronModule, TransformerConfig
 
-    dtype, place = DTYPES[setting.dtype], Places()
+    dtype, coordinates = DTYPES[setting.dtype], Coordinates()
     config = TransformerConfig(
         num_layers=2,
         hidden_size=8,
@@ -126,13 +126,13 @@ def made(setting: Setting, trained: bool = True) -> Any:
             self.down = RowParallelLinear(12, 8, bias=True, input_is_parallel=True, skip_bias_add=False, **shared)
             self.norm = nn.LayerNorm(8, dtype=dtype)
             if setting.pp > 1:
-                # Megatron ties the embedding of the first stage to the last one's output layer, of another name.
+                # Megatron ties the first stage's embedding to the last stage's output layer, which has another name.
                 self.add_module(
-                    "tied_output" if place.pp else "tied",
+                    "tied_output" if coordinates.pp else "tied",
                     ColumnParallelLinear(8, 10, bias=False, gather_output=False, **shared),
                 )
-            if place.pp == 1:
-                # So that a distributed optimizer cuts this stage elsewhere than the other.
+            if coordinates.pp == 1:
+                # A distributed optimizer then cuts this stage at other elements than the first.
                 self.more = nn.Parameter(torch.zeros(37, dtype=dtype))
             if setting.ep > 1:
                 group = parallel_state.get_expert_tensor_parallel_group()
@@ -150,22 +150,22 @@ def made(setting: Setting, trained: bool = True) -> Any:
         for name, param in stage.named_parameters():
             if "tied" in name:
                 param.shared_embedding = True
-                if place.pp:
+                if coordinates.pp:
                     param.shared = True
-            param.copy_(piece(name, param, setting, "weights") * 0.1)
+            param.copy_(local_part_of(name, param, setting, "weights") * 0.1)
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=setting.distributed)
     return DistributedDataParallel(config, ddp, stage)
 
 
-def optimizer_of(model: Any, setting: Setting, **more: Any) -> Any:
-    """Megatron's own, whose step is p - LR · g: so is Adam's with an eps beyond all gradients and no momentum."""
+def build_optimizer(model: Any, setting: Setting, **options: Any) -> Any:
+    """Build Megatron's optimizer with the step p - LR · g. Adam makes it too with a huge eps and no momentum."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    how: dict[str, Any] = {"optimizer": "sgd", "lr": LR, "sgd_momentum": 0.0}
+    arguments: dict[str, Any] = {"optimizer": "sgd", "lr": LR, "sgd_momentum": 0.0}
     if setting.distributed:
-        how = {"optimizer": "adam", "lr": LR * 1e9, "adam_eps": 1e9, "adam_beta1": 0.0}
+        arguments = {"optimizer": "adam", "lr": LR * 1e9, "adam_eps": 1e9, "adam_beta1": 0.0}
     config = OptimizerConfig(
-        **{"weight_decay": 0.0, "clip_grad": 1.0, **how, **more},
+        **{"weight_decay": 0.0, "clip_grad": 1.0, **arguments, **options},
         params_dtype=DTYPES[setting.dtype],
         bf16=setting.dtype == "bf16",
         fp16=setting.dtype == "fp16",
@@ -177,61 +177,63 @@ def optimizer_of(model: Any, setting: Setting, **more: Any) -> Any:
     return get_megatron_optimizer(config, [model])
 
 
-def whole(name: str, shape: tuple[int, ...], what: str, stage: int, expert: int) -> Tensor:
-    """A whole parameter or gradient."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{what} {key_of(name, stage, expert)}".encode()))
+def full_tensor(name: str, shape: tuple[int, ...], kind: str, stage: int, expert: int) -> Tensor:
+    """Return a full parameter or gradient. `kind` is "weights" or "gradients"."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{kind} {key_of(name, stage, expert)}".encode()))
     return torch.randn(shape, generator=generator) * 3
 
 
 def key_of(name: str, stage: int, expert: int) -> str:
-    """What tells a parameter of the whole model from all others; a tied one is the same on both stages."""
+    """Return a unique name in the full model. A tied parameter has one name on both stages."""
     if "tied" in name:
         return "tied.weight"
     return name + (f" of stage {stage}" if stage else "") + (f" of expert {expert}" if "expert" in name else "")
 
 
 def shape_of(name: str, param: Tensor, setting: Setting) -> tuple[int, ...]:
-    """Of the whole parameter."""
+    """Return the shape of the full parameter."""
     shape = list(param.shape)
     if getattr(param, "tensor_model_parallel", False):
         shape[param.partition_dim] *= setting.etp if "expert" in name else setting.tp
     return tuple(shape)
 
 
-def piece(name: str, param: Tensor, setting: Setting, what: str) -> Tensor:
-    """This rank's part of a whole."""
-    place = Places()
-    return part_of(whole(name, shape_of(name, param, setting), what, place.pp, place.ep), name, param, setting)
+def local_part_of(name: str, param: Tensor, setting: Setting, kind: str) -> Tensor:
+    """Return this rank's part of a full parameter or gradient."""
+    coordinates = Coordinates()
+    full = full_tensor(name, shape_of(name, param, setting), kind, coordinates.pp, coordinates.ep)
+    return cut(full, name, param, setting)
 
 
-def part_of(full: Tensor, name: str, param: Tensor, setting: Setting) -> Tensor:
-    """This rank's part of what is given."""
+def cut(full: Tensor, name: str, param: Tensor, setting: Setting) -> Tensor:
+    """Return this rank's part of a full tensor."""
     size = setting.etp if "expert" in name else setting.tp
     if size > 1 and getattr(param, "tensor_model_parallel", False):
-        return full.chunk(size, param.partition_dim)[Places().tp]
+        return full.chunk(size, param.partition_dim)[Coordinates().tp]
     return full
 
 
-def wholes(model: Any, setting: Setting, what: str = "gradients") -> dict[str, Tensor]:
-    """Every parameter or gradient of the whole model once, by `key_of`; the ranks tell each other what they have."""
-    place = Places()
-    mine = [
-        (name, shape_of(name, param, setting), what, place.pp, place.ep)
+def full_tensors(model: Any, setting: Setting, kind: str = "gradients") -> dict[str, Tensor]:
+    """Return every parameter or gradient of the full model once, by `key_of`. Call it on every rank."""
+    coordinates = Coordinates()
+    local = [
+        (name, shape_of(name, param, setting), kind, coordinates.pp, coordinates.ep)
         for name, param in model.module.named_parameters()
     ]
-    return {key_of(one[0], one[3], one[4]): whole(*one) for each in everywhere(mine) for one in each}
+    entries = [entry for of_rank in gather_from_ranks(local) for entry in of_rank]
+    return {key_of(name, pp, ep): full_tensor(name, shape, kind, pp, ep) for name, shape, kind, pp, ep in entries}
 
 
 def fill(
     model: Any,
     setting: Setting,
     change: Callable[[str, Tensor], Tensor] = lambda name, grad: grad,
-    what: str = "gradients",
+    kind: str = "gradients",
     scale: float | None = None,
 ) -> None:
-    """Lay gradients where Megatron's backward leaves them, reduced over data-parallel ranks, times the loss scale."""
+    """Write gradients where Megatron's backward leaves them, reduced over data-parallel ranks, with the loss scale."""
     if scale is None:
         scale = SCALE if setting.dtype == "fp16" else 1.0
     for name, param in model.module.named_parameters():
         if param.requires_grad:
-            param.main_grad.copy_(change(name, piece(name, param, setting, what) * scale))
+            param.main_grad.copy_(change(name, local_part_of(name, param, setting, kind) * scale))
