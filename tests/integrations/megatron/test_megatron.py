@@ -307,7 +307,7 @@ def step_once(setting: Setting, clipped_by: str) -> float:
 @pytest.mark.parametrize("clipped_by", ["Megatron", "drop-in", "attach"])
 def test_step_is_clipped_by_the_norm_of_the_whole_gradient(name: str, clipped_by: str) -> None:
     if name == "experts x tp" and clipped_by != "attach":
-        # Before either function is called, Megatron drops an expert's plain parameter on all tensor-parallel ranks except
+        # Before either function is called, Megatron drops an expert's plain parameter on all tensor-parallel ranks but
         # the first, as a replica. With a separate tensor-parallel group of experts it is a parameter of another expert.
         wrong = ""
         try:

@@ -1,7 +1,7 @@
-"""Cases of tests/integrations/mpi/test_mpi.py: one function a case, one job for all of them.
+"""Run cases on the ranks of one MPI job. Each `case_` function is a test of test_mpi.py.
 
-Nothing here starts torch.distributed, up to the last cases. A rank that fails leaves its traceback and takes the others
-down, so that the cases after it have no answer.
+The cases start no process group of torch.distributed, except the last ones. A rank that fails writes its traceback and
+ends the job, so that later cases have no result.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from torch import Tensor, nn
 import distclip
 from distclip import ArgumentError, GradClipper, LayoutError
 from distclip.comm.mpi import MPIComm
-from tests.integrations.mpi import trouble
-from tests.integrations.mpi.spread import (
+from tests.integrations.mpi import failure_cases
+from tests.integrations.mpi.model import (
     LAYOUTS,
-    Spread,
-    everywhere,
+    LocalModel,
+    check_equal_on_ranks,
+    full_tensor,
     grad_of,
     grid,
     pp,
+    raises_on_ranks,
     replicated,
-    same_everywhere,
     split,
     tp,
-    whole,
     world,
 )
 
@@ -67,20 +67,20 @@ def case_any_tensor_is_summed() -> None:
         lambda t: t.requires_grad_(t.is_floating_point() or t.is_complex()),
     ]
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.int32):
-        for lay in layouts:
-            tensor = lay((torch.arange(12.0).view(3, 4) * (comm.rank + 1)).to(dtype))
+        for view in layouts:
+            tensor = view((torch.arange(12.0).view(3, 4) * (comm.rank + 1)).to(dtype))
             expected = torch.arange(12.0).view(3, 4) * sum(range(1, comm.size + 1))
             comm.sum_(tensor)
-            torch.testing.assert_close(tensor.detach(), lay(expected.to(dtype)).detach(), rtol=0, atol=0)
+            torch.testing.assert_close(tensor.detach(), view(expected.to(dtype)).detach(), rtol=0, atol=0)
 
 
-def case_the_largest_is_found_and_nan_survives_a_sum() -> None:
+def case_max_and_sums_with_nan() -> None:
     comm = world()
     for dtype in (torch.float64, torch.bfloat16):
-        most = torch.tensor([[float(comm.rank), -1.0], [-float(comm.rank), float("inf")]], dtype=dtype).t()
-        comm.max_(most)
+        values = torch.tensor([[float(comm.rank), -1.0], [-float(comm.rank), float("inf")]], dtype=dtype).t()
+        comm.max_(values)
         expected = torch.tensor([[comm.size - 1.0, -1.0], [0.0, float("inf")]], dtype=dtype).t()
-        assert torch.equal(most, expected)
+        assert torch.equal(values, expected)
         for bad in range(comm.size):
             total = torch.tensor([NAN if comm.rank == bad else 1.0, 1.0], dtype=dtype)
             comm.sum_(total)
@@ -88,7 +88,7 @@ def case_the_largest_is_found_and_nan_survives_a_sum() -> None:
             assert total[1] == comm.size
 
 
-def case_ranks_are_those_of_the_world() -> None:
+def case_ranks_are_numbered_in_the_world() -> None:
     comm, evens = world(), split(world().rank % 2)
     assert (comm.rank, comm.ranks) == (comm.comm.rank, tuple(range(comm.size)))
     assert evens.ranks == tuple(range(comm.rank % 2, comm.size, 2))
@@ -97,7 +97,7 @@ def case_ranks_are_those_of_the_world() -> None:
     assert isinstance(comm, distclip.Comm)
 
 
-def case_what_is_no_communicator_is_refused() -> None:
+def case_other_objects_are_refused() -> None:
     from mpi4py import MPI
 
     null = MPI.COMM_WORLD.Split(0 if world().rank == 0 else MPI.UNDEFINED)
@@ -116,94 +116,96 @@ def case_what_is_no_communicator_is_refused() -> None:
 # --- layouts and policies ---
 
 
-def _as_in_one_process(layout: Callable[[], Spread], dtype: torch.dtype, tolerance: float) -> None:
-    spread = layout()
+def _check_against_one_process(layout: Callable[[], LocalModel], dtype: torch.dtype, tolerance: float) -> None:
+    model = layout()
     for name, policy in POLICIES.items():
-        mine = spread.made(dtype)
-        one = {key: nn.Parameter(whole(key, -1).to(dtype)) for key in spread.keys}
-        clipper = GradClipper(list(mine.items()), policy(), comm=world(), split_over=spread.split_over)
-        single = GradClipper(list(one.items()), policy())
+        params = model.build_params(dtype)
+        full_params = {key: nn.Parameter(full_tensor(key, -1).to(dtype)) for key in model.keys}
+        clipper = GradClipper(list(params.items()), policy(), comm=world(), split_over=model.split_over)
+        one_process = GradClipper(list(full_params.items()), policy())
         for step in range(4):
-            for held, param in mine.items():
-                key, cut = spread.pieces[held]
-                param.grad = cut(whole(key, step)).to(dtype)
-            for key, param in one.items():
-                param.grad = whole(key, step).to(dtype)
-            report, expected = clipper.clip(), single.clip()
-            said = f"{name}, step {step}"
-            for value, right in ((report.norm, expected.norm), (report.coef, expected.coef)):
-                torch.testing.assert_close(value, right, rtol=tolerance, atol=0, msg=said)
-                same_everywhere(value)
-            same_everywhere(report.norms)
-            for held, param in mine.items():
-                key, cut = spread.pieces[held]
-                torch.testing.assert_close(param.grad, cut(grad_of(one[key])), rtol=tolerance, atol=1e-9, msg=said)
+            for name_here, param in params.items():
+                key, cut = model.pieces[name_here]
+                param.grad = cut(full_tensor(key, step)).to(dtype)
+            for key, param in full_params.items():
+                param.grad = full_tensor(key, step).to(dtype)
+            report, expected = clipper.clip(), one_process.clip()
+            where = f"{name}, step {step}"
+            for value, exact in ((report.norm, expected.norm), (report.coef, expected.coef)):
+                torch.testing.assert_close(value, exact, rtol=tolerance, atol=0, msg=where)
+                check_equal_on_ranks(value)
+            check_equal_on_ranks(report.norms)
+            for name_here, param in params.items():
+                key, cut = model.pieces[name_here]
+                torch.testing.assert_close(
+                    param.grad, cut(grad_of(full_params[key])), rtol=tolerance, atol=1e-9, msg=where
+                )
         assert bool(report.clipped), name
 
 
 def case_replicated() -> None:
-    _as_in_one_process(replicated, torch.float64, 1e-12)
+    _check_against_one_process(replicated, torch.float64, 1e-12)
 
 
 def case_tensor_parallel() -> None:
-    _as_in_one_process(tp, torch.float64, 1e-12)
+    _check_against_one_process(tp, torch.float64, 1e-12)
 
 
 def case_pipeline() -> None:
-    _as_in_one_process(pp, torch.float64, 1e-12)
+    _check_against_one_process(pp, torch.float64, 1e-12)
 
 
 def case_tensor_parallel_stages() -> None:
-    _as_in_one_process(grid, torch.float64, 1e-12)
+    _check_against_one_process(grid, torch.float64, 1e-12)
 
 
 def case_half_precision() -> None:
-    _as_in_one_process(grid, torch.bfloat16, 0.01)
+    _check_against_one_process(grid, torch.bfloat16, 0.01)
 
 
 class Counting(MPIComm):
-    """Counts what it is asked for."""
+    """A communicator that records its collectives."""
 
-    asked: tuple[str, ...] = ()
+    calls: tuple[str, ...] = ()
 
     def sum_(self, tensor: Tensor) -> None:
-        self.asked += ("sum",)
+        self.calls += ("sum",)
         super().sum_(tensor)
 
     def gather_objects(self, value: Any) -> list[Any]:
-        self.asked += ("gather",)
+        self.calls += ("gather",)
         return super().gather_objects(value)
 
 
 def case_functions_take_one_reduction() -> None:
     comm = Counting()
     for layout in LAYOUTS:
-        spread = layout()
-        params = spread.made(torch.float32)
-        for held, param in params.items():
-            key, cut = spread.pieces[held]
-            param.grad = cut(whole(key)).float()
-        right = torch.cat([whole(key).flatten() for key in spread.keys]).norm()
-        comm.asked = ()
-        norm = distclip.clip_grad_norm_(params.items(), 1.0, comm=comm, split_over=spread.split_over)
-        assert comm.asked == ("sum",), comm.asked
-        torch.testing.assert_close(norm.double(), right, rtol=1e-6, atol=0)
-        same_everywhere(norm)
-        after = distclip.clip_grad_norm_(params.items(), float("inf"), comm=comm, split_over=spread.split_over)
+        model = layout()
+        params = model.build_params(torch.float32)
+        for name_here, param in params.items():
+            key, cut = model.pieces[name_here]
+            param.grad = cut(full_tensor(key)).float()
+        exact = torch.cat([full_tensor(key).flatten() for key in model.keys]).norm()
+        comm.calls = ()
+        norm = distclip.clip_grad_norm_(params.items(), 1.0, comm=comm, split_over=model.split_over)
+        assert comm.calls == ("sum",), comm.calls
+        torch.testing.assert_close(norm.double(), exact, rtol=1e-6, atol=0)
+        check_equal_on_ranks(norm)
+        after = distclip.clip_grad_norm_(params.items(), float("inf"), comm=comm, split_over=model.split_over)
         torch.testing.assert_close(after, torch.tensor(1.0), rtol=1e-5, atol=0)
 
 
-def case_a_rank_without_gradients_takes_part() -> None:
+def case_rank_without_gradients_takes_part() -> None:
     axis = split(0)
     weight = nn.Parameter(torch.zeros(2))
     if world().rank:
         weight.grad = torch.tensor([3.0, 4.0])
     norm = distclip.clip_grad_norm_([weight], 1.0, comm=world(), split_over={"pp": axis})
     torch.testing.assert_close(norm, torch.tensor(5.0 * (world().size - 1) ** 0.5))
-    same_everywhere(norm)
+    check_equal_on_ranks(norm)
 
 
-# --- beside torch.distributed ---
+# --- with torch.distributed ---
 
 
 def case_torch_distributed_starts_from_mpi() -> None:
@@ -218,43 +220,43 @@ def case_torch_distributed_starts_from_mpi() -> None:
     total = torch.tensor([float(comm.rank)])
     dist.all_reduce(total)
     assert total == sum(range(comm.size))
-    with everywhere(ArgumentError, "has been started already"):
+    with raises_on_ranks(ArgumentError, "has been started already"):
         init_process_group()
 
 
-def case_dtensors_are_added_up_by_mpi() -> None:
+def case_dtensors_are_reduced_by_mpi() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (world().size,), mesh_dim_names=("dp",))
-    full = whole("experts")
+    full = full_tensor("experts")
     weight = nn.Parameter(distribute_tensor(torch.zeros_like(full), mesh, [Shard(0)]))
     weight.grad = distribute_tensor(full, mesh, [Shard(0)])
     norm = distclip.clip_grad_norm_([weight], 1.0, comm=world())
     torch.testing.assert_close(norm, full.norm(), rtol=1e-12, atol=0)
-    with everywhere(LayoutError, "comm= does not contain ranks"):
+    with raises_on_ranks(LayoutError, "comm= does not contain ranks"):
         distclip.clip_grad_norm_([weight], 1.0, comm=split(world().rank))
     dist.destroy_process_group()
 
 
-EVERY = {**vars(trouble), **globals()}
-CASES = [name.removeprefix("case_") for name in EVERY if name.startswith("case_")]
+FUNCTIONS = {**vars(failure_cases), **globals()}
+CASES = [name.removeprefix("case_") for name in FUNCTIONS if name.startswith("case_")]
 
 
 def main(folder: Path) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    answers: dict[str, str] = {}
-    answer = folder / f"rank{world().rank}.json"
+    results: dict[str, str] = {}
+    file = folder / f"rank{world().rank}.json"
     for name in CASES:
         try:
-            EVERY[f"case_{name}"]()
-            answers[name] = ""
+            FUNCTIONS[f"case_{name}"]()
+            results[name] = ""
         except BaseException:
-            answers[name] = traceback.format_exc()
+            results[name] = traceback.format_exc()
             raise
         finally:
-            answer.write_text(json.dumps(answers), encoding="utf-8")
+            file.write_text(json.dumps(results), encoding="utf-8")
         world().comm.Barrier()
 
 

@@ -1,4 +1,4 @@
-"""Cases of cases.py in which something is wrong on one rank, and all of them must do the same about it."""
+"""Check that all ranks react together to an error on one of them. cases.py runs these cases."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import nn
 
 import distclip
 from distclip import ArgumentError, DisagreementError, GradClipper, LayoutError, NonFiniteError, NonFiniteWarning
-from tests.integrations.mpi.spread import everywhere, grad_of, same_everywhere, split, world
+from tests.integrations.mpi.model import check_equal_on_ranks, grad_of, raises_on_ranks, split, world
 
 NAN = float("nan")
 
 
 def _bad_step(on_nonfinite: Any, **kwargs: Any) -> tuple[GradClipper, nn.Parameter, torch.optim.Optimizer]:
-    """Stages of one parameter each; the last rank's gradient has a NaN."""
+    """Build stages of one parameter each, with a NaN in the last rank's gradient."""
     weight = nn.Parameter(torch.ones(3))
     weight.grad = torch.full((3,), 2.0)
     if world().rank == world().size - 1:
@@ -42,10 +42,10 @@ def case_nan_on_one_rank_skips_on_all() -> None:
 
 def case_nan_on_one_rank_raises_on_all() -> None:
     clipper, weight, optimizer = _bad_step("raise")
-    with everywhere(NonFiniteError, f"1 NaN on rank {world().size - 1}"):
+    with raises_on_ranks(NonFiniteError, f"1 NaN on rank {world().size - 1}"):
         clipper.step(optimizer)
     assert torch.equal(weight, torch.ones(3))
-    with everywhere(NonFiniteError, "cannot be clipped"):
+    with raises_on_ranks(NonFiniteError, "cannot be clipped"):
         distclip.clip_grad_norm_([weight], 1.0, error_if_nonfinite=True, comm=world(), split_over={"pp": split(0)})
 
 
@@ -53,9 +53,9 @@ def case_nan_on_one_rank_is_zeroed() -> None:
     clipper, weight, optimizer = _bad_step("zero")
     with pytest.warns(NonFiniteWarning, match="set to zero"):
         report = clipper.step(optimizer)
-    right = (4.0 * (3 * world().size - 1)) ** 0.5
-    torch.testing.assert_close(report.norm.double(), torch.tensor(right).double(), rtol=1e-6, atol=0)
-    same_everywhere(report.coef)
+    exact = (4.0 * (3 * world().size - 1)) ** 0.5
+    torch.testing.assert_close(report.norm.double(), torch.tensor(exact).double(), rtol=1e-6, atol=0)
+    check_equal_on_ranks(report.coef)
     assert bool(weight.isfinite().all())
 
 
@@ -66,13 +66,13 @@ def case_nan_on_one_rank_propagates_to_all() -> None:
     assert bool(weight.isnan().all())
 
 
-def case_giving_up_comes_on_all() -> None:
+def case_too_many_skips_raise_on_all() -> None:
     clipper, _, optimizer = _bad_step("skip", max_skips=1)
-    with everywhere(distclip.TooManySkippedSteps, "1 steps in a row"):
+    with raises_on_ranks(distclip.TooManySkippedSteps, "1 steps in a row"):
         clipper.step(optimizer)
 
 
-def case_a_loss_scale_stays_the_same() -> None:
+def case_loss_scale_stays_equal() -> None:
     _, weight, _ = _bad_step("raise")
     optimizer = torch.optim.SGD([weight], lr=1.0)
     clipper = GradClipper([("w", weight)], distclip.global_norm(1.0), comm=world(), split_over={"pp": split(0)})
@@ -83,7 +83,7 @@ def case_a_loss_scale_stays_the_same() -> None:
     assert scaler.get_scale() == 512.0
 
 
-def case_an_attached_clipper_decides_for_all() -> None:
+def case_attached_clipper_skips_on_all() -> None:
     clipper, weight, optimizer = _bad_step("skip")
     handle = clipper.attach(optimizer)
     with pytest.warns(NonFiniteWarning):
@@ -92,21 +92,21 @@ def case_an_attached_clipper_decides_for_all() -> None:
     handle.remove()
 
 
-def case_a_bad_argument_on_one_rank_is_refused_by_all() -> None:
+def case_invalid_argument_on_one_rank_raises_on_all() -> None:
     weight = nn.Parameter(torch.ones(2))
     weight.grad = torch.ones(2)
     last = world().rank == world().size - 1
-    with everywhere(ArgumentError, "max_norm=-1"):
+    with raises_on_ranks(ArgumentError, "max_norm=-1"):
         distclip.clip_grad_norm_([weight], -1.0 if last else 1.0, comm=world())
-    with everywhere(ArgumentError, "on_nonfinite='never'"):
+    with raises_on_ranks(ArgumentError, "on_nonfinite='never'"):
         given: Any = "never" if last else "skip"
         GradClipper([weight], distclip.global_norm(1.0), comm=world(), on_nonfinite=given)
-    with everywhere(DisagreementError, "different policies"):
+    with raises_on_ranks(DisagreementError, "different policies"):
         GradClipper([weight], distclip.global_norm(1.0 + last), comm=world())
     assert torch.equal(grad_of(weight), torch.ones(2))
 
 
-def case_another_rank_is_named_as_the_world_names_it() -> None:
+def case_errors_name_the_rank_in_the_world() -> None:
     weight = nn.Parameter(torch.ones(2))
     weight.grad = torch.ones(2)
     half = split(world().rank % 2)
@@ -118,32 +118,32 @@ def case_another_rank_is_named_as_the_world_names_it() -> None:
 
 def case_axes_without_a_communicator_are_refused() -> None:
     weight = nn.Parameter(torch.ones(2))
-    with everywhere(ArgumentError, "Pass comm=MPIComm()"):
+    with raises_on_ranks(ArgumentError, "Pass comm=MPIComm()"):
         distclip.clip_grad_norm_([weight], 1.0, split_over={"pp": split(0)})
-    with everywhere(ArgumentError, "Pass comm=MPIComm()"):
+    with raises_on_ranks(ArgumentError, "Pass comm=MPIComm()"):
         GradClipper([weight], distclip.global_norm(1.0), split_over=[split(0)])
 
 
-def case_axes_that_reach_further_are_refused() -> None:
+def case_axes_beyond_the_communicator_are_refused() -> None:
     weight = nn.Parameter(torch.ones(2))
     weight.grad = torch.ones(2)
     alone = split(world().rank)
-    with everywhere(LayoutError, "comm= does not contain ranks"):
+    with raises_on_ranks(LayoutError, "comm= does not contain ranks"):
         distclip.clip_grad_norm_([weight], 1.0, comm=alone, split_over={"pp": split(0)})
-    with everywhere(LayoutError, "comm= does not contain ranks"):
+    with raises_on_ranks(LayoutError, "comm= does not contain ranks"):
         GradClipper([weight], distclip.global_norm(1.0), comm=alone, split_over={"pp": split(0)})
 
 
-def case_axes_that_differ_are_refused() -> None:
+def case_different_axes_are_refused() -> None:
     weight = nn.Parameter(torch.ones(2))
     axis = split(0)
-    with everywhere(DisagreementError, "split_over= differs"):
+    with raises_on_ranks(DisagreementError, "split_over= differs"):
         over = {"pp": axis} if world().rank else None
         GradClipper([weight], distclip.global_norm(1.0), comm=world(), split_over=over)
 
 
-def case_a_tag_without_its_axis_is_refused() -> None:
+def case_tag_without_its_axis_is_refused() -> None:
     weight = nn.Parameter(torch.ones(2))
     weight.tensor_model_parallel = True  # type: ignore[attr-defined]
-    with everywhere(LayoutError, 'Write split_over={"tp": tp_group}'):
+    with raises_on_ranks(LayoutError, 'Write split_over={"tp": tp_group}'):
         distclip.clip_grad_norm_([("w", weight)], 1.0, comm=world())
