@@ -1,4 +1,4 @@
-"""Somebody else's Hydra app, which mounts a policy into its own config, beside a checkout and with the wheel."""
+"""A Hydra app of a user that mounts a policy into its config, with distclip as a checkout and as a wheel."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -32,15 +33,15 @@ defaults: [_self_, distclip@trainer.clip: zclip]
 trainer: {lr: 0.1}
 """
 SEARCHPATH = "hydra: {searchpath: [pkg://distclip.conf]}\n"
-WAYS = {"searchpath": ("", YAML + SEARCHPATH), "register": (REGISTER, YAML), "neither": ("", YAML)}
-
+APPS = {"searchpath": ("", YAML + SEARCHPATH), "register": (REGISTER, YAML), "neither": ("", YAML)}
+"""(first lines of the app, its config) by the way in which Hydra finds the policies."""
 
 Run = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture(params=["checkout", "wheel"])
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
-    """`run(way, *overrides)`: the app's exit status and what it said, with distclip as it lies here or installed."""
+    """Return `run(app, *overrides)`, which returns the exit status and the output of the app."""
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     if request.param == "checkout":
         return partial(_run, sys.executable, environ, tmp_path)
@@ -48,12 +49,12 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
     return partial(_run, str(request.getfixturevalue("built").python), environ, tmp_path)
 
 
-def _run(python: str, environ: dict[str, str], folder: Path, way: str, *overrides: str) -> tuple[int, str]:
-    first, config = WAYS[way]
-    (folder / "theirs.py").write_text(APP.format(first=first))
+def _run(python: str, environ: dict[str, str], folder: Path, app: str, *overrides: str) -> tuple[int, str]:
+    first, config = APPS[app]
+    (folder / "user_app.py").write_text(APP.format(first=first))
     (folder / "app.yaml").write_text(config)
     done = subprocess.run(
-        [python, "theirs.py", "hydra.run.dir=.", "hydra.output_subdir=null", *overrides],
+        [python, "user_app.py", "hydra.run.dir=.", "hydra.output_subdir=null", *overrides],
         cwd=folder,
         env=environ,
         capture_output=True,
@@ -63,42 +64,46 @@ def _run(python: str, environ: dict[str, str], folder: Path, way: str, *override
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("way", ["searchpath", "register"])
-def test_mounts_a_policy(run: Run, way: str) -> None:
-    status, said = run(way, "distclip@trainer.clip=global_norm", "trainer.clip.max_norm=0.25")
-    assert status == 0, said
-    assert said.startswith("['trainer'] 0.1 NormPolicy(threshold=Fixed(max_norm=0.25)")
+@pytest.mark.parametrize("app", ["searchpath", "register"])
+def test_mounts_a_policy(run: Run, app: str) -> None:
+    status, output = run(app, "distclip@trainer.clip=global_norm", "trainer.clip.max_norm=0.25")
+    assert status == 0, output
+    assert output.startswith("['trainer'] 0.1 NormPolicy(threshold=Fixed(max_norm=0.25)")
 
 
-@pytest.mark.parametrize(("run", "way"), [("checkout", "register"), ("wheel", "searchpath")], indirect=["run"])
-def test_the_default_is_what_the_app_names(run: Run, way: str) -> None:
-    status, said = run(way, "trainer.clip.cap=1.0")
-    assert status == 0 and "ZScore(" in said, said
+@pytest.mark.parametrize(("run", "app"), [("checkout", "register"), ("wheel", "searchpath")], indirect=["run"])
+def test_default_policy_is_the_apps(run: Run, app: str) -> None:
+    status, output = run(app, "trainer.clip.cap=1.0")
+    assert status == 0, output
+    assert "ZScore(" in output
 
 
 TYPOS = {
-    "distclip@trainer.clip=zclp": ["zclp", "median_mad"],  # the choices that there are
+    "distclip@trainer.clip=zclp": ["zclp", "median_mad"],  # the message lists the choices
     "trainer.clip.capp=1": ["capp"],
     "trainer.clip.z=-1": ["z=-1"],
     "trainer.clip.cap=low": ["cap='low'"],
 }
+"""Words of the message for each wrong override."""
 
 
-@pytest.mark.parametrize(("run", "way"), [("checkout", "searchpath"), ("wheel", "register")], indirect=["run"])
-@pytest.mark.parametrize("typo", TYPOS)
-def test_typos_are_refused_in_words(run: Run, way: str, typo: str) -> None:
-    status, said = run(way, typo)
-    assert status != 0
-    assert [word for word in TYPOS[typo] if word not in said] == [], said
+@pytest.mark.parametrize(("run", "app"), [("checkout", "searchpath"), ("wheel", "register")], indirect=["run"])
+def test_typos_are_refused(run: Run, app: str) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        for (status, output), words in zip(pool.map(partial(run, app), TYPOS), TYPOS.values(), strict=True):
+            assert status != 0
+            assert [word for word in words if word not in output] == [], output
 
 
 @pytest.mark.parametrize("run", ["checkout"], indirect=True)
-def test_without_either_hydra_says_what_is_missing(run: Run) -> None:
-    status, said = run("neither")
-    assert status != 0 and "distclip/zclip" in said, said
+def test_unregistered_policy_is_named_in_the_error(run: Run) -> None:
+    status, output = run("neither")
+    assert status != 0
+    assert "distclip/zclip" in output
 
 
 @pytest.mark.parametrize("run", ["wheel"], indirect=True)
-def test_registering_adds_the_policies_alone(run: Run) -> None:
-    status, said = run("register", "+model@trainer.model=gpt")
-    assert status != 0 and "group 'model' does not exist" in said, said
+def test_register_adds_only_the_policies(run: Run) -> None:
+    status, output = run("register", "+model@trainer.model=gpt")
+    assert status != 0
+    assert "group 'model' does not exist" in output
