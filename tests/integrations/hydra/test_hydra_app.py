@@ -42,6 +42,10 @@ Run = Callable[..., tuple[int, str]]
 @pytest.fixture(params=["checkout", "wheel"])
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
     """Return `run(app, *overrides)`, which returns the exit status and the output of the app."""
+    for app, (first, config) in APPS.items():
+        (tmp_path / app).mkdir()
+        (tmp_path / app / "user_app.py").write_text(APP.format(first=first))
+        (tmp_path / app / "app.yaml").write_text(config)
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     if request.param == "checkout":
         return partial(_run, sys.executable, environ, tmp_path)
@@ -50,12 +54,9 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
 
 
 def _run(python: str, environ: dict[str, str], folder: Path, app: str, *overrides: str) -> tuple[int, str]:
-    first, config = APPS[app]
-    (folder / "user_app.py").write_text(APP.format(first=first))
-    (folder / "app.yaml").write_text(config)
     done = subprocess.run(
         [python, "user_app.py", "hydra.run.dir=.", "hydra.output_subdir=null", *overrides],
-        cwd=folder,
+        cwd=folder / app,
         env=environ,
         capture_output=True,
         text=True,
