@@ -40,6 +40,7 @@ Glossary:
 - A trailing underscore marks a function that changes its argument.
 """
 
+from . import policies
 from ._version import __version__
 from .clipper import GradClipper
 from .comm import Comm, LocalComm, ProcessGroupComm
@@ -57,73 +58,32 @@ from .errors import (
 from .functional import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .nonfinite import Culprit, Incident
 from .outcome import Report
-from .policies import (
-    EMA,
-    AdaGC,
-    Fixed,
-    MedianMAD,
-    NormPolicy,
-    Percentile,
-    Policy,
-    RelativeToWeight,
-    Threshold,
-    Value,
-    ZScore,
-    adagc,
-    agc,
-    autoclip,
-    ema,
-    global_norm,
-    group_norm,
-    median_mad,
-    per_tensor_norm,
-    value,
-    zclip,
-)
+from .policies import *  # noqa: F403
 from .sharding import annotate_
 
 __all__ = [
-    "EMA",
-    "AdaGC",
     "ArgumentError",
     "Comm",
     "Culprit",
     "DisagreementError",
     "DistclipError",
-    "Fixed",
     "FrequentClippingWarning",
     "GradClipper",
     "Incident",
     "LayoutError",
     "LocalComm",
-    "MedianMAD",
     "NonFiniteError",
     "NonFiniteWarning",
-    "NormPolicy",
     "PeerError",
-    "Percentile",
-    "Policy",
     "ProcessGroupComm",
-    "RelativeToWeight",
     "Report",
-    "Threshold",
     "TooManySkippedSteps",
-    "Value",
-    "ZScore",
     "__version__",
-    "adagc",
-    "agc",
     "annotate_",
-    "autoclip",
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
-    "ema",
     "get_total_norm",
-    "global_norm",
-    "group_norm",
-    "median_mad",
-    "per_tensor_norm",
-    "value",
-    "zclip",
 ]
+# A new policy is exported in distclip.policies only.
+__all__ += policies.__all__

@@ -6,33 +6,30 @@ function that documents it. A policy is a frozen dataclass of pure functions: it
 gradients, its state is tensors that are passed in and out, and it never waits for a device.
 """
 
-from ..norms.spec import NormSpec, Per
+from ..norms.spec import NormSpec
 from .adagc import AdaGC, adagc
 from .agc import RelativeToWeight, agc
 from .autoclip import Percentile, autoclip
 from .ema import EMA, ema
 from .fixed import Fixed, global_norm, group_norm, per_tensor_norm
 from .median_mad import MedianMAD, median_mad
-from .norm_policy import NormPolicy, coefficient
-from .policy import Policy, Rule, State, Threshold, Verdict
-from .restart import ClipRate
+from .norm_policy import NormPolicy
+from .policy import Policy, Rule, Threshold, Verdict
+from .policy import State as State  # the type of a state, which `distclip` does not export
 from .value import Value, value
 from .zclip import ZScore, zclip
 
 __all__ = [
     "EMA",
     "AdaGC",
-    "ClipRate",
     "Fixed",
     "MedianMAD",
     "NormPolicy",
     "NormSpec",
-    "Per",
     "Percentile",
     "Policy",
     "RelativeToWeight",
     "Rule",
-    "State",
     "Threshold",
     "Value",
     "Verdict",
@@ -40,7 +37,6 @@ __all__ = [
     "adagc",
     "agc",
     "autoclip",
-    "coefficient",
     "ema",
     "global_norm",
     "group_norm",

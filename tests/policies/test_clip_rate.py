@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from distclip.errors import FrequentClippingWarning
-from distclip.policies import ClipRate
+from distclip.policies.restart import ClipRate
 
 
 @pytest.fixture
