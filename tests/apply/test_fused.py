@@ -179,6 +179,7 @@ def test_deferred_host_reads_report_one_step_later(scaled: bool) -> None:
     assert "weight (1 NaN on rank 1)" in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", ["step", "clip_grad_norm_"])
 def test_compiled_training_is_the_same(function: str) -> None:
     models = [make_model(), make_model()]

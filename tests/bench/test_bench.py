@@ -207,6 +207,7 @@ def test_amount_formats_bytes() -> None:
     assert [amount(size) for size in (12, 1200, 5_000_000, 498_000_000)] == ["12 B", "1.2 kB", "5 MB", "498 MB"]
 
 
+@pytest.mark.slow
 def test_sharded_cases_on_two_ranks(tmp_path: Path) -> None:
     """Run the command on a pipe. It prints whole tables without control characters, and writes all results."""
     path = tmp_path / "out.json"

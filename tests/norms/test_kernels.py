@@ -409,6 +409,7 @@ print("compiled")
 """
 
 
+@pytest.mark.slow
 def test_gpu_kernels_compile_for_hopper() -> None:
     """Compile to PTX, which needs no GPU, with loads and stores of 16 bytes for aligned tensors."""
     environment = {"PATH": "/usr/bin:/bin", "TRITON_INTERPRET": "0"}

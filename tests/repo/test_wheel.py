@@ -21,6 +21,10 @@ def run(built: Built, folder: Path, *command: str) -> str:
     return output(str(built.python.with_name(command[0])), *command[1:], cwd=folder, env=environ)
 
 
+# They build a wheel and install it.
+pytestmark = pytest.mark.slow
+
+
 def test_wheel_has_all_files_and_no_others(built: Built) -> None:
     suffixes = {".py", ".yaml", ".css", ".html", ".md", ".typed"}
     expected = {f"distclip/{p.relative_to(ROOT / 'distclip')}" for p in (ROOT / "distclip").rglob("*")}
