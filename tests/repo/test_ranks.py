@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.ranks import RankError, World, gather_from_ranks, on_ranks
+from tests.tables.layouts.meshes import group_of
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +56,11 @@ def end_process() -> None:
     dist.barrier()
 
 
-def return_rank() -> int:
-    return dist.get_rank()
+def sum_ranks_on_a_mesh() -> float:
+    """Sum the ranks over a process group that is created once per world."""
+    total = torch.tensor(float(dist.get_rank()))
+    dist.all_reduce(total, group=group_of(0, 1))
+    return float(total)
 
 
 def test_a_failing_assert_shows_its_values(pair: World) -> None:
@@ -69,7 +74,8 @@ def test_a_failing_assert_shows_its_values(pair: World) -> None:
     assert "in compare_lists" in report
 
 
-def test_a_new_world_follows_a_failure(pair: World) -> None:
+def test_a_new_world_with_new_groups_follows_a_failure(pair: World) -> None:
+    assert pair.run(sum_ranks_on_a_mesh) == [1.0, 1.0]
     with pytest.raises(RankError, match=r"--- rank 0[\s\S]*SystemExit[\s\S]*without an answer: \[1\]"):
         pair.run(end_process)
-    assert pair.run(return_rank) == [0, 1]
+    assert pair.run(sum_ranks_on_a_mesh) == [1.0, 1.0]
