@@ -342,7 +342,7 @@ class HalvingPolicy:
 @on_ranks(2)
 def test_takes_a_policy_of_the_caller() -> None:
     weight = nn.Parameter(torch.zeros(2))
-    # They move the addresses of what is made next.
+    # These move the addresses of later objects.
     padding = [object() for _ in range(1000 * dist.get_rank())]
     clipper = GradClipper([weight], HalvingPolicy(), split_over=dist.group.WORLD)
     weight.grad = torch.ones(2)

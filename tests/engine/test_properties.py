@@ -119,17 +119,17 @@ def test_clips_any_gradients_as_the_reference_does(
     grads: list[Tensor | None], norm_type: float, fraction: float
 ) -> None:
     """Clip any shapes, dtypes, strides, magnitudes and missing gradients in one call."""
-    kept = [g for g in grads if g is not None]
-    before = [widened(g) for g in kept]
-    expected = reference.total_norm(kept, norm_type)
+    existing = [g for g in grads if g is not None]
+    before = [widened(g) for g in existing]
+    expected = reference.total_norm(existing, norm_type)
     max_norm = fraction * float(expected) if expected > 0 else fraction
     parameters = parameters_with(grads)
     norm = distclip.clip_grad_norm_(parameters, max_norm, norm_type)
     # The gradients are already scaled, so the norm is computed from copies.
-    check_norm(norm, [b.to(g.dtype) for b, g in zip(before, kept, strict=True)], norm_type)
+    check_norm(norm, [b.to(g.dtype) for b, g in zip(before, existing, strict=True)], norm_type)
     coef = torch.ones(()) if max_norm == inf else reference.clip_coefficient(expected, max_norm)
-    for grad, old in zip(kept, before, strict=True):
-        check_scaled(grad, old, coef, norm_rtol(kept))
+    for grad, old in zip(existing, before, strict=True):
+        check_scaled(grad, old, coef, norm_rtol(existing))
     assert all(p.grad is g for p, g in zip(parameters, grads, strict=True))
 
 

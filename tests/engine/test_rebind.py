@@ -26,18 +26,18 @@ def fill(module: nn.Module, step: int) -> None:
 @pytest.mark.parametrize("policy", [zclip(warmup=2), adagc(warmup=2)], ids=["model", "tensor"])
 def test_rebinding_keeps_the_state(policy: object) -> None:
     one, other = make_model(), make_model()
-    kept, rebound = GradClipper(one, policy), GradClipper(one, policy)  # type: ignore[arg-type]
+    original, rebound = GradClipper(one, policy), GradClipper(one, policy)  # type: ignore[arg-type]
     for step in range(4):
-        for clipper in (kept, rebound):
+        for clipper in (original, rebound):
             fill(one, step)
             clipper.clip()
     rebound.rebind(list(reversed(list(other.named_parameters()))))
     fill(one, 4)
     fill(other, 4)
-    expected, report = kept.clip(), rebound.clip()
+    expected, report = original.clip(), rebound.clip()
     assert report.as_dict() == pytest.approx(expected.as_dict())
     assert dict(zip(rebound.slots, report.coefs.tolist(), strict=True)) == pytest.approx(
-        dict(zip(kept.slots, expected.coefs.tolist(), strict=True))
+        dict(zip(original.slots, expected.coefs.tolist(), strict=True))
     )
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)

@@ -57,9 +57,9 @@ def clip_in_one_call(parameters: Iterable[Tensor], norm_type: float, foreach: bo
 
 def clip_in_two_calls(parameters: Iterable[Tensor], norm_type: float, foreach: bool) -> Tensor:
     """Measure, then scale by the measured norm."""
-    kept = list(parameters)
-    norm = distclip.get_total_norm(gradients(kept), norm_type=norm_type, foreach=foreach)
-    distclip.clip_grads_with_norm_((p for p in kept), MAX_NORM, norm, foreach=foreach)
+    params = list(parameters)
+    norm = distclip.get_total_norm(gradients(params), norm_type=norm_type, foreach=foreach)
+    distclip.clip_grads_with_norm_((p for p in params), MAX_NORM, norm, foreach=foreach)
     return norm
 
 

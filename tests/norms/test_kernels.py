@@ -86,8 +86,8 @@ def test_lengths_and_magnitudes(kernel: str, dtype: torch.dtype, norm_type: floa
     scales = [1.0, SCALES[dtype], 1 / SCALES[dtype]]
     drawn = [torch.randn(n, generator=generator, dtype=torch.float64).clamp_(-3, 3) for n in LENGTHS]
     tensors = [(x * scales[i % 3]).to(dtype) for i, x in enumerate(drawn)]
-    for tensor, found in zip(tensors, sums(kernel, tensors, norm_type), strict=True):
-        assert found == pytest.approx(expected_sum(tensor, norm_type), rel=1e-7, abs=0), f"{tensor.numel()} elements"
+    for tensor, result in zip(tensors, sums(kernel, tensors, norm_type), strict=True):
+        assert result == pytest.approx(expected_sum(tensor, norm_type), rel=1e-7, abs=0), f"{tensor.numel()} elements"
 
 
 @each_kernel
@@ -102,10 +102,10 @@ def test_nonfinite_elements_change_the_sum_of_their_tensor(
     for tensor, place in zip(tensors, [0, 77, 4999], strict=False):
         tensor[place] = bad
     tensors[4][[10, 20, 4000]] = torch.tensor([math.inf, math.nan, math.inf], dtype=dtype)
-    found = sums(kernel, tensors, norm_type)
-    assert [repr(x) for x in found[:3]] == [repr(abs(bad))] * 3
-    assert math.isfinite(found[3])
-    assert math.isnan(found[4])
+    result = sums(kernel, tensors, norm_type)
+    assert [repr(x) for x in result[:3]] == [repr(abs(bad))] * 3
+    assert math.isfinite(result[3])
+    assert math.isnan(result[4])
 
 
 @each_kernel
@@ -142,8 +142,8 @@ def test_strides_alignment_and_mixed_dtypes(kernel: str) -> None:
         torch.nn.Parameter(torch.randn(6, 1, 2)),
     ]
     with torch.no_grad():
-        found = sums(kernel, tensors, 2.0)
-    assert found == [pytest.approx(expected_sum(tensor.detach(), 2.0), rel=1e-7, abs=0) for tensor in tensors]
+        result = sums(kernel, tensors, 2.0)
+    assert result == [pytest.approx(expected_sum(tensor.detach(), 2.0), rel=1e-7, abs=0) for tensor in tensors]
 
 
 @pytest.mark.parametrize("kernel", ["native", gpu_kernels])
@@ -196,12 +196,12 @@ def test_rows(shape: tuple[int, ...], rows: Rows, dtype: torch.dtype, norm_type:
 def test_tables_with_and_without_dlpack_are_equal() -> None:
     """Describe tensors through DLPack, which C reads, and from Python."""
     tensors = [torch.randn(3, 4, dtype=dtype)[1:] for dtype in DTYPES] + [torch.zeros(0, 3), torch.tensor(1.0)]
-    found, other = describe_tensors(tensors, "cpu"), TensorTable(len(tensors))
-    assert found is not None
+    result, other = describe_tensors(tensors, "cpu"), TensorTable(len(tensors))
+    assert result is not None
     assert _fill(other, tensors, "cpu")
-    assert vars(found) == vars(other)
-    assert list(found.addresses) == [t.data_ptr() for t in tensors]
-    assert found.has_float64
+    assert vars(result) == vars(other)
+    assert list(result.addresses) == [t.data_ptr() for t in tensors]
+    assert result.has_float64
 
 
 @pytest.mark.parametrize("odd", [torch.ones(2, 2).to_sparse(), torch.zeros(4, 4)[::2], torch.ones(2).to(torch.int8)])
@@ -269,9 +269,9 @@ def test_many_positive_elements(dtype: torch.dtype) -> None:
     """Sum 16 M elements. Torch's norm has an error of 3e-3, which grows with their number."""
     tensor = torch.rand(1 << 24).to(dtype)
     for compute in (native.power_sums, operator_power_sums):
-        found = compute([tensor], 2.0)
-        assert found is not None
-        error = abs(math.sqrt(float(found[0])) / math.sqrt(expected_sum(tensor, 2.0)) - 1)
+        result = compute([tensor], 2.0)
+        assert result is not None
+        error = abs(math.sqrt(float(result[0])) / math.sqrt(expected_sum(tensor, 2.0)) - 1)
         assert error < 1e-6, compute
 
 

@@ -356,8 +356,8 @@ def test_invalid_arguments_raise(rule: Callable[..., object], passed: dict[str, 
     """Raise with the argument, its value and what to pass instead."""
     with pytest.raises(ArgumentError, match=r"Use") as raised:
         rule(**passed)
-    (name, seen), *_ = passed.items()
-    assert f"{name}={seen!r}" in str(raised.value)
+    (name, value), *_ = passed.items()
+    assert f"{name}={value!r}" in str(raised.value)
 
 
 @pytest.mark.parametrize(

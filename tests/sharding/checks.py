@@ -34,12 +34,12 @@ def check_layout(name: str) -> None:
         return
     # A generator can be read once, so the parameters are kept for the next calls.
     read_once = isinstance(case.parameters, Iterator)
-    kept = list(case.parameters) if read_once else case.parameters
-    grads = [p.grad for _, p in named(kept) if p.grad is not None]
+    params = list(case.parameters) if read_once else case.parameters
+    grads = [p.grad for _, p in named(params) if p.grad is not None]
     before = [stored(g).clone() for g in grads]
 
     def clip(max_norm: float, norm_type: float) -> Tensor:
-        passed = iter(kept) if read_once else kept
+        passed = iter(params) if read_once else params
         return distclip.clip_grad_norm_(passed, max_norm, norm_type, split_over=case.split_over)
 
     # The first call also finds the ranks that take part. Its collectives count like those of any other call.
@@ -61,7 +61,7 @@ def check_layout(name: str) -> None:
         assert torch.equal(clip(float("inf"), norm_type), norm), f"{where}: two calls differ"
         assert [stored(g)._version for g in grads] == writes, f"{where}: max_norm=inf wrote"
     policy = distclip.global_norm(float(norm) / 2, norm_type)
-    report = distclip.GradClipper(kept, policy, split_over=case.split_over).clip()
+    report = distclip.GradClipper(params, policy, split_over=case.split_over).clip()
     assert torch.equal(report.norm, norm), f"{where}: a clipper measures another norm"
     for grad, old in zip(grads, before, strict=True):
         check_scaled(stored(grad), old, float(report.coef), where)

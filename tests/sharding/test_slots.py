@@ -110,9 +110,9 @@ def uneven_annotations() -> tuple[list[Piece], Case]:
     """Build shards of different sizes, one of them empty."""
     mesh, rank = world_mesh("a"), dist.get_rank()
     grad, begins = random_grad(6, 3), [0, 3, 4, 4, 6]
-    mine = slice(begins[rank], begins[rank + 1])
-    param = distclip.annotate_(plain_param(grad[mine].clone()), mesh, [Shard(0)])
-    pieces = [Piece("w", param, "w", (6, 3), torch.arange(18).view(6, 3)[mine].reshape(-1))]
+    rows = slice(begins[rank], begins[rank + 1])
+    param = distclip.annotate_(plain_param(grad[rows].clone()), mesh, [Shard(0)])
+    pieces = [Piece("w", param, "w", (6, 3), torch.arange(18).view(6, 3)[rows].reshape(-1))]
     return pieces, Case(named_params(pieces), [])
 
 
