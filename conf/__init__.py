@@ -1,1 +1,1 @@
-"""Hydra configuration: `distclip/` is for other apps to mount, the rest is our own training job."""
+"""Hydra configuration. Other apps can mount `distclip/`; the other groups configure the training job of `launch/`."""

@@ -1,7 +1,8 @@
-"""Train under Ray Train: `python launch/ray_train.py [Hydra overrides]`, on the cluster of RAY_ADDRESS, or else here.
+"""Train with Ray Train on the cluster at RAY_ADDRESS, or on this machine: `python launch/ray_train.py [overrides]`.
 
-NPROC is the number of ranks, two without it; each takes a GPU where the cluster has them. Needs distclip[train] and
-`ray[train]` in one environment on all nodes, and this repository in the same place. Where one rank fails, Ray ends all.
+NPROC is the number of ranks, two by default. Each rank gets a GPU if the cluster has any. All nodes need an
+environment with distclip[train] and `ray[train]`, and this repository at the same path. If one rank fails, Ray ends
+all of them.
 """
 
 import os
@@ -16,18 +17,21 @@ from ray.train.torch import TorchConfig, TorchTrainer
 TRAIN = Path(__file__).resolve().with_name("train.py")
 
 
-def rank(told: dict[str, list[str] | str]) -> None:
-    """One rank: Ray has started its torch.distributed, and the training job takes part in it."""
-    os.chdir(str(told["folder"]))
-    sys.argv = [str(TRAIN), *told["overrides"]]
+def run_rank(config: dict[str, list[str] | str]) -> None:
+    """Run train.py on one rank. Ray has started torch.distributed already."""
+    os.chdir(str(config["folder"]))
+    # runpy does not add the folder of a script to the path, as Python does.
+    sys.path.insert(0, str(TRAIN.parent))
+    sys.argv = [str(TRAIN), *config["overrides"]]
     runpy.run_path(str(TRAIN), run_name="__main__")
 
 
 def main(overrides: list[str]) -> None:
+    """Start the ranks and wait for them."""
     ray.init()
     gpus = ray.cluster_resources().get("GPU", 0) > 0
     TorchTrainer(
-        rank,
+        run_rank,
         train_loop_config={"folder": os.getcwd(), "overrides": overrides},
         scaling_config=ScalingConfig(num_workers=int(os.environ.get("NPROC", "2")), use_gpu=gpus),
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),

@@ -1,26 +1,26 @@
-# Sourced with the name of an extra (train or dev): leaves that extra installed and in $PYTHON the
-# interpreter that has it. An active virtual environment is used as it is; otherwise .venv at the
-# root of the repository, created with $DISTCLIP_PYTHON or python3.
+# Source this file with the name of an extra (train or dev). It installs the extra and sets PYTHON to the interpreter that
+# has it. An active virtual environment is used as it is. Otherwise .venv at the root of the repository is used, which is
+# created with $DISTCLIP_PYTHON or python3.
 # shellcheck shell=bash
 setup_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 setup_venv=${VIRTUAL_ENV:-$setup_root/.venv}
 PYTHON=$setup_venv/bin/python
 export PYTHON
 
-# Unchanged since the last call: nothing to do.
+# Nothing is installed if these files have not changed since the last call.
 setup_key="$setup_root $(cat "$setup_root/pyproject.toml" "$setup_root"/distclip/norms/kernels/native* | cksum)"
 setup_stamp=$setup_venv/.distclip-$1
 if [ ! -x "$PYTHON" ] || [ "$(cat "$setup_stamp" 2>/dev/null)" != "$setup_key" ]; then
     setup_base=${DISTCLIP_PYTHON:-python3}
     [ -z "${VIRTUAL_ENV:-}" ] || setup_base=$PYTHON
     if ! "$setup_base" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-        echo "setup: $setup_base is not a Python of 3.10 or later; set DISTCLIP_PYTHON to one" >&2
+        echo "setup: $setup_base is not Python 3.10 or later. Set DISTCLIP_PYTHON to one" >&2
         exit 1
     fi
-    echo "setup: installing distclip[$1] and what it needs into $setup_venv (once, a few minutes)" >&2
+    echo "setup: installing distclip[$1] and its dependencies into $setup_venv (once, takes a few minutes)" >&2
     "$PYTHON" -m pip --version >/dev/null 2>&1 || "$setup_base" -m venv "$setup_venv"
     setup_packages=(-e "${setup_root}[$1]")
-    # The newest torch comes with gigabytes of CUDA libraries: of no use without a GPU.
+    # The newest torch comes with gigabytes of CUDA libraries, which are of no use without a GPU.
     if ! "$PYTHON" -c 'import torch' 2>/dev/null && ! nvidia-smi -L >/dev/null 2>&1; then
         setup_packages+=(torch==2.13.0)
     fi

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train on this machine: [NPROC=4] bash launch/torchrun.sh [Hydra overrides]
-# Needs an environment with distclip[train]: $PYTHON, or the python on the PATH.
+# The environment must have distclip[train]: $PYTHON, or the python on the PATH.
 set -euo pipefail
 launch=$(dirname "${BASH_SOURCE[0]}")
 case " $* " in
@@ -8,6 +8,6 @@ case " $* " in
 esac
 # shellcheck source=launch/ranks.sh
 source "$launch/ranks.sh"
-# The address keeps torchrun from resolving this machine's host name, which may hang for minutes.
+# Without the address torchrun would resolve this machine's host name, which may hang for minutes.
 exec "${PYTHON:-python}" -m torch.distributed.run --standalone --local-addr=127.0.0.1 \
     --nproc-per-node="$NPROC" "$launch/train.py" "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: the tests that need one, then distclip against torch on it. The figures, with card, versions
-# and command, go to launch/bench/results/CARD.json and CARD.md. Arguments go to distclip.bench.
+# On a machine with a GPU, run the tests that need one, then compare distclip with torch. The results, with the card, the
+# versions and the command, are written to launch/bench/results/CARD.json and CARD.md. Arguments go to distclip.bench.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # shellcheck source=launch/setup.sh

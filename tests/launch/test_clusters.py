@@ -1,8 +1,7 @@
-"""Jobs of clusters, as their nodes would start them, here on one machine: what Slurm and Kubeflow say is played."""
+"""Start jobs as the nodes of a cluster do, with the commands and variables of Slurm and Kubeflow replaced."""
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -13,46 +12,49 @@ from typing import Any
 
 import pytest
 
-from tests.launch.test_launcher import ROOT, environment, rows
+from tests.launch.jobs import ROOT, environment, read_header, read_rows
 
 yaml = pytest.importorskip("yaml")
 pytest.importorskip("hydra")
-SHORT = ["steps=3", "log=quiet", "hydra.run.dir=run"]
+SHORT = ["steps=3", "log=quiet", "model=mlp", "data=digits", "hydra.run.dir=run"]
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
-def run_together(folder: Path, jobs: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> list[str]:
-    """What each command says, of several that wait for each other, in a folder with launch/ and conf/."""
+def run_together(folder: Path, jobs: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> None:
+    """Run commands that wait for each other, in a folder with launch/ and conf/."""
     for part in ("launch", "conf"):
         (folder / part).symlink_to(ROOT / part)
-    started = [
+    processes = [
         subprocess.Popen(
-            command, cwd=folder, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=folder,
+            env=environment(**variables),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
-        for command, more in jobs
+        for command, variables in jobs
     ]
     try:
-        said = [one.communicate(timeout=300)[0] for one in started]
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:
-        for one in started:
-            one.kill()
-    assert [one.returncode for one in started] == [0] * len(jobs), "\n".join(said)
-    return said
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(jobs), "\n".join(outputs)
 
 
 def world_size(folder: Path) -> int:
-    """Of the one run that all nodes of a job were part of."""
-    lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(rows(folder / "run")) == 3
-    return int(json.loads(lines[0])["world_size"])
+    """Return the number of ranks of the one run in which all nodes took part."""
+    assert len(read_rows(folder / "run")) == 3
+    return int(read_header(folder / "run")["world_size"])
 
 
-# srun starts the command on every node at once, and kills all where one fails.
+# srun starts the command on every node at once, and ends all of them if one fails.
 SRUN = """#!/usr/bin/env bash
 [ "$1" = --kill-on-bad-exit=1 ] && shift
 pids=()
@@ -64,31 +66,31 @@ SCONTROL = """#!/usr/bin/env bash
 """
 
 
-def slurm(folder: Path) -> dict[str, str]:
-    """What a job on two nodes finds: Slurm's variables, and its commands on the PATH."""
+def slurm_environment(folder: Path) -> dict[str, str]:
+    """Return the variables of a Slurm job on two nodes, with Slurm's commands on the PATH."""
     commands = folder / "bin"
     commands.mkdir()
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
-    told = {"JOB_NODELIST": "node[1-2]", "JOB_NUM_NODES": "2", "JOB_ID": "77", "CPUS_PER_TASK": "2"}
-    told = {f"SLURM_{name}": value for name, value in told.items()}
-    return {**told, "PATH": f"{commands}:{os.environ['PATH']}", "PORT": str(free_port()), "NPROC": "2"}
+    job = {"JOB_NODELIST": "node[1-2]", "JOB_NUM_NODES": "2", "JOB_ID": "77", "CPUS_PER_TASK": "2"}
+    variables = {f"SLURM_{name}": value for name, value in job.items()}
+    return {**variables, "PATH": f"{commands}:{os.environ['PATH']}", "PORT": str(free_port()), "NPROC": "1"}
 
 
 def test_slurm_starts_one_world(tmp_path: Path) -> None:
     command = ["bash", str(ROOT / "launch" / "slurm.sbatch"), *SHORT]
-    run_together(tmp_path, [(command, slurm(tmp_path))])
-    assert world_size(tmp_path) == 4
+    run_together(tmp_path, [(command, slurm_environment(tmp_path))])
+    assert world_size(tmp_path) == 2
 
 
-def test_slurm_elsewhere_is_told_where_to_be(tmp_path: Path) -> None:
+def test_slurm_needs_the_root_of_the_repository(tmp_path: Path) -> None:
     done = subprocess.run(["bash", str(ROOT / "launch" / "slurm.sbatch")], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "root of the repository" in done.stderr
 
 
 def pods(spec: Mapping[str, Any], port: int) -> list[tuple[list[str], dict[str, str]]]:
-    """The command of each pod, and what Kubeflow's training operator 1.9 puts into its environment (envvar.go)."""
+    """Return the command and environment of each pod, as Kubeflow's training operator 1.9 sets them (envvar.go)."""
     kinds = spec["pytorchReplicaSpecs"]
     count = sum(kind["replicas"] for kind in kinds.values())
     jobs = []
@@ -96,7 +98,7 @@ def pods(spec: Mapping[str, Any], port: int) -> list[tuple[list[str], dict[str, 
         for _ in range(kinds[kind]["replicas"]):
             (container,) = kinds[kind]["template"]["spec"]["containers"]
             assert container["name"] == "pytorch"
-            own = {one["name"]: one["value"] for one in container.get("env", [])}
+            own = {variable["name"]: variable["value"] for variable in container.get("env", [])}
             rank = str(len(jobs))
             ranks = {"RANK": rank, "PET_NODE_RANK": rank, "PET_NNODES": str(count)}
             ranks |= {"WORLD_SIZE": str(count * int(spec["nprocPerNode"])), "PET_NPROC_PER_NODE": spec["nprocPerNode"]}
@@ -115,5 +117,5 @@ def test_kubernetes_starts_one_world(tmp_path: Path) -> None:
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     jobs = pods(job["spec"], free_port())
     assert all(command[0] == "python" for command, _ in jobs)
-    run_together(tmp_path, [([sys.executable, *command[1:], *SHORT], more) for command, more in jobs])
+    run_together(tmp_path, [([sys.executable, *command[1:], *SHORT], variables) for command, variables in jobs])
     assert world_size(tmp_path) == 4

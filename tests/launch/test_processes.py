@@ -1,4 +1,4 @@
-"""How many processes the launchers start, and how these end."""
+"""Start the right number of processes, and end them together."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.test_launcher import ROOT, environment
+from tests.launch.jobs import ROOT, environment
 
 pytest.importorskip("hydra")
 
-SMI = "#!/bin/sh\nfor i in 0 1 2 3; do echo GPU $i: H100; done\n"
-"""Of a machine with four GPUs."""
+# nvidia-smi of a machine with four GPUs.
+NVIDIA_SMI = "#!/bin/sh\nfor i in 0 1 2 3; do echo GPU $i: H100; done\n"
 
 
 @pytest.mark.parametrize(
-    ("gpus", "told", "ranks"),
+    ("has_gpus", "variables", "expected"),
     [
         (True, {}, 4),
         (True, {"CUDA_VISIBLE_DEVICES": "1,3"}, 2),
@@ -30,28 +30,28 @@ SMI = "#!/bin/sh\nfor i in 0 1 2 3; do echo GPU $i: H100; done\n"
         (False, {"NPROC": "gpu"}, "gpu"),
     ],
 )
-def test_how_many_start(tmp_path: Path, gpus: bool, told: dict[str, str], ranks: int | str) -> None:
-    if gpus:
-        (tmp_path / "nvidia-smi").write_text(SMI)
+def test_number_of_ranks(tmp_path: Path, has_gpus: bool, variables: dict[str, str], expected: int | str) -> None:
+    if has_gpus:
+        (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI)
         (tmp_path / "nvidia-smi").chmod(0o755)
-    env = {"PATH": f"{tmp_path}:{os.defpath}"} | told
+    env = {"PATH": f"{tmp_path}:{os.defpath}"} | variables
     command = ["bash", "-euo", "pipefail", "-c", f'source {ROOT}/launch/ranks.sh; echo "$NPROC $OMP_NUM_THREADS"']
-    started, threads = subprocess.check_output(command, env=env, text=True).split()
-    assert started == str(ranks)
+    num_ranks, num_threads = subprocess.check_output(command, env=env, text=True).split()
+    assert num_ranks == str(expected)
     processors = os.sysconf("SC_NPROCESSORS_ONLN")
-    assert int(threads) == (max(1, processors // ranks) if isinstance(ranks, int) else 1)
+    assert int(num_threads) == (max(1, processors // expected) if isinstance(expected, int) else 1)
 
 
-LEAVES = """
+LEAVE = """
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-import processes
+from job import processes
 
 store = dist.FileStore("store")
-dist.init_process_group("gloo", store=store, rank=processes.RANK, world_size=processes.WORLD)
+dist.init_process_group("gloo", store=store, rank=processes.RANK, world_size=processes.WORLD_SIZE)
 ready = Path("ready")
 if processes.RANK == 1:
     torch.randn(2000, 2000).svd()
@@ -62,11 +62,11 @@ assert not dist.is_initialized()
 """
 
 
-def test_no_rank_leaves_before_the_others(tmp_path: Path) -> None:
-    """Torch's threads have the time to let go of what they were given: they abort a process that goes too early."""
+def test_ranks_leave_together(tmp_path: Path) -> None:
+    # A process that exits before gloo's threads have released their tensors would abort.
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", LEAVES],
+            [sys.executable, "-c", LEAVE],
             cwd=tmp_path,
             env=environment(RANK=str(rank), WORLD_SIZE="2", PYTHONPATH=f"{ROOT / 'launch'}:{ROOT}"),
         )

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from tests.integrations.mpi import cases
-from tests.launch.test_launcher import ROOT, STEPS, launch, rows
-from tests.launch.test_recovery import STATEFUL
+from tests.launch.jobs import ROOT, STATEFUL, TRAIN, compare
+from tests.launch.jobs import read_rows as rows
+from tests.launch.jobs import train as train_on_torch
 
 pytest.importorskip("mpi4py")
 
@@ -25,7 +26,6 @@ TIMEOUT = 150
 STALE = {"RANK": "7", "WORLD_SIZE": "9", "LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "9", "MASTER_ADDR": "nowhere.invalid"}
 """Left over from another job: nothing may go by it."""
 
-TRAIN = str(ROOT / "launch" / "train.py")
 FLAGS = ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
 
 
@@ -133,6 +133,7 @@ def test_importing_it_does_not_start_mpi(tmp_path: Path) -> None:
 # --- the launcher ---
 
 SHORT = ["data.held_out=0.02", "log=quiet"]
+STEPS = 5
 RUNS = {"rnn": [], "gpt": ["model=gpt"], "whole": [*STATEFUL, "steps=6"], "stopped": [*STATEFUL, "checkpoint.every=3"]}
 TRAINED = {2: list(RUNS), 4: ["rnn"]}
 
@@ -141,15 +142,22 @@ def train(
     cwd: Path, start: Callable[..., subprocess.CompletedProcess[str]], ranks: int, runs: Iterable[str], *overrides: str
 ) -> Path:
     cwd.mkdir(exist_ok=True)
-    compare = "+compare={" + ",".join(f"{name}:{RUNS[name]}" for name in runs) + "}"
-    done = start(cwd, ranks, compare, f"steps={STEPS}", *SHORT, *overrides, "hydra.run.dir=run")
+    done = start(
+        cwd,
+        ranks,
+        compare({name: RUNS[name] for name in runs}),
+        f"steps={STEPS}",
+        *SHORT,
+        *overrides,
+        "hydra.run.dir=run",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return cwd / "run"
 
 
 @pytest.fixture(scope="module")
 def by_torchrun(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("ddp"), launch, 2, TRAINED[2][:3], "parallel=ddp")
+    return train(tmp_path_factory.mktemp("ddp"), train_on_torch, 2, TRAINED[2][:3], "parallel=ddp")
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +211,7 @@ def strike(*_):
 if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
     register_optimizer_step_post_hook(strike)
 sys.path.insert(0, {str(ROOT / "launch")!r})
-runpy.run_path({TRAIN!r}, run_name="__main__")
+runpy.run_path({str(TRAIN)!r}, run_name="__main__")
 """
 
 
@@ -217,15 +225,15 @@ def test_a_rank_of_the_launcher_that_is_killed_ends_the_job(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("env", "overrides", "said"),
     [
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, ["comm=mpi", "parallel=fsdp2"], "write comm=mpi without parallel="),
-        ({"WORLD_SIZE": "2", "RANK": "1"}, ["comm=mpi"], "write bash launch/mpirun.sh comm=mpi"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, ["comm=mpi", "parallel=fsdp2"], "Use comm=mpi without parallel="),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, ["comm=mpi"], "Use bash launch/mpirun.sh comm=mpi"),
         ({"PMI_SIZE": "2", "PMI_RANK": "1"}, ["comm=mpi"], "each of them is alone"),
     ],
 )
 def test_what_cannot_be_is_refused_at_once(
     tmp_path: Path, env: dict[str, str], overrides: list[str], said: str
 ) -> None:
-    done = run(tmp_path, sys.executable, TRAIN, *overrides, **env)
+    done = run(tmp_path, sys.executable, str(TRAIN), *overrides, **env)
     assert done.returncode == 1
     assert said in done.stderr
     assert "Traceback" not in done.stderr

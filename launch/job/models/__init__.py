@@ -1,0 +1,1 @@
+"""Build small sequential models: any contiguous run of their parts is a pipeline stage."""

@@ -1,0 +1,101 @@
+"""Reject invalid settings before a process group starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from distclip import GradClipper, LocalComm, Policy, adagc, autoclip, global_norm, group_norm, zclip
+from job.checkpoint import check_policy
+from job.run import build_run
+from tests.launch.jobs import ROOT, environment, run_ranks
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides", "message"),
+    [
+        (1, "stepz=3", "Key 'stepz' is not in struct"),
+        (1, "steps=abc", "Value 'abc' of type 'str' could not be converted to Integer"),
+        (1, "clip.max_norm=-1", "max_norm=-1"),
+        (1, "on_nonfinite=ignore", "on_nonfinite='ignore'"),
+        (1, "max_skips=0", "max_skips=0"),
+        (1, "data=digits", "model=rnn: needs text. Use model=rnn data=topics"),
+        (3, "parallel=hsdp batch=30", "NPROC=2"),
+        (2, "parallel=single", "use parallel=ddp"),
+        (1, "inject=spike inject.rank=1", "inject.rank=1: this run has 1 rank(s). Use 0 to 0"),
+        (1, "inject=one_nan inject.step=9 steps=5", "inject.step=9: not a step of this run. Use 1 to 5"),
+        (1, "inject=one_inf inject.parameter=head", "matches no parameter. Use a part of one of 0.weight, 1.cell."),
+        (1, "resume=nowhere", "no checkpoint there. Use the directory of a run with checkpoint.every=N"),
+        (1, "parallel=ddp comm=mpi", "Use comm=mpi without parallel="),
+    ],
+)
+def test_rejects_before_a_process_group_starts(tmp_path: Path, world_size: int, overrides: str, message: str) -> None:
+    # This is one rank of a world whose other ranks never come. A process group would wait for them.
+    env = environment(RANK="1", WORLD_SIZE=str(world_size))
+    done = run_ranks(tmp_path, [env], overrides.split())
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_angle_needs_whole_gradients() -> None:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", ["probe=angle", "parallel=fsdp2", "model=mlp", "data=digits"])
+    with pytest.raises(SystemExit, match=r"probe=angle: reads whole gradients.*Use parallel=ddp"):
+        build_run(cfg)
+
+
+MODEL = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+SAVED = {
+    "zclip": {"_target_": "distclip.zclip"},
+    "autoclip": {"_target_": "distclip.autoclip", "window": 10},
+    "adagc": {"_target_": "distclip.adagc"},
+    "group_norm": {
+        "_target_": "distclip.group_norm",
+        "groups": {"first": {"pattern": r"^0\.", "max_norm": 0.5}},
+    },
+    "global_norm": {"_target_": "distclip.global_norm", "max_norm": 1.0},
+}
+
+
+def resume(run: Path, saved: str, policy: Policy, **changes: object) -> None:
+    """Check a policy for a run that was trained with the policy `saved`."""
+    OmegaConf.save({"clip": SAVED[saved]}, run / "config.yaml")
+    cfg: DictConfig = OmegaConf.create({"resume": str(run), "clip": SAVED[saved] | changes})
+    check_policy(cfg, MODEL, GradClipper(MODEL, policy, comm=LocalComm()))
+
+
+def test_resume_accepts_other_numbers(tmp_path: Path) -> None:
+    resume(tmp_path, "zclip", zclip(z=3.0, cap=1.0), z=3.0, cap=1.0)
+    resume(tmp_path, "global_norm", global_norm(0.5), max_norm=0.5)
+    resume(tmp_path, "adagc", adagc(warmup=7), warmup=7)
+
+
+@pytest.mark.parametrize(
+    ("saved", "policy", "changes", "message"),
+    [
+        ("zclip", adagc(), {"_target_": "distclip.adagc"}, "clip._target_=distclip.zclip"),
+        ("autoclip", autoclip(window=20), {"window": 20}, "clip.window=10"),
+        ("zclip", zclip(restart_after=64), {"restart_after": 64}, "clip.restart_after=None"),
+        ("zclip", zclip(norm_type=1.0), {"norm_type": 1.0}, "measures other norms.*clip.norm_type=None"),
+        ("adagc", adagc(per="model"), {"per": "model"}, "clip.per=None"),
+        (
+            "group_norm",
+            group_norm({"last": (r"^1\.", 0.5)}, 1.0),
+            {"groups": {"last": {"pattern": r"^1\.", "max_norm": 0.5}}},
+            "measures other norms.*clip.groups=.*first",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:the checkpoint has no:UserWarning")
+def test_resume_rejects_other_state(
+    tmp_path: Path, saved: str, policy: Policy, changes: dict[str, object], message: str
+) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(SystemExit, match=rf"(?s)Use the clip settings of that run: .*{message}|{message}"):
+        resume(tmp_path, saved, policy, **changes)
