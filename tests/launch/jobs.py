@@ -20,6 +20,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "launch" / "train.py"
 FILES = {"config.yaml", "metrics.jsonl", "summary.json"}
@@ -65,11 +68,7 @@ def torchrun(cwd: Path, num_ranks: int, *overrides: str) -> Done:
 
 
 def train(cwd: Path, num_ranks: int, *overrides: str) -> Done:
-    """Train on forked ranks. One rank trains without a process group, as plain `python launch/train.py` does."""
-    import torch.distributed as dist
-
-    if num_ranks == 1:
-        return run_ranks(cwd, [environment()], overrides)
+    """Train on forked ranks, with the variables that torchrun sets."""
     # Ranks connect to a store in this process, as they connect to torchrun's. The system picks the port.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
@@ -120,6 +119,8 @@ def _run_rank(cwd: str, env: dict[str, str], overrides: list[str], out: str, err
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, stream)
         os.close(file)
+    # OMP_NUM_THREADS is read when torch is loaded, which was before the fork.
+    torch.set_num_threads(1)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
