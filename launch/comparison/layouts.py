@@ -45,7 +45,7 @@ def gradient_of_three_ranks() -> Gradient:
 
 @dataclass
 class LocalParameters:
-    """This rank's parameters, with what distclip needs to know about them."""
+    """Parameters of this rank, with the arguments that distclip needs for them."""
 
     parameters: Sequence[Tensor]
     module: nn.Module | None = None

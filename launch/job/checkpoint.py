@@ -97,15 +97,14 @@ def check_policy(cfg: DictConfig, model: nn.Module, clipper: GradClipper) -> Non
     ]
     try:
         saved = GradClipper(model, instantiate(saved_cfg.clip), comm=LocalComm())
-        # `load_state_dict` rejects another kind of policy, another granularity and other shapes.
-        clipper.load_state_dict(saved.state_dict())
-    except (ArgumentError, InstantiationException) as error:
-        reason = f"{error}"
-    else:
-        # The state does not show which norms it was made from.
-        if (saved.policy.norm_type, saved.slots) == (clipper.policy.norm_type, clipper.slots):
+        old, new = saved.policy.spec, clipper.policy.spec
+        if (old.norm_type, old.per, old.groups) == (new.norm_type, new.per, new.groups):
+            # `load_state_dict` rejects another kind of policy and other shapes.
+            clipper.load_state_dict(saved.state_dict())
             return
         reason = "its policy measures other norms."
+    except (ArgumentError, InstantiationException) as error:
+        reason = f"{error}"
     raise SystemExit(f"resume={cfg.resume}: {reason} Use the clip settings of that run: {' '.join(changes)}")
 
 

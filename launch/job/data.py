@@ -22,7 +22,7 @@ class Batch(NamedTuple):
     x: Tensor
     y: Tensor
     starts_pass: bool
-    """Whether a pass over the text starts here, so that a carried state starts from zero."""
+    """True for the first batch of a pass over the text. A carried state is reset before it."""
     ids: Tensor
     """Indices of the samples in the data set. For text, the index of the batch in its pass."""
 
@@ -99,7 +99,7 @@ def topics(batch: int, length: int, held_out: float) -> Text:
 
 
 def _streams(ids: Tensor, batch: int, length: int) -> list[Batch]:
-    """Cut a text into `batch` contiguous streams, of which a batch has the next `length` characters."""
+    """Split a text into `batch` contiguous streams. A batch has the next `length` characters of each."""
     streams = ids[: len(ids) // batch * batch].view(batch, -1)
     n = (streams.shape[1] - 1) // length * length
     if n < 1:

@@ -39,7 +39,7 @@ class Summary:
     """Non-finite steps, with the parameters and ranks that caused them."""
     r2: float | None
     measures: list[Metric]
-    """Metrics of the run's probe. In summary.json each has a key of its own name."""
+    """Metrics of the run's probe. In summary.json their names are keys."""
     clip_rate: float
     seconds: float
     directory: str

@@ -24,7 +24,7 @@ class Ranks(Protocol):
     handle: Any
     """Argument of the function that distributes a model: a DeviceMesh, an MPIComm, or None."""
     rank_0_saves: bool
-    """Whether rank 0 holds all state and saves a checkpoint without the other ranks."""
+    """True if rank 0 holds all state and saves a checkpoint without the other ranks."""
 
     def local_rows(self, batch: Tensor) -> Tensor:
         """Return this rank's rows of a global batch."""
@@ -116,7 +116,7 @@ class Parallelism:
     whole_gradients: bool = False
 
     mpi_only = False
-    """Whether the ranks communicate through mpi4py alone."""
+    """True if the ranks communicate through mpi4py alone."""
 
     def axis_sizes(self, world_size: int) -> dict[str, int]:
         """Return the size of each axis, or exit with a mesh or a number of ranks that fits."""

@@ -38,7 +38,7 @@ class Backend(Protocol):
     """Library that carries numbers between the ranks: the config group `comm`."""
 
     mpi_only: bool
-    """Whether the job runs without torch.distributed."""
+    """True if the job runs without torch.distributed."""
 
     def join(self, device: torch.device) -> None:
         """Connect this process with the other ranks. Later calls do nothing."""
@@ -94,7 +94,7 @@ def mpi_world() -> MPIComm:
 
 
 def leave() -> None:
-    """Destroy the process group once every rank has come here."""
+    """Wait for all ranks, then destroy the process group."""
     if dist.is_initialized():
         assert dist.group.WORLD is not None
         # A gloo thread that drops its last tensor while Python shuts down aborts the process (pytorch #190489). A group

@@ -28,7 +28,7 @@ def single(model: nn.Sequential, mesh: None, criterion: Criterion, x: Tensor) ->
 
 
 def ddp(model: nn.Sequential, mesh: DeviceMesh, criterion: Criterion, x: Tensor) -> ParallelModel:
-    """Replicate the model with DistributedDataParallel."""
+    """Wrap the model in DistributedDataParallel."""
     return ParallelModel(DistributedDataParallel(model, device_mesh=mesh["dp"]), criterion)
 
 
@@ -69,7 +69,7 @@ def shard_(model: nn.Sequential, mesh: DeviceMesh) -> nn.Sequential:
 
 
 def split_(model: nn.Sequential, mesh: DeviceMesh) -> nn.Sequential:
-    """Apply tensor parallelism. Recurrent layers and norms have no plan and remain plain replicated tensors."""
+    """Apply tensor parallelism to all parts but recurrent layers and norms, which remain replicated."""
     plan: dict[str, ParallelStyle] = {}
     linears = [name for name, part in model.named_children() if isinstance(part, nn.Linear)]
     for i, name in enumerate(linears):

@@ -91,7 +91,7 @@ class DeepSpeedOptimizer:
         return float(self._engine.optimizer.param_groups[0]["lr"])
 
     def zero_grad(self) -> None:
-        """Do nothing. The engine resets the gradients after its step."""
+        """Leave the gradients to the engine, which resets them after its step."""
 
     def step(self) -> Report:
         self._engine.step()

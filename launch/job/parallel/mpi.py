@@ -26,5 +26,5 @@ class MPIModel(ParallelModel):
 
 
 def data_parallel(model: nn.Sequential, comm: MPIComm, criterion: Criterion, x: Tensor) -> ParallelModel:
-    """Replicate the model on all MPI ranks."""
+    """Build a replica of the model on every MPI rank."""
     return MPIModel(model, criterion, comm)

@@ -20,7 +20,11 @@ THROWN_DISTANCE = 10.0
 
 
 class Descent(Probe):
-    """Paths of all starts. It draws `paths` of the steepest starts, which reach the cliff, and `paths` others."""
+    """Paths of all starts.
+
+    Args:
+        paths: number of drawn paths from the steepest starts, which reach the cliff, and from other starts.
+    """
 
     whole_gradients = True
 

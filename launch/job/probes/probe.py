@@ -24,7 +24,7 @@ class Probe:
     """An observer of a run's gradients before and after clipping. This one records nothing."""
 
     whole_gradients = False
-    """Whether every rank must hold whole gradients."""
+    """True if every rank must hold whole gradients."""
 
     def start(self, module: nn.Module) -> None:
         """Prepare to observe the distributed model."""

@@ -33,6 +33,9 @@ class Recovery(Probe):
 
 
 def steps_to_recover(losses: Sequence[float], usual: float) -> float:
-    """Return after how many losses the mean of the next `NUM_AHEAD` is at most `usual`. Infinity if it never is."""
+    """Return the number of losses after which the mean of the next `NUM_AHEAD` is at most `usual`.
+
+    Infinity if it never is.
+    """
     starts = range(len(losses) - NUM_AHEAD + 1)
     return next((i for i in starts if fmean(losses[i : i + NUM_AHEAD]) <= usual), math.inf)
