@@ -16,6 +16,8 @@ from tests.launch.jobs import ROOT, environment, read_header, read_rows
 
 yaml = pytest.importorskip("yaml")
 pytest.importorskip("hydra")
+pytestmark = pytest.mark.slow
+
 SHORT = ["steps=3", "log=quiet", "model=mlp", "data=digits", "hydra.run.dir=run"]
 
 

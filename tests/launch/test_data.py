@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from job import data
+
+pytestmark = pytest.mark.quick
 
 
 def test_ids_identify_the_samples_of_a_batch() -> None:

@@ -66,6 +66,7 @@ def test_four_ranks_train_as_one_process(single: Job, four: Job, parallel: str, 
     assert_equal_runs(single, four, FOUR_RANKS.index(parallel), model)
 
 
+@pytest.mark.quick
 def test_losses_fall_and_norms_are_clipped(single: Job) -> None:
     """Guards the tests above, which would also pass if nothing were trained or clipped."""
     for model in MODELS:

@@ -18,6 +18,8 @@ from job.probes.angle import Angle, degrees
 from job.probes.cliff import Descent
 from job.probes.recovery import Recovery, steps_to_recover
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     ("a", "b", "expected"),

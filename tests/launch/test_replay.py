@@ -12,6 +12,8 @@ from omegaconf import OmegaConf
 
 from job import replay
 
+pytestmark = pytest.mark.quick
+
 
 def write_log(run: Path, *lines: dict[str, Any]) -> None:
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import pytest
 from rich.console import Console
 
 from distclip import Culprit, Incident
 from job import table
 from job.log import Summary
 from job.probes.probe import Metric
+
+pytestmark = pytest.mark.quick
 
 PLAIN = Summary(
     steps=3,

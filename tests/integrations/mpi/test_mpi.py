@@ -20,7 +20,7 @@ from tests.launch.jobs import train as train_on_torch
 
 pytest.importorskip("mpi4py")
 
-TIMEOUT = 150
+TIMEOUT = 300
 """Seconds after which a job hangs; what is to end within seconds ends long before."""
 
 STALE = {"RANK": "7", "WORLD_SIZE": "9", "LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "9", "MASTER_ADDR": "nowhere.invalid"}
