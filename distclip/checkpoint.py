@@ -16,12 +16,21 @@ from .errors import ArgumentError, warn_user
 from .policies import Policy, State
 from .sharding.slots import SlotMap
 
-__all__ = ["VERSION", "check_state_dict", "pack_state", "policy_kind", "unpack_counts", "unpack_state"]
+__all__ = ["VERSION", "check_state_dict", "pack_state", "policy_kind", "unpack_counts", "unpack_state", "upgrade"]
 
 VERSION = 1
 """Version of the format of `GradClipper.state_dict`."""
 
 _KEYS = {"version", "rule", "counts", "state"}
+
+_OLD_NAMES = {
+    "reseeds": "restarts",
+    "recent": "recent_norms",
+    "over": "recent_clipped",
+    "seen": "since_restart",
+    "logs": "log_norms",
+}
+"""Names of counters and tensors before version 1, which had no version number."""
 
 
 def policy_kind(policy: Policy) -> str:
@@ -59,6 +68,18 @@ def check_state_dict(state_dict: Mapping[str, Any], policy: Policy) -> None:
             f"state_dict: it has the state of {state_dict['rule']}, and the policy is {policy_kind(policy)}. Resume "
             "with the policy that the run was started with, or leave the clipper's state out."
         )
+
+
+def upgrade(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Convert a state dict from before version 1, and return any other as it is."""
+    if "version" in state_dict or not {"rule", "counts", "state"} <= set(state_dict):
+        return state_dict
+
+    def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {_OLD_NAMES.get(name, name): value for name, value in values.items()}
+
+    state = {slot: renamed(values) for slot, values in state_dict["state"].items()}
+    return {**state_dict, "version": 1, "counts": renamed(state_dict["counts"]), "state": state}
 
 
 def pack_state(state: State, slots: SlotMap) -> dict[str, dict[str, Tensor]]:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .apply.optimizers import as_list
-from .checkpoint import VERSION, check_state_dict, pack_state, policy_kind, unpack_counts, unpack_state
+from .checkpoint import VERSION, check_state_dict, pack_state, policy_kind, unpack_counts, unpack_state, upgrade
 from .comm import Comm
 from .comm.consensus import FirstError
 from .engine import Engine
@@ -363,10 +363,11 @@ class GradClipper:
             ArgumentError: another kind of policy or another window; an unknown or missing key; a tensor of another
                 shape or dtype. Nothing has been loaded then.
         """
-        check_state_dict(state_dict, self.policy)
+        current = upgrade(state_dict)
+        check_state_dict(current, self.policy)
         self._engine.deferred.raise_due()
-        state = unpack_state(self._engine.state, self._engine.slots, state_dict["state"])
-        counts = unpack_counts(state_dict["counts"], self._counts().keys())
+        state = unpack_state(self._engine.state, self._engine.slots, current["state"])
+        counts = unpack_counts(current["counts"], self._counts().keys())
         self._engine.state = state
         self._counter.steps, self._counter.skipped = counts["steps"], counts["skipped"]
         self._counter.in_a_row = counts["in_a_row"]

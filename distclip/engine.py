@@ -133,9 +133,8 @@ class Engine:
             )
         check_same_axes([axes for _, _, axes in gathered], comm)
         slots = assign_slots([params for _, params, _ in gathered], comm.rank, policy.spec)
-        table.assign_slots(slots.places)
-        if flat_grads:
-            table.use_flat_grads()
+        table.assign_slots(slots)
+        table.flat_grads = flat_grads
         return cls(table, comm, policy, slots, on_nonfinite, counter)
 
     @cached_property
@@ -337,7 +336,7 @@ class Engine:
         gathered = gather_or_raise(self.comm, errors.error, params)
         finer = assign_slots(gathered, self.comm.rank, per_tensor)
         parents = TensorNorms.index(parent_slots(gathered, spec))
-        self.table.assign_slots(finer.places)
+        self.table.assign_slots(finer)
         self.tensor_norms = TensorNorms(finer.names, parents, None, finer.total, slots.total)
 
     def _measure(self, errors: FirstError, loss_scale: Tensor | None) -> tuple[Shards, Partials, Totals, Totals]:

@@ -51,7 +51,7 @@ class UpdateRatio:
     @torch.no_grad()
     def __enter__(self) -> UpdateRatio:
         now = self._clipper.pieces()
-        self._before = Shards(now.places, [piece.clone() for piece in now.grads])
+        self._before = Shards(now.infos, [piece.clone() for piece in now.grads])
         return self
 
     @torch.no_grad()
@@ -61,7 +61,7 @@ class UpdateRatio:
             return
         now = self._clipper.pieces()
         device = now.grads[0].device if now.grads else torch.device("cpu")
-        moved = Shards(now.places, [new - old for new, old in zip(now.grads, before.grads, strict=True)])
+        moved = Shards(now.infos, [new - old for new, old in zip(now.grads, before.grads, strict=True)])
         spec = NormSpec(needs_weights=True)
         partials = measure(moved, spec, device, self._clipper.measured_slots, before)
         totals = reduce(partials, spec, self._clipper.comm, read_facts=False)

@@ -1,15 +1,25 @@
-"""Where gradients come from: what was passed in becomes `Plan`, and a plan yields this rank's `Shard`s.
+"""Find which rank holds which shard: the tensors that a caller passes become a `ShardTable`, which returns `Shards`.
 
-One file per way a gradient can lie across ranks, never per vendor: `dtensor` (FSDP2, HSDP, TP, EP and products of
-them), `flat` (1-D slices of flattened parameters: FSDP1, ZeRO), `replicated` (copies: DDP), `tagged` (plain tensors
-with attributes: Megatron's, and `annotate_`'s); `rows` says which rows of its parameter a piece is. Whatever none of
-them knows is a plain tensor, taken as replicated.
+Every kind of sharding is a `Source` in a module of its kind, never of a vendor: `annotations` (plain tensors with
+`annotate_`), `dtensor` (FSDP2, HSDP, TP, EP and products of them), `fsdp1` (slices of flattened parameters), `megatron`
+(plain tensors with Megatron's attributes), `ddp` (replicas). `rows` finds the rows that a shard holds, and `slots` the
+norm that it counts in. A tensor that no source recognizes is a replica on every rank.
 """
 
 from .annotations import annotate_
-from .cache import recent_plan
+from .cache import cached_table
 from .parameters import Named, named
 from .split_over import split_axes
-from .table import Plan, gradient_plan, parameter_plan
+from .table import ShardTable, gradient_table, local_table, parameter_table
 
-__all__ = ["Named", "Plan", "annotate_", "gradient_plan", "named", "parameter_plan", "recent_plan", "split_axes"]
+__all__ = [
+    "Named",
+    "ShardTable",
+    "annotate_",
+    "cached_table",
+    "gradient_table",
+    "local_table",
+    "named",
+    "parameter_table",
+    "split_axes",
+]

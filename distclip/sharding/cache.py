@@ -1,6 +1,7 @@
-"""Arrangements of the last calls: a function that is called with the same parameters at every step plans once.
+"""Cache the tables of recent functional calls, so that a call with the same parameters looks up no layouts.
 
-They are found again by the identity of what was passed, and forgotten with the first tensor of it that ceases to exist.
+A table is found by the identity of the tensors, their names in a module, and the attributes that the sources read. An
+entry is dropped with the first of its tensors that ceases to exist.
 """
 
 from __future__ import annotations
@@ -14,66 +15,77 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..comm.ranks import Axis
-from .arrangement import Arrangement
 from .parameters import Parameters
-from .table import Plan, ShardTable, parameter_plan
+from .table import SOURCES, ShardTable, TableMetadata, parameter_table
 
-__all__ = ["cached_table", "recent_plan"]
+__all__ = ["cached_table", "forget_all"]
 
-_noted: Callable[[Tensor], dict[str, Any]] = attrgetter("__dict__")
+_MAX_ENTRIES = 16
 
-_LIMIT = 16
+_entries: dict[Any, tuple[TableMetadata, list[weakref.ref[Any]]]] = {}
 
-_recent: dict[Any, tuple[Arrangement, list[weakref.ref[Any]]]] = {}
+_ATTRIBUTES = sorted(frozenset[str]().union(*(source.attributes for source in SOURCES)))
+"""Names of the attributes from which any source reads the layout of a tensor."""
 
-_MARKS = {"tensor_model_parallel", "allreduce", "shared", "partition_dim", "_fsdp_flattened", "_distclip_annotation"}
-"""Attributes that tell where a plain tensor lies; when one is set between two calls, the second plans anew."""
-
-
-def recent_plan(parameters: Parameters, axes: tuple[Axis, ...]) -> Plan:
-    """What `parameter_plan` returns, without planning anew if it was called like this before.
-
-    Args:
-        parameters: see `parameter_plan`.
-        axes: of `split_over=`.
-
-    Raises:
-        ArgumentError: see `parameter_plan`.
-    """
-    module = parameters if isinstance(parameters, nn.Module) else None
-    if module is not None:
-        items: list[Any] = list(module.parameters())
-    elif isinstance(parameters, Iterable) and not isinstance(parameters, Tensor):
-        items = list(parameters)
-        parameters = items
-    else:
-        items = [parameters]
-    names: tuple[str, ...] = ()
-    tensors = items
-    if items and set(map(type, items)) == {tuple} and set(map(len, items)) == {2}:
-        names, tensors = (list(column) for column in zip(*items, strict=True))  # type: ignore[assignment]
-    if not all(issubclass(kind, Tensor) for kind in set(map(type, tensors))):
-        return parameter_plan(parameters, axes)
-    ids = tuple(map(id, tensors))
-    marks: tuple[Any, ...] = ()
-    if any(map(_noted, tensors)) and not _MARKS.isdisjoint(chain.from_iterable(map(_noted, tensors))):
-        marks = tuple((i, *map(own.get, sorted(_MARKS))) for i, own in enumerate(map(_noted, tensors)) if own)
-    key = (id(module), axes, tuple(names), ids, marks)
-    if (known := _recent.get(key)) is not None:
-        return Plan(tensors, known[0])
-    plan = parameter_plan(parameters, axes)
-    if plan.failure is None and len(plan.tensors) == len(tensors):
-
-        def forget(_: Any, key: Any = key) -> None:
-            _recent.pop(key, None)
-
-        held = tensors if module is None else [*tensors, module]
-        _recent[key] = plan.arrangement, [weakref.ref(one, forget) for one in held]
-        while len(_recent) > _LIMIT:
-            _recent.pop(next(iter(_recent)), None)
-    return plan
+_attributes_of: Callable[[Tensor], dict[str, Any]] = attrgetter("__dict__")
 
 
 def cached_table(parameters: Parameters, axes: tuple[Axis, ...]) -> ShardTable:
-    """Return a table over parameters, from the last ones if nothing has changed."""
-    return ShardTable(recent_plan(parameters, axes))
+    """Return what `parameter_table` returns, with cached metadata if the tensors were passed before.
+
+    Args:
+        parameters: see `parameter_table`.
+        axes: axes of `split_over=`.
+
+    Raises:
+        ArgumentError, LayoutError: see `parameter_table`.
+    """
+    module = parameters if isinstance(parameters, nn.Module) else None
+    if module is not None:
+        # A submodule that is wrapped in place (DDP, FSDP1) keeps its parameters, but gives them other names.
+        items: list[Any] = list(module.named_parameters())
+    elif isinstance(parameters, Iterable) and not isinstance(parameters, Tensor):
+        items = list(parameters)
+        parameters = items  # A generator cannot be read twice.
+    else:
+        items = [parameters]
+    names, tensors = (), items
+    if items and set(map(type, items)) == {tuple} and set(map(len, items)) == {2}:
+        names, tensors = map(list, zip(*items, strict=True))  # type: ignore[assignment]
+    if not all(issubclass(cls, Tensor) for cls in set(map(type, tensors))):
+        return parameter_table(parameters, axes)  # It raises the error of the argument's type.
+    key: Any = (id(module), axes, tuple(names), tuple(map(id, tensors)), _attribute_values(tensors))
+    if (entry := _entries.get(key)) is not None:
+        return ShardTable(tensors, entry[0])
+    table = parameter_table(parameters, axes)
+    # Only if the tensors of the table are the very list that the key was made of.
+    if table.error is None and len(table.tensors) == len(tensors):
+        _add(key, table.metadata, tensors if module is None else [*tensors, *module.modules()])
+    return table
+
+
+def forget_all() -> None:
+    """Drop all cached tables. For tests."""
+    _entries.clear()
+
+
+def _attribute_values(tensors: list[Tensor]) -> tuple[Any, ...]:
+    """Return the values of all attributes that a source reads, of tensors that have any attributes."""
+    attributes = list(map(_attributes_of, tensors))
+    # Mostly no tensor has one of them, and this is known without a look at every tensor.
+    if not any(attributes) or set(_ATTRIBUTES).isdisjoint(chain.from_iterable(attributes)):
+        return ()
+    return tuple((i, *map(own.get, _ATTRIBUTES)) for i, own in enumerate(attributes) if own)
+
+
+def _add(key: Any, metadata: TableMetadata, referents: Iterable[Any]) -> None:
+    """Cache metadata until one of the referents ceases to exist, or until newer entries replace it."""
+
+    def forget(_: Any) -> None:
+        _entries.pop(key, None)
+
+    # Otherwise a new tensor could get the id of an old one. The modules are among the referents because a wrapper that
+    # is replaced by another one leaves all names as they are.
+    _entries[key] = metadata, [weakref.ref(one, forget) for one in referents]
+    while len(_entries) > _MAX_ENTRIES:
+        _entries.pop(next(iter(_entries)), None)

@@ -1,30 +1,46 @@
-"""Copies that say so: what DistributedDataParallel keeps alike on the ranks of its process group."""
+"""Read the process groups of parameters that DistributedDataParallel replicates."""
 
 from __future__ import annotations
 
-from torch import nn
+from dataclasses import replace
+
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..comm.ranks import Ranks
+from .layout import Layout
+from .source import LayoutReader, Request, Source
 from .split_over import group_ranks
 
-__all__ = ["replicated_ranks"]
+__all__ = ["DDPSource"]
 
 
-def replicated_ranks(module: nn.Module) -> dict[int, Ranks]:
-    """By `id`, the ranks that hold a copy of each parameter which DistributedDataParallel manages in `module`.
+class DDPSource(Source):
+    """Parameters that DistributedDataParallel keeps equal on the ranks of its process group."""
 
-    A copy needs no sum. But with the group known all ranks decide from one total, also when something happened to a
-    gradient of one of them after the copies were made alike.
+    def layout_reader(self, request: Request) -> LayoutReader | None:
+        """Return a reader that adds DDP's process group to a layout."""
+        replicated = {} if request.module is None else _replicated_ranks(request.module)
+        if not replicated:
+            return None
 
-    Args:
-        module: wrapped, or with wrapped modules in it.
-    """
+        def read(name: str, tensor: Tensor, known: Layout | None) -> Layout | None:
+            # Replicas need no sum. But with their group in the layout all ranks decide from one total, also if a
+            # gradient of one rank has changed after DDP averaged it.
+            ranks = replicated.get(id(tensor))
+            layout = Layout() if known is None else known
+            return known if ranks is None else replace(layout, groups=(*layout.groups, ranks))
+
+        return read
+
+
+def _replicated_ranks(module: nn.Module) -> dict[int, Ranks]:
+    """Return the ranks that hold a replica of each parameter which DDP manages in `module`, by `id`."""
     ranks: dict[int, Ranks] = {}
     for wrapped in module.modules():
         if isinstance(wrapped, DistributedDataParallel):
             group = group_ranks(wrapped.process_group)
             ignored = wrapped.parameters_to_ignore
-            managed = (p for name, p in wrapped.module.named_parameters() if name not in ignored)
+            managed = (param for name, param in wrapped.module.named_parameters() if name not in ignored)
             ranks |= {id(param): group for param in managed}
     return ranks

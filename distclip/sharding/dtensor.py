@@ -1,4 +1,4 @@
-"""DTensors: FSDP2, HSDP, tensor, sequence and expert parallelism, and every product of them."""
+"""Read the layouts of DTensors: FSDP2, HSDP, tensor, sequence and expert parallelism, and products of them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import LayoutError
-from .layout import Layout
-from .shard import PartialSum
+from .layout import Layout, product
+from .shard import PartialSum, Rows
+from .source import LayoutReader, Request, Source
 from .split_over import mesh_ranks
 
 if TYPE_CHECKING:
@@ -20,33 +21,52 @@ if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
 
 __all__ = [
-    "dtensor_axes",
+    "DTensorSource",
     "dtensor_class",
     "dtensor_layout",
-    "dtensor_pending",
+    "dtensor_partial_sums",
+    "dtensor_rows",
     "is_dtensor",
-    "pending_of",
-    "pieces_of",
+    "num_pieces_of",
+    "partial_sums_of",
+    "possible_partial_sums",
 ]
 
 
+class DTensorSource(Source):
+    """DTensors, which carry their mesh and placements."""
+
+    def layout_reader(self, request: Request) -> LayoutReader | None:
+        """Return a reader that multiplies an annotation's layout with the DTensor's own."""
+        return None if dtensor_class() is None else _read_layout
+
+    def find_rows(self, tensor: Tensor) -> Rows | None:
+        """Return the rows of a DTensor's local shard."""
+        return dtensor_rows(tensor) if is_dtensor(tensor) else None
+
+
 def dtensor_class() -> type[DTensor] | None:
-    """torch's DTensor, without importing what defines it (a second's work) where nobody has."""
-    defined: Any = sys.modules.get("torch.distributed.tensor")
-    return None if defined is None else defined.DTensor
+    """Return torch's DTensor, or None if the program has not imported it."""
+    # The import takes about a second, and a program without DTensors must not pay for it.
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    return None if module is None else module.DTensor
 
 
 def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether a tensor is a DTensor."""
-    defined = dtensor_class()
-    return defined is not None and isinstance(tensor, defined)
+    """Return whether a tensor is a DTensor."""
+    cls = dtensor_class()
+    return cls is not None and isinstance(tensor, cls)
+
+
+def _read_layout(name: str, tensor: Tensor, known: Layout | None) -> Layout | None:
+    if not is_dtensor(tensor):
+        return known
+    layout = dtensor_layout(tensor)
+    return layout if known is None else product(layout, known)
 
 
 def dtensor_layout(tensor: DTensor) -> Layout:
-    """Where a DTensor lies: all ranks of its mesh, in as many pieces as its sharded axes have places.
-
-    Uneven and empty shards are pieces like any other; so are the strided ones of FSDP2 over tensor parallelism,
-    which do not call themselves `Shard`.
+    """Return the layout of a DTensor: all ranks of its mesh, with one piece per coordinate of its sharded axes.
 
     Raises:
         LayoutError: the mesh does not contain this rank.
@@ -55,37 +75,43 @@ def dtensor_layout(tensor: DTensor) -> Layout:
     sizes = tuple(mesh.size(i) for i in range(mesh.ndim))
     return Layout(
         groups=(mesh_ranks(mesh),),
-        pieces=pieces_of(sizes, placements),
-        may_be_partial=any(_whole(p) and n > 1 for p, n in zip(placements, sizes, strict=True)),
+        num_pieces=num_pieces_of(sizes, placements),
+        may_be_partial=any(_is_full(p) and n > 1 for p, n in zip(placements, sizes, strict=True)),
     )
 
 
-def dtensor_pending(tensor: DTensor) -> tuple[PartialSum, ...]:
-    """The sums that a Partial gradient waits for.
+def dtensor_partial_sums(tensor: DTensor) -> tuple[PartialSum, ...]:
+    """Return the sums that a DTensor with Partial placements needs.
 
     Raises:
-        LayoutError: it is to be combined by something else than a sum or a mean.
+        LayoutError: a placement is reduced by something else than a sum or a mean.
     """
     mesh, placements = tensor.device_mesh, tensor.placements
     if not any(p.is_partial() for p in placements):
         return ()
-    return pending_of([mesh.get_group(i) for i in range(mesh.ndim)], placements)
+    return partial_sums_of([mesh.get_group(i) for i in range(mesh.ndim)], placements)
 
 
-def dtensor_axes(tensor: DTensor) -> tuple[PartialSum, ...]:
-    """A sum over each axis of the tensor's mesh: those that its gradient could wait for."""
+def possible_partial_sums(tensor: DTensor) -> tuple[PartialSum, ...]:
+    """Return a sum over each axis of the tensor's mesh: every sum that its gradient could need."""
     groups = [tensor.device_mesh.get_group(i) for i in range(tensor.device_mesh.ndim)]
     return tuple(PartialSum(tuple(dist.get_process_group_ranks(group)), group, i) for i, group in enumerate(groups))
 
 
-def pieces_of(sizes: Sequence[int], placements: Sequence[Placement]) -> int:
-    """Into how many different pieces the placements cut a tensor over a mesh of those sizes."""
-    return math.prod(size for size, placement in zip(sizes, placements, strict=True) if not _whole(placement))
+def num_pieces_of(sizes: Sequence[int], placements: Sequence[Placement]) -> int:
+    """Return the number of different shards that the placements make over a mesh of these sizes."""
+    # By exclusion, because the strided shards of FSDP2 over tensor parallelism are not of the class `Shard`. Uneven and
+    # empty shards count like any other.
+    return math.prod(size for size, placement in zip(sizes, placements, strict=True) if not _is_full(placement))
 
 
-def pending_of(groups: Sequence[dist.ProcessGroup], placements: Sequence[Placement]) -> tuple[PartialSum, ...]:
-    """One `Pending` per Partial placement over more than one rank."""
-    found: list[PartialSum] = []
+def partial_sums_of(groups: Sequence[dist.ProcessGroup], placements: Sequence[Placement]) -> tuple[PartialSum, ...]:
+    """Return one `PartialSum` per Partial placement over more than one rank.
+
+    Raises:
+        LayoutError: see `dtensor_partial_sums`.
+    """
+    sums: list[PartialSum] = []
     for i, (group, placement) in enumerate(zip(groups, placements, strict=True)):
         if not placement.is_partial() or dist.get_world_size(group) == 1:
             continue
@@ -95,10 +121,36 @@ def pending_of(groups: Sequence[dist.ProcessGroup], placements: Sequence[Placeme
                 f"a gradient has placement {placement}, which is neither a sum nor a mean over ranks and so no "
                 "gradient. Redistribute it to Replicate() or Shard(dim) before clipping."
             )
-        found.append(PartialSum(tuple(dist.get_process_group_ranks(group)), group, i, op == "avg"))
-    return tuple(found)
+        sums.append(PartialSum(tuple(dist.get_process_group_ranks(group)), group, i, op == "avg"))
+    return tuple(sums)
 
 
-def _whole(placement: Placement) -> bool:
-    """Whether every rank of the axis holds all of the tensor, or a summand of all of it."""
+def _is_full(placement: Placement) -> bool:
+    """Return whether every rank of the axis holds a tensor of the full size: a replica, or a summand."""
     return placement.is_replicate() or placement.is_partial()
+
+
+def dtensor_rows(tensor: DTensor) -> Rows:
+    """Return the rows of a DTensor's local shard.
+
+    Raises:
+        LayoutError: torch has cut the tensor in another way than expected.
+    """
+    mesh, (first, count) = tensor.device_mesh, (0, tensor.shape[0])
+    # Strided shards (FSDP2 over tensor parallelism) cut what the other axes have left, whatever their order.
+    order = sorted(range(mesh.ndim), key=lambda i: type(tensor.placements[i]).__name__ == "_StridedShard")
+    for i in order:
+        placement = tensor.placements[i]
+        if _is_full(placement) or placement.dim != 0:  # type: ignore[attr-defined]
+            continue
+        # As torch.chunk cuts: all pieces have the same length, except the last ones.
+        length = -(-count // mesh.size(i))
+        start = min(length * mesh.get_local_rank(i), count)
+        first, count = first + start, min(length, count - start)
+    num_local = tensor._local_tensor.shape[0]
+    if num_local != count:
+        raise LayoutError(
+            f"a DTensor of shape {tuple(tensor.shape)} with placements {tensor.placements} holds {num_local} rows here "
+            f'where {count} were expected, so that its rows cannot be numbered. Use per="tensor".'
+        )
+    return Rows(first, count)

@@ -1,4 +1,4 @@
-"""Gradients laid out as views of few storages, so that a norm is one read however many tensors there are."""
+"""Move gradients into few storages, so that a norm reads one long tensor instead of many."""
 
 from __future__ import annotations
 
@@ -13,74 +13,73 @@ from torch import Tensor
 from .dtensor import is_dtensor
 from .shard import ShardInfo, ShardInfos, Shards
 
-__all__ = ["Flattened"]
+__all__ = ["FlatStorage"]
 
 _ALIGNMENT = 64
-"""Bytes: a cache line, and more than any vector load wants."""
+"""Alignment of each gradient in bytes: a cache line, and at least the width of any vector load."""
 
 
-class Flattened:
-    """One storage for all gradients of a dtype, device and number of copies that have a storage of their own each.
-
-    Whatever lies in a storage together with others already (DDP's buckets, FSDP's units, Megatron's buffers) is left
-    there: its owner would miss it.
+class FlatStorage:
+    """One storage for all gradients of a dtype, a device and a number of replicas (`flat_grads=True`).
 
     Args:
         tensors: parameters that have a gradient.
-        shards: of these gradients, in the same order.
-        find: looks the shards up again.
+        shards: shards of these gradients, in the same order.
+        read_shards: function that reads the shards again.
     """
 
     @torch.no_grad()
-    def __init__(self, tensors: Sequence[Tensor], shards: Shards, find: Callable[[], Shards]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], shards: Shards, read_shards: Callable[[], Shards]) -> None:
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, (tensor, shard) in enumerate(zip(tensors, shards, strict=True)):
-            if tensor.grad is not None and not shard.partial_sums and _is_alone(shard.grad):
+            # Gradients that already share a storage (DDP's buckets, FSDP's units, Megatron's buffers) stay there,
+            # because its owner relies on it.
+            if tensor.grad is not None and not shard.partial_sums and _owns_storage(shard.grad):
                 groups.setdefault((shard.grad.device, shard.grad.dtype, shard.num_replicas), []).append(i)
-        flats = [_laid_out(tensors, shards, chosen) for chosen in groups.values()]
-        moved = {i for chosen in groups.values() for i in chosen}
-        shards = find()
-        self._places, self._views = shards.places, shards.grads
-        rest = shards.where([i for i in range(len(shards)) if i not in moved])
-        together = [ShardInfo(f"{len(chosen)} gradients", num_replicas=key[2]) for key, chosen in groups.items()]
-        self._merged = Shards(ShardInfos((*together, *rest.places)), [*flats, *rest.grads])
+        flats = [_move_grads(tensors, shards, positions) for positions in groups.values()]
+        in_flats = {i for positions in groups.values() for i in positions}
+        shards = read_shards()
+        self._infos, self._views = shards.infos, shards.grads
+        others = shards.where([i for i in range(len(shards)) if i not in in_flats])
+        infos = [ShardInfo(f"{len(positions)} gradients", num_replicas=key[2]) for key, positions in groups.items()]
+        self._merged = Shards(ShardInfos((*infos, *others.infos)), [*flats, *others.grads])
         self._warned = False
 
-    def of(self, shards: Shards) -> Shards:
-        """The same shards, knowing how few they can be read as; as they are, if they do not lie here any more."""
-        if shards.places is self._places and all(map(is_, shards.grads, self._views)):
-            return Shards(shards.places, shards.grads, self._merged)
+    def merge(self, shards: Shards) -> Shards:
+        """Return the shards with `merged` set, unless the gradients have been replaced since."""
+        if shards.infos is self._infos and all(map(is_, shards.grads, self._views)):
+            return Shards(shards.infos, shards.grads, self._merged)
         if not self._warned:
             self._warned = True
             warnings.warn(
-                "flat_grads=True: gradients do not lie where they were laid out, so that each of them is read for "
-                "itself. Write optimizer.zero_grad(set_to_none=False), which keeps them, or leave flat_grads out.",
+                "flat_grads=True: the gradients are no longer views of the flat storage, so that each of them is read "
+                "separately. Use optimizer.zero_grad(set_to_none=False), which keeps the views, or omit flat_grads.",
                 stacklevel=2,
             )
         return shards
 
 
-def _is_alone(grad: Tensor) -> bool:
-    """Whether a dense gradient has a storage for itself."""
+def _owns_storage(grad: Tensor) -> bool:
+    """Return whether a dense gradient is the only tensor in its storage."""
     dense = grad.layout is torch.strided and bool(torch.ops.aten.is_non_overlapping_and_dense(grad))
     return dense and grad.untyped_storage().nbytes() == grad.nbytes > 0
 
 
-def _laid_out(tensors: Sequence[Tensor], shards: Shards, chosen: Sequence[int]) -> Tensor:
-    """A new storage with copies of the chosen gradients, zeros between them, that parameters have as gradients now."""
-    grads = [shards.grads[i] for i in chosen]
+def _move_grads(tensors: Sequence[Tensor], shards: Shards, positions: Sequence[int]) -> Tensor:
+    """Copy gradients into a new storage with zeros between them, and make its views the gradients of the parameters."""
+    grads = [shards.grads[i] for i in positions]
     step = max(1, _ALIGNMENT // grads[0].element_size())
     lengths = [-(-grad.numel() // step) * step for grad in grads]
     flat = torch.zeros(sum(lengths), dtype=grads[0].dtype, device=grads[0].device)
-    for i, grad, piece in zip(chosen, grads, torch.split(flat, lengths), strict=True):
+    for i, grad, piece in zip(positions, grads, torch.split(flat, lengths), strict=True):
         view = piece.as_strided(grad.size(), grad.stride())
         view.copy_(grad)
-        own = tensors[i].grad
-        if own is not None and is_dtensor(own):
+        old = tensors[i].grad
+        if old is not None and is_dtensor(old):
             from torch.distributed.tensor import DTensor
 
             view = DTensor.from_local(
-                view, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
+                view, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
             )
         tensors[i].grad = view
     return flat

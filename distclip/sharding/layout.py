@@ -1,31 +1,32 @@
-"""`Layout`: where a parameter lies across ranks, and how many ranks hold the same piece of it."""
+"""Define `Layout`, the distribution of one parameter over ranks, and count the replicas of a shard."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..comm.ranks import Axis, Ranks
 
-__all__ = ["Layout", "num_replicas"]
+__all__ = ["Layout", "num_replicas", "product"]
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where one parameter lies across ranks, as far as it or its owner says so.
+    """Distribution of one parameter over ranks, as far as the parameter or its owner describes it.
 
     Args:
-        groups: the ranks of each mesh or process group that it spans. Empty for a plain tensor: nothing is said.
-        pieces: into how many different pieces it is cut within those groups together.
-        split: for each axis of `split_over=`, whether the axis holds different tensors for it.
-        cut: for each of them, whether these are pieces of one parameter; otherwise they are different parameters.
-        counted: False for a copy that its owner declared not to count (Megatron's `shared`).
-        may_be_partial: whether its gradient may come as unreduced summands (a Partial placement).
+        groups: ranks of each mesh or process group that the parameter spans. Empty for a plain tensor.
+        num_pieces: number of different shards within those groups together.
+        split: for each axis of `split_over=`, True if the ranks along it hold different tensors under this name.
+        cut: for each axis of `split_over=`, True if these tensors are shards of one parameter. Otherwise they are
+            different parameters.
+        counted: False for a replica that its owner excludes from norms (Megatron's `shared`).
+        may_be_partial: True if its gradient can be a partial gradient, which still needs a sum over ranks.
     """
 
     groups: tuple[Ranks, ...] = ()
-    pieces: int = 1
+    num_pieces: int = 1
     split: tuple[bool, ...] = ()
     cut: tuple[bool, ...] = ()
     counted: bool = True
@@ -33,34 +34,48 @@ class Layout:
 
     @property
     def members(self) -> frozenset[int]:
-        """Every rank that the parameter is known to span."""
+        """Global ranks that the parameter spans."""
         return frozenset(rank for ranks in self.groups for rank in ranks)
 
 
+def product(one: Layout, two: Layout) -> Layout:
+    """Combine two layouts of one tensor that describe different axes, such as a DTensor with an annotation.
+
+    >>> product(Layout(((0, 1),), num_pieces=2), Layout(((0, 2),), num_pieces=2)).num_pieces
+    4
+    """
+    return replace(
+        one,
+        groups=one.groups + two.groups,
+        num_pieces=one.num_pieces * two.num_pieces,
+        may_be_partial=one.may_be_partial or two.may_be_partial,
+    )
+
+
 def num_replicas(world_size: int, layout: Layout, axes: Sequence[Axis]) -> float:
-    r"""How many ranks of the communicator hold the same piece as this one.
+    r"""Return the number of ranks of the communicator that hold the same shard as this one.
 
-    .. math:: copies = \frac{N}{pieces \cdot \prod_{a\ split} |a| / |a \cap members|}
+    .. math:: replicas = \frac{N}{pieces \cdot \prod_{a\ split} |a| / |a \cap members|}
 
-    A parameter is taken as replicated over everything that neither its placements nor `split_over=` speaks of.
-    An axis of `split_over=` that lies inside of the parameter's own mesh splits nothing further.
+    A parameter counts as replicated over every rank that neither its placements nor `split_over=` describe.
 
     Args:
-        world_size: N, ranks of the communicator.
-        layout: of the parameter.
-        axes: of `split_over=`.
+        world_size: N, the number of ranks in the communicator.
+        layout: layout of the parameter.
+        axes: axes of `split_over=`.
 
     >>> stage = Axis((0, 2), "pp")
-    >>> num_replicas(4, Layout(groups=((0, 1),), pieces=2, split=(True,)), [stage])  # FSDP2 inside of a stage
+    >>> num_replicas(4, Layout(groups=((0, 1),), num_pieces=2, split=(True,)), [stage])  # FSDP2 inside of a stage
     1.0
     >>> num_replicas(4, Layout(split=(True,)), [stage])  # a plain tensor of a stage, replicated over two ranks
     2.0
     """
     if not layout.counted:
-        return math.inf
-    count = world_size / layout.pieces
+        return math.inf  # Divided by infinity, its power sum contributes nothing, and a NaN in it still shows.
+    count = world_size / layout.num_pieces
     members = layout.members
     for axis, split in zip(axes, layout.split, strict=True):
         if split:
+            # The part of an axis that lies inside the parameter's own mesh is in `num_pieces` already.
             count *= max(1, len(members.intersection(axis.ranks))) / len(axis.ranks)
     return count

@@ -1,4 +1,4 @@
-"""What a caller may pass as `parameters` or `tensors`, made into one list of (name, tensor)."""
+"""List what a caller passes as `parameters` or `tensors` as (name, tensor) pairs."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ Parameters: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[s
 """A module, one tensor, an iterable of tensors, or of (name, tensor) pairs."""
 
 Named: TypeAlias = list[tuple[str, Tensor]]
+"""(name, tensor) pairs."""
 
 _WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|_forward_module)\.")
-"""What FSDP1, torch.compile, activation checkpointing and Lightning's Fabric put into the names of what they wrap: a
-parameter is called the same with and without them, so that what is remembered of it finds it again."""
+"""Names that FSDP1, torch.compile, activation checkpointing and Lightning's Fabric insert into parameter names. They
+are removed, so that a checkpoint finds a parameter with and without its wrappers."""
 
 
 def named(parameters: Parameters, argument: str = "parameters") -> Named:
-    """Every tensor of the argument once, with a name.
+    """List every tensor of the argument once, with a name.
 
     Args:
-        parameters: a module, a tensor, or an iterable (a generator too) of tensors or (name, tensor) pairs.
-        argument: what the caller calls it, for messages.
+        parameters: a module, a tensor, or an iterable (also a generator) of tensors or (name, tensor) pairs.
+        argument: name of the caller's argument, for messages.
 
     Returns:
-        (name, tensor) in the order given; a tensor listed twice, or tied within a module, only once. A module's names
-        are those of the bare module, whatever wraps it.
+        (name, tensor) pairs in the order given. A tensor that is listed twice, or tied within a module, appears once.
+        Parameters of a module have the names of the unwrapped module.
 
     Raises:
-        ArgumentError: it is none of these.
+        ArgumentError: the argument is of another type.
 
     >>> import torch
     >>> w = torch.ones(2)
@@ -53,7 +54,7 @@ def named(parameters: Parameters, argument: str = "parameters") -> Named:
 
 def _pairs(parameters: Any, argument: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(parameters, nn.Module):
-        yield from _bare(parameters)
+        yield from _unwrapped(parameters)
         return
     if isinstance(parameters, Tensor):
         yield argument, parameters
@@ -61,32 +62,33 @@ def _pairs(parameters: Any, argument: str) -> Iterator[tuple[str, Tensor]]:
     try:
         items = iter(parameters)
     except TypeError:
-        raise _refused(f"{argument}={parameters!r}", argument) from None
+        raise _type_error(f"{argument}={parameters!r}", argument) from None
     for index, item in enumerate(items):
         if isinstance(item, Tensor):
             yield f"{argument}[{index}]", item
         elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Tensor):
             yield item
         else:
-            raise _refused(f"{argument}[{index}] is {item!r:.80}", argument)
+            raise _type_error(f"{argument}[{index}] is {item!r:.80}", argument)
 
 
-def _bare(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Its parameters, by the names they have without what wraps them."""
+def _unwrapped(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters of a module, with the names that they have without wrappers."""
     pairs = list(module.named_parameters())
-    could_be = any("module." in name for name, _ in pairs)
-    modules = module.named_modules() if could_be else ()
+    # DDP calls what it wraps "module", which is an ordinary name too. So the DDP modules themselves are looked up,
+    # unless no name can contain one.
+    modules = module.named_modules() if any("module." in name for name, _ in pairs) else ()
     inside = [f"{path}.module.".lstrip(".") for path, one in modules if isinstance(one, DistributedDataParallel)]
     for name, tensor in pairs:
-        # The innermost first: the names of the outer ones stay as they are until then.
+        # The innermost first, because the prefixes of the outer ones stay valid until then.
         for prefix in reversed(inside):
             if name.startswith(prefix):
                 name = prefix.removesuffix("module.") + name.removeprefix(prefix)
         yield _WRAPPERS.sub("", name), tensor
 
 
-def _refused(seen: str, argument: str) -> ArgumentError:
+def _type_error(value: str, argument: str) -> ArgumentError:
     return ArgumentError(
-        f"{seen}: expected a torch.nn.Module, a tensor, or an iterable of tensors or of (name, tensor) pairs. "
-        f"Write {argument}=model, {argument}=model.parameters() or {argument}=model.named_parameters()."
+        f"{value}: expected a torch.nn.Module, a tensor, or an iterable of tensors or of (name, tensor) pairs. "
+        f"Pass {argument}=model, {argument}=model.parameters() or {argument}=model.named_parameters()."
     )

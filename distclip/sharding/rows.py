@@ -1,110 +1,70 @@
-"""Which rows of a parameter a rank holds, for policies that give every row a norm of its own.
+"""Find which rows of a parameter a rank holds, for policies with a norm per row.
 
-A row is a place along dim 0; a parameter of at most one dim is a single row, in whatever pieces it lies. Rows that are
-cut (a shard along another dim, a slice of a flattened parameter) are summed over the ranks that hold their parts.
+A row is an index along dim 0. A parameter of at most one dim is a single row. Rows that are cut (by a shard along
+another dim, or a slice of a flattened parameter) are summed over the ranks that hold their parts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ..comm.ranks import Axis
-from ..errors import LayoutError
-from .annotations import annotation_of
-from .dtensor import is_dtensor
 from .layout import Layout
 from .shard import Rows
+from .source import Slice
+from .table import SOURCES
 
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
-
-__all__ = ["Cut", "cut_of", "dtensor_rows"]
+__all__ = ["LocalRows", "local_rows"]
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """What one rank knows of a parameter's rows.
+class LocalRows:
+    """Rows of a parameter on one rank.
 
     Args:
-        rows: those that it holds, counted from the first of the piece.
-        length: how many rows the piece has.
-        piece: which piece of the parameter that is, in the order of the rows; empty where there is only one.
+        rows: rows that the rank holds, counted from the first row of the piece.
+        num_rows: number of rows in the piece.
+        piece: coordinates of the piece among the pieces of the parameter, in the order of the rows. Empty if the
+            parameter has one piece.
     """
 
     rows: Rows
-    length: int
+    num_rows: int
     piece: tuple[int, ...] = ()
 
 
-def cut_of(
-    name: str,
-    tensor: Tensor,
-    layout: Layout,
-    axes: tuple[Axis, ...],
-    slices: Mapping[int, tuple[tuple[int, ...], int]],
-    rank: int,
-) -> Cut | None:
-    """The rows of one parameter on this rank; None for a parameter that is a single row.
+def local_rows(
+    name: str, tensor: Tensor, layout: Layout, axes: tuple[Axis, ...], slice: Slice | None, rank: int
+) -> LocalRows | None:
+    """Return the rows of one parameter on this rank; None if the parameter is a single row.
 
     Args:
-        name: of the parameter.
-        tensor: a parameter.
-        layout: where it lies.
-        axes: of `split_over=`.
-        slices: see `flat_slices`.
-        rank: this one, globally.
+        name: name of the parameter, for errors.
+        tensor: the parameter.
+        layout: its layout.
+        axes: axes of `split_over=`.
+        slice: position of the tensor in a flattened parameter, or None for a whole parameter.
+        rank: global rank of this process.
 
     Raises:
-        LayoutError: nobody says along which dim the parameter was cut.
+        LayoutError: the parameter was cut along an unknown dim.
     """
-    shape, start = slices.get(id(tensor), (tuple(tensor.shape), 0))
+    shape = tuple(tensor.shape) if slice is None else slice.shape
     if len(shape) < 2:
         return None
-    piece: tuple[int, ...] = ()
-    if id(tensor) in slices:
+    rows: Rows | None = None
+    if slice is not None:
+        # A slice begins and ends anywhere, also within a row.
         width = math.prod(shape[1:])
-        lead = start % width if width else 0
+        lead = slice.start % width if width else 0
         count = -(-(lead + tensor.numel()) // width) if tensor.numel() else 0
-        rows = Rows(start // max(1, width), count, lead, width)
-    else:
-        rows = dtensor_rows(tensor) if is_dtensor(tensor) else Rows(0, shape[0])
-        piece = tuple(place for dim, place in annotation_of(tensor).cuts if dim % tensor.ndim == 0)
-    for axis, cut in zip(axes, layout.cut, strict=True):
-        dim = getattr(tensor, "partition_dim", None)
-        if cut and dim is None:
-            raise LayoutError(
-                f"{name} is one of several pieces along {axis}, and nothing says along which dim it was cut: is a row "
-                "of it a whole row? Write distclip.annotate_(param, mesh, [Shard(dim)]), or set param.partition_dim."
-            )
-        if cut and dim == 0:
-            piece += (axis.ranks.index(rank),)
-    return Cut(rows, shape[0], piece)
-
-
-def dtensor_rows(tensor: DTensor) -> Rows:
-    """The rows of a DTensor's local piece.
-
-    Strided shards (FSDP2 over tensor parallelism) are made last, whatever the order of the axes: they cut what the
-    others have left.
-    """
-    mesh, (first, count) = tensor.device_mesh, (0, tensor.shape[0])
-    order = sorted(range(mesh.ndim), key=lambda i: type(tensor.placements[i]).__name__ == "_StridedShard")
-    for i in order:
-        placement = tensor.placements[i]
-        if placement.is_replicate() or placement.is_partial() or placement.dim != 0:  # type: ignore[attr-defined]
-            continue
-        each = -(-count // mesh.size(i))
-        start = min(each * mesh.get_local_rank(i), count)
-        first, count = first + start, min(each, count - start)
-    held = tensor._local_tensor.shape[0]
-    if held != count:
-        raise LayoutError(
-            f"a DTensor of shape {tuple(tensor.shape)} with placements {tensor.placements} holds {held} rows here "
-            f'where {count} were expected: its rows have no norm of their own. Write per="tensor".'
-        )
-    return Rows(first, count)
+        rows = Rows(slice.start // max(1, width), count, lead, width)
+    for source in SOURCES:
+        rows = rows or source.find_rows(tensor)
+    # Where no source knows the index of the first row, the rank's coordinates along the axes that cut dim 0 tell the
+    # order of the pieces, and the lengths of the other pieces come from the other ranks.
+    coords = [source.dim0_coords(name, tensor, layout, axes, rank) for source in SOURCES]
+    return LocalRows(rows or Rows(0, shape[0]), shape[0], tuple(coord for piece in coords for coord in piece))

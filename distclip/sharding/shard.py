@@ -1,17 +1,15 @@
-"""The nouns about place: `Layout` (where a parameter lies across ranks), `Shard` (what of its gradient lies here),
-`Rows` (which rows of the parameter that is).
+"""Define `Shard`, this rank's part of one gradient, and `Shards`, all of them at one moment.
 
-What of a shard stays the same from one step to the next is its `Place`. A model has thousands of shards, so `Shards`
-keeps their places, made once, beside the list of gradients of the moment.
-
-After a source has made them, no code asks about DDP, FSDP, tensor, pipeline or expert parallelism again.
+Everything but the gradients stays the same from one step to the next. A model has thousands of shards, so `Shards`
+keeps that metadata in `ShardInfos`, made once, next to a list of the current gradients. No stage after this package
+needs to know about DDP, FSDP, tensor, pipeline or expert parallelism.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import overload
 
@@ -25,14 +23,14 @@ __all__ = ["PartialSum", "Rows", "Shard", "ShardInfo", "ShardInfos", "Shards", "
 
 @dataclass(frozen=True, slots=True)
 class PartialSum:
-    """A sum over `group` that a gradient still waits for (a Partial placement).
+    """Sum over a process group that a partial gradient still needs (a Partial placement).
 
     Args:
-        ranks: who holds a summand.
+        ranks: global ranks that hold a summand.
         group: their process group.
-        axis: which axis of its mesh that is. Sums are made axis by axis: ranks that took them in another order would
-            add up sums with summands.
-        mean: divide by the number of ranks afterwards (Partial("avg")).
+        axis: index of the mesh axis. Sums are made axis by axis, because ranks that took the axes in different orders
+            would mix sums with summands.
+        mean: True to divide by the number of ranks afterwards (Partial("avg")).
     """
 
     ranks: Ranks
@@ -43,13 +41,13 @@ class PartialSum:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Which rows (places along dim 0) of its parameter a local piece holds.
+    """Rows (indices along dim 0) of a parameter that a local tensor holds.
 
     Args:
-        first: the first of them.
-        count: how many it touches.
-        lead: elements of the first row that lie on other ranks, where a flattened parameter was cut anywhere.
-        width: elements of a row, where a flattened parameter was cut; 0 where the piece has the rows as its dim 0.
+        first: index of the first row.
+        count: number of rows, the first and the last of which can be incomplete in a slice.
+        lead: in a slice of a flattened parameter, number of elements of the first row that other ranks hold.
+        width: in a slice of a flattened parameter, number of elements in a row. 0 if dim 0 of the tensor are the rows.
     """
 
     first: int
@@ -58,36 +56,9 @@ class Rows:
     width: int = 0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Shard:
-    """This rank's piece of one gradient.
-
-    Args:
-        name: of the parameter, the same on all ranks of its mesh.
-        grad: the local tensor, of any floating or complex dtype and any shape: what is scaled in place.
-        copies: how many ranks of the communicator hold this same piece, > 0; infinite for a copy that does
-            not count. Each of them adds power_sum / copies.
-        pending: sums to make before the piece can be measured.
-        slot: the slot that it is counted in, or that its row 0 would be.
-        rows: which rows it holds, each with a slot of its own; None where all of it is one slot.
-    """
-
-    name: str
-    grad: Tensor
-    num_replicas: float = 1.0
-    partial_sums: tuple[PartialSum, ...] = field(default=())
-    slot: int = 0
-    rows: Rows | None = None
-
-    @property
-    def place(self) -> ShardInfo:
-        """All but the gradient."""
-        return ShardInfo(self.name, self.num_replicas, self.partial_sums, self.slot, self.rows)
-
-
 @dataclass(frozen=True, slots=True)
 class ShardInfo:
-    """A shard without its gradient: see `Shard`."""
+    """Metadata of a shard, without its gradient. See `Shard` for the arguments."""
 
     name: str
     num_replicas: float = 1.0
@@ -96,78 +67,103 @@ class ShardInfo:
     rows: Rows | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Shard:
+    """This rank's part of one gradient.
+
+    Args:
+        name: name of the parameter, equal on all ranks of its mesh.
+        grad: the local tensor, of any floating or complex dtype and any shape. It is scaled in place.
+        num_replicas: number of ranks of the communicator that hold this same shard, > 0. Infinite for a replica that
+            does not count. Every replica adds power_sum / num_replicas.
+        partial_sums: sums that the gradient needs before it can be measured.
+        slot: index of the norm that the shard counts in, or that row 0 of the parameter counts in.
+        rows: rows that the shard holds, if every row has a slot. None if the whole shard counts in one slot.
+    """
+
+    name: str
+    grad: Tensor
+    num_replicas: float = 1.0
+    partial_sums: tuple[PartialSum, ...] = ()
+    slot: int = 0
+    rows: Rows | None = None
+
+    @property
+    def info(self) -> ShardInfo:
+        """Metadata of the shard, without the gradient."""
+        return ShardInfo(self.name, self.num_replicas, self.partial_sums, self.slot, self.rows)
+
+
 class ShardInfos(tuple[ShardInfo, ...]):
-    """Places of a rank's shards, and what follows from them alone."""
+    """Metadata of all shards of a rank, with columns that are computed once."""
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Of the parameters."""
-        return tuple(place.name for place in self)
-
-    @cached_property
-    def whole(self) -> tuple[ShardInfos, tuple[int, ...], tuple[int, ...]]:
-        """Those that can be measured as they are and count in one slot: their places, their positions, and those of
-        the others."""
-        fit = [not place.partial_sums and place.rows is None for place in self]
-        chosen = tuple(i for i, fits in enumerate(fit) if fits)
-        others = tuple(i for i, fits in enumerate(fit) if not fits)
-        return (ShardInfos(self[i] for i in chosen) if others else self), chosen, others
+        """Name of each shard's parameter."""
+        return tuple(info.name for info in self)
 
     @cached_property
     def slots(self) -> tuple[int, ...]:
-        """In which each of them counts."""
-        return tuple(place.slot for place in self)
+        """Slot of each shard."""
+        return tuple(info.slot for info in self)
 
-    def by_slot(self, slots: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Their positions ordered by slot, and how many there are in each of `slots`."""
+    @cached_property
+    def num_replicas(self) -> tuple[float, ...]:
+        """Number of replicas of each shard; empty if all shards have one replica."""
+        return () if all(info.num_replicas == 1 for info in self) else tuple(info.num_replicas for info in self)
+
+    @cached_property
+    def whole(self) -> tuple[ShardInfos, tuple[int, ...], tuple[int, ...]]:
+        """Metadata and positions of shards that count as a whole in one slot, and positions of all other shards.
+
+        The other shards count by row, or are partial gradients that need a sum first.
+        """
+        is_whole = [not info.partial_sums and info.rows is None for info in self]
+        whole = tuple(i for i, yes in enumerate(is_whole) if yes)
+        others = tuple(i for i, yes in enumerate(is_whole) if not yes)
+        # Mostly there are no others: then the columns of `self` are shared.
+        return (ShardInfos(self[i] for i in whole) if others else self), whole, others
+
+    def by_slot(self, num_slots: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the positions of all shards ordered by slot, and the number of shards in each slot."""
         if self._by_slot is None:
             counts = Counter(self.slots)
             order = tuple(sorted(range(len(self)), key=self.slots.__getitem__))
-            self._by_slot = order, tuple(counts[slot] for slot in range(slots))
+            self._by_slot = order, tuple(counts[slot] for slot in range(num_slots))
         return self._by_slot
 
     _by_slot: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
-    @cached_property
-    def num_replicas(self) -> tuple[float, ...]:
-        """Of each of them; empty where there is one of everything."""
-        return () if all(place.num_replicas == 1 for place in self) else tuple(place.num_replicas for place in self)
-
 
 class Shards(Sequence[Shard]):
-    """This rank's pieces of all gradients of one moment.
+    """This rank's shards of all gradients at one moment.
 
     Args:
-        places: of each.
-        grads: the local tensors, in the same order.
-        merged: the same elements in fewer pieces, for whoever only wants to know what all have together.
+        infos: metadata of each shard.
+        grads: local tensors, in the same order.
+        merged: the same elements as fewer, larger tensors. It is used if only their total is needed.
 
     >>> shards = Shards(ShardInfos([ShardInfo("w", num_replicas=2.0)]), [torch.ones(3)])
     >>> shards[0].name, shards[0].num_replicas, len(shards)
     ('w', 2.0, 1)
     """
 
-    __slots__ = ("grads", "merged", "places")
+    __slots__ = ("grads", "infos", "merged")
 
-    def __init__(self, places: ShardInfos, grads: list[Tensor], merged: Shards | None = None) -> None:
-        self.places, self.grads, self.merged = places, grads, merged
-
-    @property
-    def infos(self) -> ShardInfos:
-        """Metadata of the shards."""
-        return self.places
+    def __init__(self, infos: ShardInfos, grads: list[Tensor], merged: Shards | None = None) -> None:
+        self.infos, self.grads, self.merged = infos, grads, merged
 
     @classmethod
     def of(cls, shards: Iterable[Shard]) -> Shards:
-        """The same shards, if they are not of this class already."""
+        """Convert shards to this class, unless they are of it already."""
         if isinstance(shards, Shards):
             return shards
-        listed = list(shards)
-        return cls(ShardInfos(shard.place for shard in listed), [shard.grad for shard in listed])
+        shards = list(shards)
+        return cls(ShardInfos(shard.info for shard in shards), [shard.grad for shard in shards])
 
-    def where(self, chosen: Sequence[int]) -> Shards:
-        """Those at some positions."""
-        return Shards(ShardInfos(self.places[i] for i in chosen), [self.grads[i] for i in chosen])
+    def where(self, positions: Sequence[int]) -> Shards:
+        """Return the shards at some positions."""
+        return Shards(ShardInfos(self.infos[i] for i in positions), [self.grads[i] for i in positions])
 
     @overload
     def __getitem__(self, i: int) -> Shard: ...
@@ -175,9 +171,9 @@ class Shards(Sequence[Shard]):
     def __getitem__(self, i: slice) -> Shards: ...
     def __getitem__(self, i: int | slice) -> Shard | Shards:
         if isinstance(i, slice):
-            return Shards(ShardInfos(self.places[i]), self.grads[i])
-        place = self.places[i]
-        return Shard(place.name, self.grads[i], place.num_replicas, place.partial_sums, place.slot, place.rows)
+            return Shards(ShardInfos(self.infos[i]), self.grads[i])
+        info = self.infos[i]
+        return Shard(info.name, self.grads[i], info.num_replicas, info.partial_sums, info.slot, info.rows)
 
     def __iter__(self) -> Iterator[Shard]:
         return map(self.__getitem__, range(len(self.grads)))

@@ -1,11 +1,21 @@
-"""Slots: what has a norm of its own, agreed on by all ranks.
+"""Assign slots: agree between ranks which norm every parameter, or every row of it, counts in.
 
-Different pipeline stages and experts hold different parameters; every rank nevertheless adds to the same vector. Which
-place in it belongs to which parameter, or to which of its rows, is settled by one gather when a clipper is made.
+Pipeline stages and expert ranks hold different parameters, and yet every rank adds to one vector of norms. An entry of
+that vector is a slot. All ranks must number the slots equally, so every rank describes its parameters (`ParamInfo`),
+the descriptions are gathered once when a clipper is made, and every rank computes the slots from all of them
+(`assign_slots`). The computation is deterministic, so that no further exchange is needed.
+
+With a norm per tensor or row, the ranks must recognize which of their tensors are one parameter:
+
+1. Tensors with one name are shards or replicas of one parameter, unless an axis of `split_over=` (such as "pp") splits
+   them into different parameters. Then their names get the coordinate as a suffix, "weight@pp=0".
+2. The shares of one parameter add up to 1. A name with less is one replica of a tied parameter, whose other replicas
+   have other names on other ranks: an embedding on the first and the last pipeline stage. They are merged.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,298 +23,321 @@ from typing import Protocol
 
 from torch import nn
 
+from ..comm.consensus import FirstError
 from ..comm.ranks import Axis
 from ..errors import ArgumentError, LayoutError
-from . import Plan
 from .annotations import annotation_of
-from .fsdp1 import flat_slices, marked_slices
 from .layout import Layout, num_replicas
-from .rows import Cut, cut_of
+from .rows import LocalRows, local_rows
 from .shard import Rows
-from .table import ShardTable
+from .source import Request, Slice
+from .table import SOURCES, ShardTable
 
-__all__ = ["ParamInfo", "SlotMap", "arrange", "assign_slots", "describe_params", "find", "parent_slots", "within"]
+__all__ = ["Granularity", "ParamInfo", "SlotMap", "assign_slots", "describe_params", "parent_slots"]
+
+_ROUNDING = 1e-6
+"""Margin for sums of shares."""
+
+
+class Granularity(Protocol):
+    """Part of a `NormSpec` that determines the slots."""
+
+    @property
+    def per(self) -> str:
+        """One of "model", "group", "tensor" and "row"."""
+        ...
+
+    @property
+    def groups(self) -> Mapping[str, str]:
+        """Pattern of parameter names for each group name, with per="group"."""
+        ...
+
+    @property
+    def exclude(self) -> Sequence[str]:
+        """Patterns of names of parameters that are measured and never clipped."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
-class Slots:
-    """The places of the vector of norms.
+class SlotMap:
+    """Slots of the vector of norms.
 
     Args:
-        names: whose they are, in order: parameters, groups, or the one model. The same on every rank.
-        counts: how many places each has: its rows, or 1.
-        places: by the name of a parameter of this rank, its first slot and which of its rows are here.
-        spared: of `names`, which are measured and never clipped.
+        names: name of each unit that has norms: parameters, groups, or the model. Equal on every rank.
+        counts: number of slots of each unit: its number of rows, or 1.
+        by_name: for each parameter of this rank, its first slot, and the rows that this rank holds.
+        excluded: for each unit, True if it is measured and never clipped.
     """
 
     names: tuple[str, ...] = ("model",)
     counts: tuple[int, ...] = (1,)
-    places: Mapping[str, tuple[int, Rows | None]] = field(default_factory=dict)
+    by_name: Mapping[str, tuple[int, Rows | None]] = field(default_factory=dict)
     excluded: tuple[bool, ...] = (False,)
 
     @property
     def total(self) -> int:
-        """How many there are."""
+        """Number of slots."""
         return sum(self.counts)
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What one rank says of one of its parameters.
+class ParamInfo:
+    """Description of one parameter on one rank, for the other ranks.
 
     Args:
-        name: of the parameter, on this rank.
-        where: along which axes of `split_over=` it is another parameter than its namesakes, as (axis, places).
-        shape: of the local tensor, or of what it is a slice of, to tell copies under different names from one another.
-        share: which part of the whole this rank's contribution is, of 1 in all.
-        tied: whether it is a copy by `annotate_`, and may have another name elsewhere.
-        cut: its rows, for per="row".
+        name: name on this rank.
+        axis_coords: (axis name, coordinates of the ranks that hold it) for every axis of `split_over=` that splits it
+            from different parameters of the same name.
+        shape: shape of the local tensor, or of the whole parameter for a slice. It helps to match tied parameters.
+        share: part of the whole parameter that this rank contributes. The shares of all ranks add up to 1.
+        tied: True for a replica that was annotated, and can have other names on other ranks.
+        cut: rows on this rank, for per="row".
     """
 
     name: str
-    where: tuple[tuple[str, tuple[int, ...]], ...]
+    axis_coords: tuple[tuple[str, tuple[int, ...]], ...]
     shape: tuple[int, ...]
     share: float
     tied: bool = False
-    cut: Cut | None = None
+    cut: LocalRows | None = None
 
     @property
     def full_name(self) -> str:
-        """The name with the place on the axes, for namesakes."""
-        return self.name + "".join(f"@{axis}={'+'.join(map(str, places))}" for axis, places in self.where)
+        """Name with the coordinates, to distinguish different parameters of the same name."""
+        return self.name + "".join(f"@{axis}={'+'.join(map(str, coords))}" for axis, coords in self.axis_coords)
 
 
-def find(
-    plan: Plan, world_size: int, rank: int, rows: bool, slices: Mapping[int, tuple[tuple[int, ...], int]]
-) -> list[Found]:
-    """What this rank has to say of its parameters.
+def describe_params(table: ShardTable, rank: int, spec: Granularity, module: nn.Module | None) -> list[ParamInfo]:
+    """Describe this rank's parameters to the other ranks.
 
     Args:
-        plan: of this rank.
-        world_size: ranks of the communicator.
-        rank: this one, globally.
-        rows: whether rows have norms of their own.
-        slices: of FSDP1, and what says so itself: see `flat_slices`, `marked_slices`.
+        table: parameters of this rank, with `world_size` set.
+        rank: global rank of this process.
+        spec: granularity of the norms.
+        module: module that the table was made from, or None. FSDP1 describes its slices only through the module.
 
     Raises:
-        LayoutError: a parameter of whose rows nobody can say where they lie.
+        LayoutError: the rows of a parameter cannot be numbered, or a flattened parameter cannot be taken apart.
+
+    Collectives: none. Host syncs: none.
     """
-    found = []
-    for name, tensor, layout in plan.entries:
-        cut = cut_of(name, tensor, layout, plan.axes, slices, rank) if rows else None
-        share = 1 / (num_replicas(world_size, layout, plan.axes) * layout.pieces * _pieces_along(layout, plan.axes))
-        said = annotation_of(tensor)
-        tied = bool(said.layout.groups) and said.slice is None
-        shape = tuple(tensor.shape) if said.slice is None else said.slice[0]
-        found.append(Found(name, _where(layout, plan.axes, rank), shape, share, tied, cut))
-    return found
+    if spec.per not in ("tensor", "row"):
+        module = None  # A flattened parameter need not be taken apart.
+    request = Request(list(zip(table.names, table.tensors, strict=True)), module, table.axes, FirstError())
+    slices: dict[int, Slice] = {}
+    for source in SOURCES:
+        slices.update(source.find_slices(request))
+    params = []
+    for name, tensor, layout in zip(table.names, table.tensors, table.layouts, strict=True):
+        slice, annotation = slices.get(id(tensor)), annotation_of(tensor)
+        cut = local_rows(name, tensor, layout, table.axes, slice, rank) if spec.per == "row" else None
+        # Every piece is one part of the parameter, and the replicas of a piece share that part.
+        num_pieces = layout.num_pieces * _num_pieces_along(layout, table.axes)
+        share = 1 / (num_replicas(table.world_size, layout, table.axes) * num_pieces)
+        params.append(
+            ParamInfo(
+                name,
+                _axis_coords(layout, table.axes, rank),
+                tuple(tensor.shape) if annotation.slice is None else annotation.slice.shape,
+                share,
+                tied=bool(annotation.layout.groups) and annotation.slice is None,
+                cut=cut,
+            )
+        )
+    return params
 
 
-def arrange(
-    told: Sequence[Sequence[Found]], mine: int, per: str, groups: Mapping[str, str], exclude: Sequence[str]
-) -> Slots:
-    """The slots that follow from what all ranks found: the same on each, `places` apart.
+def assign_slots(gathered: Sequence[Sequence[ParamInfo]], rank: int, spec: Granularity) -> SlotMap:
+    """Compute the slots from the parameters of all ranks.
 
     Args:
-        told: by every rank of the communicator, in order.
-        mine: which of them is this one.
-        per: see `distclip.policies.Per`.
-        groups: name → pattern.
-        exclude: patterns.
+        gathered: parameters of every rank of the communicator, by rank.
+        rank: this rank within the communicator. Only `by_name` depends on it.
+        spec: granularity of the norms.
 
     Raises:
-        ArgumentError: a pattern that matches no parameter of any rank, or is none.
-        LayoutError: a copy that does not count (Megatron's `shared`) of nobody knows what.
+        ArgumentError: a pattern is no regular expression, or matches no parameter of any rank.
+        LayoutError: replicas under different names cannot be matched.
+
+    Collectives: none. Host syncs: none.
     """
-    every = {found.name: None for rank in told for found in rank}
-    spare = _matching(exclude, every, "exclude")
-    if per == "model":
-        if not exclude:
-            return Slots()
-        return _grouped(told[mine], _patterns({}), spare)
-    if per == "group":
-        _matching(groups.values(), every, "groups")
-        return _grouped(told[mine], _patterns(groups), spare)
-    keys = _keys(told)
-    if not keys:
-        return Slots()
-    firsts: dict[tuple[str, tuple[int, ...]], int] = {}
-    counts = {key: _count(key, founds, firsts) for key, founds in keys.items()}
-    names = tuple(keys)
-    begin = dict(zip(names, _begins(list(counts.values())), strict=True))
-    key_of = {id(found): key for key, founds in keys.items() for found in founds}
-    places = {}
-    for found in told[mine]:
-        key, cut = key_of[id(found)], found.cut
-        rows = None if cut is None else replace(cut.rows, first=cut.rows.first + firsts[key, cut.piece])
-        places[found.name] = (begin[key], rows)
-    excluded = tuple(any(found.name in spare for found in founds) for founds in keys.values())
-    return Slots(names, tuple(counts.values()), places, excluded)
+    all_names = _names(gathered)
+    excluded = _matching(spec.exclude, all_names, "exclude")
+    if spec.per == "model":
+        return _slots_of_groups(gathered[rank], _with_default({}), excluded) if excluded else SlotMap()
+    if spec.per == "group":
+        _matching(spec.groups.values(), all_names, "groups")
+        return _slots_of_groups(gathered[rank], _with_default(spec.groups), excluded)
+
+    units = _merge_tied(_units(gathered))
+    if not units:
+        return SlotMap()
+    # One slot per unit, or one per row; the units lie one after another in the vector.
+    offsets = {unit: _piece_offsets(params) for unit, params in units.items()}
+    counts = {unit: _num_rows(params) for unit, params in units.items()}
+    begins = dict(zip(units, itertools.accumulate(counts.values(), initial=0), strict=False))
+    unit_of = {id(param): unit for unit, params in units.items() for param in params}
+    by_name: dict[str, tuple[int, Rows | None]] = {}
+    for param in gathered[rank]:
+        unit, rows = unit_of[id(param)], None
+        if param.cut is not None:
+            # Rows are counted from the first row of the piece so far, and now from the first row of the parameter.
+            rows = replace(param.cut.rows, first=param.cut.rows.first + offsets[unit][param.cut.piece])
+        by_name[param.name] = (begins[unit], rows)
+    is_excluded = tuple(any(param.name in excluded for param in params) for params in units.values())
+    return SlotMap(tuple(units), tuple(counts.values()), by_name, is_excluded)
 
 
-def within(told: Sequence[Sequence[Found]], groups: Mapping[str, str], exclude: Sequence[str]) -> tuple[int, ...]:
-    """In which slot of a policy per model or group each slot of a policy per tensor counts.
+def parent_slots(gathered: Sequence[Sequence[ParamInfo]], spec: Granularity) -> tuple[int, ...]:
+    """Return, for each slot of per="tensor", the slot of `spec` that it is a part of.
 
     Args:
-        told: by every rank of the communicator, in order.
-        groups, exclude: see `arrange`; no groups for a policy per model.
+        gathered: parameters of every rank of the communicator, by rank.
+        spec: granularity per model or group.
     """
-    every = {found.name: None for rank in told for found in rank}
-    spare, wanted = _matching(exclude, every, "exclude"), _patterns(groups)
-    names = [founds[0].name for founds in _keys(told).values()]
-    return tuple(len(wanted) if name in spare else _group_of(name, wanted) for name in names) or (0,)
+    excluded, groups = _matching(spec.exclude, _names(gathered), "exclude"), _with_default(spec.groups)
+    names = [params[0].name for params in _merge_tied(_units(gathered)).values()]
+    return tuple(len(groups) if name in excluded else _group_index(name, groups) for name in names) or (0,)
 
 
-def _patterns(groups: Mapping[str, str]) -> Mapping[str, str]:
-    """By name, with a last one for what no other takes."""
+# ---- Slots per model and group ----
+
+
+def _slots_of_groups(local: Sequence[ParamInfo], groups: Mapping[str, str], excluded: set[str]) -> SlotMap:
+    """Return one slot per group, and a last one for all excluded parameters if there are any."""
+    names = (*groups, "excluded") if excluded else tuple(groups)
+    by_name: dict[str, tuple[int, Rows | None]] = {}
+    for param in local:
+        by_name[param.name] = (len(groups) if param.name in excluded else _group_index(param.name, groups), None)
+    return SlotMap(names, (1,) * len(names), by_name, tuple(i >= len(groups) for i in range(len(names))))
+
+
+def _with_default(groups: Mapping[str, str]) -> Mapping[str, str]:
+    """Add a last group for the parameters that match no other pattern."""
     return {**groups, "rest": ""} if groups else {"model": ""}
 
 
-def _group_of(name: str, groups: Mapping[str, str]) -> int:
+def _group_index(name: str, groups: Mapping[str, str]) -> int:
+    """Return the index of the first group whose pattern matches."""
     return next(i for i, pattern in enumerate(groups.values()) if re.search(pattern, name))
 
 
-def _grouped(mine: Sequence[Found], groups: Mapping[str, str], spare: set[str]) -> Slots:
-    """One slot per group; what is never clipped has one beside."""
-    names = (*groups, "excluded") if spare else tuple(groups)
-    places: dict[str, tuple[int, Rows | None]] = {}
-    for found in mine:
-        places[found.name] = (len(groups) if found.name in spare else _group_of(found.name, groups), None)
-    return Slots(names, (1,) * len(names), places, tuple(i >= len(groups) for i in range(len(names))))
+# ---- Slots per tensor and row ----
 
 
-def _keys(told: Sequence[Sequence[Found]]) -> dict[str, list[Found]]:
-    """By slot name, all that is one parameter: under its bare name where it has no other namesake."""
-    namesakes: dict[str, set[object]] = {}
-    for rank in told:
-        for found in rank:
-            namesakes.setdefault(found.name, set()).add(found.where)
-    keys: dict[str, list[Found]] = {}
-    for rank in told:
-        for found in rank:
-            key = found.name if len(namesakes[found.name]) == 1 else found.full_name
-            keys.setdefault(key, []).append(found)
-    return _joined(keys)
+def _units(gathered: Sequence[Sequence[ParamInfo]]) -> dict[str, list[ParamInfo]]:
+    """Return the shards and replicas of every parameter, over all ranks, by slot name."""
+    coords_of: dict[str, set[object]] = {}
+    for param in itertools.chain.from_iterable(gathered):
+        coords_of.setdefault(param.name, set()).add(param.axis_coords)
+    units: dict[str, list[ParamInfo]] = {}
+    for param in itertools.chain.from_iterable(gathered):
+        # The coordinates are part of the name only where they distinguish parameters, so that a checkpoint fits a run
+        # with another number of stages.
+        name = param.name if len(coords_of[param.name]) == 1 else param.full_name
+        units.setdefault(name, []).append(param)
+    return units
 
 
-def _joined(keys: dict[str, list[Found]]) -> dict[str, list[Found]]:
-    """Copies that go by different names (tied embeddings of two stages) belong together: parts of a share make one."""
-    share = {key: sum(found.share for found in founds) for key, founds in keys.items()}
-    for key in [key for key in keys if share[key] < 1 - 1e-6]:
-        if key not in keys:
-            continue
-        shape = keys[key][0].shape
-        if share[key]:
-            same = [k for k in keys if 0 < share[k] < 1 - 1e-6 and keys[k][0].shape == shape and keys[k][0].tied]
-            if key not in same or len(same) < 2:
+def _merge_tied(units: dict[str, list[ParamInfo]]) -> dict[str, list[ParamInfo]]:
+    """Merge units that are replicas of one parameter under different names.
+
+    Raises:
+        LayoutError: several units could be the other replica.
+    """
+    share = {name: sum(param.share for param in params) for name, params in units.items()}
+    for name in [name for name in units if share[name] < 1 - _ROUNDING]:
+        if name not in units:
+            continue  # It has been merged into an earlier unit.
+        shape = units[name][0].shape
+        if share[name]:
+            # Annotated replicas: each has a part of the share, and all of them together have 1.
+            same = [
+                n for n in units if 0 < share[n] < 1 - _ROUNDING and units[n][0].shape == shape and units[n][0].tied
+            ]
+            if name not in same or len(same) < 2:
                 continue
-            if sum(share[k] for k in same) > 1 + 1e-6:
+            if sum(share[n] for n in same) > 1 + _ROUNDING:
                 raise LayoutError(
-                    f"{', '.join(same)} are annotated as copies and have one shape: which are copies of each other? "
-                    "Pass each pair as (name, parameter) with the same name on all ranks."
+                    f"{', '.join(same)} are annotated as replicas and have one shape, so that it is unclear which are "
+                    "replicas of each other. Pass each pair as (name, parameter) with the same name on all ranks."
                 )
         else:
-            name = keys[key][0].name
-            same = [k for k in keys if share[k] and keys[k][0].shape == shape]
-            same = [k for k in same if keys[k][0].name == name] or same
+            # Megatron's `shared`: the replica has no share, and its original has all of it. A name decides before a
+            # shape does.
+            bare_name = units[name][0].name
+            same = [n for n in units if share[n] and units[n][0].shape == shape]
+            same = [n for n in same if units[n][0].name == bare_name] or same
             if len(same) != 1:
                 raise LayoutError(
-                    f"{key} is marked as a copy that does not count (shared), and {len(same)} parameters could be the "
-                    "one that does: which norm is its own? Pass both as (name, parameter) pairs with the same name."
+                    f"{name} is marked as a replica that does not count (shared), and {len(same)} parameters could be "
+                    "its original. Pass both as (name, parameter) pairs with the same name."
                 )
-            same = [same[0], key]
+            same = [same[0], name]
         for other in same[1:]:
-            keys[same[0]] += keys.pop(other)
+            units[same[0]] += units.pop(other)
             share[same[0]] += share[other]
-    return keys
+    return units
 
 
-def _count(key: str, founds: list[Found], firsts: dict[tuple[str, tuple[int, ...]], int]) -> int:
-    """How many slots a parameter has; and in `firsts` where each of its pieces begins."""
-    lengths = {found.cut.piece: found.cut.length for found in founds if found.cut is not None}
-    if not lengths:
-        return 1
-    begins = _begins([lengths[piece] for piece in sorted(lengths)])
-    firsts.update({(key, piece): begin for piece, begin in zip(sorted(lengths), begins, strict=True)})
-    return sum(lengths.values())
+def _num_rows(params: Sequence[ParamInfo]) -> int:
+    """Return the number of slots of a parameter: the rows of all its pieces, or 1."""
+    num_rows = {param.cut.piece: param.cut.num_rows for param in params if param.cut is not None}
+    return sum(num_rows.values()) if num_rows else 1
 
 
-def _begins(counts: Sequence[int]) -> list[int]:
-    begins = [0]
-    for count in counts:
-        begins.append(begins[-1] + count)
-    return begins[:-1]
+def _piece_offsets(params: Sequence[ParamInfo]) -> dict[tuple[int, ...], int]:
+    """Return the index of the first row of every piece of a parameter."""
+    num_rows = {param.cut.piece: param.cut.num_rows for param in params if param.cut is not None}
+    pieces = sorted(num_rows)
+    begins = itertools.accumulate((num_rows[piece] for piece in pieces), initial=0)
+    return dict(zip(pieces, begins, strict=False))
 
 
-def _where(layout: Layout, axes: Sequence[Axis], rank: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    where = []
+def _axis_coords(layout: Layout, axes: Sequence[Axis], rank: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Return the coordinates along the axes that split a parameter from different ones of the same name."""
+    coords = []
     for i, (axis, split, cut) in enumerate(zip(axes, layout.split, layout.cut, strict=True)):
-        places = tuple(sorted(axis.ranks.index(r) for r in {*layout.members, rank} if r in axis.ranks))
-        if split and not cut and len(places) < len(axis.ranks):
-            where.append((axis.name or f"split_over[{i}]", places))
-    return tuple(where)
+        # A mesh can reach over several coordinates of the axis: the ranks of its mesh hold one parameter.
+        holders = tuple(sorted(axis.ranks.index(r) for r in {*layout.members, rank} if r in axis.ranks))
+        if split and not cut and len(holders) < len(axis.ranks):
+            coords.append((axis.name or f"split_over[{i}]", holders))
+    return tuple(coords)
 
 
-def _pieces_along(layout: Layout, axes: Sequence[Axis]) -> int:
-    """Into how many pieces the axes of `split_over=` cut the parameter."""
-    pieces = 1
+def _num_pieces_along(layout: Layout, axes: Sequence[Axis]) -> int:
+    """Return the number of pieces into which the axes of `split_over=` cut a parameter."""
+    num_pieces = 1
     for axis, cut in zip(axes, layout.cut, strict=True):
-        pieces *= len(axis.ranks) if cut else 1
-    return pieces
+        num_pieces *= len(axis.ranks) if cut else 1
+    return num_pieces
+
+
+# ---- Names and patterns ----
+
+
+def _names(gathered: Sequence[Sequence[ParamInfo]]) -> dict[str, None]:
+    """Return the names of all parameters of all ranks, in order and without repetition."""
+    return {param.name: None for param in itertools.chain.from_iterable(gathered)}
 
 
 def _matching(patterns: Iterable[str], names: Mapping[str, None], argument: str) -> set[str]:
+    """Return the names that match any of the patterns.
+
+    Raises:
+        ArgumentError: a pattern is no regular expression, or matches no name.
+    """
     matching: set[str] = set()
     for pattern in patterns:
         try:
             hits = {name for name in names if re.search(pattern, name)}
         except re.error as error:
-            raise ArgumentError(f"{argument}: {pattern!r} is no regular expression: {error}.") from None
+            raise ArgumentError(f"{argument}: {pattern!r} is no regular expression: {error}. Use one.") from None
         if not hits:
+            # On all ranks: a pattern may match on one pipeline stage only.
             raise ArgumentError(
                 f"{argument}: {pattern!r} matches none of {len(names)} parameters ({', '.join(list(names)[:3])} …). "
-                "It is searched in their names, so that 'head' finds decoder.head.weight."
+                "Use a pattern that is found anywhere in a name: 'head' matches decoder.head.weight."
             )
         matching |= hits
     return matching
-
-
-SlotMap = Slots
-ParamInfo = Found
-
-
-class Granularity(Protocol):
-    """The part of a NormSpec that slots depend on."""
-
-    @property
-    def per(self) -> str:
-        """Granularity of the norms."""
-        ...
-
-    @property
-    def groups(self) -> Mapping[str, str]:
-        """Regular expressions by group name."""
-        ...
-
-    @property
-    def exclude(self) -> Sequence[str]:
-        """Regular expressions of parameters that are never clipped."""
-        ...
-
-
-def describe_params(table: ShardTable, rank: int, spec: Granularity, module: nn.Module | None) -> list[ParamInfo]:
-    """Describe the parameters of this rank for the other ranks."""
-    slices = marked_slices(table.tensors)
-    if spec.per in ("tensor", "row") and module is not None:
-        slices |= flat_slices(module)
-    return find(table.plan, table.world_size, rank, spec.per == "row", slices)
-
-
-def assign_slots(by_rank: Sequence[Sequence[ParamInfo]], mine: int, spec: Granularity) -> SlotMap:
-    """Assign the slots of all ranks' parameters."""
-    return arrange(by_rank, mine, spec.per, spec.groups, spec.exclude)
-
-
-def parent_slots(by_rank: Sequence[Sequence[ParamInfo]], spec: Granularity) -> tuple[int, ...]:
-    """Return the policy's slot of every parameter."""
-    return within(by_rank, spec.groups, spec.exclude)

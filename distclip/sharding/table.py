@@ -1,272 +1,363 @@
-"""A plan: which tensors take part in a call, where each of them lies, and how to find its gradient."""
+"""List the tensors of a call with their layouts, and find this rank's shards of their gradients.
+
+The layout of a parameter does not change from one step to the next, and neither does the metadata of its shard. Both
+are computed once. A step only reads gradients, and compares the specs of DTensors by identity.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from operator import attrgetter, is_
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..comm.consensus import FirstError
 from ..comm.ranks import Axis, Ranks
 from ..errors import DistclipError
-from .annotations import annotation_of, check_tags, tags_in_use
-from .arrangement import Arrangement, product
-from .ddp import replicated_ranks
-from .dtensor import dtensor_axes, dtensor_layout, is_dtensor
-from .flat_storage import Flattened
-from .fsdp1 import flat_layouts, refuse_bare
-from .layout import Layout
+from .annotations import AnnotationSource, annotation_of
+from .ddp import DDPSource
+from .dtensor import (
+    DTensorSource,
+    dtensor_class,
+    dtensor_layout,
+    dtensor_partial_sums,
+    dtensor_rows,
+    is_dtensor,
+    possible_partial_sums,
+)
+from .flat_storage import FlatStorage
+from .fsdp1 import FSDP1Source
+from .layout import Layout, num_replicas, product
+from .megatron import MegatronSource, read_main_grad
 from .parameters import Named, Parameters, named
-from .shard import PartialSum, Rows, Shard, ShardInfos, Shards
-from .split_over import cut_along, split_of
+from .shard import PartialSum, Shard, ShardInfo, ShardInfos, Shards
+from .source import Request, Source
 
-__all__ = ["Plan", "ShardTable", "gradient_plan", "gradient_table", "local_table", "parameter_plan", "parameter_table"]
+if TYPE_CHECKING:
+    from .slots import SlotMap
 
+__all__ = ["SOURCES", "ShardTable", "TableMetadata", "gradient_table", "local_table", "parameter_table"]
 
-@dataclass(slots=True)
-class Plan:
-    """Tensors of a call, and where they lie.
+SOURCES: tuple[Source, ...] = (AnnotationSource(), DTensorSource(), FSDP1Source(), MegatronSource(), DDPSource())
+"""Kinds of sharding. Every one adds to the layout that those before it have found, or replaces it."""
 
-    Args:
-        tensors: parameters, or gradients themselves.
-        arrangement: what is known of each of them.
-        are_gradients: the tensors are gradients; otherwise gradients are looked up at every call.
-        failure: the first thing found wrong with a tensor, kept so that all ranks can raise together.
-        flatten: lay the gradients of the first step out as views of few storages.
-    """
+_PLAIN = {Tensor, torch.nn.Parameter}
 
-    tensors: list[Tensor]
-    arrangement: Arrangement
-    are_gradients: bool = False
-    failure: DistclipError | None = None
-    flatten: bool = False
-    _flat: Flattened | None = None
+_NEVER_SEEN = object()
 
-    @classmethod
-    def empty(cls, axes: tuple[Axis, ...] = ()) -> Plan:
-        """Of a rank that passes nothing."""
-        return cls([], Arrangement([], axes))
-
-    @property
-    def axes(self) -> tuple[Axis, ...]:
-        """Of `split_over=`."""
-        return self.arrangement.axes
-
-    @property
-    def entries(self) -> list[tuple[str, Tensor, Layout]]:
-        """(name, tensor, layout) of each tensor."""
-        return list(zip(self.arrangement.names, self.tensors, self.arrangement.layouts, strict=True))
-
-    @property
-    def groups(self) -> frozenset[Ranks]:
-        """The ranks of everything that some tensor of the plan spans."""
-        return self.arrangement.groups
-
-    @property
-    def may_be_partial(self) -> bool:
-        """Whether a gradient of the plan may come as unreduced summands."""
-        return self.arrangement.may_be_partial
-
-    def shards(self, world_size: int) -> Shards:
-        """This rank's pieces of the gradients that exist now.
-
-        Args:
-            world_size: ranks of the communicator.
-        """
-        find = self.arrangement.pieces if self.are_gradients else self.arrangement.gradients
-        found = find(self.tensors, world_size)
-        if self.flatten and self._flat is None and len(found):
-            there = [t for t in self.tensors if t.grad is not None or getattr(t, "main_grad", None) is not None]
-            self._flat = Flattened(there, found, partial(find, self.tensors, world_size))
-            found = find(self.tensors, world_size)
-        return found if self._flat is None else self._flat.of(found)
-
-    def weights(self, world_size: int) -> Shards:
-        """This rank's pieces of the parameters themselves, also of those without gradient."""
-        found = self.arrangement.pieces(self.tensors, world_size)
-        if all(not place.partial_sums for place in found.places):
-            return found
-        return Shards(ShardInfos(replace(place, partial_sums=()) for place in found.places), found.grads)
-
-    def sums(self, name: str) -> tuple[PartialSum, ...]:
-        """Every sum that a gradient of that name could wait for, from its parameter alone."""
-        tensor = self.tensors[self.arrangement.names.index(name)]
-        return annotation_of(tensor).partial_sums + (dtensor_axes(tensor) if is_dtensor(tensor) else ())
-
-    def absent(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, world_size: int) -> Shard:
-        """Zeros in place of a gradient that only other ranks have."""
-        i = self.arrangement.names.index(name)
-        place = self.arrangement.usual(world_size)[i]
-        zeros = torch.zeros(shape, dtype=dtype, device=self.tensors[i].device)
-        return Shard(name, zeros, place.num_replicas, (), place.slot, place.rows)
-
-
-def parameter_plan(parameters: Parameters, axes: tuple[Axis, ...] | None) -> Plan:
-    """A plan over parameters, whose gradients are looked up at every call.
-
-    Args:
-        parameters: see `named`.
-        axes: of `split_over=`; None for what needs no other rank, so that it matters not where anything lies.
-
-    Raises:
-        ArgumentError: `parameters` holds something else. What is wrong with a tensor's layout is kept in the plan.
-    """
-    if axes is None:
-        return _made([(name, tensor, Layout()) for name, tensor in named(parameters)], ())
-    if not isinstance(parameters, nn.Module):
-        return _plan(named(parameters), axes, {}, {})
-    return _plan(named(parameters), axes, flat_layouts(parameters), replicated_ranks(parameters))
-
-
-def gradient_plan(tensors: Parameters, axes: tuple[Axis, ...]) -> Plan:
-    """A plan over gradients themselves."""
-    plan = _plan(named(tensors, "tensors"), axes, {}, {})
-    plan.are_gradients = True
-    return plan
-
-
-def _plan(tensors: Named, axes: tuple[Axis, ...], known: Mapping[int, Layout], copied: Mapping[int, Ranks]) -> Plan:
-    failure: DistclipError | None = None
-    entries: list[tuple[str, Tensor, Layout]] = []
-    plain = [(name, t) for name, t in tensors if not is_dtensor(t)]
-    tags = tags_in_use([t for _, t in plain])
-    try:
-        check_tags(plain, axes, tags)
-    except DistclipError as error:
-        failure = error
-    for name, tensor in tensors:
-        try:
-            layout = known.get(id(tensor)) or _layout(name, tensor, axes, tags)
-        except DistclipError as error:
-            failure = failure or error
-            continue
-        if len(layout.split) != len(axes):
-            layout = replace(layout, split=(True,) * len(axes))
-        if id(tensor) in copied:
-            layout = replace(layout, groups=(*layout.groups, copied[id(tensor)]))
-        if not layout.cut:
-            layout = replace(layout, cut=(False,) * len(axes))
-        entries.append((name, tensor, layout))
-    plan = _made(entries, axes)
-    plan.failure = failure
-    return plan
-
-
-def _made(entries: list[tuple[str, Tensor, Layout]], axes: tuple[Axis, ...]) -> Plan:
-    return Plan([tensor for _, tensor, _ in entries], Arrangement(entries, axes))
-
-
-def _layout(name: str, tensor: Tensor, axes: tuple[Axis, ...], tags: frozenset[str]) -> Layout:
-    noted = annotation_of(tensor).layout
-    if is_dtensor(tensor):
-        return product(dtensor_layout(tensor), noted)
-    refuse_bare(name, tensor)
-    if noted.groups:
-        return noted
-    counted = not getattr(tensor, "shared", False)
-    return Layout(split=split_of(tensor, axes, tags), cut=cut_along(tensor, axes, tags), counted=counted)
+_grad_of: Callable[[Tensor], Tensor | None] = attrgetter("grad")
+_spec_attribute: Callable[[Tensor], Any] = attrgetter("_spec")
 
 
 class ShardTable:
-    """Shards of the parameters of a call, for the number of ranks in its communicator.
+    """Tensors of a call and their layouts.
 
     Args:
-        plan: tensors and their layouts.
+        tensors: parameters, or gradients themselves.
+        metadata: metadata of the tensors, in the same order.
+        are_gradients: True if the tensors are gradients. Otherwise every call reads their current gradients.
+        error: first error in the layout of a tensor, for all ranks to raise together. Such a tensor is not in the
+            table.
+
+    Attributes:
+        world_size: number of ranks in the communicator of the call. Set it once the communicator is known.
+        flat_grads: set it to True to move the gradients of the first step into few storages.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(
+        self,
+        tensors: list[Tensor],
+        metadata: TableMetadata,
+        are_gradients: bool = False,
+        error: Exception | None = None,
+    ) -> None:
+        self.tensors, self.metadata, self.are_gradients, self.error = tensors, metadata, are_gradients, error
         self.world_size = 1
+        self.flat_grads = False
+        self._flat_storage: FlatStorage | None = None
 
     @classmethod
     def empty(cls, axes: tuple[Axis, ...] = ()) -> ShardTable:
-        """Return the table of a rank that passes no tensor."""
-        return cls(Plan.empty(axes))
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Tensors of this rank."""
-        return self.plan.tensors
+        """Return the table of a rank without tensors."""
+        return cls([], TableMetadata([], axes))
 
     @property
     def names(self) -> list[str]:
-        """Names of the tensors."""
-        return self.plan.arrangement.names
+        """Name of each tensor."""
+        return self.metadata.names
+
+    @property
+    def layouts(self) -> list[Layout]:
+        """Layout of each tensor."""
+        return self.metadata.layouts
 
     @property
     def axes(self) -> tuple[Axis, ...]:
         """Axes of `split_over=`."""
-        return self.plan.axes
+        return self.metadata.axes
 
     @property
     def groups(self) -> frozenset[Ranks]:
-        """Ranks of everything that some tensor spans."""
-        return self.plan.groups
+        """Rank groups that the tensors span."""
+        return self.metadata.groups
 
     @property
     def may_be_partial(self) -> bool:
-        """Whether a gradient may be partial."""
-        return self.plan.may_be_partial
-
-    @property
-    def error(self) -> DistclipError | None:
-        """First error of a layout, kept so that all ranks raise it together."""
-        return self.plan.failure
+        """True if one of the gradients can be a partial gradient."""
+        return self.metadata.may_be_partial
 
     @property
     def device(self) -> torch.device:
-        """Device of the first tensor."""
-        return self.plan.tensors[0].device if self.plan.tensors else torch.device("cpu")
-
-    def use_flat_grads(self) -> None:
-        """Move the gradients of the first step into few storages."""
-        self.plan.flatten = True
+        """Device of the first tensor, or the CPU without tensors."""
+        return self.tensors[0].device if self.tensors else torch.device("cpu")
 
     def gradients(self) -> Shards:
-        """Return the shards of the gradients that exist now."""
-        return self.plan.shards(self.world_size)
+        """Return this rank's shards of the gradients that exist now: `.grad`, or Megatron's fp32 `.main_grad`.
+
+        Collectives: none. Host syncs: none.
+        """
+        shards = self._read_gradients()
+        if self.flat_grads and self._flat_storage is None and len(shards):
+            with_grad = [t for t in self.tensors if t.grad is not None or read_main_grad(t) is not None]
+            self._flat_storage = FlatStorage(with_grad, shards, self._read_gradients)
+            shards = self._read_gradients()
+        return shards if self._flat_storage is None else self._flat_storage.merge(shards)
 
     def drop_gradients(self) -> None:
-        """Set every `.grad` to None, and Megatron's `main_grad`, which it keeps for good, to 0."""
-        for tensor in self.tensors:
+        """Set every `.grad` to None, and every `main_grad` of Megatron to 0."""
+        for tensor, main_grad in zip(self.tensors, map(read_main_grad, self.tensors), strict=True):
             tensor.grad = None
-            if (main_grad := getattr(tensor, "main_grad", None)) is not None:
+            # Megatron allocates it once and keeps it.
+            if main_grad is not None:
                 main_grad.zero_()
 
     def weights(self) -> Shards:
-        """Return the shards of the parameters themselves."""
-        return self.plan.weights(self.world_size)
+        """Return this rank's shards of the parameters themselves, also of those without a gradient."""
+        shards = self.metadata.shards_of_tensors(self.tensors, self.world_size)
+        if all(not info.partial_sums for info in shards.infos):
+            return shards
+        # Only the gradients are partial. Parameters are replicas.
+        return Shards(ShardInfos(replace(info, partial_sums=()) for info in shards.infos), shards.grads)
 
     def shards_at(self, positions: Sequence[int], grads: Sequence[Tensor]) -> Shards:
-        """Return shards of gradients that may be elsewhere."""
-        usual = self.plan.arrangement.usual(self.world_size)
-        return Shards(ShardInfos(usual[i] for i in positions), list(grads))
+        """Return shards of gradients that an integration keeps elsewhere.
+
+        Args:
+            positions: for each gradient, the position of its parameter in the table.
+            grads: local tensors.
+        """
+        infos = self.metadata.infos(self.world_size)
+        return Shards(ShardInfos(infos[i] for i in positions), list(grads))
 
     def possible_sums(self, name: str) -> tuple[PartialSum, ...]:
-        """Return every sum that a gradient of that name could need."""
-        return self.plan.sums(name)
+        """Return every sum that the gradient of a parameter could need."""
+        tensor = self.tensors[self.names.index(name)]
+        return annotation_of(tensor).partial_sums + (possible_partial_sums(tensor) if is_dtensor(tensor) else ())
 
     def zeros_for(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Shard:
-        """Return zeros in place of a gradient that only other ranks have."""
-        return self.plan.absent(name, shape, dtype, self.world_size)
+        """Return a shard of zeros, for a gradient that other ranks have and this one does not."""
+        i = self.names.index(name)
+        info = self.metadata.infos(self.world_size)[i]
+        zeros = torch.zeros(shape, dtype=dtype, device=self.tensors[i].device)
+        return Shard(name, zeros, info.num_replicas, (), info.slot, info.rows)
 
-    def assign_slots(self, slots: Mapping[str, tuple[int, Rows | None]]) -> None:
-        """Assign the first slot of each tensor by name, with the rows that this rank has."""
-        self.plan.arrangement.assign(slots)
+    def assign_slots(self, slot_map: SlotMap) -> None:
+        """Assign a slot to every tensor. Before this call all tensors count in slot 0."""
+        self.metadata.assign_slots(slot_map)
+
+    def _read_gradients(self) -> Shards:
+        if self.are_gradients:
+            return self.metadata.shards_of_tensors(self.tensors, self.world_size)
+        return self.metadata.shards_of_gradients(self.tensors, self.world_size)
+
+
+class TableMetadata:
+    """Names, layouts and shard metadata of the tensors in a table. Holds no references to the tensors.
+
+    Args:
+        entries: name, tensor and layout of each.
+        axes: axes of `split_over=`.
+    """
+
+    def __init__(self, entries: Sequence[tuple[str, Tensor, Layout]], axes: tuple[Axis, ...]) -> None:
+        self.axes = axes
+        self.names = [name for name, _, _ in entries]
+        self.layouts = [layout for _, _, layout in entries]
+        self._partial_sums = [annotation_of(tensor).partial_sums for _, tensor, _ in entries]
+        # Specs of gradients that have the layout of their parameter and need no sum; None for a plain tensor. A
+        # parameter in Partial placement has no such spec, so that its gradient is looked at in every step.
+        self._specs: list[Any] = [
+            _NEVER_SEEN if is_dtensor(tensor) and any(p.is_partial() for p in tensor.placements) else _spec_of(tensor)
+            for _, tensor, _ in entries
+        ]
+        self._slot_map: SlotMap | None = None
+        self._infos: dict[int, ShardInfos] = {}
+        self._subset: tuple[tuple[int, ...], TableMetadata] | None = None
+
+    @cached_property
+    def groups(self) -> frozenset[Ranks]:
+        """Rank groups that the tensors span."""
+        return frozenset(ranks for layout in self.layouts for ranks in layout.groups)
+
+    @cached_property
+    def may_be_partial(self) -> bool:
+        """True if one of the gradients can be a partial gradient."""
+        return any(layout.may_be_partial for layout in self.layouts)
+
+    def assign_slots(self, slot_map: SlotMap) -> None:
+        """Assign a slot to every tensor."""
+        self._slot_map = slot_map
+        self._infos, self._subset = {}, None
+
+    def infos(self, world_size: int) -> ShardInfos:
+        """Return the metadata of shards that have the layouts of their parameters; the same object every time.
+
+        Args:
+            world_size: number of ranks in the communicator.
+        """
+        # Tables with one metadata can be used with several communicators, so one entry per size is kept.
+        if world_size not in self._infos:
+            slots = {} if self._slot_map is None else self._slot_map.by_name
+            self._infos[world_size] = ShardInfos(
+                ShardInfo(name, num_replicas(world_size, layout, self.axes), sums, *slots.get(name, (0, None)))
+                for name, layout, sums in zip(self.names, self.layouts, self._partial_sums, strict=True)
+            )
+        return self._infos[world_size]
+
+    def shards_of_gradients(self, tensors: Sequence[Tensor], world_size: int) -> Shards:
+        """Return this rank's shards of the current gradients of parameters."""
+        # A step on thousands of tensors spends much of its time here. The common case is decided on sets of types.
+        grads: list[Any] = list(map(_grad_of, tensors))
+        types = set(map(type, grads))
+        if types <= _PLAIN:
+            return Shards(self.infos(world_size), grads)
+        if type(None) in types:
+            grads = [read_main_grad(t) if g is None else g for t, g in zip(tensors, grads, strict=True)]
+            present = tuple(i for i, grad in enumerate(grads) if grad is not None)
+            if len(present) < len(tensors):
+                subset = [tensors[i] for i in present]
+                return self._subset_at(present)._shards(subset, [grads[i] for i in present], world_size)
+        return self._shards(tensors, grads, world_size)
+
+    def shards_of_tensors(self, tensors: Sequence[Tensor], world_size: int) -> Shards:
+        """Return this rank's shards of the tensors themselves."""
+        return self._shards(tensors, list(tensors), world_size)
+
+    def _shards(self, tensors: Sequence[Tensor], grads: list[Any], world_size: int) -> Shards:
+        infos, types = self.infos(world_size), set(map(type, grads))
+        if types <= _PLAIN:
+            return Shards(infos, grads)
+        specs = list(map(_spec_attribute if types == {dtensor_class()} else _spec_of, grads))
+        # Autograd mostly hands out the very spec of the parameter, or one that was seen in an earlier step.
+        if not all(map(is_, specs, self._specs)):
+            infos = self._updated_infos(infos, tensors, grads, specs, world_size)
+        return Shards(infos, [g if spec is None else _local(g) for g, spec in zip(grads, specs, strict=True)])
+
+    def _updated_infos(
+        self, infos: ShardInfos, tensors: Sequence[Tensor], grads: list[Any], specs: list[Any], world_size: int
+    ) -> ShardInfos:
+        """Recompute the metadata of gradients whose DTensor spec was not seen before."""
+        updated: dict[int, ShardInfo] = {}
+        for i, (tensor, grad, spec) in enumerate(zip(tensors, grads, specs, strict=True)):
+            if spec is self._specs[i] or spec is None:
+                continue
+            info, partial_sums = infos[i], dtensor_partial_sums(grad)
+            same_placements = is_dtensor(tensor) and grad.placements == tensor.placements
+            if same_placements and not partial_sums:
+                # An equal spec in another object. It is recognized from now on.
+                self._specs[i] = spec
+                continue
+            updated[i] = info = replace(info, partial_sums=info.partial_sums + partial_sums)
+            if not same_placements:
+                # The gradient's own placements count. Along `split_over=` it is split as its parameter is.
+                layout = product(dtensor_layout(grad), annotation_of(tensor).layout)
+                layout = replace(layout, split=self.layouts[i].split)
+                updated[i] = replace(
+                    info,
+                    num_replicas=num_replicas(world_size, layout, self.axes),
+                    rows=info.rows and dtensor_rows(grad),
+                )
+        return ShardInfos(updated.get(i, info) for i, info in enumerate(infos)) if updated else infos
+
+    def _subset_at(self, positions: tuple[int, ...]) -> TableMetadata:
+        """Return the metadata of the tensors at some positions: those with a gradient."""
+        # Mostly the same tensors have a gradient in every step.
+        if self._subset is None or self._subset[0] != positions:
+            subset = TableMetadata([], self.axes)
+            subset.names = [self.names[i] for i in positions]
+            subset.layouts = [self.layouts[i] for i in positions]
+            subset._partial_sums = [self._partial_sums[i] for i in positions]
+            subset._specs = [self._specs[i] for i in positions]
+            subset._slot_map = self._slot_map
+            self._subset = positions, subset
+        return self._subset[1]
 
 
 def parameter_table(parameters: Parameters, axes: tuple[Axis, ...]) -> ShardTable:
-    """Return a table over parameters."""
-    return ShardTable(parameter_plan(parameters, axes))
+    """Make a table of parameters, whose gradients are read at every call.
+
+    Args:
+        parameters: see `named`.
+        axes: axes of `split_over=`.
+
+    Returns:
+        The table. Its `error` is set if the layout of a tensor cannot be determined.
+
+    Raises:
+        ArgumentError: `parameters` has another type.
+        LayoutError: a wrapped module has a process group without this rank.
+    """
+    return _table(named(parameters), parameters if isinstance(parameters, nn.Module) else None, axes)
 
 
 def gradient_table(tensors: Parameters, axes: tuple[Axis, ...]) -> ShardTable:
-    """Return a table over gradients themselves."""
-    return ShardTable(gradient_plan(tensors, axes))
+    """Make a table of gradients themselves. See `parameter_table` for the arguments."""
+    table = _table(named(tensors, "tensors"), None, axes)
+    table.are_gradients = True
+    return table
 
 
 def local_table(parameters: Parameters) -> ShardTable:
-    """Return a table for a function that needs no other rank."""
-    return ShardTable(parameter_plan(parameters, None))
+    """Make a table of parameters for local operations, which do not need layouts."""
+    entries = [(name, tensor, Layout()) for name, tensor in named(parameters)]
+    return ShardTable([tensor for _, tensor, _ in entries], TableMetadata(entries, ()))
+
+
+def _table(tensors: Named, module: nn.Module | None, axes: tuple[Axis, ...]) -> ShardTable:
+    errors = FirstError()
+    request = Request(tensors, module, axes, errors)
+    readers = [read for source in SOURCES if (read := source.layout_reader(request)) is not None]
+    entries: list[tuple[str, Tensor, Layout]] = []
+    for name, tensor in tensors:
+        layout: Layout | None = None
+        try:
+            for read in readers:
+                layout = read(name, tensor, layout)
+        except DistclipError as error:
+            # The other tensors stay in the table: their groups determine which ranks must raise together.
+            errors.add(error)
+            continue
+        layout = layout or Layout()
+        # A tensor whose source does not describe the axes of `split_over=` is different along each of them.
+        if len(layout.split) != len(axes):
+            layout = replace(layout, split=(True,) * len(axes))
+        if not layout.cut:
+            layout = replace(layout, cut=(False,) * len(axes))
+        entries.append((name, tensor, layout))
+    return ShardTable([tensor for _, tensor, _ in entries], TableMetadata(entries, axes), error=errors.error)
+
+
+def _spec_of(tensor: Tensor) -> Any:
+    """Return the spec of a DTensor; None for any other tensor."""
+    return None if type(tensor) in _PLAIN or not is_dtensor(tensor) else tensor._spec
+
+
+def _local(tensor: Any) -> Tensor:
+    """Return the local tensor of a DTensor."""
+    # `to_local()` makes a detour through autograd. It is needed only to wait for an asynchronous collective.
+    local: Tensor = tensor._local_tensor
+    return local if type(local) is Tensor else tensor.to_local()

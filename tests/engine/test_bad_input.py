@@ -119,7 +119,7 @@ def test_unknown_or_contradictory_layouts_raise() -> None:
     mesh = world_mesh("pp", "tp")
     unnamed = ([group_of(0, 2), group_of(1, 3)][rank % 2], [group_of(0, 1), group_of(2, 3)][rank // 2])
     assert_raises_on_ranks(
-        lambda: distclip.clip_grad_norm_([shard], 1.0, split_over=unnamed), ArgumentError, "Name them"
+        lambda: distclip.clip_grad_norm_([shard], 1.0, split_over=unnamed), ArgumentError, "Use names"
     )
     assert_raises_on_ranks(lambda: distclip.annotate_(shard, mesh["tp"], []), ArgumentError, "placements=[]")
 

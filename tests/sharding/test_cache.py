@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import distclip
 from distclip import reference
-from distclip.sharding import cache, recent_plan
+from distclip.sharding import cache, cached_table
 from distclip.sharding.shard import ShardInfos
 from tests.sharding.checks import CountOperators
 
@@ -31,21 +31,21 @@ def expected_norm(parameters: list[nn.Parameter]) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _empty_cache() -> Iterator[None]:
-    cache._recent.clear()
+    cache.forget_all()
     yield
-    cache._recent.clear()
+    cache.forget_all()
 
 
 def test_functions_reuse_the_table_of_the_same_parameters() -> None:
     parameters = make_params(4)
-    plans = [recent_plan(p, ()) for p in (parameters, (p for p in parameters), list(parameters))]
-    assert len({id(plan.arrangement) for plan in plans}) == 1
-    assert recent_plan(parameters[:3], ()).arrangement is not plans[0].arrangement
+    plans = [cached_table(p, ()) for p in (parameters, (p for p in parameters), list(parameters))]
+    assert len({id(plan.metadata) for plan in plans}) == 1
+    assert cached_table(parameters[:3], ()).metadata is not plans[0].metadata
     model = nn.Linear(2, 2)
-    assert recent_plan(model, ()).arrangement is recent_plan(model, ()).arrangement
+    assert cached_table(model, ()).metadata is cached_table(model, ()).metadata
     pairs = list(model.named_parameters())
-    assert recent_plan(pairs, ()).arrangement is recent_plan(iter(pairs), ()).arrangement
-    assert recent_plan(pairs, ()).arrangement is not recent_plan(model, ()).arrangement
+    assert cached_table(pairs, ()).metadata is cached_table(iter(pairs), ()).metadata
+    assert cached_table(pairs, ()).metadata is not cached_table(model, ()).metadata
 
 
 def test_attribute_set_between_calls_counts() -> None:
@@ -76,7 +76,7 @@ def test_table_does_not_keep_parameters_alive() -> None:
     model(torch.ones(1, 3)).sum().backward()
     distclip.clip_grad_norm_(model, 1.0)
     distclip.clip_grad_norm_(model.parameters(), 1.0)
-    assert len(cache._recent) == 2
+    assert len(cache._entries) == 2
     gone = weakref.ref(model.weight)
     gc.disable()
     try:
@@ -84,7 +84,7 @@ def test_table_does_not_keep_parameters_alive() -> None:
         assert gone() is None
     finally:
         gc.enable()
-    assert not cache._recent
+    assert not cache._entries
 
 
 def test_new_tensor_at_the_address_of_a_deleted_one() -> None:
@@ -99,12 +99,12 @@ def test_number_of_tables_is_limited() -> None:
     models = [make_params(1) for _ in range(40)]
     for parameters in models:
         distclip.clip_grad_norm_(parameters, 1.0)
-    assert len(cache._recent) == cache._LIMIT
+    assert len(cache._entries) == cache._MAX_ENTRIES
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_clipper_describes_each_set_of_gradients_once(set_to_none: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use two sets of gradients in turn, each of which is described at its first step."""
+    """Alternate between two sets of gradients, each of which is described at its first step."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(2, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     clipper = distclip.GradClipper(model, distclip.global_norm(0.1))

@@ -14,10 +14,11 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import distclip
 from distclip import ArgumentError, DisagreementError, GradClipper, LayoutError
-from distclip.sharding import parameter_plan
+from distclip.norms.spec import NormSpec
+from distclip.sharding import parameter_table
 from distclip.sharding.annotations import set_layout
 from distclip.sharding.layout import Layout
-from distclip.sharding.slots import arrange, find
+from distclip.sharding.slots import assign_slots, describe_params
 from tests.policies.checks import PER_GRANULARITY, SHORT_TRACE, check_clipper, check_fitted
 from tests.policies.oracle import Oracle, Piece, chunk_piece, dtensor_piece, pieces_of, whole_piece
 from tests.ranks import on_ranks
@@ -329,15 +330,17 @@ def test_ranks_without_parameters_or_gradients() -> None:
 
 
 def test_replica_with_other_slices_is_found_by_the_shape_of_the_whole() -> None:
-    by_name = []
+    by_rank, per_tensor = [], NormSpec(per="tensor")
     for name, numel, shape, counted in (
         ("embed", 12, (4, 5), True),
         ("other", 8, (2, 4), True),
         ("head", 8, (4, 5), False),
     ):
-        layout = Layout(groups=((0, 1),), pieces=2, counted=counted)
+        layout = Layout(groups=((0, 1),), num_pieces=2, counted=counted)
         param = set_layout(torch.zeros(numel), layout, (shape, 0))
-        by_name.append(find(parameter_plan([(name, param)], ()), 2, 0, False, {}))
-    slots = arrange(by_name, 2, "tensor", {}, ())
+        table = parameter_table([(name, param)], ())
+        table.world_size = 2
+        by_rank.append(describe_params(table, 0, per_tensor, None))
+    slots = assign_slots(by_rank, 2, per_tensor)
     assert slots.names == ("embed", "other")
-    assert slots.places["head"] == (0, None)
+    assert slots.by_name["head"] == (0, None)

@@ -1,4 +1,4 @@
-"""Count what a step of sharded parameters costs in addition to reading them, because a count has no noise."""
+"""Count what a step of sharded parameters costs besides reading them, because a count has no noise."""
 
 from __future__ import annotations
 

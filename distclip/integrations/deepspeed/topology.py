@@ -59,7 +59,7 @@ class Topology:
         ranks = group_ranks(process_group)
         return Layout(
             groups=(ranks,),
-            pieces=len(ranks) if sliced else 1,
+            num_pieces=len(ranks) if sliced else 1,
             split=tuple(split.get(axis, False) for axis in self.split_over),
             cut=tuple(axis == "tp" and tensor_parallel for axis in self.split_over),
             counted=not getattr(param, "ds_pipe_replicated", False),

@@ -83,7 +83,7 @@ class Groups:
         ranks = (dist.get_rank(),) if group is None else group_ranks(group)
         return Layout(
             groups=(ranks,),
-            pieces=1 if sliced_over is None else len(ranks),
+            num_pieces=1 if sliced_over is None else len(ranks),
             split=tuple(split[axis] for axis in self.split_over),
             cut=tuple(cut.get(axis, False) for axis in self.split_over),
             counted=not getattr(param, "shared", False),

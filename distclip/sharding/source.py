@@ -1,0 +1,112 @@
+"""Define `Source`, which every kind of sharding implements.
+
+A new kind of sharding is a module with a `Source` in this package, and one line in `SOURCES` of table.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from torch import Tensor, nn
+
+from ..comm.consensus import FirstError
+from ..comm.ranks import Axis
+from .layout import Layout
+from .parameters import Named
+from .shard import Rows
+
+__all__ = ["LayoutReader", "Request", "Slice", "Source"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Tensors whose layouts are looked up.
+
+    Args:
+        tensors: (name, tensor) pairs.
+        module: module that the caller passed, or None if the caller passed tensors.
+        axes: axes of `split_over=`.
+        errors: errors that do not belong to a single tensor. A source adds to them instead of raising.
+    """
+
+    tensors: Named
+    module: nn.Module | None
+    axes: tuple[Axis, ...]
+    errors: FirstError
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Position of a local tensor in a flattened parameter.
+
+    Args:
+        shape: shape of the whole parameter.
+        start: index of the first local element in the flattened parameter.
+    """
+
+    shape: tuple[int, ...]
+    start: int
+
+
+LayoutReader: TypeAlias = Callable[[str, Tensor, Layout | None], Layout | None]
+"""Function of a name, a tensor, and the layout that the sources before have found. It returns the layout with what this
+source adds, or the given layout for a tensor that the source does not recognize. It raises a `LayoutError` for a tensor
+whose layout cannot be determined."""
+
+
+class Source(Protocol):
+    """A kind of sharding: reads from tensors, or from the module around them, how parameters are distributed.
+
+    Every method but `layout_reader` is optional.
+    """
+
+    attributes: frozenset[str] = frozenset()
+    """Names of the tensor attributes that the source reads. A cached table is dropped when one of them changes."""
+
+    def layout_reader(self, request: Request) -> LayoutReader | None:
+        """Prepare to read the layouts of a request.
+
+        Args:
+            request: the tensors.
+
+        Returns:
+            A function that is called once for every tensor. None if the source recognizes none of them.
+
+        Collectives: none. Host syncs: none.
+        """
+        ...
+
+    def find_slices(self, request: Request) -> Mapping[int, Slice]:
+        """Return the position of every tensor that is a slice of a flattened parameter, by `id` of the tensor.
+
+        Raises:
+            LayoutError: the parameters cannot be told apart any more.
+        """
+        return {}
+
+    def find_rows(self, tensor: Tensor) -> Rows | None:
+        """Return which rows of the whole parameter a tensor holds; None if the source cannot tell.
+
+        Raises:
+            LayoutError: the rows cannot be determined.
+        """
+        return None
+
+    def dim0_coords(
+        self, name: str, tensor: Tensor, layout: Layout, axes: tuple[Axis, ...], rank: int
+    ) -> tuple[int, ...]:
+        """Return this rank's coordinates along the axes that split dim 0 of a parameter, in the order of the rows.
+
+        Args:
+            name: name of the parameter, for errors.
+            tensor: the local tensor.
+            layout: its layout.
+            axes: axes of `split_over=`.
+            rank: global rank of this process.
+
+        Raises:
+            LayoutError: the parameter is cut along an unknown dim.
+        """
+        return ()
