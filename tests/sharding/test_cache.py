@@ -8,12 +8,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 import distclip
 from distclip import reference
 from distclip.sharding import cache, cached_table
 from distclip.sharding.shard import ShardInfos
+from tests.ranks import on_ranks
 from tests.sharding.checks import CountOperators
 
 
@@ -148,6 +152,34 @@ def test_operators_do_not_grow_with_the_number_of_parameters(clip: str, dtypes: 
             call()
         counts.append(operators.count)
     assert counts[0] == counts[1] <= 30
+
+
+def test_module_with_a_renamed_part_has_a_new_table() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    assert cached_table(model, ()).names == ["0.weight", "0.bias"]
+    part = model._modules.pop("0")
+    model.add_module("head", part)
+    assert cached_table(model, ()).names == ["head.weight", "head.bias"]
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp1"])
+def test_module_with_a_part_that_was_wrapped_in_place_has_a_new_table(wrapper: str) -> None:
+    """Clip before and after, because the first call leaves a table of plain parameters in the cache."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    assert cached_table(model, ()).groups == frozenset()
+    if wrapper == "ddp":
+        model[1] = DistributedDataParallel(model[1])
+    else:
+        model[1] = FullyShardedDataParallel(model[1], device_id=torch.device("cpu"), use_orig_params=True)
+    table = cached_table(model, ())
+    assert table.groups == {(0, 1)}
+    assert table.metadata is cached_table(model, ()).metadata
+    # A part that is wrapped again over other ranks gets another table too.
+    if wrapper == "ddp":
+        alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+        model[1] = DistributedDataParallel(model[1].module, process_group=alone)
+        assert cached_table(model, ()).groups == {(dist.get_rank(),)}
 
 
 class TestFlatGrads:

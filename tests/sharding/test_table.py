@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -13,7 +17,12 @@ import distclip
 from distclip import reference
 from distclip.bench.cases.sharded import tiny
 from distclip.bench.race import Options
+from distclip.sharding import local_table, parameter_table
+from distclip.sharding import table as table_module
+from distclip.sharding.layout import Layout
 from distclip.sharding.shard import ShardInfos
+from distclip.sharding.source import LayoutReader, Request, Source
+from distclip.sharding.split_over import mesh_ranks
 from tests.ranks import on_ranks
 from tests.sharding.checks import CountOperators
 from tests.tables.layouts.meshes import world_mesh
@@ -83,3 +92,50 @@ def test_flat_grads_keep_dtensors_and_take_the_same_steps() -> None:
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         local = [p.to_local() if isinstance(p, DTensor) else p for p in (one, other)]
         torch.testing.assert_close(*local, rtol=1e-6, atol=1e-7)
+
+
+@on_ranks(2)
+def test_ranks_of_a_mesh_do_not_keep_it_alive() -> None:
+    mesh = dist.DeviceMesh("cpu", [0, 1], _init_backend=False)
+    assert mesh_ranks(mesh) == mesh_ranks(mesh) == (0, 1)
+    gone = weakref.ref(mesh)
+    del mesh
+    gc.collect()
+    assert gone() is None
+
+
+def test_tables_of_two_world_sizes_share_their_metadata() -> None:
+    """A cached table can be used with several communicators in turn."""
+    table = local_table([nn.Parameter(torch.ones(2))])
+    table.tensors[0].grad = torch.ones(2)
+    infos = {}
+    for world_size in (1, 4, 1, 4):
+        table.world_size = world_size
+        shards = table.gradients()
+        assert shards[0].num_replicas == world_size
+        assert infos.setdefault(world_size, shards.infos) is shards.infos
+
+
+class StripedSource(Source):
+    """A kind of sharding as a third party would write it: an attribute has the ranks of the shards."""
+
+    attributes = frozenset({"stripes"})
+
+    def layout_reader(self, request: Request) -> LayoutReader | None:
+        """Return a reader of the attribute."""
+
+        def read(name: str, tensor: Tensor, known: Layout | None) -> Layout | None:
+            ranks = getattr(tensor, "stripes", None)
+            return known if ranks is None else Layout((ranks,), num_pieces=len(ranks))
+
+        return read
+
+
+def test_new_source_is_one_entry_in_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table_module, "SOURCES", (*table_module.SOURCES, StripedSource()))
+    striped, plain = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    striped.stripes = (0, 1, 2)
+    table = parameter_table([("striped", striped), ("plain", plain)], ())
+    table.world_size = 6
+    assert table.groups == {(0, 1, 2)}
+    assert [shard.num_replicas for shard in table.weights()] == [2.0, 6.0]
