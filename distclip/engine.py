@@ -48,6 +48,8 @@ from .sharding.table import ShardTable, parameter_table
 
 __all__ = ["Engine", "measure_all_ranks"]
 
+_NO_SHARDS = Shards.of(())
+
 
 class Engine:
     """Clip the gradients of a table by a policy, and keep the policy's state.
@@ -128,8 +130,8 @@ class Engine:
         gathered = gather_or_raise(comm, errors.error, (arguments, params, table.axes))
         if len({arguments for arguments, _, _ in gathered}) > 1:
             raise DisagreementError(
-                f"policy: differs between ranks, {sorted({arguments for arguments, _, _ in gathered})}. Pass the same "
-                "policy, on_nonfinite and max_skips on every rank."
+                f"policy: the ranks were given different policies, {sorted({arguments for arguments, _, _ in gathered})}. Pass "
+                "the same policy, on_nonfinite and max_skips on every rank."
             )
         check_same_axes([axes for _, _, axes in gathered], comm)
         slots = assign_slots([params for _, params, _ in gathered], comm.rank, policy.spec)
@@ -415,7 +417,7 @@ def measure_all_ranks(
     table.world_size = comm.size
 
     # 1. Where: the shards of this rank.
-    shards, weights = Shards.of(()), Shards.of(())
+    shards = weights = _NO_SHARDS
     with errors:
         shards = table.gradients()
         if spec.needs_weights:
