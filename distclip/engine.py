@@ -128,14 +128,14 @@ class Engine:
         arguments = re.sub(r" at 0x\w+", "", arguments)
         errors.add(table.error)
         gathered = gather_or_raise(comm, errors.error, (arguments, params, table.axes))
-        if len({arguments for arguments, _, _ in gathered}) > 1:
+        if len(different := {arguments for arguments, _, _ in gathered}) > 1:
             raise DisagreementError(
-                f"policy: the ranks were given different policies, {sorted({arguments for arguments, _, _ in gathered})}. Pass "
-                "the same policy, on_nonfinite and max_skips on every rank."
+                f"policy: the ranks were given different policies, {sorted(different)}. Pass the same policy, "
+                "on_nonfinite and max_skips on every rank."
             )
         check_same_axes([axes for _, _, axes in gathered], comm)
         slots = assign_slots([params for _, params, _ in gathered], comm.rank, policy.spec)
-        table.assign_slots(slots)
+        table.assign_slots(slots.by_name)
         table.flat_grads = flat_grads
         return cls(table, comm, policy, slots, on_nonfinite, counter)
 
@@ -338,7 +338,7 @@ class Engine:
         gathered = gather_or_raise(self.comm, errors.error, params)
         finer = assign_slots(gathered, self.comm.rank, per_tensor)
         parents = TensorNorms.index(parent_slots(gathered, spec))
-        self.table.assign_slots(finer)
+        self.table.assign_slots(finer.by_name)
         self.tensor_norms = TensorNorms(finer.names, parents, None, finer.total, slots.total)
 
     def _measure(self, errors: FirstError, loss_scale: Tensor | None) -> tuple[Shards, Partials, Totals, Totals]:

@@ -6,11 +6,11 @@ are computed once. A step only reads gradients, and compares the specs of DTenso
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from operator import attrgetter, is_
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,8 @@ from .fsdp1 import FSDP1Source
 from .layout import Layout, num_replicas, product
 from .megatron import MegatronSource, read_main_grad
 from .parameters import Named, Parameters, named
-from .shard import PartialSum, Shard, ShardInfo, ShardInfos, Shards
+from .shard import PartialSum, Rows, Shard, ShardInfo, ShardInfos, Shards
 from .source import Request, Source
-
-if TYPE_CHECKING:
-    from .slots import SlotMap
 
 __all__ = ["SOURCES", "ShardTable", "TableMetadata", "gradient_table", "local_table", "parameter_table"]
 
@@ -165,9 +162,13 @@ class ShardTable:
         zeros = torch.zeros(shape, dtype=dtype, device=self.tensors[i].device)
         return Shard(name, zeros, info.num_replicas, (), info.slot, info.rows)
 
-    def assign_slots(self, slot_map: SlotMap) -> None:
-        """Assign a slot to every tensor. Before this call all tensors count in slot 0."""
-        self.metadata.assign_slots(slot_map)
+    def assign_slots(self, by_name: Mapping[str, tuple[int, Rows | None]]) -> None:
+        """Assign a slot to every tensor. Before this call all tensors count in slot 0.
+
+        Args:
+            by_name: see `SlotMap`.
+        """
+        self.metadata.assign_slots(by_name)
 
     def _read_gradients(self) -> Shards:
         if self.are_gradients:
@@ -194,7 +195,7 @@ class TableMetadata:
             _NEVER_SEEN if is_dtensor(tensor) and any(p.is_partial() for p in tensor.placements) else _spec_of(tensor)
             for _, tensor, _ in entries
         ]
-        self._slot_map: SlotMap | None = None
+        self._slots: Mapping[str, tuple[int, Rows | None]] = {}
         self._infos: dict[int, ShardInfos] = {}
         self._subset: tuple[tuple[int, ...], TableMetadata] | None = None
 
@@ -208,9 +209,9 @@ class TableMetadata:
         """True if one of the gradients can be a partial gradient."""
         return any(layout.may_be_partial for layout in self.layouts)
 
-    def assign_slots(self, slot_map: SlotMap) -> None:
+    def assign_slots(self, by_name: Mapping[str, tuple[int, Rows | None]]) -> None:
         """Assign a slot to every tensor."""
-        self._slot_map = slot_map
+        self._slots = by_name
         self._infos, self._subset = {}, None
 
     def infos(self, world_size: int) -> ShardInfos:
@@ -221,9 +222,8 @@ class TableMetadata:
         """
         # Tables with one metadata can be used with several communicators, so one entry per size is kept.
         if world_size not in self._infos:
-            slots = {} if self._slot_map is None else self._slot_map.by_name
             self._infos[world_size] = ShardInfos(
-                ShardInfo(name, num_replicas(world_size, layout, self.axes), sums, *slots.get(name, (0, None)))
+                ShardInfo(name, num_replicas(world_size, layout, self.axes), sums, *self._slots.get(name, (0, None)))
                 for name, layout, sums in zip(self.names, self.layouts, self._partial_sums, strict=True)
             )
         return self._infos[world_size]
