@@ -292,7 +292,7 @@ class TableMetadata:
             subset.layouts = [self.layouts[i] for i in positions]
             subset._partial_sums = [self._partial_sums[i] for i in positions]
             subset._specs = [self._specs[i] for i in positions]
-            subset._slot_map = self._slot_map
+            subset._slots = self._slots
             self._subset = positions, subset
         return self._subset[1]
 

@@ -145,5 +145,5 @@ def case_different_axes_are_refused() -> None:
 def case_tag_without_its_axis_is_refused() -> None:
     weight = nn.Parameter(torch.ones(2))
     weight.tensor_model_parallel = True  # type: ignore[attr-defined]
-    with raises_on_ranks(LayoutError, 'Write split_over={"tp": tp_group}'):
+    with raises_on_ranks(LayoutError, 'Pass split_over={"tp": tp_group}'):
         distclip.clip_grad_norm_([("w", weight)], 1.0, comm=world())
