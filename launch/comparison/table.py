@@ -8,10 +8,11 @@ from rich.text import Text
 
 from .measurement import Row
 
-HEADER = ["one gradient under", "truth (fp64)", "torch reports", "distclip reports", "gradients after torch"]
+HEADER = ["layout", "truth (fp64)", "torch reports", "distclip reports", "gradients after torch"]
 NOTE = (
-    "Four gloo ranks, max_norm=1, every norm read with float(). FSDP1: torch is given model.parameters(), distclip the "
-    "model. Last column: torch's clipped gradients as a multiple of the right ones; within 1 % is right."
+    "Four gloo ranks, max_norm=1, every norm read with float(). Under FSDP1, torch gets model.parameters() and "
+    "distclip gets the wrapped module. The last column divides torch's clipped gradients by the correct ones. Within "
+    "1 % counts as right."
 )
 
 

@@ -20,7 +20,7 @@ NOT_CONVERTED: tuple[str, ...] = (
 
 BAD_STARTS = {
     *("what", "who", "whom", "whose", "whether", "those", "of", "which", "how", "where", "if"),
-    *("it", "its", "they", "their", "that", "this", "these", "such", "nothing", "so", "also", "and", "but"),
+    *("it", "its", "they", "their", "that", "these", "such", "nothing", "so", "also", "and", "but"),
 }
 """First words that no docstring may have."""
 
@@ -91,6 +91,11 @@ def starts_with_verb(docstring: Docstring) -> bool:
     )
 
 
+def is_fragment(docstring: Docstring) -> bool:
+    """Return whether the first words mark a sentence fragment."""
+    return first_word(docstring) in BAD_STARTS or docstring.first_line.lower().startswith("the same ")
+
+
 def first_word(docstring: Docstring) -> str:
     """Return the first word in lower case, without punctuation."""
     return docstring.first_line.partition(" ")[0].strip(",.:;").lower()
@@ -123,8 +128,8 @@ def prose(path: Path) -> Iterator[Text]:
 
 
 def test_docstrings_do_not_begin_with_a_fragment() -> None:
-    wrong = [str(d) for d in library_docstrings() if first_word(d) in BAD_STARTS]
-    wrong += [str(d) for p in modules("tests") for d in docstrings(p) if first_word(d) in BAD_STARTS]
+    tests = (docstring for path in modules("tests") for docstring in docstrings(path))
+    wrong = [str(d) for d in (*library_docstrings(), *tests) if is_fragment(d)]
     assert not wrong, "\n".join(wrong)
 
 
