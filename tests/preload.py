@@ -104,7 +104,7 @@ def _socket_in(folder: str) -> str:
 
 def _fork_on_request(modules: Sequence[str], connection: Connection) -> None:
     """Import modules, and then fork ranks for every (size, folder) that is received."""
-    # Nobody waits for the ranks, so the kernel must reap them.
+    # This process does not wait for the ranks, so the kernel must reap them.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     with warnings.catch_warnings():

@@ -57,9 +57,7 @@ EXTRAS = {
 MAX_TOP_LEVEL_MODULES = 12
 
 
-TESTS_NOT_CONVERTED = {
-    "tests/integrations/torchtitan/test_torchtitan.py",
-}
+TESTS_NOT_CONVERTED: set[str] = set()
 """Test modules that still import other test modules. It must become empty."""
 
 

@@ -34,7 +34,7 @@ trainer: {lr: 0.1}
 """
 SEARCHPATH = "hydra: {searchpath: [pkg://distclip.conf]}\n"
 APPS = {"searchpath": ("", YAML + SEARCHPATH), "register": (REGISTER, YAML), "neither": ("", YAML)}
-"""(first lines of the app, its config) by the way in which Hydra finds the policies."""
+"""(first lines of the app, its config) for each way to register the policies."""
 
 Run = Callable[..., tuple[int, str]]
 
