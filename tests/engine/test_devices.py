@@ -17,7 +17,7 @@ KINDS = ["host", "device"]
 
 
 def fact(value: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> Fact:
-    """A fact that the host has read, or one that it has not."""
+    """Return a fact that the host has read, or one that it has not."""
     with monkeypatch.context() as accelerator:
         accelerator.setattr(devices, "host_reads_free", lambda _: kind == "host")
         made = Fact(torch.tensor(value))
@@ -67,7 +67,7 @@ POLICIES: dict[str, Any] = {
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_fake_run_leaves_later_real_runs_alone(policy: str) -> None:
-    """Memory estimation runs a step on fake tensors; the caches of the library must not keep them."""
+    """Run a step on fake tensors, as memory estimation does, which no cache may keep."""
 
     def clip() -> float:
         model = torch.nn.ModuleDict({"head": torch.nn.Linear(3, 2), "body": torch.nn.Linear(2, 3)})

@@ -27,8 +27,8 @@ import distclip
 from distclip import GradClipper
 from tests.ranks import World, worlds
 from tests.tables.layouts import LAYOUTS
-from tests.tables.layouts.model_parallel import axis, known, made
-from tests.tables.layouts.pipeline import plain
+from tests.tables.layouts.meshes import world_mesh
+from tests.tables.layouts.tensors import dtensor_param, plain_param, random_grad
 
 GOLDEN = Path(__file__).with_name("golden_walk.json")
 
@@ -38,10 +38,10 @@ Step = dict[str, Any]
 """One call on one rank, or on all of them."""
 
 KERNELS_BUILT = any(Path(distclip.__file__).parent.rglob("_native.*"))
-"""Whether the C kernels are there: torch's operators add up in another order."""
+"""Availability of the C kernels, without which torch's operators add in another order."""
 
 LAST_BITS = ("norms", "coefs", "coef", "bounds")
-"""Float64 results that depend on the order of a sum; the float32 norm and the gradients do not."""
+"""Float64 results that depend on the order of a sum."""
 
 COLLECTIVES = (
     "all_gather",
@@ -70,7 +70,7 @@ COLLECTIVES = (
 
 @contextlib.contextmanager
 def recorded_collectives() -> Iterator[list[str]]:
-    """Collect the kind and the global ranks of each collective in the block, but not the size of its buffer."""
+    """Collect the kind and the global ranks of each collective, but not the size of its buffer."""
     walk: list[str] = []
 
     def recorded(kind: str) -> Callable[..., Any]:
@@ -180,7 +180,7 @@ class Model:
             next(grad for grad in grads if grad.numel()).view(-1)[0] = float("nan")
 
     def hash(self) -> str | None:
-        """Return a hash of this rank's gradients; None where the call has removed all of them."""
+        """Return a hash of this rank's gradients, None if the call has removed all of them."""
         grads = [local(p.grad) for _, p in self.named if p.grad is not None]
         return short_hash(b"".join(grad.contiguous().numpy().tobytes() for grad in grads)) if grads else None
 
@@ -226,7 +226,7 @@ class Calls:
         return self.steps[name]
 
     def record_clipper(self, name: str, policy: Any, way: str, nan_on: int | None = None, **options: Any) -> None:
-        """Record two calls of a new clipper; with `nan_on` the first one has a NaN on that rank.
+        """Record two calls of a new clipper, the first one with a NaN on the rank `nan_on`.
 
         Args:
             name: of the record.
@@ -327,7 +327,7 @@ def failures(layout: str) -> dict[str, Step]:
         model.fill()
         calls.record(f"nothing wrong, {when}", clip)
         model.fill()
-        # Without an axis, a rank that knows no parameter knows of no other rank either.
+        # Without an axis, a rank without parameters finds no other rank.
         if model.split_over is not None:
             calls.record(f"interrupted parameters, {when}", lambda: clip(interrupted() if here else None))
     calls.record("policy='clip'", lambda: model.clipper("clip" if here else distclip.agc()))
@@ -344,13 +344,13 @@ def failures(layout: str) -> dict[str, Step]:
     calls.record("scaler without a loss", lambda: clipper.step(optimizer, torch.amp.GradScaler("cpu")))
 
     # A failure in the middle of measuring: bounds of elements cannot be compared with a complex gradient.
-    odd = plain(known(3))
+    odd = plain_param(random_grad(3))
     pairs = [*model.named, ("odd", odd)]
     by_value = GradClipper(pairs, distclip.value(1.0), split_over=model.split_over)
     calls.record("measuring, nothing wrong", by_value.clip)
     model.fill()
     if here:
-        odd.grad, odd.main_grad = None, torch.complex(known(3), known(3))
+        odd.grad, odd.main_grad = None, torch.complex(random_grad(3), random_grad(3))
     calls.record("measuring a complex gradient", by_value.clip)
     return calls.steps
 
@@ -358,10 +358,10 @@ def failures(layout: str) -> dict[str, Step]:
 def wider(layout: str) -> dict[str, Step]:
     """Record plain stages first, and then parameters whose mesh reaches another pipeline too."""
     model = Model(layout)
-    calls, mesh = Calls(model), axis("pp", "dp")
+    calls, mesh = Calls(model), world_mesh("pp", "dp")
     model.fill()
-    stage = plain(torch.arange(3.0) + dist.get_rank())
-    param = made(known(6, 4, seed=mesh.get_local_rank("pp")), mesh["dp"], [Shard(0)])
+    stage = plain_param(torch.arange(3.0) + dist.get_rank())
+    param = dtensor_param(random_grad(6, 4, seed=mesh.get_local_rank("pp")), mesh["dp"], [Shard(0)])
     for name, parameters in [("narrow", [stage]), ("wide", [stage, param] if dist.get_rank() < 2 else [stage])]:
         for number in (1, 2):
             calls.record(

@@ -20,7 +20,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def reduced(by_rank: list[Partials], spec: NormSpec) -> list[Totals]:
-    """The totals on every rank."""
+    """Return the totals on every rank."""
     comms = threads(len(by_rank))
     with ThreadPoolExecutor(len(by_rank)) as pool:
         return list(pool.map(lambda comm: reduce(by_rank[comm.rank], spec, comm), comms))
@@ -77,7 +77,7 @@ def test_nan_of_one_rank_reaches_its_slot_and_no_other(rank: int, norm_type: flo
 
 
 def test_number_of_ranks_has_no_limit_from_the_encoding() -> None:
-    """Facts are numbers of their own: 300 ranks that all hold every fact do not overflow into each other."""
+    """Reduce facts of 300 ranks, none of which overflows into another."""
     flags = {fact.name: True for fact in FACTS}
     by_rank = [Partials(vector(1.0), **flags) for _ in range(300)]
     (totals, *_) = reduced(by_rank, NormSpec())

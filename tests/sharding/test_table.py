@@ -1,4 +1,4 @@
-"""Count what a step of sharded parameters costs besides reading them, because a count has no noise."""
+"""Count what a step of sharded parameters costs in addition to reading them, because a count has no noise."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_ranks_of_a_mesh_do_not_keep_it_alive() -> None:
 
 
 def test_tables_of_two_world_sizes_share_their_metadata() -> None:
-    """A cached table can be used with several communicators in turn."""
+    """Use a cached table with several communicators in turn."""
     table = local_table([nn.Parameter(torch.ones(2))])
     table.tensors[0].grad = torch.ones(2)
     infos = {}
