@@ -30,7 +30,7 @@ class Comm(Protocol):
 
     @property
     def rank(self) -> int:
-        """This rank within the communicator, 0 ≤ rank < size."""
+        """Index of this rank within the communicator, 0 ≤ rank < size."""
         ...
 
     @property
@@ -40,21 +40,21 @@ class Comm(Protocol):
 
     @property
     def ranks(self) -> Sequence[int] | None:
-        """Global ranks of the members, in order; None for members within one process."""
+        """Global ranks of the members, in order, or None for members within one process."""
         ...
 
     @property
     def device(self) -> torch.device | None:
-        """Device on which the numbers travel; None for wherever the tensors are."""
+        """Device on which the numbers travel, or None for the device of each tensor."""
         ...
 
     @property
     def covers_holders(self) -> bool:
-        """True if the communicator was derived from layouts: every member then holds parameters in the same layouts."""
+        """True for a communicator derived from layouts, whose members all hold parameters in the same layouts."""
         ...
 
     def sum_(self, tensor: Tensor) -> None:
-        """Replace `tensor` (a small float64 vector, any device) by its sum over ranks, with the same bits on each."""
+        """Replace `tensor`, a small float64 vector, by its sum over ranks, with the same bits on each."""
         ...
 
     def max_(self, tensor: Tensor) -> None:
@@ -79,7 +79,7 @@ def missing_members(comm: object) -> list[str]:
 
 
 def global_ranks(comm: Comm) -> Sequence[int]:
-    """Return the global ranks of a communicator's members, in order; within one process, their own numbers.
+    """Return the global ranks of a communicator's members, or their indices within one process.
 
     >>> global_ranks(LocalComm())
     range(0, 1)

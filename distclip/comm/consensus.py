@@ -51,7 +51,7 @@ class FirstError:
         self.error = self.error or error
 
     def run(self, step: Callable[..., T], *args: Any) -> T | None:
-        """Call `step(*args)`; return None if it raises."""
+        """Call `step(*args)`, and return None if it raises."""
         with self:
             return step(*args)
         return None

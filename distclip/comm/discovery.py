@@ -1,7 +1,7 @@
 """Find out which ranks take part in a call, and choose the communicator that the call reduces over.
 
-A rank knows the meshes of its own parameters and the axes of its own `split_over=`. A pipeline stage does not know the
-mesh of the next stage, and a rank without parameters knows no mesh. So the first call with new meshes or axes runs a
+A rank has the meshes of its parameters and the axes of its `split_over=`. A pipeline stage does not have the mesh of
+the next stage, and a rank without parameters has no mesh at all. So the first call with new meshes or axes runs a
 rendezvous through the key-value store of torch.distributed (`Rendezvous`). The resulting communicator is cached, and
 later calls exchange nothing. The rendezvous uses no collective, so that an invalid argument on one rank, or a
 contradiction between ranks, raises on all of them instead of hanging some.
@@ -72,7 +72,7 @@ def resolve_comm(groups: Collection[Ranks], axes: Sequence[Axis], comm: Comm | N
         DistclipError: see `Rendezvous.join`. An error of this rank, if nothing is spread over ranks.
 
     Collectives: none over `comm`. Without `comm` the first call with new meshes or axes exchanges messages through the
-    store, and creates a process group if the ranks have none of their own. Host syncs: none.
+    store, and creates a process group if the ranks share none yet. Host syncs: none.
     """
     if comm is not None:
         if missing := missing_members(comm):
@@ -81,6 +81,7 @@ def resolve_comm(groups: Collection[Ranks], axes: Sequence[Axis], comm: Comm | N
                 f"{'is' if len(missing) == 1 else 'are'} missing. Pass comm=ProcessGroupComm(group) for a process "
                 "group, or comm=MPIComm(comm) for a communicator of mpi4py."
             )
+        # Not raised here: `comm` exists, so its ranks can raise together in the first collective over it.
         with errors:
             check_covered(comm, groups, axes)
         return comm
@@ -107,7 +108,7 @@ def widened(comm: Comm, groups: Collection[Ranks], axes: Sequence[Axis]) -> Comm
 
 
 def world_comm() -> Comm:
-    """Return a communicator over all ranks of torch.distributed; `LocalComm` before it has been initialized."""
+    """Return a communicator over all ranks of torch.distributed, or `LocalComm` without torch.distributed."""
     return ProcessGroupComm(dist.group.WORLD) if dist.group.WORLD is not None else LocalComm()
 
 
@@ -127,6 +128,7 @@ def check_covered(comm: Comm, groups: Collection[Ranks], axes: Sequence[Axis]) -
             f"parameters, as rank {dist.get_rank()}. With MPI, call distclip.integrations.mpi.init_process_group() to "
             "start torch.distributed with the ranks of MPI."
         )
+    # A norm over `comm` would miss the shards of these ranks.
     if missing := uncovered_ranks(comm, groups, axes):
         raise LayoutError(
             f"comm= does not contain ranks {sorted(missing)}, which hold parameters according to their meshes or to "
@@ -149,7 +151,7 @@ def global_rank(comm: Comm) -> int:
 
 
 def job_size() -> int:
-    """Return the number of processes in the job, by torch.distributed or MPI; 1 if neither was started."""
+    """Return the number of processes in the job, by torch.distributed or MPI."""
     return dist.get_world_size() if _is_initialized() else mpi_size()
 
 
@@ -174,7 +176,7 @@ _sessions: list[_Session] = []  # At most one.
 
 
 def _session() -> _Session:
-    """Return the present session; drop the process groups of an earlier one."""
+    """Return the present session, and drop the process groups of an earlier one."""
     world = dist.group.WORLD
     assert world is not None
     # A program may destroy its process groups and initialize again: the old groups are unusable then.
@@ -186,6 +188,7 @@ def _session() -> _Session:
 def _derived(groups: Collection[Ranks], axes: Sequence[Axis], error: Exception | None) -> LocalComm | ProcessGroupComm:
     """Look up the communicator of these groups and axes, or run a rendezvous for it."""
     spans = _spans(groups, axes)
+    # A program may use DTensors on a mesh of one rank, or name a pipeline of one stage.
     if not _is_initialized() or all(len(ranks) == 1 for ranks in spans):
         return LocalComm()
     comms = _session().comms
@@ -196,7 +199,8 @@ def _derived(groups: Collection[Ranks], axes: Sequence[Axis], error: Exception |
 
 
 def _cache_key(groups: Collection[Ranks], axes: Sequence[Axis]) -> tuple[str, ...]:
-    """Return the cache key of a call, so that either all ranks of a call have a cached communicator or none has."""
+    """Return the cache key of a call."""
+    # Either all ranks of a call must find a communicator under their keys, or none of them.
     # With split_over= the axes alone are the key: they are equal on all ranks concerned, also on ranks that hold no
     # parameters. Meshes are compared by their ranks, because torch's DTensor operators replace meshes by equal ones.
     return tuple(axis.identity for axis in axes) if axes else tuple(sorted(map(str, groups)))
@@ -296,6 +300,7 @@ class Post:
     group_names: dict[str, list[str]] = field(default_factory=dict)
     num_groups: int = 0
     error: tuple[str, str] | None = None
+    # Keys in the store are never used twice, so that no rank reads the result of an earlier call.
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
@@ -383,7 +388,7 @@ class Rendezvous:
         return Component(tuple(result["ranks"]), result["group_name"], result["num_groups"])
 
     def _lead(self, post: Post, deadline: float) -> None:
-        """Read posts until the component is complete, and publish the result, unless another leader has done so."""
+        """Read posts until the component is complete, and publish it, unless another leader has done so."""
         posts, error = {self._rank: post}, None
         while missing := sorted(_neighbours(posts) - posts.keys()):
             new = _poll(partial(self._read_posts, missing, posts), deadline, partial(_describe_missing, missing, posts))
@@ -422,13 +427,13 @@ class Rendezvous:
         return bool(reached & known)
 
     def _read_post(self, rank: int) -> Post | None:
-        """Read the post of a rank; None before it was written and after it was withdrawn."""
+        """Read the post of a rank, or None before it was written and after it was withdrawn."""
         # Checked first, because `Store.get` blocks on a key that was never set.
         text = self._store.get(str(rank)).decode() if self._store.check([str(rank)]) else _TOMBSTONE
         return None if text == _TOMBSTONE else Post.decode(text)
 
     def _publish(self, posts: Mapping[int, Post], error: Exception | None) -> None:
-        """Withdraw all posts of the component, then write the result under their tokens."""
+        """Remove all posts of the component, then write the result under their tokens."""
         if self._store.add(_digest(post.token for post in posts.values()), 1) > 1:
             return  # Another leader publishes the result of the very same posts.
         for rank in posts:
@@ -439,7 +444,7 @@ class Rendezvous:
             self._store.set(post.token, json.dumps(result))
 
     def _result(self, post: Post) -> dict[str, Any] | None:
-        """Read the result that a leader has published for this rank; None so far."""
+        """Read the result that a leader has published for this rank, or None if there is none yet."""
         if not self._store.check([post.token]):
             return None
         result: dict[str, Any] = json.loads(self._store.get(post.token))
@@ -474,7 +479,7 @@ def _digest(members: Iterable[int] | Iterable[str]) -> str:
 
 
 def _poll(read: Callable[[], T | None], deadline: float, describe_missing: Callable[[], str]) -> T | None:
-    """Call `read` until it returns a value; None at the deadline. Log once if it takes long."""
+    """Call `read` until it returns a value, and return it, or None at the deadline."""
     # Ranks that run in step find each other within a millisecond. Late ones must not load the store.
     pause, warn_at = 0.0002, time.monotonic() + _WARN_AFTER
     while (value := read()) is None and time.monotonic() < deadline:

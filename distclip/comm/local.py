@@ -37,7 +37,7 @@ class LocalComm:
 
 
 class _Exchange:
-    """Values that the threads of one world exchange. The barrier breaks after a timeout instead of hanging."""
+    """Values that the threads of one world exchange, and a barrier that breaks after a timeout."""
 
     def __init__(self, size: int, timeout: float) -> None:
         self.values: list[Any] = [None] * size
@@ -66,6 +66,7 @@ class _ThreadComm:
         return values
 
     def sum_(self, tensor: Tensor) -> None:
+        # Every thread adds in the order of the ranks, which gives the same bits on each.
         tensor.copy_(torch.stack(self.gather_objects(tensor.clone())).sum(0))
 
     def max_(self, tensor: Tensor) -> None:

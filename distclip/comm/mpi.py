@@ -89,14 +89,18 @@ class MPIComm:
             abort_on_exception()
 
     def sum_(self, tensor: Tensor) -> None:
-        """Replace `tensor` (any shape, strides, dtype) by its sum over ranks; half precision is added in float32.
+        """Replace `tensor`, of any shape, strides and dtype, by its sum over ranks.
+
+        Half precision is added in float32.
 
         Collectives: one Allreduce (SUM).
         """
         self._allreduce_(torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor, self._mpi.SUM)
 
     def max_(self, tensor: Tensor) -> None:
-        """Replace `tensor` by its maximum over ranks. Pass no NaN: MPI keeps or drops it, depending on the rank order.
+        """Replace `tensor` by its maximum over ranks.
+
+        Pass no NaN: MPI keeps or drops it, depending on the order of the ranks.
 
         Collectives: one Allreduce (MAX).
         """
@@ -144,6 +148,7 @@ def started() -> Any:
     """
     from mpi4py import MPI
 
+    # A process that mpirun did not start has none of these variables, and MPI gives it a world of one rank.
     num_processes = next((int(os.environ[name]) for name in _WORLD_SIZE if name in os.environ), 1)
     if num_processes > 1 and MPI.COMM_WORLD.size == 1:
         raise DisagreementError(
@@ -155,7 +160,7 @@ def started() -> Any:
 
 
 def mpi_size() -> int:
-    """Return the number of ranks in the MPI job; 1 if MPI has not been started."""
+    """Return the number of ranks in the MPI job, which is 1 if MPI has not been started."""
     mpi = _running()
     return 1 if mpi is None else int(mpi.COMM_WORLD.size)
 
@@ -181,7 +186,7 @@ def abort_on_exception() -> None:
 
 
 def abort(code: int) -> None:
-    """End every process of the MPI job with exit status `code`; do nothing if MPI has not been started.
+    """End every process of the MPI job with exit status `code`, if MPI has been started.
 
     Collectives: none; no other rank is waited for.
     """

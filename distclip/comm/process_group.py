@@ -47,6 +47,7 @@ class ProcessGroupComm:
     def _all_reduce(self, tensor: Tensor, op: Any) -> None:
         on_device = tensor.to(self.device)
         dist.all_reduce(on_device, op=op, group=self.group)
+        # `to` copies only between devices, so that the result of most calls is in place already.
         if on_device is not tensor:
             tensor.copy_(on_device)
 

@@ -66,7 +66,7 @@ def _read_layout(name: str, tensor: Tensor, known: Layout | None) -> Layout | No
 
 
 def dtensor_layout(tensor: DTensor) -> Layout:
-    """Return the layout of a DTensor: all ranks of its mesh, with one piece per coordinate of its sharded axes.
+    """Return the layout of a DTensor: one piece for each coordinate of its sharded axes.
 
     Raises:
         LayoutError: the mesh does not contain this rank.
@@ -115,6 +115,7 @@ def partial_sums_of(groups: Sequence[dist.ProcessGroup], placements: Sequence[Pl
     for i, (group, placement) in enumerate(zip(groups, placements, strict=True)):
         if not placement.is_partial() or dist.get_world_size(group) == 1:
             continue
+        # A placement of a third party can be partial in another way.
         op = getattr(placement, "reduce_op", None)
         if op not in ("sum", "avg"):
             raise LayoutError(

@@ -66,12 +66,14 @@ def _owns_storage(grad: Tensor) -> bool:
 
 
 def _move_grads(tensors: Sequence[Tensor], shards: Shards, positions: Sequence[int]) -> Tensor:
-    """Copy gradients into a new storage with zeros between them, and make its views the gradients of the parameters."""
+    """Copy gradients into a new storage, and make its views the gradients of the parameters."""
     grads = [shards.grads[i] for i in positions]
     step = max(1, _ALIGNMENT // grads[0].element_size())
     lengths = [-(-grad.numel() // step) * step for grad in grads]
+    # Zeros between the gradients change no norm.
     flat = torch.zeros(sum(lengths), dtype=grads[0].dtype, device=grads[0].device)
     for i, grad, piece in zip(positions, grads, torch.split(flat, lengths), strict=True):
+        # With the strides that the gradient had: the optimizer may rely on its memory format.
         view = piece.as_strided(grad.size(), grad.stride())
         view.copy_(grad)
         old = tensors[i].grad

@@ -26,7 +26,7 @@ class FSDP1Source(Source):
     attributes = frozenset({_FLATTENED})
 
     def layout_reader(self, request: Request) -> LayoutReader | None:
-        """Return a reader that looks parameters up in the wrapped modules, and raises for one without its module."""
+        """Return a reader that looks parameters up in the wrapped modules."""
         managed = {} if request.module is None else _layouts(request.module)
 
         def read(name: str, tensor: Tensor, known: Layout | None) -> Layout | None:

@@ -39,7 +39,7 @@ class Layout:
 
 
 def product(one: Layout, two: Layout) -> Layout:
-    """Combine two layouts of one tensor that describe different axes, such as a DTensor with an annotation.
+    """Combine two layouts of one tensor over different axes, such as a DTensor with an annotation.
 
     >>> product(Layout(((0, 1),), num_pieces=2), Layout(((0, 2),), num_pieces=2)).num_pieces
     4
@@ -76,6 +76,6 @@ def num_replicas(world_size: int, layout: Layout, axes: Sequence[Axis]) -> float
     members = layout.members
     for axis, split in zip(axes, layout.split, strict=True):
         if split:
-            # The part of an axis that lies inside the parameter's own mesh is in `num_pieces` already.
+            # The part of an axis that is inside the parameter's own mesh is in `num_pieces` already.
             count *= max(1, len(members.intersection(axis.ranks))) / len(axis.ranks)
     return count

@@ -5,6 +5,7 @@
 | `tensor_model_parallel` | tensor axes: "tp", or a name with "tensor" | True: different shards, else replicas |
 | `partition_dim` | axes that cut the parameter | dim along which its shards were cut |
 | `allreduce` | expert axes: "ep", or a name with "expert" | False: different experts, else replicas |
+| `main_grad` | none | fp32 gradient, in place of `.grad` |
 | `shared` | none | True: a second replica, on another pipeline stage, that does not count in norms |
 
 On an axis without a name every attribute in use applies. On any other axis, such as "pp", every parameter is split.
@@ -55,8 +56,14 @@ def _tags_of(tensor: Tensor) -> _Tags:
     )
 
 
+def read_main_grad(param: Tensor) -> Tensor | None:
+    """Return Megatron's fp32 gradient of a parameter, or None without one."""
+    main_grad: Tensor | None = getattr(param, "main_grad", None)
+    return main_grad
+
+
 class MegatronSource(Source):
-    """Plain tensors without any other layout: they are split along the axes of `split_over=`, by their attributes."""
+    """Plain tensors without any other layout, split along `split_over=` by their attributes."""
 
     attributes = frozenset({_TENSOR, _EXPERT, "shared", "partition_dim"})
 
@@ -79,6 +86,7 @@ class MegatronSource(Source):
         self, name: str, tensor: Tensor, layout: Layout, axes: tuple[Axis, ...], rank: int
     ) -> tuple[int, ...]:
         """Return the coordinates along the axes that cut dim 0, by `partition_dim`."""
+        # Read here again: a parameter can be annotated, so that its attributes did not determine its layout.
         dim, coords = _tags_of(tensor).partition_dim, list[int]()
         for axis, cut in zip(axes, layout.cut, strict=True):
             if cut and dim is None:
@@ -163,9 +171,3 @@ def _check_axes(plain: Sequence[tuple[str, _Tags]], axes: tuple[Axis, ...], used
                 f'split_over= contains these ranks. Pass split_over={{"{short}": {short}_group}} (a group of one rank '
                 "if there is no such parallelism)."
             )
-
-
-def read_main_grad(tensor: Tensor) -> Tensor | None:
-    """Return Megatron's fp32 gradient of a parameter, or None if it has none."""
-    main_grad: Tensor | None = getattr(tensor, "main_grad", None)
-    return main_grad

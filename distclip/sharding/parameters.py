@@ -20,8 +20,10 @@ Named: TypeAlias = list[tuple[str, Tensor]]
 """(name, tensor) pairs."""
 
 _WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|_forward_module)\.")
-"""Names that FSDP1, torch.compile, activation checkpointing and Lightning's Fabric insert into parameter names. They
-are removed, so that a checkpoint finds a parameter with and without its wrappers."""
+"""Parts of parameter names that wrappers insert.
+
+The wrappers are FSDP1, torch.compile, activation checkpointing and Lightning's Fabric. Their parts are removed, so that
+a checkpoint finds a parameter with and without its wrappers."""
 
 
 def named(parameters: Parameters, argument: str = "parameters") -> Named:
@@ -43,6 +45,7 @@ def named(parameters: Parameters, argument: str = "parameters") -> Named:
     >>> [name for name, _ in named([w, w])]
     ['parameters[0]']
     """
+    # By identity, because == compares the elements of tensors.
     seen: set[int] = set()
     unique: Named = []
     for name, tensor in _pairs(parameters, argument):

@@ -39,7 +39,7 @@ class LocalRows:
 def local_rows(
     name: str, tensor: Tensor, layout: Layout, axes: tuple[Axis, ...], slice: Slice | None, rank: int
 ) -> LocalRows | None:
-    """Return the rows of one parameter on this rank; None if the parameter is a single row.
+    """Return the rows of one parameter on this rank, or None if the parameter is a single row.
 
     Args:
         name: name of the parameter, for errors.

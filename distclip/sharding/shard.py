@@ -69,7 +69,7 @@ class ShardInfo:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shard:
-    """This rank's part of one gradient.
+    """Part of one gradient that this rank holds.
 
     Args:
         name: name of the parameter, equal on all ranks of its mesh.
@@ -109,14 +109,14 @@ class ShardInfos(tuple[ShardInfo, ...]):
 
     @cached_property
     def num_replicas(self) -> tuple[float, ...]:
-        """Number of replicas of each shard; empty if all shards have one replica."""
+        """Number of replicas of each shard, or empty if all shards have one replica."""
         return () if all(info.num_replicas == 1 for info in self) else tuple(info.num_replicas for info in self)
 
     @cached_property
     def whole(self) -> tuple[ShardInfos, tuple[int, ...], tuple[int, ...]]:
-        """Metadata and positions of shards that count as a whole in one slot, and positions of all other shards.
+        """Metadata and positions of the shards that count in one slot each, and positions of all others.
 
-        The other shards count by row, or are partial gradients that need a sum first.
+        The others count by row, or are partial gradients that need a sum first.
         """
         is_whole = [not info.partial_sums and info.rows is None for info in self]
         whole = tuple(i for i, yes in enumerate(is_whole) if yes)
@@ -126,6 +126,7 @@ class ShardInfos(tuple[ShardInfo, ...]):
 
     def by_slot(self, num_slots: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the positions of all shards ordered by slot, and the number of shards in each slot."""
+        # Computed once: the number of slots is fixed when a clipper is made.
         if self._by_slot is None:
             counts = Counter(self.slots)
             order = tuple(sorted(range(len(self)), key=self.slots.__getitem__))
@@ -136,7 +137,7 @@ class ShardInfos(tuple[ShardInfo, ...]):
 
 
 class Shards(Sequence[Shard]):
-    """This rank's shards of all gradients at one moment.
+    """All shards of one rank at one moment.
 
     Args:
         infos: metadata of each shard.

@@ -163,6 +163,7 @@ def assign_slots(gathered: Sequence[Sequence[ParamInfo]], rank: int, spec: Granu
     """
     all_names = _names(gathered)
     excluded = _matching(spec.exclude, all_names, "exclude")
+    # Per model and group the names of this rank suffice. The other ranks only matter for patterns without a match.
     if spec.per == "model":
         return _slots_of_groups(gathered[rank], _with_default({}), excluded) if excluded else SlotMap()
     if spec.per == "group":
@@ -172,7 +173,7 @@ def assign_slots(gathered: Sequence[Sequence[ParamInfo]], rank: int, spec: Granu
     units = _merge_tied(_units(gathered))
     if not units:
         return SlotMap()
-    # One slot per unit, or one per row; the units lie one after another in the vector.
+    # One slot per unit, or one per row, and the units one after another in the vector.
     offsets = {unit: _piece_offsets(params) for unit, params in units.items()}
     counts = {unit: _num_rows(params) for unit, params in units.items()}
     begins = dict(zip(units, itertools.accumulate(counts.values(), initial=0), strict=False))
@@ -196,6 +197,7 @@ def parent_slots(gathered: Sequence[Sequence[ParamInfo]], spec: Granularity) -> 
         spec: granularity per model or group.
     """
     excluded, groups = _matching(spec.exclude, _names(gathered), "exclude"), _with_default(spec.groups)
+    # The order of the units is that of `assign_slots`, and so is their merging.
     names = [params[0].name for params in _merge_tied(_units(gathered)).values()]
     return tuple(len(groups) if name in excluded else _group_index(name, groups) for name in names) or (0,)
 

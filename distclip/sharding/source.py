@@ -51,15 +51,17 @@ class Slice:
 
 
 LayoutReader: TypeAlias = Callable[[str, Tensor, Layout | None], Layout | None]
-"""Function of a name, a tensor, and the layout that the sources before have found. It returns the layout with what this
-source adds, or the given layout for a tensor that the source does not recognize. It raises a `LayoutError` for a tensor
-whose layout cannot be determined."""
+"""Function of a name, a tensor, and the layout that earlier sources have found, if any.
+
+It returns the layout with what this source adds, or the given layout for a tensor that the source does not recognize.
+It raises a `LayoutError` for a tensor whose layout cannot be determined."""
 
 
 class Source(Protocol):
-    """A kind of sharding: reads from tensors, or from the module around them, how parameters are distributed.
+    """A kind of sharding.
 
-    Every method but `layout_reader` is optional.
+    It reads from tensors, or from the module around them, how parameters are distributed over ranks. Every method
+    except `layout_reader` is optional.
     """
 
     attributes: frozenset[str] = frozenset()
@@ -82,12 +84,12 @@ class Source(Protocol):
         """Return the position of every tensor that is a slice of a flattened parameter, by `id` of the tensor.
 
         Raises:
-            LayoutError: the parameters cannot be told apart any more.
+            LayoutError: the parameters cannot be distinguished any more.
         """
         return {}
 
     def find_rows(self, tensor: Tensor) -> Rows | None:
-        """Return which rows of the whole parameter a tensor holds; None if the source cannot tell.
+        """Return the rows of the whole parameter that a tensor holds, or None if they are unknown.
 
         Raises:
             LayoutError: the rows cannot be determined.
@@ -97,7 +99,9 @@ class Source(Protocol):
     def dim0_coords(
         self, name: str, tensor: Tensor, layout: Layout, axes: tuple[Axis, ...], rank: int
     ) -> tuple[int, ...]:
-        """Return this rank's coordinates along the axes that split dim 0 of a parameter, in the order of the rows.
+        """Return this rank's coordinates along the axes that cut dim 0 of a parameter.
+
+        Pieces in the order of their coordinates must have their rows in order.
 
         Args:
             name: name of the parameter, for errors.

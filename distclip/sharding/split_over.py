@@ -35,6 +35,7 @@ def split_axes(split_over: SplitOver, comm: Comm | None = None) -> tuple[Axis, .
     Raises:
         ArgumentError: an element has another type, does not contain this rank, or is a `Comm` although `comm` is None.
     """
+    # Read once, because an iterable may be a generator.
     pairs = list(_named(split_over))
     if comm is None and any(_is_comm(one) for _, one in pairs):
         raise ArgumentError(
@@ -121,6 +122,7 @@ def _is_comm(one: Any) -> bool:
 
 
 def _name_from_description(group: Any) -> str | None:
-    """Return the axis name in a group's description: "mesh_pp" (DeviceMesh), "PIPELINE_..._GROUP" (Megatron)."""
+    """Return the axis name in a group's description, if it has one."""
+    # "mesh_pp" by DeviceMesh, "TENSOR_MODEL_PARALLEL_GROUP" by Megatron.
     text = (group.group_desc or "").removeprefix("mesh_").removesuffix("_GROUP").lower()
     return None if text in ("", "undefined", "default", "default_pg") else text

@@ -118,6 +118,7 @@ class ShardTable:
         Collectives: none. Host syncs: none.
         """
         shards = self._read_gradients()
+        # In the first step with gradients. They keep their storage afterwards, and backward accumulates into it.
         if self.flat_grads and self._flat_storage is None and len(shards):
             with_grad = [t for t in self.tensors if t.grad is not None or read_main_grad(t) is not None]
             self._flat_storage = FlatStorage(with_grad, shards, self._read_gradients)
@@ -215,7 +216,9 @@ class TableMetadata:
         self._infos, self._subset = {}, None
 
     def infos(self, world_size: int) -> ShardInfos:
-        """Return the metadata of shards that have the layouts of their parameters; the same object every time.
+        """Return the metadata of gradients that have the layouts of their parameters.
+
+        It is one object for all calls, so that columns are computed once.
 
         Args:
             world_size: number of ranks in the communicator.
@@ -287,6 +290,7 @@ class TableMetadata:
         """Return the metadata of the tensors at some positions: those with a gradient."""
         # Mostly the same tensors have a gradient in every step.
         if self._subset is None or self._subset[0] != positions:
+            # The columns are copied and not recomputed, which would need the tensors of the table.
             subset = TableMetadata([], self.axes)
             subset.names = [self.names[i] for i in positions]
             subset.layouts = [self.layouts[i] for i in positions]
@@ -329,6 +333,7 @@ def local_table(parameters: Parameters) -> ShardTable:
 
 def _table(tensors: Named, module: nn.Module | None, axes: tuple[Axis, ...]) -> ShardTable:
     errors = FirstError()
+    # A source that recognizes none of the tensors costs nothing per tensor.
     request = Request(tensors, module, axes, errors)
     readers = [read for source in SOURCES if (read := source.layout_reader(request)) is not None]
     entries: list[tuple[str, Tensor, Layout]] = []
@@ -352,7 +357,7 @@ def _table(tensors: Named, module: nn.Module | None, axes: tuple[Axis, ...]) -> 
 
 
 def _spec_of(tensor: Tensor) -> Any:
-    """Return the spec of a DTensor; None for any other tensor."""
+    """Return the spec of a DTensor, or None for any other tensor."""
     return None if type(tensor) in _PLAIN or not is_dtensor(tensor) else tensor._spec
 
 

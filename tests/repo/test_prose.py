@@ -11,9 +11,7 @@ import pytest
 from tests.repo.source import ROOT, Docstring, Text, comments, docstrings, files, messages, relative, tracked
 
 NOT_CONVERTED: tuple[str, ...] = (
-    "distclip/comm/",
     "distclip/monitor/",
-    "distclip/sharding/",
     "tests/",
 )
 """Prefixes of paths that these tests skip. It must become empty, and stay empty."""
