@@ -83,7 +83,8 @@ class Fact:
             return other if self.host else self
         if other.host is not None:
             return self if other.host else other
-        assert self._tensor is not None and other._tensor is not None
+        assert self._tensor is not None
+        assert other._tensor is not None
         return Fact(self._tensor & other._tensor)
 
     def __or__(self, other: Fact) -> Fact:
@@ -91,7 +92,8 @@ class Fact:
             return self if self.host else other
         if other.host is not None:
             return other if other.host else self
-        assert self._tensor is not None and other._tensor is not None
+        assert self._tensor is not None
+        assert other._tensor is not None
         return Fact(self._tensor | other._tensor)
 
     def __bool__(self) -> bool:

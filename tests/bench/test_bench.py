@@ -50,9 +50,12 @@ def find_standing(outcome: Outcome, name: str) -> Standing:
 def test_local_case(name: str) -> None:
     outcome = measure_once(name)
     for one in outcome.standings:
-        assert one.error is None and len(one.samples) == 2 and one.counts is not None
+        assert one.error is None
+        assert len(one.samples) == 2
+        assert one.counts is not None
         if one.own:
-            assert one.counts.norm_error is not None and one.counts.norm_error < 1e-6
+            assert one.counts.norm_error is not None
+            assert one.counts.norm_error < 1e-6
             assert one.counts.bytes_read >= outcome.bytes
     assert any(one.own for one in outcome.standings)
     assert outcome.ratio(outcome.standings[0]) == 1.0
@@ -65,7 +68,8 @@ def test_bytes_written() -> None:
         written = {one.name: one.counts.bytes_written for one in outcome.standings if one.counts is not None}
         assert written == {"torch": outcome.bytes, "distclip": own * outcome.bytes, "read limit": 0}, name
     alone = find_standing(measure_once("adamw"), "the step alone").counts
-    assert alone is not None and alone.bytes_written == 0
+    assert alone is not None
+    assert alone.bytes_written == 0
 
 
 def test_competitors_run_equally_often_in_random_order() -> None:
@@ -118,7 +122,8 @@ def test_other_libraries_are_included(monkeypatch: pytest.MonkeyPatch) -> None:
 
     module.clip_grad_norm_ = refuse
     failed = find_standing(measure("small", against=("torchtitan",)), "torchtitan")
-    assert failed.error == "RuntimeError: not here" and not failed.samples
+    assert failed.error == "RuntimeError: not here"
+    assert not failed.samples
 
 
 def test_unknown_case_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,7 +131,9 @@ def test_unknown_case_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--cases", "gpt7"])
     assert caught.value.code == 2
     message = capsys.readouterr().err
-    assert "gpt7" in message and "gpt2_clipped" in message and "fsdp2_tp_100" in message
+    assert "gpt7" in message
+    assert "gpt2_clipped" in message
+    assert "fsdp2_tp_100" in message
 
 
 @pytest.mark.parametrize(
@@ -151,8 +158,10 @@ def test_invalid_options_are_rejected(
 def test_case_that_does_not_fit_the_world_is_skipped(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--cases", "fsdp2_tp_100", "small", "--world", "3", "--rounds", "1", "--scale", "0.01"]) == 1
     output = capsys.readouterr().out
-    assert "fsdp2_tp_100: --world 3" in output and "median ms" in output
-    assert "fsdp2_tp_100" in default_cases(4) and "fsdp2_tp_100" not in default_cases(1)
+    assert "fsdp2_tp_100: --world 3" in output
+    assert "median ms" in output
+    assert "fsdp2_tp_100" in default_cases(4)
+    assert "fsdp2_tp_100" not in default_cases(1)
 
 
 def test_without_rich(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +231,8 @@ def test_sharded_cases_on_two_ranks(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert "\x1b" not in done.stdout and "\r" not in done.stdout
+    assert "\x1b" not in done.stdout
+    assert "\r" not in done.stdout
     assert all(word in done.stdout for word in (*cases, "torch", "GradClipper.clip", "collectives"))
     report = json.loads(path.read_text())
     assert set(report) == {"machine", "versions", "command", "cases"}
@@ -230,7 +240,8 @@ def test_sharded_cases_on_two_ranks(tmp_path: Path) -> None:
     for case in report["cases"]:
         assert set(case) == {"name", "title", "world", "threads", "tensors", "bytes", "competitors"}
         for entry in case["competitors"]:
-            assert entry["error"] is None and entry["ratio"] > 0
+            assert entry["error"] is None
+            assert entry["ratio"] > 0
             assert len(entry["samples_ms"]) == len(entry["preempted"]) == 1
     sharded = report["cases"][1]
     counts = {entry["name"]: entry["counts"] for entry in sharded["competitors"]}

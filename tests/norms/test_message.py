@@ -72,7 +72,8 @@ def test_fact_of_one_rank_holds_for_all(name: str, rank: int, norm_type: float) 
 def test_nan_of_one_rank_reaches_its_slot_and_no_other(rank: int, norm_type: float) -> None:
     by_rank = [Partials(vector(NAN if i == rank else 1.0, 2.0)) for i in range(3)]
     for totals in reduced(by_rank, NormSpec(norm_type)):
-        assert totals.powers[0].isnan() and totals.powers[1].isfinite()
+        assert totals.powers[0].isnan()
+        assert totals.powers[1].isfinite()
         assert not totals.finite.read()
 
 
@@ -81,4 +82,5 @@ def test_number_of_ranks_has_no_limit_from_the_encoding() -> None:
     flags = {fact.name: True for fact in FACTS}
     by_rank = [Partials(vector(1.0), **flags) for _ in range(300)]
     (totals, *_) = reduced(by_rank, NormSpec())
-    assert float(totals.powers) == 300 and all(getattr(totals, fact.name).read() for fact in FACTS)
+    assert float(totals.powers) == 300
+    assert all(getattr(totals, fact.name).read() for fact in FACTS)

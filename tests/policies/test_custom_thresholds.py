@@ -66,7 +66,8 @@ def test_two_methods_are_enough() -> None:
     assert state.keys() == {"last"}
     verdict, state = policy.decide(totals(4.0, 0.5), state)
     assert verdict.coefs.tolist() == [0.25, 1.0]
-    assert verdict.bounds is not None and verdict.bounds.tolist() == [1.0, 1.0]
+    assert verdict.bounds is not None
+    assert verdict.bounds.tolist() == [1.0, 1.0]
     assert (verdict.skip, verdict.limits) == (None, None)
     assert state["last"].tolist() == [4.0, 0.5]
 
@@ -90,8 +91,10 @@ def test_the_cap_of_a_rule_is_applied_by_the_policy() -> None:
     policy = NormPolicy(UnboundedRule(), eps=0.0, skip=True)
     verdict, _ = policy.decide(totals(4.0, 2.0), {})
     assert verdict.coefs.tolist() == [0.75, 1.0]
-    assert verdict.bounds is not None and verdict.bounds.tolist() == [3.0, 3.0]
-    assert verdict.skip is not None and not verdict.skip, "a norm that is only above the cap is scaled down"
+    assert verdict.bounds is not None
+    assert verdict.bounds.tolist() == [3.0, 3.0]
+    assert verdict.skip is not None
+    assert not verdict.skip, "a norm that is only above the cap is scaled down"
 
 
 def test_a_policy_keeps_the_object_of_the_user() -> None:

@@ -46,7 +46,8 @@ def test_every_choice_composes(group: str, name: str) -> None:
 @pytest.mark.parametrize("name", [name for group, name in OURS if group == "experiment"])
 def test_every_run_of_an_experiment_composes(name: str) -> None:
     cfg = compose("config", [f"experiment={name}"])
-    assert cfg.compare and cfg.note
+    assert cfg.compare
+    assert cfg.note
     for run, changes in cfg.compare.items():
         policy = instantiate(compose("config", [f"experiment={name}", *changes]).clip)
         assert isinstance(policy, distclip.Policy)

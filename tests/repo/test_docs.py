@@ -98,7 +98,8 @@ def test_named_paths_exist(page: Path) -> None:
 
 def test_readme_shows_the_two_commands() -> None:
     commands = "".join(code for language, _, code in FENCED.findall(README.read_text()) if language == "bash")
-    assert "bash launch/run.sh" in commands and "bash launch/test.sh" in commands
+    assert "bash launch/run.sh" in commands
+    assert "bash launch/test.sh" in commands
 
 
 def test_readme_is_short() -> None:

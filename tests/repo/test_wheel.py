@@ -89,5 +89,6 @@ def test_commands_of_the_wheel_run(built: Built, tmp_path: Path) -> None:
     run(built, tmp_path, "python", "-c", RECORDED)
     for command in (["suggest"], ["diagnose"], ["report", "--png", "pictures"]):
         assert run(built, tmp_path, "distclip", *command, "runs/first")
-    assert list(tmp_path.rglob("*.html")) and list(tmp_path.rglob("*.png"))
+    assert list(tmp_path.rglob("*.html"))
+    assert list(tmp_path.rglob("*.png"))
     assert "gpt2" in run(built, tmp_path, "python", "-m", "distclip.bench", "--list")
