@@ -43,6 +43,11 @@ _PRELOAD = [
     "torch.distributed.tensor.parallel",
     "torch.distributed.tensor.debug",
     "distclip",
+    # Jobs of tests/launch start from the same server.
+    "distclip.monitor",
+    "hydra",
+    "rich.progress",
+    "sklearn.datasets",
 ]
 
 

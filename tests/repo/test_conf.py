@@ -1,4 +1,4 @@
-"""The configuration: every YAML composes, what other apps mount is right, and typos are refused."""
+"""Compose every YAML of conf/, instantiate every policy, and reject typos."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import distclip
 
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
-OURS = [choice for choice in CHOICES if choice[0] != "distclip"]
+JOB_CHOICES = [choice for choice in CHOICES if choice[0] != "distclip"]
 POLICIES = [name for group, name in CHOICES if group == "distclip"]
-YOURS = {"group_norm": {"groups": {"embedding": {"pattern": "embed", "max_norm": 0.1}}}}  # what has no default
+REQUIRED = {"group_norm": {"groups": {"embedding": {"pattern": "embed", "max_norm": 0.1}}}}  # without defaults
 
 
 @pytest.fixture
@@ -36,14 +36,14 @@ def load(path: Path) -> DictConfig:
 
 
 @pytest.mark.usefixtures("conf")
-@pytest.mark.parametrize(("group", "name"), OURS)
+@pytest.mark.parametrize(("group", "name"), JOB_CHOICES)
 def test_every_choice_composes(group: str, name: str) -> None:
     cfg = compose("config", [f"{group}={name}"])
     assert OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
 
 @pytest.mark.usefixtures("conf")
-@pytest.mark.parametrize("name", [name for group, name in OURS if group == "experiment"])
+@pytest.mark.parametrize("name", [name for group, name in JOB_CHOICES if group == "experiment"])
 def test_every_run_of_an_experiment_composes(name: str) -> None:
     cfg = compose("config", [f"experiment={name}"])
     assert cfg.compare
@@ -52,24 +52,24 @@ def test_every_run_of_an_experiment_composes(name: str) -> None:
         policy = instantiate(compose("config", [f"experiment={name}", *changes]).clip)
         assert isinstance(policy, distclip.Policy)
         unclipped = isinstance(policy, distclip.NormPolicy) and policy.threshold == distclip.Fixed(math.inf)
-        # What the experiment sets comes after what a choice brings, clip=off too.
+        # Settings of an experiment are applied after those of a choice, such as clip=off.
         assert unclipped == ("clip=off" in changes or "unclipped" in run)
 
 
 @pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: path.stem)
-def test_every_file_says_what_it_is_for(path: Path) -> None:
+def test_every_file_begins_with_a_comment(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
-    first = next(line for line in lines if line != "# @package _global_")  # where Hydra wants it: on top
+    first = next(line for line in lines if line != "# @package _global_")  # Hydra requires it at the top.
     assert first.startswith("# ")
 
 
-def test_every_exported_policy_is_a_choice_of_our_job() -> None:
-    assert [name for group, name in OURS if group == "clip"] == POLICIES
+def test_every_policy_is_a_choice_of_clip() -> None:
+    assert [name for group, name in JOB_CHOICES if group == "clip"] == POLICIES
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_policies_instantiate(name: str) -> None:
-    assert isinstance(instantiate(load(CONF / "distclip" / f"{name}.yaml"), **YOURS.get(name, {})), distclip.Policy)
+    assert isinstance(instantiate(load(CONF / "distclip" / f"{name}.yaml"), **REQUIRED.get(name, {})), distclip.Policy)
 
 
 def test_every_preset_is_a_choice() -> None:
@@ -79,7 +79,7 @@ def test_every_preset_is_a_choice() -> None:
 
 @pytest.mark.usefixtures("conf")
 @pytest.mark.parametrize("name", POLICIES)
-def test_our_job_has_a_policy_for_every_choice(name: str) -> None:
+def test_choices_of_clip_instantiate(name: str) -> None:
     assert isinstance(instantiate(compose("config", [f"clip={name}"]).clip), distclip.Policy)
 
 
@@ -95,28 +95,28 @@ def test_yaml_defaults_are_the_defaults_of_the_code(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_another_app_mounts_a_policy_where_it_likes(tmp_path: Path, name: str) -> None:
+def test_another_app_mounts_a_policy(tmp_path: Path, name: str) -> None:
     app = f'defaults: [_self_, distclip@trainer.clip: "{name}"]\nhydra: {{searchpath: [pkg://distclip.conf]}}\n'
     (tmp_path / "app.yaml").write_text(app, encoding="utf-8")
     with initialize_config_dir(str(tmp_path), version_base="1.3"):
         cfg = compose("app")
     assert cfg.trainer.clip == load(CONF / "distclip" / f"{name}.yaml")
-    assert isinstance(instantiate(cfg.trainer.clip, **YOURS.get(name, {})), distclip.Policy)
+    assert isinstance(instantiate(cfg.trainer.clip, **REQUIRED.get(name, {})), distclip.Policy)
     assert list(cfg) == ["trainer"]
 
 
 @pytest.mark.usefixtures("conf")
-def test_typos_are_refused() -> None:
+def test_rejects_typos() -> None:
     with pytest.raises(ConfigCompositionException, match="stepz"):
         compose("config", ["stepz=3"])
     with pytest.raises(ConfigCompositionException, match="max_nrom"):
         compose("config", ["clip.max_nrom=3"])
-    with pytest.raises(MissingConfigException, match="fsdp2_tp"):  # the choices there are
+    with pytest.raises(MissingConfigException, match="fsdp2_tp"):  # the message lists the choices
         compose("config", ["parallel=fdsp2"])
 
 
 @pytest.mark.usefixtures("conf")
-def test_the_command_line_changes_what_the_choice_brings() -> None:
+def test_command_line_overrides_a_choice() -> None:
     assert compose("config", ["clip=value", "clip.low=-3"]).clip == {
         "_target_": "distclip.Value",
         "low": -3,
