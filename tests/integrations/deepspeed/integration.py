@@ -214,7 +214,7 @@ class DeepSpeed(Integration):
             (lambda: attach(engine, 1.0), "policy=1.0: expected a policy"),  # type: ignore[arg-type]
             (lambda: attach(engine, 1.0 if first else global_norm(1.0)), "policy=1.0"),  # type: ignore[arg-type]
             (lambda: attach(engine if first else object(), global_norm(1.0)), "expected the engine that deepspeed"),
-            (lambda: attach(engine, global_norm(1.0 if first else 2.0)), "differs between ranks"),
+            (lambda: attach(engine, global_norm(1.0 if first else 2.0)), "different policies"),
             (lambda: attach(engine, clipper, on_nonfinite="skip"), "has its own on_nonfinite"),
             (lambda: detach(engine), "nothing is attached"),
             (lambda: config(value(1.0)), "DeepSpeed itself clips only the 2-norm"),

@@ -354,7 +354,7 @@ class Megatron(Integration):
                     "that model= does not have",
                 ),
                 (lambda: attach(optimizer, agc(exclude=["nowhere"]), model=model), "nowhere"),
-                (lambda: attach(optimizer, global_norm(1.0 if first else 2.0)), "differs between ranks"),
+                (lambda: attach(optimizer, global_norm(1.0 if first else 2.0)), "different policies"),
                 (lambda: attach(optimizer, wrong if first else policy), "policy=1.0: expected a policy"),
                 (lambda: attach(optimizer, policy, on_nonfinite=wrong), "on_nonfinite=1.0"),
                 (
