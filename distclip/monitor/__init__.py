@@ -1,9 +1,9 @@
-"""Watching a clipper: what it saw and did at every step, kept for people to look at.
+"""Record the decisions of a clipper at every step, for people to look at.
 
-`Recorder` writes a line a step, and tells sinks: `tensorboard`, `wandb`, `mlflow`, `trackio`, or any function of a
-dictionary and a step; `UpdateRatio` measures what else may be noted of it. They need nothing but torch. What the lines
-say of a run is worked out by `analysis`, shown by `page` and the command `distclip` (`report`, `suggest`, `diagnose`,
-`blame`), which need `distclip[report]`.
+`Recorder` writes one line per step and passes the numbers to sinks: `tensorboard`, `wandb`, `mlflow`, `trackio`, or any
+function of a dictionary and a step. `UpdateRatio` measures how far a step moves the parameters. Both need only torch.
+`analysis` draws conclusions from the lines of a run. `dashboard` and the command `distclip` (`report`, `suggest`,
+`diagnose`, `blame`) show them. These need `distclip[report]`.
 """
 
 from .recorder import Recorder

@@ -1,4 +1,4 @@
-"""`python -m distclip.monitor`: the command `distclip`, where it is not on the path."""
+"""Run the command `distclip` as `python -m distclip.monitor`."""
 
 import sys
 

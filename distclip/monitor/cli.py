@@ -1,4 +1,4 @@
-"""`distclip report`, `suggest`, `diagnose` and `blame`; `--help` says what each does."""
+"""Run the command `distclip`, which has the subcommands `report`, `suggest`, `diagnose` and `blame`."""
 
 from __future__ import annotations
 
@@ -18,136 +18,139 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-NEEDED = {"numpy", "rich", "plotly", "matplotlib"}
-"""What the extra brings."""
+EXTRA_PACKAGES = {"numpy", "rich", "plotly", "matplotlib", "jinja2"}
+"""Packages that `distclip[report]` installs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: of the command line; None for the process' own.
+        arguments: of the command line; None for those of the process.
 
     Returns:
-        The exit status: 0, or 1 where a run is not one or something is missing, with a line on stderr that says so.
+        The exit status: 0; 1 with a line on stderr if a run cannot be analyzed or a package is missing; 130 if the user
+        interrupted it.
     """
-    asked = _parser().parse_args(arguments)
+    args = _make_parser().parse_args(arguments)
     try:
-        return _run(asked)
+        return _run(args)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # `| head` has seen enough. What is still buffered has nowhere to go when the interpreter ends.
+        # The reader of the pipe, such as `| head`, is gone. Python would fail to flush stdout at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing not in NEEDED:
+        if missing not in EXTRA_PACKAGES:
             raise
-        return _fail(f"distclip {asked.command} needs {missing}: pip install 'distclip[report]'")
+        return _fail(args, f"{missing} is not installed. Use pip install 'distclip[report]'")
 
 
-def _run(asked: argparse.Namespace) -> int:
-    from .analysis.errors import RunError, TornWarning
+def _run(args: argparse.Namespace) -> int:
+    from .analysis.errors import RunError, UnreadableLinesWarning
     from .analysis.log import read_all
     from .terminal import Terminal
 
-    do: Callable[[argparse.Namespace, list[Log], Terminal], None] = asked.do
+    command: Callable[[argparse.Namespace, list[Log], Terminal], None] = args.function
     try:
         with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", TornWarning)
-            logs = read_all(_meant(asked))
+            warnings.simplefilter("always", UnreadableLinesWarning)
+            logs = read_all(_select_runs(args))
         for warning in caught:
-            print(f"distclip {asked.command}: {warning.message}", file=sys.stderr)
-        do(asked, logs, Terminal())
+            print(f"distclip {args.command}: {warning.message}", file=sys.stderr)
+        command(args, logs, Terminal())
     except RunError as error:
-        return _fail(f"distclip {asked.command}: {error}")
+        return _fail(args, str(error))
     except OSError as error:
         if error.filename is None:
             raise
-        return _fail(f"distclip {asked.command}: {error.filename} cannot be written: {error.strerror}")
+        return _fail(args, f"{error.filename} cannot be written: {error.strerror}")
     sys.stdout.flush()
     return 0
 
 
-def _meant(asked: argparse.Namespace) -> list[Path]:
+def _select_runs(args: argparse.Namespace) -> list[Path]:
     from .analysis.errors import RunError
     from .analysis.log import find_runs
 
-    runs = find_runs(asked.runs)
-    if len(runs) > 1 and not asked.several:
-        raise RunError(f"{len(runs)} runs are in {asked.runs[0]}, and it looks at one: write {runs[0]}, say")
+    runs = find_runs(args.runs)
+    if len(runs) > 1 and not args.several:
+        raise RunError(f"{args.runs[0]} contains {len(runs)} runs, but this command takes one run. Pass {runs[0]}")
     return runs
 
 
-def _report(asked: argparse.Namespace, logs: list[Log], terminal: Terminal) -> None:
-    from .dashboard import overview, verdicts, write_page, write_pictures
+def _report(args: argparse.Namespace, logs: list[Log], terminal: Terminal) -> None:
+    from .dashboard import assess, print_summary, write_page, write_pngs
 
-    path = asked.out
+    path = args.out
     if path is None:
         directories = [log.path.parent.resolve() for log in logs]
         path = Path(os.path.relpath(os.path.commonpath(directories))) / "report.html"
-    judged = verdicts(logs)
-    overview(logs, terminal.console, judged)
-    write_page(logs, path, judged)
+    assessments = assess(logs)
+    print_summary(logs, terminal.console, assessments)
+    write_page(logs, path, assessments)
     terminal.line(f"page: {path}")
-    if asked.png is not None:
-        for picture in write_pictures(logs, asked.png):
-            terminal.line(f"picture: {picture}")
+    if args.png is not None:
+        for png in write_pngs(logs, args.png):
+            terminal.line(f"png: {png}")
 
 
-def _suggest(asked: argparse.Namespace, logs: list[Log], terminal: Terminal) -> None:
-    from .analysis.threshold import suggest
+def _suggest(args: argparse.Namespace, logs: list[Log], terminal: Terminal) -> None:
+    from .analysis.suggest import suggest
 
     (log,) = logs
-    terminal.suggestion(log, suggest(log, asked.batch))
+    terminal.suggestion(log, suggest(log, args.batch))
 
 
-def _diagnose(asked: argparse.Namespace, logs: list[Log], terminal: Terminal) -> None:
+def _diagnose(args: argparse.Namespace, logs: list[Log], terminal: Terminal) -> None:
     from .analysis.diagnosis import diagnose
 
     terminal.diagnosis([(log, diagnose(log)) for log in logs])
 
 
-def _blame(asked: argparse.Namespace, logs: list[Log], terminal: Terminal) -> None:
+def _blame(args: argparse.Namespace, logs: list[Log], terminal: Terminal) -> None:
     from .analysis.blame import blame
 
     (log,) = logs
     terminal.blame(log, blame(log))
 
 
-def _fail(line: str) -> int:
-    print(line, file=sys.stderr)
+def _fail(args: argparse.Namespace, text: str) -> int:
+    print(f"distclip {args.command}: {text}", file=sys.stderr)
     return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="distclip", description="Look at the gradient norms that distclip.monitor.Recorder wrote."
+        prog="distclip", description="Analyze the gradient norms that distclip.monitor.Recorder wrote."
     )
     parser.add_argument("--version", action="version", version=f"distclip {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, do: Callable[..., None], text: str, several: bool) -> argparse.ArgumentParser:
-        one = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        run = "a directory with metrics.jsonl, or a file of such lines"
+    def add_command(name: str, function: Callable[..., None], text: str, several: bool) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        run = "directory with a metrics.jsonl, or file of JSON lines"
         if several:
-            run += "; a directory of runs stands for all of them"
-        one.add_argument("runs", nargs="+" if several else 1, type=Path, metavar="RUN", help=run)
-        one.set_defaults(do=do, several=several)
-        return one
+            run += ". A directory of runs stands for all of them"
+        command.add_argument("runs", nargs="+" if several else 1, type=Path, metavar="RUN", help=run)
+        command.set_defaults(function=function, several=several)
+        return command
 
-    report = command("report", _report, "write a page that shows runs side by side", several=True)
-    report.add_argument("--out", type=Path, metavar="PATH", help="of the page (default: report.html beside the runs)")
-    report.add_argument("--png", type=Path, metavar="DIR", help="write its pictures there too, for papers")
-    suggest = command("suggest", _suggest, "find the bound that a run's norms speak for", several=False)
-    suggest.add_argument("--batch", type=_positive, metavar="N", help="samples of a step in the run to come")
-    command("diagnose", _diagnose, "say what is wrong with runs, and why", several=True)
-    command("blame", _blame, "find the samples, ranks and tensors that spikes have in common", several=False)
+    report = add_command("report", _report, "write an HTML page that compares runs", several=True)
+    report.add_argument(
+        "--out", type=Path, metavar="PATH", help="path of the page (default: report.html in the runs' directory)"
+    )
+    report.add_argument("--png", type=Path, metavar="DIR", help="also write the charts as PNG files for papers")
+    suggest = add_command("suggest", _suggest, "suggest a bound from the norms of a run", several=False)
+    suggest.add_argument("--batch", type=_positive, metavar="N", help="number of samples per step in the next run")
+    add_command("diagnose", _diagnose, "find problems of runs, with evidence and advice", several=True)
+    add_command("blame", _blame, "find the samples, ranks and tensors that spikes have in common", several=False)
     return parser
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: write 1 or more")
+        raise argparse.ArgumentTypeError(f"{text}: not a positive integer. Pass 1 or more.")
     return int(text)

@@ -1,30 +1,32 @@
-r"""The file that a recorder leaves: JSON, a line a step, appended to and never rewritten.
+r"""Append the lines of a run to a file: one JSON object per step, never rewritten.
 
-NaN and infinity, which JSON does not know, are null. A line has the key "distclip", or the key "step".
+JSON has no NaN and no infinity: both are written as null. A line has either the key "distclip" or the key "step".
 
-The first kind says what follows; it comes whenever a recorder opens the file:
+A line with "distclip" is a header. A recorder writes it whenever it opens the file:
 
-- `distclip`, `format`: versions; `time`: seconds since 1970
-- `policy`: as Python writes it, without what is as it is by default; `per`: what has a norm of its own; `slots`: names
-  in the order of `norms`
-- `tensors`: names in the order of `tensor_norms`, where those are recorded
-- `every`: steps between two writes; `world_size`: ranks; and whatever facts the recorder was given. What is made of a
-  run knows `batch` (samples of a step), `precision` ("fp16", "float16") and `dataset_size` (samples of a pass)
+- `distclip`, `format`: versions. `time`: seconds since 1970.
+- `policy`: as a Python expression, without arguments that have their default. `per`: its granularity. `slots`: names of
+  the entries of `norms`.
+- `tensors`: names of the entries of `tensor_norms`, if those are recorded.
+- `every`: number of steps between two writes. `world_size`: number of ranks.
+- The facts passed to the recorder. The analysis uses `batch` (samples per step), `precision` ("fp16", "float16") and
+  `dataset_size` (samples per epoch).
 
-The second kind is a step. Where a run went on from a checkpoint, numbers come again: what was written later holds, and
-what had been written of this and later steps does not.
+A line with "step" is a step. After a run resumed from a checkpoint, step numbers may repeat. The later line counts, and
+it invalidates all earlier lines with the same or a larger step.
 
 - `step`, `time`
-- `norm`: of the whole gradient before clipping, free of a loss scale; `coef`: by what clipping shortened it
-- `bound`: the norm that the policy allowed; only where it has one bound, and there is one
-- `clipped`, `finite`, `skipped`: true or false
-- `scale`: the loss scale, where there is one
-- `loss`, `lr` and whatever else was noted; a loss is the mean over the ranks that have one
-- `norms`: by slot, where there are several, except rows; `tensor_norms`: by tensor
-- `nonfinite`: how many elements were NaN or infinite, and `culprits`: in which parameters on which ranks
-- `spike`: where the norm stood out or was not finite: how many medians of the 128 norms before it; with it `ids` of the
-  samples, of all ranks, and `worst`: the `rank` with the largest part of the norm (null where all have the same), the
-  `tensor` with the largest part there, and its `share` of the whole, of powers
+- `norm`: of the whole gradient before clipping, without the loss scale. `coef`: factor by which clipping shortened it.
+- `bound`: norm that the policy allowed, if it has exactly one bound.
+- `clipped`, `finite`, `skipped`: true or false.
+- `scale`: loss scale, if there is one.
+- `loss`, `lr` and other noted numbers. A loss is the mean over the ranks that noted one.
+- `norms`: by slot, if there are several slots and they are not rows. `tensor_norms`: by tensor.
+- `nonfinite`: number of elements that were NaN or infinite. `culprits`: the parameters and ranks that hold them.
+- `spike`: only if the norm stood out or was not finite, the ratio of the norm to the median of the 128 norms before.
+- `ids`: with `spike`, the samples of all ranks.
+- `worst`: with `spike`, the `rank` with the largest part of the norm (null if all ranks have the same), the `tensor`
+  with the largest part on that rank, and the `share` of that part in the whole power sum.
 """
 
 from __future__ import annotations
@@ -35,18 +37,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FORMAT", "Lines", "finite"]
+__all__ = ["FORMAT", "JsonLines", "finite"]
 
 FORMAT = 1
-"""Rises when a reader of old lines would misread new ones."""
+"""Version of the format. It increases if a reader of old lines would misread new ones."""
 
 
-class Lines:
-    """A file of lines to append to.
+class JsonLines:
+    """A file of JSON lines to append to.
 
     Args:
-        path: created with its directory if it is not there; one that a crash left in the middle of a line is gone on
-            with on a new one.
+        path: of the file. It is created with its directory if it does not exist. If a crash left it in the middle of a
+            line, a line break is appended first.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,14 +61,18 @@ class Lines:
                     file.write(b"\n")
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write whole lines, and let go of the file."""
+        """Write one line per row, and close the file."""
         text = "".join(json.dumps(finite(row), allow_nan=False, default=str) + "\n" for row in rows)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(text)
 
 
 def finite(value: Any) -> Any:
-    """What JSON can say of a number, or of what holds numbers: null for NaN and infinity."""
+    """Replace NaN and infinity by None in a number, or in nested mappings, lists and tuples of numbers.
+
+    >>> finite({"norms": (1.0, float("inf"))})
+    {'norms': [1.0, None]}
+    """
     if isinstance(value, Mapping):
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

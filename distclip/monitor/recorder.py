@@ -1,4 +1,4 @@
-"""`Recorder`: what a clipper sees, step by step, on its way to a file."""
+"""Record the numbers of a clipper step by step (`Recorder`)."""
 
 from __future__ import annotations
 
@@ -19,45 +19,45 @@ from torch import Tensor
 from ..clipper import GradClipper
 from ..comm import global_ranks
 from ..comm.consensus import FirstError, gather_or_raise
+from ..devices import is_capturing
 from ..errors import ArgumentError, DisagreementError
 from ..outcome import Outcome
-from .extremes import Extremes
-from .jsonl import Lines
+from .jsonl import JsonLines
+from .outliers import OutlierDetector, RankDetails
 from .sinks import Sink
-from .step_buffer import Step, read
-from .told import Told
+from .step_buffer import Step, read_steps
 from .writer import Writer
 
 __all__ = ["Recorder"]
 
-_OWN = {"norm", "bound", "coef", "clipped", "finite", "skipped", "scale", "norms", "tensor_norms"}
-_OWN |= {"time", "nonfinite", "culprits", "spike", "worst", "distclip"}
-"""Fields of a line that are the clipper's."""
+_RESERVED = {"norm", "bound", "coef", "clipped", "finite", "skipped", "scale", "norms", "tensor_norms"}
+_RESERVED |= {"time", "nonfinite", "culprits", "spike", "worst", "distclip"}
+"""Fields of a line that the recorder itself writes."""
 
 
 class Recorder:
-    """Keeps what a clipper sees at every step, and writes it down every so often, on one rank.
+    """Records the numbers of every step of a clipper, and writes them periodically on one rank.
 
-    Between two writes everything stays where it is, on the device: a step costs a few references. A write is one copy
-    to the host. What is kept of every step, and in which words: see `distclip.monitor.lines`. What cannot be written (a
-    full disk, a sink that raises) is given up with a warning: training goes on. As a context manager it writes the rest
-    at the end. A step that a CUDA graph replays is not seen.
+    Between two writes all numbers stay on the device, so a step costs a few references. A write is one copy to the
+    host. `distclip.monitor.jsonl` describes the lines. If a line cannot be written (a full disk, a sink that raises),
+    the recorder warns, gives that destination up, and training continues. As a context manager it writes the remaining
+    steps at the end. Steps that a CUDA graph replays are not recorded.
 
     Args:
-        clipper: whose steps, however they come about: `clip`, `step`, `attach`, an engine of DeepSpeed.
-        directory: where `metrics.jsonl` goes, to be gone on with if it is there already; None for runs/TIME.
-        every: steps between two writes, ≥ 1; a crash loses at most so many.
-        sinks: where the numbers go besides (see `distclip.monitor.sinks`); only those of the rank that writes.
-        per_tensor: record the norm of every parameter's gradient too, see `GradClipper.measure_tensors`.
-        top: of how many steps that stood out most to keep sample ids, worst rank and worst tensor, ≥ 0.
-        facts: of the run, for its first line: {"batch": 512, "precision": "fp16"}.
+        clipper: that makes the steps, by `clip`, `step`, `attach` or an engine of DeepSpeed.
+        directory: of `metrics.jsonl`. An existing file is appended to. None for runs/TIME.
+        every: number of steps between two writes, ≥ 1; a crash loses at most that many.
+        sinks: further destinations (see `distclip.monitor.sinks`); only those of the rank that writes are used.
+        per_tensor: whether to record the norm of every parameter's gradient, see `GradClipper.measure_tensors`.
+        top: number of most extreme steps whose sample ids, worst rank and worst tensor are recorded, ≥ 0.
+        facts: about the run, for the header: {"batch": 512, "precision": "fp16"}.
 
     Raises:
-        ArgumentError: one of them cannot be meant. DisagreementError: ranks were given different ones. On every rank.
+        ArgumentError: an argument is invalid. DisagreementError: an argument differs between ranks. On every rank.
 
-    Collectives: construct it on every rank of the clipper; one gather, and one more with `per_tensor`. A step has none
-    of its own; every `every` steps one all-reduce of 2 · every float64 numbers (losses), and a gather if a step among
-    them stands out. Host syncs: one every `every` steps.
+    Collectives: construct it on every rank of the clipper: one gather, and one more with `per_tensor`. A step has no
+    collective of the recorder. Every `every` steps there is one all-reduce of 2 · every float64 numbers (losses), and a
+    gather if one of these steps stands out. Host syncs: one every `every` steps.
 
     >>> import tempfile, distclip
     >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -83,96 +83,106 @@ class Recorder:
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(clipper, GradClipper):
-            raise ArgumentError(f"clipper={clipper!r:.80}: expected a GradClipper, whose steps are to be recorded.")
+            raise ArgumentError(f"clipper={clipper!r:.80}: not a GradClipper. Pass the clipper whose steps to record.")
         self._clipper, self.every = clipper, every
         self.path = Path(directory or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}") / "metrics.jsonl"
-        """Of the file, on the rank that writes."""
-        attempt = FirstError()
-        attempt.run(_check, every, sinks, top, facts)
-        lines = attempt.run(Lines, self.path) if _writes(clipper) and attempt.error is None else None
-        told = gather_or_raise(clipper.comm, attempt.error, (every, bool(per_tensor), top))
-        if len(set(told)) > 1:
+        """Path of the file, on the rank that writes."""
+        # A rank that cannot open the file still takes part in the gather below, where all ranks raise.
+        errors = FirstError()
+        lines = None
+        with errors:
+            _check_arguments(every, sinks, top, facts)
+            if _is_writer(clipper):
+                lines = JsonLines(self.path)
+        options = set(gather_or_raise(clipper.comm, errors.error, (every, bool(per_tensor), top)))
+        if len(options) > 1:
             raise DisagreementError(
-                f"the ranks of one recorder were given different (every, per_tensor, top): {sorted(set(told))}. "
-                "Write the same on each."
+                f"(every, per_tensor, top) of a recorder differ between ranks: {sorted(options)}. Pass the same values "
+                "on every rank."
             )
         if per_tensor:
             clipper.measure_tensors()
         self._writer = None if lines is None else Writer(clipper, lines, sinks, every, facts or {})
-        self._by_slot = len(clipper.slots) > 1 and clipper.policy.spec.per != "row"
-        self._extremes = Extremes(top)
+        self._with_slots = len(clipper.slots) > 1 and clipper.policy.spec.per != "row"
+        self._detector = OutlierDetector(top)
         self._steps: list[Step] = []
         clipper.observe(self._observe)
-        atexit.register(_close, weakref.ref(self))
+        atexit.register(_close_if_alive, weakref.ref(self))
 
     def note(self, **values: Any) -> None:
-        """Add to what is known of the step that was just made: call it after `clipper.step` or `clip`.
+        """Add values to the last step. Call it after `clipper.step` or `clip`.
 
         Args:
-            values: numbers, or 0-d tensors, which may stay on their device and must not be written to afterwards; those
-                named in `distclip.monitor.lines` mean what it says. `ids`: this rank's samples, a sequence or 1-D
-                tensor of numbers or strings. `step`: the number to record it under, if not the clipper's own count.
+            values: numbers, or 0-d tensors, which may stay on their device and must not be modified afterwards. Names
+                that `distclip.monitor.jsonl` lists have the meaning given there. `ids`: this rank's samples, a sequence
+                or 1-D tensor of numbers or strings. `step`: number of the step in the file, if it is not the clipper's
+                own count.
 
         Raises:
-            ArgumentError: something else; no step yet, or it is written already.
+            ArgumentError: a value is invalid, there is no step yet, or the step is already written.
 
         Collectives: none. Host syncs: none.
         """
-        if taken := _OWN & values.keys():
+        if reserved := _RESERVED & values.keys():
             raise ArgumentError(
-                f"note: {', '.join(sorted(taken))} would hide what the clipper saw. Write another name."
+                f"note: {', '.join(sorted(reserved))} would replace a number of the clipper. Use another name."
             )
         for key, value in values.items():
-            if not _fits(key, value):
+            if not _is_valid_note(key, value):
                 raise ArgumentError(
-                    f"note({key}={value!r:.60}): expected a number or a 0-d tensor, and for ids a sequence of numbers "
-                    "or strings. Write the mean, or one name for each."
+                    f"note({key}={value!r:.60}): expected a number or a 0-d tensor, or for ids a sequence of numbers "
+                    "or strings. Pass the mean, or use one name per element."
                 )
         if not self._steps:
             raise ArgumentError(
-                "note: no step to add to. Write it after clipper.step(optimizer), before the next flush()."
+                "note: there is no step to add to. Call it after clipper.step(optimizer), before the next flush()."
             )
         step = self._steps[-1]
         step.ids = values.pop("ids", step.ids)
-        step.noted |= {key: value.detach() if isinstance(value, Tensor) else value for key, value in values.items()}
+        # Detached, because a loss would keep its autograd graph alive until the next write.
+        step.notes |= {key: value.detach() if isinstance(value, Tensor) else value for key, value in values.items()}
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Write everything there is; call it on every rank.
+        """Write all steps so far. Call it on every rank.
 
         Collectives and host syncs: see `Recorder`.
         """
         steps, self._steps = self._steps, []
         if not steps:
             return
-        comm, rows = self._clipper.comm, read(steps)
+        comm, rows = self._clipper.comm, read_steps(steps)
+        # Sum and number of the losses per step, because some ranks (of a pipeline) have no loss.
         losses = torch.zeros(2, len(rows), dtype=torch.float64)
         for i, row in enumerate(rows):
             if "loss" in row:
                 losses[:, i] = torch.tensor([row["loss"], 1.0])
         comm.sum_(losses)
-        for row, loss, n in zip(rows, *losses.tolist(), strict=True):
-            if n:
-                row["loss"] = loss / n
-        found = self._extremes.among([row["norm"] for row in rows])
-        own = [Told.of(steps[i]) for i, _ in found]
-        told = comm.gather_objects(own) if found else [own]
+        for row, loss, num_losses in zip(rows, *losses.tolist(), strict=True):
+            if num_losses:
+                row["loss"] = loss / num_losses
+        # The norms are equal on all ranks, so either all ranks enter the gather or none does.
+        outliers = self._detector.detect([row["norm"] for row in rows])
+        local = [RankDetails.of(steps[i]) for i, _ in outliers]
+        details = comm.gather_objects(local) if outliers else [local]
         if self._writer is not None:
-            self._writer.write(steps, rows, found, told, global_ranks(comm))
+            self._writer.write(steps, rows, outliers, details, global_ranks(comm))
 
     @torch.no_grad()
     def close(self) -> None:
-        """Write what this rank knows alone, and nothing more after that; at the exit of the process it comes by itself.
+        """Write the steps so far with the details of this rank only, and stop writing.
 
-        Collectives: none: it is for a rank whose others may not come.
+        The exit of the process calls it.
+
+        Collectives: none, because the other ranks may not call it.
         """
         if self._steps and self._writer is not None:
-            rows = read(self._steps)
-            # What ranks decide from together is left as it is: the others may go on.
-            found = copy.deepcopy(self._extremes).among([row["norm"] for row in rows])
+            rows = read_steps(self._steps)
+            # A copy, because the detectors of the other ranks do not advance here.
+            outliers = copy.deepcopy(self._detector).detect([row["norm"] for row in rows])
             comm = self._clipper.comm
-            told = [[Told.of(self._steps[i]) for i, _ in found]]
-            self._writer.write(self._steps, rows, found, told, global_ranks(comm)[comm.rank : comm.rank + 1])
+            details = [[RankDetails.of(self._steps[i]) for i, _ in outliers]]
+            self._writer.write(self._steps, rows, outliers, details, global_ranks(comm)[comm.rank : comm.rank + 1])
         self._writer = None
 
     def __enter__(self) -> Recorder:
@@ -181,42 +191,42 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # After an exception the other ranks may not reach the collectives of a flush.
         if kind is None:
             self.flush()
         self.close()
 
     def _observe(self, outcome: Outcome) -> None:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if is_capturing():
             return
         if len(self._steps) >= self.every:
             self.flush()
-        self._steps.append(Step.of(outcome, self._by_slot))
+        self._steps.append(Step.of(outcome, self._with_slots))
 
 
-def _close(recorder: weakref.ref[Recorder]) -> None:
-    if (alive := recorder()) is not None:
-        alive.close()
+def _close_if_alive(reference: weakref.ref[Recorder]) -> None:
+    if (recorder := reference()) is not None:
+        recorder.close()
 
 
-def _writes(clipper: GradClipper) -> bool:
-    """One rank of those that clip together; where ranks clip alone with plain tensors, they are copies."""
+def _is_writer(clipper: GradClipper) -> bool:
+    """Return whether this rank writes: rank 0 of the communicator, or of the world if every rank clips alone."""
+    # Ranks that clip plain tensors alone hold replicas, and one file of them is enough.
     alone = clipper.comm.ranks is None and dist.is_available() and dist.is_initialized()
     return clipper.comm.rank == 0 and not (alone and dist.get_rank() > 0)
 
 
-def _check(every: Any, sinks: Any, top: Any, facts: Any) -> None:
+def _check_arguments(every: Any, sinks: Any, top: Any, facts: Any) -> None:
     for name, value, least in (("every", every, 1), ("top", top, 0)):
         if not isinstance(value, int) or value < least:
-            raise ArgumentError(f"{name}={value!r}: expected a whole number ≥ {least}. Write {name}={max(least, 20)}.")
+            raise ArgumentError(f"{name}={value!r}: not an integer ≥ {least}. Use {name}={max(least, 20)}.")
     if not all(map(callable, sinks)):
-        raise ArgumentError(
-            f"sinks={sinks!r:.80}: expected functions of a dictionary and a step. Write sinks=[wandb()]."
-        )
+        raise ArgumentError(f"sinks={sinks!r:.80}: not functions of a dictionary and a step. Use sinks=[wandb()].")
     if facts is not None and not isinstance(facts, Mapping):
-        raise ArgumentError(f'facts={facts!r:.80}: expected a dictionary. Write facts={{"batch": 512}}.')
+        raise ArgumentError(f'facts={facts!r:.80}: not a dictionary. Use facts={{"batch": 512}}.')
 
 
-def _fits(key: str, value: Any) -> bool:
+def _is_valid_note(key: str, value: Any) -> bool:
     if key == "ids":
         return getattr(value, "ndim", 1) == 1 and not isinstance(value, str) and hasattr(value, "__len__")
     if isinstance(value, Tensor):

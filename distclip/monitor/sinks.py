@@ -1,6 +1,7 @@
-"""Where numbers of a step may go besides the file: functions of a dictionary and a step.
+"""Send the numbers of a step to other libraries.
 
-Steps come in order, many at a time, some after they happened. NaN stands for what is not finite.
+A sink is a function of a dictionary and a step. Steps arrive in order, many at a time, some of them later than they
+happened. NaN stands for a number that is not finite.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from ..errors import ArgumentError
 __all__ = ["Sink", "mlflow", "tensorboard", "trackio", "wandb"]
 
 Sink: TypeAlias = Callable[[dict[str, float], int], None]
-"""Is given the numbers of a step, by the names of `distclip.monitor.lines` (a slot's as norms/NAME, a tensor's as
-tensor_norms/NAME), and which step it was."""
+"""Function of the numbers of a step and its number. The names are those of `distclip.monitor.jsonl`; a norm of a slot
+is called norms/NAME, a norm of a tensor tensor_norms/NAME."""
 
 
 def tensorboard(target: str | Path | Any) -> Sink:
-    """To TensorBoard, under clip/.
+    """Send numbers to TensorBoard as clip/NAME.
 
     Args:
-        target: a directory, or a `torch.utils.tensorboard.SummaryWriter`, which stays yours to close.
+        target: a directory, or a `torch.utils.tensorboard.SummaryWriter`, which the caller closes.
     """
     if isinstance(target, str | Path):
         from torch.utils.tensorboard import SummaryWriter
@@ -31,7 +32,7 @@ def tensorboard(target: str | Path | Any) -> Sink:
         target = SummaryWriter(str(target))
 
     def sink(numbers: dict[str, float], step: int) -> None:
-        for key, value in _prefixed(numbers).items():
+        for key, value in _add_prefix(numbers).items():
             target.add_scalar(key, value, step)
         target.flush()
 
@@ -39,52 +40,54 @@ def tensorboard(target: str | Path | Any) -> Sink:
 
 
 def wandb(run: Any = None) -> Sink:
-    """To Weights & Biases, under clip/, over an axis of its own, clip/step: W&B drops what comes after a later step.
+    """Send numbers to Weights & Biases as clip/NAME, over the separate axis clip/step.
+
+    W&B drops numbers of a step before its latest one, so the numbers cannot share the run's own steps.
 
     Args:
-        run: of `wandb.init`; None for the one that is active.
+        run: of `wandb.init`; None for the active run.
 
     Raises:
-        ArgumentError: none is.
+        ArgumentError: no run is active.
     """
     if run is None:
         import wandb as library
 
-        run = _active("wandb", library.run, "wandb.init(…)")
+        run = _require_active("wandb", library.run, "wandb.init(…)")
     run.define_metric("clip/step")
     run.define_metric("clip/*", step_metric="clip/step")
 
     def sink(numbers: dict[str, float], step: int) -> None:
-        run.log({**_finite(_prefixed(numbers)), "clip/step": step})
+        run.log({**_drop_nonfinite(_add_prefix(numbers)), "clip/step": step})
 
     return sink
 
 
 def mlflow(run_id: str | None = None) -> Sink:
-    """To MLflow, under clip/.
+    """Send numbers to MLflow as clip/NAME.
 
     Args:
-        run_id: of a run; None for the one that is active.
+        run_id: of a run; None for the active run.
 
     Raises:
-        ArgumentError: none is.
+        ArgumentError: no run is active.
     """
     import mlflow as library
 
     if run_id is None:
-        run_id = _active("mlflow", library.active_run(), "mlflow.start_run()").info.run_id
+        run_id = _require_active("mlflow", library.active_run(), "mlflow.start_run()").info.run_id
 
     def sink(numbers: dict[str, float], step: int) -> None:
-        library.log_metrics(_finite(_prefixed(numbers)), step=step, run_id=run_id, synchronous=True)
+        library.log_metrics(_drop_nonfinite(_add_prefix(numbers)), step=step, run_id=run_id, synchronous=True)
 
     return sink
 
 
 def trackio(run: Any = None) -> Sink:
-    """To Trackio, under clip/.
+    """Send numbers to Trackio as clip/NAME.
 
     Args:
-        run: of `trackio.init`; None for the one that is active.
+        run: of `trackio.init`; None for the active run.
     """
     log = run.log if run is not None else None
     if log is None:
@@ -93,21 +96,21 @@ def trackio(run: Any = None) -> Sink:
         log = library.log
 
     def sink(numbers: dict[str, float], step: int) -> None:
-        log(_finite(_prefixed(numbers)), step=step)
+        log(_drop_nonfinite(_add_prefix(numbers)), step=step)
 
     return sink
 
 
-def _prefixed(numbers: Mapping[str, float]) -> dict[str, float]:
+def _add_prefix(numbers: Mapping[str, float]) -> dict[str, float]:
     return {f"clip/{key}": float(value) for key, value in numbers.items()}
 
 
-def _finite(numbers: Mapping[str, float]) -> dict[str, float]:
-    """What these libraries can store."""
+def _drop_nonfinite(numbers: Mapping[str, float]) -> dict[str, float]:
+    """Remove numbers that these libraries cannot store."""
     return {key: value for key, value in numbers.items() if math.isfinite(value)}
 
 
-def _active(name: str, run: Any, how: str) -> Any:
+def _require_active(name: str, run: Any, call: str) -> Any:
     if run is None:
-        raise ArgumentError(f"{name}(): no run is active. Write {how} first, or pass the run.")
+        raise ArgumentError(f"{name}(): no run is active. Call {call} first, or pass the run.")
     return run

@@ -1,4 +1,4 @@
-"""The steps since the last write, as device scalars, and their one copy to the host."""
+"""Buffer the steps since the last write as device scalars, and copy them to the host at once."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from ..norms.kernels.torch_ops import combine
 from ..norms.measure import PerTensorPowers
 from ..outcome import Outcome
 
-__all__ = ["Step", "read"]
+__all__ = ["VECTORS", "Step", "read_steps"]
 
 VECTORS = ("norms", "tensor_norms")
-"""Fields that are lists; all others are one number, whatever its shape."""
+"""Fields that are lists. All other fields are single numbers."""
 
 
 @dataclass(slots=True)
 class Step:
-    """One step, as it was seen on this rank.
+    """The numbers of one step on this rank.
 
     Args:
-        number: which call of the clipper.
-        numbers: by field of a line, tensors of any dtype, the same on every rank.
+        number: 1-based index of the clipper call.
+        numbers: tensors of any dtype by field of a line, the same on every rank.
         power_sum: 0-d, of the whole gradient, with the loss scale in it.
-        each: what this rank measured of each of its gradients, likewise.
-        noted: by the user, numbers or 0-d tensors.
+        per_tensor_powers: local power sums of this rank's gradients, with the loss scale in them.
+        notes: numbers or 0-d tensors of the user, by field of a line.
         ids: of this rank's samples.
         time: seconds since 1970.
     """
@@ -38,18 +38,18 @@ class Step:
     number: int
     numbers: dict[str, Tensor]
     power_sum: Tensor
-    each: tuple[PerTensorPowers, ...]
-    noted: dict[str, Any] = field(default_factory=dict)
+    per_tensor_powers: tuple[PerTensorPowers, ...]
+    notes: dict[str, Any] = field(default_factory=dict)
     ids: Any = ()
     time: float = field(default_factory=time.time)
 
     @classmethod
-    def of(cls, outcome: Outcome, slots: bool) -> Step:
-        """What is to be kept of a decision; no gradient is.
+    def of(cls, outcome: Outcome, with_slots: bool) -> Step:
+        """Select the numbers to keep of an outcome. No reference to a gradient is kept.
 
         Args:
-            outcome: of that step.
-            slots: whether to keep the norm of every slot.
+            outcome: of the step.
+            with_slots: whether to keep the norm of every slot.
         """
         report, totals = outcome.report(), outcome.totals
         numbers = {
@@ -62,58 +62,57 @@ class Step:
         if report.bounds is not None and len(report.bounds) == 1:
             numbers["bound"] = report.bounds[0]
         if totals.loss_scale is not None:
-            numbers["scale"] = totals.loss_scale.clone()  # a scaler writes its next one into the same tensor
-        if slots:
+            numbers["scale"] = totals.loss_scale.clone()  # a scaler writes its next scale into the same tensor
+        if with_slots:
             numbers["norms"] = report.norms
         if report.tensor_norms is not None:
             numbers["tensor_norms"] = report.tensor_norms
         power_sum = combine(totals.powers, totals.norm_type)
         return cls(outcome.step, numbers, power_sum, outcome.per_tensor_powers)
 
-    def ids_on_host(self) -> list[Any]:
-        """As Python's own numbers or strings."""
+    def read_ids(self) -> list[Any]:
+        """Return the ids as numbers or strings of Python."""
         ids = self.ids
         return ids.reshape(-1).tolist() if hasattr(ids, "tolist") else list(ids)
 
-    def largest(self) -> tuple[str, float] | None:
-        """The name and power sum of the largest gradient that is on this rank; None where it has none.
+    def largest_gradient(self) -> tuple[str, float] | None:
+        """Return the name and the power sum of this rank's largest gradient, or None if the rank has none.
 
-        Host syncs: one for each of `each`.
+        Host syncs: one or two per entry of `per_tensor_powers`.
         """
-        best = None
-        for names, powers in self.each:
+        largest = None
+        for names, powers in self.per_tensor_powers:
             if names:
-                of_each = powers.view(len(names), -1).sum(1)
-                power, at = of_each.max(0)
-                if best is None or float(power) > best[1]:
-                    best = names[int(at)], float(power)
-        return best
+                power, index = powers.view(len(names), -1).sum(1).max(0)
+                if largest is None or float(power) > largest[1]:
+                    largest = names[int(index)], float(power)
+        return largest
 
-    def power_here(self) -> float:
-        """The power sum of all that is on this rank."""
-        return sum(float(powers.sum()) for names, powers in self.each if names)
+    def local_power(self) -> float:
+        """Return the power sum of all gradients on this rank."""
+        return sum(float(powers.sum()) for names, powers in self.per_tensor_powers if names)
 
 
-def read(steps: Sequence[Step]) -> list[dict[str, Any]]:
-    """By step, its numbers and what was noted of it, on the host.
+def read_steps(steps: Sequence[Step]) -> list[dict[str, Any]]:
+    """Copy the numbers and the notes of each step to the host.
 
-    Host syncs: one, whatever the number of steps; one more for each device beside the norms' from which something was
-    noted.
+    Host syncs: one for any number of steps, and one more for each further device with notes.
     """
+    # Tensors of one field, dtype, device and shape can be stacked; one copy per device then reads all of them.
     columns: dict[tuple[str, torch.dtype, torch.device, torch.Size], list[tuple[int, Tensor]]] = {}
     rows: list[dict[str, Any]] = [{} for _ in steps]
     for i, step in enumerate(steps):
-        for key, value in {**step.numbers, **step.noted}.items():
+        for key, value in {**step.numbers, **step.notes}.items():
             if isinstance(value, Tensor):
                 columns.setdefault((key, value.dtype, value.device, value.shape), []).append((i, value))
             else:
                 rows[i][key] = value
     for device in {kind[2] for kind in columns}:
-        here = {kind: column for kind, column in columns.items() if kind[2] == device}
-        stacked = [torch.stack([value for _, value in column]).double().reshape(-1) for column in here.values()]
-        host = iter(torch.cat(stacked).tolist())
-        for (key, dtype, _, shape), column in here.items():
+        on_device = {kind: column for kind, column in columns.items() if kind[2] == device}
+        stacked = [torch.stack([value for _, value in column]).double().reshape(-1) for column in on_device.values()]
+        numbers = iter(torch.cat(stacked).tolist())
+        for (key, dtype, _, shape), column in on_device.items():
             for i, _ in column:
-                one = list(islice(host, max(1, shape.numel())))
-                rows[i][key] = bool(one[0]) if dtype == torch.bool else one if key in VECTORS else one[0]
+                values = list(islice(numbers, max(1, shape.numel())))
+                rows[i][key] = values if key in VECTORS else bool(values[0]) if dtype == torch.bool else values[0]
     return rows

@@ -1,59 +1,68 @@
-"""What the commands show: tables, and lines that may be copied."""
+"""Print the results of the commands: tables, sentences, and lines to copy."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .._console import WIDTH, Screen
 from .analysis.blame import Blame
-from .analysis.candidates import Candidate
 from .analysis.diagnosis import Finding
+from .analysis.formatting import format_list, format_percent, pluralize
 from .analysis.log import Log
-from .analysis.phrases import listed, percent
-from .analysis.threshold import Suggestion
+from .analysis.suggest import Candidate, Suggestion
 
 __all__ = ["Terminal"]
 
+MAX_SUSPECTS = 10
+"""Maximum number of suspects in a table."""
+
 
 class Terminal(Screen):
-    """Where everything is shown: see `Screen`. Sentences are no wider than a pipe on a wide screen either."""
+    """The output of the commands: see `Screen`. Sentences are at most 120 characters wide."""
 
     def sentence(self, text: str, style: str = "", first: str = "", indent: str = "") -> None:
-        """Text that is read: folded between words, but a path is not torn."""
+        """Print text that is wrapped between words. A path is never broken.
+
+        Args:
+            text: to print.
+            style: of rich.
+            first: prefix of the first line.
+            indent: prefix of the other lines.
+        """
         width = min(self.console.width, WIDTH)
-        folded = textwrap.fill(
+        wrapped = textwrap.fill(
             text, width, initial_indent=first, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
         )
-        self.line(folded, style)
+        self.line(wrapped, style)
 
-    def suggestion(self, log: Log, found: Suggestion) -> None:
-        """A bound, what each would do, and how to write it."""
+    def suggestion(self, log: Log, suggestion: Suggestion) -> None:
+        """Print the suggested bound, the effect of each candidate, and the code that applies the bound."""
         self.line(log.name, "bold")
-        self.sentence(found.text)
-        self.console.print(_candidates(found))
-        if found.current is not None:
-            self.sentence(_standing(found))
-        for note in found.notes:
+        self.sentence(suggestion.text)
+        self.console.print(_candidate_table(suggestion))
+        if suggestion.current is not None:
+            self.sentence(_describe_current(suggestion.current))
+        for note in suggestion.notes:
             self.sentence(note)
-        for caution in found.cautions:
-            self.sentence(caution, "yellow", "Mind: ", "  ")
+        for caution in suggestion.cautions:
+            self.sentence(caution, "yellow", "Caution: ", "  ")
         self.line()
-        if found.cap is not None:
-            self.line("Adaptive, with a cap that always holds:")
-        self.line(f"  launch/train.py {found.override}", "bold")
-        self.line(f"  {found.python}", "bold")
+        if suggestion.cap is not None:
+            self.line("Use an adaptive policy, with a cap that always applies:")
+        self.line(f"  launch/train.py {suggestion.override}", "bold")
+        self.line(f"  {suggestion.python}", "bold")
 
     def diagnosis(self, logs: Sequence[tuple[Log, Sequence[Finding]]]) -> None:
-        """What is wrong with each run, with its evidence."""
-        for number, (log, findings) in enumerate(logs):
-            if number:
+        """Print the findings of each run with their evidence."""
+        for i, (log, findings) in enumerate(logs):
+            if i:
                 self.line()
-            self.line(f"{log.name}: {_steps(log)}", "bold")
+            self.line(f"{log.name}: {_describe_steps(log)}", "bold")
             for finding in findings:
                 self.line(f"  {finding.title}  [{finding.rule}]", "red")
                 self.sentence(finding.evidence, "", "    ", "    ")
@@ -61,71 +70,75 @@ class Terminal(Screen):
                 if finding.command:
                     self.line(f"      {finding.command}", "bold")
             if not findings:
-                self.line("  nothing stands out", "green")
+                self.line("  no findings", "green")
 
-    def blame(self, log: Log, found: Blame) -> None:
-        """What the spikes have in common, and what to do next."""
+    def blame(self, log: Log, blame: Blame) -> None:
+        """Print the properties that the spikes have in common, and the next step."""
         self.line(log.name, "bold")
-        self.sentence(found.text)
-        if found.suspects:
-            self.console.print(_suspects(found))
-        for what, places in (("rank", found.ranks), ("tensor", found.tensors)):
-            if places:
-                of = f"{len(found.spikes)} spike{'s' * (len(found.spikes) > 1)}"
-                most = listed([f"{name} ({count})" for name, count in places])
-                self.sentence(f"Largest part of the gradient, by {what}, in {of}: {most}.", indent="  ")
-        if found.worst is not None:
-            worst = found.worst
+        self.sentence(blame.text)
+        if blame.suspects:
+            self.console.print(_suspect_table(blame))
+        for kind, counts in (("rank", blame.ranks), ("tensor", blame.tensors)):
+            if counts:
+                spikes = pluralize(len(blame.spikes), "spike")
+                text = format_list([f"{name} ({count})" for name, count in counts])
+                self.sentence(f"Largest part of the gradient by {kind}, in {spikes}: {text}.", indent="  ")
+        if blame.worst is not None:
+            worst = blame.worst
             size = "not finite" if math.isnan(worst.norm) else f"norm {worst.norm:.3g}, {worst.ratio:.3g} x the median"
-            ids = f", samples {listed(worst.ids, 8)}" if worst.ids else ""
-            self.sentence(f"Worst: step {worst.step} ({size}){ids}. To compute its gradient once more:", indent="  ")
-            self.line(f"  {found.replay}", "bold")
+            ids = f", samples {format_list(worst.ids, 8)}" if worst.ids else ""
+            self.sentence(f"Worst spike: step {worst.step} ({size}){ids}. To compute its gradient again:", indent="  ")
+            self.line(f"  {blame.replay}", "bold")
 
 
-def _candidates(found: Suggestion) -> Table:
+def _candidate_table(suggestion: Suggestion) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("bound")
     for title in ("norm", "clipped", "mean coef", "longest streak"):
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("then it is")
-    rows: Iterable[Candidate] = (*found.candidates, *(() if found.current is None else (found.current,)))
-    for each in rows:
+    table.add_column("role")
+    candidates = suggestion.candidates + (() if suggestion.current is None else (suggestion.current,))
+    for candidate in candidates:
         table.add_row(
-            each.name,
-            "varies" if math.isnan(each.bound) else f"{each.bound:.3g}",
-            percent(each.clip_rate),
-            f"{each.mean_coef:.3f}",
-            str(each.longest),
-            each.role,
-            style="bold" if each.name == "p90" else None,
+            candidate.name,
+            "varies" if math.isnan(candidate.bound) else f"{candidate.bound:.3g}",
+            format_percent(candidate.clip_rate),
+            f"{candidate.mean_coef:.3f}",
+            str(candidate.longest_streak),
+            candidate.role,
+            style="bold" if candidate.name == "p90" else None,
         )
     return table
 
 
-def _standing(found: Suggestion) -> str:
-    current = found.current
-    assert current is not None
-    bound = "The policy in use" if math.isnan(current.bound) else f"The bound {current.name}, {current.bound:.3g},"
-    text = f"{bound} is {'inactive' if current.role == 'inactive' else f'a {current.role}'}: it clips "
-    text += f"{percent(current.clip_rate)} of these steps."
+def _describe_current(current: Candidate) -> str:
+    subject = "The policy in use" if math.isnan(current.bound) else f"The bound {current.name}, {current.bound:.3g},"
+    role = "inactive" if current.role == "inactive" else f"a {current.role}"
+    text = f"{subject} is {role}: it clips {format_percent(current.clip_rate)} of these steps."
     if current.role == "normaliser":
-        text += " With SGD, bound and learning rate are then one knob; with Adam the bound hardly matters."
+        text += " With SGD, bound and learning rate then have the same effect. With Adam, the bound has little effect."
     return text
 
 
-def _suspects(found: Blame) -> Table:
+def _suspect_table(blame: Blame) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("sample")
-    for title in ("spikes with it", "by chance", "p"):
+    for title in ("in spikes", "expected by chance", "p"):
         table.add_column(title, justify="right", no_wrap=True)
-    for each in found.suspects[:10]:
-        table.add_row(str(each.id), f"{each.count} of {found.with_ids}", f"{each.expected:.1f}", f"{each.chance:.0e}")
-    if len(found.suspects) > 10:
-        table.add_row(f"and {len(found.suspects) - 10} more")
+    for suspect in blame.suspects[:MAX_SUSPECTS]:
+        table.add_row(
+            str(suspect.id),
+            f"{suspect.count} of {blame.num_with_ids}",
+            f"{suspect.expected:.1f}",
+            f"{suspect.chance:.0e}",
+        )
+    if len(blame.suspects) > MAX_SUSPECTS:
+        table.add_row(f"and {len(blame.suspects) - MAX_SUSPECTS} more")
     return table
 
 
-def _steps(log: Log) -> str:
-    count = f"{len(log.steps):,} step{'s' * (len(log.steps) > 1)}"
-    broken = int((~log.finite).sum())
-    return f"{count}, {percent(float(log.clipped.mean()))} clipped{f', {broken:,} not finite' if broken else ''}"
+def _describe_steps(log: Log) -> str:
+    num_nonfinite = int((~log.finite).sum())
+    clip_rate = format_percent(float(log.clipped.mean()))
+    nonfinite = f", {num_nonfinite:,} not finite" if num_nonfinite else ""
+    return f"{pluralize(len(log.steps), 'step')}, {clip_rate} clipped{nonfinite}"

@@ -1,4 +1,4 @@
-r"""How far a step moves the parameters: about 1e-3 of their norm, where training is healthy."""
+r"""Measure how far a step moves the parameters: about 1e-3 of their norm in a healthy run."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ __all__ = ["UpdateRatio"]
 
 
 class UpdateRatio:
-    r"""The norm of what a step changes, over the norm of what was there, right in any layout.
+    r"""Measures the norm of a step's update relative to the norm of the parameters, in any layout.
 
     .. math:: \frac{\|w_{t+1} - w_t\|_2}{\|w_t\|_2}
 
-    It holds a copy of this rank's pieces of the parameters during the step: for every so-manieth step, rather than for
-    all. Not for an engine of DeepSpeed, whose parameters are elsewhere.
+    It keeps a copy of this rank's parameters during the step, so use it for some steps only. It does not work with a
+    DeepSpeed engine, which updates other tensors than the model's parameters.
 
     Args:
         clipper: of these parameters.
 
-    Collectives: use it on every rank; at the end of the block one all-reduce of 2 · slots + 1 float64 numbers, none
-    where the block raised. Host syncs: none.
+    Collectives: use it on every rank. At the end of the block one all-reduce of 2 · slots + 1 float64 numbers, and none
+    if the block raised. Host syncs: none.
 
     >>> import distclip
     >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -44,14 +44,14 @@ class UpdateRatio:
 
     def __init__(self, clipper: GradClipper) -> None:
         self.ratio: Tensor = torch.tensor(torch.nan, dtype=torch.float64)
-        """0-d float64 on the parameters' device, of the last block; NaN before."""
+        """0-d float64 ratio of the last block, on the parameters' device; NaN before the first block."""
         self._clipper = clipper
         self._before: Shards = Shards.of(())
 
     @torch.no_grad()
     def __enter__(self) -> UpdateRatio:
-        now = self._clipper.pieces()
-        self._before = Shards(now.infos, [piece.clone() for piece in now.grads])
+        weights = self._clipper.pieces()
+        self._before = Shards(weights.infos, [piece.clone() for piece in weights.grads])
         return self
 
     @torch.no_grad()
@@ -59,10 +59,11 @@ class UpdateRatio:
         before, self._before = self._before, Shards.of(())
         if error is not None:
             return
-        now = self._clipper.pieces()
-        device = now.grads[0].device if now.grads else torch.device("cpu")
-        moved = Shards(now.infos, [new - old for new, old in zip(now.grads, before.grads, strict=True)])
+        after = self._clipper.pieces()
+        device = after.grads[0].device if after.grads else torch.device("cpu")
+        updates = Shards(after.infos, [new - old for new, old in zip(after.grads, before.grads, strict=True)])
+        # The updates are measured like gradients, and the parameters before the step as their weights.
         spec = NormSpec(needs_weights=True)
-        partials = measure(moved, spec, device, self._clipper.measured_slots, before)
+        partials = measure(updates, spec, device, self._clipper.measured_slots, before)
         totals = reduce(partials, spec, self._clipper.comm, read_facts=False)
         self.ratio = totals.norm / torch.linalg.vector_norm(totals.weight_norms)

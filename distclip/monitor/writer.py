@@ -1,4 +1,4 @@
-"""The one rank that writes: from steps and what ranks told of them to lines, to the file and to sinks."""
+"""Write lines on the one rank that writes: to the file and to sinks."""
 
 from __future__ import annotations
 
@@ -11,87 +11,91 @@ from typing import Any
 
 from .._version import __version__
 from ..clipper import GradClipper
-from .jsonl import FORMAT, Lines
+from .jsonl import FORMAT, JsonLines
+from .outliers import RankDetails, merge_details
 from .sinks import Sink
 from .step_buffer import VECTORS, Step
-from .told import Told, merged
 
 __all__ = ["Writer"]
 
 _FIRST = ("norm", "bound", "coef", "clipped", "finite", "skipped")
-"""Fields in this order, for whoever reads a line."""
+"""Fields at the start of a line, for people who read it."""
+
+Destination = Callable[[Sequence[Mapping[str, Any]]], None]
 
 
 class Writer:
-    """Writes for as long as that goes well: it must not stop its rank while the others wait for it.
+    """Writes lines to the file and to sinks.
+
+    A destination that raises gets no more lines. The writer itself does not raise, because the other ranks would wait
+    for this one.
 
     Args:
-        clipper: whose steps they are.
-        lines: of the run.
-        sinks: where numbers go besides.
+        clipper: that makes the steps.
+        lines: file of the run.
+        sinks: further destinations.
         every: see `Recorder`.
         facts: for the header.
     """
 
     def __init__(
-        self, clipper: GradClipper, lines: Lines, sinks: Sequence[Sink], every: int, facts: Mapping[str, Any]
+        self, clipper: GradClipper, lines: JsonLines, sinks: Sequence[Sink], every: int, facts: Mapping[str, Any]
     ) -> None:
         self._clipper = clipper
-        self._ways: list[Callable[[Sequence[Mapping[str, Any]]], None]] = [lines.append]
-        self._try([_header(clipper, every) | dict(facts)])
-        self._ways += [self._through(sink) for sink in sinks]
+        # A header goes to the file only.
+        self._destinations: list[Destination] = [lines.append]
+        self._send([_make_header(clipper, every) | dict(facts)])
+        self._destinations += [self._to_sink(sink) for sink in sinks]
 
     def write(
         self,
         steps: Sequence[Step],
         rows: Sequence[dict[str, Any]],
-        found: Sequence[tuple[int, float]],
-        told: Sequence[Sequence[Told]],
+        outliers: Sequence[tuple[int, float]],
+        details: Sequence[Sequence[RankDetails]],
         ranks: Sequence[int],
     ) -> None:
-        """Put lines together and hand them on.
+        """Compose the lines and write them.
 
         Args:
-            steps, rows: in order.
-            found: (position, ratio) of those that stand out.
-            told: of these, by every rank of `ranks`.
+            steps: in order.
+            rows: numbers and notes of each step.
+            outliers: (index, ratio) of the steps that stand out.
+            details: of these steps, by rank.
+            ranks: numbers of the ranks.
         """
         incidents = {incident.step: incident for incident in self._clipper.incidents}
         lines: list[dict[str, Any]] = []
         for step, row in zip(steps, rows, strict=True):
-            first = {"step": int(row.pop("step", step.number)), "time": round(step.time, 3)}
-            lines.append(first | {key: row.pop(key) for key in _FIRST if key in row} | _short(row))
+            head = {"step": int(row.pop("step", step.number)), "time": round(step.time, 3)}
+            line = head | {key: row.pop(key) for key in _FIRST if key in row} | _round_vectors(row)
             if (incident := incidents.get(step.number)) is not None:
-                lines[-1]["nonfinite"] = sum(each.nans + each.infs for each in incident.culprits)
-                lines[-1]["culprits"] = [asdict(each) for each in incident.culprits]
-        known = set(self._clipper.parameters)
-        for n, (i, ratio) in enumerate(found):
-            lines[i] |= {"spike": ratio, **merged([of_rank[n] for of_rank in told], ranks, steps[i].power_sum, known)}
-        self._try(lines)
+                line["nonfinite"] = sum(culprit.nans + culprit.infs for culprit in incident.culprits)
+                line["culprits"] = [asdict(culprit) for culprit in incident.culprits]
+            lines.append(line)
+        parameters = set(self._clipper.parameters)
+        for n, (i, ratio) in enumerate(outliers):
+            by_rank = [rank_details[n] for rank_details in details]
+            lines[i] |= {"spike": ratio, **merge_details(by_rank, ranks, steps[i].power_sum, parameters)}
+        self._send(lines)
 
-    def _try(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        self._ways = [way for way in self._ways if _went_well(way, lines)]
+    def _send(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        self._destinations = [destination for destination in self._destinations if _try_to_send(destination, lines)]
 
-    def _through(self, sink: Sink) -> Callable[[Sequence[Mapping[str, Any]]], None]:
-        def way(lines: Sequence[Mapping[str, Any]]) -> None:
+    def _to_sink(self, sink: Sink) -> Destination:
+        def send(lines: Sequence[Mapping[str, Any]]) -> None:
             for line in lines:
-                sink(_numbers(line, self._clipper), line["step"])
+                sink(_select_numbers(line, self._clipper), line["step"])
 
-        return way
-
-
-def _short(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists of norms with as many digits as anybody looks at, at the end."""
-    whole = {key: value for key, value in row.items() if key not in VECTORS}
-    return whole | {key: [float(f"{x:.6g}") for x in row[key]] for key in VECTORS if key in row}
+        return send
 
 
-def _went_well(way: Callable[[Sequence[Mapping[str, Any]]], None], lines: Sequence[Mapping[str, Any]]) -> bool:
+def _try_to_send(destination: Destination, lines: Sequence[Mapping[str, Any]]) -> bool:
     try:
-        way(lines)
+        destination(lines)
     except Exception as error:
         warnings.warn(
-            f"recorder: {type(error).__name__}: {error}. Nothing more goes there; training goes on.",
+            f"recorder: {type(error).__name__}: {error}. This destination gets no more lines. Training continues.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -99,16 +103,23 @@ def _went_well(way: Callable[[Sequence[Mapping[str, Any]]], None], lines: Sequen
     return True
 
 
-def _header(clipper: GradClipper, every: int) -> dict[str, Any]:
+def _round_vectors(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Round lists of norms to six digits, and put them at the end of the line."""
+    scalars = {key: value for key, value in row.items() if key not in VECTORS}
+    return scalars | {key: [float(f"{x:.6g}") for x in row[key]] for key in VECTORS if key in row}
+
+
+def _make_header(clipper: GradClipper, every: int) -> dict[str, Any]:
     header: dict[str, Any] = {
         "distclip": __version__,
         "format": FORMAT,
         "time": round(time.time(), 3),
-        "policy": _described(clipper.policy),
+        "policy": _describe_policy(clipper.policy),
         "per": clipper.policy.spec.per,
         "every": every,
         "world_size": clipper.comm.size,
     }
+    # The names of rows would be as many as the rows of all parameters.
     if clipper.policy.spec.per != "row":
         header["slots"] = clipper.slots
     if clipper.tensors:
@@ -116,21 +127,22 @@ def _header(clipper: GradClipper, every: int) -> dict[str, Any]:
     return header
 
 
-def _described(policy: Any) -> str:
-    """As Python writes it, without what is as it is by default."""
+def _describe_policy(policy: Any) -> str:
+    """Return a policy as a Python expression, without arguments that have their default."""
     if not is_dataclass(policy):
+        # A repr with an address would differ between runs.
         return re.sub(r" at 0x\w+", "", repr(policy))
-    said = []
+    arguments = []
     for field in fields(policy):
         value = getattr(policy, field.name)
-        usual = field.default_factory() if callable(field.default_factory) else field.default
-        if value != usual or is_dataclass(value) or field.name == "max_norm":
-            said.append(f"{field.name}={_described(value)}")
-    return f"{type(policy).__name__}({', '.join(said)})"
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if value != default or is_dataclass(value) or field.name == "max_norm":
+            arguments.append(f"{field.name}={_describe_policy(value)}")
+    return f"{type(policy).__name__}({', '.join(arguments)})"
 
 
-def _numbers(line: Mapping[str, Any], clipper: GradClipper) -> dict[str, float]:
-    """Those of a line; of slots and tensors by their names."""
+def _select_numbers(line: Mapping[str, Any], clipper: GradClipper) -> dict[str, float]:
+    """Return the numbers of a line by name, those of slots and tensors with their own names."""
     numbers: dict[str, float] = {}
     names = {"norms": clipper.slots, "tensor_norms": clipper.tensors}
     for key, value in line.items():

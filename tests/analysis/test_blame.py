@@ -1,4 +1,4 @@
-"""Whom spikes have in common: a sample that is known, or nobody."""
+"""Samples, ranks and tensors that spikes have in common: a known sample, or none."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from distclip.monitor.analysis.blame import blame
-from tests.analysis.by_hand import HEADER, bad_record, log_of, recorded, row, rows
+from tests.logs import HEADER, make_bad_data_lines, make_line, make_lines, make_log, write_and_read
 
 
-def spikes(batches: list[list[Any]], every: int = 10, **more: Any) -> list[Any]:
-    """A run with a spike every so many steps, on these batches."""
-    steps = {(1 + i) * every: ids for i, ids in enumerate(batches)}
+def make_spikes(batches: list[list[Any]], every: int = 10, **fields: Any) -> list[Any]:
+    """Return a run with periodic spikes on these batches."""
+    ids_at = {(1 + i) * every: ids for i, ids in enumerate(batches)}
     return [
-        row(step, 30.0, spike=30.0, ids=steps[step], **more) if step in steps else row(step, 1.0)
+        make_line(step, 30.0, spike=30.0, ids=ids_at[step], **fields) if step in ids_at else make_line(step, 1.0)
         for step in range(1, every * (len(batches) + 1))
     ]
 
@@ -28,71 +28,77 @@ def random_batches(count: int, samples: int = 360, batch: int = 16, seed: int = 
     return [generator.choice(samples, batch, replace=False).tolist() for _ in range(count)]
 
 
-def test_a_corrupted_record(tmp_path: Path) -> None:
-    found = blame(recorded(tmp_path / "run", HEADER, bad_record()))
-    (suspect,) = found.suspects
+def test_finds_corrupted_sample(tmp_path: Path) -> None:
+    result = blame(write_and_read(tmp_path / "run", HEADER, make_bad_data_lines()))
+    (suspect,) = result.suspects
     # 60 epochs of 22 batches of 16 of the 360 samples.
-    assert suspect.id == 137 and suspect.count == len(found.spikes) == found.with_ids == 57
+    assert suspect.id == 137 and suspect.count == len(result.spikes) == result.num_with_ids == 57
     assert suspect.expected == pytest.approx(57 * 16 / 360, rel=0.1) and suspect.chance < 1e-50
-    assert found.worst is not None and found.worst.ratio == max(each.ratio for each in found.spikes)
-    assert found.replay == f"launch/train.py resume={tmp_path / 'run'} replay={found.worst.step}"
-    assert dict(found.ranks).keys() == {0, 1} and sum(dict(found.ranks).values()) == 57
-    assert found.tensors == (("2.weight", 57),)
-    assert "57 spikes with sample ids: sample 137 is in 57 of them, where chance has 2.7" in found.text
+    assert result.worst is not None and result.worst.ratio == max(spike.ratio for spike in result.spikes)
+    assert result.replay == f"launch/train.py resume={tmp_path / 'run'} replay={result.worst.step}"
+    assert dict(result.ranks).keys() == {0, 1} and sum(dict(result.ranks).values()) == 57
+    assert result.tensors == (("2.weight", 57),)
+    assert "57 spikes with sample ids: sample 137 is in 57 of them, where 2.7 are expected by chance" in result.text
 
 
 @pytest.mark.parametrize("bad", [0, "doc-17"])
-def test_how_few_spikes_will_do(bad: int | str, tmp_path: Path) -> None:
-    """Three where the header says how many samples there are, some more where it does not."""
-    for (count, told), expected in {(2, 360): False, (4, 360): True, (3, None): False, (8, None): True}.items():
-        batches: list[list[Any]] = [[bad, *ids[1:]] for ids in random_batches(count)]
-        header = HEADER if told is None else {**HEADER, "dataset_size": told}
-        found = blame(recorded(tmp_path, header, spikes(batches)))
-        assert bool(found.suspects) == expected, (count, told)
-        assert found.most is not None and (found.most.id, found.most.count) == (bad, count)
+@pytest.mark.parametrize(
+    ("num_spikes", "dataset_size", "is_suspect"),
+    [(2, 360, False), (4, 360, True), (3, None, False), (8, None, True)],
+)
+def test_minimum_number_of_spikes(
+    num_spikes: int, dataset_size: int | None, is_suspect: bool, bad: int | str, tmp_path: Path
+) -> None:
+    """Without the size of the dataset, a suspect needs more spikes."""
+    batches: list[list[Any]] = [[bad, *ids[1:]] for ids in random_batches(num_spikes)]
+    header = HEADER if dataset_size is None else {**HEADER, "dataset_size": dataset_size}
+    result = blame(write_and_read(tmp_path, header, make_spikes(batches)))
+    assert bool(result.suspects) == is_suspect
+    assert result.most_frequent is not None
+    assert (result.most_frequent.id, result.most_frequent.count) == (bad, num_spikes)
 
 
-def test_nothing_in_common(tmp_path: Path) -> None:
+def test_no_suspect_among_random_batches(tmp_path: Path) -> None:
     for seed, count in product(range(10), (2, 8, 40)):
-        found = blame(recorded(tmp_path, HEADER, spikes(random_batches(count, seed=seed))))
-        assert found.suspects == () and "no sample is in more of them than chance would have it" in found.text
-    assert found.replay is not None and found.with_ids == 40
+        result = blame(write_and_read(tmp_path, HEADER, make_spikes(random_batches(count, seed=seed))))
+        assert result.suspects == () and "no sample is in more of them than chance explains" in result.text
+    assert result.replay is not None and result.num_with_ids == 40
 
 
-def test_samples_that_always_come_together(tmp_path: Path) -> None:
+def test_samples_that_always_occur_together(tmp_path: Path) -> None:
     batches = [[1, 2, 3, *ids] for ids in random_batches(8)]
-    found = blame(recorded(tmp_path, {**HEADER, "dataset_size": 5000}, spikes(batches)))
-    assert [each.id for each in found.suspects] == [1, 2, 3]
-    assert "samples 1, 2, 3 are each in 8 of them" in found.text and "cannot tell" in found.text
+    result = blame(write_and_read(tmp_path, {**HEADER, "dataset_size": 5000}, make_spikes(batches)))
+    assert [suspect.id for suspect in result.suspects] == [1, 2, 3]
+    assert "samples 1, 2, 3 are each in 8 of them" in result.text and "cannot tell" in result.text
 
 
-def test_the_whole_data_in_every_batch(tmp_path: Path) -> None:
-    assert blame(recorded(tmp_path, HEADER, spikes([list(range(16))] * 8))).suspects == ()
+def test_no_suspect_if_every_batch_is_the_dataset(tmp_path: Path) -> None:
+    assert blame(write_and_read(tmp_path, HEADER, make_spikes([list(range(16))] * 8))).suspects == ()
 
 
-def test_no_ids(tmp_path: Path) -> None:
-    found = blame(recorded(tmp_path, HEADER, spikes([[]] * 3)))
-    assert (found.with_ids, found.suspects, found.most) == (0, (), None)
-    assert found.text.startswith("3 spikes, and no sample ids") and "recorder.note(ids=...)" in found.text
-    assert found.replay is not None
+def test_spikes_without_ids(tmp_path: Path) -> None:
+    result = blame(write_and_read(tmp_path, HEADER, make_spikes([[]] * 3)))
+    assert (result.num_with_ids, result.suspects, result.most_frequent) == (0, (), None)
+    assert result.text.startswith("3 spikes, but no sample ids") and "recorder.note(ids=...)" in result.text
+    assert result.replay is not None
 
 
-def test_a_log_without_spikes_in_it(tmp_path: Path) -> None:
-    found = blame(recorded(tmp_path, HEADER, rows([1.0] * 100)))
-    assert "nobody to blame" in found.text and found.worst is None and found.replay is None
-    by_hand = np.ones(200)
-    by_hand[[50, 60]] = [40, math.nan]
-    assert "2 of 200 steps stand out, and the log says nothing more" in blame(log_of(by_hand)).text
+def test_log_without_recorded_spikes(tmp_path: Path) -> None:
+    result = blame(write_and_read(tmp_path, HEADER, make_lines([1.0] * 100)))
+    assert result.text.startswith("No spikes") and result.worst is None and result.replay is None
+    norms = np.ones(200)
+    norms[[50, 60]] = [40, math.nan]
+    assert "2 of 200 steps stand out, but the log has no details" in blame(make_log(norms)).text
 
 
-def test_what_is_a_spike(tmp_path: Path) -> None:
-    """Three times the median or not finite; of steps in a row that are not finite, the first."""
-    lines = rows([1.0] * 20)
+def test_definition_of_a_spike(tmp_path: Path) -> None:
+    """A spike has three times the median or is not finite. Of consecutive non-finite steps only the first counts."""
+    lines = make_lines([1.0] * 20)
     lines[4].update(spike=2.9, ids=[1])
     lines[6].update(spike=3.0, ids=[2])
     lines[8].update(spike=None, ids=[3])
     for step in range(12, 20):
         lines[step].update(norm=math.nan, finite=False, spike=None, ids=[step])
-    found = blame(recorded(tmp_path, HEADER, lines))
-    assert [each.step for each in found.spikes] == [7, 13]
-    assert found.worst is not None and found.worst.step == 13
+    result = blame(write_and_read(tmp_path, HEADER, lines))
+    assert [spike.step for spike in result.spikes] == [7, 13]
+    assert result.worst is not None and result.worst.step == 13

@@ -1,4 +1,4 @@
-"""`distclip suggest`, `diagnose`, `blame` and `report` as one types them."""
+"""The commands `distclip suggest`, `diagnose`, `blame` and `report`, as a user calls them."""
 
 from __future__ import annotations
 
@@ -19,31 +19,33 @@ from distclip.monitor.analysis.blame import blame
 from distclip.monitor.analysis.log import Log, read
 from distclip.monitor.cli import main
 from distclip.monitor.terminal import Terminal
-from tests.analysis.by_hand import HEADER, bad_record, rows, usual, written
+from tests.logs import HEADER, make_bad_data_lines, make_lines, steady_norms, write_run
 
 ROOT = Path(distclip.__file__).parents[1]
 
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """A directory of two runs, whose names are long."""
-    written(tmp_path / "clean", HEADER, rows(usual(400), bound=1.6))
-    written(tmp_path / ("a-corrupted-record-" * 8), HEADER, bad_record())
+    """Write a directory of two runs, one of them with a long name."""
+    write_run(tmp_path / "clean", HEADER, make_lines(steady_norms(400), bound=1.6))
+    write_run(tmp_path / ("a-corrupted-record-" * 8), HEADER, make_bad_data_lines())
     return tmp_path
 
 
-def bad(runs: Path) -> str:
+def bad_data_run(runs: Path) -> str:
     return str(next(runs.glob("a-corrupted*")))
 
 
-def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that succeeds. Return its output, which contains no control characters."""
     assert main(arguments) == 0
     out, err = capsys.readouterr()
     assert err == "" and "\x1b" not in out and "\r" not in out
     return out
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def run_failing_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that fails. Return its error, which is one line."""
     assert main(arguments) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.endswith("\n")
@@ -51,154 +53,151 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_suggest(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = said(capsys, "suggest", str(runs / "clean")).splitlines()
+    lines = run_command(capsys, "suggest", str(runs / "clean")).splitlines()
     assert lines[0] == "clean" and lines[1].startswith("Clip at 1.3")
     cells = [line.split() for line in lines]
-    titles = ["bound", "norm", "clipped", "mean", "coef", "longest", "streak", "then", "it", "is"]
+    titles = ["bound", "norm", "clipped", "mean", "coef", "longest", "streak", "role"]
     start = cells.index(titles)
     assert [row[0] for row in cells[start + 2 : start + 9]] == ["p50", "p75", "p90", "p95", "p99", "max", "in"]
     assert "The bound in use, 1.6, is a safety net" in "\n".join(lines)
     assert lines[-2].startswith("  launch/train.py clip=global_norm clip.max_norm=1.3")
     assert lines[-1].startswith("  distclip.GradClipper(model, distclip.global_norm(1.3")
-    assert "Mind: The log was made with batch 16, not 32" in said(
+    assert "Caution: The log was made with batch size 16, not 32" in run_command(
         capsys, "suggest", str(runs / "clean"), "--batch", "32"
     )
 
 
-def test_suggest_where_norms_drift(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    written(tmp_path, rows(usual(1500) * 4 ** (1 - usual(1500).cumsum() / 1600), bound=0.2))
-    out = said(capsys, "suggest", str(tmp_path))
-    words = " ".join(out.split())
-    assert "is a normaliser" in words and "learning rate are then one knob" in words
-    assert "Adaptive, with a cap that always holds:\n  launch/train.py clip=median_mad clip.cap=" in out
+def test_suggest_for_drifting_norms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    norms = steady_norms(1500)
+    write_run(tmp_path, make_lines(norms * 4 ** (1 - norms.cumsum() / 1600), bound=0.2))
+    out = run_command(capsys, "suggest", str(tmp_path))
+    text = " ".join(out.split())
+    assert "is a normaliser" in text and "learning rate then have the same effect" in text
+    assert "Use an adaptive policy, with a cap that always applies:\n  launch/train.py clip=median_mad clip.cap=" in out
 
 
 def test_diagnose(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = said(capsys, "diagnose", str(runs))
-    assert "clean: 400 steps" in out and "nothing stands out" in out
+    out = run_command(capsys, "diagnose", str(runs))
+    assert "clean: 400 steps" in out and "no findings" in out
     assert "Spikes share sample 137  [bad data]" in out
-    assert f"launch/train.py resume={bad(runs)} replay=" in out, "a command may not be folded"
+    assert f"launch/train.py resume={bad_data_run(runs)} replay=" in out, "a command must not be wrapped"
     assert all(len(line) <= 120 or str(runs) in line or "a-corrupted" in line for line in out.splitlines())
 
 
 def test_blame(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = said(capsys, "blame", bad(runs)).splitlines()
+    lines = run_command(capsys, "blame", bad_data_run(runs)).splitlines()
     assert ["137", "57", "of", "57"] in [line.split()[:4] for line in lines]
-    assert lines[-1].startswith(f"  launch/train.py resume={bad(runs)} replay=")
-    assert "nobody to blame" in said(capsys, "blame", str(runs / "clean"))
+    assert lines[-1].startswith(f"  launch/train.py resume={bad_data_run(runs)} replay=")
+    assert "No spikes" in run_command(capsys, "blame", str(runs / "clean"))
 
 
-def test_a_file_of_lines_is_a_run(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_file_of_lines_is_a_run(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = (runs / "clean" / "metrics.jsonl").rename(runs / "mine.jsonl")
-    assert said(capsys, "diagnose", str(path)).startswith("mine.jsonl: 400 steps")
+    assert run_command(capsys, "diagnose", str(path)).startswith("mine.jsonl: 400 steps")
 
 
 def test_report(runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a stand-in for the page, of which other tests know more."""
+    """The command passes logs and paths on. Other tests check the page itself."""
 
-    def write_page(logs: Sequence[Log], path: Path, judged: object) -> None:
+    def write_page(logs: Sequence[Log], path: Path, assessments: object) -> None:
         path.write_text(" ".join(log.name for log in logs))
 
-    def write_pictures(logs: Sequence[Log], directory: Path) -> list[Path]:
+    def write_pngs(logs: Sequence[Log], directory: Path) -> list[Path]:
         return [directory / "norm.png"]
 
-    for stand_in in (write_page, write_pictures):
-        monkeypatch.setattr(dashboard, stand_in.__name__, stand_in, raising=False)
-    monkeypatch.setattr(dashboard, "overview", lambda logs, console, judged: console.print(len(logs)), raising=False)
+    for fake in (write_page, write_pngs):
+        monkeypatch.setattr(dashboard, fake.__name__, fake)
+    monkeypatch.setattr(dashboard, "print_summary", lambda logs, console, assessments: console.print(len(logs)))
     monkeypatch.chdir(runs)
-    assert said(capsys, "report", "clean") == "1\npage: clean/report.html\n"
-    assert said(capsys, "report", ".") == "2\npage: report.html\n"
-    assert said(capsys, "report", "clean", "--out", "x.html", "--png", "p").splitlines()[1:] == [
+    assert run_command(capsys, "report", "clean") == "1\npage: clean/report.html\n"
+    assert run_command(capsys, "report", ".") == "2\npage: report.html\n"
+    assert run_command(capsys, "report", "clean", "--out", "x.html", "--png", "p").splitlines()[1:] == [
         "page: x.html",
-        "picture: p/norm.png",
+        "png: p/norm.png",
     ]
     assert (runs / "x.html").read_text() == "clean"
-    assert "nowhere/x.html cannot be written: No such file or directory" in failed(
-        capsys, "report", "clean", "--out", "nowhere/x.html"
-    )
+    assert main(("report", "clean", "--out", "nowhere/x.html")) == 1
+    assert "nowhere/x.html cannot be written: No such file or directory" in capsys.readouterr().err
 
 
-def failed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert main(arguments) == 1
-    return capsys.readouterr().err
-
-
-def test_what_is_no_run(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty, foreign = runs / "empty.jsonl", runs / "foreign.jsonl"
     empty.write_text("")
     foreign.write_text('{"epoch": 1, "grad_norm": 2.0}\n')
-    nan = str(written(runs / "nan", HEADER, rows([float("nan")] * 300)))
-    short = str(written(runs / "short", HEADER, rows(usual(100))))
+    nan = str(write_run(runs / "nan", HEADER, make_lines([float("nan")] * 300)))
+    short = str(write_run(runs / "short", HEADER, make_lines(steady_norms(100))))
     for name in ("suggest", "diagnose", "blame", "report"):
-        assert "nowhere does not exist" in refused(capsys, name, str(runs / "nowhere"))
-        assert "is empty" in refused(capsys, name, str(empty))
-        assert "only epoch, grad_norm" in refused(capsys, name, str(foreign))
-    assert "not one of 300 norms is finite" in refused(capsys, "suggest", nan)
-    assert "have 100 finite norms, and a bound needs 200" in refused(capsys, "suggest", short)
-    assert f"4 runs are in {runs}, and it looks at one: write {bad(runs)}, say" in refused(capsys, "blame", str(runs))
+        assert "nowhere does not exist" in run_failing_command(capsys, name, str(runs / "nowhere"))
+        assert "is empty" in run_failing_command(capsys, name, str(empty))
+        assert "only epoch, grad_norm" in run_failing_command(capsys, name, str(foreign))
+    assert "none of 300 norms is finite" in run_failing_command(capsys, "suggest", nan)
+    assert "have 100 finite norms, and a bound needs 200" in run_failing_command(capsys, "suggest", short)
+    assert f"{runs} contains 4 runs, but this command takes one run. Pass {bad_data_run(runs)}" in run_failing_command(
+        capsys, "blame", str(runs)
+    )
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "excerpt"),
     [
         ([], "COMMAND"),
         (["suggest"], "RUN"),
         (["plot", "x"], "plot"),
-        (["suggest", "x", "--batch", "0"], "write 1 or more"),
+        (["suggest", "x", "--batch", "0"], "Pass 1 or more"),
     ],
 )
-def test_what_cannot_be(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments(arguments: list[str], excerpt: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
-    assert caught.value.code == 2 and words in capsys.readouterr().err
+    assert caught.value.code == 2 and excerpt in capsys.readouterr().err
 
 
-def test_torn_lines_are_one_line(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_lines_are_one_warning(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = runs / "clean" / "metrics.jsonl"
     path.write_text(path.read_text()[:-20])
     assert main(["diagnose", str(runs / "clean")]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("clean: 399 steps")
-    assert err == f"distclip diagnose: {path}: line 401 cannot be read and was left out\n"
+    assert err == f"distclip diagnose: {path}: line 401 cannot be read and was ignored\n"
 
 
 @pytest.mark.parametrize("missing", ["numpy", "rich", "plotly"])
-def test_without_the_extra(
+def test_missing_package(
     missing: str, runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = builtins.__import__
 
     def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.partition(".")[0] == missing or (missing == "plotly" and name == "page"):
+        if name.partition(".")[0] == missing:
             raise ModuleNotFoundError(f"No module named {name!r}", name=missing)
         return real(name, *args, **kwargs)
 
     for name in [name for name in sys.modules if name.startswith("distclip.monitor.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", without)
-    error = refused(capsys, "report", str(runs / "clean"))
-    assert error == f"distclip report needs {missing}: pip install 'distclip[report]'\n"
+    error = run_failing_command(capsys, "report", str(runs / "clean"))
+    assert error == f"distclip report: {missing} is not installed. Use pip install 'distclip[report]'\n"
 
 
-def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(asked: object) -> int:
+def test_other_import_errors_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(args: object) -> int:
         raise ModuleNotFoundError("No module named 'distclip.nothing'", name="distclip.nothing")
 
-    monkeypatch.setattr(cli, "_run", broken)
+    monkeypatch.setattr(cli, "_run", fail)
     with pytest.raises(ModuleNotFoundError):
         main(["diagnose", "x"])
 
 
-def test_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(asked: object) -> int:
+def test_keyboard_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(args: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_run", stop)
+    monkeypatch.setattr(cli, "_run", interrupt)
     assert main(["diagnose", "x"]) == 130
 
 
-def test_of_its_own_process(runs: Path) -> None:
-    """On a pipe that is closed before anything comes, as by `| head -0`, and with warnings as errors."""
+def test_closed_pipe(runs: Path) -> None:
+    """A reader such as `| head -0` closes the pipe before the first line. Warnings are errors here."""
     process = subprocess.Popen(
         [sys.executable, "-W", "error", "-m", "distclip.monitor", "diagnose", str(runs)],
         cwd=ROOT,
@@ -218,10 +217,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert caught.value.code == 0 and capsys.readouterr().out == f"distclip {distclip.__version__}\n"
 
 
-def test_a_narrow_terminal(runs: Path) -> None:
-    """Sentences are folded there; a command is not."""
+def test_narrow_terminal(runs: Path) -> None:
+    """Sentences are wrapped, and a command is not."""
     output = StringIO()
-    log = read(Path(bad(runs)))
+    log = read(Path(bad_data_run(runs)))
     Terminal(Console(file=output, width=50, force_terminal=True, color_system=None)).blame(log, blame(log))
     lines = output.getvalue().splitlines()
     assert sum(len(line) > 50 for line in lines) == 2, "the name and the command"

@@ -1,4 +1,4 @@
-"""A recorder of one process: its file whatever happens to it, one copy to the host, other people's libraries."""
+"""A recorder in one process: its file after crashes and errors, its host syncs, and the sinks."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ from distclip.monitor import Recorder, sinks
 SIZE = 4
 
 
-def clipper_of(policy: Any = None, **options: Any) -> tuple[GradClipper, torch.nn.Parameter]:
+def make_clipper(policy: Any = None, **options: Any) -> tuple[GradClipper, torch.nn.Parameter]:
     weight = torch.nn.Parameter(torch.zeros(SIZE))
     return GradClipper([("weight", weight)], policy or distclip.global_norm(1.0), **options), weight
 
 
-def steps_of(clipper: GradClipper, weight: torch.nn.Parameter, norms: list[float]) -> Iterator[float]:
-    """Clips a gradient of each of these norms."""
+def clip_norms(clipper: GradClipper, weight: torch.nn.Parameter, norms: list[float]) -> Iterator[float]:
+    """Clip a gradient with each of these norms."""
     for norm in norms:
         weight.grad = torch.full((SIZE,), norm / SIZE**0.5)
         clipper.clip()
         yield norm
 
 
-def rows_of(run: Path) -> list[dict[str, Any]]:
+def read_steps(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "step" in line]
 
 
-def test_a_line_a_step(tmp_path: Path) -> None:
-    clipper, weight = clipper_of()
+def test_one_line_per_step(tmp_path: Path) -> None:
+    clipper, weight = make_clipper()
     with Recorder(clipper, tmp_path, every=3) as recorder:
-        for norm in steps_of(clipper, weight, [0.5, 2.0, 4.0, 8.0]):
+        for norm in clip_norms(clipper, weight, [0.5, 2.0, 4.0, 8.0]):
             recorder.note(loss=torch.tensor(norm, dtype=torch.bfloat16), lr=0.1, tokens=torch.tensor(7), ids=["a", "b"])
-    rows = rows_of(tmp_path)
+    rows = read_steps(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert [row["norm"] for row in rows] == [0.5, 2.0, 4.0, 8.0]
     assert [row["clipped"] for row in rows] == [False, True, True, True]
     assert [row["coef"] for row in rows] == pytest.approx([1, 0.5, 0.25, 0.125], rel=1e-5)
     assert all(row["loss"] == row["norm"] and row["bound"] == 1.0 and row["tokens"] == 7 for row in rows)
-    assert not any("ids" in row for row in rows)  # none of them stands out
+    assert not any("ids" in row for row in rows), "no step stands out"
 
 
-def test_whoever_steps_is_recorded(tmp_path: Path) -> None:
-    clipper, weight = clipper_of()
+def test_records_attached_and_direct_steps(tmp_path: Path) -> None:
+    clipper, weight = make_clipper()
     optimizer = torch.optim.SGD([weight], lr=0.1)
     clipper.attach(optimizer)
     with Recorder(clipper, tmp_path):
@@ -63,40 +63,40 @@ def test_whoever_steps_is_recorded(tmp_path: Path) -> None:
         optimizer.step()
         weight.grad = torch.ones(SIZE)
         clipper.step(optimizer)
-    assert [row["norm"] for row in rows_of(tmp_path)] == [2.0, 2.0]
+    assert [row["norm"] for row in read_steps(tmp_path)] == [2.0, 2.0]
 
 
-def test_a_loss_scale_is_taken_out_and_noted(tmp_path: Path) -> None:
-    clipper, weight = clipper_of()
+def test_loss_scale_is_recorded_and_divided_out(tmp_path: Path) -> None:
+    clipper, weight = make_clipper()
     optimizer, scaler = torch.optim.SGD([weight], lr=0.1), torch.amp.GradScaler("cpu", init_scale=8.0)
     with Recorder(clipper, tmp_path, per_tensor=True):
-        for bad in (False, True, False):
-            scaler.scale((weight * (float("inf") if bad else 1.0)).sum()).backward()
+        for overflows in (False, True, False):
+            scaler.scale((weight * (float("inf") if overflows else 1.0)).sum()).backward()
             clipper.step(optimizer, scaler)
             scaler.update()
             optimizer.zero_grad()
-    rows = rows_of(tmp_path)
+    rows = read_steps(tmp_path)
     assert [row["norm"] for row in rows] == [2.0, None, 2.0]
     assert [row["tensor_norms"] for row in rows] == [[2.0], [None], [2.0]]
     assert [row["scale"] for row in rows] == [8.0, 8.0, 4.0]
     assert rows[1]["nonfinite"] == SIZE
 
 
-def test_a_loss_does_not_keep_what_it_came_from(tmp_path: Path) -> None:
-    clipper, weight = clipper_of()
+def test_noted_loss_does_not_keep_its_graph(tmp_path: Path) -> None:
+    clipper, weight = make_clipper()
     recorder = Recorder(clipper, tmp_path)
     data = torch.ones(SIZE)
-    alive = weakref.ref(data)
+    reference = weakref.ref(data)
     loss = (weight * data).sum()
     loss.backward(retain_graph=True)
     clipper.clip()
     recorder.note(loss=loss)
     del loss, data
-    assert alive() is None
+    assert reference() is None
 
 
-class Copies(TorchDispatchMode):
-    """Counts what brings numbers to the host."""
+class HostReadCounter(TorchDispatchMode):
+    """Counts operators that copy a number to the host."""
 
     count = 0
 
@@ -105,20 +105,20 @@ class Copies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_between_two_writes_a_step_reads_nothing(tmp_path: Path) -> None:
-    alone, weight = clipper_of()
-    with Copies() as without:
-        list(steps_of(alone, weight, [2.0] * 5))
-    recorded, weight = clipper_of()
-    recorder = Recorder(recorded, tmp_path, every=5)
-    with Copies() as with_it:
-        for _ in steps_of(recorded, weight, [2.0] * 5):
+def test_no_host_reads_between_two_writes(tmp_path: Path) -> None:
+    clipper, weight = make_clipper()
+    with HostReadCounter() as without_recorder:
+        list(clip_norms(clipper, weight, [2.0] * 5))
+    clipper, weight = make_clipper()
+    recorder = Recorder(clipper, tmp_path, every=5)
+    with HostReadCounter() as with_recorder:
+        for _ in clip_norms(clipper, weight, [2.0] * 5):
             recorder.note(loss=torch.ones(()), lr=0.1)
-    assert with_it.count == without.count
+    assert with_recorder.count == without_recorder.count
     recorder.flush()
 
 
-def test_a_crash_loses_no_more_than_it_may_and_leaves_a_file_that_can_be_gone_on_with(tmp_path: Path) -> None:
+def test_crash_loses_few_steps_and_file_can_be_appended_to(tmp_path: Path) -> None:
     code = f"""
         import os, torch, distclip
         from distclip.monitor import Recorder
@@ -132,19 +132,19 @@ def test_a_crash_loses_no_more_than_it_may_and_leaves_a_file_that_can_be_gone_on
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
     assert done.returncode == 1
-    assert [row["step"] for row in rows_of(tmp_path)] == list(range(1, 9))
+    assert [row["step"] for row in read_steps(tmp_path)] == list(range(1, 9))
     file = tmp_path / "metrics.jsonl"
     file.write_text(file.read_text() + '{"step": 9, "no')
-    clipper, weight = clipper_of()
+    clipper, weight = make_clipper()
     with Recorder(clipper, tmp_path):
-        list(steps_of(clipper, weight, [1.0]))
-    torn, header, row = file.read_text().splitlines()[-3:]
-    assert torn == '{"step": 9, "no'
+        list(clip_norms(clipper, weight, [1.0]))
+    truncated, header, row = file.read_text().splitlines()[-3:]
+    assert truncated == '{"step": 9, "no'
     assert "distclip" in json.loads(header)
     assert json.loads(row)["step"] == 1
 
 
-def test_a_process_that_ends_writes_the_rest(tmp_path: Path) -> None:
+def test_exit_of_the_process_writes_remaining_steps(tmp_path: Path) -> None:
     code = f"""
         import torch, distclip
         from distclip.monitor import Recorder
@@ -156,28 +156,28 @@ def test_a_process_that_ends_writes_the_rest(tmp_path: Path) -> None:
         raise ValueError
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False, stderr=subprocess.DEVNULL)
-    assert len(rows_of(tmp_path)) == 1
+    assert len(read_steps(tmp_path)) == 1
 
 
-def test_a_step_that_raises_leaves_what_was_before_it(tmp_path: Path) -> None:
-    clipper, weight = clipper_of(on_nonfinite="raise")
+def test_steps_before_an_exception_are_written(tmp_path: Path) -> None:
+    clipper, weight = make_clipper(on_nonfinite="raise")
     with pytest.raises(distclip.NonFiniteError), Recorder(clipper, tmp_path):
-        list(steps_of(clipper, weight, [1.0, 2.0, float("nan")]))
-    assert [row["norm"] for row in rows_of(tmp_path)] == [1.0, 2.0]
+        list(clip_norms(clipper, weight, [1.0, 2.0, float("nan")]))
+    assert [row["norm"] for row in read_steps(tmp_path)] == [1.0, 2.0]
 
 
-def test_it_stays_with_a_clipper_that_is_bound_anew(tmp_path: Path) -> None:
-    clipper, weight = clipper_of()
+def test_records_after_rebind(tmp_path: Path) -> None:
+    clipper, weight = make_clipper()
     with Recorder(clipper, tmp_path, per_tensor=True):
-        list(steps_of(clipper, weight, [1.0]))
+        list(clip_norms(clipper, weight, [1.0]))
         other = torch.nn.Parameter(torch.zeros(SIZE))
         clipper.rebind([("weight", other)])
-        list(steps_of(clipper, other, [3.0]))
-    assert [row["tensor_norms"] for row in rows_of(tmp_path)] == [[1.0], [3.0]]
+        list(clip_norms(clipper, other, [3.0]))
+    assert [row["tensor_norms"] for row in read_steps(tmp_path)] == [[1.0], [3.0]]
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("arguments", "message"),
     [
         ({"every": 0}, "every=0"),
         ({"top": -1}, "top=-1"),
@@ -185,25 +185,25 @@ def test_it_stays_with_a_clipper_that_is_bound_anew(tmp_path: Path) -> None:
         ({"facts": ["batch"]}, "facts"),
     ],
 )
-def test_what_cannot_be_meant(tmp_path: Path, wrong: dict[str, Any], said: str) -> None:
-    with pytest.raises(distclip.ArgumentError, match=said):
-        Recorder(clipper_of()[0], tmp_path, **wrong)
+def test_invalid_arguments(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(distclip.ArgumentError, match=message):
+        Recorder(make_clipper()[0], tmp_path, **arguments)
     assert not list(tmp_path.iterdir())
     with pytest.raises(distclip.ArgumentError, match="GradClipper"):
         Recorder(torch.nn.Linear(1, 1), tmp_path)  # type: ignore[arg-type]
 
 
-def record(tmp_path: Path, sink: sinks.Sink) -> None:
-    clipper, weight = clipper_of()
+def record_three_steps(tmp_path: Path, sink: sinks.Sink) -> None:
+    clipper, weight = make_clipper()
     with Recorder(clipper, tmp_path, per_tensor=True, sinks=[sink]) as recorder:
-        for _ in steps_of(clipper, weight, [2.0, float("nan"), 4.0]):
+        for _ in clip_norms(clipper, weight, [2.0, float("nan"), 4.0]):
             recorder.note(lr=0.1)
 
 
 @pytest.mark.filterwarnings("ignore::distclip.NonFiniteWarning")
 def test_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    record(tmp_path, sinks.tensorboard(tmp_path / "events"))
+    record_three_steps(tmp_path, sinks.tensorboard(tmp_path / "events"))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "events"))
@@ -221,8 +221,8 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         sinks.wandb()
     with wandb.init(mode="offline", dir=str(tmp_path), project="distclip") as run:
         for step in (5, 6):
-            run.log({"its own": 1.0}, step=step)
-        record(tmp_path, sinks.wandb())
+            run.log({"other": 1.0}, step=step)
+        record_three_steps(tmp_path, sinks.wandb())
         assert run.summary["clip/norm"] == 4.0
         assert run.summary["clip/step"] == 3
 
@@ -236,7 +236,7 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(distclip.ArgumentError, match="no run is active"):
         sinks.mlflow()
     with mlflow.start_run() as run:
-        record(tmp_path, sinks.mlflow())
+        record_three_steps(tmp_path, sinks.mlflow())
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "clip/norm")
     assert [(metric.step, metric.value) for metric in history] == [(1, 2.0), (3, 4.0)]
 
@@ -247,5 +247,5 @@ def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trackio = pytest.importorskip("trackio", reason="trackio is not installed")
     logged: list[tuple[dict[str, float], int]] = []
     monkeypatch.setattr(trackio, "log", lambda numbers, step: logged.append((numbers, step)))
-    record(tmp_path, sinks.trackio())
+    record_three_steps(tmp_path, sinks.trackio())
     assert [(step, numbers.get("clip/norm")) for numbers, step in logged] == [(1, 2.0), (2, None), (3, 4.0)]

@@ -1,8 +1,10 @@
-"""From the lines that a recorder wrote to what follows from them.
+"""Read the lines that a recorder wrote, and draw conclusions from them.
 
 ::
 
-    runs ─▶ reading ─▶ steps ─▶ log ─▶ regimes ─▶ threshold    how far to clip
-    where   JSON       columns  `Log`          ├▶ diagnosis    what is wrong, and the evidence
-    they are                                   └▶ blame        which samples, ranks and tensors
+    log.runs ─▶ log.reader ─▶ log.columns ─▶ log.log ─▶ change_points ─▶ suggest      which bound to clip at
+    find        JSON lines    steps as       `Log`                    ├▶ diagnosis    problems, with evidence
+    the runs    and sessions  columns                                 └▶ blame        samples, ranks, tensors of spikes
+
+`statistics`, `spikes` and `formatting` are shared. Nothing here imports torch or the clipping pipeline.
 """

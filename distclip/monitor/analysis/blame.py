@@ -1,4 +1,4 @@
-"""Which samples, ranks and tensors the spikes of a run have in common."""
+"""Find the samples, ranks and tensors that the spikes of a run have in common."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .excess import SPIKE, spikes_of
-from .log import Log, Spike
-from .phrases import listed
+from .formatting import format_list, pluralize
+from .log import Log
+from .spikes import SPIKE_FACTOR, Spike, find_spikes
 
 __all__ = ["Blame", "Suspect", "blame"]
 
-CHANCE = 0.01
-"""That any sample would be among the spikes so often, if spikes did not care about samples."""
+MAX_CHANCE = 0.01
+"""Maximum probability that any sample is in so many spikes by chance, for a sample to become a suspect."""
 
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
-    """A sample.
+    """A sample that is in the batches of several spikes.
 
     Args:
-        id: as the run named it.
-        count: of the spikes in whose batches it was.
-        expected: how many that would be by chance.
-        chance: that any of the samples would have as many.
+        id: that the run noted.
+        count: number of spikes with the sample in their batches.
+        expected: number expected by chance.
+        chance: probability that any of the samples is in so many spikes by chance.
     """
 
     id: int | str
@@ -38,23 +38,24 @@ class Suspect:
 
 @dataclass(frozen=True)
 class Blame:
-    """What the spikes of a run have in common.
+    """Properties that the spikes of a run have in common.
 
     Args:
-        spikes: that were looked at, in order of steps.
-        with_ids: how many of them say which samples they had.
-        suspects: samples that are there more often than chance allows, the most frequent first.
-        most: the most frequent sample of all, suspect or not; None where no ids were recorded.
-        ranks, tensors: where the largest part of the gradient was, with how many spikes that holds for.
-        worst: the spike to look at first.
-        replay: the command that computes its gradient once more.
-        text: what was found, in a sentence or two.
+        spikes: that were examined, in order of steps.
+        num_with_ids: number of spikes with sample ids.
+        suspects: samples in more spikes than chance explains, the most frequent first.
+        most_frequent: the most frequent sample, suspect or not; None if no ids were recorded.
+        ranks: (rank, number of spikes) with the largest part of the gradient on that rank.
+        tensors: (tensor, number of spikes) with the largest part of the gradient in that tensor.
+        worst: the spike to examine first; None if there is no spike.
+        replay: command that computes the gradient of this spike again.
+        text: the result in one or two sentences.
     """
 
     spikes: tuple[Spike, ...]
-    with_ids: int
+    num_with_ids: int
     suspects: tuple[Suspect, ...]
-    most: Suspect | None
+    most_frequent: Suspect | None
     ranks: tuple[tuple[int, int], ...]
     tensors: tuple[tuple[str, int], ...]
     worst: Spike | None
@@ -63,63 +64,65 @@ class Blame:
 
 
 def blame(log: Log) -> Blame:
-    """Count what the spikes have in common.
+    """Find the samples, ranks and tensors that the spikes of a run have in common.
 
-    A spike is a recorded step with at least three times the median norm before it, or one whose norm is not finite; of
-    such steps in a row, as a network that is beyond repair has them, the first. The chance is a binomial one: of N
-    samples a batch of b has any given one with b/N. N is the run's "dataset_size", if its header has that, or as
-    many as are named in the recorded steps, which are fewer, so that the chance comes out too large rather than too
-    small; it is multiplied by N, because any of them might have been the one.
+    A spike is a recorded step whose norm is at least three times the median before it or is not finite. Among
+    consecutive non-finite steps only the first one counts, because a diverged network makes all later steps non-finite.
+
+    The chance is binomial: a batch of b from N samples contains a given sample with probability b/N. N is the run's
+    "dataset_size" if the header has it. Otherwise N is the number of different samples in the recorded steps. That
+    number is smaller, which overestimates the chance. The probability is multiplied by N because the sample could have
+    been any of them.
     """
-    spikes = _spiky(log)
-    with_ids = [spike.ids for spike in spikes if spike.ids]
-    everyone = _population(log)
-    ranked = _ranked(with_ids, everyone)
-    suspects = tuple(each for each in ranked if each.count > 1 and each.chance < CHANCE)
-    with_it = [spike for spike in spikes if suspects and suspects[0].id in spike.ids] or spikes
-    worst = max(with_it, key=lambda spike: math.inf if math.isnan(spike.ratio) else spike.ratio, default=None)
+    spikes = _select_spikes(log)
+    batches = [spike.ids for spike in spikes if spike.ids]
+    num_samples = _count_samples(log)
+    ranking = _rank_samples(batches, num_samples)
+    suspects = tuple(sample for sample in ranking if sample.count > 1 and sample.chance < MAX_CHANCE)
+    with_suspect = [spike for spike in spikes if suspects and suspects[0].id in spike.ids] or spikes
+    worst = max(with_suspect, key=lambda spike: math.inf if math.isnan(spike.ratio) else spike.ratio, default=None)
     return Blame(
         spikes=tuple(spikes),
-        with_ids=len(with_ids),
+        num_with_ids=len(batches),
         suspects=suspects,
-        most=ranked[0] if ranked else None,
+        most_frequent=ranking[0] if ranking else None,
         ranks=tuple(Counter(spike.rank for spike in spikes if spike.rank is not None).most_common()),
         tensors=tuple(Counter(spike.tensor for spike in spikes if spike.tensor is not None).most_common()),
         worst=worst,
         replay=None if worst is None else f"launch/train.py resume={log.path.parent} replay={worst.step}",
-        text=_text(log, spikes, len(with_ids), suspects, ranked, everyone),
+        text=_describe(log, spikes, len(batches), suspects, ranking, num_samples),
     )
 
 
-def _spiky(log: Log) -> list[Spike]:
-    # Where each step stands in the log, and whether the one before it was not finite either.
-    place = np.searchsorted(log.steps, [spike.step for spike in log.spikes])
-    follows = {int(i) for i in place if i > 0 and not log.finite[i] and not log.finite[i - 1]}
+def _select_spikes(log: Log) -> list[Spike]:
+    indices = np.searchsorted(log.steps, [spike.step for spike in log.spikes])
+    # A non-finite step after another one is a consequence of the first.
+    consequences = {int(i) for i in indices if i > 0 and not log.finite[i] and not log.finite[i - 1]}
     return [
         spike
-        for spike, i in zip(log.spikes, place.tolist(), strict=True)
-        if (spike.ratio >= SPIKE or math.isnan(spike.norm)) and i not in follows
+        for spike, i in zip(log.spikes, indices.tolist(), strict=True)
+        if (spike.ratio >= SPIKE_FACTOR or math.isnan(spike.norm)) and i not in consequences
     ]
 
 
-def _population(log: Log) -> int:
-    told = log.header.get("dataset_size")
-    named = len({each for spike in log.spikes for each in spike.ids})
-    return max(named, told) if isinstance(told, int) else named
+def _count_samples(log: Log) -> int:
+    size = log.header.get("dataset_size")
+    num_ids = len({sample for spike in log.spikes for sample in spike.ids})
+    return max(num_ids, size) if isinstance(size, int) else num_ids
 
 
-def _ranked(batches: Sequence[Iterable[int | str]], everyone: int) -> list[Suspect]:
-    """All samples of the batches, the most frequent first."""
-    samples = [frozenset(batch) for batch in batches]
-    counts = Counter(each for batch in samples for each in batch)
-    # The mean chance: with batches of different sizes the number of hits scatters a little less than binomially.
-    rate = sum(map(len, samples)) / (len(samples) * everyone) if samples else 0.0
-    chances = {count: min(1.0, everyone * _at_least(count, len(samples), rate)) for count in set(counts.values())}
-    return [Suspect(each, count, rate * len(samples), chances[count]) for each, count in counts.most_common()]
+def _rank_samples(batches: Sequence[Iterable[int | str]], num_samples: int) -> list[Suspect]:
+    """Return all samples of the batches, the most frequent first."""
+    sets = [frozenset(batch) for batch in batches]
+    counts = Counter(sample for batch in sets for sample in batch)
+    # The mean probability: with batches of different sizes the counts vary slightly less than binomially.
+    rate = sum(map(len, sets)) / (len(sets) * num_samples) if sets else 0.0
+    chances = {count: min(1.0, num_samples * _binomial_tail(count, len(sets), rate)) for count in set(counts.values())}
+    return [Suspect(sample, count, rate * len(sets), chances[count]) for sample, count in counts.most_common()]
 
 
-def _at_least(count: int, trials: int, rate: float) -> float:
-    """The binomial probability of so many hits or more."""
+def _binomial_tail(count: int, trials: int, rate: float) -> float:
+    """Return the binomial probability of at least `count` hits."""
     if rate >= 1:
         return 1.0
     logs = [
@@ -130,46 +133,44 @@ def _at_least(count: int, trials: int, rate: float) -> float:
     return sum(map(math.exp, logs))
 
 
-def _text(
+def _describe(
     log: Log,
     spikes: Sequence[Spike],
-    with_ids: int,
+    num_with_ids: int,
     suspects: Sequence[Suspect],
-    ranked: Sequence[Suspect],
-    everyone: int,
+    ranking: Sequence[Suspect],
+    num_samples: int,
 ) -> str:
-    unseen = np.count_nonzero(~log.finite) + len(spikes_of(log))
-    if unseen and not log.spikes:
+    num_outliers = np.count_nonzero(~log.finite) + len(find_spikes(log.norms))
+    if num_outliers and not log.spikes:
         return (
-            f"{unseen:,} of {len(log.steps):,} steps stand out, and the log says nothing more of them: record the run "
-            "with distclip.monitor.Recorder, and call recorder.note(ids=...) with the batch's samples after each step."
+            f"{num_outliers:,} of {len(log.steps):,} steps stand out, but the log has no details of them. Use "
+            "distclip.monitor.Recorder, and call recorder.note(ids=...) with the samples of the batch after each step."
         )
     if not spikes:
         return (
-            f"None of {len(log.steps):,} steps was recorded with {SPIKE:g} times the median norm before it, or with a "
-            "norm that is not finite: there is nobody to blame."
+            f"No spikes: none of {len(log.steps):,} steps was recorded with a non-finite norm or with at least "
+            f"{SPIKE_FACTOR:g} times the median norm before it."
         )
-    if not with_ids:
+    if not num_with_ids:
         return (
-            f"{_spikes(len(spikes))}, and no sample ids were recorded with {'them' if len(spikes) > 1 else 'it'}: call "
-            "recorder.note(ids=...) with those of the batch after each step."
+            f"{pluralize(len(spikes), 'spike')}, but no sample ids were recorded with "
+            f"{'them' if len(spikes) > 1 else 'it'}. Call recorder.note(ids=...) with the samples of the batch after "
+            "each step."
         )
-    of = f"{_spikes(with_ids)} with sample ids"
+    prefix = f"{pluralize(num_with_ids, 'spike')} with sample ids"
     if not suspects:
-        most = ranked[0]
+        most = ranking[0]
         return (
-            f"{of}, and no sample is in more of them than chance would have it: the most frequent, {most.id}, is in "
-            f"{most.count}, and of {everyone:,} samples one may well be."
+            f"{prefix}, and no sample is in more of them than chance explains: the most frequent one, {most.id}, is in "
+            f"{most.count}, which is not unusual among {num_samples:,} samples."
         )
     first = suspects[0]
-    alike = [each for each in suspects if each.count == first.count]
-    if len(alike) > 1:
-        who = f"samples {listed([each.id for each in alike], 8)} are each in {first.count}"
-        cannot = " They come together: which of them it is the log cannot tell."
+    ties = [suspect for suspect in suspects if suspect.count == first.count]
+    if len(ties) > 1:
+        subject = f"samples {format_list([suspect.id for suspect in ties], 8)} are each in {first.count}"
+        limit = " They always occur together, so the log cannot tell which of them is the cause."
     else:
-        who, cannot = f"sample {first.id} is in {first.count}", ""
-    return f"{of}: {who} of them, where chance has {first.expected:.1f} (p = {first.chance:.0e}).{cannot}"
-
-
-def _spikes(count: int) -> str:
-    return f"{count:,} spike{'s' * (count > 1)}"
+        subject, limit = f"sample {first.id} is in {first.count}", ""
+    chance = f"{first.expected:.1f} are expected by chance (p = {first.chance:.0e})"
+    return f"{prefix}: {subject} of them, where {chance}.{limit}"

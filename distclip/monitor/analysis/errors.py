@@ -1,13 +1,13 @@
-"""What a user of the commands can put right."""
+"""Define the error and the warning that a user of the commands can act on."""
 
 from __future__ import annotations
 
-__all__ = ["RunError", "TornWarning"]
+__all__ = ["RunError", "UnreadableLinesWarning"]
 
 
 class RunError(Exception):
-    """One line: which run, what is wrong with it, and what to do instead."""
+    """A run that cannot be analyzed. The message is one line: the run, the problem and what to do instead."""
 
 
-class TornWarning(UserWarning):
-    """Lines of a run could not be read and were left out: a crash tore them, or they are not a recorder's."""
+class UnreadableLinesWarning(UserWarning):
+    """Lines of a run that were ignored: a crash truncated them, or no recorder wrote them."""

@@ -1,29 +1,42 @@
-"""What a recorder keeps of single steps: `Spike`, `Culprit`."""
+"""Find steps whose norm stands out, and parse what a recorder wrote about such steps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .reading import Line
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
 
-__all__ = ["Culprit", "Spike", "culprits_in", "number", "spike_in"]
+from .statistics import Numbers, robust_scale
+
+__all__ = ["SPIKE_FACTOR", "Culprit", "Spike", "find_spikes", "parse_culprits", "parse_number", "parse_spike"]
+
+SPIKE_FACTOR = 3.0
+"""Minimum ratio of a spike's norm to the median of the norms around it."""
+
+MIN_DEVIATIONS = 5.0
+"""Minimum distance of a spike from that median, in robust standard deviations of the log-norms."""
+
+WINDOW = 128
+"""Number of norms around a step that it is compared with."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spike:
-    """A step whose norm stood out, with what the recorder kept of it.
+    """A step that the recorder described in more detail because its norm stood out or was not finite.
 
     Args:
-        step: which.
-        norm: before clipping; NaN where it was not finite.
-        ratio: how many times the running median before it; NaN where there was none yet or the norm is not finite.
-        ids: of the samples of its batch, on all ranks; empty where none were given.
-        rank: on which the largest part of the norm lay; None where all ranks have the same.
-        tensor: whose gradient was the largest there; None where unknown.
-        share: which part of the whole squared norm that tensor's piece was, 0 to 1; NaN where unknown.
+        step: number of the step.
+        norm: before clipping; NaN if it was not finite.
+        ratio: norm divided by the running median before the step; NaN if there was no median or no finite norm.
+        ids: of the samples of its batch, on all ranks; empty if the run noted none.
+        rank: that held the largest part of the norm; None if all ranks held the same.
+        tensor: with the largest gradient on that rank; None if unknown.
+        share: of that gradient in the squared norm, 0 to 1; NaN if unknown.
     """
 
     step: int
@@ -37,7 +50,18 @@ class Spike:
 
 @dataclass(frozen=True, slots=True)
 class Culprit:
-    """A gradient that was not finite at a step: how many NaN and infinite elements, on which ranks."""
+    """A gradient with non-finite elements at a step. Its text is that of `distclip.Culprit`.
+
+    Args:
+        step: number of the step.
+        name: of the parameter.
+        nans: number of NaN on all `ranks` together.
+        infs: number of infinite elements.
+        ranks: that held them; empty for a single process.
+
+    >>> print(Culprit(7, "weight", 2, 1, (0, 3)))
+    weight (2 NaN and 1 Inf on ranks 0, 3)
+    """
 
     step: int
     name: str
@@ -45,9 +69,49 @@ class Culprit:
     infs: int
     ranks: tuple[int, ...]
 
+    def __str__(self) -> str:
+        counts = [f"{n} {kind}" for n, kind in ((self.nans, "NaN"), (self.infs, "Inf")) if n]
+        on = f" on rank{'s' * (len(self.ranks) > 1)} {', '.join(map(str, self.ranks))}" if self.ranks else ""
+        return f"{self.name} ({' and '.join(counts)}{on})"
 
-def spike_in(step: int, line: Line) -> Spike | None:
-    """What a step's line says of it as a spike; None where it does not."""
+
+def find_spikes(norms: Numbers) -> NDArray[np.int64]:
+    """Find the steps whose norm stands out from the 128 norms around it.
+
+    A recorder, which does not know later norms, compares with the norms before a step instead.
+
+    Args:
+        norms: (n,) before clipping; NaN where a norm was not finite.
+
+    Returns:
+        Indices of the spikes, increasing.
+    """
+    indices = np.flatnonzero(np.isfinite(norms) & (norms > 0))
+    if not len(indices):
+        return indices
+    logs = np.log(norms[indices])
+    deviations = logs - _local_medians(logs)
+    # The second bound keeps runs with widely scattered norms from having spikes all the time.
+    least = max(math.log(SPIKE_FACTOR), MIN_DEVIATIONS * robust_scale(deviations))
+    spikes: NDArray[np.int64] = indices[deviations > least]
+    return spikes
+
+
+def _local_medians(values: Numbers) -> Numbers:
+    """Return for each value the median of the window that contains it, one window per half window of values."""
+    if len(values) <= WINDOW:
+        return np.full(len(values), np.median(values))
+    half = WINDOW // 2
+    windows = sliding_window_view(values, WINDOW)[::half]
+    medians = np.median(windows, axis=1)
+    # Window i begins at i * half and describes the half window in its middle.
+    window_of = np.clip((np.arange(len(values)) - half // 2) // half, 0, len(medians) - 1)
+    local: Numbers = medians[window_of]
+    return local
+
+
+def parse_spike(step: int, line: Mapping[str, Any]) -> Spike | None:
+    """Parse the details of a step; None if its line has none."""
     if not ("spike" in line or "ids" in line or "worst" in line):
         return None
     ids, worst = line.get("ids"), line.get("worst")
@@ -56,40 +120,40 @@ def spike_in(step: int, line: Line) -> Spike | None:
     rank, tensor = worst.get("rank"), worst.get("tensor")
     return Spike(
         step,
-        number(line.get("norm")),
-        number(line.get("spike")),
-        tuple(each for each in ids if isinstance(each, (int, str))) if isinstance(ids, list) else (),
+        parse_number(line.get("norm")),
+        parse_number(line.get("spike")),
+        tuple(sample for sample in ids if isinstance(sample, (int, str))) if isinstance(ids, list) else (),
         rank if isinstance(rank, int) else None,
         tensor if isinstance(tensor, str) else None,
-        number(worst.get("share")),
+        parse_number(worst.get("share")),
     )
 
 
-def culprits_in(step: int, line: Line) -> Iterator[Culprit]:
-    """The gradients that a step's line says were not finite."""
-    found = line.get("culprits")
-    for each in found if isinstance(found, list) else ():
-        if isinstance(each, dict) and isinstance(each.get("name"), str):
-            ranks = each.get("ranks")
+def parse_culprits(step: int, line: Mapping[str, Any]) -> Iterator[Culprit]:
+    """Parse the gradients of a step that were not finite."""
+    culprits = line.get("culprits")
+    for culprit in culprits if isinstance(culprits, list) else ():
+        if isinstance(culprit, dict) and isinstance(culprit.get("name"), str):
+            ranks = culprit.get("ranks")
             yield Culprit(
                 step,
-                each["name"],
-                _count(each.get("nans")),
-                _count(each.get("infs")),
+                culprit["name"],
+                _parse_count(culprit.get("nans")),
+                _parse_count(culprit.get("infs")),
                 tuple(rank for rank in ranks if isinstance(rank, int)) if isinstance(ranks, list) else (),
             )
 
 
-def number(value: Any) -> float:
-    """A finite number, or NaN."""
+def parse_number(value: Any) -> float:
+    """Return a finite number as a float, and NaN for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return math.nan
     try:
         value = float(value)
-    except OverflowError:
+    except OverflowError:  # an integer of 400 digits
         return math.nan
     return value if math.isfinite(value) else math.nan
 
 
-def _count(value: Any) -> int:
+def _parse_count(value: Any) -> int:
     return value if isinstance(value, int) else 0

@@ -1,8 +1,8 @@
-"""What people look at: a page, pictures for papers, a table in the terminal."""
+"""Show runs: an HTML page (`write_page`), PNG charts for papers (`write_pngs`), a table in the terminal."""
 
-from .document import write_page
-from .overview import overview
-from .pictures import write_pictures
-from .verdicts import verdicts
+from .findings import assess
+from .html import write_page
+from .png import write_pngs
+from .summary import print_summary
 
-__all__ = ["overview", "verdicts", "write_page", "write_pictures"]
+__all__ = ["assess", "print_summary", "write_page", "write_pngs"]

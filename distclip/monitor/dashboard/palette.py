@@ -1,4 +1,4 @@
-"""What is drawn how: a run has the same colour on every chart, and what happened at a step its own shape."""
+"""Define colours and shapes: a run has the same colour on every chart, and every kind of event has its own shape."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .words import plain
+from ..analysis.formatting import printable
 
-__all__ = ["GREY", "MARKS", "QUANTILES", "RUNS", "Mark", "Style", "styles"]
+__all__ = ["GREY", "MARKS", "QUANTILES", "RUN_COLOURS", "Mark", "Style", "assign_styles"]
 
-RUNS = ["#0077bb", "#ee7733", "#009988", "#aa3377", "#33a6dd", "#999933", "#cc6677", "#7f7f8c"]
-"""Of runs. They can be told apart by the colour-blind (after Paul Tol), and seen on white and on near black."""
+RUN_COLOURS = ["#0077bb", "#ee7733", "#009988", "#aa3377", "#33a6dd", "#999933", "#cc6677", "#7f7f8c"]
+"""Colours of runs. They are distinguishable with colour blindness (after Paul Tol), on white and on near black."""
 
 GREY = "#8a8f98"
-"""Of what belongs to no run."""
+"""Colour of elements that belong to no single run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """How to mark a step.
+    """Look of the marks of one kind of event.
 
     Args:
-        label: what happened there.
-        plotly, matplotlib: names of its shape.
-        colour: on a chart of one run; among several it has the run's.
+        label: of the event.
+        plotly: name of the shape in plotly.
+        matplotlib: name of the shape in matplotlib.
+        colour: on a chart of one run. On a chart of several runs, the mark has the colour of its run.
         size: in pixels.
-        open: only its outline.
+        open: whether only the outline is drawn.
     """
 
     label: str
@@ -42,21 +43,22 @@ MARKS = {
     "skipped": Mark("skipped", "square-open", "s", "#aa3377", 11, open=True),
     "nonfinite": Mark("not finite", "x-thin", "x", "#cc3311", 8),
 }
+"""Marks by kind of event."""
 
 QUANTILES = {75: ("circle", "o"), 90: ("diamond", "D"), 95: ("square", "s")}
-"""Percentiles of the norms that are marked on their distribution: plotly's and matplotlib's shapes."""
+"""Percentiles that are marked on a distribution, with the shape in plotly and in matplotlib."""
 
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How a run is drawn.
+    """Look of a run.
 
     Args:
-        name: its own.
-        group: of the runs that share its colour: the name it has in a legend.
+        name: of the run.
+        group: name in a legend of all runs that share the colour.
         colour: as #rrggbb.
-        dashed: among more groups than colours.
-        first: of its group, which speaks for it in a legend.
+        dashed: whether the lines are dashed, because there are more groups than colours.
+        first: whether the run represents its group in a legend.
     """
 
     name: str
@@ -66,34 +68,42 @@ class Style:
     first: bool
 
 
-def styles(names: Sequence[str]) -> list[Style]:
-    """Of runs, in their order. Those that differ in a number (a seed) share a colour if need be."""
-    names = [plain(name) for name in names]
-    groups = _groups(names)
+def assign_styles(names: Sequence[str]) -> list[Style]:
+    """Assign a style to each run. If there are many runs, those that differ only in a number (a seed) share a colour.
+
+    Args:
+        names: of the runs.
+
+    Returns:
+        The styles in the order of the names.
+    """
+    names = [printable(name) for name in names]
+    groups = _group_names(names)
     order = list(dict.fromkeys(groups))
     sizes = {group: groups.count(group) for group in order}
-    seen: set[str] = set()
-    result = []
+    represented: set[str] = set()
+    styles = []
     for name, group in zip(names, groups, strict=True):
-        place = order.index(group)
+        i = order.index(group)
         label = (
             f"{group or 'all'} ({sizes[group]} runs)" if sizes[group] > 1 else name if names.count(name) == 1 else group
         )
-        result.append(Style(name, label, RUNS[place % len(RUNS)], (place // len(RUNS)) % 2 == 1, group not in seen))
-        seen.add(group)
-    return result
+        colour = RUN_COLOURS[i % len(RUN_COLOURS)]
+        styles.append(Style(name, label, colour, (i // len(RUN_COLOURS)) % 2 == 1, group not in represented))
+        represented.add(group)
+    return styles
 
 
-def _groups(names: Sequence[str]) -> list[str]:
-    """A key each. The most varied numbers of the names are left out until there are enough colours."""
+def _group_names(names: Sequence[str]) -> list[str]:
+    """Return the group of each run. The most varied numbers are removed from the names until the colours suffice."""
     parts = [re.split(r"[/,]", name) for name in names]
-    if len(set(names)) <= len(RUNS) or len({len(each) for each in parts}) > 1:
-        # Two runs of the same name are still two.
+    if len(set(names)) <= len(RUN_COLOURS) or len({len(part) for part in parts}) > 1:
+        # Two runs with the same name are still two runs.
         return [name if names.count(name) == 1 else f"{name} #{i + 1}" for i, name in enumerate(names)]
     columns = [list(column) for column in zip(*parts, strict=True)]
-    numbers = [i for i, column in enumerate(columns) if len({re.sub(r"\d+", "", part) for part in column}) == 1]
-    for i in sorted(numbers, key=lambda i: len(set(columns[i])), reverse=True):
+    numeric = [i for i, column in enumerate(columns) if len({re.sub(r"\d+", "", part) for part in column}) == 1]
+    for i in sorted(numeric, key=lambda i: len(set(columns[i])), reverse=True):
         columns[i] = [""] * len(names)
-        if len(set(zip(*columns, strict=True))) <= len(RUNS):
+        if len(set(zip(*columns, strict=True))) <= len(RUN_COLOURS):
             break
     return ["/".join(part for part in row if part) for row in zip(*columns, strict=True)]

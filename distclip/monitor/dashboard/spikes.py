@@ -1,4 +1,4 @@
-"""The steps that stood out, as rows of a table."""
+"""List the steps that stood out, as rows of a table."""
 
 from __future__ import annotations
 
@@ -8,24 +8,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..analysis.log import Culprit, Log, Spike
-from .words import NOTHING, listed, percent, plain, short
+from ..analysis.formatting import MISSING, format_list, format_number, format_percent, printable
+from ..analysis.log import Log
+from ..analysis.spikes import Culprit, Spike
 
-__all__ = ["Row", "rows"]
+__all__ = ["SpikeRow", "make_spike_rows"]
 
-MOST = 25
-"""Of a run, of each of both kinds: those that are finite and those that are not."""
+MAX_STEPS = 25
+"""Maximum number of finite steps of a run, and of non-finite ones."""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One step.
+class SpikeRow:
+    """One step. All fields but the first two are text.
 
     Args:
-        run: which.
-        step: which.
-        norm, ratio, rank, tensor, ids: of its spike, as text.
-        nonfinite: whose elements were not finite, as text; empty for a finite step.
+        run: index of the run.
+        step: number of the step.
+        norm: before clipping.
+        ratio: of the norm to the median before it.
+        rank: with the largest part of the norm.
+        tensor: with the largest gradient on that rank.
+        ids: of the samples.
+        culprits: gradients with non-finite elements; empty for a finite step.
     """
 
     run: int
@@ -35,48 +40,46 @@ class Row:
     rank: str
     tensor: str
     ids: str
-    nonfinite: str
+    culprits: str
 
 
-def rows(logs: Sequence[Log]) -> tuple[list[Row], list[str]]:
-    """By run and step; and a sentence on those that are left out."""
-    found, notes = [], []
+def make_spike_rows(logs: Sequence[Log]) -> tuple[list[SpikeRow], list[str]]:
+    """Return the rows, sorted by run and step, and notes about steps that are not shown."""
+    rows, notes = [], []
     for run, log in enumerate(logs):
-        blamed: dict[int, list[Culprit]] = {}
+        culprits: dict[int, list[Culprit]] = {}
         for culprit in log.culprits:
-            blamed.setdefault(culprit.step, []).append(culprit)
+            culprits.setdefault(culprit.step, []).append(culprit)
         spikes = {spike.step: spike for spike in log.spikes}
-        # A log that was written by hand has steps without a norm, and says nothing else of them.
-        lost = set(log.steps[~log.finite].tolist()) | set(blamed)
-        wild = [spike for spike in log.spikes if spike.step not in lost]
-        wild.sort(key=lambda spike: np.nan_to_num(spike.ratio, nan=0.0), reverse=True)
-        shown = sorted(lost)[:MOST] + [spike.step for spike in wild[:MOST]]
-        found += [_row(run, step, spikes.get(step), blamed.get(step), step in lost) for step in sorted(shown)]
-        if len(lost) + len(wild) > len(shown):
-            left_out = f"the first {min(MOST, len(lost))} of {len(lost):,} that were not finite" if lost else ""
-            largest = f"the {min(MOST, len(wild))} largest of {len(wild):,} spikes" if wild else ""
-            notes.append(f"{plain(log.name)}: {' and '.join(filter(None, [left_out, largest]))} are shown.")
-    return found, notes
+        # A log that was written by hand has non-finite steps without any detail.
+        nonfinite = set(log.steps[~log.finite].tolist()) | set(culprits)
+        finite = [spike for spike in log.spikes if spike.step not in nonfinite]
+        finite.sort(key=lambda spike: np.nan_to_num(spike.ratio, nan=0.0), reverse=True)
+        shown = sorted(nonfinite)[:MAX_STEPS] + [spike.step for spike in finite[:MAX_STEPS]]
+        rows += [
+            _make_row(run, step, spikes.get(step), culprits.get(step, ()), step in nonfinite) for step in sorted(shown)
+        ]
+        if len(nonfinite) + len(finite) > len(shown):
+            parts = []
+            if nonfinite:
+                parts.append(f"the first {min(MAX_STEPS, len(nonfinite))} of {len(nonfinite):,} non-finite steps")
+            if finite:
+                parts.append(f"the {min(MAX_STEPS, len(finite))} largest of {len(finite):,} spikes")
+            notes.append(f"{printable(log.name)}: the table shows {' and '.join(parts)}.")
+    return rows, notes
 
 
-def _row(run: int, step: int, spike: Spike | None, culprits: Sequence[Culprit] | None, lost: bool) -> Row:
+def _make_row(run: int, step: int, spike: Spike | None, culprits: Sequence[Culprit], nonfinite: bool) -> SpikeRow:
     if spike is None:
         spike = Spike(step, math.nan, math.nan)
-    share = "" if math.isnan(spike.share) else f" ({percent(spike.share)} of the squared norm)"
-    return Row(
+    share = "" if math.isnan(spike.share) else f" ({format_percent(spike.share)} of the squared norm)"
+    return SpikeRow(
         run,
         step,
-        "not finite" if math.isnan(spike.norm) else short(spike.norm),
-        NOTHING if math.isnan(spike.ratio) else f"{short(spike.ratio)} x",
-        NOTHING if spike.rank is None else str(spike.rank),
-        NOTHING if spike.tensor is None else plain(spike.tensor) + share,
-        listed(spike.ids, 8) or NOTHING,
-        listed((_blame(each) for each in culprits or ()), 4) or ("unknown" if lost else ""),
+        "not finite" if math.isnan(spike.norm) else format_number(spike.norm),
+        MISSING if math.isnan(spike.ratio) else f"{format_number(spike.ratio)} x",
+        MISSING if spike.rank is None else str(spike.rank),
+        MISSING if spike.tensor is None else printable(spike.tensor) + share,
+        format_list(spike.ids, 8) or MISSING,
+        format_list(culprits, 4) or ("unknown" if nonfinite else ""),
     )
-
-
-def _blame(culprit: Culprit) -> str:
-    counts = " and ".join(f"{n:,} {kind}" for n, kind in ((culprit.nans, "NaN"), (culprit.infs, "Inf")) if n)
-    ranks = ", ".join(map(str, culprit.ranks))
-    on = f", rank{'s' * (len(culprit.ranks) > 1)} {ranks}" if ranks else ""
-    return f"{plain(culprit.name)} ({counts}{on})"

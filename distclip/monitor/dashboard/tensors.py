@@ -1,4 +1,4 @@
-"""The norms of the single tensors over the steps, for a page and for pictures alike."""
+"""Prepare heat maps of the per-tensor norms, which the page and the PNGs draw."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..analysis.log import Log, Numbers
-from .words import listed, plain
+from ..analysis.formatting import format_list, printable
+from ..analysis.log import Log
+from ..analysis.statistics import Numbers
 
-__all__ = ["HeatMap", "heat_maps"]
+__all__ = ["HeatMap", "make_heat_maps"]
 
-ROWS = 40
-"""Tensors of a run, at most."""
+MAX_ROWS = 40
+"""Maximum number of tensors per run."""
 
-CELLS = 36_000
-"""Of all heat maps of a page together."""
+MAX_CELLS = 36_000
+"""Maximum number of cells of all heat maps of a page together."""
 
-RUNS = 6
-"""Heat maps, at most."""
+MAX_RUNS = 6
+"""Maximum number of heat maps."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,14 @@ class HeatMap:
     """Norms of a run's tensors.
 
     Args:
-        run: which.
+        run: index of the run.
         names: of its rows, from the top.
-        labels: the same without the parts that all have alike, and
-        pattern: these, with a star for what is left.
-        steps: (columns,) at which each column begins.
-        logs: (rows, columns) decimal logarithm of the largest norm of a column's steps; NaN where none was finite.
-        limits: of the colours, as logarithms; the same for all runs.
-        left_out: how many tensors have no row: the smallest.
+        labels: the names without the parts that all names share.
+        pattern: the shared parts, with a star for the label.
+        steps: (columns,) first step of each column.
+        logs: (rows, columns) decimal logarithm of the largest norm in a column's steps; NaN if none was finite.
+        limits: (low, high) of the colours, as logarithms; the same for all runs.
+        num_hidden: number of tensors without a row: those with the smallest norms.
     """
 
     run: int
@@ -47,58 +48,60 @@ class HeatMap:
     steps: NDArray[np.int64]
     logs: NDArray[np.floating[Any]]
     limits: tuple[float, float]
-    left_out: int
+    num_hidden: int
 
 
-def heat_maps(logs: Sequence[Log]) -> tuple[list[HeatMap], list[str]]:
-    """Of the runs that recorded tensors, and a sentence on those without."""
-    having = [(run, log) for run, log in enumerate(logs) if np.isfinite(log.tensor_norms).any()]
-    if not having:
-        return [], ["No norms of single tensors were recorded."]
+def make_heat_maps(logs: Sequence[Log]) -> tuple[list[HeatMap], list[str]]:
+    """Prepare the heat maps of the runs with per-tensor norms, and notes about runs without."""
+    with_tensors = [(run, log) for run, log in enumerate(logs) if np.isfinite(log.tensor_norms).any()]
+    if not with_tensors:
+        return [], ["No per-tensor norms were recorded."]
     notes = []
-    if len(having) < len(logs):
-        without = [log.name for run, log in enumerate(logs) if all(run != other for other, _ in having)]
-        notes.append(f"No norms of single tensors in {listed(without, 5)}.")
-    if len(having) > RUNS:
-        notes.append(f"Norms of single tensors: the first {RUNS} of {len(having)} runs.")
-    parts = [(run, log, *_rows(log)) for run, log in having[:RUNS]]
-    cells = CELLS // sum(len(rows) for _, _, rows, _ in parts)
-    every = np.concatenate([norms[np.isfinite(norms)] for *_, norms in parts])
-    # One tensor that is next to zero must not take the colours away from all others.
-    limits = (float(np.percentile(every, 2)), float(every.max()))
-    found = []
+    if len(with_tensors) < len(logs):
+        runs = {run for run, _ in with_tensors}
+        without = [log.name for run, log in enumerate(logs) if run not in runs]
+        notes.append(f"No per-tensor norms were recorded in {format_list(without)}.")
+    if len(with_tensors) > MAX_RUNS:
+        notes.append(f"The first {MAX_RUNS} of {len(with_tensors)} runs are shown.")
+    parts = [(run, log, *_largest_rows(log)) for run, log in with_tensors[:MAX_RUNS]]
+    num_columns = MAX_CELLS // sum(len(rows) for _, _, rows, _ in parts)
+    finite = np.concatenate([norms[np.isfinite(norms)] for *_, norms in parts])
+    # The 2nd percentile, because one tensor that is almost zero must not use up the colour scale.
+    limits = (float(np.percentile(finite, 2)), float(finite.max()))
+    heat_maps = []
     for run, log, rows, norms in parts:
-        starts = np.unique(np.linspace(0, len(norms), min(len(norms), cells), endpoint=False).astype(np.int64))
+        starts = np.unique(np.linspace(0, len(norms), min(len(norms), num_columns), endpoint=False).astype(np.int64))
         highest = np.fmax.reduceat(norms, starts, axis=0).T.astype(np.float32)
-        names = tuple(plain(log.tensors[row]) for row in rows)
-        left_out = len(log.tensors) - len(rows)
-        found.append(HeatMap(run, names, *labels(names), log.tensor_steps[starts], highest, limits, left_out))
-    return found, notes
+        names = tuple(printable(log.tensors[row]) for row in rows)
+        labels, pattern = split_common_parts(names)
+        num_hidden = len(log.tensors) - len(rows)
+        heat_maps.append(HeatMap(run, names, labels, pattern, log.tensor_steps[starts], highest, limits, num_hidden))
+    return heat_maps, notes
 
 
-def _rows(log: Log) -> tuple[list[int], Numbers]:
-    """Which tensors, in the model's order, and the logarithms of their norms, (steps, rows)."""
+def _largest_rows(log: Log) -> tuple[list[int], Numbers]:
+    """Return the tensors with the largest norms in the model's order, and (steps, rows) logarithms of their norms."""
     peaks = np.fmax.reduce(np.where(np.isfinite(log.tensor_norms), log.tensor_norms, -1.0), axis=0)
-    rows = sorted(np.argsort(-peaks, kind="stable")[:ROWS].tolist())
+    rows = sorted(np.argsort(-peaks, kind="stable")[:MAX_ROWS].tolist())
     norms = log.tensor_norms[:, rows]
     with np.errstate(divide="ignore", invalid="ignore"):
         return rows, np.where(norms > 0, np.log10(norms), np.nan)
 
 
-def labels(names: Sequence[str]) -> tuple[tuple[str, ...], str]:
-    """What tells the names apart, and where it stands in them.
+def split_common_parts(names: Sequence[str]) -> tuple[tuple[str, ...], str]:
+    """Split names into the parts that differ and the pattern that all names share.
 
-    >>> labels(["layers.0.mlp.weight", "layers.1.mlp.weight", "layers.1.attention.weight"])
+    >>> split_common_parts(["layers.0.mlp.weight", "layers.1.mlp.weight", "layers.1.attention.weight"])
     (('0.mlp', '1.mlp', '1.attention'), 'layers.*.weight')
     """
     parts = [name.split(".") for name in names]
     shortest = min(map(len, parts)) - 1
-    start = _alike(zip(*parts, strict=False), shortest)
-    stop = _alike(zip(*(reversed(each) for each in parts), strict=False), shortest - start)
+    start = _count_equal(zip(*parts, strict=False), shortest)
+    stop = _count_equal(zip(*(reversed(part) for part in parts), strict=False), shortest - start)
     pattern = ".".join([*parts[0][:start], "*", *parts[0][len(parts[0]) - stop :]])
-    return tuple(".".join(each[start : len(each) - stop]) for each in parts), pattern
+    return tuple(".".join(part[start : len(part) - stop]) for part in parts), pattern
 
 
-def _alike(places: Iterable[Sequence[str]], most: int) -> int:
-    """In how many places from the first on all have the same."""
-    return sum(1 for _ in takewhile(lambda place: len(set(place)) == 1, islice(places, most)))
+def _count_equal(columns: Iterable[Sequence[str]], limit: int) -> int:
+    """Return the number of leading columns whose entries are all equal, at most `limit`."""
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, islice(columns, limit)))

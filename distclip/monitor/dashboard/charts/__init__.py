@@ -1,7 +1,7 @@
-"""The charts of a page, in plotly."""
+"""Draw the charts of the page with plotly."""
 
-from .distribution import distribution
-from .steps import over_steps
-from .tensors import tensor_norms
+from .curves import draw_curves
+from .heat_map import draw_heat_map
+from .histogram import draw_histograms
 
-__all__ = ["distribution", "over_steps", "tensor_norms"]
+__all__ = ["draw_curves", "draw_heat_map", "draw_histograms"]

@@ -1,4 +1,4 @@
-"""What the charts of a page have alike."""
+"""Style all charts of the page in the same way."""
 
 from __future__ import annotations
 
@@ -10,21 +10,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..palette import GREY, RUNS, Style
-from ..words import shortened
+from ...analysis.formatting import shorten
+from ..palette import GREY, RUN_COLOURS, Style
 
-__all__ = ["beside", "finish", "literal", "log_ticks"]
+__all__ = ["apply_style", "escape_text", "hover_name", "log_ticks"]
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+"""Fonts of the page."""
+
 GRID = "rgba(138, 143, 152, 0.22)"
+"""Colour of grid lines."""
 
 MARGIN = {"l": 70, "r": 16, "t": 16, "b": 44}
+"""Margins of a chart in pixels."""
 
 
-def finish(figure: Any, height: int, entries: int, runs: Sequence[Style]) -> None:
-    """What all charts have alike; colours of text are the page's, which knows light from dark."""
+def apply_style(figure: Any, height: int, num_entries: int, runs: Sequence[Style]) -> None:
+    """Set the layout that all charts share. Text has the colours of the page's light and dark mode.
+
+    Args:
+        figure: of plotly.
+        height: of the plot area, in pixels.
+        num_entries: number of runs in the legend.
+        runs: styles of all runs.
+    """
     longest = max((len(style.group) for style in runs if style.first), default=0)
-    rows = 1 if entries < 2 else 1 + entries * min(longest, 40) // 110
+    rows = 1 if num_entries < 2 else 1 + num_entries * min(longest, 40) // 110
     margin = {**MARGIN, "t": MARGIN["t"] + 22 * rows}
     axis = {
         "gridcolor": GRID,
@@ -41,7 +52,7 @@ def finish(figure: Any, height: int, entries: int, runs: Sequence[Style]) -> Non
         font={"family": FONT, "size": 12, "color": "#5f6570"},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        modebar={"bgcolor": "rgba(0,0,0,0)", "color": GREY, "activecolor": RUNS[0]},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": GREY, "activecolor": RUN_COLOURS[0]},
         legend={
             "orientation": "h",
             "x": 0,
@@ -54,9 +65,14 @@ def finish(figure: Any, height: int, entries: int, runs: Sequence[Style]) -> Non
     )
 
 
-def log_ticks(each: Sequence[NDArray[np.floating[Any]]], size: int) -> dict[str, Any]:
-    """A label per decade, or two more in each if an axis of this many pixels has room for them."""
-    values = np.concatenate(each)
+def log_ticks(columns: Sequence[NDArray[np.floating[Any]]], size: int) -> dict[str, Any]:
+    """Return the ticks of a logarithmic axis: one label per decade, or three if there is room.
+
+    Args:
+        columns: all values on the axis.
+        size: of the axis, in pixels.
+    """
+    values = np.concatenate(columns)
     positive = values[np.isfinite(values) & (values > 0)]
     decades = float(np.ptp(np.log10(positive))) if len(positive) else 0.0
     step = "D2" if decades < size / 130 else max(1, math.ceil(decades * 35 / size))
@@ -64,15 +80,15 @@ def log_ticks(each: Sequence[NDArray[np.floating[Any]]], size: int) -> dict[str,
     return {"dtick": step, "exponentformat": "none" if plain else "power"}
 
 
-def beside(style: Style, runs: Sequence[Style]) -> str:
-    """The run's name beside what is seen under the mouse."""
-    return literal(shortened(style.name, 40)) if len(runs) > 1 else ""
+def hover_name(style: Style, runs: Sequence[Style]) -> str:
+    """Return the run's name for a hover label; empty if there is only one run."""
+    return escape_text(shorten(style.name, 40)) if len(runs) > 1 else ""
 
 
-def literal(text: str) -> str:
-    """A name that plotly shows as it is: no markup, and no %{template}.
+def escape_text(text: str) -> str:
+    """Escape markup and %{template}, which plotly would interpret.
 
-    >>> literal("<b>%{x}")
+    >>> escape_text("<b>%{x}")
     '&lt;b&gt;%&#123;x}'
     """
     return escape(text).replace("{", "&#123;")

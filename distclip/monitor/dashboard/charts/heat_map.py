@@ -1,4 +1,4 @@
-"""The norms of single tensors, in plotly."""
+"""Draw the per-tensor norms with plotly."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from ...analysis.formatting import format_number, shorten
 from ..tensors import HeatMap
-from ..words import short, shortened
-from .layout import finish, literal
+from .common import apply_style, escape_text
 
-__all__ = ["tensor_norms"]
+__all__ = ["draw_heat_map"]
 
 
-def tensor_norms(heat_map: HeatMap) -> Any:
-    """One run's tensors over the steps."""
+def draw_heat_map(heat_map: HeatMap) -> Any:
+    """Draw the norms of one run's tensors over the steps."""
     low, high = heat_map.limits
     low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
-    every = range(int(np.ceil(low)), int(np.floor(high)) + 1)
-    ticks = list(every) if len(every) > 1 else np.linspace(low, high, 3).round(2).tolist()
-    names = [literal(name) for name in heat_map.names]
+    decades = range(int(np.ceil(low)), int(np.floor(high)) + 1)
+    ticks = list(decades) if len(decades) > 1 else np.linspace(low, high, 3).round(2).tolist()
+    names = [escape_text(name) for name in heat_map.names]
     figure = go.Figure(
         go.Heatmap(
             x=heat_map.steps,
@@ -32,7 +32,7 @@ def tensor_norms(heat_map: HeatMap) -> Any:
             colorbar={
                 "title": {"text": "norm", "side": "right"},
                 "tickvals": ticks,
-                "ticktext": [short(10.0**tick) for tick in ticks],
+                "ticktext": [format_number(10.0**tick) for tick in ticks],
                 "thickness": 10,
                 "outlinewidth": 0,
             },
@@ -41,11 +41,12 @@ def tensor_norms(heat_map: HeatMap) -> Any:
             hovertemplate="step %{x:,d}: %{customdata:.4~g}<br>%{y}<extra></extra>",
         )
     )
-    labels = [literal(shortened(label, 34)) for label in heat_map.labels]
-    finish(figure, max(120, 17 * len(names)), 0, [])
+    labels = [escape_text(shorten(label, 34)) for label in heat_map.labels]
+    pattern = escape_text(shorten(heat_map.pattern, max(16, 2 * len(names))))
+    apply_style(figure, max(120, 17 * len(names)), 0, [])
     figure.update_xaxes(title_text="step", tickformat=",d", showgrid=False)
     figure.update_yaxes(
-        title_text=literal(shortened(heat_map.pattern, max(16, 2 * len(names)))) if heat_map.pattern != "*" else None,
+        title_text=pattern if heat_map.pattern != "*" else None,
         tickvals=names,
         ticktext=labels,
         autorange="reversed",

@@ -1,0 +1,44 @@
+"""Find runs that are clipped too often."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ..formatting import format_percent, format_range
+from .context import MIN_STEPS, Context, Finding
+
+__all__ = ["check_clip_rate"]
+
+MAX_CLIP_RATE = 0.10
+"""Maximum share of clipped steps: "clipping more than 5 to 10 % of the steps is a signal, not a solution"."""
+
+NUM_PARTS = 10
+"""Number of parts of the run that are checked separately."""
+
+
+def check_clip_rate(context: Context) -> Iterator[Finding]:
+    """Find clipping that is the rule instead of the exception, after the warm-up and in most of the run."""
+    log, steady = context.log, context.regimes.steady
+    if len(log.steps) < MIN_STEPS or not steady:
+        return
+    start = int(context.regimes.indices[steady[0].start])
+    clip_rate = float(log.clipped[start:].mean())
+    parts = [float(part.mean()) for part in np.array_split(log.clipped[start:], NUM_PARTS)]
+    num_often = sum(part > MAX_CLIP_RATE for part in parts)
+    if clip_rate <= MAX_CLIP_RATE or num_often <= NUM_PARTS / 2:
+        return
+    lr, bounds = log.columns.get("lr"), log.bounds[np.isfinite(log.bounds)]
+    at = "" if lr is None or not np.isfinite(lr).any() else f", at learning rate {format_range(lr)}"
+    under = f" under a bound of {format_range(bounds)}" if len(bounds) else ""
+    scope = f"steps after the warm-up (step {log.steps[start]} on)" if context.regimes.warm_up else "steps"
+    yield Finding(
+        "clip rate",
+        "The learning rate is too high, or the bound too low",
+        f"{format_percent(clip_rate)} of {len(log.steps) - start:,} {scope} were clipped{under}{at}. The clip rate is "
+        f"above {format_percent(MAX_CLIP_RATE)} in {num_often} of {NUM_PARTS} parts of the run, and "
+        f"{format_percent(parts[-1])} in the last part. The mean coefficient is {log.coefs[start:].mean():.2g}.",
+        "Clipping that often has the effect of a smaller learning rate. Lower the learning rate, or use the bound that "
+        "`distclip suggest` finds.",
+    )

@@ -1,0 +1,80 @@
+"""Define the input and the output of the rules of a diagnosis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..blame import Blame, blame
+from ..change_points import Regimes, find_regimes
+from ..log import Log
+from ..spikes import find_spikes
+
+__all__ = ["MIN_STEPS", "START", "WARNING_STEPS", "Context", "Finding"]
+
+MIN_STEPS = 50
+"""Minimum number of steps for rules about how often something happens."""
+
+START = 0.10
+"""Share of a run that counts as its start."""
+
+WARNING_STEPS = 10
+"""Number of steps before a non-finite step in which a spike announces it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One problem of a run.
+
+    Args:
+        rule: "clip rate", "warm-up", "bad data", "numerics", "divergence" or "dominant tensor".
+        title: the problem in a few words.
+        evidence: the numbers that show it.
+        advice: the remedy.
+        command: with which the advice ends; empty if it ends with none. It must not be wrapped.
+    """
+
+    rule: str
+    title: str
+    evidence: str
+    advice: str
+    command: str = ""
+
+
+class Context:
+    """A log, and the analyses of it that several rules share.
+
+    Args:
+        log: of the run.
+    """
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+
+    @cached_property
+    def regimes(self) -> Regimes:
+        """Levels of the norms."""
+        return find_regimes(self.log)
+
+    @cached_property
+    def spikes(self) -> NDArray[np.int64]:
+        """Indices of the steps that stand out."""
+        return find_spikes(self.log.norms)
+
+    @cached_property
+    def blame(self) -> Blame:
+        """Properties that the spikes have in common."""
+        return blame(self.log)
+
+    @cached_property
+    def nonfinite_starts(self) -> NDArray[np.int64]:
+        """Indices of the non-finite steps that follow a finite one."""
+        nonfinite = ~self.log.finite
+        return np.flatnonzero(nonfinite & ~np.concatenate([[False], nonfinite[:-1]]))
+
+    def has_spike_before(self, index: int) -> bool:
+        """Return whether a spike occurs in the last steps before this one."""
+        return bool(np.any((self.spikes < index) & (self.spikes >= index - WARNING_STEPS)))

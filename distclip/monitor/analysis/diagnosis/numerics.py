@@ -1,0 +1,108 @@
+"""Find numbers that the precision cannot represent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ..formatting import format_list
+from ..log import Log
+from ..spikes import SPIKE_FACTOR
+from .context import START, WARNING_STEPS, Context, Finding
+
+__all__ = ["check_numerics"]
+
+FP16_ADVICE = (
+    "Train in bf16, which has the range of fp32 and needs no loss scale. Or start with a lower loss scale "
+    "(torch.amp.GradScaler(init_scale=1024)) and find the operation that overflows."
+)
+
+GENERAL_ADVICE = (
+    "Check the inputs of the batch and the operations of the culprits (a division, log or sqrt near 0, a mask of "
+    "-inf) with torch.autograd.set_detect_anomaly(True). In fp16, switch to bf16."
+)
+
+
+def check_numerics(context: Context) -> Iterator[Finding]:
+    """Find a loss scale that collapses, or gradients that become non-finite without a spike before."""
+    log, precision = context.log, context.log.header.get("precision")
+    suffix = "" if precision is None else f" The precision is {precision}."
+    if (collapse := _find_collapse(log)) is not None:
+        high, low, num_falls = collapse
+        scale = log.columns["scale"]
+        yield Finding(
+            "numerics",
+            "The loss scale collapses",
+            f"The loss scale fell from {scale[high]:g} at step {log.steps[high]} to {scale[low]:g} at step "
+            f"{log.steps[low]}, in {num_falls} reductions.{suffix}",
+            FP16_ADVICE,
+        )
+    elif unexplained := _unexplained_steps(context):
+        steps = {int(log.steps[index]) for index in unexplained}
+        names = list(dict.fromkeys(culprit.name for culprit in log.culprits if culprit.step in steps))
+        culprits = f" The non-finite gradients are {format_list(names)}." if names else ""
+        yield Finding(
+            "numerics",
+            "Gradients become non-finite without warning",
+            f"{np.count_nonzero(~log.finite):,} of {len(log.steps):,} steps are not finite, and none of the "
+            f"{WARNING_STEPS} steps before step{'s' * (len(steps) > 1)} {format_list(sorted(steps))} has a norm of "
+            f"{SPIKE_FACTOR:g} times the norms around it.{culprits}{suffix}",
+            FP16_ADVICE if _is_fp16(log) else GENERAL_ADVICE,
+        )
+
+
+def _is_fp16(log: Log) -> bool:
+    precision = str(log.header.get("precision", "")).lower()
+    # Without a stated precision, a loss scale indicates fp16.
+    return "scale" in log.columns if not precision else "bf" not in precision and "16" in precision
+
+
+def _unexplained_steps(context: Context) -> list[int]:
+    """Return the indices of non-finite steps that no spike, no search for a loss scale and no bad sample explains."""
+    suspects = {suspect.id for suspect in context.blame.suspects}
+    explained = {spike.step for spike in context.blame.spikes if not suspects.isdisjoint(spike.ids)}
+    return [
+        index
+        for index in context.nonfinite_starts.tolist()
+        if not (
+            context.has_spike_before(index)
+            or _is_scale_search(context.log, index)
+            or int(context.log.steps[index]) in explained
+        )
+    ]
+
+
+def _find_collapse(log: Log) -> tuple[int, int, int] | None:
+    """Find the largest fall of the loss scale.
+
+    A scaler occasionally doubles the scale and takes the change back. At the start it searches for a scale that holds.
+    So a collapse is a fall by a factor of 16 after the start of the run, or of 1024 at any time.
+
+    Returns:
+        Indices of the steps between which the scale fell, and the number of reductions; None without a collapse.
+    """
+    scale = log.columns.get("scale")
+    indices = np.flatnonzero(scale > 0) if scale is not None else np.zeros(0, np.int64)
+    if scale is None or len(indices) < 2:
+        return None
+    levels = np.log2(scale[indices])
+    start = int(START * len(levels))
+    for begin, min_fall in ((start, 4.0), (0, 10.0)):
+        part = levels[begin:]
+        falls = np.maximum.accumulate(part) - part
+        low = int(falls.argmax())
+        if falls[low] >= min_fall:
+            high = low - int(np.argmax(part[low::-1] == part[: low + 1].max()))
+            num_falls = int(np.count_nonzero(np.diff(part[high : low + 1]) < 0))
+            return int(indices[begin + high]), int(indices[begin + low]), num_falls
+    return None
+
+
+def _is_scale_search(log: Log, index: int) -> bool:
+    """Return whether the loss scale falls at this step or right after it, because the scaler found it too high."""
+    scale = log.columns.get("scale")
+    if scale is None:
+        return False
+    around = scale[max(0, index - 1) : index + 2]
+    return len(around) < 3 or bool((np.diff(around) < 0).any())

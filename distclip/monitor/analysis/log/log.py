@@ -1,0 +1,137 @@
+"""Hold the lines of one run as columns (`Log`), and read them from a file."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UnreadableLinesWarning
+from ..spikes import Culprit, Spike
+from ..statistics import Numbers
+from .reader import LineReader, LogParser, Session
+from .runs import LINES, find_runs, name_runs
+
+__all__ = ["Log", "read", "read_all"]
+
+
+@dataclass(frozen=True)
+class Log:
+    """One run.
+
+    Args:
+        name: that distinguishes the run from others on a page.
+        path: of the file of lines.
+        header: facts that the recorder wrote about the run (policy, per, slots, tensors, batch, precision …); the last
+            header of a resumed run; empty for lines that were written by hand.
+        steps: (n,) int64, increasing.
+        norms: (n,) before clipping; NaN where not finite.
+        bounds: (n,) norm that the policy allowed; NaN where it has no single bound.
+        coefs: (n,) factor by which clipping shortened the whole gradient; 1 where it did not.
+        clipped: (n,) bool.
+        finite: (n,) bool.
+        skipped: (n,) bool.
+        columns: further numbers of the lines by name ("loss", "lr", "scale", "update_ratio" …), (n,) each; NaN where a
+            line lacks the number or it is not finite.
+        tensors: names of the columns of `tensor_norms`; empty if the run recorded none.
+        tensor_steps: (m,) int64, steps of the rows of `tensor_norms`, subsampled in long runs.
+        tensor_norms: (m, tensors).
+        spikes: in order of steps; the most extreme ones if there are very many.
+        culprits: in order of steps; the first ones if there are very many.
+        unreadable: number of lines that were ignored.
+        summary: content of the run's summary.json; None without one.
+        figures: paths of figures/*.json in the run's directory: plotly figures that the run drew itself.
+        sessions: in order, one per header.
+    """
+
+    name: str
+    path: Path
+    header: Mapping[str, Any]
+    steps: NDArray[np.int64]
+    norms: Numbers
+    bounds: Numbers
+    coefs: Numbers
+    clipped: NDArray[np.bool_]
+    finite: NDArray[np.bool_]
+    skipped: NDArray[np.bool_]
+    columns: Mapping[str, Numbers] = field(default_factory=dict)
+    tensors: tuple[str, ...] = ()
+    tensor_steps: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    tensor_norms: Numbers = field(default_factory=lambda: np.zeros((0, 0)))
+    spikes: tuple[Spike, ...] = ()
+    culprits: tuple[Culprit, ...] = ()
+    unreadable: int = 0
+    summary: Mapping[str, Any] | None = None
+    figures: tuple[Path, ...] = ()
+    sessions: tuple[Session, ...] = ()
+
+
+def read(path: Path, name: str | None = None) -> Log:
+    """Read the lines of a run. Unreadable lines are ignored with a warning.
+
+    Args:
+        path: of the run's directory, or of the file of lines.
+        name: that distinguishes the run from others; None for the name of the directory.
+
+    Raises:
+        RunError: the file has no norms.
+    """
+    file = path / LINES if path.is_dir() else path
+    reader, parser = LineReader(file), LogParser()
+    for block in reader:
+        parser.add(block)
+    parser.check(reader)
+    if reader.unreadable:
+        first = reader.unreadable[0]
+        many = f"{len(reader.unreadable)} lines cannot be read and were ignored, the first is line {first}"
+        one = f"line {first} cannot be read and was ignored"
+        text = one if len(reader.unreadable) == 1 else many
+        warnings.warn(f"{file}: {text}", UnreadableLinesWarning, stacklevel=2)
+    columns = {key: parser.columns.number(key) for key in parser.columns.numbers}
+    tensors, tensor_norms = parser.tensors.table()
+    return Log(
+        name=name if name is not None else name_runs([path])[0],
+        path=file,
+        header=parser.sessions[-1].header if parser.sessions else {},
+        steps=np.frombuffer(parser.columns.steps, np.int64),
+        norms=columns.pop("norm"),
+        bounds=columns.pop("bound"),
+        coefs=columns.pop("coef"),
+        clipped=parser.columns.flag("clipped"),
+        finite=parser.columns.flag("finite"),
+        skipped=parser.columns.flag("skipped"),
+        columns=columns,
+        tensors=tensors,
+        tensor_steps=np.array(parser.tensors.steps, np.int64),
+        tensor_norms=tensor_norms,
+        spikes=tuple(parser.spikes),
+        culprits=tuple(parser.culprits),
+        unreadable=len(reader.unreadable) + parser.invalid,
+        summary=_read_summary(file.parent),
+        figures=tuple(sorted(file.parent.glob("figures/*.json"))),
+        sessions=tuple(parser.sessions),
+    )
+
+
+def read_all(paths: Sequence[Path]) -> list[Log]:
+    """Read all runs at these paths, with names that distinguish them.
+
+    Raises:
+        RunError: there is no run at one of the paths, or a run has no norms.
+    """
+    runs = find_runs(paths)
+    return [read(run, name) for run, name in zip(runs, name_runs(runs), strict=True)]
+
+
+def _read_summary(directory: Path) -> Mapping[str, Any] | None:
+    try:
+        summary = json.loads((directory / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return summary if isinstance(summary, dict) else None

@@ -1,0 +1,77 @@
+"""Find the runs that a command line refers to, and name them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..errors import RunError
+
+__all__ = ["LINES", "find_runs", "name_runs"]
+
+LINES = "metrics.jsonl"
+"""Name of the file that makes a directory a run."""
+
+MAX_DEPTH = 3
+"""Number of levels below a directory that are searched. Hydra's multirun uses two, named runs use three."""
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """Find the runs at these paths.
+
+    Args:
+        paths: directories with a `metrics.jsonl`, files of JSON lines, or directories that contain such directories up
+            to three levels below.
+
+    Returns:
+        Directories and files in the order given. The runs below one directory are sorted, and no run comes twice.
+
+    Raises:
+        RunError: there is no run at one of the paths.
+    """
+    found: dict[Path, Path] = {}
+    for path in paths:
+        for run in _runs_at(path):
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
+
+
+def name_runs(runs: Sequence[Path]) -> list[str]:
+    """Return short, distinct names: the paths below the common directory, or the directory's name for a single run."""
+    directories = [_directory(run.resolve()) for run in runs]
+    common = Path(os.path.commonpath(directories)) if len(directories) > 1 else directories[0].parent
+    return [path.name if path == common else str(path.relative_to(common)) for path in directories]
+
+
+def _directory(run: Path) -> Path:
+    return run.parent if run.name == LINES else run
+
+
+def _runs_at(path: Path) -> list[Path]:
+    try:
+        if not path.exists():
+            raise RunError(f"{path} does not exist")
+        if not path.is_dir():
+            return [path]
+        runs = sorted(_runs_below(path, MAX_DEPTH))
+        content = [entry.name + "/" * entry.is_dir() for entry in path.iterdir() if not entry.name.startswith(".")]
+        content.sort(key=lambda name: (not name.endswith(".jsonl"), name))
+    except OSError as error:
+        raise RunError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
+    if not runs:
+        some = ", ".join(content[:5]) + (", …" if len(content) > 5 else "")
+        raise RunError(
+            f"{path} is not a run: neither it nor a directory up to {MAX_DEPTH} levels below has a {LINES} "
+            f"(it contains {some or 'nothing'})"
+        )
+    return runs
+
+
+def _runs_below(directory: Path, depth: int) -> Iterator[Path]:
+    if (directory / LINES).is_file():
+        yield directory
+    elif depth:
+        for entry in directory.iterdir():
+            if entry.is_dir() and not entry.name.startswith("."):
+                yield from _runs_below(entry, depth - 1)
