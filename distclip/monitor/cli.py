@@ -77,7 +77,7 @@ def _select_runs(args: argparse.Namespace) -> list[Path]:
 
     runs = find_runs(args.runs)
     if len(runs) > 1 and not args.several:
-        raise RunError(f"{args.runs[0]} contains {len(runs)} runs, but this command takes one run. Pass {runs[0]}")
+        raise RunError(f"{args.runs[0]} contains {len(runs)} runs, but this command takes one. Pass {runs[0]}")
     return runs
 
 

@@ -110,7 +110,7 @@ def test_nonfinite_norms_are_ignored() -> None:
     without = suggest(make_log(norms))
     assert (with_holes.max_norm, with_holes.interval) == (without.max_norm, without.interval)
     assert with_holes.num_nonfinite == 100
-    assert with_holes.notes == ("100 of 1,100 steps were ignored because their norms are not finite.",)
+    assert with_holes.notes == ("Ignored norms, because they are not finite: 100 of 1,100.",)
 
 
 @pytest.mark.parametrize(

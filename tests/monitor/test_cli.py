@@ -132,7 +132,7 @@ def test_invalid_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "only epoch, grad_norm" in run_failing_command(capsys, name, str(foreign))
     assert "none of 300 norms is finite" in run_failing_command(capsys, "suggest", nan)
     assert "have 100 finite norms, and a bound needs 200" in run_failing_command(capsys, "suggest", short)
-    assert f"{runs} contains 4 runs, but this command takes one run. Pass {bad_data_run(runs)}" in run_failing_command(
+    assert f"{runs} contains 4 runs, but this command takes one. Pass {bad_data_run(runs)}" in run_failing_command(
         capsys, "blame", str(runs)
     )
 

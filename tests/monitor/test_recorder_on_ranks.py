@@ -283,4 +283,3 @@ def test_update_ratio_of_whole_parameters(name: str, policy: str) -> None:
     if dist.get_rank() == 0:
         with pytest.raises(KeyError), UpdateRatio(clipper):
             raise KeyError  # on one rank only: there is no collective to wait in
-

@@ -256,7 +256,7 @@ def _drift(regimes: Regimes) -> tuple[float, float]:
 
 def _notes(log: Log, regimes: Regimes, num_nonfinite: int) -> Iterator[str]:
     if num_nonfinite:
-        yield f"{num_nonfinite:,} of {len(log.steps):,} steps were ignored because their norms are not finite."
+        yield f"Ignored norms, because they are not finite: {num_nonfinite:,} of {len(log.steps):,}."
     if regimes.warm_up:
         first, last = regimes.warm_up[0], regimes.warm_up[-1]
         yield (

@@ -40,14 +40,15 @@ def check_numerics(context: Context) -> Iterator[Finding]:
         )
     elif unexplained := _unexplained_steps(context):
         steps = {int(log.steps[index]) for index in unexplained}
+        num_nonfinite = np.count_nonzero(~log.finite)
         names = list(dict.fromkeys(culprit.name for culprit in log.culprits if culprit.step in steps))
         culprits = f" The non-finite gradients are {format_list(names)}." if names else ""
         yield Finding(
             "numerics",
             "Gradients become non-finite without warning",
-            f"{np.count_nonzero(~log.finite):,} of {len(log.steps):,} steps are not finite, and none of the "
-            f"{WARNING_STEPS} steps before step{'s' * (len(steps) > 1)} {format_list(sorted(steps))} has a norm of "
-            f"{SPIKE_FACTOR:g} times the norms around it.{culprits}{suffix}",
+            f"Non-finite steps: {num_nonfinite:,} of {len(log.steps):,}. None of the {WARNING_STEPS} steps "
+            f"before step{'s' * (len(steps) > 1)} {format_list(sorted(steps))} has a norm of at least {SPIKE_FACTOR:g} "
+            f"times the norms around it.{culprits}{suffix}",
             FP16_ADVICE if _is_fp16(log) else GENERAL_ADVICE,
         )
 
