@@ -7,10 +7,10 @@ import copy
 import os
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 import torch.distributed as dist
@@ -210,7 +210,10 @@ def _close_if_alive(reference: weakref.ref[Recorder]) -> None:
 
 
 def _is_writer(clipper: GradClipper) -> bool:
-    """Return whether this rank writes: rank 0 of the communicator, or of the world if every rank clips alone."""
+    """Return whether this rank writes the file.
+
+    Rank 0 of the communicator writes, or rank 0 of the world if every rank clips alone.
+    """
     # Ranks that clip plain tensors alone hold replicas, and one file of them is enough.
     alone = clipper.comm.ranks is None and dist.is_available() and dist.is_initialized()
     return clipper.comm.rank == 0 and not (alone and dist.get_rank() > 0)
@@ -228,7 +231,10 @@ def _check_arguments(every: Any, sinks: Any, top: Any, facts: Any) -> None:
 
 def _is_valid_note(key: str, value: Any) -> bool:
     if key == "ids":
-        return getattr(value, "ndim", 1) == 1 and not isinstance(value, str) and hasattr(value, "__len__")
+        try:
+            return bool(value.ndim == 1)  # a tensor or an array
+        except AttributeError:
+            return isinstance(value, Sized) and not isinstance(value, str)
     if isinstance(value, Tensor):
         return value.numel() == 1 and not value.is_complex()
-    return isinstance(value, int | float) or hasattr(value, "__float__")
+    return isinstance(value, SupportsFloat)

@@ -16,8 +16,10 @@ from ..errors import ArgumentError
 __all__ = ["Sink", "mlflow", "tensorboard", "trackio", "wandb"]
 
 Sink: TypeAlias = Callable[[dict[str, float], int], None]
-"""Function of the numbers of a step and its number. The names are those of `distclip.monitor.jsonl`; a norm of a slot
-is called norms/NAME, a norm of a tensor tensor_norms/NAME."""
+"""Function of the numbers of a step, and of its number.
+
+The names are those of `distclip.monitor.jsonl`. A norm of a slot is called norms/NAME, a norm of a tensor
+tensor_norms/NAME."""
 
 
 def tensorboard(target: str | Path | Any) -> Sink:

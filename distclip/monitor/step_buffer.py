@@ -72,8 +72,11 @@ class Step:
 
     def read_ids(self) -> list[Any]:
         """Return the ids as numbers or strings of Python."""
-        ids = self.ids
-        return ids.reshape(-1).tolist() if hasattr(ids, "tolist") else list(ids)
+        try:
+            values: list[Any] = self.ids.tolist()  # a tensor or an array
+        except AttributeError:
+            values = list(self.ids)
+        return values
 
     def largest_gradient(self) -> tuple[str, float] | None:
         """Return the name and the power sum of this rank's largest gradient, or None if the rank has none.

@@ -44,7 +44,7 @@ class UpdateRatio:
 
     def __init__(self, clipper: GradClipper) -> None:
         self.ratio: Tensor = torch.tensor(torch.nan, dtype=torch.float64)
-        """0-d float64 ratio of the last block, on the parameters' device; NaN before the first block."""
+        """0-d float64 ratio of the last block, on the parameters' device. It is NaN before the first block."""
         self._clipper = clipper
         self._before: Shards = Shards.of(())
 

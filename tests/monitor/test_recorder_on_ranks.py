@@ -21,9 +21,7 @@ import distclip
 from distclip import ArgumentError, DisagreementError, GradClipper
 from distclip.monitor import Recorder, UpdateRatio
 from tests.ranks import gather_from_ranks, on_ranks
-from tests.rig import CASES, Rig, bits, build, local, made_up, quietly
-
-EVERY_LAYOUT = pytest.mark.parametrize(("name", "num_ranks"), CASES)
+from tests.rig import RIG_CASES, Rig, build_rig, each_rig, local_tensor, record_warnings, to_bytes, whole_gradient
 
 POLICIES: dict[str, Callable[[], Any]] = {
     "global": lambda: distclip.global_norm(0.5),
@@ -43,17 +41,17 @@ def whole_norms(rig: Rig, step: int, p: float) -> Tensor:
     pieces: dict[str, dict[str, Tensor]] = {}
     for key, shape in {item for shapes in by_rank for item in shapes.items()}:
         parameter = key.split("@")[0] if rig.split_over is dist.group.WORLD else key
-        pieces.setdefault(parameter, {})[key] = made_up(key, shape, step).float().double().reshape(-1)
+        pieces.setdefault(parameter, {})[key] = whole_gradient(key, shape, step).float().double().reshape(-1)
     norms = [torch.linalg.vector_norm(torch.cat(list(parts.values())), p) for parts in pieces.values()]
     return torch.stack(norms).sort().values
 
 
 @on_ranks()
 @pytest.mark.parametrize("policy", POLICIES)
-@EVERY_LAYOUT
+@each_rig
 def test_tensor_norms_with_any_policy(name: str, policy: str) -> None:
     """Per-tensor norms do not change the policy's decision, and equal the norms of the whole gradients."""
-    plain, measured = build(name), build(name)
+    plain, measured = build_rig(name), build_rig(name)
     clippers = [rig.clipper(POLICIES[policy]()) for rig in (plain, measured)]
     clippers[1].measure_tensors()
     clippers[1].measure_tensors()  # a second call has no effect
@@ -73,7 +71,7 @@ def test_tensor_norms_with_any_policy(name: str, policy: str) -> None:
         assert norms is not None
         torch.testing.assert_close(norms.sort().values, expected, rtol=1e-6, atol=0)
         assert len(clippers[1].tensors) == len(norms)
-        assert len(set(map(bytes, gather_from_ranks(bits([norms])[0])))) == 1
+        assert len(set(map(bytes, gather_from_ranks(to_bytes([norms])[0])))) == 1
     assert bool(reports[1].clipped)
 
 
@@ -102,11 +100,11 @@ def count_collectives(comm: Any) -> Counter[str]:
 
 
 @on_ranks()
-@pytest.mark.parametrize(("name", "num_ranks"), [case for case in CASES if case[0] != "ddp"])
+@pytest.mark.parametrize(("name", "num_ranks"), [case for case in RIG_CASES if case[0] != "ddp"])
 def test_one_rank_writes_details_of_all_ranks(name: str) -> None:
     """The run has a spike on one rank only, and a NaN. The lines agree with the reports on all ranks."""
     rank, size, folder = dist.get_rank(), dist.get_world_size(), make_shared_folder()
-    rig = build(name)
+    rig = build_rig(name)
     clipper = rig.clipper(distclip.global_norm(0.5))
     counts = count_collectives(clipper.comm)
     reports = []
@@ -114,11 +112,11 @@ def test_one_rank_writes_details_of_all_ranks(name: str) -> None:
         for step in range(1, 41):
             rig.fill(step)
             if step == 25 and rank == size - 1:
-                local(dict(rig.named)[rig.target].grad).mul_(100)
+                local_tensor(dict(rig.named)[rig.target].grad).mul_(100)
             if step == 33:
                 message = rig.poison(size - 1, float("nan"))
             counts.clear()
-            report, _ = quietly(clipper.clip)
+            report, _ = record_warnings(clipper.clip)
             reports.append(report)
             # One all-reduce for the norm, and one for the losses of the last ten steps when they are written.
             writes = step in (11, 21, 31)
@@ -165,7 +163,7 @@ def test_one_rank_writes_details_of_all_ranks(name: str) -> None:
 @on_ranks(2)
 def test_rank_with_closed_recorder_joins_collectives() -> None:
     rank, folder, coefs = dist.get_rank(), make_shared_folder(), []
-    rig = build("fsdp2")
+    rig = build_rig("fsdp2")
     clipper = rig.clipper(distclip.global_norm(0.5))
     recorder = Recorder(clipper, folder, every=20, top=1)
     for step in range(1, 61):
@@ -187,7 +185,7 @@ def test_rank_with_closed_recorder_joins_collectives() -> None:
 @on_ranks(2)
 def test_rank_that_raises_does_not_wait_for_others() -> None:
     rank, folder = dist.get_rank(), make_shared_folder()
-    rig = build("fsdp2")
+    rig = build_rig("fsdp2")
     clipper = rig.clipper(distclip.global_norm(0.5))
     recorder = Recorder(clipper, folder)
     rig.fill(1)
@@ -202,7 +200,7 @@ def test_rank_that_raises_does_not_wait_for_others() -> None:
 @on_ranks(2)
 def test_invalid_arguments_raise_on_all_ranks() -> None:
     rank, folder = dist.get_rank(), make_shared_folder()
-    rig = build("fsdp2")
+    rig = build_rig("fsdp2")
     clipper = rig.clipper(distclip.global_norm(0.5))
     with pytest.raises(DisagreementError, match=r"\(every, per_tensor, top\) of a recorder differ"):
         Recorder(clipper, folder, every=10 + rank)
@@ -232,7 +230,7 @@ def test_failing_sink_does_not_stop_training() -> None:
     def fail(numbers: dict[str, float], step: int) -> None:
         raise OSError("no space left")
 
-    rig = build("fsdp2")
+    rig = build_rig("fsdp2")
     clipper = rig.clipper(POLICIES["groups"]())
     recorder = Recorder(clipper, folder, every=5, sinks=[fail, lambda numbers, step: received.append((step, numbers))])
     with warnings.catch_warnings(record=True) as caught:
@@ -267,9 +265,9 @@ def test_replicas_that_clip_alone_write_one_file() -> None:
 
 @on_ranks()
 @pytest.mark.parametrize("policy", ["global", "rows"])
-@EVERY_LAYOUT
+@each_rig
 def test_update_ratio_of_whole_parameters(name: str, policy: str) -> None:
-    rig = build(name)
+    rig = build_rig(name)
     clipper = rig.clipper(POLICIES[policy]())
     optimizer = rig.optimizer("sgd")
     rig.fill(1)

@@ -11,7 +11,6 @@ import pytest
 from tests.repo.source import ROOT, Docstring, Text, comments, docstrings, files, messages, relative, tracked
 
 NOT_CONVERTED: tuple[str, ...] = (
-    "distclip/monitor/",
     "tests/",
 )
 """Prefixes of paths that these tests skip. It must become empty, and stay empty."""

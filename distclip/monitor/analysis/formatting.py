@@ -107,7 +107,7 @@ def printable(text: object) -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    """Cut the middle out of a text that is longer than `width`.
+    """Replace the middle of a text that is longer than `width` by an ellipsis.
 
     >>> shorten("transformer.layers.31.mlp.down_proj.weight", 23)
     'transformer…proj.weight'

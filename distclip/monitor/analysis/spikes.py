@@ -98,7 +98,10 @@ def find_spikes(norms: Numbers) -> NDArray[np.int64]:
 
 
 def _local_medians(values: Numbers) -> Numbers:
-    """Return for each value the median of the window that contains it, one window per half window of values."""
+    """Return for each value the median of a window around it.
+
+    All values of a half window share one median.
+    """
     if len(values) <= WINDOW:
         return np.full(len(values), np.median(values))
     half = WINDOW // 2
@@ -111,7 +114,7 @@ def _local_medians(values: Numbers) -> Numbers:
 
 
 def parse_spike(step: int, line: Mapping[str, Any]) -> Spike | None:
-    """Parse the details of a step; None if its line has none."""
+    """Parse the details of a step, or return None if its line has none."""
     if not ("spike" in line or "ids" in line or "worst" in line):
         return None
     ids, worst = line.get("ids"), line.get("worst")

@@ -246,7 +246,11 @@ def _bootstrap_interval(norms: Numbers) -> tuple[float, float]:
 
 
 def _drift(regimes: Regimes) -> tuple[float, float]:
-    """Return the factor by which the median moves after the warm-up, and the highest 95th percentile of any part."""
+    """Return how far the norms move after the warm-up.
+
+    Returns:
+        The factor between the medians of the parts, and the highest 95th percentile of a part.
+    """
     quarters = np.array_split(regimes.norms_of(regimes.last), 4)
     parts = [*(regimes.norms_of(segment) for segment in regimes.steady), *quarters]
     medians = [float(np.median(part)) for part in parts]

@@ -49,7 +49,7 @@ class SharedFinding:
 
 
 def assess(logs: Sequence[Log]) -> list[Assessment]:
-    """Assess each run."""
+    """Return the findings and the suggested bound of each run."""
     return [_assess_run(log) for log in logs]
 
 

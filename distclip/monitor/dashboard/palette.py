@@ -69,7 +69,9 @@ class Style:
 
 
 def assign_styles(names: Sequence[str]) -> list[Style]:
-    """Assign a style to each run. If there are many runs, those that differ only in a number (a seed) share a colour.
+    """Assign a style to each run.
+
+    If there are many runs, those that differ only in a number (a seed) share a colour.
 
     Args:
         names: of the runs.
@@ -95,7 +97,10 @@ def assign_styles(names: Sequence[str]) -> list[Style]:
 
 
 def _group_names(names: Sequence[str]) -> list[str]:
-    """Return the group of each run. The most varied numbers are removed from the names until the colours suffice."""
+    """Return the group of each run.
+
+    The most varied numbers are removed from the names until there are enough colours.
+    """
     parts = [re.split(r"[/,]", name) for name in names]
     if len(set(names)) <= len(RUN_COLOURS) or len({len(part) for part in parts}) > 1:
         # Two runs with the same name are still two runs.

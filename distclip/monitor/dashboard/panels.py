@@ -202,7 +202,10 @@ def _clip_rate_panel(logs: Sequence[Log], buckets: int) -> Panel:
 
 
 def rolling_rate(flags: NDArray[np.bool_], window: int) -> Numbers:
-    """Return the percentage of true flags in the last `window` steps; NaN before there are enough steps."""
+    """Return the percentage of true flags in the last `window` steps.
+
+    The first values are NaN, because there are not enough steps yet.
+    """
     rates = np.full(len(flags), np.nan)
     window = min(window, len(flags))
     if window:
@@ -214,7 +217,10 @@ def rolling_rate(flags: NDArray[np.bool_], window: int) -> Numbers:
 def _column_panel(
     key: str, title: str, columns: Sequence[Numbers], logs: Sequence[Log], buckets: int, height: int = 110
 ) -> Panel:
-    """Prepare a curve per run. The axis is logarithmic for positive values that span more than a factor of 20."""
+    """Prepare a panel with a curve per run.
+
+    The axis is logarithmic for positive values that span more than a factor of 20.
+    """
     finite = np.concatenate([values[np.isfinite(values)] for values in columns])
     log_axis = key not in ("coef", "clip_rate") and bool(finite.min() > 0 and finite.max() > 20 * finite.min())
     curves = [

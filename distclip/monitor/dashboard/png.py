@@ -152,7 +152,7 @@ def _format_axis(axes: Axes, panel: Panel) -> None:
 
 
 def _set_log_ticks(axis: Any, low: float, high: float, max_ratio: float = 50) -> None:
-    """Label three numbers per decade on an axis with a ratio below `max_ratio`, and powers of ten on a longer one."""
+    """Label three numbers per decade, or powers of ten only if the axis spans a ratio above `max_ratio`."""
     narrow = high < max_ratio * low
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=7 if not narrow else 12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))

@@ -80,7 +80,11 @@ def make_heat_maps(logs: Sequence[Log]) -> tuple[list[HeatMap], list[str]]:
 
 
 def _largest_rows(log: Log) -> tuple[list[int], Numbers]:
-    """Return the tensors with the largest norms in the model's order, and (steps, rows) logarithms of their norms."""
+    """Return the tensors with the largest norms, in the model's order.
+
+    Returns:
+        Their indices, and (steps, rows) logarithms of their norms.
+    """
     peaks = np.fmax.reduce(np.where(np.isfinite(log.tensor_norms), log.tensor_norms, -1.0), axis=0)
     rows = sorted(np.argsort(-peaks, kind="stable")[:MAX_ROWS].tolist())
     norms = log.tensor_norms[:, rows]

@@ -60,7 +60,10 @@ def _is_fp16(log: Log) -> bool:
 
 
 def _unexplained_steps(context: Context) -> list[int]:
-    """Return the indices of non-finite steps that no spike, no search for a loss scale and no bad sample explains."""
+    """Return the indices of non-finite steps without an explanation.
+
+    A spike before the step, a search for a loss scale, or a bad sample explains it.
+    """
     suspects = {suspect.id for suspect in context.blame.suspects}
     explained = {spike.step for spike in context.blame.spikes if not suspects.isdisjoint(spike.ids)}
     return [
@@ -101,7 +104,7 @@ def _find_collapse(log: Log) -> tuple[int, int, int] | None:
 
 
 def _is_scale_search(log: Log, index: int) -> bool:
-    """Return whether the loss scale falls at this step or right after it, because the scaler found it too high."""
+    """Return whether the scaler reduces the loss scale because of this step."""
     scale = log.columns.get("scale")
     if scale is None:
         return False

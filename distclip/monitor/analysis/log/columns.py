@@ -33,7 +33,10 @@ MAX_CELLS = 16_000_000
 
 
 class Columns:
-    """The numbers of all steps so far by key, each as long as `steps`, with NaN where a line lacks the key."""
+    """The numbers of all steps so far by key.
+
+    All columns are as long as `steps`, with NaN where a line lacks the key.
+    """
 
     def __init__(self) -> None:
         self.steps = array("q")

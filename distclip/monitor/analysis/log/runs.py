@@ -38,7 +38,10 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 
 
 def name_runs(runs: Sequence[Path]) -> list[str]:
-    """Return short, distinct names: the paths below the common directory, or the directory's name for a single run."""
+    """Return short, distinct names of runs.
+
+    The names are the paths below the common directory. A single run has the name of its directory.
+    """
     directories = [_directory(run.resolve()) for run in runs]
     common = Path(os.path.commonpath(directories)) if len(directories) > 1 else directories[0].parent
     return [path.name if path == common else str(path.relative_to(common)) for path in directories]

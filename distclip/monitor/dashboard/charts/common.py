@@ -81,7 +81,7 @@ def log_ticks(columns: Sequence[NDArray[np.floating[Any]]], size: int) -> dict[s
 
 
 def hover_name(style: Style, runs: Sequence[Style]) -> str:
-    """Return the run's name for a hover label; empty if there is only one run."""
+    """Return the run's name for a hover label, or nothing if there is only one run."""
     return escape_text(shorten(style.name, 40)) if len(runs) > 1 else ""
 
 
