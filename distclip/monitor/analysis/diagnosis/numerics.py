@@ -19,8 +19,8 @@ FP16_ADVICE = (
 )
 
 GENERAL_ADVICE = (
-    "Check the inputs of the batch and the operations of the culprits (a division, log or sqrt near 0, a mask of "
-    "-inf) with torch.autograd.set_detect_anomaly(True). In fp16, switch to bf16."
+    "Check the batch's inputs and the culprits' operations (a division, log or sqrt near 0, a mask of -inf) with "
+    "torch.autograd.set_detect_anomaly(True). In fp16, switch to bf16."
 )
 
 

@@ -30,11 +30,11 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     Raises:
         RunError: there is no run at one of the paths.
     """
-    found: dict[Path, Path] = {}
+    by_path: dict[Path, Path] = {}
     for path in paths:
         for run in _runs_at(path):
-            found.setdefault(run.resolve(), run)
-    return list(found.values())
+            by_path.setdefault(run.resolve(), run)
+    return list(by_path.values())
 
 
 def name_runs(runs: Sequence[Path]) -> list[str]:
