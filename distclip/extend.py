@@ -21,7 +21,7 @@ from .policies import Fixed, NormPolicy, Policy
 from .sharding.annotations import set_layout
 from .sharding.dtensor import is_dtensor
 from .sharding.layout import Layout
-from .sharding.parameters import Parameters, named
+from .sharding.parameters import Parameters, name_tensors
 from .sharding.shard import Shard, Shards
 from .sharding.split_over import SplitOver, group_ranks
 
@@ -51,7 +51,7 @@ __all__ = [
     "get_total_norm",
     "group_ranks",
     "is_dtensor",
-    "named",
+    "name_tensors",
     "scale_",
     "set_layout",
     "started",

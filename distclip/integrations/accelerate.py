@@ -53,7 +53,7 @@ from ..extend import (
     ScalerState,
     SplitOver,
     gather_or_raise,
-    named,
+    name_tensors,
     world_comm,
 )
 from . import attachment as base
@@ -204,7 +204,7 @@ class Attachment(base.Attachment):
             _check_prepared(gather_or_raise(comm or LocalComm(), None, len(models)))
             module = models[0] if len(models) == 1 else nn.ModuleList(models)
             self._deferred.bind(module, comm)
-            self._models, self._params = models, named(module)
+            self._models, self._params = models, name_tensors(module)
         if not _same_objects(optimizers, self._optimizers):
             self._step_patches.restore()
             self._optimizers = optimizers

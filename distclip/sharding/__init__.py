@@ -8,7 +8,7 @@ norm that it counts in. A tensor that no source recognizes is a replica on every
 
 from .annotations import annotate_
 from .cache import cached_table
-from .parameters import Named, named
+from .parameters import Named, name_tensors
 from .split_over import split_axes
 from .table import ShardTable, gradient_table, local_table, parameter_table
 
@@ -19,7 +19,7 @@ __all__ = [
     "cached_table",
     "gradient_table",
     "local_table",
-    "named",
+    "name_tensors",
     "parameter_table",
     "split_axes",
 ]

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ArgumentError
 
-__all__ = ["Named", "Parameters", "named"]
+__all__ = ["Named", "Parameters", "name_tensors"]
 
 Parameters: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 """A module, one tensor, an iterable of tensors, or of (name, tensor) pairs."""
@@ -26,7 +26,7 @@ The wrappers are FSDP1, torch.compile, activation checkpointing and Lightning's 
 a checkpoint finds a parameter with and without its wrappers."""
 
 
-def named(parameters: Parameters, argument: str = "parameters") -> Named:
+def name_tensors(parameters: Parameters, argument: str = "parameters") -> Named:
     """List every tensor of the argument once, with a name.
 
     Args:
@@ -42,7 +42,7 @@ def named(parameters: Parameters, argument: str = "parameters") -> Named:
 
     >>> import torch
     >>> w = torch.ones(2)
-    >>> [name for name, _ in named([w, w])]
+    >>> [name for name, _ in name_tensors([w, w])]
     ['parameters[0]']
     """
     # By identity, because == compares the elements of tensors.

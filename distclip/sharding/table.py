@@ -33,7 +33,7 @@ from .flat_storage import FlatStorage
 from .fsdp1 import FSDP1Source
 from .layout import Layout, num_replicas, product
 from .megatron import MegatronSource, read_main_grad
-from .parameters import Named, Parameters, named
+from .parameters import Named, Parameters, name_tensors
 from .shard import PartialSum, Rows, Shard, ShardInfo, ShardInfos, Shards
 from .source import Request, Source
 
@@ -305,7 +305,7 @@ def parameter_table(parameters: Parameters, axes: tuple[Axis, ...]) -> ShardTabl
     """Make a table of parameters, whose gradients are read at every call.
 
     Args:
-        parameters: see `named`.
+        parameters: see `name_tensors`.
         axes: axes of `split_over=`.
 
     Returns:
@@ -315,19 +315,19 @@ def parameter_table(parameters: Parameters, axes: tuple[Axis, ...]) -> ShardTabl
         ArgumentError: `parameters` has another type.
         LayoutError: a wrapped module has a process group without this rank.
     """
-    return _table(named(parameters), parameters if isinstance(parameters, nn.Module) else None, axes)
+    return _table(name_tensors(parameters), parameters if isinstance(parameters, nn.Module) else None, axes)
 
 
 def gradient_table(tensors: Parameters, axes: tuple[Axis, ...]) -> ShardTable:
     """Make a table of gradients themselves. See `parameter_table` for the arguments."""
-    table = _table(named(tensors, "tensors"), None, axes)
+    table = _table(name_tensors(tensors, "tensors"), None, axes)
     table.are_gradients = True
     return table
 
 
 def local_table(parameters: Parameters) -> ShardTable:
     """Make a table of parameters for local operations, which do not need layouts."""
-    entries = [(name, tensor, Layout()) for name, tensor in named(parameters)]
+    entries = [(name, tensor, Layout()) for name, tensor in name_tensors(parameters)]
     return ShardTable([tensor for _, tensor, _ in entries], TableMetadata(entries, ()))
 
 

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from distclip import NormPolicy, reference
-from distclip.sharding import named
+from distclip.sharding import name_tensors
 
 
 @dataclass
@@ -122,7 +122,7 @@ def ranks_by_axis(split_over: Any) -> Iterator[list[int]]:
 def pieces_of(parameters: Any, split_over: Any = None) -> list[Piece]:
     """Return the pieces of parameters without annotations and tags."""
     pieces, names = {}, {}
-    entries = named(parameters)
+    entries = name_tensors(parameters)
     for name, param in entries:
         members = {dist.get_rank()}
         if isinstance(param, DTensor):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import distclip
 from distclip import reference
-from distclip.sharding import named
+from distclip.sharding import name_tensors
 from tests.tables.layouts import LAYOUTS, Case
 
 LAYOUT_CASES = [(name, size) for name, row in LAYOUTS.items() for size in row.worlds]
@@ -35,7 +35,7 @@ def check_layout(name: str) -> None:
     # A generator can be read once, so the parameters are kept for the next calls.
     read_once = isinstance(case.parameters, Iterator)
     params = list(case.parameters) if read_once else case.parameters
-    grads = [p.grad for _, p in named(params) if p.grad is not None]
+    grads = [p.grad for _, p in name_tensors(params) if p.grad is not None]
     before = [stored(g).clone() for g in grads]
 
     def clip(max_norm: float, norm_type: float) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...extend import LayoutError, named, set_layout
+from ...extend import LayoutError, name_tensors, set_layout
 from ..monkeypatch import MethodPatches
 from .topology import Topology
 
@@ -65,7 +65,7 @@ class Adapter(ABC):
 
     def __init__(self, engine: Engine, weights: bool) -> None:
         self.engine, self.optimizer, self.weights = engine, engine.optimizer, weights
-        self._names = {id(param): name for name, param in named(engine.module)}
+        self._names = {id(param): name for name, param in name_tensors(engine.module)}
         self.topology = Topology(engine)
         self.groups: list[list[Piece]] = []
         """Pieces of this rank, by parameter group of the optimizer."""

@@ -15,7 +15,7 @@ from ...extend import (
     Report,
     SplitOver,
     gather_or_raise,
-    named,
+    name_tensors,
     world_comm,
 )
 from ..attachment import check_policy
@@ -123,7 +123,7 @@ class GradientClipping(Callback):
         comm = world_comm() if trainer.world_size > 1 else None
         gather_or_raise(comm or LocalComm(), errors.error, None)
         module = trainer.strategy.model
-        params = named(module)
+        params = name_tensors(module)
         for i, optimizer in enumerate(trainer.optimizers):
             stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
             steps_all = all(id(param) in stepped for _, param in params if param.requires_grad)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...extend import Shard, Shards, get_total_norm, is_dtensor, named, scale_
+from ...extend import Shard, Shards, get_total_norm, is_dtensor, name_tensors, scale_
 
 __all__ = ["clip_grad_by_total_norm_fp32", "get_grad_norm_fp32"]
 
@@ -78,7 +78,7 @@ def clip_grad_by_total_norm_fp32(
     if not coef < 1:
         return
     attribute = "decoupled_grad" if use_decoupled_grad else "grad"
-    grads = [(name, getattr(param, attribute, None)) for name, param in named(parameters)]
+    grads = [(name, getattr(param, attribute, None)) for name, param in name_tensors(parameters)]
     shards = Shards.of(Shard(name, _to_local(grad)) for name, grad in grads if grad is not None)
     if shards.grads:
         scale_(shards, torch.tensor(coef, dtype=torch.float64))

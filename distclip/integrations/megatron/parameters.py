@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ...extend import ArgumentError, Layout, group_ranks, named, set_layout
+from ...extend import ArgumentError, Layout, group_ranks, name_tensors, set_layout
 
 if TYPE_CHECKING:
     from .foreign import Optimizer
@@ -184,7 +184,7 @@ def names_of(model: nn.Module | Iterable[nn.Module]) -> dict[int, str]:
     return {
         id(param): ("" if len(chunks) == 1 else f"{i}.") + re.sub(r"^(module\.)+", "", name)
         for i, chunk in enumerate(chunks)
-        for name, param in named(chunk)
+        for name, param in name_tensors(chunk)
     }
 
 

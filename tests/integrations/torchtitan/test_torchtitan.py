@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard
 
 from distclip import NonFiniteError, reference
 from distclip.integrations.torchtitan import clip_grad_norm_
-from distclip.sharding import named
+from distclip.sharding import name_tensors
 from tests.ranks import RankError, World, gather_from_ranks, on_ranks
 from tests.sharding.checks import check_norm, check_scaled, stored
 from tests.tables.layouts import LAYOUTS, Case
@@ -78,7 +78,7 @@ def check_layout(name: str, norm_type: float) -> None:
     """Check the norm and the scaled gradients against float64."""
     case, ep_enabled = build(name)
     kept = list(case.parameters)
-    grads = [p.grad for _, p in named(kept) if p.grad is not None]
+    grads = [p.grad for _, p in name_tensors(kept) if p.grad is not None]
     before = [stored(grad).clone() for grad in grads]
     expected = reference.total_norm(case.whole, norm_type)
     passed = iter(kept) if isinstance(case.parameters, Iterator) else kept
