@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "ALWAYS",
     "NEVER",
     "Fact",
     "accumulation_dtype",
+    "as_fact",
     "copy_to_host_async",
     "device_constant",
     "host_reads_free",
@@ -74,7 +76,7 @@ class Fact:
 
     def __invert__(self) -> Fact:
         if self.host is not None:
-            return Fact(not self.host)
+            return NEVER if self.host else ALWAYS
         assert self._tensor is not None
         return Fact(~self._tensor)
 
@@ -104,8 +106,13 @@ class Fact:
         return f"Fact({self.host})"
 
 
-NEVER = Fact(False)
-"""Fact that holds on no rank, known to the host."""
+ALWAYS, NEVER = Fact(True), Fact(False)
+"""Facts that the host knows."""
+
+
+def as_fact(value: bool | Tensor) -> Fact:
+    """Return a bool or a 0-d bool tensor as a fact."""
+    return NEVER if value is False else ALWAYS if value is True else Fact(value)
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:

@@ -287,7 +287,8 @@ class Engine:
                 skip.read()
         if not rule.leaves_step_out:
             coefs = totals.mask_if_failed(coefs)
-        coefs = skip.select(torch.ones_like(coefs), coefs)
+        if skip.host is not False:
+            coefs = skip.select(torch.ones_like(coefs), coefs)
 
         outcome = Outcome(
             step,
@@ -425,13 +426,16 @@ def measure_all_ranks(
     device = shards.grads[0].device if shards.grads else table.device
 
     # 2. How long: power sums in float64. A rank that has failed contributes nothing, but it takes part.
-    partials = Partials.empty(spec, device, num_slots)
+    partials = None
     if errors.error is None:
         with errors:
             partials = measure(shards, spec, device, num_slots, weights)
+    if partials is None:
+        partials = Partials.empty(spec, device, num_slots)
     # A cached communicator may be too small for a mesh that this rank uses for the first time.
     uncovered = comm.covers_holders and bool(uncovered_ranks(comm, table.groups, table.axes))
-    partials = replace(partials, failed=errors.error is not None, uncovered=uncovered)
+    if uncovered or errors.error is not None:
+        partials = replace(partials, failed=errors.error is not None, uncovered=uncovered)
 
     # 3. ONE all-reduce, of the power sums and of facts that decide which collectives follow. The host reads the facts
     # if it costs nothing, or if ranks may differ: a rank of a caller's communicator may hold nothing.

@@ -33,6 +33,8 @@ from .sharding.table import ShardTable, gradient_table, local_table
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
 
+_EUCLIDEAN = NormSpec()
+
 
 @_disable_dynamo
 @torch.no_grad()
@@ -95,17 +97,18 @@ def clip_grad_norm_(
     >>> weight.grad
     tensor([0.6000, 0.8000])
     """
-    errors, spec, bound = FirstError(), NormSpec(), math.inf
+    errors, spec, bound = FirstError(), _EUCLIDEAN, math.inf
     axes: tuple[Axis, ...] = ()
     with errors:
-        spec = NormSpec(_checked_norm_type(norm_type))
+        spec = _spec(norm_type)
     with errors:
         bound = _checked_bound(max_norm)
     with errors:
         axes = split_axes(split_over, comm)
-    table = ShardTable.empty(axes)
+    table = None
     with errors:
         table = cached_table(parameters, axes)
+    table = table or ShardTable.empty(axes)
     comm = resolve_comm(table.groups, table.axes, comm, errors)
     shards, _, totals = measure_all_ranks(table, spec, comm, errors)
     if isinstance(parameters, GeneratorType) and not table.tensors:
@@ -147,15 +150,16 @@ def get_total_norm(
     >>> get_total_norm([torch.tensor([3.0]), torch.tensor([4.0], dtype=torch.bfloat16)])
     tensor(5.)
     """
-    errors, spec = FirstError(), NormSpec()
+    errors, spec = FirstError(), _EUCLIDEAN
     axes: tuple[Axis, ...] = ()
     with errors:
-        spec = NormSpec(_checked_norm_type(norm_type))
+        spec = _spec(norm_type)
     with errors:
         axes = split_axes(split_over, comm)
-    table = ShardTable.empty(axes)
+    table = None
     with errors:
         table = gradient_table(tensors, axes)
+    table = table or ShardTable.empty(axes)
     comm = resolve_comm(table.groups, table.axes, comm, errors)
     _, _, totals = measure_all_ranks(table, spec, comm, errors)
     _raise_if_nonfinite(totals, error_if_nonfinite)
@@ -232,12 +236,14 @@ def _checked_bound(max_norm: float) -> float:
     return bound
 
 
-def _checked_norm_type(norm_type: float) -> float:
-    """Return p as a number."""
+def _spec(norm_type: float) -> NormSpec:
+    """Return the spec of a total norm."""
     p = to_float(norm_type)
+    if p == 2:
+        return _EUCLIDEAN
     if math.isnan(p):
         raise ArgumentError(f'norm_type={norm_type!r}: not the p of a p-norm. Use norm_type=2.0, or "inf".')
-    return p
+    return NormSpec(p)
 
 
 def _local_shards(parameters: Parameters) -> Shards:

@@ -160,19 +160,19 @@ class OptimizerSteps:
         Collectives: none.
         Host syncs: one on an accelerator if the host has not read `skip` and an optimizer is not fused.
         """
-        found_inf = skip.on(factors.device).to(torch.float32)
         if state is not None:
             state.set_found_inf(overflow.on(factors.device).to(torch.float32))
         if skip.host:
             pass
         elif fuse:
+            found_inf = skip.on(factors.device).to(torch.float32)
             with fused_step(optimizers, factors.reciprocal().float().view(()), found_inf):
                 for optimizer in optimizers:
                     optimizer.step()
         else:
             for optimizer in optimizers:
                 if skip.host is None and supports_grad_scale(optimizer):
-                    with fused_step([optimizer], None, found_inf):
+                    with fused_step([optimizer], None, skip.on(factors.device).to(torch.float32)):
                         optimizer.step()
                 elif not skip.read():
                     optimizer.step()

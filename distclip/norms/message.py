@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..comm import Comm
-from ..devices import Fact, device_constant
+from ..devices import Fact, as_fact, device_constant
 from .measure import Partials
 from .spec import NormSpec
 
@@ -132,4 +132,4 @@ def unpack_facts(buffer: Tensor, *, on_host: bool) -> dict[str, Fact]:
     # A sum counts ranks, a maximum is 0 or 1.
     holds = buffer[-len(FACTS) :] > 0
     values = holds.tolist() if on_host else holds.unbind()
-    return {fact.name: Fact(value) for fact, value in zip(FACTS, values, strict=True)}
+    return {fact.name: as_fact(value) for fact, value in zip(FACTS, values, strict=True)}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import devices
 from ..comm import Comm
-from ..devices import NEVER, Fact
+from ..devices import NEVER, Fact, as_fact
 from ..errors import PeerError
 from .kernels.torch_ops import combine
 from .measure import Partials
@@ -158,7 +158,7 @@ def reduce(partials: Partials, spec: NormSpec, comm: Comm, *, read_facts: bool =
     """
     if comm.size == 1:
         fields: dict[str, Any] = {field.name: field.write(partials) for field in FIELDS}
-        fields |= {fact.name: Fact(fact.write(partials)) for fact in FACTS}
+        fields |= {fact.name: as_fact(fact.write(partials)) for fact in FACTS}
         return Totals(norm_type=spec.norm_type, **fields)
     buffer = all_reduce_(pack(partials, spec), spec, comm)
     fields = dict[str, Any](unpack_fields(buffer, len(partials.powers), spec))
@@ -167,5 +167,5 @@ def reduce(partials: Partials, spec: NormSpec, comm: Comm, *, read_facts: bool =
     if not read_facts:
         # A host may only skip the read if all ranks have the same layouts and dtypes, so this rank's dtypes stand for
         # those of all ranks.
-        fields["has_fp64"] = Fact(partials.has_fp64)
+        fields["has_fp64"] = as_fact(partials.has_fp64)
     return Totals(norm_type=spec.norm_type, **fields)
