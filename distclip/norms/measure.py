@@ -31,7 +31,8 @@ PerTensorPowers: TypeAlias = tuple[tuple[str, ...], Tensor]
 _FLOAT64 = (torch.float64, torch.complex128)
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, because a frozen dataclass takes three times as long to make, at every step.
+@dataclass(slots=True)
 class Partials:
     """One rank's contribution to the totals.
 
