@@ -15,6 +15,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import distclip
+from tests.tables import policies as tables
 
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
@@ -73,8 +74,7 @@ def test_policies_instantiate(name: str) -> None:
 
 
 def test_every_preset_is_a_choice() -> None:
-    presets = {"per_tensor_norm", "group_norm", "agc", "autoclip", "zclip", "adagc", "ema", "median_mad"}
-    assert set(POLICIES) == presets | {"global_norm", "value", "off"}
+    assert set(POLICIES) == {*tables.POLICIES, "off"}
 
 
 @pytest.mark.usefixtures("conf")

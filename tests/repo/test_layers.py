@@ -57,10 +57,6 @@ EXTRAS = {
 MAX_TOP_LEVEL_MODULES = 12
 
 
-TESTS_NOT_CONVERTED: set[str] = set()
-"""Test modules that still import other test modules. It must become empty."""
-
-
 def stage(path: Path) -> str:
     """Return the folder or the top-level module of distclip that a file belongs to."""
     return path.relative_to(ROOT / "distclip").parts[0].removesuffix(".py")
@@ -167,7 +163,6 @@ def test_no_test_module_imports_another() -> None:
     wrong = [
         f"{relative(path)} imports {name}"
         for path in files("tests")
-        if relative(path) not in TESTS_NOT_CONVERTED
         for name in sorted(imports(path, package(path)))
         if name.split(".")[0] == "tests" and name.split(".")[-1].startswith("test_")
     ]

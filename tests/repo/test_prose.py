@@ -10,7 +10,7 @@ import pytest
 
 from tests.repo.source import ROOT, Docstring, Text, comments, docstrings, files, messages, relative, tracked
 
-NOT_CONVERTED: tuple[str, ...] = ("tests/",)
+NOT_CONVERTED: tuple[str, ...] = ("tests/integrations/mpi/test_mpi.py",)
 """Prefixes of paths that these tests skip. It must become empty, and stay empty."""
 
 BAD_STARTS = {

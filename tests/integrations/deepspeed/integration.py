@@ -33,7 +33,10 @@ from tests.tables.integrations import Integration
 
 
 class OneProcess:
-    """The same training in one process. Float64 gradients are taken at parameters as the engine rounds them."""
+    """Training of the same model in one process.
+
+    Float64 gradients are taken at parameters as the engine rounds them.
+    """
 
     def __init__(self, model: nn.Module, policy: Any, dtype: torch.dtype) -> None:
         self.model, self.dtype = copy.deepcopy(model).double(), dtype
