@@ -56,7 +56,8 @@ def test_one_level_is_one_regime(steps: int, name: str) -> None:
     regimes = find_regimes(make_log(norms))
     assert (len(regimes.warm_up), len(regimes.steady)) == (0, 1)
     assert (regimes.last.start, regimes.last.stop, regimes.last.first, regimes.last.last) == (0, steps, 1, steps)
-    assert regimes.last.median == np.median(norms) and len(regimes.norms_of(regimes.last)) == steps
+    assert regimes.last.median == np.median(norms)
+    assert len(regimes.norms_of(regimes.last)) == steps
 
 
 @LENGTHS
@@ -68,9 +69,13 @@ def test_jump_separates_two_regimes(steps: int, factor: float, position: float) 
     norms[edge:] *= factor
     regimes = find_regimes(make_log(norms))
     before, after = regimes.steady
-    assert regimes.warm_up == () and regimes.last is after
-    assert abs(before.stop - edge) <= max(10, steps / 100) and before.stop == after.start and after.stop == steps
-    assert after.first == before.last + 1 and after.median / before.median == pytest.approx(factor, rel=0.1)
+    assert regimes.warm_up == ()
+    assert regimes.last is after
+    assert abs(before.stop - edge) <= max(10, steps / 100)
+    assert before.stop == after.start
+    assert after.stop == steps
+    assert after.first == before.last + 1
+    assert after.median / before.median == pytest.approx(factor, rel=0.1)
 
 
 def test_burst_does_not_hide_a_jump() -> None:
@@ -78,7 +83,8 @@ def test_burst_does_not_hide_a_jump() -> None:
     norms[200:] *= 3
     norms[300:308] *= 1e6
     before, after = find_regimes(make_log(norms)).steady
-    assert abs(before.stop - 200) <= 10 and after.stop == 400
+    assert abs(before.stop - 200) <= 10
+    assert after.stop == 400
 
 
 @LENGTHS
@@ -86,7 +92,8 @@ def test_warm_up_precedes_one_regime(steps: int) -> None:
     decreasing = 1 + 10 * np.exp(-np.arange(steps) / (steps / 20))
     for shape in (decreasing, 1 / decreasing):
         regimes = find_regimes(make_log(steady_norms(steps) * shape))
-        assert len(regimes.steady) == 1 and regimes.warm_up
+        assert len(regimes.steady) == 1
+        assert regimes.warm_up
         assert steps / 50 < regimes.last.start < steps / 3
         assert regimes.last.median == pytest.approx(shape[-1], rel=0.15)
 
@@ -95,7 +102,8 @@ def test_warm_up_precedes_one_regime(steps: int) -> None:
 def test_drift_becomes_increasing_levels(steps: int) -> None:
     regimes = find_regimes(make_log(steady_norms(steps) * 16 ** (np.arange(steps) / steps)))
     levels = [segment.median for segment in (*regimes.warm_up, *regimes.steady)]
-    assert len(regimes.steady) > 1 and levels == sorted(levels)
+    assert len(regimes.steady) > 1
+    assert levels == sorted(levels)
 
 
 def test_nonfinite_norms_are_ignored() -> None:
@@ -105,7 +113,8 @@ def test_nonfinite_norms_are_ignored() -> None:
     with_holes, without = find_regimes(make_log(holes)), find_regimes(make_log(norms))
     assert [segment.median for segment in with_holes.steady] == [segment.median for segment in without.steady]
     assert with_holes.last.first == with_holes.indices[without.last.start] + 1
-    assert find_regimes(make_log([np.nan] * 5)).steady == () and find_regimes(make_log([])).steady == ()
+    assert find_regimes(make_log([np.nan] * 5)).steady == ()
+    assert find_regimes(make_log([])).steady == ()
 
 
 @settings(max_examples=60, deadline=None)

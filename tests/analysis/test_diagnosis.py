@@ -161,8 +161,10 @@ def test_nonfinite_bad_samples_are_not_a_numerics_problem(tmp_path: Path) -> Non
         if line.get("spike", 0) > 3:
             line.update(norm=None, spike=None, coef=None, clipped=False, finite=False, skipped=True)
     (finding,) = diagnose(write_and_read(tmp_path, HEADER, lines))
-    assert finding.rule == "bad data" and "137" in finding.title
-    assert finding.command.startswith("launch/train.py resume=") and finding.advice.endswith(finding.command)
+    assert finding.rule == "bad data"
+    assert "137" in finding.title
+    assert finding.command.startswith("launch/train.py resume=")
+    assert finding.advice.endswith(finding.command)
 
 
 def test_widely_scattered_norms_have_no_spikes() -> None:

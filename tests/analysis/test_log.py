@@ -47,7 +47,8 @@ def test_defaults_of_missing_fields(tmp_path: Path) -> None:
     assert list(log.columns) == ["lr"]
     np.testing.assert_equal(log.columns["lr"], [math.nan, 0.1, math.nan])
     assert (log.header, log.sessions, log.spikes, log.culprits, log.tensors, log.unreadable) == ({}, (), (), (), (), 0)
-    assert log.name == tmp_path.name and log.summary is None
+    assert log.name == tmp_path.name
+    assert log.summary is None
 
 
 def test_all_fields_of_a_recorder(tmp_path: Path) -> None:
@@ -74,17 +75,23 @@ def test_all_fields_of_a_recorder(tmp_path: Path) -> None:
     write_lines(tmp_path / "summary.json", {"held_out": 2.0})
     write_lines(tmp_path / "figures" / "cliff.json", {})
     log = read(tmp_path)
-    assert log.header == HEADER and [(session.start, session.header) for session in log.sessions] == [(1, HEADER)]
-    assert log.tensors == ("a", "b") and log.tensor_steps.tolist() == [1, 2]
+    assert log.header == HEADER
+    assert [(session.start, session.header) for session in log.sessions] == [(1, HEADER)]
+    assert log.tensors == ("a", "b")
+    assert log.tensor_steps.tolist() == [1, 2]
     np.testing.assert_equal(log.tensor_norms, [[0.6, 0.8], [math.nan, 0.5]])
-    assert log.skipped.tolist() == [False, True, False] and log.coefs.tolist() == [1, 1, 1]
+    assert log.skipped.tolist() == [False, True, False]
+    assert log.coefs.tolist() == [1, 1, 1]
     assert sorted(log.columns) == ["loss", "nonfinite"]
     first, second = log.spikes
     assert (first.step, first.ids, first.rank, first.tensor) == (2, (17, "x"), 1, "a")
-    assert math.isnan(first.norm) and math.isnan(first.ratio) and math.isnan(first.share)
+    assert math.isnan(first.norm)
+    assert math.isnan(first.ratio)
+    assert math.isnan(first.share)
     assert (second.ratio, second.ids, second.rank, second.tensor, second.share) == (9, (4,), None, "b", 0.9)
     assert log.culprits == (Culprit(2, "a", 2, 1, (1,)),)
-    assert log.summary == {"held_out": 2.0} and log.figures == (tmp_path / "figures" / "cliff.json",)
+    assert log.summary == {"held_out": 2.0}
+    assert log.figures == (tmp_path / "figures" / "cliff.json",)
 
 
 def test_resumed_run_replaces_repeated_steps(tmp_path: Path) -> None:
@@ -102,10 +109,12 @@ def test_resumed_run_replaces_repeated_steps(tmp_path: Path) -> None:
     )
     with pytest.warns(UnreadableLinesWarning, match="line 8 cannot be read and was ignored"):
         log = read(path)
-    assert log.steps.tolist() == [1, 2, 3, 4, 5] and log.norms.tolist() == [1, 1, 1, 2, 2]
+    assert log.steps.tolist() == [1, 2, 3, 4, 5]
+    assert log.norms.tolist() == [1, 1, 1, 2, 2]
     assert [spike.ratio for spike in log.spikes] == log.norms.tolist() == log.tensor_norms[:, 0].tolist()
     np.testing.assert_equal(log.columns["old"], [1, 1, 1, math.nan, math.nan])
-    assert log.culprits == () and log.unreadable == 1
+    assert log.culprits == ()
+    assert log.unreadable == 1
     assert [(session.start, session.header["batch"]) for session in log.sessions] == [(1, 16), (4, 32)]
     assert log.header["batch"] == 32
 
@@ -172,7 +181,8 @@ def test_reads_like_the_slow_reader(
                 read_without_warnings(path)
             return
         log = read_without_warnings(path)
-    assert log.steps.tolist() == [row["step"] for row in kept] and log.unreadable == unreadable
+    assert log.steps.tolist() == [row["step"] for row in kept]
+    assert log.unreadable == unreadable
     norms = [value(row, "norm") for row in kept]
     np.testing.assert_equal(log.norms, [math.nan if norm < 0 else norm for norm in norms])
     for key, column in {"bound": log.bounds, **log.columns}.items():
@@ -193,7 +203,8 @@ def test_truncated_lines_do_not_combine_to_a_valid_one(tmp_path: Path) -> None:
     log = read_without_warnings(
         write_lines(tmp_path / "m.jsonl", {"step": 1, "norm": 1}, truncated, {"step": 3, "norm": 1})
     )
-    assert log.steps.tolist() == [1, 3] and log.unreadable == 2
+    assert log.steps.tolist() == [1, 3]
+    assert log.unreadable == 2
 
 
 def test_memory_of_a_long_run_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,21 +216,25 @@ def test_memory_of_a_long_run_is_bounded(tmp_path: Path, monkeypatch: pytest.Mon
     ]
     log = read(write_lines(tmp_path / "metrics.jsonl", HEADER, *rows))
     assert log.tensor_steps.tolist() == list(range(1, 101, 8)) == log.tensor_norms[:, 0].tolist()
-    assert len(log.spikes) <= 20 and any(spike.step == 40 for spike in log.spikes) and len(log.culprits) == 10
+    assert len(log.spikes) <= 20
+    assert any(spike.step == 40 for spike in log.spikes)
+    assert len(log.culprits) == 10
 
 
 def test_tensors_that_change_between_sessions(tmp_path: Path) -> None:
     rows = [HEADER, {"step": 1, "norm": 1, "tensor_norms": [1, 2]}, {"step": 2, "norm": 1, "tensor_norms": [1]}]
     other = {**HEADER, "tensors": ["b", "c"]}
     log = read(write_lines(tmp_path / "m.jsonl", *rows, other, {"step": 3, "norm": 1, "tensor_norms": [3, 4]}))
-    assert log.tensors == ("a", "b", "c") and log.tensor_steps.tolist() == [1, 3]
+    assert log.tensors == ("a", "b", "c")
+    assert log.tensor_steps.tolist() == [1, 3]
     np.testing.assert_equal(log.tensor_norms, [[1, 2, math.nan], [math.nan, 3, 4]])
 
 
 def test_norms_of_slots_without_tensor_norms(tmp_path: Path) -> None:
     header = {"distclip": "0", "slots": ["head", "rest"]}
     log = read(write_lines(tmp_path / "m.jsonl", header, {"step": 1, "norm": 5, "norms": [3, 4]}))
-    assert log.tensors == ("head", "rest") and log.tensor_norms.tolist() == [[3, 4]]
+    assert log.tensors == ("head", "rest")
+    assert log.tensor_norms.tolist() == [[3, 4]]
 
 
 @pytest.mark.parametrize(
@@ -240,7 +255,9 @@ def test_invalid_file(content: str, excerpt: str, tmp_path: Path) -> None:
     path.write_bytes(content.encode("latin-1"))
     with pytest.raises(RunError) as caught:
         read_without_warnings(path)
-    assert str(path) in str(caught.value) and excerpt in str(caught.value) and "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert excerpt in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_file_without_line_breaks_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,14 +22,17 @@ def test_steady_run() -> None:
     norms = steady_norms(4000)
     suggestion = suggest(make_log(norms))
     p75, p90, p95 = np.percentile(norms, [75, 90, 95])
-    assert suggestion.max_norm == pytest.approx(p90, rel=0.025) and (suggestion.low, suggestion.high) == (p75, p95)
+    assert suggestion.max_norm == pytest.approx(p90, rel=0.025)
+    assert (suggestion.low, suggestion.high) == (p75, p95)
     # The 90th percentile of a log-normal with scatter 0.25 is exp(0.25 · 1.2816).
     assert suggestion.interval[0] < math.exp(0.3204) < suggestion.interval[1] < 1.1 * suggestion.interval[0]
-    assert suggestion.max_norm == 1.38 and suggestion.override == "clip=global_norm clip.max_norm=1.38"
+    assert suggestion.max_norm == 1.38
+    assert suggestion.override == "clip=global_norm clip.max_norm=1.38"
     assert suggestion.python == "distclip.GradClipper(model, distclip.global_norm(1.38))"
     assert (suggestion.num_steps, suggestion.num_nonfinite) == (4000, 0)
     assert (suggestion.cap, suggestion.current) == (None, None)
-    assert suggestion.notes == () and suggestion.cautions == ()
+    assert suggestion.notes == ()
+    assert suggestion.cautions == ()
     for excerpt in ("Clip at 1.38", "steps 1 to 4000", "p75 to p95"):
         assert excerpt in suggestion.text
     assert suggest(make_log(norms)) == suggestion
@@ -54,7 +57,8 @@ def test_candidates() -> None:
     assert rates == {"p50": 0.5, "p75": 0.25, "p90": 0.1, "p95": 0.05, "p99": 0.01, "max": 0.0}
     assert [candidates[name].longest_streak for name in ("p90", "p99", "max")] == [20, 2, 0]
     expected = np.minimum(1, candidates["p75"].bound / norms).mean()
-    assert candidates["p75"].mean_coef == pytest.approx(expected, rel=1e-12) and candidates["max"].mean_coef == 1
+    assert candidates["p75"].mean_coef == pytest.approx(expected, rel=1e-12)
+    assert candidates["max"].mean_coef == 1
     assert [candidates[name].role for name in ("p75", "p99", "max")] == ["limiter", "safety net", "inactive"]
 
 
@@ -64,7 +68,8 @@ def test_candidates() -> None:
 def test_current_bound(bound: float, role: str, tmp_path: Path) -> None:
     norms = steady_norms(1000)
     suggestion = suggest(write_and_read(tmp_path, HEADER, make_lines(norms, bound=bound)))
-    assert suggestion.current is not None and (suggestion.current.bound, suggestion.current.role) == (bound, role)
+    assert suggestion.current is not None
+    assert (suggestion.current.bound, suggestion.current.role) == (bound, role)
     assert suggestion.current.clip_rate == (norms > bound).mean()
     is_clipped_often = any("were clipped" in caution for caution in suggestion.cautions)
     assert is_clipped_often == (role in ("limiter", "normaliser"))
@@ -73,19 +78,26 @@ def test_current_bound(bound: float, role: str, tmp_path: Path) -> None:
 def test_current_bound_of_a_log_without_bounds(tmp_path: Path) -> None:
     lines = [{key: line[key] for key in ("step", "norm", "coef")} for line in make_lines(steady_norms(300), bound=1.2)]
     current = suggest(write_and_read(tmp_path / "fixed", lines)).current
-    assert current is not None and current.bound == pytest.approx(1.2) and current.role == "limiter"
+    assert current is not None
+    assert current.bound == pytest.approx(1.2)
+    assert current.role == "limiter"
     for line in lines:
         line["coef"] **= 2
     current = suggest(write_and_read(tmp_path / "varies", lines)).current
-    assert current is not None and math.isnan(current.bound) and current.role == "limiter"
+    assert current is not None
+    assert math.isnan(current.bound)
+    assert current.role == "limiter"
 
 
 def test_only_the_last_regime_counts() -> None:
     norms = np.concatenate([10 * steady_norms(100), steady_norms(500, 1), 1.8 * steady_norms(400, 2)])
     suggestion = suggest(make_log(norms))
-    assert abs(suggestion.segment.first - 601) <= 20 and suggestion.max_norm == pytest.approx(1.8 * 1.38, rel=0.08)
+    assert abs(suggestion.segment.first - 601) <= 20
+    assert suggestion.max_norm == pytest.approx(1.8 * 1.38, rel=0.08)
     warm_up, change = suggestion.notes
-    assert "Warm-up until step 100" in warm_up and "At step 60" in change and "the last regime" in suggestion.text
+    assert "Warm-up until step 100" in warm_up
+    assert "At step 60" in change
+    assert "the last regime" in suggestion.text
     assert suggestion.cap is None
 
 
@@ -93,7 +105,8 @@ def test_only_the_last_regime_counts() -> None:
 def test_drift_suggests_an_adaptive_policy(exponents: Floats) -> None:
     norms = steady_norms(2000) * 4**exponents
     suggestion = suggest(make_log(norms))
-    assert suggestion.drift > 2 and suggestion.cap is not None
+    assert suggestion.drift > 2
+    assert suggestion.cap is not None
     assert np.percentile(norms, 90) < suggestion.cap < norms.max()
     assert suggestion.override == f"clip=median_mad clip.cap={suggestion.cap:g}"
     assert suggestion.python == f"distclip.GradClipper(model, distclip.median_mad(3, cap={suggestion.cap:g}))"
@@ -130,7 +143,8 @@ def test_nonfinite_norms_are_ignored() -> None:
 def test_too_few_norms(norms: Floats, excerpt: str) -> None:
     with pytest.raises(RunError) as caught:
         suggest(make_log(norms))
-    assert excerpt in str(caught.value) and "\n" not in str(caught.value)
+    assert excerpt in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_fewest_norms() -> None:
@@ -142,7 +156,8 @@ def test_other_batch_size(tmp_path: Path) -> None:
     assert suggest(log).cautions == suggest(log, batch=16).cautions == ()
     (caution,) = suggest(log, batch=64).cautions
     p90 = np.percentile(steady_norms(300), 90)
-    assert "batch size 16, not 64" in caution and f"between {p90 / 2:.3g} and {p90:.3g}" in caution
+    assert "batch size 16, not 64" in caution
+    assert f"between {p90 / 2:.3g} and {p90:.3g}" in caution
     (unknown,) = suggest(make_log(steady_norms(300)), batch=64).cautions
     assert "does not have its batch size" in unknown
 
@@ -180,7 +195,8 @@ def test_interval_is_wider_for_correlated_norms() -> None:
 
 @given(st.floats(1e-12, 1e12))
 def test_round_bound_is_close_and_short(value: float) -> None:
-    assert round_bound(value) == pytest.approx(value, rel=0.0251) and len(f"{round_bound(value):g}".strip("0.")) <= 8
+    assert round_bound(value) == pytest.approx(value, rel=0.0251)
+    assert len(f"{round_bound(value):g}".strip("0.")) <= 8
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,8 @@ def test_peaks_represent_all_marked_steps(steps: list[tuple[float, bool]], bucke
     values, marked = np.array([v for v, _ in steps]), np.array([m for _, m in steps])
     finite = marked & np.isfinite(values)
     indices, counts = bucket_peaks(values, marked, buckets)
-    assert counts.sum() == finite.sum() and finite[indices].all()
+    assert counts.sum() == finite.sum()
+    assert finite[indices].all()
     if finite.any():
         assert values[indices].max() == values[finite].max()
 
@@ -90,7 +91,9 @@ def test_peaks_represent_all_marked_steps(steps: list[tuple[float, bool]], bucke
 def test_even_sample_has_both_ends() -> None:
     indices = np.arange(10, 5000)
     few = sample_evenly(indices, 7)
-    assert len(few) == 7 and few[0] == 10 and few[-1] == 4999
+    assert len(few) == 7
+    assert few[0] == 10
+    assert few[-1] == 4999
     assert sample_evenly(indices[:5], 7).tolist() == indices[:5].tolist()
 
 
@@ -105,11 +108,15 @@ def test_long_run_is_drawn_by_its_extremes(tmp_path: Path) -> None:
     log = make_full_log(200_000)
     norm = make_panels([log])[0][0]
     curve = norm.curves[0]
-    assert 37.0 in curve.values and len(curve.steps) < 4500
-    assert curve.trend is not None and len(curve.trend.steps) <= 500
+    assert 37.0 in curve.values
+    assert len(curve.steps) < 4500
+    assert curve.trend is not None
+    assert len(curve.trend.steps) <= 500
     markers = {marker.kind: marker for marker in norm.markers}
-    assert 100_001 in markers["skipped"].steps and markers["nonfinite"].steps.tolist() == [66_667]
-    assert len(markers["clipped"].steps) <= 400 and 37.0 in markers["clipped"].heights
+    assert 100_001 in markers["skipped"].steps
+    assert markers["nonfinite"].steps.tolist() == [66_667]
+    assert len(markers["clipped"].steps) <= 400
+    assert 37.0 in markers["clipped"].heights
     assert len(render_page([log], tmp_path)) < 1e6
 
 
@@ -162,7 +169,8 @@ def test_summary_cells() -> None:
 def test_histogram() -> None:
     norms = np.exp(np.random.default_rng(0).normal(0, 1, 5000))
     (histogram,) = make_histograms([make_log([*norms, NAN, 0.0], bounds=np.full(5002, 2.0))])
-    assert histogram.shares.sum() == pytest.approx(100) and histogram.bound == 2.0
+    assert histogram.shares.sum() == pytest.approx(100)
+    assert histogram.bound == 2.0
     for level, (norm, _) in histogram.quantiles.items():
         assert norm == pytest.approx(np.percentile(norms, level))
 
@@ -175,11 +183,14 @@ def test_heat_map_of_many_tensors() -> None:
     names = tuple(f"model.layers.{i}.weight" for i in range(300))
     log = make_log([1.0] * 1000, tensors=names, tensor_steps=np.arange(1, 1001), tensor_norms=norms)
     (heat_map,), _ = make_heat_maps([log])
-    assert len(heat_map.names) == 40 and heat_map.num_hidden == 260
+    assert len(heat_map.names) == 40
+    assert heat_map.num_hidden == 260
     assert {names[250], names[3]} <= set(heat_map.names)
     assert list(heat_map.names) == sorted(heat_map.names, key=names.index)
-    assert heat_map.labels[heat_map.names.index(names[250])] == "250" and heat_map.pattern == "model.layers.*.weight"
-    assert heat_map.logs.max() == pytest.approx(np.log10(9.0)) and heat_map.logs.size <= 36_000
+    assert heat_map.labels[heat_map.names.index(names[250])] == "250"
+    assert heat_map.pattern == "model.layers.*.weight"
+    assert heat_map.logs.max() == pytest.approx(np.log10(9.0))
+    assert heat_map.logs.size <= 36_000
     assert draw_heat_map(heat_map).data[0].type == "heatmap"
 
 
@@ -187,10 +198,12 @@ def test_table_of_spikes_and_nonfinite_steps() -> None:
     rows, notes = make_spike_rows([make_full_log()])
     assert [(row.step, row.norm, row.ratio) for row in rows] == [(134, "not finite", "-"), (201, "37", "61 x")]
     assert rows[0].culprits == "layers.3.weight (2 NaN and 1 Inf on ranks 0, 1)"
-    assert rows[1].tensor == "layers.2.weight (93 % of the squared norm)" and rows[1].rank == "1"
+    assert rows[1].tensor == "layers.2.weight (93 % of the squared norm)"
+    assert rows[1].rank == "1"
     assert not notes
     rows, notes = make_spike_rows([make_log([NAN] * 100)])
-    assert len(rows) == 25 and "the first 25 of 100" in notes[0]
+    assert len(rows) == 25
+    assert "the first 25 of 100" in notes[0]
 
 
 DEGENERATE: dict[str, Callable[[], list[Log]]] = {
@@ -240,7 +253,8 @@ def test_page_notes_missing_values(tmp_path: Path) -> None:
     html = render_page([make_log([NAN] * 30)], tmp_path)
     for note in ("No norm was finite.", "No bound was recorded.", "No step was clipped.", "No loss was recorded."):
         assert note in html
-    assert "No per-tensor norms were recorded." in html and "No norm is above 0." in html
+    assert "No per-tensor norms were recorded." in html
+    assert "No norm is above 0." in html
     assert "No loss was recorded in other." in render_page(
         [make_full_log(30), make_log([1.0] * 3, name="other")], tmp_path
     )
@@ -300,7 +314,9 @@ def test_page_loads_nothing(tmp_path: Path) -> None:
     html = render_page([make_full_log(figures=(tmp_path / "own.json",))], tmp_path)
     assert not re.search(r"""(src|href)\s*=|@import|url\(|https?://(?!www\.w3\.org)""", html)
     policy = next(attrs["content"] for tag, attrs in parse(html).tags if tag == "meta" and "http-equiv" in attrs)
-    assert policy is not None and "default-src 'none'" in policy and "http" not in policy
+    assert policy is not None
+    assert "default-src 'none'" in policy
+    assert "http" not in policy
     assert 'id="own-chart-0"' in html
 
 
@@ -334,21 +350,26 @@ def test_pngs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blue = np.array([0x00, 0x77, 0xBB]) / 255
     for path in paths:
         image = imread(path)[..., :3]
-        assert min(image.shape[:2]) > 250 and image.std() > 0.03
+        assert min(image.shape[:2]) > 250
+        assert image.std() > 0.03
         if "tensors" not in path.stem:
             assert (np.abs(image - blue).max(axis=2) < 0.02).sum() > 50, f"no line of the first run in {path.name}"
 
 
 def test_printed_summary() -> None:
     text = render_summary([make_full_log(name="with clipping"), make_full_log(name="[bold]b", seed=1)])
-    assert "\x1b" not in text and "[bold]b" in text
+    assert "\x1b" not in text
+    assert "[bold]b" in text
     lines = text.splitlines()
-    assert max(map(len, lines)) < 400 and "clip rate" in text and "held-out loss" in text
+    assert max(map(len, lines)) < 400
+    assert "clip rate" in text
+    assert "held-out loss" in text
     many = render_summary(
         [make_full_log(60, name=f"{kind}/seed={seed}", seed=seed) for kind in "ab" for seed in range(10)]
     )
     tables = [line for line in many.splitlines() if re.match(r" +[ab]/seed", line)]
-    assert len(tables) > 1 and 80 < max(map(len, tables)) <= 120
+    assert len(tables) > 1
+    assert 80 < max(map(len, tables)) <= 120
     findings = [
         line for line in render_summary([replace(make_full_log(bound=1e-2), name="x")]).splitlines() if ": " in line
     ]

@@ -40,7 +40,9 @@ def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Run a command that succeeds. Return its output, which contains no control characters."""
     assert main(arguments) == 0
     out, err = capsys.readouterr()
-    assert err == "" and "\x1b" not in out and "\r" not in out
+    assert err == ""
+    assert "\x1b" not in out
+    assert "\r" not in out
     return out
 
 
@@ -48,13 +50,16 @@ def run_failing_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> 
     """Run a command that fails. Return its error, which is one line."""
     assert main(arguments) == 1
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.endswith("\n")
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
     return err
 
 
 def test_suggest(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = run_command(capsys, "suggest", str(runs / "clean")).splitlines()
-    assert lines[0] == "clean" and lines[1].startswith("Clip at 1.3")
+    assert lines[0] == "clean"
+    assert lines[1].startswith("Clip at 1.3")
     cells = [line.split() for line in lines]
     titles = ["bound", "norm", "clipped", "mean", "coef", "longest", "streak", "role"]
     start = cells.index(titles)
@@ -72,13 +77,15 @@ def test_suggest_for_drifting_norms(tmp_path: Path, capsys: pytest.CaptureFixtur
     write_run(tmp_path, make_lines(norms * 4 ** (1 - norms.cumsum() / 1600), bound=0.2))
     out = run_command(capsys, "suggest", str(tmp_path))
     text = " ".join(out.split())
-    assert "is a normaliser" in text and "learning rate then have the same effect" in text
+    assert "is a normaliser" in text
+    assert "learning rate then have the same effect" in text
     assert "Use an adaptive policy, with a cap that always applies:\n  launch/train.py clip=median_mad clip.cap=" in out
 
 
 def test_diagnose(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run_command(capsys, "diagnose", str(runs))
-    assert "clean: 400 steps" in out and "no findings" in out
+    assert "clean: 400 steps" in out
+    assert "no findings" in out
     assert "Spikes share sample 137  [bad data]" in out
     assert f"launch/train.py resume={bad_data_run(runs)} replay=" in out, "a command must not be wrapped"
     assert all(len(line) <= 120 or str(runs) in line or "a-corrupted" in line for line in out.splitlines())
@@ -149,7 +156,8 @@ def test_invalid_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_invalid_arguments(arguments: list[str], excerpt: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
-    assert caught.value.code == 2 and excerpt in capsys.readouterr().err
+    assert caught.value.code == 2
+    assert excerpt in capsys.readouterr().err
 
 
 def test_unreadable_lines_are_one_warning(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,7 +212,8 @@ def test_closed_pipe(runs: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
     process.stdout.close()
     with process.stderr as stderr:
         assert stderr.read() == b""
@@ -214,7 +223,8 @@ def test_closed_pipe(runs: Path) -> None:
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--version"])
-    assert caught.value.code == 0 and capsys.readouterr().out == f"distclip {distclip.__version__}\n"
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"distclip {distclip.__version__}\n"
 
 
 def test_narrow_terminal(runs: Path) -> None:
