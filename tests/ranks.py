@@ -64,10 +64,6 @@ def gather_from_ranks(value: Any) -> list[Any]:
     return by_rank
 
 
-# Keeps tests running whose files were not converted yet.
-everywhere = gather_from_ranks
-
-
 def on_ranks(*sizes: int, fixture: str = "world") -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Run the body of a test on every rank of a world, once for each size.
 

@@ -92,9 +92,6 @@ class Rig:
         """Return this rank's parts of the gradients that exist."""
         return [local_tensor(param.grad) for _, param in self.named if param.grad is not None]
 
-    # Keeps tests running whose files were not converted yet.
-    gathered = gather_whole
-
     def clipper(self, policy: Any, **options: Any) -> GradClipper:
         """Make a clipper of these parameters."""
         return GradClipper(self.named, policy, split_over=self.split_over, **options)
@@ -232,9 +229,3 @@ def assert_raises_on_ranks(
         assert before is not None
         assert torch.equal(before.nan_to_num(), unchanged.nan_to_num()), "a gradient was written"
     dist.barrier()
-
-
-# Keep tests running whose files were not converted yet.
-bits, build, local, made_up = to_bytes, build_rig, local_tensor, whole_gradient
-quietly, CASES = record_warnings, RIG_CASES
-everywhere_ = pytest.mark.parametrize(("name", "size"), RIG_CASES)

@@ -17,7 +17,7 @@ from tests.logs import make_full_log
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")]
 
 NASTY = "</script><script>document.title='taken'</script><img src=x onerror=console.error('taken')>%{x}$^{_"
 

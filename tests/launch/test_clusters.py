@@ -88,7 +88,8 @@ def test_slurm_starts_one_world(tmp_path: Path) -> None:
 
 def test_slurm_needs_the_root_of_the_repository(tmp_path: Path) -> None:
     done = subprocess.run(["bash", str(ROOT / "launch" / "slurm.sbatch")], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and "root of the repository" in done.stderr
+    assert done.returncode == 1
+    assert "root of the repository" in done.stderr
 
 
 def pods(spec: Mapping[str, Any], port: int) -> list[tuple[list[str], dict[str, str]]]:

@@ -83,7 +83,8 @@ def test_only_rank_0_writes(single: Job, two: Job) -> None:
 
 
 def test_pipe_gets_no_progress_bar(two: Job) -> None:
-    assert "\r" not in two.out and "\x1b" not in two.out
+    assert "\r" not in two.out
+    assert "\x1b" not in two.out
     assert two.out.count(f"step {STEPS}/{STEPS}") == len(TWO_RANKS) * len(MODELS)
 
 

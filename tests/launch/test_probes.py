@@ -112,7 +112,8 @@ def test_every_start_is_clipped_separately(tmp_path: Path) -> None:
     points, metrics = descend(tmp_path, policy, steep, flat)
     torch.testing.assert_close(points, torch.cat([descend(tmp_path, policy, start)[0] for start in (steep, flat)]))
     assert 0 < metrics["clipped_starts"] < 1
-    assert metrics["thrown"] == 0 and metrics["moved_max"] <= 1
+    assert metrics["thrown"] == 0
+    assert metrics["moved_max"] <= 1
     assert json.loads((tmp_path / "figures/cliff.json").read_text())["data"]
 
 
@@ -121,7 +122,8 @@ def test_figure_shows_paths_on_the_loss(tmp_path: Path) -> None:
     landscape.write(tmp_path / "figures" / "cliff.json", paths)
     figure = json.loads((tmp_path / "figures" / "cliff.json").read_text(encoding="utf-8"))
     contour, *lines = figure["data"]
-    assert contour["type"] == "contour" and len(contour["z"]) == len(contour["y"])
+    assert contour["type"] == "contour"
+    assert len(contour["z"]) == len(contour["y"])
     assert [line["x"] for line in lines[::2]] == [[5.0, 5.5], [4.0, 4.0]]
     assert [line["y"] for line in lines[1::2]] == [[-2.5], [-9.0]]
 

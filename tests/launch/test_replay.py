@@ -31,8 +31,10 @@ def test_reads_the_last_line_of_a_step(tmp_path: Path) -> None:
 
 
 def test_is_close() -> None:
-    assert replay.is_close(1.0, 1.0009) and not replay.is_close(1.0, 1.002)
-    assert replay.is_close(math.nan, math.nan) and not replay.is_close(math.nan, 1.0)
+    assert replay.is_close(1.0, 1.0009)
+    assert not replay.is_close(1.0, 1.002)
+    assert replay.is_close(math.nan, math.nan)
+    assert not replay.is_close(math.nan, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -271,10 +271,10 @@ def test_update_ratio_of_whole_parameters(name: str, policy: str) -> None:
     clipper = rig.clipper(POLICIES[policy]())
     optimizer = rig.optimizer("sgd")
     rig.fill(1)
-    before = rig.gathered(lambda param: param)
+    before = rig.gather_whole(lambda param: param)
     with UpdateRatio(clipper) as update:
         clipper.step(optimizer)
-    after = rig.gathered(lambda param: param)
+    after = rig.gather_whole(lambda param: param)
     updates = torch.cat([(after[key] - before[key]).reshape(-1) for key in before])
     weights = torch.cat([value.reshape(-1) for value in before.values()])
     torch.testing.assert_close(update.ratio, updates.norm() / weights.norm(), rtol=1e-6, atol=0)

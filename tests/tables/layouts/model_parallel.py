@@ -248,7 +248,3 @@ def partial_two_axes() -> Case:
     ]
     # One all-reduce per axis and the usual two: bfloat16 is reduced as float32, together with float32.
     return Case(parameters, [w.full_tensor().float() for w in wide], all_reduces=4, other_collectives=1)
-
-
-# Keep tests running whose files were not converted yet.
-axis, known, made = world_mesh, random_grad, dtensor_param

@@ -187,7 +187,3 @@ def stages_experts() -> Case:
     mesh = world_mesh("pp", "ep")
     grads = [random_grad(3, 4, seed=rank) for rank in range(4)]
     return Case([plain_param(grads[dist.get_rank()])], grads, split_over=[mesh.get_group("pp"), mesh.get_group("ep")])
-
-
-# Keep tests running whose files were not converted yet.
-plain = plain_param
