@@ -51,7 +51,7 @@ NONFINITE = {"skip": "nan", "raise": "-inf", "zero": "nan", "propagate": "inf"}
 
 
 class OneProcess:
-    """The same training in one process, with every parameter of the model once, in float64.
+    """A training in one process, with every parameter of the model once, in float64.
 
     Args:
         weights: the weights at the start, by name.
