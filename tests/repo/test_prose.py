@@ -10,9 +10,6 @@ import pytest
 
 from tests.repo.source import ROOT, Docstring, Text, comments, docstrings, files, messages, relative, tracked
 
-NOT_CONVERTED: tuple[str, ...] = ("tests/integrations/mpi/test_mpi.py",)
-"""Prefixes of paths that these tests skip. It must become empty, and stay empty."""
-
 BAD_STARTS = {
     *("what", "who", "whom", "whose", "whether", "those", "of", "which", "how", "where", "if"),
     *("it", "its", "they", "their", "that", "these", "such", "nothing", "so", "also", "and", "but"),
@@ -60,19 +57,9 @@ COMMENT_MARKS = ("#", "//", "/*", "*")
 FENCE = re.compile(r"^```.*?^```", flags=re.DOTALL | re.MULTILINE)
 
 
-def is_converted(path: Path) -> bool:
-    """Return whether the style guide holds for a file already."""
-    return not relative(path).startswith(NOT_CONVERTED)
-
-
-def modules(*folders: str) -> list[Path]:
-    """List the converted Python files in folders."""
-    return [path for path in files(*folders) if is_converted(path)]
-
-
 def library_docstrings() -> Iterator[Docstring]:
     """Yield the docstrings of the library and of the training job."""
-    for path in modules("distclip", "launch"):
+    for path in files("distclip", "launch"):
         yield from docstrings(path)
 
 
@@ -123,7 +110,7 @@ def prose(path: Path) -> Iterator[Text]:
 
 
 def test_docstrings_do_not_begin_with_a_fragment() -> None:
-    tests = (docstring for path in modules("tests") for docstring in docstrings(path))
+    tests = (docstring for path in files("tests") for docstring in docstrings(path))
     wrong = [str(d) for d in (*library_docstrings(), *tests) if is_fragment(d)]
     assert not wrong, "\n".join(wrong)
 
@@ -148,7 +135,7 @@ PROSE_FILES = [path for path in tracked() if path.suffix in SUFFIXES and path !=
 
 @pytest.mark.parametrize("folder", sorted({relative(path).rpartition("/")[0] for path in PROSE_FILES}))
 def test_no_banned_words(folder: str) -> None:
-    chosen = [path for path in PROSE_FILES if relative(path).rpartition("/")[0] == folder and is_converted(path)]
+    chosen = [path for path in PROSE_FILES if relative(path).rpartition("/")[0] == folder]
     wrong = [message for path in chosen for text in prose(path) if (message := banned(text))]
     assert not wrong, "\n".join(wrong)
 
