@@ -27,7 +27,7 @@ from .comm import Comm
 from .comm.consensus import FirstError, check_same_axes, gather_or_raise, raise_gathered, wire_of
 from .comm.discovery import global_rank, resolve_comm, uncovered_ranks, widened
 from .comm.ranks import Axis
-from .devices import Fact, device_constant
+from .devices import ALWAYS, NEVER, Fact, device_constant
 from .errors import ArgumentError, DisagreementError, PeerError, warn_user
 from .nonfinite.culprits import count_nonfinite, gather_culprits, suspect_nonfinite
 from .nonfinite.rules import RULES, OnNonFinite, Skip
@@ -258,12 +258,16 @@ class Engine:
         # 1.-3. This rank's shards, their power sums, and ONE all-reduce.
         shards, partials, measured, totals = self._measure(errors, loss_scale)
 
-        # 5a. A step that is not finite, if the host must know it or knows it for nothing: skip it, repair or raise.
+        # 5a. A step that is not finite, if the host must know it, or reads it without a sync: skip it, repair or raise.
+        # Whether the host reads is equal on all ranks, also if gradients of some are offloaded to a CPU.
+        is_counted = False
         if rule.leaves_step_out and (must_read or self.on_host) and not totals.read(totals.finite):
+            is_counted = True
             culprits = gather_culprits(count_nonfinite(shards), self.comm)
             if rule.resolve(step, shards, culprits, self.counter):
                 shards, partials, measured, totals = self._measure(FirstError(), loss_scale)
-                if not totals.read(totals.finite):
+                is_counted = not totals.read(totals.finite)
+                if is_counted:
                     # Every element is finite now, but the norm overflows.
                     self.counter.record_skip(step, (), expected=expect_overflow)
 
@@ -277,9 +281,9 @@ class Engine:
 
         # 5b. Skip a step that is not finite, that the policy leaves out, or of which a rank failed, in tensors where
         # the host has not read these facts. A skipped step leaves no trace in the policy's state.
-        usable = totals.finite & ~totals.failed if rule.leaves_step_out else Fact(True)
+        usable = totals.finite & ~totals.failed if rule.leaves_step_out else ALWAYS
         self.state = {key: usable.select(value, state[key]) for key, value in new_state.items()}
-        overflow = ~totals.finite if rule.leaves_step_out else Fact(False)
+        overflow = ~totals.finite if rule.leaves_step_out else NEVER
         skip = ~usable
         if verdict.skip is not None:
             skip = skip | (Fact(verdict.skip) & totals.finite)
@@ -303,7 +307,7 @@ class Engine:
             measured,
             self.tensor_norms,
         )
-        if usable.host is not False:
+        if not is_counted:
             self.deferred.record(outcome, quiet=expect_overflow)
         for observe in self.observers:
             observe(outcome)
@@ -438,8 +442,10 @@ def measure_all_ranks(
         partials = replace(partials, failed=errors.error is not None, uncovered=uncovered)
 
     # 3. ONE all-reduce, of the power sums and of facts that decide which collectives follow. The host reads the facts
-    # if it costs nothing, or if ranks may differ: a rank of a caller's communicator may hold nothing.
-    read_facts = devices.host_reads_free(device) or not comm.covers_holders or bool(table.axes) or table.may_be_partial
+    # if it costs nothing, or if ranks may differ: a rank of a caller's communicator may have no parameters. The device
+    # is that of the communicator, which all ranks share, because some ranks may offload gradients to a CPU.
+    is_free = devices.host_reads_free(device if comm.device is None else comm.device)
+    read_facts = is_free or not comm.covers_holders or bool(table.axes) or table.may_be_partial
     totals = reduce(partials, spec, comm, read_facts=read_facts)
     if not read_facts:
         if errors.error is not None:

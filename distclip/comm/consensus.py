@@ -6,7 +6,7 @@ A rank that raised alone would leave the other ranks waiting in the next collect
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
@@ -49,12 +49,6 @@ class FirstError:
     def add(self, error: Exception | None) -> None:
         """Keep `error`, unless an earlier one was kept."""
         self.error = self.error or error
-
-    def run(self, step: Callable[..., T], *args: Any) -> T | None:
-        """Call `step(*args)`, and return None if it raises."""
-        with self:
-            return step(*args)
-        return None
 
     def __enter__(self) -> FirstError:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from unittest import mock
@@ -11,11 +12,12 @@ import torch.distributed as dist
 from torch.distributed.tensor import Shard
 
 import distclip
-from distclip import ArgumentError, PeerError, ProcessGroupComm, devices
+from distclip import ArgumentError, NonFiniteWarning, PeerError, ProcessGroupComm, devices
+from distclip.engine import Engine
 from distclip.extend import FirstError
 from tests.policies.checks import PER_GRANULARITY, check_policies
 from tests.ranks import on_ranks
-from tests.rig import INF, NAN, build_rig, policy_state, to_bytes, training_state
+from tests.rig import INF, NAN, assert_same_on_ranks, build_rig, policy_state, to_bytes, training_state
 from tests.sharding.checks import check_layout
 from tests.tables.layouts import LAYOUTS
 from tests.tables.layouts.meshes import mesh_of
@@ -104,3 +106,27 @@ def test_failure_of_one_rank_raises_on_the_other_at_its_next_host_read(how: str,
                 call()
         assert policy_state(clipper) == state_before
     dist.barrier()
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("name", ["fsdp2", "stages"])
+def test_rank_that_offloads_gradients_enters_the_same_collectives(name: str) -> None:
+    """Let the host of rank 0 read its numbers at once, while that of rank 1 reads them a step later."""
+    rig = build_rig(name)
+    optimizer, clipper = rig.optimizer("fused"), rig.clipper(distclip.zclip(warmup=2))
+    offloads = dist.get_rank() == 0
+    with (
+        mock.patch.object(Engine, "on_host", False),
+        mock.patch.object(devices, "host_reads_free", return_value=offloads),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", NonFiniteWarning)
+        for number in range(6):
+            rig.fill(number)
+            if number in (2, 3):
+                rig.poison(1, NAN)
+            report = clipper.step(optimizer)
+            assert bool(report.skipped) == (number in (2, 3))
+        clipper.state_dict()
+    assert_same_on_ranks(clipper)
+    assert clipper.skipped == 2
