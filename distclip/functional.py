@@ -6,6 +6,7 @@ They run the stages of `distclip.engine` without a policy object and without sta
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import GeneratorType
 
 import torch
@@ -97,20 +98,10 @@ def clip_grad_norm_(
     >>> weight.grad
     tensor([0.6000, 0.8000])
     """
-    errors, spec, bound = FirstError(), _EUCLIDEAN, math.inf
-    axes: tuple[Axis, ...] = ()
-    with errors:
-        spec = _spec(norm_type)
+    errors, bound = FirstError(), math.inf
     with errors:
         bound = _checked_bound(max_norm)
-    with errors:
-        axes = split_axes(split_over, comm)
-    table = None
-    with errors:
-        table = cached_table(parameters, axes)
-    table = table or ShardTable.empty(axes)
-    comm = resolve_comm(table.groups, table.axes, comm, errors)
-    shards, _, totals = measure_all_ranks(table, spec, comm, errors)
+    table, shards, totals = _measure(cached_table, parameters, norm_type, split_over, comm, errors)
     if isinstance(parameters, GeneratorType) and not table.tensors:
         warn_user("`parameters` is an empty generator, no gradient clipping will occur.", UserWarning)
     _raise_if_nonfinite(totals, error_if_nonfinite)
@@ -150,18 +141,7 @@ def get_total_norm(
     >>> get_total_norm([torch.tensor([3.0]), torch.tensor([4.0], dtype=torch.bfloat16)])
     tensor(5.)
     """
-    errors, spec = FirstError(), _EUCLIDEAN
-    axes: tuple[Axis, ...] = ()
-    with errors:
-        spec = _spec(norm_type)
-    with errors:
-        axes = split_axes(split_over, comm)
-    table = None
-    with errors:
-        table = gradient_table(tensors, axes)
-    table = table or ShardTable.empty(axes)
-    comm = resolve_comm(table.groups, table.axes, comm, errors)
-    _, _, totals = measure_all_ranks(table, spec, comm, errors)
+    _, _, totals = _measure(gradient_table, tensors, norm_type, split_over, comm, FirstError())
     _raise_if_nonfinite(totals, error_if_nonfinite)
     return totals.as_user_dtype()
 
@@ -223,6 +203,32 @@ def clip_grad_value_(
     """
     limits = value(*clip_value) if isinstance(clip_value, tuple) else value(clip_value)
     clamp_(_local_shards(parameters), limits.low, limits.high, foreach)
+
+
+def _measure(
+    make_table: Callable[[Parameters, tuple[Axis, ...]], ShardTable],
+    tensors: Parameters,
+    norm_type: float,
+    split_over: SplitOver,
+    comm: Comm | None,
+    errors: FirstError,
+) -> tuple[ShardTable, Shards, Totals]:
+    """Run a call up to its totals. All ranks raise the errors of any rank together.
+
+    Collectives, Host syncs: see `measure_all_ranks`.
+    """
+    spec, table = _EUCLIDEAN, None
+    axes: tuple[Axis, ...] = ()
+    with errors:
+        spec = _spec(norm_type)
+    with errors:
+        axes = split_axes(split_over, comm)
+    with errors:
+        table = make_table(tensors, axes)
+    # A rank without a table takes part in the collectives all the same.
+    table = table or ShardTable.empty(axes)
+    shards, _, totals = measure_all_ranks(table, spec, resolve_comm(table.groups, table.axes, comm, errors), errors)
+    return table, shards, totals
 
 
 def _checked_bound(max_norm: float) -> float:
