@@ -25,6 +25,7 @@ __all__ = [
     "host_reads_free",
     "is_capturing",
     "prefers_foreach",
+    "rounds_grad_scale",
 ]
 
 
@@ -136,6 +137,17 @@ def host_reads_free(device: torch.device) -> bool:
 def prefers_foreach(device: torch.device) -> bool:
     """Return whether torch's multi-tensor operators are faster than single ones on this device."""
     return device.type == "cuda"
+
+
+def rounds_grad_scale(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether fused optimizers round `grad_scale` to the dtype of their parameters.
+
+    The CPU kernels do, which is an error of 0.4 % for bfloat16.
+
+    >>> rounds_grad_scale(torch.device("cpu"), torch.bfloat16), rounds_grad_scale(torch.device("cuda"), torch.bfloat16)
+    (True, False)
+    """
+    return device.type == "cpu" and dtype in (torch.float16, torch.bfloat16)
 
 
 def is_capturing() -> bool:

@@ -115,7 +115,7 @@ def _powers_by_slot(
 ) -> tuple[Tensor, bool, tuple[PerTensorPowers, ...]]:
     """Return power sums by slot, whether any gradient is float64, and power sums by gradient."""
     # With one slot it does not matter where a tensor ends, so that gradients in one storage are read as one tensor.
-    if num_slots == 1 and shards.merged is not None and device.type == "cpu":
+    if num_slots == 1 and shards.merged is not None and devices.host_reads_free(device):
         shards = shards.merged
     infos, whole, others = shards.infos.whole
     by_row = [shard for shard in map(shards.__getitem__, others) if not shard.partial_sums]
