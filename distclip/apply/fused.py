@@ -22,6 +22,7 @@ __all__ = ["fused_step", "supports_grad_scale"]
 def supports_grad_scale(optimizer: Optimizer) -> bool:
     """Return whether an optimizer divides gradients by `grad_scale` without losing precision.
 
+    >>> import torch
     >>> weight = torch.nn.Parameter(torch.zeros(1))
     >>> supports_grad_scale(torch.optim.AdamW([weight], fused=True)), supports_grad_scale(torch.optim.AdamW([weight]))
     (True, False)
