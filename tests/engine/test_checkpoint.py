@@ -188,6 +188,54 @@ def test_refused_state_changes_nothing() -> None:
     assert clipper.state_dict()["counts"] == counts
 
 
+SPOILED: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
+    "unknown counter": ("max_skips", lambda s: s["counts"].update(max_skips=torch.tensor(10**9))),
+    "missing counter": ("steps", lambda s: s["counts"].pop("steps")),
+    "negative counter": ("skipped", lambda s: s["counts"].update(skipped=torch.tensor(-1))),
+    "fractional counter": ("skipped", lambda s: s["counts"].update(skipped=torch.tensor(0.5))),
+    "unknown state": ("momentum", lambda s: s["state"]["model"].update(momentum=torch.zeros(1))),
+    "missing state": ("mean", lambda s: s["state"]["model"].pop("mean")),
+    "shape": ("mean", lambda s: s["state"]["model"].update(mean=torch.zeros(2, dtype=torch.float64))),
+    "dtype": ("count", lambda s: s["state"]["model"].update(count=torch.zeros(1))),
+    "no tensor": ("mean", lambda s: s["state"]["model"].update(mean=1.0)),
+    "unknown key": ("optimizer", lambda s: s.update(optimizer={})),
+    "missing key": ("counts", lambda s: s.pop("counts")),
+    "later version": ("version", lambda s: s.update(version=99)),
+}
+"""Ways to spoil a state dict, with a word of the error."""
+
+
+@pytest.mark.parametrize("name", sorted(SPOILED))
+def test_refuses_a_spoiled_state_dict_and_changes_nothing(name: str) -> None:
+    word, spoil = SPOILED[name]
+    clipper = clip_alone(distclip.zclip(warmup=2))
+    state = clip_alone(distclip.zclip(warmup=2), steps=7).state_dict()
+    spoil(state)
+    before, counts = state_by_name(clipper), clipper.state_dict()["counts"]
+    with pytest.raises(ArgumentError, match=word):
+        clipper.load_state_dict(state)
+    assert state_by_name(clipper) == before
+    assert clipper.state_dict()["counts"] == counts
+
+
+def test_loads_a_state_dict_from_before_the_version_number() -> None:
+    """Rename the counters and tensors back to what they were called."""
+    saved = clip_alone(distclip.zclip(warmup=2), steps=7)
+    state = saved.state_dict()
+    old_names = {"restarts": "reseeds", "recent_norms": "recent", "recent_clipped": "over", "since_restart": "seen"}
+
+    def rename(values: dict[str, Any]) -> dict[str, Any]:
+        return {old_names.get(key, key): value for key, value in values.items()}
+
+    del state["version"]
+    state["counts"] = rename(state["counts"])
+    state["state"] = {slot: rename(values) for slot, values in state["state"].items()}
+    loaded = clip_alone(distclip.zclip(warmup=2), steps=0)
+    loaded.load_state_dict(state)
+    assert state_by_name(loaded) == state_by_name(saved)
+    assert loaded.state_dict()["counts"] == saved.state_dict()["counts"]
+
+
 def test_missing_names_start_fresh_with_a_warning() -> None:
     state = clip_alone(distclip.adagc(warmup=2), names="ab").state_dict()
     clipper = clip_alone(distclip.adagc(warmup=2), steps=0, names="bc")
