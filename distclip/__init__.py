@@ -2,18 +2,17 @@
 
 ::
 
-                     every rank                  all ranks                every rank
-    ┌──────────────────────────────────────┐   ┌───────────┐   ┌─────────────────────────────────┐
-    gradients ─▶ sharding ─▶ norms: measure ─▶ norms: reduce ─▶ policies ─▶ nonfinite ─▶ apply
-                 Shards      Partials          Totals           Verdict     Outcome      in place
-                 which rank  Σ|g|^p of the     ONE              norms to    skip, zero   scale, step,
-                 has what    local shards      all-reduce       coefs       or raise     or skip
+    gradients ─▶ sharding ────▶ norms ────────────────────────▶ policies ─▶ nonfinite ──▶ apply
+                 Shards         Partials       Totals           Verdict     Outcome       gradients
+                 which rank     Σ|g|^p of the  ONE all-reduce,  norms to    skip, zero,   scale, step
+                 has what       local shards   same bits        coefs       or raise      or skip
 
-    comm       who adds up: torch.distributed, MPI, one process      devices    what differs between devices
-    engine     one step, all stages in order                         outcome    Outcome, and Report for the user
-    functional torch's four functions                                clipper    GradClipper: step, clip, attach
-    checkpoint state of a policy by slot name                        extend     building blocks for integrations
-    monitor    record and explain runs    integrations    DeepSpeed, Lightning, …    bench    speed against torch
+    comm          torch.distributed, MPI, one process       devices    differences between devices
+    engine        one step, all stages in order             outcome    Outcome, and Report for the user
+    functional    torch's four functions                    clipper    GradClipper: step, clip, attach
+    checkpoint    state of a policy by slot name            extend     building blocks for integrations
+    integrations  DeepSpeed, Megatron, Lightning, …         monitor    record and explain runs
+    bench         speed against torch                       reference  the oracle of the tests
 
 A gradient of the model is spread over many processes. Some have different shards of it, some have replicas of the same
 shard. Clipping is right only if every element counts exactly once and every process applies the same coefficient. A
