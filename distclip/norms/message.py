@@ -117,7 +117,7 @@ def all_reduce_(buffer: Tensor, spec: NormSpec, comm: Comm) -> Tensor:
 def unpack_fields(buffer: Tensor, num_slots: int, spec: NormSpec) -> dict[str, Tensor]:
     """Read the vectors of a combined message: {field name: (slots,) view}. Host syncs: none."""
     names = [field.name for field in FIELDS if field.included(spec)]
-    return dict(zip(names, torch.split(buffer[: -len(FACTS)], num_slots), strict=True))
+    return {name: buffer[i * num_slots : (i + 1) * num_slots] for i, name in enumerate(names)}
 
 
 def unpack_facts(buffer: Tensor, *, on_host: bool) -> dict[str, Fact]:
@@ -129,7 +129,7 @@ def unpack_facts(buffer: Tensor, *, on_host: bool) -> dict[str, Fact]:
 
     Host syncs: one on an accelerator with `on_host`, otherwise none.
     """
-    # A sum counts ranks, a maximum is 0 or 1.
-    holds = buffer[-len(FACTS) :] > 0
-    values = holds.tolist() if on_host else holds.unbind()
+    # A sum counts ranks, a maximum is 0 or 1. On a device, all facts are compared by one kernel.
+    n = len(FACTS)
+    values = [count > 0 for count in buffer.tolist()[-n:]] if on_host else list((buffer[-n:] > 0).unbind())
     return {fact.name: as_fact(value) for fact, value in zip(FACTS, values, strict=True)}
