@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import _resolve_process_group
 
-__all__ = ["ProcessGroupComm"]
+__all__ = ["ProcessGroupComm", "group_of_name"]
 
 
 class ProcessGroupComm:
@@ -50,6 +51,12 @@ class ProcessGroupComm:
         # `to` copies only between devices, so that the result of most calls is in place already.
         if on_device is not tensor:
             tensor.copy_(on_device)
+
+
+def group_of_name(name: str) -> dist.ProcessGroup:
+    """Return the process group of a name, which is the same on all of its ranks."""
+    group: dist.ProcessGroup = _resolve_process_group(name)  # type: ignore[arg-type]
+    return group
 
 
 def _device(group: dist.ProcessGroup) -> torch.device:

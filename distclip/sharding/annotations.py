@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..comm.ranks import Axis
 from ..errors import ArgumentError
-from .dtensor import num_pieces_of, partial_sums_of
+from .dtensor import is_dtensor, num_pieces_of, partial_sums_of
 from .layout import Layout
 from .shard import PartialSum
 from .source import LayoutReader, Request, Slice, Source
@@ -21,7 +21,7 @@ from .split_over import group_ranks, mesh_ranks
 if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
 
-__all__ = ["Annotation", "AnnotationSource", "annotate_", "annotation_of", "set_layout"]
+__all__ = ["Annotation", "AnnotationSource", "annotate_", "annotated_sums", "annotation_of", "set_layout"]
 
 _ATTRIBUTE = "_distclip_annotation"
 
@@ -103,14 +103,15 @@ def annotate_(param: Tensor, mesh: DeviceMesh | dist.ProcessGroup, placements: S
     if isinstance(mesh, DeviceMesh):
         ranks, sizes = mesh_ranks(mesh), tuple(mesh.size(i) for i in range(ndim))
         axis_groups = [mesh.get_group(i) for i in range(ndim)]
+        coordinates: Sequence[int] = mesh.get_coordinate() or ()
     else:
         ranks = group_ranks(mesh)
-        sizes, axis_groups = (len(ranks),), [mesh]
+        sizes, axis_groups, coordinates = (len(ranks),), [mesh], (dist.get_rank(mesh),)
     partial_sums = partial_sums_of(axis_groups, placements)
     layout = Layout((ranks,), num_pieces_of(sizes, placements), may_be_partial=bool(partial_sums))
     cuts = tuple(
-        (int(getattr(placement, "dim", 0)), dist.get_rank(group))
-        for group, placement in zip(axis_groups, placements, strict=True)
+        (int(getattr(placement, "dim", 0)), coordinate)
+        for coordinate, placement in zip(coordinates, placements, strict=True)
         if not (placement.is_replicate() or placement.is_partial())
     )
     setattr(param, _ATTRIBUTE, Annotation(layout, partial_sums, cuts))
@@ -133,6 +134,9 @@ def set_layout(tensor: Tensor, layout: Layout, slice: tuple[tuple[int, ...], int
     return tensor
 
 
+_MAX_AXES = 64
+"""Number above that of the axes of any mesh."""
+
 _NO_ANNOTATION = Annotation(Layout())
 
 
@@ -140,6 +144,13 @@ def annotation_of(param: Tensor) -> Annotation:
     """Return the annotation of a tensor, or an empty one."""
     annotation: Annotation = getattr(param, _ATTRIBUTE, _NO_ANNOTATION)
     return annotation
+
+
+def annotated_sums(tensor: Tensor) -> tuple[PartialSum, ...]:
+    """Return the sums that the annotation of a tensor asks for."""
+    sums = annotation_of(tensor).partial_sums
+    # The axes of the mesh of a DTensor count from 0. Those of the annotation come before them.
+    return tuple(replace(one, axis=one.axis - _MAX_AXES) for one in sums) if is_dtensor(tensor) else sums
 
 
 def _read_layout(name: str, tensor: Tensor, known: Layout | None) -> Layout | None:

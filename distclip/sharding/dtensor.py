@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -17,6 +18,7 @@ from .source import LayoutReader, Request, Source
 from .split_over import mesh_ranks
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
 
@@ -92,10 +94,21 @@ def dtensor_partial_sums(tensor: DTensor) -> tuple[PartialSum, ...]:
     return partial_sums_of([mesh.get_group(i) for i in range(mesh.ndim)], placements)
 
 
+_sums_of_mesh: weakref.WeakKeyDictionary[DeviceMesh, tuple[PartialSum, ...]] = weakref.WeakKeyDictionary()
+
+
 def possible_partial_sums(tensor: DTensor) -> tuple[PartialSum, ...]:
     """Return a sum over each axis of the tensor's mesh: every sum that its gradient could need."""
-    groups = [tensor.device_mesh.get_group(i) for i in range(tensor.device_mesh.ndim)]
-    return tuple(PartialSum(tuple(dist.get_process_group_ranks(group)), group, i) for i, group in enumerate(groups))
+    # One object for all parameters of a mesh, so that thousands of them pickle as references to it.
+    mesh = tensor.device_mesh
+    if (sums := _sums_of_mesh.get(mesh)) is None:
+        sums = tuple(_sum_over(mesh.get_group(i), i) for i in range(mesh.ndim))
+        _sums_of_mesh[mesh] = sums
+    return sums
+
+
+def _sum_over(group: dist.ProcessGroup, axis: int, *, mean: bool = False) -> PartialSum:
+    return PartialSum(tuple(dist.get_process_group_ranks(group)), group.group_name, axis, mean)
 
 
 def num_pieces_of(sizes: Sequence[int], placements: Sequence[Placement]) -> int:
@@ -122,7 +135,7 @@ def partial_sums_of(groups: Sequence[dist.ProcessGroup], placements: Sequence[Pl
                 f"a gradient has placement {placement}, which is neither a sum nor a mean over ranks and so no "
                 "gradient. Redistribute it to Replicate() or Shard(dim) before clipping."
             )
-        sums.append(PartialSum(tuple(dist.get_process_group_ranks(group)), group, i, op == "avg"))
+        sums.append(_sum_over(group, i, mean=op == "avg"))
     return tuple(sums)
 
 
@@ -138,6 +151,7 @@ def dtensor_rows(tensor: DTensor) -> Rows:
         LayoutError: torch has cut the tensor in another way than expected.
     """
     mesh, (first, count) = tensor.device_mesh, (0, tensor.shape[0])
+    coordinates = mesh.get_coordinate() or ()
     # Strided shards (FSDP2 over tensor parallelism) cut what the other axes have left, whatever their order.
     order = sorted(range(mesh.ndim), key=lambda i: type(tensor.placements[i]).__name__ == "_StridedShard")
     for i in order:
@@ -146,7 +160,8 @@ def dtensor_rows(tensor: DTensor) -> Rows:
             continue
         # As torch.chunk cuts: all pieces have the same length, except the last ones.
         length = -(-count // mesh.size(i))
-        start = min(length * mesh.get_local_rank(i), count)
+        # The coordinate in the mesh, and not the rank in its group: torch sorts the ranks of a group.
+        start = min(length * coordinates[i], count)
         first, count = first + start, min(length, count - start)
     num_local = tensor._local_tensor.shape[0]
     if num_local != count:

@@ -27,14 +27,14 @@ class PartialSum:
 
     Args:
         ranks: global ranks that hold a summand.
-        group: their process group.
-        axis: index of the mesh axis. Sums are made axis by axis, because ranks that took the axes in different orders
-            would mix sums with summands.
+        group_name: name of their process group, which travels and pickles, as the group itself does not.
+        axis: index of the mesh axis, negative for an axis of an annotation. Sums are made axis by axis, because ranks
+            that took the axes in different orders would mix sums with summands.
         mean: True to divide by the number of ranks afterwards (Partial("avg")).
     """
 
     ranks: Ranks
-    group: torch.distributed.ProcessGroup
+    group_name: str
     axis: int
     mean: bool = False
 

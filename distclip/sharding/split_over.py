@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch.distributed as dist
@@ -68,6 +68,26 @@ def mesh_ranks(mesh: DeviceMesh) -> Ranks:
     return ranks
 
 
+_ranks_of_axes: weakref.WeakKeyDictionary[DeviceMesh, tuple[Ranks, ...]] = weakref.WeakKeyDictionary()
+
+
+def _axis_ranks(mesh: DeviceMesh) -> tuple[Ranks, ...]:
+    """Return the global ranks along each axis of a mesh, through this rank and in the order of the mesh.
+
+    Raises:
+        LayoutError: this rank is not in the mesh.
+    """
+    if (ranks := _ranks_of_axes.get(mesh)) is not None:
+        return ranks
+    mesh_ranks(mesh)  # Raises for a mesh without this rank.
+    here: Sequence[int] = mesh.get_coordinate() or ()
+    # Not the ranks of the groups, which torch sorts: the coordinates of shards follow the order of the mesh.
+    lines = (tuple(slice(None) if i == axis else at for i, at in enumerate(here)) for axis in range(mesh.ndim))
+    ranks = tuple(tuple(mesh.mesh[line].tolist()) for line in lines)
+    _ranks_of_axes[mesh] = ranks
+    return ranks
+
+
 def group_ranks(group: Any) -> Ranks:
     """Return all global ranks of a process group.
 
@@ -96,10 +116,9 @@ def _axes(one: Any, name: str | None) -> Iterator[Axis]:
     """Yield the axes of one element of `split_over=`."""
     try:
         if isinstance(one, DeviceMesh):
-            mesh_ranks(one)  # Raises for a mesh without this rank.
+            ranks_of = _axis_ranks(one)
             for i, dim_name in enumerate(one.mesh_dim_names or (None,) * one.ndim):
-                group = one.get_group(i)
-                yield Axis(group_ranks(group), name or dim_name, group.group_name)
+                yield Axis(ranks_of[i], name or dim_name, one.get_group(i).group_name)
         elif isinstance(one, dist.ProcessGroup) or one == dist.GroupMember.NON_GROUP_MEMBER:
             yield Axis(group_ranks(one), name or _name_from_description(one), one.group_name)
         elif _is_comm(one) and one.ranks is not None:

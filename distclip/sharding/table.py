@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..comm.consensus import FirstError
 from ..comm.ranks import Axis, Ranks
 from ..errors import DistclipError
-from .annotations import AnnotationSource, annotation_of
+from .annotations import AnnotationSource, annotated_sums, annotation_of
 from .ddp import DDPSource
 from .dtensor import (
     DTensorSource,
@@ -34,7 +34,7 @@ from .fsdp1 import FSDP1Source
 from .layout import Layout, num_replicas, product
 from .megatron import MegatronSource, read_main_grad
 from .parameters import Named, Parameters, name_tensors
-from .shard import PartialSum, Rows, Shard, ShardInfo, ShardInfos, Shards
+from .shard import PartialSum, Rows, ShardInfo, ShardInfos, Shards
 from .source import Request, Source
 
 __all__ = ["SOURCES", "ShardTable", "TableMetadata", "gradient_table", "local_table", "parameter_table"]
@@ -151,17 +151,19 @@ class ShardTable:
         infos = self.metadata.infos(self.world_size)
         return Shards(ShardInfos(infos[i] for i in positions), list(grads))
 
-    def possible_sums(self, name: str) -> tuple[PartialSum, ...]:
-        """Return every sum that the gradient of a parameter could need."""
-        tensor = self.tensors[self.names.index(name)]
-        return annotation_of(tensor).partial_sums + (possible_partial_sums(tensor) if is_dtensor(tensor) else ())
+    def possible_sums(self) -> dict[str, tuple[PartialSum, ...]]:
+        """Return, for each parameter that has any, every sum that its gradient could need."""
+        sums = {}
+        for name, tensor in zip(self.names, self.tensors, strict=True):
+            own = annotated_sums(tensor)
+            if own or is_dtensor(tensor):
+                sums[name] = own + possible_partial_sums(tensor) if is_dtensor(tensor) else own
+        return sums
 
-    def zeros_for(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Shard:
-        """Return a shard of zeros, for a gradient that other ranks have and this one does not."""
+    def slot_of(self, name: str) -> tuple[int, torch.device]:
+        """Return the slot and the device of a parameter, for a gradient that this rank does not have."""
         i = self.names.index(name)
-        info = self.metadata.infos(self.world_size)[i]
-        zeros = torch.zeros(shape, dtype=dtype, device=self.tensors[i].device)
-        return Shard(name, zeros, info.num_replicas, (), info.slot, info.rows)
+        return self.metadata.infos(self.world_size)[i].slot, self.tensors[i].device
 
     def assign_slots(self, by_name: Mapping[str, tuple[int, Rows | None]]) -> None:
         """Assign a slot to every tensor. Before this call all tensors count in slot 0.
@@ -189,7 +191,7 @@ class TableMetadata:
         self.axes = axes
         self.names = [name for name, _, _ in entries]
         self.layouts = [layout for _, _, layout in entries]
-        self._partial_sums = [annotation_of(tensor).partial_sums for _, tensor, _ in entries]
+        self._partial_sums = [annotated_sums(tensor) for _, tensor, _ in entries]
         # Specs of gradients that have the layout of their parameter and need no sum; None for a plain tensor. A
         # parameter in Partial placement has no such spec, so that its gradient is looked at in every step.
         self._specs: list[Any] = [
