@@ -53,6 +53,7 @@ from .errors import (
     NonFiniteWarning,
     PeerError,
     TooManySkippedSteps,
+    UnclippedStepWarning,
 )
 from .functional import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .nonfinite import Culprit, Incident
@@ -77,6 +78,7 @@ __all__ = [
     "ProcessGroupComm",
     "Report",
     "TooManySkippedSteps",
+    "UnclippedStepWarning",
     "__version__",
     "annotate_",
     "clip_grad_norm_",

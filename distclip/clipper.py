@@ -51,6 +51,8 @@ class GradClipper:
         flat_grads: move the gradients of the first step into one storage per dtype, as views, so that they are read as
             one tensor. They stay there as long as they are zeroed in place: `zero_grad(set_to_none=False)`. Gradients
             that share a storage already (DDP, FSDP) are not moved.
+        partial: the clipper has only a part of the parameters that its optimizers step, and the others move unclipped.
+            Without it, such a step raises.
 
     Raises:
         ArgumentError, LayoutError, DisagreementError: see `clip_grad_norm_`; on every rank that takes part.
@@ -80,10 +82,13 @@ class GradClipper:
         on_nonfinite: OnNonFinite = "skip",
         max_skips: int | None = None,
         flat_grads: bool = False,
+        partial: bool = False,
     ) -> None:
         self.policy = policy
         self._counter = SkipCounter(max_skips)
-        self._engine = Engine.build(parameters, policy, split_over, comm, on_nonfinite, self._counter, flat_grads)
+        self._engine = Engine.build(
+            parameters, policy, split_over, comm, on_nonfinite, self._counter, flat_grads, partial
+        )
         self._attached: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         # Optimizers that have stepped since `clip` was called by their hooks, by id.
         self._stepped: set[int] = set()
@@ -115,7 +120,10 @@ class GradClipper:
         ('w',)
         """
         state_dict, old = self.state_dict(), self._engine
-        engine = Engine.build(parameters, self.policy, split_over, comm, old.on_nonfinite, self._counter, flat_grads)
+        partial = old.coverage.partial
+        engine = Engine.build(
+            parameters, self.policy, split_over, comm, old.on_nonfinite, self._counter, flat_grads, partial
+        )
         engine.observers = old.observers
         engine.deferred.clip_rate = old.deferred.clip_rate
         if old.tensor_norms is not None:
@@ -142,8 +150,9 @@ class GradClipper:
             The measurements and the decision, as device scalars.
 
         Raises:
-            ArgumentError: an optimizer has stepped since the last `scaler.update()`, or (with a scaler) has parameters
-                that the clipper does not have; a gradient is float16 with a scaler; on every rank.
+            ArgumentError: an optimizer steps a parameter with a gradient that the clipper does not have (unless
+                `partial`), or the clipper has a gradient that no optimizer steps; an optimizer needs a closure, or has
+                stepped since the last `scaler.update()`; a gradient is float16 with a scaler; on every rank.
             LayoutError, PeerError, NonFiniteError, TooManySkippedSteps: see `clip`.
 
         Collectives: those of `clip`; a gather the first time with these optimizers.

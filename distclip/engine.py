@@ -19,6 +19,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from . import devices
+from .apply.coverage import Coverage
 from .apply.fused import supports_grad_scale
 from .apply.grad_scaler import ScalerState, enabled
 from .apply.optimizers import OptimizerSteps, as_list
@@ -61,6 +62,7 @@ class Engine:
         slots: slots of the norms.
         on_nonfinite: rule for steps that are not finite, see `GradClipper`.
         counter: counts steps and skipped steps.
+        coverage: compares the parameters with those of optimizers.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Engine:
         slots: SlotMap,
         on_nonfinite: OnNonFinite,
         counter: SkipCounter,
+        coverage: Coverage,
     ) -> None:
         self.table, self.comm, self.policy, self.slots = table, comm, policy, slots
         self.on_nonfinite, self.rule, self.counter = on_nonfinite, RULES[on_nonfinite], counter
@@ -79,6 +82,7 @@ class Engine:
         self.tensor_norms: TensorNorms | None = None
         self.observers: list[Observer] = []
         self.deferred = _DeferredReads(self)
+        self.coverage = coverage
         self.optimizers = OptimizerSteps(table, comm)
         self._scaler_round: _ScalerRound | None = None
 
@@ -92,12 +96,13 @@ class Engine:
         on_nonfinite: OnNonFinite,
         counter: SkipCounter,
         flat_grads: bool,
+        partial: bool = False,
     ) -> Engine:
         """Build the engine of a `GradClipper` from its arguments.
 
         Args:
             counter: counts steps and skipped steps; it has `max_skips`.
-            parameters, policy, split_over, comm, on_nonfinite, flat_grads: see `GradClipper`.
+            parameters, policy, split_over, comm, on_nonfinite, flat_grads, partial: see `GradClipper`.
 
         Raises:
             ArgumentError, LayoutError, DisagreementError: see `GradClipper`; on every rank.
@@ -137,7 +142,8 @@ class Engine:
         slots = assign_slots([params for _, params, _ in gathered], comm.rank, policy.spec)
         table.assign_slots(slots.by_name)
         table.flat_grads = flat_grads
-        return cls(table, comm, policy, slots, on_nonfinite, counter)
+        coverage = Coverage(table, partial=partial, module=parameters if isinstance(parameters, nn.Module) else None)
+        return cls(table, comm, policy, slots, on_nonfinite, counter, coverage)
 
     @cached_property
     def on_host(self) -> bool:
@@ -169,7 +175,10 @@ class Engine:
         was_scaled = state is not None and len(state.scaled_optimizers()) == len(optimizers)
         if state is not None:
             with errors:
+                self.coverage.begin_round(state.round)
                 loss_scale = self.optimizers.loss_scale(optimizers, state, unscale_first=self.spec.limits is not None)
+        with errors:
+            self.coverage.check(optimizers, all_now=state is None)
 
         # Stages 1 to 5.
         must_read = not all_fused or self.rule.needs_host
@@ -189,6 +198,9 @@ class Engine:
         self._advance(optimizers, outcome, state, fuse)
         if state is not None:
             self._scaler_round = _ScalerRound(state.round, outcome.without_gradients(), not fuse, was_scaled)
+            if outcome.skip.host is False:
+                # A caller may leave the other optimizers out of a step that is skipped.
+                self.coverage.await_others(optimizers)
         return outcome
 
     @torch.no_grad()
@@ -354,6 +366,7 @@ class Engine:
             low, high = spec.limits
             spec = replace(spec, limits=(low * float(loss_scale), high * float(loss_scale)))
         shards, partials, totals = measure_all_ranks(self.table, spec, self.comm, errors, self.num_measured_slots)
+        self.coverage.record_call(len(shards))
         if loss_scale is not None:
             totals = replace(totals, loss_scale=loss_scale)
         return shards, partials, totals, totals if self.tensor_norms is None else self.tensor_norms.for_policy(totals)
@@ -362,6 +375,7 @@ class Engine:
         """Step further optimizers by the decision of an earlier call since the last `scaler.update()`."""
         outcome = earlier.outcome
         self.optimizers.check_owns(optimizers)
+        self.coverage.step_others(optimizers)
         if len(state.scaled_optimizers()) != (len(optimizers) if earlier.was_scaled else 0):
             raise ArgumentError(
                 "scaler: an earlier call has clipped all of the clipper's gradients since the last scaler.update(), "

@@ -12,6 +12,7 @@
 
     NonFiniteWarning              (UserWarning)   a step was skipped, or elements were set to zero
     FrequentClippingWarning       (UserWarning)   an adaptive policy clips more than half of the steps
+    UnclippedStepWarning          (UserWarning)   parameters move by gradients that were not clipped
 
 Every rank that takes part in a call raises, before any gradient is changed. On an accelerator the host does not
 synchronize every step, so that the other ranks raise `PeerError` at their next host read, at most one step later.
@@ -37,6 +38,7 @@ __all__ = [
     "NonFiniteWarning",
     "PeerError",
     "TooManySkippedSteps",
+    "UnclippedStepWarning",
     "from_wire",
     "to_wire",
     "warn_user",
@@ -81,6 +83,10 @@ class NonFiniteWarning(UserWarning):
 
 class FrequentClippingWarning(UserWarning):
     """An adaptive policy clips more than half of the steps, so that it limits the norms it learns from."""
+
+
+class UnclippedStepWarning(UserWarning):
+    """Parameters move by gradients that the clipper has not clipped."""
 
 
 _LIBRARIES = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))

@@ -20,6 +20,10 @@ from ..errors import ArgumentError
 __all__ = ["ScalerState", "enabled", "initial_scale", "parameters_of"]
 
 
+_NO_OPTIMIZER = 0
+"""Key of a scaler's record on a rank without optimizers. The other keys are the ids of optimizers."""
+
+
 def parameters_of(optimizers: Iterable[Optimizer]) -> list[Tensor]:
     """Return all parameters that the optimizers step."""
     return [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
@@ -84,7 +88,7 @@ class ScalerState:
         """Return whether the caller has unscaled an optimizer that is not among these."""
         ids = {id(optimizer) for optimizer in self.optimizers}
         records = self.scaler._per_optimizer_states.items()
-        return any(record["stage"] is OptState.UNSCALED for key, record in records if key not in ids)
+        return any(record["stage"] is OptState.UNSCALED for key, record in records if key not in ids | {_NO_OPTIMIZER})
 
     def check_dtypes(self) -> None:
         """Raise if unscaling would flush gradients to zero, as the scaler itself does.
@@ -106,7 +110,9 @@ class ScalerState:
         Args:
             found_inf: 0-d float32, 1.0 if a gradient of any rank is not finite, otherwise 0.0.
         """
-        for record in self._records():
+        # A rank without optimizers has a record too, because `update` needs the found_inf of every step.
+        records = self._records() or [self.scaler._per_optimizer_states[_NO_OPTIMIZER]]
+        for record in records:
             own = found_inf.detach().clone()
             record["found_inf_per_device"] = {own.device: own}
             record["stage"] = OptState.UNSCALED

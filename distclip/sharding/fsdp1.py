@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,6 +44,25 @@ class FSDP1Source(Source):
 
         return read
 
+    def find_checks(self, request: Request) -> Sequence[Callable[[], None]]:
+        """Return a check that parameters and gradients are slices, as the layouts describe them."""
+        modules = [] if request.module is None else _managed(request.module)
+        sharded = [weakref.ref(wrapped) for wrapped, handle in modules if handle.uses_sharded_strategy]
+        if not sharded:
+            return ()
+
+        def check() -> None:
+            for reference in sharded:
+                wrapped = reference()
+                if wrapped is not None and _is_gathered(wrapped._handle.flat_param):
+                    raise LayoutError(
+                        "parameters=model: FullyShardedDataParallel (FSDP1) shows whole parameters or gradients now in "
+                        "place of this rank's slices, within summon_full_params or after a backward under no_sync. "
+                        "Clip outside of summon_full_params, after a backward outside of no_sync."
+                    )
+
+        return (check,)
+
     def find_slices(self, request: Request) -> Mapping[int, Slice]:
         """Return the position of every slice in its parameter.
 
@@ -81,6 +101,12 @@ def _layouts(module: nn.Module) -> dict[int, Layout]:
         for param in (flat, *(flat._params or ()), *(flat._shared_params or ())):
             layouts[id(param)] = layout
     return layouts
+
+
+def _is_gathered(flat: Any) -> bool:
+    """Return whether a flat parameter, or one of its gradients, is whole instead of this rank's slice."""
+    sharded_size, grad = flat._sharded_size, flat.grad
+    return bool(flat.size() != sharded_size or (grad is not None and grad.size() != sharded_size))
 
 
 def _managed(module: nn.Module) -> Iterator[tuple[Any, Any]]:

@@ -5,7 +5,7 @@ A new kind of sharding is a module with a `Source` in this package, and one line
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -87,6 +87,14 @@ class Source(Protocol):
             LayoutError: the parameters cannot be distinguished any more.
         """
         return {}
+
+    def find_checks(self, request: Request) -> Sequence[Callable[[], None]]:
+        """Return functions that raise a `LayoutError` while gradients cannot be read.
+
+        They are called in every step, before the gradients are read. They must hold no strong reference to a module or
+        tensor, because tables are cached.
+        """
+        return ()
 
     def find_rows(self, tensor: Tensor) -> Rows | None:
         """Return the rows of the whole parameter that a tensor holds, or None if they are unknown.

@@ -31,6 +31,7 @@ from .dtensor import (
 )
 from .flat_storage import FlatStorage
 from .fsdp1 import FSDP1Source
+from .fsdp2 import FSDP2Source
 from .layout import Layout, num_replicas, product
 from .megatron import MegatronSource, read_main_grad
 from .parameters import Named, Parameters, name_tensors
@@ -39,7 +40,14 @@ from .source import Request, Source
 
 __all__ = ["SOURCES", "ShardTable", "TableMetadata", "gradient_table", "local_table", "parameter_table"]
 
-SOURCES: tuple[Source, ...] = (AnnotationSource(), DTensorSource(), FSDP1Source(), MegatronSource(), DDPSource())
+SOURCES: tuple[Source, ...] = (
+    AnnotationSource(),
+    DTensorSource(),
+    FSDP1Source(),
+    FSDP2Source(),
+    MegatronSource(),
+    DDPSource(),
+)
 """Kinds of sharding. Every one adds to the layout that those before it have found, or replaces it."""
 
 _PLAIN = {Tensor, torch.nn.Parameter}
@@ -63,6 +71,7 @@ class ShardTable:
     Attributes:
         world_size: number of ranks in the communicator of the call. Set it once the communicator is known.
         flat_grads: set it to True to move the gradients of the first step into few storages.
+        inspect: called with the gradients of every call, to raise if something is wrong with them. None for nothing.
     """
 
     def __init__(
@@ -75,6 +84,7 @@ class ShardTable:
         self.tensors, self.metadata, self.are_gradients, self.error = tensors, metadata, are_gradients, error
         self.world_size = 1
         self.flat_grads = False
+        self.inspect: Callable[[Shards], None] | None = None
         self._flat_storage: FlatStorage | None = None
 
     @classmethod
@@ -109,15 +119,21 @@ class ShardTable:
 
     @property
     def device(self) -> torch.device:
-        """Device of the first tensor, or the CPU without tensors."""
-        return self.tensors[0].device if self.tensors else torch.device("cpu")
+        """Device of the first tensor, or the CPU without tensors that have memory."""
+        # Tensors on the meta device have no gradients, and no number can be computed there.
+        device = self.tensors[0].device if self.tensors else torch.device("cpu")
+        return torch.device("cpu") if device.type == "meta" else device
 
     def gradients(self) -> Shards:
         """Return this rank's shards of the gradients that exist now: `.grad`, or Megatron's fp32 `.main_grad`.
 
         Collectives: none. Host syncs: none.
         """
+        for check in self.metadata.checks:
+            check()
         shards = self._read_gradients()
+        if self.inspect is not None:
+            self.inspect(shards)
         # In the first step with gradients. They keep their storage afterwards, and backward accumulates into it.
         if self.flat_grads and self._flat_storage is None and len(shards):
             with_grad = [t for t in self.tensors if t.grad is not None or read_main_grad(t) is not None]
@@ -185,10 +201,16 @@ class TableMetadata:
     Args:
         entries: name, tensor and layout of each.
         axes: axes of `split_over=`.
+        checks: functions that raise while gradients cannot be read, see `Source.find_checks`.
     """
 
-    def __init__(self, entries: Sequence[tuple[str, Tensor, Layout]], axes: tuple[Axis, ...]) -> None:
-        self.axes = axes
+    def __init__(
+        self,
+        entries: Sequence[tuple[str, Tensor, Layout]],
+        axes: tuple[Axis, ...],
+        checks: Sequence[Callable[[], None]] = (),
+    ) -> None:
+        self.axes, self.checks = axes, checks
         self.names = [name for name, _, _ in entries]
         self.layouts = [layout for _, _, layout in entries]
         self._partial_sums = [annotated_sums(tensor) for _, tensor, _ in entries]
@@ -355,7 +377,8 @@ def _table(tensors: Named, module: nn.Module | None, axes: tuple[Axis, ...]) -> 
         if not layout.cut:
             layout = replace(layout, cut=(False,) * len(axes))
         entries.append((name, tensor, layout))
-    return ShardTable([tensor for _, tensor, _ in entries], TableMetadata(entries, axes), error=errors.error)
+    checks = [check for source in SOURCES for check in source.find_checks(request)]
+    return ShardTable([tensor for _, tensor, _ in entries], TableMetadata(entries, axes, checks), error=errors.error)
 
 
 def _spec_of(tensor: Tensor) -> Any:

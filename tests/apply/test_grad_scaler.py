@@ -354,3 +354,24 @@ def test_sharded_grad_scaler_of_fsdp1() -> None:
         optimizer.zero_grad()
     assert 0 < norms[3] < norms[0] < LOSS_SCALE, "the norm depends on the scale"
     assert_same_on_ranks(clipper, norms[0])
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("method", ["step", "clip"])
+def test_rank_without_optimizers_updates_its_scale(method: str) -> None:
+    """Train a stage with parameters and one without: both scales back off and grow together."""
+    own = [("weight", plain_param(torch.ones(3)))] if dist.get_rank() == 0 else []
+    clipper = GradClipper(own, distclip.global_norm(1.0), split_over=dist.group.WORLD)
+    optimizers = [torch.optim.SGD([param], lr=0.1) for _, param in own]
+    scaler, scales = make_scaler(growth_interval=2), []
+    for step in range(4):
+        for _, param in own:
+            param.grad = torch.full((3,), INF if step == 1 else scaler.get_scale())
+        getattr(clipper, method)(optimizers, scaler)
+        if method == "clip":
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale() / LOSS_SCALE)
+    assert scales == [1.0, 0.5, 0.5, 1.0]
+    assert_same_on_ranks(clipper, scales)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ...extend import (
@@ -76,8 +77,9 @@ class GradientClipping(Callback):
         log: str | None = "grad/",
     ) -> None:
         check_policy(policy, "GradientClipping")
-        self._make_deferred: Callable[[], DeferredClipper] = lambda: DeferredClipper(
-            policy, split_over, on_nonfinite, max_skips, on_bind
+        # Not a lambda, because strategies that start processes pickle the Trainer.
+        self._make_deferred: Callable[[], DeferredClipper] = partial(
+            DeferredClipper, policy, split_over, on_nonfinite, max_skips, on_bind
         )
         self._log = log
         # One per optimizer. The Trainer loads a checkpoint before it has optimizers.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -371,3 +372,12 @@ def test_docstring_example_of_fabric() -> None:
             exec(example_in(clip_gradients), names)
     assert set(save.call_args.args[1]) == {"model", "optimizer", "clipper"}
     assert not bool(names["report"].skipped)
+
+
+def test_callback_can_be_pickled() -> None:
+    """Strategies that start processes pickle the Trainer with its callbacks, before it has a model."""
+    callback = GradientClipping(distclip.zclip(cap=5.0), on_nonfinite="raise", max_skips=3)
+    callback.load_state_dict({"0": {}, "1": {}})
+    other = pickle.loads(pickle.dumps(callback))
+    assert other.state_dict() == callback.state_dict()
+    assert other.clippers == [None, None]

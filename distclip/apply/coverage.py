@@ -1,0 +1,283 @@
+"""Compare the parameters that optimizers step with those that a clipper measures, in every step.
+
+A parameter that the clipper does not have moves unclipped, and a gradient that no optimizer steps makes the norm too
+large. Both come from parameters that were created again after the clipper (`load_state_dict(assign=True)`, `to_empty`,
+`fully_shard`), were added later (`add_param_group`, adapters), or belong to another model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain, repeat
+from operator import attrgetter, is_
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..errors import ArgumentError, UnclippedStepWarning, warn_user
+from ..sharding.dtensor import is_dtensor
+from ..sharding.parameters import name_tensors
+from ..sharding.shard import Shards
+from ..sharding.table import ShardTable
+
+__all__ = ["Coverage"]
+
+_grad_of = attrgetter("grad")
+
+_MAX_WALKS = 16
+"""Number of times that the module is searched for new parameters because the number of gradients has changed."""
+
+_MANY = 3
+"""Number of calls in a row without a gradient after which there is a warning."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Comparison:
+    """The parameters of some optimizers, compared with those of the table.
+
+    Args:
+        ids: identities of all their parameters.
+        foreign: their parameters that are not in the table.
+        unstepped: tensors of the table that none of them steps.
+    """
+
+    ids: list[int]
+    foreign: list[Tensor]
+    unstepped: list[Tensor]
+
+
+class Coverage:
+    """Checks that optimizers step exactly what a clipper measures.
+
+    A step compares the identities of all parameters, and looks further only if one of them has changed.
+
+    Args:
+        table: parameters of this rank.
+        partial: whether the clipper has only a part of the parameters on purpose.
+        module: module that the caller passed, or None. No strong reference is kept.
+    """
+
+    def __init__(self, table: ShardTable, *, partial: bool, module: nn.Module | None) -> None:
+        self._table, self.partial = table, partial
+        self._module = None if module is None else weakref.ref(module)
+        self._ids = set(map(id, table.tensors))
+        self._known: dict[tuple[int, ...], _Comparison] = {}
+        # Parameters whose optimizers are still to come in this round of a GradScaler, and the round.
+        self._awaited: list[Tensor] = []
+        self._round: object = None
+        self._num_gradients = -1
+        self._num_walks = 0
+        self._calls_without: list[list[int]] = []
+        table.inspect = self.inspect
+
+    def check(self, optimizers: Sequence[Optimizer], *, all_now: bool) -> None:
+        """Raise unless the optimizers step exactly what is measured.
+
+        Args:
+            optimizers: of this rank, those of one call.
+            all_now: whether the call has to step every gradient. With a GradScaler further calls may follow.
+
+        Raises:
+            ArgumentError: see above. An optimizer needs a closure, or steps within backward.
+
+        Collectives: none. Host syncs: none, unless a gradient belongs to no optimizer.
+        """
+        key = tuple(map(id, optimizers))
+        ids = list(map(id, _parameters_of(optimizers)))
+        known = self._known.get(key)
+        if known is None or known.ids != ids:
+            known = self._compare(optimizers, ids)
+            while len(self._known) >= 64:
+                self._known.pop(next(iter(self._known)))
+            self._known[key] = known
+        if not self.partial and not _lack_gradients(known.foreign):
+            self._refuse_foreign([param for param in known.foreign if param.grad is not None], optimizers)
+        if all_now and not _lack_gradients(known.unstepped):
+            self.check_stepped(self.waiting(optimizers))
+
+    def waiting(self, optimizers: Sequence[Optimizer]) -> list[Tensor]:
+        """Return the parameters with a gradient other than zero that the optimizers do not step.
+
+        Host syncs: one per gradient of a parameter that they do not step.
+        """
+        known = self._known.get(tuple(map(id, optimizers)))
+        if known is None or _lack_gradients(known.unstepped):
+            return []
+        found = [param for param in known.unstepped if param.grad is not None]
+        # An optimizer of float32 copies, or of copies on a CPU, makes their gradients in its step.
+        kinds = {(param.dtype, param.device) for param in found}
+        if any(param.grad is None and (param.dtype, param.device) not in kinds for param in known.foreign):
+            return []
+        return [param for param in found if not _is_zero(param.grad)]
+
+    def check_stepped(self, unstepped: Sequence[Tensor]) -> None:
+        """Raise if there are parameters with gradients that no optimizer steps.
+
+        Raises:
+            ArgumentError: see above.
+        """
+        if unstepped:
+            raise ArgumentError(
+                f"optimizer: it does not step {self._names(unstepped)}, whose gradients the clipper would measure too. "
+                "Pass all optimizers that step now, as in clipper.step([one, other]). Construct a clipper for each of "
+                "several optimizers that step in turn, or call attach with all of them. Set the gradients of other "
+                "parameters to None first, or construct the clipper without them."
+            )
+
+    def begin_round(self, round_: object) -> None:
+        """Begin a round of a GradScaler, unless it has begun already.
+
+        Args:
+            round_: identity of the round, see `ScalerState.round`.
+
+        Raises:
+            ArgumentError: gradients of the last round were measured and never stepped.
+        """
+        if round_ is not self._round:
+            awaited, self._awaited, self._round = self._awaited, [], round_
+            self.check_stepped(awaited)
+
+    def await_others(self, optimizers: Sequence[Optimizer]) -> None:
+        """Expect that further calls of this round step the gradients that these optimizers do not step."""
+        self._awaited = self.waiting(optimizers)
+
+    def step_others(self, optimizers: Sequence[Optimizer]) -> None:
+        """Record that a further call of this round steps these optimizers."""
+        if self._awaited:
+            stepped = set(map(id, _parameters_of(optimizers)))
+            self._awaited = [param for param in self._awaited if id(param) not in stepped]
+
+    def inspect(self, shards: Shards) -> None:
+        """Search the module for parameters that are new since the clipper was constructed.
+
+        It is called for the gradients of every call. A search takes as long as `named_parameters`, so that it is made
+        in the first call, and where the number of gradients changes.
+
+        Args:
+            shards: the gradients of this rank.
+
+        Raises:
+            ArgumentError: a parameter of the module has a gradient and is not the clipper's.
+        """
+        if len(shards) == self._num_gradients:
+            return
+        self._num_gradients = len(shards)
+        module = None if self._module is None else self._module()
+        if module is None or self.partial or self._num_walks >= _MAX_WALKS:
+            return
+        self._num_walks += 1
+        foreign = [p for _, p in name_tensors(module) if id(p) not in self._ids and p.grad is not None]
+        if foreign:
+            # It raises in every call until the clipper is bound to the new parameters.
+            self._num_gradients, self._num_walks = -1, 0
+            self._refuse_foreign(foreign, [])
+
+    def record_call(self, num_gradients: int) -> None:
+        """Warn if several calls in a row have found no gradient, although the parameters change.
+
+        Args:
+            num_gradients: number of gradients of this rank.
+        """
+        if num_gradients or not self._table.tensors:
+            self._calls_without.clear()
+            return
+        if len(self._calls_without) > _MANY:
+            return  # It has warned.
+        self._calls_without.append([_local(tensor)._version for tensor in self._table.tensors])
+        if len(self._calls_without) >= _MANY and self._calls_without[0] != self._calls_without[-1]:
+            self._calls_without += [[]] * _MANY
+            warn_user(
+                f"the clipper has found no gradient in {_MANY} calls in a row, and its parameters change, so that they "
+                "are stepped unclipped. Usual causes: an optimizer steps within backward; zero_grad() or the step came "
+                "before the clipper; gradient synchronization is switched off (no_sync); the parameters were created "
+                "again after the clipper. Call the clipper between backward() and the step, or clipper.rebind(model).",
+                UnclippedStepWarning,
+            )
+        elif len(self._calls_without) >= _MANY:
+            del self._calls_without[0]
+
+    def _compare(self, optimizers: Sequence[Optimizer], ids: list[int]) -> _Comparison:
+        for optimizer in optimizers:
+            if _needs_closure(optimizer):
+                raise ArgumentError(
+                    f"optimizer={type(optimizer).__name__}: its step needs a closure, which makes the gradients within "
+                    "the step. Call clipper.attach(optimizer) once, and optimizer.step(closure) in place of "
+                    "clipper.step(optimizer)."
+                )
+        params = _parameters_of(optimizers)
+        foreign = [param for param in params if id(param) not in self._ids]
+        stepped = set(ids)
+        return _Comparison(ids, foreign, [tensor for tensor in self._table.tensors if id(tensor) not in stepped])
+
+    def _refuse_foreign(self, foreign: Sequence[Tensor], optimizers: Sequence[Optimizer]) -> None:
+        module = None if self._module is None else self._module()
+        known = set(self._table.names)
+        named = {} if module is None else {id(param): name for name, param in name_tensors(module)}
+        for optimizer in optimizers:
+            for i, group in enumerate(optimizer.param_groups):
+                names = group.get("param_names") or [f"parameter {j} of group {i}" for j in range(len(group["params"]))]
+                named |= {id(p): n for n, p in zip(names, group["params"], strict=True) if id(p) not in named}
+        described = [f"{named.get(id(param), 'a parameter')} {tuple(param.shape)}" for param in foreign]
+        text = _enumerate(described)
+        if any(named.get(id(param)) in known for param in foreign):
+            raise ArgumentError(
+                f"optimizer: it steps parameters that the clipper does not have, because they were created again after "
+                f"the clipper: {text}. load_state_dict(assign=True), to_empty, fully_shard and wrappers do so. Call "
+                "clipper.rebind(model) after it, or construct the clipper after it."
+            )
+        raise ArgumentError(
+            f"optimizer: it steps parameters that the clipper does not have, and would move unclipped: {text}. "
+            "Construct the clipper with all parameters that are stepped, or call clipper.rebind(model) after some "
+            "were added or created again. Pass partial=True to the clipper to clip a part on purpose."
+        )
+
+    def _names(self, params: Iterable[Tensor]) -> str:
+        ids = set(map(id, params))
+        pairs = zip(self._table.names, self._table.tensors, strict=True)
+        return _enumerate([name for name, tensor in pairs if id(tensor) in ids])
+
+
+def _parameters_of(optimizers: Iterable[Optimizer]) -> list[Tensor]:
+    groups = chain.from_iterable(optimizer.param_groups for optimizer in optimizers)
+    return list(chain.from_iterable(group["params"] for group in groups))
+
+
+def _lack_gradients(params: list[Tensor]) -> bool:
+    return not params or all(map(is_, map(_grad_of, params), repeat(None)))
+
+
+def _local(tensor: Any) -> Tensor:
+    local: Tensor = tensor._local_tensor if is_dtensor(tensor) else tensor
+    return local
+
+
+def _is_zero(grad: Tensor | None) -> bool:
+    """Return whether a gradient is zero on this rank, as `zero_grad(set_to_none=False)` leaves it."""
+    assert grad is not None
+    local = _local(grad)
+    return local.device.type != "meta" and not bool((local._values() if local.is_sparse else local).any())
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    try:
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+    except (TypeError, ValueError):
+        return False
+    return (
+        closure is not None
+        and closure.default is inspect.Parameter.empty
+        and closure.kind
+        in (
+            inspect.Parameter.POSITIONAL_ONLY,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            inspect.Parameter.KEYWORD_ONLY,
+        )
+    )
+
+
+def _enumerate(words: Sequence[str]) -> str:
+    return ", ".join(words[:3]) + (f" and {len(words) - 3} more" if len(words) > 3 else "")
