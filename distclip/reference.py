@@ -116,7 +116,7 @@ def zclip_bounds(
             var = math.fsum((x - mean) ** 2 for x in collected) / len(collected)
             continue
         std = math.sqrt(var)
-        score = (norm - mean) / (std + eps)
+        score = (norm - mean) / (std + eps * mean)
         bound = mean + z * std / (score / z) if score > z else math.inf
         bounds.append(min(bound, cap))
         x = min(norm, bounds[-1])
@@ -163,7 +163,6 @@ def adagc_bounds(
     decay: float = 0.99,
     warmup: int = 100,
     warmup_norm: float = 1.0,
-    eps: float = 1e-6,
     cap: float = math.inf,
 ) -> list[float]:
     """Compute the bounds of one tensor, which follow the moving average of its norm after a warm-up.
@@ -183,12 +182,12 @@ def adagc_bounds(
     gamma = math.inf
     for t, (norm, total) in enumerate(zip(norms, norms if totals is None else totals, strict=True)):
         if t < warmup:
-            h = min(1.0, warmup_norm / (total + eps), cap / (norm + eps))
+            h = min(1.0, warmup_norm / total, cap / norm)
             gamma = min(gamma, h * norm)
-            bounds.append(min(cap, (norm + eps) * min(1.0, warmup_norm / (total + eps))))
+            bounds.append(min(cap, norm * min(1.0, warmup_norm / total)))
         else:
             bounds.append(min(cap, ratio * gamma))
-            h = min(1.0, ratio * gamma / (norm + eps), cap / (norm + eps))
+            h = min(1.0, ratio * gamma / norm, cap / norm)
             gamma = decay * gamma + (1 - decay) * h * norm
     return bounds
 

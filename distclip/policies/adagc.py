@@ -58,7 +58,7 @@ def adagc(
     >>> adagc(1.05).threshold.ratio
     1.05
     """
-    return NormPolicy(AdaGC(ratio, decay, warmup, warmup_norm, cap=cap), norm_type, per, restart_after=restart_after)
+    return NormPolicy(AdaGC(ratio, decay, warmup, warmup_norm, cap), norm_type, per, restart_after=restart_after)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,22 +66,21 @@ class AdaGC(Rule):
     r"""Threshold of `adagc`.
 
     .. math::
-        h_t &= \min\left(1, \frac{c}{norm^{all}_t + \varepsilon}\right),
+        h_t &= \min\left(1, \frac{c}{norm^{all}_t}\right),
         \quad \gamma' = \min(\gamma, h_t \, norm_t) && \text{in warm-up} \\
-        h_t &= \min\left(1, \frac{\lambda \gamma}{norm_t + \varepsilon}\right),
+        h_t &= \min\left(1, \frac{\lambda \gamma}{norm_t}\right),
         \quad \gamma' = \beta \gamma + (1 - \beta) h_t \, norm_t && \text{after it}
 
     with c the `warmup_norm`.
 
     Args:
         ratio, decay, warmup, warmup_norm, cap: see `adagc`.
-        eps: ε, ≥ 0, equal to that of the `NormPolicy` around the rule.
 
     Raises:
         ArgumentError: a number outside of its range.
 
     >>> AdaGC(ratio=1.05)
-    AdaGC(ratio=1.05, decay=0.99, warmup=100, warmup_norm=1.0, eps=1e-06, cap=inf)
+    AdaGC(ratio=1.05, decay=0.99, warmup=100, warmup_norm=1.0, cap=inf)
     """
 
     can_restart = True
@@ -90,12 +89,11 @@ class AdaGC(Rule):
     decay: float = 0.99
     warmup: int = 100
     warmup_norm: float = 1.0
-    eps: float = 1e-6
     cap: float = math.inf
 
     def __post_init__(self) -> None:
         convert_fields(self, ratio=POSITIVE, decay=FRACTION, warmup=NATURAL)
-        convert_fields(self, warmup_norm=POSITIVE, eps=NOT_NEGATIVE, cap=NOT_NEGATIVE)
+        convert_fields(self, warmup_norm=POSITIVE, cap=NOT_NEGATIVE)
 
     def init(self, slots: int, device: torch.device) -> State:
         """Return γ, inf until a slot has its first norm, and the number of the norms so far."""
@@ -104,12 +102,11 @@ class AdaGC(Rule):
 
     def __call__(self, totals: Totals, state: State) -> tuple[Tensor, State]:
         """Return the bound from the mean of the steps before, and the mean with the clipped norm."""
-        gamma, in_warmup = state["gamma"], state["count"] < self.warmup
-        length = totals.norms + self.eps
-        model_coef = (self.warmup_norm / (totals.norm + self.eps)).clamp(max=1)
-        # The policy divides the bound by `length`, so that every slot has the coefficient of the whole model.
-        bound = torch.where(in_warmup, model_coef * length, self.ratio * gamma)
-        clipped = (bound.clamp(max=self.cap) / length).clamp(max=1) * totals.norms
+        norms, gamma, in_warmup = totals.norms, state["gamma"], state["count"] < self.warmup
+        # The policy divides the bound by the norm, so that every slot has the coefficient of the whole model.
+        model_coef = (self.warmup_norm / totals.norm).clamp(max=1)
+        bound = torch.where(in_warmup, model_coef * norms, self.ratio * gamma)
+        clipped = torch.minimum(norms, bound.clamp(max=self.cap))
         mean = self.decay * gamma + (1 - self.decay) * clipped
         return bound, {
             "gamma": torch.where(in_warmup, torch.minimum(gamma, clipped), mean),

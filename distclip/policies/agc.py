@@ -40,7 +40,7 @@ def agc(ratio: float = 0.01, eps: float = 1e-3, exclude: Sequence[str] = (), nor
     >>> agc(exclude=["head"]).threshold
     RelativeToWeight(ratio=0.01, eps=0.001)
     """
-    return NormPolicy(RelativeToWeight(ratio, eps), norm_type, per="row", exclude=exclude, eps=0.0)
+    return NormPolicy(RelativeToWeight(ratio, eps), norm_type, per="row", exclude=exclude)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ def global_norm(max_norm: float = 1.0, norm_type: float = 2.0) -> NormPolicy:
     >>> global_norm(1.0).threshold
     Fixed(max_norm=1.0)
     """
-    return NormPolicy(Fixed(max_norm), norm_type)
+    return NormPolicy(Fixed(max_norm), norm_type, eps=1e-6)
 
 
 def per_tensor_norm(max_norm: float = 1.0, norm_type: float = 2.0) -> NormPolicy:
@@ -57,7 +57,7 @@ def per_tensor_norm(max_norm: float = 1.0, norm_type: float = 2.0) -> NormPolicy
     >>> per_tensor_norm(0.5).per
     'tensor'
     """
-    return NormPolicy(Fixed(max_norm), norm_type, per="tensor", eps=0.0)
+    return NormPolicy(Fixed(max_norm), norm_type, per="tensor")
 
 
 def group_norm(
@@ -65,7 +65,7 @@ def group_norm(
 ) -> NormPolicy:
     r"""Clip each group of parameters to a constant bound of the group.
 
-    .. math:: coef_k = \min\left(1, \frac{max\_norm_k}{\lVert g_k \rVert_p + 10^{-6}}\right)
+    .. math:: coef_k = \min\left(1, \frac{max\_norm_k}{\lVert g_k \rVert_p}\right)
 
     All parameters without a group form one more group, "rest".
 
@@ -79,7 +79,8 @@ def group_norm(
         ArgumentError: no group, a group without pattern or bound, a negative or NaN bound, or a norm type that is not a
             number.
 
-    Source: the parameter groups of Megatron-LM's optimizer that are clipped separately (`grad_norm_group`).
+    Source: the parameter groups of Megatron-LM's optimizer that are clipped separately (`grad_norm_group`), without the
+    1e-6 that Megatron-LM adds to the norm.
 
     >>> group_norm({"embedding": ("embed", 0.1)}, max_norm=1.0).threshold
     Fixed(max_norm=(0.1, 1.0))

@@ -2,8 +2,11 @@ r"""Clip by norm: a rule gives the bound of every slot, and a gradient with a la
 
 .. math:: coef_s = \min\left(1, \frac{bound_s}{norm_s + \varepsilon}\right)
 
-Source: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", ICML 2013, algorithm 1,
-with the ε = 1e-6 of torch.nn.utils.clip_grad_norm_.
+Source: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", ICML 2013, algorithm 1.
+
+ε is 0, so that a norm up to its bound is left as it is at any scale. With a constant ε > 0, norms that are not far above
+it are cut below their bound, and a mean of clipped norms follows them down to 0. Only `global_norm` has the ε = 1e-6 of
+torch.nn.utils.clip_grad_norm_.
 
 `NormPolicy` protects every rule with state from three problems. A step with a non-finite norm leaves the state
 unchanged. A norm of 0 leaves the state of its slot unchanged, because a tensor without gradient has no information
@@ -43,7 +46,7 @@ class NormPolicy:
         groups: for per="group", {name: regular expression that is searched in parameter names}. The first group that
             matches takes a parameter. All parameters without a match form the last group, "rest".
         exclude: regular expressions. Parameters with a matching name are measured and never clipped.
-        eps: ε, ≥ 0.
+        eps: ε, ≥ 0. 0 cuts no norm up to its bound, 1e-6 is torch's.
         restart_after: number of steps after which the rule restarts if it has clipped more than half of them. 0 for
             never. Only a rule with `can_restart` restarts.
         skip: skip a step with a norm above the rule's bound instead of scaling it down. A norm that is only above the
@@ -61,7 +64,7 @@ class NormPolicy:
     per: Per = "model"
     groups: Mapping[str, str] = field(default_factory=dict)
     exclude: Sequence[str] = ()
-    eps: float = 1e-6
+    eps: float = 0.0
     restart_after: int = 128
     skip: bool = False
     _rule: Rule = field(init=False, repr=False, compare=False)

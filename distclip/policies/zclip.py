@@ -30,7 +30,7 @@ def zclip(
     r"""Clip norms with a z-score above `z`. The larger the score is, the lower is the bound (ZClip).
 
     .. math:: bound_t = \min\left(cap, \mu + \frac{z^2}{z_t} \sigma\right) \text{ if }
-        z_t = \frac{norm_t - \mu}{\sigma + 10^{-6}} > z \text{ else } cap
+        z_t = \frac{norm_t - \mu}{\sigma + 10^{-6} \mu} > z \text{ else } cap
 
     μ and σ are the running mean and standard deviation of the clipped norms. The published rule (`restart_after=0`,
     with cap=1.0) never follows norms that rise for good by a few times their scatter.
@@ -50,7 +50,8 @@ def zclip(
         ArgumentError: a number outside of its range.
 
     Source: Kumar, Owen, Chowdhury, Güra, "ZClip: adaptive spike mitigation for LLM pre-training", 2025,
-    arXiv 2504.02507, algorithm 1 with reciprocal clipping.
+    arXiv 2504.02507, algorithm 1 with reciprocal clipping. There 1e-6 is added to σ. Here it is relative to μ, so that
+    the rule is the same at any scale of the norms.
 
     >>> zclip(3.0).threshold
     ZScore(z=3.0, decay=0.97, warmup=25, eps=1e-06, cap=inf)
@@ -63,7 +64,7 @@ class ZScore(Rule):
     r"""Threshold of `zclip`.
 
     .. math::
-        z_t &= \frac{norm_t - \mu}{\sigma + \varepsilon}, \qquad
+        z_t &= \frac{norm_t - \mu}{\sigma + \varepsilon \mu}, \qquad
         bound_t = \mu + \frac{z^2}{z_t} \sigma \text{ if } z_t > z \text{ else } \infty \\
         x_t &= \min(norm_t, bound_t, cap), \quad \mu' = a \mu + (1 - a) x_t,
         \quad \sigma'^2 = a \sigma^2 + (1 - a) (x_t - \mu')^2
@@ -72,7 +73,7 @@ class ZScore(Rule):
 
     Args:
         z, decay, warmup, cap: see `zclip`.
-        eps: ε, > 0.
+        eps: ε, > 0. It is the least σ, relative to μ, by which a distance is divided.
 
     Raises:
         ArgumentError: a number outside of its range.
@@ -102,7 +103,7 @@ class ZScore(Rule):
         norms, mean, var, count = totals.norms, state["mean"], state["var"], state["count"]
         in_warmup = count < self.warmup
         deviation = var.sqrt()
-        score = (norms - mean) / (deviation + self.eps)
+        score = (norms - mean) / (deviation + self.eps * mean)
         unclipped = in_warmup | ~(score > self.z)
         bound = torch.where(unclipped, math.inf, mean + self.z * deviation / (score / self.z))
         clipped = torch.minimum(norms, bound.clamp(max=self.cap))

@@ -162,8 +162,7 @@ def check_policies(name: str, policies: Iterable[str]) -> None:
     parameters = list(case.parameters) if isinstance(case.parameters, Iterator) else case.parameters
     oracle = Oracle(pieces_of(parameters, case.split_over), case.ranks)
     is_one_flat_parameter = name.startswith("fsdp1") and not name.endswith("_orig")
-    # Far below every epsilon, rules that have one do not clip.
-    must_clip = oracle.typical("model") > 1e-3 and bool(oracle.partial_grads)
+    must_clip = bool(oracle.partial_grads)
     for policy in policies:
         if is_one_flat_parameter and POLICIES[policy].per in ("tensor", "row"):
             with pytest.raises(LayoutError, match="use_orig_params"):

@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 import distclip
 from distclip import reference
@@ -39,18 +38,10 @@ from distclip.policies import (
     zclip,
 )
 from distclip.policies.history import append, quantile
+from tests.policies.norms import many, totals, traces
 from tests.tables.policies import ADAPTIVE, POLICIES, VARIANTS, Variant
 
 CPU = torch.device("cpu")
-EPS = 1e-6
-
-many = settings(deadline=None, database=None, derandomize=True, max_examples=25)
-
-
-def totals(norms: Sequence[float] | Tensor, weight_norms: Sequence[float] | None = None) -> Totals:
-    """Return the totals of a step with these norms."""
-    weight = None if weight_norms is None else torch.tensor(weight_norms, dtype=torch.float64) ** 2
-    return Totals(torch.as_tensor(norms, dtype=torch.float64) ** 2, weight_powers=weight)
 
 
 def run(policy: NormPolicy, trace: Sequence[Sequence[float]]) -> Iterator[tuple[list[float], State, State]]:
@@ -80,34 +71,11 @@ def expected_coefs(variant: Variant, trace: Sequence[Sequence[float]]) -> list[l
         steps = [t for t, norms in enumerate(trace) if all(map(math.isfinite, norms)) and norms[slot] > 0]
         bounds = variant.twin([trace[t][slot] for t in steps], [total_norms[t] for t in steps])
         for t, bound in zip(steps, bounds, strict=True):
-            expected[t][slot] = min(1.0, bound / (trace[t][slot] + EPS))
+            expected[t][slot] = min(1.0, bound / trace[t][slot])
     return expected
 
 
 each_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
-
-
-EVENTS = {"spike": 50.0, "dip": 0.01, "zero": 0.0, "level": 5.0, "late": 0.0, "nan": nan, "inf": inf}
-"""Factors of a norm, or the norm itself if it is not finite. Those are last, so that nothing changes them."""
-
-
-@st.composite
-def traces(draw: st.DrawFn) -> list[list[float]]:
-    """Draw norms by step and slot: scatter around levels, new levels, spikes, zeros and non-finite steps."""
-    steps, slots = draw(st.integers(1, 40)), draw(st.integers(1, 4))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    norms = np.exp(draw(st.sampled_from([0.0, 0.05, 0.25, 1.0])) * rng.standard_normal((steps, slots)))
-    if draw(st.booleans()):
-        norms *= 10.0 ** rng.uniform(-3, 3, slots)
-    events = st.tuples(st.sampled_from(list(EVENTS)), st.integers(0, steps - 1), st.integers(0, slots - 1))
-    for what, t, slot in sorted(draw(st.lists(events, max_size=8)), key=lambda event: list(EVENTS).index(event[0])):
-        if what in ("level", "late"):
-            norms[slice(t, None) if what == "level" else slice(t), slot] *= EVENTS[what]
-        elif math.isfinite(EVENTS[what]):
-            norms[t, slot] *= EVENTS[what]
-        else:
-            norms[t, slot] = EVENTS[what]
-    return norms.tolist()  # type: ignore[no-any-return]
 
 
 @each_variant
@@ -343,7 +311,7 @@ BAD: list[tuple[Callable[..., object], dict[str, Any]]] = [
     *((EMA, {name: 1.0}) for name in ("slow", "fast")),
     (EMA, {"target": -1}),
     (AdaGC, {"warmup_norm": 0}),
-    (AdaGC, {"eps": -1}),
+    (NormPolicy, {"eps": -1}),
     (ZScore, {"z": 0}),
     (MedianMAD, {"k": -1}),
     (MedianMAD, {"floor": -0.1}),
