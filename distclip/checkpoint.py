@@ -7,6 +7,7 @@ another world size and another layout.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from operator import index
 from typing import Any
 
 import torch
@@ -14,12 +15,16 @@ from torch import Tensor
 
 from .errors import ArgumentError, warn_user
 from .policies import Policy, State
+from .policies.policy import CheckedPolicy
 from .sharding.slots import SlotMap
 
 __all__ = ["VERSION", "check_state_dict", "pack_state", "policy_kind", "unpack_counts", "unpack_state", "upgrade"]
 
 VERSION = 1
 """Version of the format of `GradClipper.state_dict`."""
+
+_MAX_COUNT = 2**53
+"""Largest counter that a checkpoint may have."""
 
 _KEYS = {"version", "rule", "counts", "state"}
 
@@ -53,6 +58,7 @@ def check_state_dict(state_dict: Mapping[str, Any], policy: Policy) -> None:
     Raises:
         ArgumentError: see above.
     """
+    _check_mapping("state_dict", state_dict)
     unknown, missing = sorted(set(state_dict) - _KEYS), sorted(_KEYS - set(state_dict))
     if unknown or missing:
         raise ArgumentError(
@@ -72,8 +78,13 @@ def check_state_dict(state_dict: Mapping[str, Any], policy: Policy) -> None:
 
 def upgrade(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """Convert a state dict from before version 1, and return any other as it is."""
+    _check_mapping("state_dict", state_dict)
     if "version" in state_dict or not {"rule", "counts", "state"} <= set(state_dict):
         return state_dict
+    for key in ("counts", "state"):
+        _check_mapping(key, state_dict[key])
+    for slot, values in state_dict["state"].items():
+        _check_mapping(f"state[{slot!r}]", values)
 
     def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
         return {_OLD_NAMES.get(name, name): value for name, value in values.items()}
@@ -98,7 +109,7 @@ def pack_state(state: State, slots: SlotMap) -> dict[str, dict[str, Tensor]]:
     return {name: {key: parts[key][i].clone() for key in state} for i, name in enumerate(slots.names)} if state else {}
 
 
-def unpack_state(state: State, slots: SlotMap, saved: Mapping[str, Mapping[str, Any]]) -> State:
+def unpack_state(state: State, slots: SlotMap, saved: Mapping[str, Mapping[str, Any]], policy: CheckedPolicy) -> State:
     """Return a state with the values of a checkpoint.
 
     A slot that the checkpoint lacks keeps its value, with a warning.
@@ -107,10 +118,12 @@ def unpack_state(state: State, slots: SlotMap, saved: Mapping[str, Mapping[str, 
         state: of the policy as it is; its keys, shapes and dtypes are what the checkpoint must have.
         slots: of the clipper.
         saved: see `pack_state`.
+        policy: of the clipper.
 
     Raises:
-        ArgumentError: another key, shape or dtype.
+        ArgumentError: another key, shape or dtype, or a value that no step of the policy leads to, such as NaN.
     """
+    _check_mapping("state", saved)
     if not state:
         return state
     missing = [name for name in slots.names if name not in saved]
@@ -127,6 +140,11 @@ def unpack_state(state: State, slots: SlotMap, saved: Mapping[str, Mapping[str, 
         _check_keys(f"state[{name!r}]", values, state)
         for key, column in columns.items():
             value, own = values[key], column[i]
+            if isinstance(value, Tensor) and (value.is_meta or value.layout != own.layout):
+                raise ArgumentError(
+                    f"state_dict: {key!r} of {name} is a tensor without values, or a sparse one. Pass what "
+                    "GradClipper.state_dict() returned."
+                )
             if not isinstance(value, Tensor) or value.shape != own.shape:
                 raise ArgumentError(
                     f"state_dict: {key!r} of {name} has shape {tuple(getattr(value, 'shape', ()))}, and this policy "
@@ -138,7 +156,17 @@ def unpack_state(state: State, slots: SlotMap, saved: Mapping[str, Mapping[str, 
                     "what GradClipper.state_dict() returned."
                 )
             loaded[key].append(value.to(own))
-    return {key: torch.cat(parts) for key, parts in loaded.items()}
+    new_state = {key: torch.cat(parts) for key, parts in loaded.items()}
+    counts = list(slots.counts)
+    for key, valid in policy.mask_valid(new_state).items():
+        by_slot = zip(slots.names, torch.split(valid, counts), torch.split(new_state[key], counts), strict=True)
+        for name, mask, loaded_values in by_slot:
+            if not bool(mask.all()):
+                raise ArgumentError(
+                    f"state_dict: {key!r} of {name} has the value {loaded_values[~mask][0].item()!r}, which no step of "
+                    "the policy leads to. Load an earlier checkpoint, or leave the clipper's state out."
+                )
+    return new_state
 
 
 def unpack_counts(saved: Mapping[str, Any], names: Collection[str]) -> dict[str, int]:
@@ -149,19 +177,43 @@ def unpack_counts(saved: Mapping[str, Any], names: Collection[str]) -> dict[str,
         names: the counters that a clipper has.
 
     Raises:
-        ArgumentError: another name, or a value that is not a whole number ≥ 0.
+        ArgumentError: another name, a value that is not a whole number ≥ 0, or more steps skipped in a row than in all.
     """
     _check_keys("counts", saved, names)
-    counts = {}
-    for name in names:
-        count = torch.as_tensor(saved[name])
-        if count.numel() != 1 or count.is_floating_point() or count.is_complex() or int(count) < 0:
+    counts = {name: _to_count(saved[name]) for name in names}
+    for name, count in counts.items():
+        if count is None:
             raise ArgumentError(
                 f"state_dict: counts[{name!r}]={saved[name]!r:.80} is not a whole number ≥ 0. Pass what "
                 "GradClipper.state_dict() returned."
             )
-        counts[name] = int(count)
-    return counts
+    known = {name: count for name, count in counts.items() if count is not None}
+    if known.get("in_a_row", 0) > known.get("skipped", 0):
+        raise ArgumentError(
+            f"state_dict: counts has {known['in_a_row']} steps skipped in a row, and {known['skipped']} in all. Pass "
+            "what GradClipper.state_dict() returned."
+        )
+    return known
+
+
+def _to_count(value: Any) -> int | None:
+    """Return a counter of a checkpoint as a number, or None if it is not one."""
+    if isinstance(value, Tensor) and (value.is_meta or value.numel() != 1):
+        return None
+    try:
+        # A truth value is a number to Python, and no counter.
+        count: Any = value.item() if isinstance(value, Tensor) else value
+        return None if isinstance(count, bool) or not 0 <= index(count) <= _MAX_COUNT else index(count)
+    except TypeError:
+        return None
+
+
+def _check_mapping(where: str, saved: Any) -> None:
+    """Raise unless a part of a state dict is a dictionary with text as keys."""
+    if not isinstance(saved, Mapping) or not all(isinstance(key, str) for key in saved):
+        raise ArgumentError(
+            f"state_dict: {where}={saved!r:.60} is not a dictionary. Pass what GradClipper.state_dict() returned."
+        )
 
 
 def _kind_of(dtype: torch.dtype) -> str:
@@ -172,6 +224,7 @@ def _kind_of(dtype: torch.dtype) -> str:
 
 def _check_keys(where: str, saved: Mapping[str, Any], expected: Collection[str]) -> None:
     """Raise unless a part of a state dict has exactly the expected keys."""
+    _check_mapping(where, saved)
     unknown, missing = sorted(set(saved) - set(expected)), sorted(set(expected) - set(saved))
     if unknown or missing:
         raise ArgumentError(

@@ -370,12 +370,12 @@ class GradClipper:
 
         Raises:
             ArgumentError: another kind of policy or another window; an unknown or missing key; a tensor of another
-                shape or dtype. Nothing has been loaded then.
+                shape or dtype; a value that no step of the policy leads to, such as NaN. Nothing has been loaded then.
         """
         current = upgrade(state_dict)
         check_state_dict(current, self.policy)
         self._engine.deferred.raise_due()
-        state = unpack_state(self._engine.state, self._engine.slots, current["state"])
+        state = unpack_state(self._engine.state, self._engine.slots, current["state"], self._engine.policy)
         counts = unpack_counts(current["counts"], self._counts().keys())
         self._engine.state = state
         self._counter.steps, self._counter.skipped = counts["steps"], counts["skipped"]

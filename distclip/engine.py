@@ -40,6 +40,7 @@ from .norms.spec import NormSpec
 from .norms.tensor_norms import TensorNorms
 from .outcome import Observer, Outcome
 from .policies import Policy, State
+from .policies.checked import as_checked
 from .policies.restart import ClipRate
 from .sharding.parameters import Parameters
 from .sharding.shard import Shards
@@ -75,10 +76,10 @@ class Engine:
         counter: SkipCounter,
         coverage: Coverage,
     ) -> None:
-        self.table, self.comm, self.policy, self.slots = table, comm, policy, slots
+        self.table, self.comm, self.policy, self.slots = table, comm, as_checked(policy), slots
         self.on_nonfinite, self.rule, self.counter = on_nonfinite, RULES[on_nonfinite], counter
         self.spec = policy.spec
-        self.state: State = policy.init(slots.total, torch.device("cpu"))
+        self.state: State = self.policy.init(slots.total, torch.device("cpu"))
         self.tensor_norms: TensorNorms | None = None
         self.observers: list[Observer] = []
         self.deferred = _DeferredReads(self)
@@ -594,9 +595,13 @@ def _check_arguments(policy: Any, on_nonfinite: Any, max_skips: Any) -> None:
     Raises:
         ArgumentError: see above.
     """
-    if not isinstance(policy, Policy):
+    if isinstance(policy, type) or not isinstance(policy, Policy):
         raise ArgumentError(
             f"policy={policy!r:.80}: not a policy. Pass distclip.global_norm(1.0), distclip.value(0.5) or another one."
+        )
+    if type(policy.spec) is not NormSpec:
+        raise ArgumentError(
+            f"policy={policy!r:.80}: its spec is {policy.spec!r:.60}. Return a distclip.policies.NormSpec."
         )
     if not policy.spec.norm_type > 0:
         raise ArgumentError(

@@ -29,7 +29,8 @@ def as_list(optimizer: Any) -> list[Optimizer]:
     Raises:
         ArgumentError: it is neither.
     """
-    several = isinstance(optimizer, Iterable) and not isinstance(optimizer, Tensor) and not hasattr(optimizer, "step")
+    is_one = isinstance(optimizer, Tensor | str | bytes) or hasattr(optimizer, "step")
+    several = isinstance(optimizer, Iterable) and not is_one
     optimizers = list(optimizer) if several else [optimizer]
     if not all(hasattr(one, "step") and hasattr(one, "param_groups") for one in optimizers):
         raise ArgumentError(

@@ -70,6 +70,8 @@ class JsonLines:
 def finite(value: Any) -> Any:
     """Replace NaN and infinity by None in a number, or in nested mappings, lists and tuples of numbers.
 
+    Numbers and arrays of NumPy become those of Python.
+
     >>> finite({"norms": (1.0, float("inf"))})
     {'norms': [1.0, None]}
     """
@@ -77,4 +79,13 @@ def finite(value: Any) -> Any:
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    try:
+        plain = value.tolist()
+    except Exception:
+        return value
+    # Text has a tolist in NumPy, too.
+    return plain if isinstance(plain, str | int) or plain is value else finite(plain)

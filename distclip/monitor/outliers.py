@@ -92,7 +92,12 @@ class RankDetails:
     @classmethod
     def of(cls, step: Step) -> RankDetails:
         """Read the details of a step on this rank. Host syncs: one or two per gradient."""
-        return cls(tuple(step.read_ids()), step.local_power(), step.largest_gradient())
+        try:
+            ids = tuple(step.read_ids())
+        except Exception:
+            # A noted tensor was freed. The other ranks gather details of this step, and so must this one.
+            ids = ()
+        return cls(ids, step.local_power(), step.largest_gradient())
 
 
 def merge_details(

@@ -7,14 +7,14 @@ import copy
 import os
 import time
 import weakref
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
+from operator import index
 from pathlib import Path
 from types import TracebackType
-from typing import Any, SupportsFloat
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ..clipper import GradClipper
 from ..comm import global_ranks
@@ -23,6 +23,7 @@ from ..devices import is_capturing
 from ..errors import ArgumentError, DisagreementError
 from ..outcome import Outcome
 from .jsonl import JsonLines
+from .notes import convert_ids, convert_note, convert_step, describe
 from .outliers import OutlierDetector, RankDetails
 from .sinks import Sink
 from .step_buffer import Step, read_steps
@@ -47,7 +48,8 @@ class Recorder:
         clipper: that makes the steps, by `clip`, `step`, `attach` or an engine of DeepSpeed.
         directory: of `metrics.jsonl`. An existing file is appended to. None for runs/TIME.
         every: number of steps between two writes, ≥ 1; a crash loses at most that many.
-        sinks: further destinations (see `distclip.monitor.sinks`); only those of the rank that writes are used.
+        sinks: one further destination (see `distclip.monitor.sinks`), or several; only those of the rank that writes
+            are used.
         per_tensor: whether to record the norm of every parameter's gradient, see `GradClipper.measure_tensors`.
         top: number of most extreme steps whose sample ids, worst rank and worst tensor are recorded, ≥ 0.
         facts: about the run, for the header: {"batch": 512, "precision": "fp16"}.
@@ -77,32 +79,41 @@ class Recorder:
         directory: str | os.PathLike[str] | None = None,
         *,
         every: int = 50,
-        sinks: Sequence[Sink] = (),
+        sinks: Sink | Sequence[Sink] = (),
         per_tensor: bool = False,
         top: int = 20,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(clipper, GradClipper):
             raise ArgumentError(f"clipper={clipper!r:.80}: not a GradClipper. Pass the clipper whose steps to record.")
-        self._clipper, self.every = clipper, every
-        self.path = Path(directory or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}") / "metrics.jsonl"
+        self._clipper = clipper
+        self.path = Path(f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}") / "metrics.jsonl"
         """Path of the file, on the rank that writes."""
         # A rank that cannot open the file still takes part in the gather below, where all ranks raise.
         errors = FirstError()
         lines = None
+        all_sinks: tuple[Sink, ...] = ()
+        options = None
         with errors:
-            _check_arguments(every, sinks, top, facts)
+            if directory is not None:
+                self.path = Path(directory) / self.path.name
+            every, top = _to_int("every", every, 1), _to_int("top", top, 0)
+            all_sinks = _to_sinks(sinks)
+            if facts is not None and not isinstance(facts, Mapping):
+                raise ArgumentError(f'facts={describe(facts)}: not a dictionary. Use facts={{"batch": 512}}.')
             if _is_writer(clipper):
                 lines = JsonLines(self.path)
-        options = set(gather_or_raise(clipper.comm, errors.error, (every, bool(per_tensor), top)))
-        if len(options) > 1:
+            options = every, bool(per_tensor), top
+        all_options = set(gather_or_raise(clipper.comm, errors.error, options))
+        if len(all_options) > 1:
             raise DisagreementError(
-                f"(every, per_tensor, top) of a recorder differ between ranks: {sorted(options)}. Pass the same values "
-                "on every rank."
+                f"(every, per_tensor, top) of a recorder differ between ranks: {sorted(all_options, key=str)}. Pass "
+                "the same values on every rank."
             )
         if per_tensor:
             clipper.measure_tensors()
-        self._writer = None if lines is None else Writer(clipper, lines, sinks, every, facts or {})
+        self.every = every
+        self._writer = None if lines is None else Writer(clipper, lines, all_sinks, every, facts or {})
         self._with_slots = len(clipper.slots) > 1 and clipper.policy.spec.per != "row"
         self._detector = OutlierDetector(top)
         self._steps: list[Step] = []
@@ -113,34 +124,29 @@ class Recorder:
         """Add values to the last step. Call it after `clipper.step` or `clip`.
 
         Args:
-            values: numbers, or 0-d tensors, which may stay on their device and must not be modified afterwards. Names
-                that `distclip.monitor.jsonl` lists have the meaning given there. `ids`: this rank's samples, a sequence
-                or 1-D tensor of numbers or strings. `step`: number of the step in the file, if it is not the clipper's
-                own count.
+            values: numbers of Python or NumPy, or tensors of one element, which may stay on their device and must not
+                be modified afterwards. Names that `distclip.monitor.jsonl` lists have the meaning given there. `ids`:
+                this rank's samples, a sequence, array or 1-D tensor of numbers or strings. `step`: number of the step
+                in the file, a whole number, if it is not the clipper's own count.
 
         Raises:
-            ArgumentError: a value is invalid, there is no step yet, or the step is already written.
+            ArgumentError: a value is invalid, there is no step yet, or the step is already written. No value is added.
 
-        Collectives: none. Host syncs: none.
+        Collectives: none. Host syncs: none (one for a tensor of a subclass).
         """
         if reserved := _RESERVED & values.keys():
             raise ArgumentError(
                 f"note: {', '.join(sorted(reserved))} would replace a number of the clipper. Use another name."
             )
-        for key, value in values.items():
-            if not _is_valid_note(key, value):
-                raise ArgumentError(
-                    f"note({key}={value!r:.60}): expected a number or a 0-d tensor, or for ids a sequence of numbers "
-                    "or strings. Pass the mean, or use one name per element."
-                )
+        # All values are converted before any is added. A write communicates, and must not fail because of one of them.
+        converted = {key: _convert(key, value) for key, value in values.items()}
         if not self._steps:
             raise ArgumentError(
                 "note: there is no step to add to. Call it after clipper.step(optimizer), before the next flush()."
             )
         step = self._steps[-1]
-        step.ids = values.pop("ids", step.ids)
-        # Detached, because a loss would keep its autograd graph alive until the next write.
-        step.notes |= {key: value.detach() if isinstance(value, Tensor) else value for key, value in values.items()}
+        step.ids = converted.pop("ids", step.ids)
+        step.notes |= converted
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -156,7 +162,7 @@ class Recorder:
         losses = torch.zeros(2, len(rows), dtype=torch.float64)
         for i, row in enumerate(rows):
             if "loss" in row:
-                losses[:, i] = torch.tensor([row["loss"], 1.0])
+                losses[:, i] = torch.tensor([float(row["loss"]), 1.0], dtype=torch.float64)
         comm.sum_(losses)
         for row, loss, num_losses in zip(rows, *losses.tolist(), strict=True):
             if num_losses:
@@ -219,22 +225,29 @@ def _is_writer(clipper: GradClipper) -> bool:
     return clipper.comm.rank == 0 and not (alone and dist.get_rank() > 0)
 
 
-def _check_arguments(every: Any, sinks: Any, top: Any, facts: Any) -> None:
-    for name, value, least in (("every", every, 1), ("top", top, 0)):
-        if not isinstance(value, int) or value < least:
-            raise ArgumentError(f"{name}={value!r}: not an integer ≥ {least}. Use {name}={max(least, 20)}.")
-    if not all(map(callable, sinks)):
-        raise ArgumentError(f"sinks={sinks!r:.80}: not functions of a dictionary and a step. Use sinks=[wandb()].")
-    if facts is not None and not isinstance(facts, Mapping):
-        raise ArgumentError(f'facts={facts!r:.80}: not a dictionary. Use facts={{"batch": 512}}.')
+def _convert(key: str, value: Any) -> Any:
+    try:
+        return convert_ids(value) if key == "ids" else convert_step(value) if key == "step" else convert_note(value)
+    except Exception as error:
+        raise ArgumentError(
+            f"note({key}={describe(value)}): {error}. Pass a number or a 0-d tensor (the mean, or one name per "
+            "element), and for ids a sequence of numbers or strings."
+        ) from error
 
 
-def _is_valid_note(key: str, value: Any) -> bool:
-    if key == "ids":
-        try:
-            return bool(value.ndim == 1)  # a tensor or an array
-        except AttributeError:
-            return isinstance(value, Sized) and not isinstance(value, str)
-    if isinstance(value, Tensor):
-        return value.numel() == 1 and not value.is_complex()
-    return isinstance(value, SupportsFloat)
+def _to_int(name: str, value: Any, least: int) -> int:
+    try:
+        number = index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise ArgumentError(f"{name}={describe(value)}: not an integer ≥ {least}. Use {name}={max(least, 20)}.")
+    return number
+
+
+def _to_sinks(sinks: Any) -> tuple[Sink, ...]:
+    several = isinstance(sinks, Iterable) and not isinstance(sinks, str | bytes)
+    listed = tuple(sinks) if several and not callable(sinks) else (sinks,)
+    if not all(map(callable, listed)):
+        raise ArgumentError(f"sinks={describe(sinks)}: not functions of a dictionary and a step. Use sinks=[wandb()].")
+    return listed

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -31,7 +33,7 @@ class Step:
         power_sum: 0-d, of the whole gradient, with the loss scale in it.
         per_tensor_powers: local power sums of this rank's gradients, with the loss scale in them.
         notes: numbers or 0-d tensors of the user, by field of a line.
-        ids: of this rank's samples.
+        ids: of this rank's samples, a tuple or a 1-D tensor.
         time: seconds since 1970.
     """
 
@@ -72,11 +74,7 @@ class Step:
 
     def read_ids(self) -> list[Any]:
         """Return the ids as numbers or strings of Python."""
-        try:
-            values: list[Any] = self.ids.tolist()  # a tensor or an array
-        except AttributeError:
-            values = list(self.ids)
-        return values
+        return list(self.ids.tolist() if isinstance(self.ids, Tensor) else self.ids)
 
     def largest_gradient(self) -> tuple[str, float] | None:
         """Return the name and the power sum of this rank's largest gradient, or None if the rank has none.
@@ -99,13 +97,43 @@ class Step:
 def read_steps(steps: Sequence[Step]) -> list[dict[str, Any]]:
     """Copy the numbers and the notes of each step to the host.
 
+    A note that can no longer be read is left out, with a warning.
+
     Host syncs: one for any number of steps, and one more for each further device with notes.
     """
+    try:
+        return _read([{**step.numbers, **step.notes} for step in steps])
+    except Exception:
+        # A noted tensor was modified since, or freed. The other ranks are about to add up losses, and so must this one.
+        rows = _read([step.numbers for step in steps])
+        for step, row in zip(steps, rows, strict=True):
+            for key, value in step.notes.items():
+                with _warning_about(key, step.number):
+                    row |= _read([{key: value}])[0]
+        return rows
+
+
+@contextmanager
+def _warning_about(key: str, step: int) -> Iterator[None]:
+    """Warn about an exception instead of raising it."""
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(
+            f"recorder: {key} of step {step} cannot be read any more: {type(error).__name__}: {error}. Note tensors "
+            "that are not modified afterwards.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _read(values: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Copy the tensors of each step to the host, all of one device at once."""
     # Tensors of one field, dtype, device and shape can be stacked; one copy per device then reads all of them.
     columns: dict[tuple[str, torch.dtype, torch.device, torch.Size], list[tuple[int, Tensor]]] = {}
-    rows: list[dict[str, Any]] = [{} for _ in steps]
-    for i, step in enumerate(steps):
-        for key, value in {**step.numbers, **step.notes}.items():
+    rows: list[dict[str, Any]] = [{} for _ in values]
+    for i, fields in enumerate(values):
+        for key, value in fields.items():
             if isinstance(value, Tensor):
                 columns.setdefault((key, value.dtype, value.device, value.shape), []).append((i, value))
             else:

@@ -64,10 +64,20 @@ class Writer:
             details: of these steps, by rank.
             ranks: numbers of the ranks.
         """
+        _try_to_send(lambda lines: self._send(self._compose(steps, rows, outliers, details, ranks)), [])
+
+    def _compose(
+        self,
+        steps: Sequence[Step],
+        rows: Sequence[dict[str, Any]],
+        outliers: Sequence[tuple[int, float]],
+        details: Sequence[Sequence[RankDetails]],
+        ranks: Sequence[int],
+    ) -> list[dict[str, Any]]:
         incidents = {incident.step: incident for incident in self._clipper.incidents}
         lines: list[dict[str, Any]] = []
         for step, row in zip(steps, rows, strict=True):
-            head = {"step": int(row.pop("step", step.number)), "time": round(step.time, 3)}
+            head = {"step": _step_number(row.pop("step", step.number), step), "time": round(step.time, 3)}
             line = head | {key: row.pop(key) for key in _FIRST if key in row} | _round_vectors(row)
             if (incident := incidents.get(step.number)) is not None:
                 line["nonfinite"] = sum(culprit.nans + culprit.infs for culprit in incident.culprits)
@@ -77,7 +87,7 @@ class Writer:
         for n, (i, ratio) in enumerate(outliers):
             by_rank = [rank_details[n] for rank_details in details]
             lines[i] |= {"spike": ratio, **merge_details(by_rank, ranks, steps[i].power_sum, parameters)}
-        self._send(lines)
+        return lines
 
     def _send(self, lines: Sequence[Mapping[str, Any]]) -> None:
         self._destinations = [destination for destination in self._destinations if _try_to_send(destination, lines)]
@@ -88,6 +98,12 @@ class Writer:
                 sink(_select_numbers(line, self._clipper), line["step"])
 
         return send
+
+
+def _step_number(noted: Any, step: Step) -> int:
+    """Return the number of a step that the user noted, or else the clipper's own."""
+    # The host has not seen a tensor on an accelerator before, so that it may be NaN.
+    return int(noted) if isinstance(noted, int) or (isinstance(noted, float) and noted.is_integer()) else step.number
 
 
 def _try_to_send(destination: Destination, lines: Sequence[Mapping[str, Any]]) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-__all__ = ["NormSpec", "Per"]
+from ..errors import ArgumentError
+
+__all__ = ["NormSpec", "Per", "check_groups", "check_patterns"]
 
 Per: TypeAlias = Literal["model", "group", "tensor", "row"]
 """Granularity of a norm.
@@ -26,9 +29,12 @@ class NormSpec:
         norm_type: p of the norm, > 0; `inf` for the largest element.
         per: granularity; every unit of it has a slot in the vector of norms.
         groups: for per="group", {group name: regular expression that is searched in parameter names}.
-        exclude: regular expressions; parameters with a matching name are measured and never clipped.
+        exclude: a regular expression, or several; parameters with a matching name are measured and never clipped.
         needs_weights: whether the norms of the parameters are measured as well.
         limits: (low, high) of an element; gradients are then searched for elements outside of them. None for no search.
+
+    Raises:
+        ArgumentError: `groups` or `exclude` has something else than regular expressions.
 
     >>> NormSpec(per="tensor").norm_type
     2.0
@@ -37,6 +43,61 @@ class NormSpec:
     norm_type: float = 2.0
     per: Per = "model"
     groups: Mapping[str, str] = field(default_factory=dict)
-    exclude: Sequence[str] = ()
+    exclude: str | Sequence[str] = ()
     needs_weights: bool = False
     limits: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", check_groups(self.groups))
+        object.__setattr__(self, "exclude", check_patterns("exclude", self.exclude))
+
+
+def check_patterns(argument: str, patterns: Any) -> tuple[str, ...]:
+    """Return one regular expression, or several, as a tuple.
+
+    Args:
+        argument: name of the caller's argument.
+        patterns: text, or an iterable of texts. Sets are sorted, because their order differs between ranks.
+
+    Raises:
+        ArgumentError: it is something else, or not a regular expression, or an empty one, which every name matches.
+
+    >>> check_patterns("exclude", "head"), check_patterns("exclude", ["head", "bias"])
+    (('head',), ('head', 'bias'))
+    """
+    several = isinstance(patterns, Iterable) and not isinstance(patterns, str | bytes | Mapping)
+    listed = tuple(patterns) if several else (patterns,)
+    for pattern in listed:
+        if not (isinstance(pattern, str) and pattern and _is_pattern(pattern)):
+            raise ArgumentError(
+                f"{argument}={patterns!r:.120}: {pattern!r:.60} is not a regular expression, or an empty one. Use "
+                f'{argument}="head", or {argument}=["head", "bias$"].'
+            )
+    return tuple(sorted(listed)) if isinstance(patterns, Set) else listed
+
+
+def check_groups(groups: Any) -> dict[str, str]:
+    """Return {group name: regular expression} as a dictionary.
+
+    Raises:
+        ArgumentError: it is not a mapping of names to regular expressions.
+
+    >>> check_groups({"embedding": "embed"})
+    {'embedding': 'embed'}
+    """
+    named: dict[Any, Any] = dict(groups) if isinstance(groups, Mapping) else {None: None}
+    for name, pattern in named.items():
+        if not (isinstance(name, str) and isinstance(pattern, str) and _is_pattern(pattern)):
+            raise ArgumentError(
+                f"groups={groups!r:.120}: expected names of groups and regular expressions. Use "
+                'groups={"embedding": "embed"}.'
+            )
+    return named
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True

@@ -13,7 +13,7 @@ from ..norms.spec import Per
 from .history import zeros
 from .norm_policy import NormPolicy
 from .policy import Rule, State
-from .validation import FRACTION, NATURAL, NOT_NEGATIVE, POSITIVE, convert_fields
+from .validation import FRACTION, NATURAL, NOT_NEGATIVE, POSITIVE, convert_fields, is_count, is_size
 
 __all__ = ["AdaGC", "adagc"]
 
@@ -112,6 +112,13 @@ class AdaGC(Rule):
             "gamma": torch.where(in_warmup, torch.minimum(gamma, clipped), mean),
             "count": state["count"] + 1,
         }
+
+    def mask_valid(self, state: State) -> dict[str, Tensor]:
+        """Return masks of the values that a loaded state may have, see `Rule.mask_valid`."""
+        gamma, count = state["gamma"], state["count"]
+        # A mean of 0 is one of norms under a cap of 0, because all norms are above 0.
+        started = is_size(gamma) & ((gamma > 0) | (self.cap == 0))
+        return {"gamma": torch.where(count == 0, gamma == math.inf, started), "count": is_count(count)}
 
     def restart(self, norms: Tensor, state: State) -> State:
         """Return the mean of the last norms before clipping as γ, once the warm-up has left the window."""

@@ -16,7 +16,9 @@ from .validation import POSITIVE, convert_fields
 __all__ = ["RelativeToWeight", "agc"]
 
 
-def agc(ratio: float = 0.01, eps: float = 1e-3, exclude: Sequence[str] = (), norm_type: float = 2.0) -> NormPolicy:
+def agc(
+    ratio: float = 0.01, eps: float = 1e-3, exclude: str | Sequence[str] = (), norm_type: float = 2.0
+) -> NormPolicy:
     r"""Clip each row of a gradient relative to the same row of the weights (adaptive gradient clipping).
 
     .. math:: coef_i = \min\left(1, ratio \frac{\max(\lVert w_i \rVert, \varepsilon)}{\lVert g_i \rVert}\right)
@@ -27,12 +29,13 @@ def agc(ratio: float = 0.01, eps: float = 1e-3, exclude: Sequence[str] = (), nor
     Args:
         ratio: largest ratio of the two norms, > 0.
         eps: ε, > 0. Without it weights that start at zero would stay there.
-        exclude: regular expressions that are searched in parameter names. Parameters with a match are not clipped. The
-            paper excludes the final linear layer.
+        exclude: a regular expression that is searched in parameter names, or several. Parameters with a match are not
+            clipped. The paper excludes the final linear layer.
         norm_type: p of both norms.
 
     Raises:
-        ArgumentError: a number outside of its range, or a norm type that is not a number.
+        ArgumentError: a number outside of its range, a norm type that is not a number, or something else than regular
+            expressions.
 
     Source: Brock, De, Smith, Simonyan, "High-performance large-scale image recognition without normalization",
     ICML 2021, arXiv 2102.06171, equation 3.

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..norms.reduce import Totals
 from ..norms.spec import Per
-from .history import append, quantile, zeros
+from .history import append, is_filled, quantile, zeros
 from .norm_policy import NormPolicy
 from .policy import Rule, State
-from .validation import NATURAL, NOT_NEGATIVE, Range, convert_fields
+from .validation import NATURAL, NOT_NEGATIVE, Range, convert_fields, is_count, is_size
 
 __all__ = ["Percentile", "autoclip"]
 
@@ -86,3 +86,9 @@ class Percentile(Rule):
         history = append(state["history"], state["count"], totals.norms)
         count = state["count"] + 1
         return quantile(history, count, self.p / 100), {"history": history, "count": count}
+
+    def mask_valid(self, state: State) -> dict[str, Tensor]:
+        """Return masks of the values that a loaded state may have, see `Rule.mask_valid`."""
+        history, count = state["history"], state["count"]
+        # A norm of 0 is never appended.
+        return {"history": is_size(history) & ((history > 0) | ~is_filled(history, count)), "count": is_count(count)}

@@ -13,7 +13,7 @@ from ..norms.spec import Per
 from .history import zeros
 from .norm_policy import NormPolicy
 from .policy import Rule, State
-from .validation import FRACTION, NATURAL, NOT_NEGATIVE, POSITIVE, convert_fields
+from .validation import FRACTION, NATURAL, NOT_NEGATIVE, POSITIVE, convert_fields, is_count, is_size
 
 __all__ = ["EMA", "ema"]
 
@@ -110,6 +110,14 @@ class EMA(Rule):
             weight = (1 - decay) / (1 - decay ** (count + 1).to(norms.dtype))
             new_state[name] = state[name] + weight * (clipped - state[name])
         return bound, new_state
+
+    def mask_valid(self, state: State) -> dict[str, Tensor]:
+        """Return masks of the values that a loaded state may have, see `Rule.mask_valid`."""
+        count = state["count"]
+        means = {key: state[key] for key in ("slow", "fast")}
+        # All norms are above 0, so that a mean of 0 is one of no norms, or of norms under a cap of 0.
+        masks = {key: is_size(mean) & ((count == 0) | (mean > 0) | (self.cap == 0)) for key, mean in means.items()}
+        return masks | {"count": is_count(count)}
 
     def restart(self, norms: Tensor, state: State) -> State:
         """Return the mean of the last norms before clipping for both means."""

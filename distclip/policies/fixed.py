@@ -85,9 +85,13 @@ def group_norm(
     >>> group_norm({"embedding": ("embed", 0.1)}, max_norm=1.0).threshold
     Fixed(max_norm=(0.1, 1.0))
     """
+    if not isinstance(groups, Mapping):
+        raise ArgumentError(
+            f'groups={groups!r:.80}: expected a dictionary. Use groups={{"embedding": ("embed", 0.1)}}, for example.'
+        )
     patterns: dict[str, str] = {}
     bounds: list[Any] = []
-    for name, group in dict(groups).items():
+    for name, group in groups.items():
         try:
             pattern, bound = (group["pattern"], group["max_norm"]) if isinstance(group, Mapping) else group
         except (KeyError, TypeError, ValueError):
@@ -116,7 +120,7 @@ class Fixed(Rule):
     max_norm: float | Sequence[float] = 1.0
 
     def __post_init__(self) -> None:
-        many = isinstance(self.max_norm, Sequence) and not isinstance(self.max_norm, str)
+        many = isinstance(self.max_norm, Sequence) and not isinstance(self.max_norm, str | bytes)
         bounds = tuple(map(to_float, self.max_norm)) if many else (to_float(self.max_norm),)  # type: ignore[arg-type]
         if not all(bound >= 0 for bound in bounds) or not bounds:
             raise ArgumentError(
@@ -126,7 +130,16 @@ class Fixed(Rule):
         object.__setattr__(self, "max_norm", bounds if many else bounds[0])
 
     def init(self, slots: int, device: torch.device) -> State:
-        """Return an empty state."""
+        """Return an empty state.
+
+        Raises:
+            ArgumentError: the number of bounds is neither 1 nor the number of slots.
+        """
+        if isinstance(self.max_norm, tuple) and len(self.max_norm) not in (1, slots):
+            raise ArgumentError(
+                f"max_norm={self.max_norm!r:.80}: {len(self.max_norm)} bounds for {slots} norms. Use one number for "
+                "all of them, or one for each."
+            )
         return {}
 
     def __call__(self, totals: Totals, state: State) -> tuple[Tensor, State]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..devices import accumulation_dtype
 
-__all__ = ["append", "quantile", "zeros"]
+__all__ = ["append", "is_filled", "quantile", "zeros"]
 
 
 def zeros(*shape: int, device: torch.device) -> Tensor:
@@ -35,6 +35,20 @@ def append(history: Tensor, count: Tensor, values: Tensor) -> Tensor:
     return history.scatter(1, (count % history.shape[1]).unsqueeze(1), values.unsqueeze(1))
 
 
+def is_filled(history: Tensor, count: Tensor) -> Tensor:
+    """Return a mask of the entries of each slot that values were appended to.
+
+    Args:
+        history: (slots, window).
+        count: (slots,), the number of values appended so far.
+
+    >>> is_filled(torch.zeros(2, 3), torch.tensor([1, 7]))
+    tensor([[ True, False, False],
+            [ True,  True,  True]])
+    """
+    return torch.arange(history.shape[1], device=count.device) < count.unsqueeze(1)
+
+
 def quantile(history: Tensor, count: Tensor, q: float) -> Tensor:
     """Return the q-quantile of each slot's history, interpolated linearly like numpy's.
 
@@ -51,11 +65,9 @@ def quantile(history: Tensor, count: Tensor, q: float) -> Tensor:
     >>> quantile(torch.tensor([[4.0, 2.0, 0.0], [9.0, 5.0, 1.0]]), torch.tensor([2, 8]), 0.75)
     tensor([3.5000, 7.0000])
     """
-    window = history.shape[1]
-    filled = count.clamp(max=window).unsqueeze(1)
-    missing = torch.arange(window, device=count.device) >= filled
+    filled = count.clamp(max=history.shape[1]).unsqueeze(1)
     # Missing values are sorted behind all others, which then begin at index 0.
-    ordered = history.masked_fill(missing, math.inf).sort(dim=1).values
+    ordered = history.masked_fill(~is_filled(history, count), math.inf).sort(dim=1).values
     last = (filled - 1).clamp(min=0)
     rank = q * last.to(history.dtype)
     below = rank.long()

@@ -13,7 +13,7 @@ from ..norms.spec import Per
 from .history import append, quantile, zeros
 from .norm_policy import NormPolicy
 from .policy import Rule, State
-from .validation import NATURAL, NOT_NEGATIVE, convert_fields
+from .validation import NATURAL, NOT_NEGATIVE, convert_fields, is_count
 
 __all__ = ["MedianMAD", "median_mad"]
 
@@ -105,3 +105,7 @@ class MedianMAD(Rule):
         bound = (median + self.k * deviation.clamp(min=self.floor)).exp()
         bound = torch.where(count < self.warmup, math.inf, bound)
         return bound, {"log_norms": append(log_norms, count, totals.norms.log()), "count": count + 1}
+
+    def mask_valid(self, state: State) -> dict[str, Tensor]:
+        """Return masks of the values that a loaded state may have, see `Rule.mask_valid`."""
+        return {"log_norms": state["log_norms"].isfinite(), "count": is_count(state["count"])}

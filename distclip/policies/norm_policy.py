@@ -4,9 +4,8 @@ r"""Clip by norm: a rule gives the bound of every slot, and a gradient with a la
 
 Source: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", ICML 2013, algorithm 1.
 
-ε is 0, so that a norm up to its bound is left as it is at any scale. With a constant ε > 0, norms that are not far above
-it are cut below their bound, and a mean of clipped norms follows them down to 0. Only `global_norm` has the ε = 1e-6 of
-torch.nn.utils.clip_grad_norm_.
+ε is 0, so that a norm up to its bound is left as it is at any scale. A constant ε > 0 shrinks norms of the same
+size, and a mean of clipped norms follows them down to 0. Only `global_norm` has torch's ε, 1e-6.
 
 `NormPolicy` protects every rule with state from three problems. A step with a non-finite norm leaves the state
 unchanged. A norm of 0 leaves the state of its slot unchanged, because a tensor without gradient has no information
@@ -26,10 +25,10 @@ from torch import Tensor
 from ..devices import accumulation_dtype, host_reads_free
 from ..errors import ArgumentError
 from ..norms.reduce import Totals
-from ..norms.spec import NormSpec, Per
+from ..norms.spec import NormSpec, Per, check_groups, check_patterns
 from .custom import as_rule
 from .policy import Rule, State, Threshold, Verdict
-from .restart import KEYS, init_window, restart_where_stuck, where_slot
+from .restart import KEYS, init_window, mask_valid_window, restart_where_stuck, where_slot
 from .validation import NOT_NEGATIVE, Range, convert_fields, to_float
 
 __all__ = ["NormPolicy", "coefficient"]
@@ -45,7 +44,7 @@ class NormPolicy:
         per: granularity, "model", "group", "tensor" or "row" (see `Per`). Every unit of it has a slot.
         groups: for per="group", {name: regular expression that is searched in parameter names}. The first group that
             matches takes a parameter. All parameters without a match form the last group, "rest".
-        exclude: regular expressions. Parameters with a matching name are measured and never clipped.
+        exclude: a regular expression, or several. Parameters with a matching name are measured and never clipped.
         eps: ε, ≥ 0. 0 cuts no norm up to its bound, 1e-6 is torch's.
         restart_after: number of steps after which the rule restarts if it has clipped more than half of them. 0 for
             never. Only a rule with `can_restart` restarts.
@@ -53,7 +52,8 @@ class NormPolicy:
             threshold's `cap` is scaled down in any case, because a cap that is too low must not stop training.
 
     Raises:
-        ArgumentError: an argument outside of its range, or a threshold without the two methods.
+        ArgumentError: an argument outside of its range, something else than a regular expression, or a threshold
+            without the two methods.
 
     >>> NormPolicy(per="tensor")  # doctest: +ELLIPSIS
     NormPolicy(threshold=Fixed(max_norm=1.0), norm_type=2.0, per='tensor', ...)
@@ -63,7 +63,7 @@ class NormPolicy:
     norm_type: float = 2.0
     per: Per = "model"
     groups: Mapping[str, str] = field(default_factory=dict)
-    exclude: Sequence[str] = ()
+    exclude: str | Sequence[str] = ()
     eps: float = 0.0
     restart_after: int = 128
     skip: bool = False
@@ -77,8 +77,8 @@ class NormPolicy:
             )
         object.__setattr__(self, "norm_type", p)
         convert_fields(self, eps=NOT_NEGATIVE, restart_after=Range(0, whole=True))
-        object.__setattr__(self, "groups", dict(self.groups))
-        object.__setattr__(self, "exclude", tuple(self.exclude))
+        object.__setattr__(self, "groups", check_groups(self.groups))
+        object.__setattr__(self, "exclude", check_patterns("exclude", self.exclude))
         if self.per not in get_args(Per):
             raise ArgumentError(f"per={self.per!r}: unknown granularity. Use {' or '.join(map(repr, get_args(Per)))}.")
         if (self.per == "group") != bool(self.groups):
@@ -96,6 +96,11 @@ class NormPolicy:
     def spec(self) -> NormSpec:
         """Norms that the policy needs."""
         return NormSpec(self.norm_type, self.per, self.groups, self.exclude, self._rule.needs_weights)
+
+    @property
+    def has_own_rule(self) -> bool:
+        """True if the rule is one of distclip's, whose results need no check."""
+        return self._rule is self.threshold
 
     def init(self, slots: int, device: torch.device) -> State:
         """Return the state before the first step, empty for a rule without state."""
@@ -122,6 +127,12 @@ class NormPolicy:
             new_state = restart_where_stuck(self._rule, norms, clipped_by_rule, new_state, state)
         usable = totals.finite.on(norms.device) & (norms > 0)
         return verdict, {key: where_slot(usable, new_state[key], old) for key, old in state.items()}
+
+    def mask_valid(self, state: State) -> dict[str, Tensor]:
+        """Return masks of the values that a loaded state may have, see `Rule.mask_valid`."""
+        rule_state = {key: value for key, value in state.items() if key not in KEYS}
+        window_state = {key: value for key, value in state.items() if key in KEYS}
+        return self._rule.mask_valid(rule_state) | mask_valid_window(window_state)
 
 
 def _default_threshold() -> Threshold:

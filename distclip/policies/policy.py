@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..norms.reduce import Totals
 from ..norms.spec import NormSpec
 
-__all__ = ["Policy", "Rule", "State", "Threshold", "Verdict"]
+__all__ = ["CheckedPolicy", "Policy", "Rule", "State", "Threshold", "Verdict", "mask_known"]
 
 State: TypeAlias = dict[str, Tensor]
 """State of a policy: tensors whose first dim is the slot, on the device of the norms. A checkpoint contains it."""
@@ -58,6 +59,14 @@ class Policy(Protocol):
 
         Collectives: none. Host syncs: none.
         """
+        ...
+
+
+class CheckedPolicy(Policy, Protocol):
+    """Policy whose verdicts are valid, and which knows the values that its state may have."""
+
+    def mask_valid(self, state: State) -> dict[str, Tensor]:
+        """Return masks of the values that a loaded state may have, see `Rule.mask_valid`."""
         ...
 
 
@@ -108,3 +117,31 @@ class Rule(Threshold):
             state: of the rule after this step. The caller keeps it for the slots that need no restart.
         """
         return state
+
+    def mask_valid(self, state: State) -> dict[str, Tensor]:
+        """Return a mask of the values that each tensor of a loaded state may have, by key.
+
+        A rule that was loaded with other values would clip nothing, or everything, for good. By default only NaN is
+        invalid, unless the state before the first step has NaN.
+
+        Args:
+            state: of a checkpoint, with the keys, shapes and dtypes of the rule's state.
+
+        Returns:
+            {key: bool tensor of the shape of the state}.
+        """
+        return mask_known(self.init, state)
+
+
+def mask_known(init: Callable[[int, torch.device], State], state: State) -> dict[str, Tensor]:
+    """Return masks that are false for a NaN that the state before the first step does not have either.
+
+    Args:
+        init: returns that state.
+        state: of a checkpoint.
+    """
+    masks = {}
+    for key, value in state.items():
+        fresh = init(len(value), value.device)
+        masks[key] = ~value.isnan() | fresh[key].isnan().any()
+    return masks

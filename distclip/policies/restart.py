@@ -15,8 +15,9 @@ from torch import Tensor
 from ..errors import FrequentClippingWarning
 from .history import append, zeros
 from .policy import Rule, State
+from .validation import is_count, is_size
 
-__all__ = ["KEYS", "ClipRate", "init_window", "restart_where_stuck", "where_slot"]
+__all__ = ["KEYS", "ClipRate", "init_window", "mask_valid_window", "restart_where_stuck", "where_slot"]
 
 KEYS = ("recent_norms", "recent_clipped", "since_restart", "restarts")
 """Keys of the window's state.
@@ -72,6 +73,13 @@ def restart_where_stuck(rule: Rule, norms: Tensor, clipped: Tensor, rule_state: 
         "recent_clipped": recent_clipped,
         "since_restart": torch.where(stuck, 0, since_restart),
         "restarts": window_state["restarts"] + stuck,
+    }
+
+
+def mask_valid_window(window_state: State) -> dict[str, Tensor]:
+    """Return masks of the values that a loaded state of the window may have, see `Rule.mask_valid`."""
+    return {
+        key: is_size(value) if key == "recent_norms" else is_count(value.long()) for key, value in window_state.items()
     }
 
 

@@ -7,9 +7,21 @@ from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import ArgumentError
 
-__all__ = ["FRACTION", "NATURAL", "NOT_NEGATIVE", "POSITIVE", "Range", "convert_fields", "to_float"]
+__all__ = [
+    "FRACTION",
+    "NATURAL",
+    "NOT_NEGATIVE",
+    "POSITIVE",
+    "Range",
+    "convert_fields",
+    "is_count",
+    "is_size",
+    "to_float",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +57,19 @@ POSITIVE = Range(0, exclude=(0,))
 NOT_NEGATIVE = Range(0)
 NATURAL = Range(1, whole=True)
 FRACTION = Range(0, 1, exclude=(1,))
+
+_MAX_COUNT = 2**53
+"""Largest count of steps. Float64 has every whole number up to it."""
+
+
+def is_count(values: Tensor) -> Tensor:
+    """Return a mask of the values that can be numbers of steps."""
+    return (values >= 0) & (values <= _MAX_COUNT)
+
+
+def is_size(values: Tensor) -> Tensor:
+    """Return a mask of the values that can be norms, or means of norms: finite and not negative."""
+    return (values >= 0) & values.isfinite()
 
 
 def to_float(value: Any) -> float:

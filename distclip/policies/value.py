@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..errors import ArgumentError
 from ..norms.reduce import Totals
@@ -57,6 +58,10 @@ class Value:
     def decide(self, totals: Totals, state: State) -> tuple[Verdict, State]:
         """Return the limits, which are constant, with coefficients of 1."""
         return Verdict(torch.ones_like(totals.norms), limits=(self.low, self.high)), state
+
+    def mask_valid(self, state: State) -> dict[str, Tensor]:
+        """Return no masks, because there is no state."""
+        return {}
 
 
 def value(low: float, high: float | None = None) -> Value:

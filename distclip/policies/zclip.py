@@ -13,7 +13,7 @@ from ..norms.spec import Per
 from .history import zeros
 from .norm_policy import NormPolicy
 from .policy import Rule, State
-from .validation import FRACTION, NATURAL, NOT_NEGATIVE, POSITIVE, convert_fields
+from .validation import FRACTION, NATURAL, NOT_NEGATIVE, POSITIVE, convert_fields, is_count, is_size
 
 __all__ = ["ZScore", "zclip"]
 
@@ -112,6 +112,13 @@ class ZScore(Rule):
         new_mean = mean + weight * (clipped - mean)
         square = (clipped - new_mean) * (clipped - torch.where(in_warmup, mean, new_mean))
         return bound, {"mean": new_mean, "var": (1 - weight) * var + weight * square, "count": count + 1}
+
+    def mask_valid(self, state: State) -> dict[str, Tensor]:
+        """Return masks of the values that a loaded state may have, see `Rule.mask_valid`."""
+        mean, var, count = state["mean"], state["var"], state["count"]
+        # All norms are above 0, so that a mean of 0 is one of no norms, or of norms under a cap of 0.
+        started = (count == 0) | (mean > 0) | (self.cap == 0)
+        return {"mean": is_size(mean) & started, "var": is_size(var), "count": is_count(count)}
 
     def restart(self, norms: Tensor, state: State) -> State:
         """Return the mean and variance of the last norms before clipping, as after a warm-up with these norms."""

@@ -46,7 +46,7 @@ def cached_table(parameters: Parameters, axes: tuple[Axis, ...]) -> ShardTable:
     structure: tuple[Any, ...] = ()
     if module is not None:
         modules, items, structure = _walk(module)
-    elif isinstance(parameters, Iterable) and not isinstance(parameters, Tensor):
+    elif isinstance(parameters, Iterable) and not isinstance(parameters, Tensor | str | bytes):
         items = list(parameters)
         parameters = items  # A generator cannot be read twice.
     else:

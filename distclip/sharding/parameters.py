@@ -62,6 +62,9 @@ def _pairs(parameters: Any, argument: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(parameters, Tensor):
         yield argument, parameters
         return
+    # Empty text would be an iterable without tensors.
+    if isinstance(parameters, str | bytes):
+        raise _type_error(f"{argument}={parameters!r}", argument)
     try:
         items = iter(parameters)
     except TypeError:

@@ -103,10 +103,13 @@ def group_ranks(group: Any) -> Ranks:
     return tuple(dist.get_process_group_ranks(group))
 
 
+_NOT_SEVERAL = (DeviceMesh, dist.ProcessGroup, str, bytes)
+
+
 def _named(split_over: Any) -> Iterator[tuple[str | None, Any]]:
     if isinstance(split_over, Mapping):
         yield from ((str(name), one) for name, one in split_over.items())
-    elif isinstance(split_over, DeviceMesh | dist.ProcessGroup) or not isinstance(split_over, Iterable | None):
+    elif isinstance(split_over, _NOT_SEVERAL) or not isinstance(split_over, Iterable | None):
         yield None, split_over
     elif split_over is not None:
         yield from ((None, one) for one in split_over)

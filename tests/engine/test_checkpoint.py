@@ -6,6 +6,7 @@ import copy
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,20 @@ SPOILED: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "missing counter": ("steps", lambda s: s["counts"].pop("steps")),
     "negative counter": ("skipped", lambda s: s["counts"].update(skipped=torch.tensor(-1))),
     "fractional counter": ("skipped", lambda s: s["counts"].update(skipped=torch.tensor(0.5))),
+    "counter of NaN": ("steps", lambda s: s["counts"].update(steps=torch.tensor(float("nan")))),
+    "counter of text": ("steps", lambda s: s["counts"].update(steps="7")),
+    "counter of truth": ("steps", lambda s: s["counts"].update(steps=True)),
+    "counter of a true tensor": ("steps", lambda s: s["counts"].update(steps=torch.tensor(True))),
+    "several counters": ("steps", lambda s: s["counts"].update(steps=torch.tensor([7, 7]))),
+    "no counter": ("steps", lambda s: s["counts"].update(steps=None)),
+    "counter without value": ("steps", lambda s: s["counts"].update(steps=torch.tensor(7, device="meta"))),
+    "endless counter": ("steps", lambda s: s["counts"].update(steps=10**30)),
+    "more in a row than in all": ("in a row", lambda s: s["counts"].update(in_a_row=torch.tensor(10**9))),
+    "no counters": ("counts", lambda s: s.update(counts=None)),
+    "no state": ("state", lambda s: s.update(state=[1])),
+    "no state of a slot": ("model", lambda s: s["state"].update(model=None)),
+    "state without values": ("mean", lambda s: s["state"]["model"].update(mean=torch.zeros(1, device="meta").double())),
+    "names that are no text": ("state", lambda s: s["state"].update({1: {}})),
     "unknown state": ("momentum", lambda s: s["state"]["model"].update(momentum=torch.zeros(1))),
     "missing state": ("mean", lambda s: s["state"]["model"].pop("mean")),
     "shape": ("mean", lambda s: s["state"]["model"].update(mean=torch.zeros(2, dtype=torch.float64))),
@@ -201,6 +216,8 @@ SPOILED: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "unknown key": ("optimizer", lambda s: s.update(optimizer={})),
     "missing key": ("counts", lambda s: s.pop("counts")),
     "later version": ("version", lambda s: s.update(version=99)),
+    "version of text": ("version", lambda s: s.update(version="1")),
+    "other policy": ("policy", lambda s: s.update(rule="NormPolicy(EMA)")),
 }
 """Ways to spoil a state dict, with a word of the error."""
 
@@ -216,6 +233,103 @@ def test_refuses_a_spoiled_state_dict_and_changes_nothing(name: str) -> None:
         clipper.load_state_dict(state)
     assert state_by_name(clipper) == before
     assert clipper.state_dict()["counts"] == counts
+
+
+@pytest.mark.parametrize("state_dict", [None, "state", [("version", 1)], 7], ids=repr)
+def test_refuses_what_is_no_state_dict(state_dict: Any) -> None:
+    with pytest.raises(ArgumentError, match="state_dict"):
+        clip_alone(distclip.zclip()).load_state_dict(state_dict)
+
+
+RESTARTING = {name: {"restart_after": 4} if row.restarts else {} for name, row in ADAPTIVE.items()}
+POISONS = {"nan": NAN, "inf": float("inf"), "-inf": -float("inf"), "negative": -1, "huge": 2**62}
+"""Values that no state has. A logarithm can be negative, and a norm huge."""
+
+
+@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize("policy", ADAPTIVE)
+def test_refuses_values_that_no_step_leads_to(policy: str, poison: str) -> None:
+    """Poison each tensor of each slot in turn, in one of its values."""
+    small, options = ADAPTIVE[policy].small, RESTARTING[policy]
+    assert small is not None
+    clipper, saved = (clip_alone(small(per="tensor", **options), steps=n) for n in (3, 7))
+    before, counts = state_by_name(clipper), clipper.state_dict()["counts"]
+    poisoned = 0
+    for name, values in saved.state_dict()["state"].items():
+        for key, value in values.items():
+            is_float = value.dtype.is_floating_point
+            if value.dtype == torch.bool or (poison in ("nan", "inf", "-inf") and not is_float):
+                continue
+            if (key == "log_norms" and poison == "negative") or (poison == "huge" and is_float):
+                continue
+            state = saved.state_dict()
+            state["state"][name][key].view(-1)[-1] = POISONS[poison]
+            with pytest.raises(ArgumentError, match=f"state_dict: '{key}' of {name} has the value .*no step"):
+                clipper.load_state_dict(state)
+            assert state_by_name(clipper) == before
+            assert clipper.state_dict()["counts"] == counts
+            poisoned += 1
+    assert poisoned >= 2
+
+
+@pytest.mark.parametrize("policy", ADAPTIVE)
+def test_refuses_a_history_that_never_was(policy: str) -> None:
+    """Increase the count of a fresh state, whose means and norms are 0, so that it would clip everything."""
+    small = ADAPTIVE[policy].small
+    assert small is not None
+    state = clip_alone(small(per="model"), steps=0).state_dict()
+    state["state"]["model"]["count"].fill_(1000)
+    clipper = clip_alone(small(per="model"), steps=0)
+    if policy == "median_mad":
+        # Logarithms of 0 are norms of 1.
+        clipper.load_state_dict(state)
+        return
+    with pytest.raises(ArgumentError, match="no step of the policy leads to"):
+        clipper.load_state_dict(state)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 30])
+@pytest.mark.parametrize("policy", ADAPTIVE)
+def test_accepts_every_state_of_its_own(policy: str, steps: int) -> None:
+    """Load states before and after warm-ups and restarts, with a zero gradient, at a cap of 0, and at small norms."""
+    small, options = ADAPTIVE[policy].small, RESTARTING[policy]
+    assert small is not None
+    capped = replace(small(per="tensor").threshold, cap=0.0)
+    for make in (lambda: small(per="tensor", **options), lambda: NormPolicy(capped, per="tensor", **options)):
+        for scale in (1e-30, 0.0, 1.0):
+            named = [(name, plain_param(scale * random_grad(3, seed=ord(name)))) for name in "ab"]
+            clippers = [GradClipper(named, make()) for _ in range(2)]
+            named[0][1].grad = random_grad(3, seed=1)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                for step in range(steps):
+                    named[1][1].grad = scale * (1 + step % 3) * random_grad(3, seed=2)
+                    clippers[0].clip()
+                clippers[1].load_state_dict(clippers[0].state_dict())
+            assert state_by_name(clippers[1]) == state_by_name(clippers[0])
+
+
+class Remembering:
+    """A custom threshold that begins with NaN and inf, and has negative values."""
+
+    def init(self, slots: int, device: torch.device) -> dict[str, Tensor]:
+        empty = torch.full((slots,), NAN, dtype=torch.float64, device=device)
+        return {"last": empty, "least": torch.full_like(empty, float("inf")), "sign": -torch.ones_like(empty)}
+
+    def __call__(self, totals: Any, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        least = torch.minimum(state["least"], totals.norms)
+        return 2 * least, {"last": totals.norms, "least": least, "sign": -state["sign"]}
+
+
+def test_state_of_a_custom_threshold_may_have_what_it_begins_with() -> None:
+    clipper, saved = (clip_alone(NormPolicy(Remembering()), steps=n) for n in (0, 4))
+    clipper.load_state_dict(clip_alone(NormPolicy(Remembering()), steps=0).state_dict())
+    clipper.load_state_dict(saved.state_dict())
+    assert state_by_name(clipper) == state_by_name(saved)
+    state = saved.state_dict()
+    state["state"]["model"]["sign"].fill_(NAN)
+    with pytest.raises(ArgumentError, match="'sign' of model has the value nan"):
+        clipper.load_state_dict(state)
 
 
 def test_loads_a_state_dict_from_before_the_version_number() -> None:

@@ -143,7 +143,7 @@ def test_gradient_with_the_norm_of_the_bound_is_not_touched(name: str, scale: fl
 @pytest.mark.parametrize("scale", [1e-30, 1e-8, 1e-6, 1.0, 1e30])
 @pytest.mark.parametrize("preset", [distclip.adagc, distclip.zclip, distclip.ema, distclip.median_mad])
 def test_steady_gradient_is_never_clipped(preset: Any, scale: float) -> None:
-    """Take the same gradient at every step, beside one of another size."""
+    """Take the same gradient at every step, next to one of another size."""
     options = {"warmup_norm": inf} if preset is distclip.adagc else {}
     one, other = (torch.nn.Parameter(torch.zeros(4)) for _ in range(2))
     clipper = GradClipper([("one", one), ("other", other)], preset(warmup=3, per="tensor", **options))
