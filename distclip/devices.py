@@ -24,6 +24,7 @@ __all__ = [
     "device_constant",
     "host_reads_free",
     "is_capturing",
+    "odd_numbers",
     "prefers_foreach",
     "rounds_grad_scale",
 ]
@@ -190,6 +191,22 @@ def device_constant(numbers: tuple[float, ...], device: torch.device, dtype: tor
     if torch._C._len_torch_dispatch_stack() > 0:
         return torch.tensor(numbers, dtype=dtype, device=device)
     return _cached_constant(numbers, device, dtype)
+
+
+def odd_numbers(count: int, device: torch.device) -> Tensor:
+    """Return the first odd numbers, (count,) int64. The caller must not write to them. Host syncs: none.
+
+    >>> odd_numbers(3, torch.device("cpu"))
+    tensor([1, 3, 5])
+    """
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return torch.arange(1, 2 * count, 2, device=device)
+    return _cached_odd_numbers(count, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_odd_numbers(count: int, device: torch.device) -> Tensor:
+    return torch.arange(1, 2 * count, 2, device=device)
 
 
 @functools.lru_cache(maxsize=64)

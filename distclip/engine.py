@@ -8,6 +8,7 @@ bit, so that every rank takes the same branch into the same collectives.
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,9 +25,10 @@ from .apply.fused import supports_grad_scale
 from .apply.grad_scaler import ScalerState, enabled
 from .apply.optimizers import OptimizerSteps, as_list
 from .apply.scale import clamp_, scale_
-from .comm import Comm
-from .comm.consensus import FirstError, check_same_axes, gather_or_raise, raise_gathered, wire_of
-from .comm.discovery import global_rank, resolve_comm, uncovered_ranks, widened
+from .comm import Comm, LocalComm
+from .comm.agreement import Call, CallCounter
+from .comm.consensus import FirstError, check_same_axes, gather_or_raise
+from .comm.discovery import call_counter, global_rank, resolve_comm, uncovered_ranks, widened
 from .comm.ranks import Axis
 from .devices import ALWAYS, NEVER, Fact, device_constant
 from .errors import ArgumentError, DisagreementError, PeerError, warn_user
@@ -35,13 +37,14 @@ from .nonfinite.rules import RULES, OnNonFinite, Skip
 from .nonfinite.skip_counter import SkipCounter
 from .norms.measure import Partials, PerTensorPowers, measure
 from .norms.partial_grads import reduce_partial_grads
-from .norms.reduce import Totals, reduce
+from .norms.reduce import Totals, gather_facts, reduce
 from .norms.spec import NormSpec
 from .norms.tensor_norms import TensorNorms
 from .outcome import Observer, Outcome
 from .policies import Policy, State
 from .policies.checked import as_checked
 from .policies.restart import ClipRate
+from .sharding.ddp import ddp_modules, is_joining
 from .sharding.parameters import Parameters
 from .sharding.shard import Shards
 from .sharding.slots import ParamInfo, SlotMap, assign_slots, describe_params, parent_slots
@@ -84,8 +87,12 @@ class Engine:
         self.observers: list[Observer] = []
         self.deferred = _DeferredReads(self)
         self.coverage = coverage
-        self.optimizers = OptimizerSteps(table, comm)
+        self.optimizers = OptimizerSteps(table, comm, self.agree, lambda: self.on_host)
+        self._calls = CallCounter()
+        # Coefficients of the last step, which the ranks compare in the next one.
+        self._last_coefs: Tensor | None = None
         self._scaler_round: _ScalerRound | None = None
+        self._ddp_modules: list[weakref.ref[Any]] = []
 
     @classmethod
     def build(
@@ -144,7 +151,10 @@ class Engine:
         table.assign_slots(slots.by_name)
         table.flat_grads = flat_grads
         coverage = Coverage(table, partial=partial, module=parameters if isinstance(parameters, nn.Module) else None)
-        return cls(table, comm, policy, slots, on_nonfinite, counter, coverage)
+        engine = cls(table, comm, policy, slots, on_nonfinite, counter, coverage)
+        if isinstance(parameters, nn.Module) and table.is_complete:
+            engine._ddp_modules = ddp_modules(parameters)
+        return engine
 
     @cached_property
     def on_host(self) -> bool:
@@ -152,6 +162,11 @@ class Engine:
         if self.comm.device is not None:
             return devices.host_reads_free(self.comm.device)
         return all(devices.host_reads_free(tensor.device) for tensor in self.table.tensors)
+
+    @property
+    def step_comm(self) -> Comm:
+        """Communicator of a step: all ranks concerned, or this one alone while DDP joins uneven inputs."""
+        return LocalComm() if self._ddp_modules and is_joining(self._ddp_modules) else self.comm
 
     @property
     def num_measured_slots(self) -> int:
@@ -183,7 +198,9 @@ class Engine:
 
         # Stages 1 to 5.
         must_read = not all_fused or self.rule.needs_host
-        outcome = self.decide(errors, loss_scale, expect_overflow=state is not None, must_read=must_read)
+        outcome = self.decide(
+            errors, loss_scale, expect_overflow=state is not None, must_read=must_read, function="GradClipper.step"
+        )
 
         # 6. Fused optimizers apply one factor themselves, which saves a pass over the gradients if these must be
         # multiplied anyway. With a loss scale it has been checked already that the parameters are the table's.
@@ -223,7 +240,7 @@ class Engine:
                 loss_scale = self.optimizers.loss_scale(optimizers, state, unscale_first=self.spec.limits is not None)
 
         # Stages 1 to 5.
-        outcome = self.decide(errors, loss_scale, expect_overflow=scaler is not None)
+        outcome = self.decide(errors, loss_scale, expect_overflow=scaler is not None, function="GradClipper.clip")
 
         # 6. Scale in place, or drop the gradients, so that the caller's optimizer.step() changes nothing.
         if state is not None:
@@ -242,6 +259,7 @@ class Engine:
         *,
         expect_overflow: bool = False,
         must_read: bool = True,
+        function: str = "GradClipper.decide",
     ) -> Outcome:
         """Measure, decide, and handle gradients that are not finite.
 
@@ -252,6 +270,7 @@ class Engine:
             loss_scale: factor that the gradients carry, 0-d. None for 1.
             expect_overflow: a GradScaler is in use, so that non-finite steps are skipped without a warning.
             must_read: the host must know in this step whether to skip it.
+            function: that the user called; the ranks check that it is the same.
 
         Returns:
             The outcome, the same on every rank.
@@ -265,20 +284,20 @@ class Engine:
         """
         # 0. Host reads that the last step postponed: its errors, counts and warnings are due now, on all ranks.
         self.deferred.raise_due()
-        self.counter.steps += 1
-        step, rule = self.counter.steps, Skip(expected=True) if expect_overflow else self.rule
+        step, rule = self.counter.steps + 1, Skip(expected=True) if expect_overflow else self.rule
 
-        # 1.-3. This rank's shards, their power sums, and ONE all-reduce.
-        shards, partials, measured, totals = self._measure(errors, loss_scale)
+        # 1.-3. This rank's shards, their power sums, and ONE all-reduce. A step in which a rank fails does not count.
+        shards, partials, measured, totals = self._measure(errors, loss_scale, function)
+        self.counter.steps = step
 
         # 5a. A step that is not finite, if the host must know it, or reads it without a sync: skip it, repair or raise.
         # Whether the host reads is equal on all ranks, also if gradients of some are offloaded to a CPU.
         is_counted = False
         if rule.leaves_step_out and (must_read or self.on_host) and not totals.read(totals.finite):
             is_counted = True
-            culprits = gather_culprits(count_nonfinite(shards), self.comm)
+            culprits = gather_culprits(count_nonfinite(shards), self.step_comm)
             if rule.resolve(step, shards, culprits, self.counter):
-                shards, partials, measured, totals = self._measure(FirstError(), loss_scale)
+                shards, partials, measured, totals = self._measure(FirstError(), loss_scale, function)
                 is_counted = not totals.read(totals.finite)
                 if is_counted:
                     # Every element is finite now, but the norm overflows.
@@ -322,8 +341,9 @@ class Engine:
         )
         if not is_counted:
             self.deferred.record(outcome, quiet=expect_overflow)
+        self._last_coefs = coefs
         for observe in self.observers:
-            observe(outcome)
+            self._observe(observe, outcome)
         return outcome
 
     @torch.no_grad()
@@ -349,6 +369,7 @@ class Engine:
             self.tensor_norms = TensorNorms(slots.names, None, parameters, slots.total, slots.total)
             return
         errors = FirstError(self.table.error)
+        self.agree("GradClipper.measure_tensors", errors)
         params: list[ParamInfo] = []
         per_tensor = NormSpec(per="tensor")
         with errors:
@@ -359,18 +380,71 @@ class Engine:
         self.table.assign_slots(finer.by_name)
         self.tensor_norms = TensorNorms(finer.names, parents, None, finer.total, slots.total)
 
-    def _measure(self, errors: FirstError, loss_scale: Tensor | None) -> tuple[Shards, Partials, Totals, Totals]:
+    def _measure(
+        self, errors: FirstError, loss_scale: Tensor | None, function: str
+    ) -> tuple[Shards, Partials, Totals, Totals]:
         """Run stages 1 to 3, and return totals by measured slot and by slot of the policy."""
-        spec = self.spec
+        spec, call = self.spec, self._call(function, loss_scale)
         if spec.limits is not None and loss_scale is not None:
             # The gradients carry the loss scale, so the limits must carry it too.
             low, high = spec.limits
             spec = replace(spec, limits=(low * float(loss_scale), high * float(loss_scale)))
-        shards, partials, totals = measure_all_ranks(self.table, spec, self.comm, errors, self.num_measured_slots)
+        shards, partials, totals = measure_all_ranks(
+            self.table, spec, self.step_comm, errors, call, self.num_measured_slots
+        )
         self.coverage.record_call(len(shards))
         if loss_scale is not None:
             totals = replace(totals, loss_scale=loss_scale)
         return shards, partials, totals, totals if self.tensor_norms is None else self.tensor_norms.for_policy(totals)
+
+    def _observe(self, observe: Observer, outcome: Outcome) -> None:
+        # The step of this rank must go on like that of the other ranks.
+        try:
+            observe(outcome)
+        except Exception as error:
+            warn_user(
+                f"observer={observe!r:.100}: it raised {error!r:.200} in step {outcome.step}, which went on. "
+                "Pass a function that does not raise.",
+                RuntimeWarning,
+            )
+
+    def agree(self, function: str, errors: FirstError) -> None:
+        """Check that every rank calls a function that is about to gather.
+
+        A rank that called another one would enter another collective: a step adds numbers up, and does not gather.
+
+        Args:
+            function: as the user knows it.
+            errors: of this rank so far. All ranks raise them together.
+
+        Raises:
+            DisagreementError: another rank calls another function; on every rank.
+
+        Collectives: one all-reduce of the size of a step's. Host syncs: one on an accelerator.
+        """
+        device = self.comm.device or self.table.device
+        partials = Partials.empty(self.spec, device, self.num_measured_slots)
+        partials.call, partials.failed = Call(function, self._calls.next()), errors.error is not None
+        totals = reduce(partials, self.spec, self.comm)
+        if totals.same_call.host is False:
+            gather_facts(totals, partials, self.spec, errors.error, self.comm)
+        if errors.error is not None:
+            raise errors.error
+
+    def _call(self, function: str, loss_scale: Tensor | None) -> Call:
+        """Describe a step to the other ranks, with all that its decision follows from except the gradients."""
+        if self.step_comm.size == 1:
+            return Call(function, self._calls)
+        # First what is on the device already in the first step.
+        state: list[tuple[str, Sequence[Tensor]]] = []
+        if loss_scale is not None:
+            state.append(("loss scale", [loss_scale]))
+        if self._last_coefs is not None:
+            state.append(("coefficients of the last step", [self._last_coefs]))
+        if self.state:
+            state.append(("state of the policy", list(self.state.values())))
+        facts = (("number of steps so far", self.counter.steps), ("has a loss scale", loss_scale is not None))
+        return Call(function, self._calls.next(), facts, tuple(state))
 
     def _step_again(self, earlier: _ScalerRound, optimizers: Sequence[Optimizer], state: ScalerState) -> Outcome:
         """Step further optimizers by the decision of an earlier call since the last `scaler.update()`."""
@@ -410,7 +484,7 @@ class Engine:
 
 
 def measure_all_ranks(
-    table: ShardTable, spec: NormSpec, comm: Comm, errors: FirstError, num_slots: int = 1
+    table: ShardTable, spec: NormSpec, comm: Comm, errors: FirstError, call: Call, num_slots: int = 1
 ) -> tuple[Shards, Partials, Totals]:
     """Run stages 1 to 3 of a call: find this rank's shards, measure them, add up over all ranks.
 
@@ -419,6 +493,7 @@ def measure_all_ranks(
         spec: the norm to measure, the same on all ranks.
         comm: all ranks concerned.
         errors: of this rank so far.
+        call: the ranks check that they all make this call.
         num_slots: number of norms.
 
     Returns:
@@ -427,11 +502,13 @@ def measure_all_ranks(
     Raises:
         DistclipError: the first error of this rank, or of the lowest other rank with one. It is raised on every rank if
             the host reads the facts. Otherwise the failed rank raises, and the others get totals with `failed`.
+        DisagreementError: the ranks make different calls; likewise.
 
-    Collectives: one all-reduce over `comm`. Only if it shows that a rank has failed, is uncovered or has partial
-    gradients: a gather, and then those of `reduce_partial_grads`, or all of them again over a wider communicator.
+    Collectives: those of `reduce`. Only if the ranks are not in one ordinary situation (one has failed, is uncovered or
+        has partial gradients): a gather, and then those of `reduce_partial_grads`, or all of them again over a wider
+        communicator.
     Host syncs: on an accelerator none, or one if ranks may differ in what they have (`split_over`, `comm`, partial
-    gradients).
+        gradients).
     """
     errors.add(table.error)
     table.world_size = comm.size
@@ -451,32 +528,40 @@ def measure_all_ranks(
             partials = measure(shards, spec, device, num_slots, weights)
     if partials is None:
         partials = Partials.empty(spec, device, num_slots)
+    partials.call, partials.failed = call, errors.error is not None
     # A cached communicator may be too small for a mesh that this rank uses for the first time.
-    uncovered = comm.covers_holders and bool(uncovered_ranks(comm, table.groups, table.axes))
-    if uncovered or errors.error is not None:
-        partials = replace(partials, failed=errors.error is not None, uncovered=uncovered)
+    partials.uncovered = comm.covers_holders and bool(uncovered_ranks(comm, table.groups, table.axes))
+    partials.fp64_anywhere = table.fp64_anywhere(partials.has_fp64)
 
-    # 3. ONE all-reduce, of the power sums and of facts that decide which collectives follow. The host reads the facts
-    # if it costs nothing, or if ranks may differ: a rank of a caller's communicator may have no parameters. The device
-    # is that of the communicator, which all ranks share, because some ranks may offload gradients to a CPU.
+    # 3. ONE all-reduce, of the power sums and of a check that all ranks are in one situation, on which it depends which
+    # collectives follow. The host reads the check if it costs nothing, or if ranks may differ: a rank of a caller's
+    # communicator may have no parameters. The device is that of the communicator, which all ranks share, because some
+    # ranks may offload gradients to a CPU.
     is_free = devices.host_reads_free(device if comm.device is None else comm.device)
     read_facts = is_free or not comm.covers_holders or bool(table.axes) or table.may_be_partial
     totals = reduce(partials, spec, comm, read_facts=read_facts)
     if not read_facts:
+        # The host of this rank may read for free what other hosts do not, and must not act on it.
         if errors.error is not None:
             raise errors.error
         return shards, partials, totals
     if not totals.needs_attention:
         return shards, partials, totals
 
-    # The rare paths. Every rank has read the same facts, so every rank is here.
-    gathered = comm.gather_objects(wire_of(errors.error) or uncovered)
-    if any(isinstance(wire, tuple) for wire in gathered):
-        raise_gathered(errors.error, gathered, comm)
-    if any(gathered):
+    # The rare paths. Every rank has read the same check, so every rank is here.
+    if totals.same_call.host is False:
+        totals = gather_facts(totals, partials, spec, errors.error, comm)
+        table.remember_fp64(partials.has_fp64, anywhere=totals.has_fp64.read())
+    if errors.error is not None:
+        # Every rank has an error.
+        raise errors.error
+    if totals.uncovered.host:
         wider = widened(comm, table.groups, table.axes)
-        return measure_all_ranks(table, spec, wider, errors, num_slots)
-    return shards, partials, reduce_partial_grads(totals, table, shards, spec, comm, device)
+        call = replace(call, counter=call_counter(wider).next())
+        return measure_all_ranks(table, spec, wider, errors, call, num_slots)
+    if totals.has_partial_grads.host:
+        totals = reduce_partial_grads(totals, table, shards, spec, comm, device)
+    return shards, partials, totals
 
 
 @dataclass(frozen=True)
@@ -563,9 +648,11 @@ class _DeferredReads:
         unread.wait()
         failed, finite, skipped, clipped, restarts = unread.values.tolist()
         if failed:
+            # The failed rank has not counted the step either.
+            self._engine.counter.steps = unread.step - 1
             raise PeerError(
-                f"another rank failed in step {unread.step}; its own traceback has the reason. This rank changed no "
-                "gradient in that step."
+                f"another rank failed in step {unread.step}, or made another call; its own traceback has the reason. "
+                "This rank changed no gradient in that step."
             )
         if finite:
             self.clip_rate.record(unread.step, clipped, int(restarts))
@@ -585,7 +672,7 @@ class _DeferredReads:
         elif finite:
             counter.record_update()
         elif engine.rule.leaves_step_out or quiet:
-            culprits = gather_culprits(suspect_nonfinite(per_tensor_powers), engine.comm)
+            culprits = gather_culprits(suspect_nonfinite(per_tensor_powers), engine.step_comm)
             counter.record_skip(step, culprits, expected=quiet)
 
 

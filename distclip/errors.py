@@ -110,7 +110,7 @@ def warn_user(message: str, category: type[Warning]) -> None:
 _SHARED = {kind.__name__: kind for kind in (ArgumentError, LayoutError, DisagreementError)}
 
 
-def to_wire(error: Exception) -> tuple[str, str]:
+def to_wire(error: BaseException) -> tuple[str, str]:
     """Convert an exception into (class name, message), which other ranks pass to `from_wire`.
 
     >>> to_wire(ArgumentError("max_norm=-1.0: negative"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from types import GeneratorType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,9 @@ from torch._compile import _disable_dynamo
 
 from .apply.scale import clamp_, scale_
 from .comm import Comm
+from .comm.agreement import Call
 from .comm.consensus import FirstError
-from .comm.discovery import resolve_comm
+from .comm.discovery import call_counter, resolve_comm
 from .comm.ranks import Axis
 from .devices import Fact, accumulation_dtype, device_constant
 from .engine import measure_all_ranks
@@ -77,15 +79,16 @@ def clip_grad_norm_(
         ArgumentError: a negative or NaN bound, a norm type that is not a number, an argument without tensors, a mesh
             without this rank.
         LayoutError: parameters of unknown layout (bare FSDP1 parameters).
-        DisagreementError: ranks passed different `split_over`.
+        DisagreementError: ranks passed different arguments, or call different functions.
         NonFiniteError: see `error_if_nonfinite`.
         Every rank that takes part raises the error, before any gradient changes. On an accelerator whose host does not
         wait for the other ranks (see host syncs), the failed rank raises it, and the others leave their gradients
         unchanged (and raise PeerError with `error_if_nonfinite`).
 
-    Collectives: one all-reduce of a few float64 numbers over all ranks concerned, for any number of meshes. None if
-    nothing is sharded (one process, DDP). More only if a gradient is partial, see `distclip.norms.partial_grads`. The
-    first call with new meshes exchanges their ranks through the store of torch.distributed.
+    Collectives: one all-reduce of a few float64 numbers over all ranks concerned, for any number of meshes, and another
+    one for p = ±inf. None if nothing is sharded (one process, DDP). More only if a gradient is partial, see
+    `distclip.norms.partial_grads`. The first call with new meshes exchanges their ranks through the store of
+    torch.distributed, and creates a process group.
     Host syncs: none on CUDA, except one with `error_if_nonfinite`, `split_over`, `comm` or tensor-parallel replicas.
 
     Source: Pascanu, Mikolov, Bengio 2013, algorithm 1. The signature and the 1e-6 are those of
@@ -101,7 +104,9 @@ def clip_grad_norm_(
     errors, bound = FirstError(), math.inf
     with errors:
         bound = _checked_bound(max_norm)
-    table, shards, totals = _measure(cached_table, parameters, norm_type, split_over, comm, errors)
+    arguments = (("max_norm", bound), ("error_if_nonfinite", bool(error_if_nonfinite)))
+    call = "clip_grad_norm_", arguments
+    table, shards, totals = _measure(cached_table, parameters, norm_type, split_over, comm, errors, call)
     if isinstance(parameters, GeneratorType) and not table.tensors:
         warn_user("`parameters` is an empty generator, no gradient clipping will occur.", UserWarning)
     _raise_if_nonfinite(totals, error_if_nonfinite)
@@ -141,7 +146,8 @@ def get_total_norm(
     >>> get_total_norm([torch.tensor([3.0]), torch.tensor([4.0], dtype=torch.bfloat16)])
     tensor(5.)
     """
-    _, _, totals = _measure(gradient_table, tensors, norm_type, split_over, comm, FirstError())
+    call = "get_total_norm", (("error_if_nonfinite", bool(error_if_nonfinite)),)
+    _, _, totals = _measure(gradient_table, tensors, norm_type, split_over, comm, FirstError(), call)
     _raise_if_nonfinite(totals, error_if_nonfinite)
     return totals.as_user_dtype()
 
@@ -212,8 +218,15 @@ def _measure(
     split_over: SplitOver,
     comm: Comm | None,
     errors: FirstError,
+    call: tuple[str, tuple[tuple[str, Any], ...]],
 ) -> tuple[ShardTable, Shards, Totals]:
     """Run a call up to its totals. All ranks raise the errors of any rank together.
+
+    Args:
+        make_table: makes the table of the tensors.
+        tensors, norm_type, split_over, comm: arguments of the call.
+        errors: of this rank so far.
+        call: name of the function, and further arguments that must be equal on all ranks.
 
     Collectives, Host syncs: see `measure_all_ranks`.
     """
@@ -227,7 +240,14 @@ def _measure(
         table = make_table(tensors, axes)
     # A rank without a table takes part in the collectives all the same.
     table = table or ShardTable.empty(axes)
-    shards, _, totals = measure_all_ranks(table, spec, resolve_comm(table.groups, table.axes, comm, errors), errors)
+    # Under DDP a rank can measure alone, as torch's functions do. So a rank may also call when the others do not: for
+    # its log, or because it has inputs left (`DDP.join`).
+    groups = () if table.is_complete else table.groups
+    comm = resolve_comm(groups, table.axes, comm, errors)
+    function, arguments = call
+    facts = (("norm_type", spec.norm_type), *arguments)
+    call_of_all = Call(function, call_counter(comm).next(), facts)
+    shards, _, totals = measure_all_ranks(table, spec, comm, errors, call_of_all)
     return table, shards, totals
 
 

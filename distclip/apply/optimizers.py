@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -45,10 +45,18 @@ class OptimizerSteps:
     Args:
         table: of this rank.
         comm: all ranks concerned.
+        agree: checks that every rank calls a function that is about to gather, see `Engine.agree`.
+        on_host: returns whether the host reads totals without a sync, see `Engine.on_host`.
     """
 
-    def __init__(self, table: ShardTable, comm: Comm) -> None:
-        self._table, self._comm = table, comm
+    def __init__(
+        self,
+        table: ShardTable,
+        comm: Comm,
+        agree: Callable[[str, FirstError], None],
+        on_host: Callable[[], bool],
+    ) -> None:
+        self._table, self._comm, self._agree, self._on_host = table, comm, agree, on_host
         # By the ids of the optimizers and the scaler: references that keep an entry only as long as they are alive,
         # and whether every rank's optimizers are fused.
         self._known: dict[tuple[int, ...], tuple[list[weakref.ref[Any]], bool]] = {}
@@ -71,15 +79,20 @@ class OptimizerSteps:
             DisagreementError: the scalers start at different scales; on all ranks.
             ArgumentError: the scaler has scaled no loss on any rank; on all ranks.
 
-        Collectives: one gather the first time, otherwise none.
+        Collectives: the first time an all-reduce and a gather, otherwise none. Never any without a scaler on a CPU.
         """
-        used = [*optimizers, *([] if scaler is None else [scaler])]
+        # A host that reads for free need not know of fused optimizers, and only the scalers of ranks must be equal.
+        on_host = self._on_host()
+        used = [*([] if on_host else optimizers), *([] if scaler is None else [scaler])]
+        if not used and on_host:
+            return False
         key = tuple(map(id, used))
         if key in self._known:
             return self._known[key][1]
         if errors.error is not None and self._has_compared:
             # The other ranks may know their optimizers already, so they read the error in the next all-reduce.
             return False
+        self._agree("GradClipper.step with a new optimizer or scaler", errors)
         scale, has_scaled, fused = None, False, False
         with errors:
             if scaler is not None:

@@ -31,7 +31,7 @@ class FirstError:
     """Collect the first exception of some steps, so that all ranks can raise it together.
 
     As a context manager it keeps the exception that its block raises, and the program continues after the block.
-    Only an `Exception` is kept: a KeyboardInterrupt ends the program as usual.
+    A KeyboardInterrupt is kept as well: it is raised once this rank has entered the collective that others wait in.
 
     Args:
         error: an exception that this rank has already run into, or None.
@@ -43,10 +43,10 @@ class FirstError:
     ValueError("invalid literal for int() with base 10: 'three'")
     """
 
-    def __init__(self, error: Exception | None = None) -> None:
+    def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
 
-    def add(self, error: Exception | None) -> None:
+    def add(self, error: BaseException | None) -> None:
         """Keep `error`, unless an earlier one was kept."""
         self.error = self.error or error
 
@@ -54,13 +54,11 @@ class FirstError:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
-        if not isinstance(error, Exception):
-            return False
         self.add(error)
         return True
 
 
-def gather_or_raise(comm: Comm, error: Exception | None, message: T) -> list[T]:
+def gather_or_raise(comm: Comm, error: BaseException | None, message: T) -> list[T]:
     """Gather `message` from every rank. If any rank has an error, raise on all of them.
 
     Args:
@@ -143,12 +141,12 @@ def describe_axes(by_rank: Mapping[int, tuple[Axis, ...]], ranks: Sequence[int])
     return ", ".join(f"rank {rank} passed {f'[{text}]' if text else None}" for rank, text in texts)
 
 
-def wire_of(error: Exception | None) -> tuple[str, str] | None:
+def wire_of(error: BaseException | None) -> tuple[str, str] | None:
     """Return what other ranks need to raise `error` too, or None without an error."""
     return None if error is None else to_wire(error)
 
 
-def raise_gathered(error: Exception | None, by_rank: Sequence[Any], comm: Comm) -> NoReturn:
+def raise_gathered(error: BaseException | None, by_rank: Sequence[Any], comm: Comm) -> NoReturn:
     """Raise this rank's own error, or the one of the lowest other rank that has one.
 
     Args:

@@ -23,11 +23,12 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store, _resolve_process_group
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import distributed_c10d
 
 from ..errors import ArgumentError, DisagreementError, DistclipError, LayoutError, from_wire, to_wire
 from . import Comm, missing_members
+from .agreement import CallCounter
 from .consensus import FirstError, axes_contradiction, describe_axes
 from .local import LocalComm
 from .mpi import mpi_size
@@ -38,6 +39,7 @@ __all__ = [
     "Component",
     "Post",
     "Rendezvous",
+    "call_counter",
     "check_covered",
     "forget_all",
     "global_rank",
@@ -108,8 +110,20 @@ def widened(comm: Comm, groups: Collection[Ranks], axes: Sequence[Axis]) -> Comm
 
 
 def world_comm() -> Comm:
-    """Return a communicator over all ranks of torch.distributed, or `LocalComm` without torch.distributed."""
-    return ProcessGroupComm(dist.group.WORLD) if dist.group.WORLD is not None else LocalComm()
+    """Return a communicator over all ranks of torch.distributed, or `LocalComm` without torch.distributed.
+
+    Collectives: all ranks create a process group the first time.
+    """
+    if not _is_initialized():
+        return LocalComm()
+    return ProcessGroupComm(_process_group(tuple(range(dist.get_world_size())), _num_groups()))
+
+
+def call_counter(comm: Comm) -> CallCounter:
+    """Return the counter of the calls over a communicator. A communicator of the caller's has none that lasts."""
+    if not comm.covers_holders or comm.ranks is None:
+        return CallCounter()
+    return _session().counters.setdefault(tuple(comm.ranks), CallCounter())
 
 
 def check_covered(comm: Comm, groups: Collection[Ranks], axes: Sequence[Axis]) -> None:
@@ -169,6 +183,9 @@ class _Session:
     def __init__(self, world: dist.ProcessGroup) -> None:
         self.world = weakref.ref(world)
         self.comms: dict[tuple[str, ...], ProcessGroupComm] = {}
+        # By the ranks of a component.
+        self.groups: dict[Ranks, dist.ProcessGroup] = {}
+        self.counters: dict[Ranks, CallCounter] = {}
         self.rendezvous = Rendezvous(PrefixStore("distclip", _store()), dist.get_rank())
 
 
@@ -185,7 +202,9 @@ def _session() -> _Session:
     return _sessions[0]
 
 
-def _derived(groups: Collection[Ranks], axes: Sequence[Axis], error: Exception | None) -> LocalComm | ProcessGroupComm:
+def _derived(
+    groups: Collection[Ranks], axes: Sequence[Axis], error: BaseException | None
+) -> LocalComm | ProcessGroupComm:
     """Look up the communicator of these groups and axes, or run a rendezvous for it."""
     spans = _spans(groups, axes)
     # A program may use DTensors on a mesh of one rank, or name a pipeline of one stage.
@@ -210,12 +229,11 @@ def _spans(groups: Collection[Ranks], axes: Sequence[Axis]) -> set[Ranks]:
     return {tuple(sorted(ranks)) for ranks in (*groups, *(axis.ranks for axis in axes))}
 
 
-def _rendezvous(spans: set[Ranks], axes: Sequence[Axis], error: Exception | None) -> ProcessGroupComm:
+def _rendezvous(spans: set[Ranks], axes: Sequence[Axis], error: BaseException | None) -> ProcessGroupComm:
     """Run a rendezvous, and return a communicator over the ranks that it found."""
     post = Post(
         groups=tuple(sorted(spans)),
         axes=tuple(axes),
-        group_names=_own_group_names(),
         num_groups=_num_groups(),
         error=None if error is None else to_wire(error),
     )
@@ -225,33 +243,28 @@ def _rendezvous(spans: set[Ranks], axes: Sequence[Axis], error: Exception | None
         if error is not None:
             raise error from None  # With its traceback, which did not travel through the store.
         raise
-    return ProcessGroupComm(_process_group(component), covers_holders=True)
+    return ProcessGroupComm(_process_group(component.ranks, component.num_groups), covers_holders=True)
 
 
-def _process_group(component: Component) -> dist.ProcessGroup:
-    """Return a process group of the component's ranks: the world, an existing group or a new one."""
-    # Every branch depends only on `component`, which is equal on all of its ranks.
-    assert dist.group.WORLD is not None
-    if len(component.ranks) == dist.get_world_size():
-        return dist.group.WORLD
-    if component.group_name is not None:
-        return _resolve_process_group(component.group_name)  # type: ignore[arg-type]
-    # torch names a group that only its members create after the number of groups that each of them has seen. Members
-    # with different numbers would wait for each other under different names, so the numbers are made equal first.
-    for _ in range(component.num_groups - _num_groups()):
-        dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    group = dist.new_group(list(component.ranks), timeout=_timeout(), use_local_synchronization=True)
-    assert isinstance(group, dist.ProcessGroup)
-    return group
+def _process_group(ranks: Ranks, num_groups: int) -> dist.ProcessGroup:
+    """Return the process group of distclip over these ranks, all of which call this function.
 
-
-def _own_group_names() -> dict[str, list[str]]:
-    """Return the names of the process groups that this rank belongs to, by the `_digest` of their ranks."""
-    names: dict[str, list[str]] = {}
-    for group, ranks in distributed_c10d._world.pg_group_ranks.items():
-        if isinstance(group, dist.ProcessGroup):
-            names.setdefault(_digest(ranks), []).append(group.group_name)
-    return names
+    Args:
+        ranks: of the group, ascending.
+        num_groups: largest number of process groups that any of the ranks belongs to.
+    """
+    # On a process group of the program, a call that one rank leaves out would add the program's own numbers to those of
+    # distclip. So distclip has one group for each component, for as long as torch.distributed is initialized.
+    groups = _session().groups
+    if ranks not in groups:
+        # torch names a group that only its members create after the number of groups that each of them has seen.
+        # Members with different numbers would wait for each other under different names, so the numbers are made equal.
+        for _ in range(num_groups - _num_groups()):
+            dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        group = dist.new_group(list(ranks), timeout=_timeout(), use_local_synchronization=True, group_desc="distclip")
+        assert isinstance(group, dist.ProcessGroup)
+        groups[ranks] = group
+    return groups[ranks]
 
 
 def _num_groups() -> int:
@@ -288,8 +301,6 @@ class Post:
     Args:
         groups: rank groups of this rank's meshes and axes.
         axes: axes of this rank's `split_over=`.
-        group_names: names of this rank's process groups, by the `_digest` of their ranks. They are candidates for the
-            communicator.
         num_groups: number of process groups that this rank belongs to.
         error: (class name, message) of the error that this rank has run into, or None.
         token: text that is unique to this rank and call. The result is published under it.
@@ -297,7 +308,6 @@ class Post:
 
     groups: tuple[Ranks, ...]
     axes: tuple[Axis, ...]
-    group_names: dict[str, list[str]] = field(default_factory=dict)
     num_groups: int = 0
     error: tuple[str, str] | None = None
     # Keys in the store are never used twice, so that no rank reads the result of an earlier call.
@@ -328,12 +338,10 @@ class Component:
 
     Args:
         ranks: global ranks of the component, ascending.
-        group_name: name of a process group of exactly these ranks that all of them have, or None without one.
         num_groups: largest number of process groups that any of the ranks belongs to.
     """
 
     ranks: Ranks
-    group_name: str | None
     num_groups: int
 
 
@@ -385,7 +393,7 @@ class Rendezvous:
             raise DisagreementError(_describe_missing(leader, {self._rank: post}))
         if result["error"] is not None:
             raise from_wire(*result["error"])
-        return Component(tuple(result["ranks"]), result["group_name"], result["num_groups"])
+        return Component(tuple(result["ranks"]), result["num_groups"])
 
     def _lead(self, post: Post, deadline: float) -> None:
         """Read posts until the component is complete, and publish it, unless another leader has done so."""
@@ -432,7 +440,7 @@ class Rendezvous:
         text = self._store.get(str(rank)).decode() if self._store.check([str(rank)]) else _TOMBSTONE
         return None if text == _TOMBSTONE else Post.decode(text)
 
-    def _publish(self, posts: Mapping[int, Post], error: Exception | None) -> None:
+    def _publish(self, posts: Mapping[int, Post], error: BaseException | None) -> None:
         """Remove all posts of the component, then write the result under their tokens."""
         if self._store.add(_digest(post.token for post in posts.values()), 1) > 1:
             return  # Another leader publishes the result of the very same posts.
@@ -458,13 +466,9 @@ def _component_of(posts: Mapping[int, Post]) -> dict[str, Any]:
             return _failure(rank, *post.error)
     if (contradiction := axes_contradiction({rank: post.axes for rank, post in posts.items()})) is not None:
         return _failure(None, *to_wire(contradiction))
-    ranks = sorted(posts)
-    # A process group of exactly these ranks is used again only if every one of them has it, under one name.
-    names = [set(post.group_names.get(_digest(ranks), ())) for post in posts.values()]
     return {
         "error": None,
-        "ranks": ranks,
-        "group_name": min(set.intersection(*names), default=None),
+        "ranks": sorted(posts),
         "num_groups": max(post.num_groups for post in posts.values()),
     }
 

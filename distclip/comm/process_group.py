@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
+
+from ..errors import PeerError
 
 __all__ = ["ProcessGroupComm", "group_of_name"]
 
@@ -47,7 +50,13 @@ class ProcessGroupComm:
 
     def _all_reduce(self, tensor: Tensor, op: Any) -> None:
         on_device = tensor.to(self.device)
-        dist.all_reduce(on_device, op=op, group=self.group)
+        try:
+            dist.all_reduce(on_device, op=op, group=self.group)
+        except RuntimeError as error:
+            raise PeerError(
+                f"an all-reduce over ranks {_shortened(self.ranks)} failed: {error:.300} A rank has ended, or has left "
+                "out this call, or has made another one. Make the same calls on every rank."
+            ) from error
         # `to` copies only between devices, so that the result of most calls is in place already.
         if on_device is not tensor:
             tensor.copy_(on_device)
@@ -57,6 +66,10 @@ def group_of_name(name: str) -> dist.ProcessGroup:
     """Return the process group of a name, which is the same on all of its ranks."""
     group: dist.ProcessGroup = _resolve_process_group(name)  # type: ignore[arg-type]
     return group
+
+
+def _shortened(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
 
 def _device(group: dist.ProcessGroup) -> torch.device:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import devices
+from ..comm.agreement import Call, CallCounter
 from ..devices import device_constant
 from ..sharding.shard import Shard, ShardInfos, Shards
 from .kernels import power_sums, row_powers
@@ -30,6 +31,8 @@ PerTensorPowers: TypeAlias = tuple[tuple[str, ...], Tensor]
 
 _FLOAT64 = (torch.float64, torch.complex128)
 
+_NO_CALL = Call("", CallCounter())
+
 
 # Not frozen, because a frozen dataclass takes three times as long to make, at every step.
 @dataclass(slots=True)
@@ -43,9 +46,11 @@ class Partials:
         out_of_limits: whether some element is outside of the policy's limits; a 0-d bool on an accelerator.
         has_partial_grads: whether some gradient is partial, and therefore missing from `powers`.
         has_fp64: whether some gradient is float64 or complex128.
+        fp64_anywhere: `has_fp64` of any rank, if an earlier call with the same `has_fp64` on this rank has gathered it.
         failed: whether this rank has an error that all ranks must raise.
         uncovered: whether parameters of this rank are on ranks that the communicator does not reach.
         per_tensor_powers: the power sums of every gradient on this rank alone, to find the non-finite ones.
+        call: the call that the ranks make.
     """
 
     powers: Tensor
@@ -53,9 +58,11 @@ class Partials:
     out_of_limits: Tensor | bool = False
     has_partial_grads: bool = False
     has_fp64: bool = False
+    fp64_anywhere: bool | None = None
     failed: bool = False
     uncovered: bool = False
     per_tensor_powers: tuple[PerTensorPowers, ...] = ()
+    call: Call = _NO_CALL
 
     @classmethod
     def empty(cls, spec: NormSpec, device: torch.device, num_slots: int = 1) -> Partials:

@@ -1,25 +1,46 @@
 """Declare the buffer of the one all-reduce, field by field: what a rank writes, and what all ranks read.
 
-A call has a single all-reduce, so all fields are combined by one operation. It is a sum for a finite p and a maximum
-for p = ±inf. To add a field, add a line to `FIELDS` or `FACTS` here, an attribute to `Partials` for its writer, and an
-attribute of the same name to `Totals` for its reader.
+A message has three parts:
+
+1. `FIELDS`: vectors with an element per slot, which are added up, or combined by a maximum for p = ±inf.
+2. `COUNTS`: bools that may well differ between ranks. A sum counts the ranks.
+3. `CHECKS`: summands that add up to exactly 0 in an ordinary step. Where they do not, the host gathers the reason.
+   `FACTS` travel in such a checksum: bools that are equal on all ranks in an ordinary step.
+
+To add one, add a line to the tuple here, an attribute to `Partials` for its writer, and an attribute of the same name
+to `Totals` for its reader.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .. import devices
 from ..comm import Comm
-from ..devices import Fact, as_fact, device_constant
+from ..comm.agreement import zero_sum_weight
+from ..devices import Fact, as_fact
 from .measure import Partials
 from .spec import NormSpec
 
-__all__ = ["FACTS", "FIELDS", "FactField", "Field", "all_reduce_", "pack", "unpack_facts", "unpack_fields"]
+__all__ = [
+    "CHECKS",
+    "COUNTS",
+    "FACTS",
+    "FIELDS",
+    "Check",
+    "Count",
+    "FactField",
+    "Field",
+    "Message",
+    "all_reduce",
+    "check_bits",
+    "maximum",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +59,76 @@ class Field:
 
 
 @dataclass(frozen=True, slots=True)
-class FactField:
+class Count:
     """One bool per rank, of which all ranks learn whether it holds on any of them.
 
     Args:
         name: attribute of `Totals` that it becomes, a `Fact`.
         write: this rank's value, a bool or a 0-d bool tensor.
+        included: see `Field`.
     """
 
     name: str
     write: Callable[[Partials], Tensor | bool]
+    included: Callable[[NormSpec], bool] = lambda spec: True
+
+
+@dataclass(frozen=True, slots=True)
+class FactField:
+    """One bool per rank that is equal on all ranks in an ordinary step.
+
+    Args:
+        name: attribute of `Totals` that it becomes, a `Fact`: whether it holds on any rank.
+        write: this rank's value.
+        agreed: the value of all ranks, if an earlier gather has brought it. It needs no comparison then.
+    """
+
+    name: str
+    write: Callable[[Partials], bool]
+    agreed: Callable[[Partials], bool | None] = lambda partials: None
+
+    def anywhere(self, partials: Partials) -> bool:
+        """Return whether the fact holds on any rank, if all ranks have one checksum."""
+        agreed = self.agreed(partials)
+        return self.write(partials) if agreed is None else agreed
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One summand per rank. The summands of all ranks add up to exactly 0 unless something is wrong.
+
+    They must be integers, and every partial sum must stay below 2^51 in absolute value (2^22 for float32 messages, see
+    `check_bits`). So each partial sum is exact, in any order, also where the host adds up all checks of a message.
+
+    Args:
+        name: of the check.
+        write: this rank's summand, a number or a 0-d tensor.
+    """
+
+    name: str
+    write: Callable[[Partials, Comm], Tensor | int]
+
+
+def _call_summand(partials: Partials, comm: Comm) -> Tensor | int:
+    """Return the weighted checksum of the call and of all facts."""
+    facts = (fact.write(partials) if fact.agreed(partials) is None else None for fact in FACTS)
+    checksum: Tensor | int = partials.call.checksum(*facts) % 2 ** check_bits(partials.powers.dtype, comm.size)
+    return checksum * zero_sum_weight(comm.rank, comm.size)
+
+
+def check_bits(dtype: torch.dtype, size: int) -> int:
+    """Return the bits that a checksum may have, if every rank multiplies it by a weight below the number of ranks.
+
+    Args:
+        dtype: of the message.
+        size: number of ranks.
+
+    >>> check_bits(torch.float64, 8), check_bits(torch.float64, 2**20), check_bits(torch.float32, 8)
+    (32, 29, 17)
+    """
+    # 53 or 24 bits of an exact integer. One is for the sum of positive summands, and two are for four checks.
+    mantissa = 53 if dtype == torch.float64 else 24
+    return min(32, mantissa - 3 - size.bit_length())
 
 
 FIELDS = (
@@ -56,80 +137,119 @@ FIELDS = (
 )
 """Vectors of the message, in order."""
 
+COUNTS = (Count("out_of_limits", lambda partials: partials.out_of_limits, lambda spec: spec.limits is not None),)
+"""Bools that differ between ranks also in an ordinary step, in order. One number each."""
+
 FACTS = (
     FactField("failed", lambda partials: partials.failed),
     FactField("uncovered", lambda partials: partials.uncovered),
     FactField("has_partial_grads", lambda partials: partials.has_partial_grads),
-    FactField("has_fp64", lambda partials: partials.has_fp64),
-    FactField("out_of_limits", lambda partials: partials.out_of_limits),
+    # Pipeline stages may have different dtypes, so that the ranks would gather this in every step.
+    FactField("has_fp64", lambda partials: partials.has_fp64, lambda partials: partials.fp64_anywhere),
 )
-"""Facts of the message, in order. They follow the vectors, one number each."""
+"""Bools that are equal on all ranks in an ordinary step. They add nothing to the length of the message."""
+
+CHECKS = (Check("call", _call_summand),)
+"""Summands that add up to 0, in order. One number each on an accelerator, and one for all of them on a CPU."""
 
 
-def pack(partials: Partials, spec: NormSpec) -> Tensor:
-    """Write the message of this rank.
+@dataclass(frozen=True, slots=True)
+class Message:
+    """The combined message of all ranks.
+
+    Args:
+        fields: {name of a field: (slots,) view}. Empty for p = ±inf if the host has read that a check failed.
+        counts: {name of a count: whether it holds on some rank}.
+        checks: {name of a check: whether its summands add up to 0}. On a CPU all checks have the same value: whether
+            all of them do.
+    """
+
+    fields: dict[str, Tensor]
+    counts: dict[str, Fact]
+    checks: dict[str, Fact]
+
+
+def all_reduce(partials: Partials, spec: NormSpec, comm: Comm, *, on_host: bool) -> Message:
+    """Combine what all ranks have measured.
 
     Args:
         partials: of this rank.
-        spec: the norm that was measured, the same on all ranks.
-
-    Returns:
-        1-D float64 buffer on the device of the power sums.
-
-    Host syncs: none.
-    """
-    like = partials.powers
-    vectors = [vector for field in FIELDS if field.included(spec) and (vector := field.write(partials)) is not None]
-    facts = [fact.write(partials) for fact in FACTS]
-    known = tuple(0.0 if isinstance(fact, Tensor) else float(fact) for fact in facts)
-    # The facts of an ordinary step are the same every time, so that they are on the device already.
-    tail = device_constant(known, like.device, like.dtype)
-    if any(isinstance(fact, Tensor) for fact in facts):
-        tail = torch.stack([torch.as_tensor(fact, dtype=like.dtype, device=like.device) for fact in facts])
-    return torch.cat([*vectors, tail])
-
-
-def all_reduce_(buffer: Tensor, spec: NormSpec, comm: Comm) -> Tensor:
-    """Combine the messages of all ranks.
-
-    Args:
-        buffer: message of this rank. It is overwritten.
         spec: the norm that was measured; its p decides between a sum and a maximum.
         comm: the ranks that take part.
+        on_host: whether the host reads counts and checks now, all of them at once.
 
     Returns:
         The combined message, the same bits on every rank.
 
-    Collectives: one all-reduce over `comm`. Host syncs: none.
-    """
-    if not math.isinf(spec.norm_type):
-        comm.sum_(buffer)
-        return buffer
-    # A maximum over ranks may drop a NaN, depending on the order of the ranks. So NaN is replaced by the neutral -inf,
-    # and a second half of the buffer marks where it was.
-    nan = buffer.isnan()
-    halves = torch.cat([buffer.masked_fill(nan, -math.inf), nan.to(buffer.dtype)])
-    comm.max_(halves)
-    n = len(buffer)
-    return halves[:n].masked_fill(halves[n:] > 0, math.nan)
-
-
-def unpack_fields(buffer: Tensor, num_slots: int, spec: NormSpec) -> dict[str, Tensor]:
-    """Read the vectors of a combined message: {field name: (slots,) view}. Host syncs: none."""
-    names = [field.name for field in FIELDS if field.included(spec)]
-    return {name: buffer[i * num_slots : (i + 1) * num_slots] for i, name in enumerate(names)}
-
-
-def unpack_facts(buffer: Tensor, *, on_host: bool) -> dict[str, Fact]:
-    """Read the facts of a combined message: {fact name: whether it holds on some rank}.
-
-    Args:
-        buffer: the combined message.
-        on_host: whether the host reads the facts now, all of them at once.
-
+    Collectives: one all-reduce over `comm`, and a second one for p = ±inf unless the host has read that a check failed.
     Host syncs: one on an accelerator with `on_host`, otherwise none.
     """
-    # A sum counts ranks, a maximum is 0 or 1. On a device, all facts are compared by one kernel.
-    n = len(FACTS)
-    values = [count > 0 for count in buffer.tolist()[-n:]] if on_host else list((buffer[-n:] > 0).unbind())
-    return {fact.name: as_fact(value) for fact, value in zip(FACTS, values, strict=True)}
+    vectors, tail = _vectors(partials, spec), _tail(partials, spec, comm)
+    # Every call begins with a sum, also if it needs a maximum: ranks that passed different p must find out.
+    takes_maximum = math.isinf(spec.norm_type)
+    buffer = torch.cat([torch.zeros_like(vectors) if takes_maximum else vectors, tail])
+    comm.sum_(buffer)
+    tail = buffer[len(vectors) :]
+
+    counts = [count.name for count in COUNTS if count.included(spec)]
+    checks = [check.name for check in CHECKS]
+    # On a device, all numbers are compared by one kernel.
+    nonzero = [as_fact(x) for x in ([number != 0 for number in tail.tolist()] if on_host else (tail != 0).unbind())]
+    failed = nonzero[len(counts) :]
+    passed = [~fact for fact in (failed * len(checks) if len(failed) < len(checks) else failed)]
+    message = Message({}, dict(zip(counts, nonzero, strict=False)), dict(zip(checks, passed, strict=True)))
+    if not takes_maximum:
+        return replace(message, fields=_named(buffer[: len(vectors)], spec))
+    if any(fact.host is False for fact in passed):
+        return message
+    return replace(message, fields=maximum(partials, spec, comm))
+
+
+def maximum(partials: Partials, spec: NormSpec, comm: Comm) -> dict[str, Tensor]:
+    """Return the maximum over ranks of every vector: {name of a field: (slots,)}.
+
+    Args:
+        partials, spec, comm: see `all_reduce`.
+
+    Collectives: one all-reduce over `comm`. Host syncs: none.
+    """
+    # A maximum over ranks may drop a NaN, depending on the order of the ranks. So NaN is replaced by the neutral -inf,
+    # and a second half of the buffer marks where it was.
+    vectors = _vectors(partials, spec)
+    nan = vectors.isnan()
+    halves = torch.cat([vectors.masked_fill(nan, -math.inf), nan.to(vectors.dtype)])
+    comm.max_(halves)
+    n = len(vectors)
+    return _named(halves[:n].masked_fill(halves[n:] > 0, math.nan), spec)
+
+
+def _vectors(partials: Partials, spec: NormSpec) -> Tensor:
+    """Return the vectors of this rank, one after another."""
+    vectors = [vector for field in FIELDS if field.included(spec) and (vector := field.write(partials)) is not None]
+    return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
+
+
+def _named(vectors: Tensor, spec: NormSpec) -> dict[str, Tensor]:
+    """Return the vectors by the names of their fields."""
+    names = [field.name for field in FIELDS if field.included(spec)]
+    return dict(zip(names, vectors.view(len(names), -1), strict=True))
+
+
+def _tail(partials: Partials, spec: NormSpec, comm: Comm) -> Tensor:
+    """Return the counts and checks of this rank, of the dtype and on the device of the power sums."""
+    like = partials.powers
+    values: list[Tensor | float] = [count.write(partials) for count in COUNTS if count.included(spec)]
+    checks = [check.write(partials, comm) for check in CHECKS]
+    # The latency of gloo grows with the number of elements: 2 travel five times as fast as 6 over four ranks. The
+    # device is that of the communicator, so that all ranks join their checks or none does.
+    are_joined = comm.device is not None and devices.host_reads_free(comm.device)
+    values += [sum(checks)] if are_joined else checks
+    if devices.host_reads_free(like.device):
+        return torch.tensor([float(value) for value in values], dtype=like.dtype)
+    # `full` passes the number to a kernel. A list of numbers would be copied to the device, with a host sync.
+    return torch.stack(
+        [
+            value.to(like) if isinstance(value, Tensor) else torch.full((), value, dtype=like.dtype, device=like.device)
+            for value in values
+        ]
+    )

@@ -27,6 +27,7 @@ from ..errors import LayoutError
 from ..sharding.shard import PartialSum, Rows, Shard, Shards
 from ..sharding.table import ShardTable
 from .measure import measure
+from .message import maximum
 from .reduce import Totals, reduce
 from .spec import NormSpec
 
@@ -164,9 +165,12 @@ def reduce_partial_grads(
         Shard(b.name, summands[b.name], b.grad.num_replicas, (), table.slot_of(b.name)[0], b.grad.rows) for b in blocks
     ]
     more_spec = replace(spec, needs_weights=False, limits=None)
-    more = reduce(measure(reduced, more_spec, device, len(totals.powers)), more_spec, comm, read_facts=False)
-    combine = torch.maximum if math.isinf(spec.norm_type) else torch.add
-    return replace(totals, powers=combine(totals.powers, more.powers), has_partial_grads=Fact(False))
+    more = measure(reduced, more_spec, device, len(totals.powers))
+    if math.isinf(spec.norm_type):
+        powers = torch.maximum(totals.powers, maximum(more, more_spec, comm)["powers"])
+    else:
+        powers = totals.powers + reduce(more, more_spec, comm, read_facts=False).powers
+    return replace(totals, powers=powers, has_partial_grads=Fact(False))
 
 
 def _blocks(by_rank: Mapping[int, _RankInfo]) -> list[_Block]:

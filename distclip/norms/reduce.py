@@ -1,13 +1,14 @@
 """Add up what all ranks have measured: Partials -> Totals, by one all-reduce over all ranks concerned.
 
-In addition to the power sums, the all-reduce carries facts that all ranks need in order to enter the same collectives
-afterwards, such as "a rank has failed". No rank has to decide alone whether another collective follows.
+In addition to the power sums, the all-reduce shows whether all ranks make the same call in the same situation. If they
+do not, all ranks read so, and gather the reasons (`gather_facts`): a rank has failed, has other arguments, or has
+partial gradients. No rank has to decide alone whether another collective follows.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,14 +17,16 @@ from torch import Tensor
 
 from .. import devices
 from ..comm import Comm
-from ..devices import NEVER, Fact, as_fact
+from ..comm.agreement import disagreement
+from ..comm.consensus import raise_gathered, wire_of
+from ..devices import ALWAYS, NEVER, Fact, as_fact
 from ..errors import PeerError
 from .kernels.torch_ops import combine
 from .measure import Partials
-from .message import FACTS, FIELDS, all_reduce_, pack, unpack_facts, unpack_fields
+from .message import COUNTS, FACTS, FIELDS, all_reduce, maximum
 from .spec import NormSpec
 
-__all__ = ["Totals", "reduce"]
+__all__ = ["Totals", "gather_facts", "reduce"]
 
 
 # Not frozen, because a frozen dataclass takes three times as long to make, at every step.
@@ -35,7 +38,9 @@ class Totals:
         powers: (slots,) float64, Σ|g|^p of the whole gradient of each slot, or its max|g| (−min|g| for p = −inf).
         norm_type: p.
         weight_powers: (slots,) float64, the same of the parameters. None unless the policy needs it.
-        failed: whether some rank has failed. An accelerator's host may not have read it.
+        same_call: whether all ranks make one call, in one situation. An accelerator's host may not have read it. If
+            they do not, the other facts are those of this rank until `gather_facts`.
+        failed: whether some rank has failed, or made another call.
         uncovered: whether some rank has parameters on ranks that the communicator does not reach.
         has_partial_grads: whether some rank has partial gradients, which are missing from `powers`.
         has_fp64: whether some gradient is float64.
@@ -46,6 +51,7 @@ class Totals:
     powers: Tensor
     norm_type: float = 2.0
     weight_powers: Tensor | None = None
+    same_call: Fact = ALWAYS
     failed: Fact = NEVER
     uncovered: Fact = NEVER
     has_partial_grads: Fact = NEVER
@@ -89,8 +95,9 @@ class Totals:
 
     @property
     def needs_attention(self) -> bool:
-        """True if the host knows that a rank has failed, is uncovered, or has partial gradients."""
-        return bool(self.failed.host or self.uncovered.host or self.has_partial_grads.host)
+        """True if the host knows that a rank has failed, is uncovered, has partial gradients, or makes another call."""
+        differs = self.same_call.host is False
+        return bool(differs or self.failed.host or self.uncovered.host or self.has_partial_grads.host)
 
     def read(self, fact: Fact) -> bool:
         """Return a fact on the host.
@@ -148,25 +155,66 @@ def reduce(partials: Partials, spec: NormSpec, comm: Comm, *, read_facts: bool =
         partials: of this rank.
         spec: the norm that was measured, the same on every rank.
         comm: all ranks concerned.
-        read_facts: whether the host reads the facts now; the same on every rank. On a CPU it always does.
+        read_facts: whether the host reads now whether the ranks make the same call; the same on every rank.
 
     Returns:
-        `Totals`.
+        `Totals`. Where `same_call` does not hold, call `gather_facts` on every rank.
 
-    Collectives: one all-reduce over `comm`, of slots + 5 float64 numbers, `slots` more with the norms of the
-    parameters, and twice as many for p = ±inf; none for a single rank.
+    Collectives: one all-reduce over `comm`, of slots + 1 float64 numbers, `slots` more with the norms of the
+    parameters, one more with limits. For p = ±inf a second one of 2 · slots. None for a single rank.
     Host syncs: on an accelerator one with `read_facts`, otherwise none.
     """
     if comm.size == 1:
         fields: dict[str, Any] = {field.name: field.write(partials) for field in FIELDS}
-        fields |= {fact.name: as_fact(fact.write(partials)) for fact in FACTS}
-        return Totals(norm_type=spec.norm_type, **fields)
-    buffer = all_reduce_(pack(partials, spec), spec, comm)
-    fields = dict[str, Any](unpack_fields(buffer, len(partials.powers), spec))
-    read_facts = read_facts or devices.host_reads_free(buffer.device)
-    fields |= unpack_facts(buffer, on_host=read_facts)
+        fields |= {count.name: as_fact(count.write(partials)) for count in COUNTS}
+        return Totals(norm_type=spec.norm_type, **fields | _local_facts(partials))
     if not read_facts:
         # A host may only skip the read if all ranks have the same layouts and dtypes, so this rank's dtypes stand for
         # those of all ranks.
-        fields["has_fp64"] = as_fact(partials.has_fp64)
-    return Totals(norm_type=spec.norm_type, **fields)
+        partials = replace(partials, fp64_anywhere=partials.has_fp64)
+    message = all_reduce(partials, spec, comm, on_host=read_facts)
+    facts, same_call = _local_facts(partials), message.checks["call"]
+    if not read_facts:
+        facts["failed"] = ~same_call
+    # A maximum is only taken once the ranks agree.
+    fields = dict[str, Any](message.fields or {"powers": partials.powers})
+    return Totals(norm_type=spec.norm_type, same_call=same_call, **fields | message.counts | facts)
+
+
+def gather_facts(totals: Totals, partials: Partials, spec: NormSpec, error: BaseException | None, comm: Comm) -> Totals:
+    """Find out why the ranks of a call are not in one ordinary situation.
+
+    Args:
+        totals: their `same_call` does not hold, which every rank has read.
+        partials: of this rank.
+        spec: the norm that was measured.
+        error: that this rank has run into, or None.
+        comm: all ranks concerned, all of which call this function.
+
+    Returns:
+        The totals with the facts of all ranks.
+
+    Raises:
+        DistclipError: an error of this rank, or of the lowest other rank with one; on every rank.
+        DisagreementError: the ranks make different calls; on every rank.
+
+    Collectives: one gather over `comm`, and for p = ±inf the all-reduce that was put off. Host syncs: none.
+    """
+    own = {fact.name: fact.write(partials) for fact in FACTS}
+    call = partials.call
+    gathered = comm.gather_objects((wire_of(error), own, call.counter.count, call.as_dict()))
+    # An interrupted call may have left this rank behind. From here on all ranks count together again.
+    call.counter.count = max(count for _, _, count, _ in gathered)
+    if any(wire is not None for wire, _, _, _ in gathered):
+        raise_gathered(error, [wire for wire, _, _, _ in gathered], comm)
+    if (different := disagreement([call for _, _, _, call in gathered], comm)) is not None:
+        raise different
+    found: dict[str, Any] = {name: as_fact(any(facts[name] for _, facts, _, _ in gathered)) for name in own}
+    if math.isinf(spec.norm_type):
+        found |= maximum(partials, spec, comm)
+    return replace(totals, **found)
+
+
+def _local_facts(partials: Partials) -> dict[str, Fact]:
+    """Return the facts of this rank, which are those of all ranks in an ordinary step."""
+    return {fact.name: as_fact(fact.anywhere(partials)) for fact in FACTS}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from .layout import Layout
 from .source import LayoutReader, Request, Source
 from .split_over import group_ranks
 
-__all__ = ["DDPSource"]
+__all__ = ["DDPSource", "ddp_modules", "is_joining"]
 
 
 class DDPSource(Source):
@@ -29,9 +31,27 @@ class DDPSource(Source):
             # gradient of one rank has changed after DDP averaged it.
             ranks = replicated.get(id(tensor))
             layout = Layout() if known is None else known
-            return known if ranks is None else replace(layout, groups=(*layout.groups, ranks))
+            if ranks is None:
+                return known
+            return replace(layout, groups=(*layout.groups, ranks), is_averaged=not layout.groups)
 
         return read
+
+
+def ddp_modules(module: nn.Module) -> list[weakref.ref[DistributedDataParallel]]:
+    """Return references to every DDP module in `module`."""
+    return [weakref.ref(one) for one in module.modules() if isinstance(one, DistributedDataParallel)]
+
+
+def is_joining(modules: Iterable[weakref.ref[DistributedDataParallel]]) -> bool:
+    """Return whether DDP trains on uneven inputs (`DDP.join`), so that other ranks may have no inputs left.
+
+    torch does not reset this after the context, so that it stays True until the next one.
+
+    Args:
+        modules: see `ddp_modules`.
+    """
+    return any((module := one()) is not None and module._join_config.enable for one in modules)
 
 
 def _replicated_ranks(module: nn.Module) -> dict[int, Ranks]:

@@ -23,6 +23,7 @@ class Layout:
             different parameters.
         counted: False for a replica that its owner excludes from norms (Megatron's `shared`).
         may_be_partial: True if its gradient can be a partial gradient, which still needs a sum over ranks.
+        is_averaged: True if every rank of `groups` has the whole gradient, which DDP has averaged over them.
     """
 
     groups: tuple[Ranks, ...] = ()
@@ -31,6 +32,7 @@ class Layout:
     cut: tuple[bool, ...] = ()
     counted: bool = True
     may_be_partial: bool = False
+    is_averaged: bool = False
 
     @property
     def members(self) -> frozenset[int]:

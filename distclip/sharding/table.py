@@ -79,7 +79,7 @@ class ShardTable:
         tensors: list[Tensor],
         metadata: TableMetadata,
         are_gradients: bool = False,
-        error: Exception | None = None,
+        error: BaseException | None = None,
     ) -> None:
         self.tensors, self.metadata, self.are_gradients, self.error = tensors, metadata, are_gradients, error
         self.world_size = 1
@@ -116,6 +116,11 @@ class ShardTable:
     def may_be_partial(self) -> bool:
         """True if one of the gradients can be a partial gradient."""
         return self.metadata.may_be_partial
+
+    @property
+    def is_complete(self) -> bool:
+        """True if DDP gives this rank the whole, averaged gradient, so that it can measure alone."""
+        return self.metadata.is_complete
 
     @property
     def device(self) -> torch.device:
@@ -181,6 +186,19 @@ class ShardTable:
         i = self.names.index(name)
         return self.metadata.infos(self.world_size)[i].slot, self.tensors[i].device
 
+    def fp64_anywhere(self, has_fp64: bool) -> bool | None:
+        """Return whether any rank has float64 gradients, or None unless all ranks know each other's answers.
+
+        Args:
+            has_fp64: whether this rank has some now.
+        """
+        own, anywhere = self.metadata.fp64
+        return anywhere if own is has_fp64 else None
+
+    def remember_fp64(self, has_fp64: bool, *, anywhere: bool) -> None:
+        """Keep what `fp64_anywhere` returns, after the ranks have gathered their answers."""
+        self.metadata.fp64 = has_fp64, anywhere
+
     def assign_slots(self, by_name: Mapping[str, tuple[int, Rows | None]]) -> None:
         """Assign a slot to every tensor. Before this call all tensors count in slot 0.
 
@@ -223,6 +241,8 @@ class TableMetadata:
         self._slots: Mapping[str, tuple[int, Rows | None]] = {}
         self._infos: dict[int, ShardInfos] = {}
         self._subset: tuple[tuple[int, ...], TableMetadata] | None = None
+        # Whether this rank and any rank has float64 gradients, as the ranks have last gathered it.
+        self.fp64: tuple[bool | None, bool | None] = (None, None)
 
     @cached_property
     def groups(self) -> frozenset[Ranks]:
@@ -233,6 +253,15 @@ class TableMetadata:
     def may_be_partial(self) -> bool:
         """True if one of the gradients can be a partial gradient."""
         return any(layout.may_be_partial for layout in self.layouts)
+
+    @cached_property
+    def is_complete(self) -> bool:
+        """True if DDP gives this rank the whole, averaged gradient."""
+        whole = all(
+            layout.num_pieces == 1 and not layout.may_be_partial and layout.is_averaged >= bool(layout.groups)
+            for layout in self.layouts
+        )
+        return whole and not self.axes and any(layout.is_averaged for layout in self.layouts)
 
     def assign_slots(self, by_name: Mapping[str, tuple[int, Rows | None]]) -> None:
         """Assign a slot to every tensor."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed.tensor import Shard
 
@@ -115,9 +116,11 @@ def test_rank_that_offloads_gradients_enters_the_same_collectives(name: str) -> 
     rig = build_rig(name)
     optimizer, clipper = rig.optimizer("fused"), rig.clipper(distclip.zclip(warmup=2))
     offloads = dist.get_rank() == 0
+    # The device on which numbers travel is an accelerator on both ranks.
+    clipper.comm.device = torch.device("cpu", 0)
     with (
         mock.patch.object(Engine, "on_host", False),
-        mock.patch.object(devices, "host_reads_free", return_value=offloads),
+        mock.patch.object(devices, "host_reads_free", lambda device: offloads and device.index is None),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", NonFiniteWarning)

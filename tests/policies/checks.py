@@ -65,7 +65,7 @@ def check_clipper(oracle: Oracle, clipper: GradClipper, bound: Bound, where: str
         else:
             with CommDebugMode() as counter:
                 report = clipper.clip()
-            check_counts(counter, case, here)
+            check_counts(counter, case, policy.norm_type, here)
         check_report(report, clipper, total, norms, coefs, oracle.names, case, here)
         for p, old, write, storage in zip(pieces, scaled, writes, storages, strict=True):
             slot = oracle.slot(p.key, policy)

@@ -26,6 +26,7 @@ class Case:
         split_over: argument of the clipping functions.
         all_reduces: number of all-reduces of one call.
         other_collectives: number of other collectives of one call.
+        gathers_once: whether the first call has other collectives, and later calls have none.
         tolerance: relative error of the norm that is allowed.
         idle: whether this rank holds nothing of the model and makes no call.
         ranks: process group of the ranks that make the call, None for all.
@@ -36,6 +37,7 @@ class Case:
     split_over: Any = None
     all_reduces: int = 1
     other_collectives: int = 0
+    gathers_once: bool = False
     tolerance: float = 1e-6
     idle: bool = False
     ranks: dist.ProcessGroup | None = None
