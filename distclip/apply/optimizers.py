@@ -81,7 +81,7 @@ class OptimizerSteps:
 
         Collectives: the first time an all-reduce and a gather, otherwise none. Never any without a scaler on a CPU.
         """
-        # A host that reads for free need not know of fused optimizers, and only the scalers of ranks must be equal.
+        # Fused optimizers make no difference to a host that reads for free. Only the scalers must be equal then.
         on_host = self._on_host()
         used = [*([] if on_host else optimizers), *([] if scaler is None else [scaler])]
         if not used and on_host:

@@ -120,7 +120,10 @@ def world_comm() -> Comm:
 
 
 def call_counter(comm: Comm) -> CallCounter:
-    """Return the counter of the calls over a communicator. A communicator of the caller's has none that lasts."""
+    """Return the counter of the calls over a communicator.
+
+    A communicator of the caller has no counter that lasts.
+    """
     if not comm.covers_holders or comm.ranks is None:
         return CallCounter()
     return _session().counters.setdefault(tuple(comm.ranks), CallCounter())

@@ -117,7 +117,9 @@ def _call_summand(partials: Partials, comm: Comm) -> Tensor | int:
 
 
 def check_bits(dtype: torch.dtype, size: int) -> int:
-    """Return the bits that a checksum may have, if every rank multiplies it by a weight below the number of ranks.
+    """Return the number of bits that a checksum may have, so that weighted sums of it are exact.
+
+    The weights are below the number of ranks in absolute value.
 
     Args:
         dtype: of the message.

@@ -95,7 +95,7 @@ class Totals:
 
     @property
     def needs_attention(self) -> bool:
-        """True if the host knows that a rank has failed, is uncovered, has partial gradients, or makes another call."""
+        """True if the host has read that a rank has failed, makes another call, or has partial gradients."""
         differs = self.same_call.host is False
         return bool(differs or self.failed.host or self.uncovered.host or self.has_partial_grads.host)
 
