@@ -46,7 +46,8 @@ def ddp_modules(module: nn.Module) -> list[weakref.ref[DistributedDataParallel]]
 def is_joining(modules: Iterable[weakref.ref[DistributedDataParallel]]) -> bool:
     """Return whether DDP trains on uneven inputs (`DDP.join`).
 
-    Other ranks may have no inputs left then. torch does not reset this after the context, so that it stays True until the next one.
+    Other ranks may have no inputs left then. torch does not reset this after the context, so that it stays True until
+    the next one.
 
     Args:
         modules: see `ddp_modules`.
