@@ -12,6 +12,8 @@ from distclip import GradClipper, global_norm
 def test_optimizers_that_are_gone_leave_nothing_behind() -> None:
     weight = torch.nn.Parameter(torch.zeros(2))
     clipper = GradClipper([("weight", weight)], global_norm(1.0))
+    # On a CPU the ranks compare no optimizers.
+    clipper._engine.optimizers._on_host = lambda: False
     known = clipper._engine.optimizers._known
     for _ in range(50):
         optimizer = torch.optim.SGD([weight], lr=0.1)
