@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ __all__ = ["clamp_", "scale_"]
 _HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
-def scale_(shards: Iterable[Shard], coefs: Tensor, foreach: bool | None = None) -> None:
+def scale_(shards: Shards, coefs: Tensor, foreach: bool | None = None) -> None:
     """Multiply every gradient by the coefficient of its slot in place.
 
     A partial gradient is scaled like its sum.
@@ -30,7 +30,6 @@ def scale_(shards: Iterable[Shard], coefs: Tensor, foreach: bool | None = None) 
 
     Collectives: none. Host syncs: none (one if `coefs` is on another device than a gradient).
     """
-    shards = Shards.of(shards)
     if coefs.numel() == 1:
         _scale_all(shards.grads, coefs.view(()), foreach)
     elif host_reads_free(coefs.device):
@@ -94,7 +93,7 @@ def _scale_rows(shard: Shard, rows: Rows, coefs: Tensor, *, skip_ones: bool) -> 
         values.copy_(values.to(compute_dtype) * factors)
 
 
-def clamp_(shards: Iterable[Shard], low: float, high: float, foreach: bool | None = None) -> None:
+def clamp_(shards: Shards, low: float, high: float, foreach: bool | None = None) -> None:
     """Clamp every element of every gradient to [low, high] in place. NaN stays NaN.
 
     Args:
@@ -108,7 +107,6 @@ def clamp_(shards: Iterable[Shard], low: float, high: float, foreach: bool | Non
 
     Collectives: none. Host syncs: none.
     """
-    shards = Shards.of(shards)
     for shard in shards:
         check_clampable(shard, low, high)
     for (device, dtype), tensors in _by_device_and_dtype(shards.grads).items():

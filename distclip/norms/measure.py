@@ -8,7 +8,6 @@ non-finite element.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from .. import devices
 from ..comm.agreement import Call, CallCounter
 from ..devices import device_constant
-from ..sharding.shard import Shard, ShardInfos, Shards
+from ..sharding.shard import ShardInfos, Shards
 from .kernels import power_sums, row_powers
 from .kernels.torch_ops import identity
 from .limits import any_out_of_limits
@@ -72,11 +71,11 @@ class Partials:
 
 
 def measure(
-    shards: Iterable[Shard],
+    shards: Shards,
     spec: NormSpec,
     device: torch.device,
     num_slots: int = 1,
-    weights: Iterable[Shard] = (),
+    weights: Shards | None = None,
 ) -> Partials:
     r"""Sum the powers of this rank's gradients by slot, or take the maximum for p = ±inf.
 
@@ -97,11 +96,11 @@ def measure(
 
     Collectives: none. Host syncs: none on the gradients' own device.
 
+    >>> from distclip.sharding.shard import Shard
     >>> shards = [Shard("w", torch.tensor([3.0, 4.0])), Shard("b", torch.tensor([2.0]), num_replicas=2.0)]
-    >>> measure(shards, NormSpec(), torch.device("cpu")).powers
+    >>> measure(Shards.of(shards), NormSpec(), torch.device("cpu")).powers
     tensor([27.], dtype=torch.float64)
     """
-    shards = Shards.of(shards)
     out_of_limits: Tensor | bool = False
     if spec.limits is not None:
         beyond = torch.zeros((), dtype=torch.bool, device=device)
@@ -110,8 +109,8 @@ def measure(
         out_of_limits = bool(beyond) if devices.host_reads_free(device) else beyond
     powers, has_fp64, per_tensor = _powers_by_slot(shards, spec.norm_type, device, num_slots)
     weight_powers = None
-    if spec.needs_weights:
-        weight_powers = _powers_by_slot(Shards.of(weights), spec.norm_type, device, num_slots)[0]
+    if spec.needs_weights and weights is not None:
+        weight_powers = _powers_by_slot(weights, spec.norm_type, device, num_slots)[0]
     # Only shards that are not measured as whole tensors can be partial, and there are few of them.
     has_partial_grads = any(shards[i].partial_sums for i in shards.infos.whole[2])
     return Partials(powers, weight_powers, out_of_limits, has_partial_grads, has_fp64, per_tensor_powers=per_tensor)

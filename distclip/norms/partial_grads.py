@@ -165,7 +165,7 @@ def reduce_partial_grads(
         Shard(b.name, summands[b.name], b.grad.num_replicas, (), table.slot_of(b.name)[0], b.grad.rows) for b in blocks
     ]
     more_spec = replace(spec, needs_weights=False, limits=None)
-    more = measure(reduced, more_spec, device, len(totals.powers))
+    more = measure(Shards.of(reduced), more_spec, device, len(totals.powers))
     if math.isinf(spec.norm_type):
         powers = torch.maximum(totals.powers, maximum(more, more_spec, comm)["powers"])
     else:

@@ -156,9 +156,7 @@ class Shards(Sequence[Shard]):
 
     @classmethod
     def of(cls, shards: Iterable[Shard]) -> Shards:
-        """Convert shards to this class, unless they are of it already."""
-        if isinstance(shards, Shards):
-            return shards
+        """Collect shards, for instance those of a list."""
         shards = list(shards)
         return cls(ShardInfos(shard.info for shard in shards), [shard.grad for shard in shards])
 

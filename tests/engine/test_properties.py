@@ -19,7 +19,7 @@ from distclip.comm import Comm, threads
 from distclip.norms.measure import measure
 from distclip.norms.reduce import reduce
 from distclip.norms.spec import NormSpec
-from distclip.sharding.shard import Shard
+from distclip.sharding.shard import Shard, Shards
 
 CPU = torch.device("cpu")
 
@@ -237,7 +237,7 @@ def test_norm_of_any_shards_is_that_of_the_whole(
             held[rank].append(Shard(f"piece {i}", piece, num_replicas=float(len(ranks))))
 
     def job(comm: Comm) -> Tensor:
-        return reduce(measure(held[comm.rank], NormSpec(norm_type), CPU), NormSpec(norm_type), comm).norm
+        return reduce(measure(Shards.of(held[comm.rank]), NormSpec(norm_type), CPU), NormSpec(norm_type), comm).norm
 
     norms = run_on_threads(size, job)
     torch.testing.assert_close(norms[0], reference.total_norm([grad], norm_type), rtol=1e-11, atol=0)

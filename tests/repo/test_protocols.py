@@ -36,7 +36,6 @@ ARGUMENTS: dict[str, set[str]] = {
     "distclip/integrations/deepspeed/native_clipping.py": {"Fixed", "NormPolicy"},
     "distclip/monitor/recorder.py": {"GradClipper"},
     "distclip/policies/custom.py": {"Rule"},
-    "distclip/sharding/shard.py": {"Shards"},
 }
 """Classes that a module may test for with isinstance, because it checks the argument of a caller."""
 
