@@ -260,6 +260,26 @@ class GradClipper:
         if self._engine.tensor_norms is None:
             self._engine.measure_tensors()
 
+    def agree(self, function: str) -> None:
+        """Check that every rank of the clipper calls a function now that is about to communicate.
+
+        Recorders and integrations call it first. Without it, a rank that calls the function alone would enter one
+        collective, while the other ranks enter that of their next step.
+
+        Args:
+            function: name for the error message.
+
+        Raises:
+            DisagreementError: another rank calls another function; on every rank.
+
+        Collectives: one all-reduce of the size of a step's, none for a single rank. Host syncs: one on an accelerator.
+
+        >>> from distclip import global_norm
+        >>> GradClipper(torch.nn.Linear(2, 1), global_norm(1.0)).agree("save")
+        """
+        if self.comm.size > 1:
+            self._engine.agree(function, FirstError())
+
     def observe(self, observer: Observer) -> None:
         """Call `observer(outcome)` at every step, on every rank.
 
