@@ -174,7 +174,10 @@ def job_size() -> int:
 
 def forget_all() -> None:
     """Drop all cached communicators, so that the next call runs a rendezvous. For tests."""
-    _sessions.clear()
+    for session in _sessions:
+        # The process groups stay: each costs several threads, until torch.distributed is destroyed.
+        session.comms.clear()
+        session.counters.clear()
 
 
 # ---- The cache of derived communicators ----
