@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 __all__ = [
     "ALWAYS",
@@ -22,12 +24,18 @@ __all__ = [
     "as_fact",
     "copy_to_host_async",
     "device_constant",
+    "has_addresses",
     "host_reads_free",
     "is_capturing",
+    "is_fake",
     "odd_numbers",
+    "outside_fake_mode",
     "prefers_foreach",
     "rounds_grad_scale",
 ]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Fact:
@@ -149,6 +157,44 @@ def rounds_grad_scale(device: torch.device, dtype: torch.dtype) -> bool:
     (True, False)
     """
     return device.type == "cpu" and dtype in (torch.float16, torch.bfloat16)
+
+
+def has_addresses(device: torch.device) -> bool:
+    """Return whether `data_ptr` of a tensor on this device tells where its elements are.
+
+    >>> has_addresses(torch.device("cpu")), has_addresses(torch.device("meta"))
+    (True, False)
+    """
+    return device.type not in ("meta", "xla", "lazy")
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Return whether a tensor has no elements because it was made under torch's FakeTensorMode.
+
+    >>> is_fake(torch.zeros(1))
+    False
+    """
+    return isinstance(tensor, FakeTensor)
+
+
+def outside_fake_mode(function: Callable[P, R]) -> Callable[P, R]:
+    """Remove torch's FakeTensorMode during a function, which then computes with real numbers.
+
+    A tensor that the function returns becomes a fake tensor, which the program can compute with under the mode.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch._C._len_torch_dispatch_stack() == 0:
+            return function(*args, **kwargs)
+        with unset_fake_temporarily() as mode:
+            result = function(*args, **kwargs)
+            if not isinstance(result, Tensor) or not isinstance(mode, FakeTensorMode):
+                return result
+            fake: Any = mode.from_tensor(result)
+            return cast("R", fake)
+
+    return call
 
 
 def is_capturing() -> bool:

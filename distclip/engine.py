@@ -30,12 +30,13 @@ from .comm.agreement import Call, CallCounter
 from .comm.consensus import FirstError, check_same_axes, gather_or_raise
 from .comm.discovery import call_counter, global_rank, resolve_comm, uncovered_ranks, widened
 from .comm.ranks import Axis
-from .devices import ALWAYS, NEVER, Fact, device_constant
+from .devices import ALWAYS, NEVER, Fact, device_constant, outside_fake_mode
 from .errors import ArgumentError, DisagreementError, PeerError, warn_user
 from .nonfinite.culprits import count_nonfinite, gather_culprits, suspect_nonfinite
 from .nonfinite.rules import RULES, OnNonFinite, Skip
 from .nonfinite.skip_counter import SkipCounter
 from .norms.measure import Partials, PerTensorPowers, measure
+from .norms.memory import read_gradients, read_weights
 from .norms.partial_grads import reduce_partial_grads
 from .norms.reduce import Totals, gather_facts, reduce
 from .norms.spec import NormSpec
@@ -45,11 +46,11 @@ from .policies import Policy, State
 from .policies.checked import as_checked
 from .policies.restart import ClipRate
 from .sharding.ddp import ddp_modules, is_joining
-from .sharding.parameters import Parameters
+from .sharding.parameters import Parameters, is_frozen
 from .sharding.shard import Shards
 from .sharding.slots import ParamInfo, SlotMap, assign_slots, describe_params, parent_slots
 from .sharding.split_over import SplitOver, split_axes
-from .sharding.table import ShardTable, parameter_table
+from .sharding.table import ShardTable, parameter_table, warn_if_nothing_trains
 
 __all__ = ["Engine", "measure_all_ranks"]
 
@@ -95,6 +96,7 @@ class Engine:
         self._ddp_modules: list[weakref.ref[Any]] = []
 
     @classmethod
+    @outside_fake_mode
     def build(
         cls,
         parameters: Parameters,
@@ -133,7 +135,7 @@ class Engine:
         params: list[ParamInfo] = []
         with errors:
             spec = policy.spec
-            if spec.per != "model" or spec.exclude:
+            if spec.per != "model" or spec.exclude or spec.needs_weights:
                 module = parameters if isinstance(parameters, nn.Module) else None
                 params = describe_params(table, global_rank(comm), spec, module)
         # The address of an object in memory differs between ranks.
@@ -148,8 +150,9 @@ class Engine:
             )
         check_same_axes([axes for _, _, axes in gathered], comm)
         slots = assign_slots([params for _, params, _ in gathered], comm.rank, policy.spec)
-        table.assign_slots(slots.by_name)
+        table.assign_slots(slots.by_name, slots.frozen)
         table.flat_grads = flat_grads
+        warn_if_nothing_trains(parameters, table)
         coverage = Coverage(table, partial=partial, module=parameters if isinstance(parameters, nn.Module) else None)
         engine = cls(table, comm, policy, slots, on_nonfinite, counter, coverage)
         if isinstance(parameters, nn.Module) and table.is_complete:
@@ -161,7 +164,8 @@ class Engine:
         """True if the host reads totals without a sync. It follows from the communicator, so all ranks agree."""
         if self.comm.device is not None:
             return devices.host_reads_free(self.comm.device)
-        return all(devices.host_reads_free(tensor.device) for tensor in self.table.tensors)
+        # A frozen parameter may be anywhere, also on the meta device.
+        return all(devices.host_reads_free(tensor.device) for tensor in self.table.tensors if not is_frozen(tensor))
 
     @property
     def step_comm(self) -> Comm:
@@ -251,6 +255,7 @@ class Engine:
             self.table.drop_gradients()
         return outcome
 
+    @outside_fake_mode
     @torch.no_grad()
     def decide(
         self,
@@ -346,6 +351,7 @@ class Engine:
             self._observe(observe, outcome)
         return outcome
 
+    @outside_fake_mode
     @torch.no_grad()
     def write_(self, outcome: Outcome, shards: Shards) -> None:
         """Scale gradients, and clamp their elements if the outcome has limits.
@@ -377,7 +383,7 @@ class Engine:
         gathered = gather_or_raise(self.comm, errors.error, params)
         finer = assign_slots(gathered, self.comm.rank, per_tensor)
         parents = TensorNorms.index(parent_slots(gathered, spec))
-        self.table.assign_slots(finer.by_name)
+        self.table.assign_slots(finer.by_name, finer.frozen)
         self.tensor_norms = TensorNorms(finer.names, parents, None, finer.total, slots.total)
 
     def _measure(
@@ -516,9 +522,9 @@ def measure_all_ranks(
     # 1. Where: the shards of this rank.
     shards = weights = _NO_SHARDS
     with errors:
-        shards = table.gradients()
+        shards = read_gradients(table, comm)
         if spec.needs_weights:
-            weights = table.weights()
+            weights = read_weights(table, comm)
     device = shards.grads[0].device if shards.grads else table.device
 
     # 2. How long: power sums in float64. A rank that has failed contributes nothing, but it takes part.

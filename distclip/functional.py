@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import GeneratorType
 from typing import Any
 
 import torch
@@ -20,9 +19,10 @@ from .comm.agreement import Call
 from .comm.consensus import FirstError
 from .comm.discovery import call_counter, resolve_comm
 from .comm.ranks import Axis
-from .devices import Fact, accumulation_dtype, device_constant
+from .devices import Fact, accumulation_dtype, device_constant, outside_fake_mode
 from .engine import measure_all_ranks
-from .errors import ArgumentError, NonFiniteError, warn_user
+from .errors import ArgumentError, NonFiniteError
+from .norms.memory import read_gradients
 from .norms.reduce import Totals
 from .norms.spec import NormSpec
 from .policies.norm_policy import coefficient
@@ -32,7 +32,7 @@ from .sharding.cache import cached_table
 from .sharding.parameters import Parameters
 from .sharding.shard import Shards
 from .sharding.split_over import SplitOver, split_axes
-from .sharding.table import ShardTable, gradient_table, local_table
+from .sharding.table import ShardTable, gradient_table, local_table, warn_if_nothing_trains
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
 
@@ -40,6 +40,7 @@ _EUCLIDEAN = NormSpec()
 
 
 @_disable_dynamo
+@outside_fake_mode
 @torch.no_grad()
 def clip_grad_norm_(
     parameters: Parameters,
@@ -106,9 +107,7 @@ def clip_grad_norm_(
         bound = _checked_bound(max_norm)
     arguments = (("max_norm", bound), ("error_if_nonfinite", bool(error_if_nonfinite)))
     call = "clip_grad_norm_", arguments
-    table, shards, totals = _measure(cached_table, parameters, norm_type, split_over, comm, errors, call)
-    if isinstance(parameters, GeneratorType) and not table.tensors:
-        warn_user("`parameters` is an empty generator, no gradient clipping will occur.", UserWarning)
+    _, shards, totals = _measure(cached_table, parameters, norm_type, split_over, comm, errors, call)
     _raise_if_nonfinite(totals, error_if_nonfinite)
     coef = coefficient(totals.norms, device_constant((bound,), totals.norms.device, totals.norms.dtype))
     scale_(shards, totals.mask_if_failed(coef), foreach)
@@ -116,6 +115,7 @@ def clip_grad_norm_(
 
 
 @_disable_dynamo
+@outside_fake_mode
 @torch.no_grad()
 def get_total_norm(
     tensors: Parameters,
@@ -153,6 +153,7 @@ def get_total_norm(
 
 
 @_disable_dynamo
+@outside_fake_mode
 @torch.no_grad()
 def clip_grads_with_norm_(
     parameters: Parameters, max_norm: float, total_norm: Tensor, foreach: bool | None = None
@@ -178,12 +179,16 @@ def clip_grads_with_norm_(
     >>> weight.grad
     tensor([0.3000, 0.4000])
     """
+    bound, shards = _checked_bound(max_norm), _local_shards(parameters)
     norm = torch.as_tensor(total_norm)
-    coef = coefficient(norm, device_constant((_checked_bound(max_norm),), norm.device, accumulation_dtype(norm.device)))
-    scale_(_local_shards(parameters), coef, foreach)
+    # In a dry run the norm is as unknown as the gradients.
+    if shards:
+        coef = coefficient(norm, device_constant((bound,), norm.device, accumulation_dtype(norm.device)))
+        scale_(shards, coef, foreach)
 
 
 @_disable_dynamo
+@outside_fake_mode
 @torch.no_grad()
 def clip_grad_value_(
     parameters: Parameters, clip_value: float | tuple[float, float], foreach: bool | None = None
@@ -248,6 +253,8 @@ def _measure(
     facts = (("norm_type", spec.norm_type), *arguments)
     call_of_all = Call(function, call_counter(comm).next(), facts)
     shards, _, totals = measure_all_ranks(table, spec, comm, errors, call_of_all)
+    if not shards:
+        warn_if_nothing_trains(tensors, table)
     return table, shards, totals
 
 
@@ -276,7 +283,10 @@ def _local_shards(parameters: Parameters) -> Shards:
     """Return this rank's gradients for a function that needs no other rank, and so no layouts."""
     table = local_table(parameters)
     table.world_size = 1
-    return table.gradients()
+    shards = read_gradients(table)
+    if not shards:
+        warn_if_nothing_trains(parameters, table)
+    return shards
 
 
 def _raise_if_nonfinite(totals: Totals, error_if_nonfinite: bool) -> None:

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .devices import Fact
+from .devices import Fact, outside_fake_mode
 from .norms.measure import PerTensorPowers
 from .norms.reduce import Totals
 from .norms.tensor_norms import TensorNorms
@@ -51,6 +51,7 @@ class Report:
     bounds: Tensor | None = None
     tensor_norms: Tensor | None = None
 
+    @outside_fake_mode
     def as_dict(self) -> dict[str, float | bool]:
         """Return Python numbers for a log: {"norm", "coef", "clipped", "finite", "skipped"}.
 
@@ -109,6 +110,7 @@ class Outcome:
         """Return a copy that keeps no gradient alive."""
         return replace(self, shards=Shards.of(()), per_tensor_powers=())
 
+    @outside_fake_mode
     def report(self) -> Report:
         """Return the report for the user. Collectives: none. Host syncs: none."""
         return self._report

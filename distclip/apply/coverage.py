@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..devices import is_fake
 from ..errors import ArgumentError, UnclippedStepWarning, warn_user
 from ..sharding.dtensor import is_dtensor
 from ..sharding.parameters import name_tensors
@@ -182,7 +183,8 @@ class Coverage:
         Args:
             num_gradients: number of gradients of this rank.
         """
-        if num_gradients or not self._table.tensors:
+        # Under FakeTensorMode no gradient is measured.
+        if num_gradients or not self._table.tensors or any(map(is_fake, self._table.tensors[:1])):
             self._calls_without.clear()
             return
         if len(self._calls_without) > _MANY:

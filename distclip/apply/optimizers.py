@@ -14,6 +14,7 @@ from ..comm import Comm
 from ..comm.consensus import FirstError, gather_or_raise
 from ..devices import Fact
 from ..errors import ArgumentError, DisagreementError
+from ..norms.memory import read_gradients
 from ..sharding.shard import Shards
 from ..sharding.table import ShardTable
 from .fused import fused_step, supports_grad_scale
@@ -147,7 +148,7 @@ class OptimizerSteps:
             return state.loss_scale
         if scaled:
             # An extra pass over the gradients, because only some of them carry the scale, or limits need it.
-            shards = self._table.gradients() if all_scaled else self.shards_of(scaled)
+            shards = read_gradients(self._table) if all_scaled else self.shards_of(scaled)
             scale_(shards, state.loss_scale.double().reciprocal())
         return None
 
@@ -213,10 +214,10 @@ class OptimizerSteps:
     def shards_of(self, optimizers: Sequence[Optimizer]) -> Shards:
         """Return this rank's gradients of the optimizers' parameters. Collectives: none. Host syncs: none."""
         ids = set(map(id, parameters_of(optimizers)))
-        pairs = zip(self._table.names, self._table.tensors, strict=True)
-        names = {name for name, tensor in pairs if id(tensor) in ids}
-        shards = self._table.gradients()
-        return shards.where([i for i, name in enumerate(shards.infos.names) if name in names])
+        shards = read_gradients(self._table)
+        # Positions and not names, because two parameters may have one name.
+        owned = [id(tensor) in ids for tensor in self._table.tensors_with_gradient()]
+        return shards.where([i for i, is_owned in enumerate(owned) if is_owned and i < len(shards)])
 
     def _covers_table(self, optimizers: Sequence[Optimizer]) -> bool:
         ids = set(map(id, parameters_of(optimizers)))

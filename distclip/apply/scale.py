@@ -11,13 +11,17 @@ from ..devices import device_constant, host_reads_free, prefers_foreach
 from ..norms.kernels import scale_ as scale_with_kernel_
 from ..norms.kernels.torch_ops import row_index
 from ..norms.limits import check_clampable, representable
-from ..sharding.shard import Rows, Shard, Shards, stored_values
+from ..sharding.shard import Rows, Shard, Shards, coalesce_, stored_values
 
 __all__ = ["clamp_", "scale_"]
+
+_PLAIN = {Tensor, torch.nn.Parameter}
 
 _HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
+# Under inference mode, tensors that were made under it can be written as well as all others.
+@torch.inference_mode()
 def scale_(shards: Shards, coefs: Tensor, foreach: bool | None = None) -> None:
     """Multiply every gradient by the coefficient of its slot in place.
 
@@ -54,12 +58,13 @@ def _scale_all(grads: Sequence[Tensor], coef: Tensor, foreach: bool | None) -> N
     """Multiply gradients by one coefficient."""
     if host_reads_free(coef.device) and float(coef) == 1.0:
         return
-    for (device, dtype), tensors in _by_device_and_dtype(grads).items():
+    for (device, dtype, is_plain), tensors in _by_kind(grads).items():
+        together = foreach if is_plain else False
         if not host_reads_free(device):
-            _scale_on_device(tensors, coef.to(device), foreach)
-        elif foreach is not None or not scale_with_kernel_(tensors, float(coef)):
+            _scale_on_device(tensors, coef.to(device), together)
+        elif together is not None or not scale_with_kernel_(tensors, float(coef)):
             # A Python number multiplies bfloat16 and float16 in float32, except in the multi-tensor operator.
-            _multiply(tensors, float(coef), foreach is not False and dtype not in _HALF_PRECISION)
+            _multiply(tensors, float(coef), together is not False and dtype not in _HALF_PRECISION)
 
 
 def _scale_on_device(tensors: list[Tensor], coef: Tensor, foreach: bool | None) -> None:
@@ -93,6 +98,7 @@ def _scale_rows(shard: Shard, rows: Rows, coefs: Tensor, *, skip_ones: bool) -> 
         values.copy_(values.to(compute_dtype) * factors)
 
 
+@torch.inference_mode()
 def clamp_(shards: Shards, low: float, high: float, foreach: bool | None = None) -> None:
     """Clamp every element of every gradient to [low, high] in place. NaN stays NaN.
 
@@ -109,9 +115,11 @@ def clamp_(shards: Shards, low: float, high: float, foreach: bool | None = None)
     """
     for shard in shards:
         check_clampable(shard, low, high)
-    for (device, dtype), tensors in _by_device_and_dtype(shards.grads).items():
+    coalesce_(shards.grads)
+    for (device, dtype, is_plain), tensors in _by_kind(shards.grads).items():
         least, most = representable(low, dtype), representable(high, dtype)
-        if foreach or (foreach is None and prefers_foreach(device)):
+        several = is_plain and (foreach or (foreach is None and prefers_foreach(device)))
+        if several and not any(map(Tensor.is_neg, tensors)):
             torch._foreach_clamp_min_(tensors, least)
             torch._foreach_clamp_max_(tensors, most)
         else:
@@ -119,16 +127,19 @@ def clamp_(shards: Shards, low: float, high: float, foreach: bool | None = None)
                 tensor.clamp_(least, most)
 
 
-def _by_device_and_dtype(grads: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
-    """Group the stored values of gradients, because multi-tensor operators need one device and dtype."""
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+def _by_kind(grads: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype, bool], list[Tensor]]:
+    """Group the stored values of gradients by device, by dtype, and by whether they are of no other class."""
+    # Multi-tensor operators need one device and dtype. A class of a library can apply them to the tensors around it,
+    # once for each tensor that it consists of.
+    groups: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
     for values in map(stored_values, grads):
-        groups.setdefault((values.device, values.dtype), []).append(values)
+        groups.setdefault((values.device, values.dtype, type(values) in _PLAIN), []).append(values)
     return groups
 
 
 def _multiply(tensors: list[Tensor], factor: float | Tensor, foreach: bool) -> None:
-    if foreach:
+    # The multi-tensor operators refuse a lazily negated tensor.
+    if foreach and not any(map(Tensor.is_neg, tensors)):
         torch._foreach_mul_(tensors, factor)
     else:
         for tensor in tensors:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..norms import kernels
+from ..norms.kernels.tensor_table import TensorTable
 from ..sharding.shard import Rows
 from .competitors import Competitor, Setup
 
@@ -119,8 +120,10 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Count the reads of distclip's kernels too, which torch does not dispatch."""
         power_sums, row_powers = kernels.fused_power_sums, kernels.native.row_powers
 
-        def count_power_sums(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, bool] | None:
-            sums = power_sums(tensors, norm_type)
+        def count_power_sums(
+            tensors: Sequence[Tensor], norm_type: float, description: TensorTable | None = None
+        ) -> tuple[Tensor, bool] | None:
+            sums = power_sums(tensors, norm_type, description)
             self.read += 0 if sums is None else self._bytes(tensors)
             return sums
 

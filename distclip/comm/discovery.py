@@ -30,7 +30,7 @@ from ..errors import ArgumentError, DisagreementError, DistclipError, LayoutErro
 from . import Comm, missing_members
 from .agreement import CallCounter
 from .consensus import FirstError, axes_contradiction, describe_axes
-from .local import LocalComm
+from .local import DryRunComm, LocalComm
 from .mpi import mpi_size
 from .process_group import ProcessGroupComm
 from .ranks import Axis, Ranks
@@ -43,6 +43,7 @@ __all__ = [
     "check_covered",
     "forget_all",
     "global_rank",
+    "is_dry_run",
     "job_size",
     "resolve_comm",
     "uncovered_ranks",
@@ -116,6 +117,8 @@ def world_comm() -> Comm:
     """
     if not _is_initialized():
         return LocalComm()
+    if is_dry_run():
+        return DryRunComm(dist.get_rank(), dist.get_world_size())
     return ProcessGroupComm(_process_group(tuple(range(dist.get_world_size())), _num_groups()))
 
 
@@ -167,6 +170,11 @@ def global_rank(comm: Comm) -> int:
     return dist.get_rank() if _is_initialized() else 0
 
 
+def is_dry_run() -> bool:
+    """Return whether the ranks are torch's fake process group: there are no other processes."""
+    return _is_initialized() and "fake" in dist.get_backend(dist.group.WORLD)
+
+
 def job_size() -> int:
     """Return the number of processes in the job, by torch.distributed or MPI."""
     return dist.get_world_size() if _is_initialized() else mpi_size()
@@ -210,12 +218,14 @@ def _session() -> _Session:
 
 def _derived(
     groups: Collection[Ranks], axes: Sequence[Axis], error: BaseException | None
-) -> LocalComm | ProcessGroupComm:
+) -> LocalComm | DryRunComm | ProcessGroupComm:
     """Look up the communicator of these groups and axes, or run a rendezvous for it."""
     spans = _spans(groups, axes)
     # A program may use DTensors on a mesh of one rank, or name a pipeline of one stage.
     if not _is_initialized() or all(len(ranks) == 1 for ranks in spans):
         return LocalComm()
+    if is_dry_run():
+        return DryRunComm(dist.get_rank(), dist.get_world_size())
     comms = _session().comms
     key = _cache_key(groups, axes)
     if key not in comms:

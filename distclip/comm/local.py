@@ -1,4 +1,4 @@
-"""Communicate within one process: `LocalComm` for a single rank, `threads` for several."""
+"""Communicate within one process: `LocalComm` for a single rank, `threads` for several, `DryRunComm` for none."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["LocalComm", "threads"]
+__all__ = ["DryRunComm", "LocalComm", "threads"]
 
 
 class LocalComm:
@@ -34,6 +34,36 @@ class LocalComm:
     def gather_objects(self, value: Any) -> list[Any]:
         """Return the one value."""
         return [value]
+
+
+class DryRunComm:
+    """Communicator of a rank whose other ranks do not exist, as in torch's fake process group.
+
+    Sums are those of this rank, and every other rank is assumed to gather what this one does.
+
+    Args:
+        rank: of this process.
+        size: number of ranks that the program is planned for.
+
+    >>> DryRunComm(0, 3).gather_objects("a")
+    ['a', 'a', 'a']
+    """
+
+    device: None = None
+    covers_holders = False
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size, self.ranks = rank, size, tuple(range(size))
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Leave `tensor` as it is."""
+
+    def max_(self, tensor: Tensor) -> None:
+        """Leave `tensor` as it is."""
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return the value of this rank for every rank."""
+        return [value] * self.size
 
 
 class _Exchange:

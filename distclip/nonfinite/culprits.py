@@ -13,7 +13,7 @@ import torch
 
 from ..comm import Comm, global_ranks
 from ..norms.measure import PerTensorPowers
-from ..sharding.shard import Shard, stored_values
+from ..sharding.shard import Shard, Shards, coalesce_, element_values, stored_values
 
 __all__ = [
     "Culprit",
@@ -80,7 +80,7 @@ def count_nonfinite(shards: Iterable[Shard]) -> list[tuple[str, int, int]]:
     """
     counts = []
     for shard in shards:
-        values = stored_values(shard.grad)
+        values = element_values(shard.grad)
         nans, infs = int(values.isnan().sum()), int(values.isinf().sum())
         if nans or infs:
             counts.append((shard.name, nans, infs))
@@ -139,8 +139,10 @@ def describe_culprits(culprits: Sequence[Culprit]) -> str:
     return f"elements are not finite in {', '.join(map(str, culprits[:5]))}{more}"
 
 
+@torch.inference_mode()
 def zero_nonfinite_(shards: Iterable[Shard]) -> None:
     """Set the elements that are not finite to 0 in place. Collectives: none. Host syncs: none."""
-    for shard in shards:
-        values = stored_values(shard.grad)
+    shards = Shards.of(shards)
+    coalesce_(shards.grads)
+    for values in map(stored_values, shards.grads):
         values.masked_fill_(~values.isfinite(), 0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError
-from ..sharding.shard import Shard, stored_values
+from ..sharding.shard import Shard, element_values
 
 __all__ = ["any_out_of_limits", "check_clampable", "representable"]
 
@@ -27,7 +27,7 @@ def any_out_of_limits(shard: Shard, low: float, high: float) -> Tensor:
     Host syncs: none.
     """
     check_clampable(shard, low, high)
-    values = stored_values(shard.grad)
+    values = element_values(shard.grad)
     least, most = representable(low, values.dtype), representable(high, values.dtype)
     return (values < least).any() | (values > most).any()
 

@@ -131,7 +131,7 @@ def _powers_by_slot(
     # 1. All shards that count in one slot each, in one kernel.
     grads = [shards.grads[i] for i in whole] if others else shards.grads
     if grads:
-        sums, some_fp64 = power_sums(grads, norm_type, device)
+        sums, some_fp64 = power_sums(grads, norm_type, device, None if others else shards.description)
         has_fp64 = has_fp64 or some_fp64
         per_tensor.append((infos.names, sums))
         # Every replica contributes its share, so that no rank has to own the shard and a NaN in any replica is seen.

@@ -19,7 +19,7 @@ from typing import TypeAlias
 import torch
 import torch.distributed as dist
 
-from ..comm import Comm
+from ..comm import Comm, global_ranks
 from ..comm.process_group import group_of_name
 from ..comm.ranks import Ranks
 from ..devices import Fact
@@ -133,7 +133,7 @@ def reduce_partial_grads(
         if shard.partial_sums
     }
     whole = frozenset(name for name in shards.infos.names if name in possible and name not in partial)
-    by_rank = dict(comm.gather_objects((this_rank, _RankInfo(possible, partial, whole))))
+    by_rank = dict(zip(global_ranks(comm), comm.gather_objects(_RankInfo(possible, partial, whole)), strict=True))
     blocks = _blocks(by_rank)
 
     # This rank's part in each sum, zeros if it has no gradient.

@@ -20,7 +20,7 @@ from ..comm import Comm
 from ..comm.agreement import disagreement
 from ..comm.consensus import raise_gathered, wire_of
 from ..devices import ALWAYS, NEVER, Fact, as_fact
-from ..errors import PeerError
+from ..errors import LayoutError, PeerError
 from .kernels.torch_ops import combine
 from .measure import Partials
 from .message import COUNTS, FACTS, FIELDS, all_reduce, maximum
@@ -106,11 +106,12 @@ class Totals:
             fact: about these totals.
 
         Raises:
+            LayoutError: the totals are on the meta device.
             PeerError: the totals are incomplete because another rank has failed. That rank has raised already.
 
         Host syncs: on an accelerator one, and another if the answer is no.
         """
-        if (fact & ~self.failed).read():
+        if self._read_first(fact & ~self.failed):
             # The host knows both facts now.
             fact.host = True
             if self.failed.host is None:
@@ -120,6 +121,17 @@ class Totals:
             raise PeerError("another rank failed in this call; its own traceback has the reason. No gradient changed.")
         fact.host = False
         return False
+
+    def _read_first(self, fact: Fact) -> bool:
+        try:
+            return fact.read()
+        except RuntimeError:
+            if not self.powers.is_meta:
+                raise
+            raise LayoutError(
+                "the gradients are on the meta device, so that no number can be read. Materialize the parameters: "
+                'model.to_empty(device=device). For a dry run, use on_nonfinite="propagate", or clip_grad_norm_.'
+            ) from None
 
     def mask_if_failed(self, coefs: Tensor) -> Tensor:
         """Return `coefs`, or ones where a rank has failed, so that no gradient changes. Host syncs: none."""

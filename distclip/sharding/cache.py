@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..comm.ranks import Axis
 from .parameters import Parameters
-from .table import SOURCES, ShardTable, TableMetadata, parameter_table
+from .table import SOURCE_ATTRIBUTES, ShardTable, TableMetadata, parameter_table
 
 __all__ = ["cached_table", "forget_all"]
 
@@ -24,8 +24,7 @@ _MAX_ENTRIES = 16
 
 _entries: dict[Any, tuple[TableMetadata, list[weakref.ref[Any]]]] = {}
 
-_ATTRIBUTES = sorted(frozenset[str]().union(*(source.attributes for source in SOURCES)))
-"""Names of the attributes from which any source reads the layout of a tensor."""
+_ATTRIBUTES = sorted(SOURCE_ATTRIBUTES)
 
 _attributes_of: Callable[[Tensor], dict[str, Any]] = attrgetter("__dict__")
 

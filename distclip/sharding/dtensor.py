@@ -32,6 +32,7 @@ __all__ = [
     "num_pieces_of",
     "partial_sums_of",
     "possible_partial_sums",
+    "with_local",
 ]
 
 
@@ -109,6 +110,13 @@ def possible_partial_sums(tensor: DTensor) -> tuple[PartialSum, ...]:
 
 def _sum_over(group: dist.ProcessGroup, axis: int, *, mean: bool = False) -> PartialSum:
     return PartialSum(tuple(dist.get_process_group_ranks(group)), group.group_name, axis, mean)
+
+
+def with_local(tensor: DTensor, local: Tensor) -> DTensor:
+    """Return a DTensor with the placements of another one, and another local tensor of the same shape."""
+    return type(tensor).from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 def num_pieces_of(sizes: Sequence[int], placements: Sequence[Placement]) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dtensor import is_dtensor
+from .dtensor import is_dtensor, with_local
 from .shard import ShardInfo, ShardInfos, Shards
 
 __all__ = ["FlatStorage"]
@@ -77,11 +77,5 @@ def _move_grads(tensors: Sequence[Tensor], shards: Shards, positions: Sequence[i
         view = piece.as_strided(grad.size(), grad.stride())
         view.copy_(grad)
         old = tensors[i].grad
-        if old is not None and is_dtensor(old):
-            from torch.distributed.tensor import DTensor
-
-            view = DTensor.from_local(
-                view, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
-            )
-        tensors[i].grad = view
+        tensors[i].grad = with_local(old, view) if old is not None and is_dtensor(old) else view
     return flat

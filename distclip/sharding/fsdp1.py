@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import LayoutError
 from .dtensor import is_dtensor
 from .layout import Layout
+from .parameters import is_frozen
 from .source import LayoutReader, Request, Slice, Source
 from .split_over import group_ranks
 
@@ -72,6 +73,8 @@ class FSDP1Source(Source):
         slices: dict[int, Slice] = {}
         for _, handle in () if request.module is None else _managed(request.module):
             flat = handle.flat_param
+            if flat._params is None and is_frozen(flat):
+                continue
             if flat._params is None:
                 raise LayoutError(
                     "FullyShardedDataParallel without use_orig_params=True has made one flat parameter of many, so "

@@ -23,6 +23,7 @@ from ..comm.ranks import Axis
 from ..errors import ArgumentError, LayoutError
 from .dtensor import is_dtensor
 from .layout import Layout
+from .parameters import is_frozen
 from .source import LayoutReader, Request, Source
 
 __all__ = ["MegatronSource", "read_main_grad"]
@@ -74,7 +75,8 @@ class MegatronSource(Source):
         tags = {id(tensor): _tags_of(tensor) for _, tensor in plain}
         used = _attributes_in_use(tags.values())
         with request.errors:
-            _check_axes([(name, tags[id(tensor)]) for name, tensor in plain], request.axes, used)
+            training = [(name, tags[id(tensor)]) for name, tensor in plain if not is_frozen(tensor)]
+            _check_axes(training, request.axes, used)
 
         def read(name: str, tensor: Tensor, known: Layout | None) -> Layout | None:
             # Any other source describes a tensor better than attributes do.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+from torch.nn import Parameter as TorchParameter
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ArgumentError
 
-__all__ = ["Named", "Parameters", "name_tensors"]
+__all__ = ["Named", "Parameters", "check_names", "is_frozen", "name_tensors"]
 
 Parameters: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 """A module, one tensor, an iterable of tensors, or of (name, tensor) pairs."""
@@ -53,6 +55,38 @@ def name_tensors(parameters: Parameters, argument: str = "parameters") -> Named:
             seen.add(id(tensor))
             unique.append((name, tensor))
     return unique
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise if two parameters of this rank have one name, in a call that finds their norms by name.
+
+    Raises:
+        ArgumentError: see above.
+
+    >>> check_names(["weight", "bias"])
+    """
+    if len(set(names)) < len(names):
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        raise ArgumentError(
+            f"parameters: {', '.join(twice[:3])}{' …' if len(twice) > 3 else ''}: different parameters of this rank "
+            "have this name, so that their norms cannot be distinguished. Pass a module that contains all of them, or "
+            'pairs with different names: [(f"generator.{name}", param) for name, param in generator.named_parameters()]'
+        )
+
+
+def is_frozen(tensor: Tensor) -> bool:
+    """Return whether a tensor is a parameter that does not train on this rank.
+
+    It requires no gradient, and has none.
+
+    >>> import torch
+    >>> is_frozen(nn.Parameter(torch.zeros(1), requires_grad=False)), is_frozen(torch.zeros(1))
+    (True, False)
+    """
+    # A plain tensor may stand for a parameter whose gradient an integration attaches later.
+    if tensor.requires_grad or not isinstance(tensor, TorchParameter):
+        return False
+    return tensor.grad is None and getattr(tensor, "main_grad", None) is None
 
 
 def _pairs(parameters: Any, argument: str) -> Iterator[tuple[str, Tensor]]:

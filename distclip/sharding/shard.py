@@ -11,14 +11,24 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from ..comm.ranks import Ranks
 
-__all__ = ["PartialSum", "Rows", "Shard", "ShardInfo", "ShardInfos", "Shards", "stored_values"]
+__all__ = [
+    "PartialSum",
+    "Rows",
+    "Shard",
+    "ShardInfo",
+    "ShardInfos",
+    "Shards",
+    "coalesce_",
+    "element_values",
+    "stored_values",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +145,9 @@ class ShardInfos(tuple[ShardInfo, ...]):
 
     _by_slot: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
+    in_memory: Any = None
+    """Facts of `norms.memory` about the memory of these shards, for the next step."""
+
 
 class Shards(Sequence[Shard]):
     """All shards of one rank at one moment.
@@ -144,15 +157,19 @@ class Shards(Sequence[Shard]):
         grads: local tensors, in the same order.
         merged: the same elements as fewer, larger tensors. It is used if only their total is needed.
 
+    Attributes:
+        description: table of the gradients in memory that the kernels read. None without one.
+
     >>> shards = Shards(ShardInfos([ShardInfo("w", num_replicas=2.0)]), [torch.ones(3)])
     >>> shards[0].name, shards[0].num_replicas, len(shards)
     ('w', 2.0, 1)
     """
 
-    __slots__ = ("grads", "infos", "merged")
+    __slots__ = ("description", "grads", "infos", "merged")
 
     def __init__(self, infos: ShardInfos, grads: list[Tensor], merged: Shards | None = None) -> None:
         self.infos, self.grads, self.merged = infos, grads, merged
+        self.description: Any = None
 
     @classmethod
     def of(cls, shards: Iterable[Shard]) -> Shards:
@@ -181,8 +198,31 @@ class Shards(Sequence[Shard]):
         return len(self.grads)
 
 
+def element_values(grad: Tensor) -> Tensor:
+    """Return the elements of a local gradient that are not implicit zeros, each of them once.
+
+    Args:
+        grad: see `stored_values`. A sparse gradient may store an element as several summands.
+
+    >>> element_values(torch.sparse_coo_tensor([[0, 0]], [1.0, 2.0], (3,), check_invariants=True))
+    tensor([3.])
+    """
+    return stored_values(grad.coalesce() if grad.is_sparse else grad)
+
+
+def coalesce_(grads: Iterable[Tensor]) -> None:
+    """Sum the summands of each element of sparse gradients, in place."""
+    for grad in grads:
+        if grad.is_sparse and not grad.is_coalesced():
+            # Outside of inference mode, whose tensors the program could not write to later.
+            with torch.inference_mode(False), torch.no_grad():
+                grad.copy_(grad.coalesce())
+
+
 def stored_values(grad: Tensor) -> Tensor:
-    """Return the stored elements of a local gradient, as a dense tensor that shares its memory.
+    """Return the stored values of a local gradient, as a dense tensor that shares its memory.
+
+    The values are its elements, or (sparse and not coalesced) summands of elements.
 
     Args:
         grad: dense or sparse, of any shape and dtype.

@@ -22,12 +22,14 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..comm.consensus import FirstError
 from ..comm.ranks import Axis
 from ..errors import ArgumentError, LayoutError
 from .annotations import annotation_of
 from .layout import Layout, num_replicas
+from .parameters import check_names, is_frozen
 from .rows import LocalRows, local_rows
 from .shard import Rows
 from .source import Request, Slice
@@ -67,12 +69,14 @@ class SlotMap:
         counts: number of slots of each unit: its number of rows, or 1.
         by_name: for each parameter of this rank, its first slot, and the rows that this rank holds.
         excluded: for each unit, True if it is measured and never clipped.
+        frozen: names of this rank's parameters that train on no rank.
     """
 
     names: tuple[str, ...] = ("model",)
     counts: tuple[int, ...] = (1,)
     by_name: Mapping[str, tuple[int, Rows | None]] = field(default_factory=dict)
     excluded: tuple[bool, ...] = (False,)
+    frozen: frozenset[str] = frozenset()
 
     @property
     def total(self) -> int:
@@ -92,6 +96,7 @@ class ParamInfo:
         share: part of the whole parameter that this rank contributes. The shares of all ranks add up to 1.
         tied: True for a replica that was annotated, and can have other names on other ranks.
         cut: rows on this rank, for per="row".
+        trains: False for a parameter that is frozen on this rank.
     """
 
     name: str
@@ -100,6 +105,7 @@ class ParamInfo:
     share: float
     tied: bool = False
     cut: LocalRows | None = None
+    trains: bool = True
 
     @property
     def full_name(self) -> str:
@@ -117,10 +123,12 @@ def describe_params(table: ShardTable, rank: int, spec: Granularity, module: nn.
         module: module that the table was made from, or None. FSDP1 describes its slices only through the module.
 
     Raises:
+        ArgumentError: two parameters have one name.
         LayoutError: the rows of a parameter cannot be numbered, or a flattened parameter cannot be taken apart.
 
     Collectives: none. Host syncs: none.
     """
+    check_names(table.names)
     if spec.per not in ("tensor", "row"):
         module = None  # A flattened parameter need not be taken apart.
     request = Request(list(zip(table.names, table.tensors, strict=True)), module, table.axes, FirstError())
@@ -129,8 +137,20 @@ def describe_params(table: ShardTable, rank: int, spec: Granularity, module: nn.
         slices.update(source.find_slices(request))
     params = []
     for name, tensor, layout in zip(table.names, table.tensors, table.layouts, strict=True):
+        if is_lazy(tensor):
+            raise LayoutError(
+                f"{name} has no shape yet, because it belongs to a lazy module. Call the model before you make "
+                "the clipper."
+            )
         slice, annotation = slices.get(id(tensor)), annotation_of(tensor)
-        cut = local_rows(name, tensor, layout, table.axes, slice, rank) if spec.per == "row" else None
+        cut, trains = None, not is_frozen(tensor)
+        if spec.per == "row":
+            try:
+                cut = local_rows(name, tensor, layout, table.axes, slice, rank)
+            except LayoutError:
+                # The rows of what does not train do not matter.
+                if trains:
+                    raise
         # Every piece is one part of the parameter, and the replicas of a piece share that part.
         num_pieces = layout.num_pieces * _num_pieces_along(layout, table.axes)
         share = 1 / (num_replicas(table.world_size, layout, table.axes) * num_pieces)
@@ -142,6 +162,7 @@ def describe_params(table: ShardTable, rank: int, spec: Granularity, module: nn.
                 share,
                 tied=bool(annotation.layout.groups) and annotation.slice is None,
                 cut=cut,
+                trains=trains,
             )
         )
     return params
@@ -161,18 +182,22 @@ def assign_slots(gathered: Sequence[Sequence[ParamInfo]], rank: int, spec: Granu
 
     Collectives: none. Host syncs: none.
     """
+    # A pattern may match frozen parameters only: which parameters train can change between two runs.
     all_names = _names(gathered)
     excluded = _matching(spec.exclude, all_names, "exclude")
+    own, gathered = gathered[rank], _training(gathered)
+    frozen = frozenset({param.name for param in own} - {param.name for param in gathered[rank]})
     # Per model and group the names of this rank suffice. The other ranks only matter for patterns without a match.
     if spec.per == "model":
-        return _slots_of_groups(gathered[rank], _with_default({}), excluded) if excluded else SlotMap()
+        slots = _slots_of_groups(own, _with_default({}), excluded) if excluded else SlotMap()
+        return replace(slots, frozen=frozen)
     if spec.per == "group":
         _matching(spec.groups.values(), all_names, "groups")
-        return _slots_of_groups(gathered[rank], _with_default(spec.groups), excluded)
+        return replace(_slots_of_groups(own, _with_default(spec.groups), excluded), frozen=frozen)
 
     units = _merge_tied(_units(gathered))
     if not units:
-        return SlotMap()
+        return SlotMap(frozen=frozen)
     # One slot per unit, or one per row, and the units one after another in the vector.
     offsets = {unit: _piece_offsets(params) for unit, params in units.items()}
     counts = {unit: _num_rows(params) for unit, params in units.items()}
@@ -186,7 +211,7 @@ def assign_slots(gathered: Sequence[Sequence[ParamInfo]], rank: int, spec: Granu
             rows = replace(param.cut.rows, first=param.cut.rows.first + offsets[unit][param.cut.piece])
         by_name[param.name] = (begins[unit], rows)
     is_excluded = tuple(any(param.name in excluded for param in params) for params in units.values())
-    return SlotMap(tuple(units), tuple(counts.values()), by_name, is_excluded)
+    return SlotMap(tuple(units), tuple(counts.values()), by_name, is_excluded, frozen)
 
 
 def parent_slots(gathered: Sequence[Sequence[ParamInfo]], spec: Granularity) -> tuple[int, ...]:
@@ -198,8 +223,15 @@ def parent_slots(gathered: Sequence[Sequence[ParamInfo]], spec: Granularity) -> 
     """
     excluded, groups = _matching(spec.exclude, _names(gathered), "exclude"), _with_default(spec.groups)
     # The order of the units is that of `assign_slots`, and so is their merging.
-    names = [params[0].name for params in _merge_tied(_units(gathered)).values()]
+    names = [params[0].name for params in _merge_tied(_units(_training(gathered))).values()]
     return tuple(len(groups) if name in excluded else _group_index(name, groups) for name in names) or (0,)
+
+
+def _training(gathered: Sequence[Sequence[ParamInfo]]) -> list[list[ParamInfo]]:
+    """Return the parameters of every rank that train on any rank."""
+    # A parameter that is frozen on some ranks only is measured on all: the others need its shards.
+    trained = {param.full_name for param in itertools.chain.from_iterable(gathered) if param.trains}
+    return [[param for param in params if param.full_name in trained] for params in gathered]
 
 
 # ---- Slots per model and group ----

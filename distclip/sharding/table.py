@@ -6,7 +6,7 @@ are computed once. A step only reads gradients, and compares the specs of DTenso
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from operator import attrgetter, is_
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..comm.consensus import FirstError
 from ..comm.ranks import Axis, Ranks
-from ..errors import DistclipError
+from ..devices import is_fake
+from ..errors import ArgumentError, DistclipError, LayoutError, warn_user
 from .annotations import AnnotationSource, annotated_sums, annotation_of
 from .ddp import DDPSource
 from .dtensor import (
@@ -28,17 +29,27 @@ from .dtensor import (
     dtensor_rows,
     is_dtensor,
     possible_partial_sums,
+    with_local,
 )
 from .flat_storage import FlatStorage
 from .fsdp1 import FSDP1Source
 from .fsdp2 import FSDP2Source
 from .layout import Layout, num_replicas, product
 from .megatron import MegatronSource, read_main_grad
-from .parameters import Named, Parameters, name_tensors
+from .parameters import Named, Parameters, is_frozen, name_tensors
 from .shard import PartialSum, Rows, ShardInfo, ShardInfos, Shards
 from .source import Request, Source
 
-__all__ = ["SOURCES", "ShardTable", "TableMetadata", "gradient_table", "local_table", "parameter_table"]
+__all__ = [
+    "SOURCES",
+    "SOURCE_ATTRIBUTES",
+    "ShardTable",
+    "TableMetadata",
+    "gradient_table",
+    "local_table",
+    "parameter_table",
+    "warn_if_nothing_trains",
+]
 
 SOURCES: tuple[Source, ...] = (
     AnnotationSource(),
@@ -49,6 +60,9 @@ SOURCES: tuple[Source, ...] = (
     DDPSource(),
 )
 """Kinds of sharding. Every one adds to the layout that those before it have found, or replaces it."""
+
+SOURCE_ATTRIBUTES = frozenset[str]().union(*(source.attributes for source in SOURCES))
+"""Names of the attributes from which any source reads the layout of a tensor."""
 
 _PLAIN = {Tensor, torch.nn.Parameter}
 
@@ -124,10 +138,11 @@ class ShardTable:
 
     @property
     def device(self) -> torch.device:
-        """Device of the first tensor, or the CPU without tensors that have memory."""
-        # Tensors on the meta device have no gradients, and no number can be computed there.
-        device = self.tensors[0].device if self.tensors else torch.device("cpu")
-        return torch.device("cpu") if device.type == "meta" else device
+        """Device of the first tensor, or the CPU without tensors and for a tensor without elements."""
+        first = self.tensors[0] if self.tensors else None
+        if first is None or first.is_meta or is_fake(_local(first) if is_dtensor(first) else first):
+            return torch.device("cpu")
+        return first.device
 
     def gradients(self) -> Shards:
         """Return this rank's shards of the gradients that exist now: `.grad`, or Megatron's fp32 `.main_grad`.
@@ -141,10 +156,37 @@ class ShardTable:
             self.inspect(shards)
         # In the first step with gradients. They keep their storage afterwards, and backward accumulates into it.
         if self.flat_grads and self._flat_storage is None and len(shards):
-            with_grad = [t for t in self.tensors if t.grad is not None or read_main_grad(t) is not None]
-            self._flat_storage = FlatStorage(with_grad, shards, self._read_gradients)
+            self._flat_storage = FlatStorage(self.tensors_with_gradient(), shards, self._read_gradients)
             shards = self._read_gradients()
         return shards if self._flat_storage is None else self._flat_storage.merge(shards)
+
+    def tensors_with_gradient(self) -> list[Tensor]:
+        """Return the tensors whose gradients `gradients` returns, in the same order."""
+        return [t for t in self.tensors if t.grad is not None or read_main_grad(t) is not None]
+
+    def replace_gradients(self, local_grads: Mapping[int, Tensor]) -> None:
+        """Replace gradients of parameters by tensors of the same shape.
+
+        Args:
+            local_grads: new local tensors, by position among the shards that `gradients` returns.
+
+        Raises:
+            LayoutError: a gradient is a `main_grad`, whose memory belongs to Megatron, or torch refuses the tensor.
+        """
+        with_grad, names = self.tensors_with_gradient(), dict(zip(map(id, self.tensors), self.names, strict=True))
+        for position, local in local_grads.items():
+            tensor = with_grad[position]
+            reason = "is a main_grad"
+            if (old := tensor.grad) is not None:
+                try:
+                    tensor.grad = with_local(old, local) if is_dtensor(old) else local
+                    continue
+                except RuntimeError as error:
+                    reason = f"cannot be replaced ({error})"
+            raise LayoutError(
+                f"the gradient of {names[id(tensor)]} overlaps another one in memory, or repeats an element, and "
+                f"{reason}. Assign a copy: param.grad = param.grad.clone()."
+            )
 
     def drop_gradients(self) -> None:
         """Set every `.grad` to None, and every `main_grad` of Megatron to 0."""
@@ -155,8 +197,8 @@ class ShardTable:
                 main_grad.zero_()
 
     def weights(self) -> Shards:
-        """Return this rank's shards of the parameters themselves, also of those without a gradient."""
-        shards = self.metadata.shards_of_tensors(self.tensors, self.world_size)
+        """Return this rank's shards of the parameters that train, also of those without a gradient."""
+        shards = self.metadata.shards_of_weights(self.tensors, self.world_size)
         if all(not info.partial_sums for info in shards.infos):
             return shards
         # Only the gradients are partial. Parameters are replicas.
@@ -199,13 +241,14 @@ class ShardTable:
         """Keep what `fp64_anywhere` returns, after the ranks have gathered their answers."""
         self.metadata.fp64 = has_fp64, anywhere
 
-    def assign_slots(self, by_name: Mapping[str, tuple[int, Rows | None]]) -> None:
+    def assign_slots(self, by_name: Mapping[str, tuple[int, Rows | None]], frozen: Collection[str] = ()) -> None:
         """Assign a slot to every tensor. Before this call all tensors count in slot 0.
 
         Args:
             by_name: see `SlotMap`.
+            frozen: likewise.
         """
-        self.metadata.assign_slots(by_name)
+        self.metadata.assign_slots(by_name, frozen)
 
     def _read_gradients(self) -> Shards:
         if self.are_gradients:
@@ -238,11 +281,16 @@ class TableMetadata:
             _NEVER_SEEN if is_dtensor(tensor) and any(p.is_partial() for p in tensor.placements) else _spec_of(tensor)
             for _, tensor, _ in entries
         ]
+        # Tensors that must have no gradient: the error to raise once they do, by position.
+        self.frozen_errors: dict[int, DistclipError] = {}
         self._slots: Mapping[str, tuple[int, Rows | None]] = {}
         self._infos: dict[int, ShardInfos] = {}
         self._subset: tuple[tuple[int, ...], TableMetadata] | None = None
         # Whether this rank and any rank has float64 gradients, as the ranks have last gathered it.
         self.fp64: tuple[bool | None, bool | None] = (None, None)
+        # Positions of the tensors that train. None for all of them.
+        self._training: tuple[int, ...] | None = None
+        self._weights: TableMetadata | None = None
 
     @cached_property
     def groups(self) -> frozenset[Ranks]:
@@ -263,10 +311,15 @@ class TableMetadata:
         )
         return whole and not self.axes and any(layout.is_averaged for layout in self.layouts)
 
-    def assign_slots(self, by_name: Mapping[str, tuple[int, Rows | None]]) -> None:
-        """Assign a slot to every tensor."""
+    def assign_slots(self, by_name: Mapping[str, tuple[int, Rows | None]], frozen: Collection[str] = ()) -> None:
+        """Assign a slot to every tensor, except those that are frozen on all ranks."""
         self._slots = by_name
-        self._infos, self._subset = {}, None
+        self._infos, self._subset, self._weights = {}, None, None
+        training = tuple(i for i, name in enumerate(self.names) if name not in frozen)
+        self._training = None if len(training) == len(self.names) else training
+        for i, name in enumerate(self.names):
+            if name in frozen and name not in by_name:
+                self.frozen_errors.setdefault(i, _unfrozen(name))
 
     def infos(self, world_size: int) -> ShardInfos:
         """Return the metadata of gradients that have the layouts of their parameters.
@@ -289,7 +342,7 @@ class TableMetadata:
         # A step on thousands of tensors spends much of its time here. The common case is decided on sets of types.
         grads: list[Any] = list(map(_grad_of, tensors))
         types = set(map(type, grads))
-        if types <= _PLAIN:
+        if types <= _PLAIN and not self.frozen_errors:
             return Shards(self.infos(world_size), grads)
         if type(None) in types:
             grads = [read_main_grad(t) if g is None else g for t, g in zip(tensors, grads, strict=True)]
@@ -297,7 +350,18 @@ class TableMetadata:
             if len(present) < len(tensors):
                 subset = [tensors[i] for i in present]
                 return self._subset_at(present)._shards(subset, [grads[i] for i in present], world_size)
+        if self.frozen_errors:
+            raise next(iter(self.frozen_errors.values()))
         return self._shards(tensors, grads, world_size)
+
+    def shards_of_weights(self, tensors: Sequence[Tensor], world_size: int) -> Shards:
+        """Return this rank's shards of the tensors that train."""
+        if self._training is None:
+            return self._shards(tensors, list(tensors), world_size)
+        if self._weights is None:
+            self._weights = self._at(self._training)
+        training = [tensors[i] for i in self._training]
+        return self._weights._shards(training, list(training), world_size)
 
     def shards_of_tensors(self, tensors: Sequence[Tensor], world_size: int) -> Shards:
         """Return this rank's shards of the tensors themselves."""
@@ -343,15 +407,21 @@ class TableMetadata:
         """Return the metadata of the tensors at some positions: those with a gradient."""
         # Mostly the same tensors have a gradient in every step.
         if self._subset is None or self._subset[0] != positions:
-            # The columns are copied and not recomputed, which would need the tensors of the table.
-            subset = TableMetadata([], self.axes)
-            subset.names = [self.names[i] for i in positions]
-            subset.layouts = [self.layouts[i] for i in positions]
-            subset._partial_sums = [self._partial_sums[i] for i in positions]
-            subset._specs = [self._specs[i] for i in positions]
-            subset._slots = self._slots
-            self._subset = positions, subset
+            if unfrozen := self.frozen_errors.keys() & positions:
+                raise self.frozen_errors[min(unfrozen)]
+            self._subset = positions, self._at(positions)
         return self._subset[1]
+
+    def _at(self, positions: Sequence[int]) -> TableMetadata:
+        """Return the metadata of the tensors at some positions."""
+        # The columns are copied and not recomputed, which would need the tensors of the table.
+        subset = TableMetadata([], self.axes)
+        subset.names = [self.names[i] for i in positions]
+        subset.layouts = [self.layouts[i] for i in positions]
+        subset._partial_sums = [self._partial_sums[i] for i in positions]
+        subset._specs = [self._specs[i] for i in positions]
+        subset._slots = self._slots
+        return subset
 
 
 def parameter_table(parameters: Parameters, axes: tuple[Axis, ...]) -> ShardTable:
@@ -390,6 +460,7 @@ def _table(tensors: Named, module: nn.Module | None, axes: tuple[Axis, ...]) -> 
     request = Request(tensors, module, axes, errors)
     readers = [read for source in SOURCES if (read := source.layout_reader(request)) is not None]
     entries: list[tuple[str, Tensor, Layout]] = []
+    frozen_errors: dict[int, DistclipError] = {}
     for name, tensor in tensors:
         layout: Layout | None = None
         try:
@@ -397,8 +468,11 @@ def _table(tensors: Named, module: nn.Module | None, axes: tuple[Axis, ...]) -> 
                 layout = read(name, tensor, layout)
         except DistclipError as error:
             # The other tensors stay in the table: their groups determine which ranks must raise together.
-            errors.add(error)
-            continue
+            if not is_frozen(tensor):
+                errors.add(error)
+                continue
+            # The layout of what does not train does not matter, until it gets a gradient.
+            frozen_errors[len(entries)] = error
         layout = layout or Layout()
         # A tensor whose source does not describe the axes of `split_over=` is different along each of them.
         if len(layout.split) != len(axes):
@@ -407,7 +481,41 @@ def _table(tensors: Named, module: nn.Module | None, axes: tuple[Axis, ...]) -> 
             layout = replace(layout, cut=(False,) * len(axes))
         entries.append((name, tensor, layout))
     checks = [check for source in SOURCES for check in source.find_checks(request)]
-    return ShardTable([tensor for _, tensor, _ in entries], TableMetadata(entries, axes, checks), error=errors.error)
+    metadata = TableMetadata(entries, axes, checks)
+    metadata.frozen_errors = frozen_errors
+    return ShardTable([tensor for _, tensor, _ in entries], metadata, error=errors.error)
+
+
+def warn_if_nothing_trains(parameters: Parameters, table: ShardTable) -> None:
+    """Warn if an iterator was exhausted, or if gradients were passed in place of parameters.
+
+    Args:
+        parameters: argument of the caller.
+        table: made from it, without a gradient.
+    """
+    if not table.tensors and isinstance(parameters, Iterator):
+        warn_user("`parameters` is an empty generator, no gradient clipping will occur.", UserWarning)
+    # Integrations annotate the tensors that stand for parameters, and attach their gradients later.
+    if not table.tensors or table.are_gradients or any(map(_may_train, table.tensors)):
+        return
+    warn_user(
+        f"parameters: none of {len(table.tensors)} tensors is a parameter, requires a gradient or has one, so that "
+        "nothing is clipped. Pass the parameters themselves, and not their gradients.",
+        UserWarning,
+    )
+
+
+def _may_train(tensor: Tensor) -> bool:
+    if tensor.requires_grad or is_frozen(tensor) or not SOURCE_ATTRIBUTES.isdisjoint(tensor.__dict__):
+        return True
+    return tensor.grad is not None or read_main_grad(tensor) is not None
+
+
+def _unfrozen(name: str) -> ArgumentError:
+    return ArgumentError(
+        f"{name} has a gradient, and was frozen (requires_grad=False) on all ranks when the clipper was made, so that "
+        "it has no slot. Call clipper.rebind(model) after unfreezing parameters."
+    )
 
 
 def _spec_of(tensor: Tensor) -> Any:

@@ -26,6 +26,7 @@ FOREIGN = {
     "distclip/sharding/dtensor.py": 1,  # placements of any library
     "distclip/sharding/fsdp1.py": 2,
     "distclip/sharding/megatron.py": 6,
+    "distclip/sharding/parameters.py": 1,  # an attribute that Megatron sets on parameters
 }
 """Number of getattr, hasattr and setattr calls of a module, all on foreign objects. Integrations are not limited."""
 

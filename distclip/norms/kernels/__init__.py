@@ -17,19 +17,25 @@ from torch import Tensor
 from ...devices import accumulation_dtype, device_constant
 from ...sharding.shard import Rows
 from . import native, torch_ops
+from .tensor_table import TensorTable
 
 __all__ = ["fused_power_sums", "gpu_kernels", "power_sums", "row_powers", "scale_"]
+
+_PLAIN = {Tensor, torch.nn.Parameter}
 
 _FLOAT64_DTYPES = (torch.float64, torch.complex128)
 
 
-def power_sums(tensors: Sequence[Tensor], norm_type: float, device: torch.device) -> tuple[Tensor, bool]:
+def power_sums(
+    tensors: Sequence[Tensor], norm_type: float, device: torch.device, description: TensorTable | None = None
+) -> tuple[Tensor, bool]:
     """Compute Σ|g|^p of each tensor, or max|g| for p = inf, or −min|g| for p = −inf.
 
     Args:
         tensors: of any floating or complex dtypes, layouts and devices.
         norm_type: p.
         device: where the result is needed.
+        description: of the tensors, if they have been described already.
 
     Returns:
         (n,) float64, and whether any tensor is float64 or complex128.
@@ -40,14 +46,15 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float, device: torch.device
     (tensor([25.,  1.], dtype=torch.float64), False)
     """
     # The usual case: all tensors are dense, real and on one device, and a single kernel takes them all.
-    if tensors and (fused := fused_power_sums(tensors, norm_type)) is not None:
+    if tensors and (fused := fused_power_sums(tensors, norm_type, description)) is not None:
         return fused[0].to(device), fused[1]
     has_float64 = any(tensor.dtype in _FLOAT64_DTYPES for tensor in tensors)
     sums = torch.empty(len(tensors), dtype=accumulation_dtype(device), device=device)
     # Otherwise one call for each kind of tensor, so that one odd tensor does not slow down the others.
     positions_by_kind: dict[object, list[int]] = {}
     for i, tensor in enumerate(tensors):
-        kind = (tensor.device, tensor.dtype, torch_ops.is_dense(tensor))
+        # An operator for several tensors must not be given plain ones together with those of another class.
+        kind = (tensor.device, tensor.dtype, torch_ops.is_dense(tensor), type(tensor) in _PLAIN)
         positions_by_kind.setdefault(kind, []).append(i)
     for positions in positions_by_kind.values():
         group = [tensors[i] for i in positions]
@@ -100,18 +107,21 @@ def gpu_kernels(device: torch.device) -> Any:
     return _import_triton_launch() if device.type == "cuda" else None
 
 
-def fused_power_sums(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, bool] | None:
+def fused_power_sums(
+    tensors: Sequence[Tensor], norm_type: float, description: TensorTable | None = None
+) -> tuple[Tensor, bool] | None:
     """Compute `power_sums` with one kernel for all tensors.
 
     Args:
         tensors: at least one.
         norm_type: p.
+        description: of the tensors, if they have been described already.
 
     Returns:
         None if there is no kernel for these tensors or this p.
     """
     kernels = gpu_kernels(tensors[0].device) or native
-    sums: tuple[Tensor, bool] | None = kernels.power_sums(tensors, norm_type)
+    sums: tuple[Tensor, bool] | None = kernels.power_sums(tensors, norm_type, description)
     return sums
 
 

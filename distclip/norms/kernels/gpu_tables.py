@@ -68,11 +68,12 @@ _captured_tables: list[GPUTable] = []
 """Tables that a CUDA graph reads at each replay, kept alive because the graph has only their addresses."""
 
 
-def get_table(tensors: Sequence[Tensor]) -> GPUTable | None:
+def get_table(tensors: Sequence[Tensor], description: TensorTable | None = None) -> GPUTable | None:
     """Return the table of tensors, from the cache if the same memory was described before.
 
     Args:
         tensors: on one device, at least one.
+        description: of the tensors, if they have been described already.
 
     Returns:
         None if a tensor is not dense or not real, or if a CUDA graph is being captured and these addresses were not
@@ -81,7 +82,7 @@ def get_table(tensors: Sequence[Tensor]) -> GPUTable | None:
     Host syncs: none. Numbers travel to the device from pinned memory.
     """
     device = tensors[0].device
-    table = describe_tensors(tensors, device.type)
+    table = description or describe_tensors(tensors, device.type)
     if table is None or len(set(map(Tensor.get_device, tensors))) > 1:
         return None
     # Addresses are part of the key, because gradients can move between steps.

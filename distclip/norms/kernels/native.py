@@ -15,7 +15,9 @@ from .tensor_table import DTYPES, OPERATIONS, TensorTable, describe_tensors
 __all__ = ["power_sums", "row_powers", "scale_"]
 
 
-def power_sums(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, bool] | None:
+def power_sums(
+    tensors: Sequence[Tensor], norm_type: float, table: TensorTable | None = None
+) -> tuple[Tensor, bool] | None:
     """Compute Σ|g|^p, or max|g|, of each tensor.
 
     The bits depend on the elements and their order alone, not on threads, alignment or neighbours in memory. Squares of
@@ -24,6 +26,7 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, boo
     Args:
         tensors: any number.
         norm_type: p.
+        table: description of the tensors, if they have been described already.
 
     Returns:
         (n,) float64, and whether any tensor is float64. None if there is no library, p is not 1, 2 or inf, or
@@ -33,7 +36,9 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, boo
     >>> sums if load_library() else (torch.tensor([250000.0, 0.0], dtype=torch.float64), False)
     (tensor([250000.,      0.], dtype=torch.float64), False)
     """
-    if norm_type not in OPERATIONS or load_library() is None or (table := describe_tensors(tensors, "cpu")) is None:
+    if norm_type not in OPERATIONS or load_library() is None:
+        return None
+    if (table := table or describe_tensors(tensors, "cpu")) is None:
         return None
     return _sum_powers(table, norm_type), table.has_float64
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import triton_kernels
 from .gpu_tables import CHUNK, get_table
-from .tensor_table import OPERATIONS
+from .tensor_table import OPERATIONS, TensorTable
 
 __all__ = ["power_sums", "scale_"]
 
@@ -22,12 +22,15 @@ __all__ = ["power_sums", "scale_"]
 _OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 
-def power_sums(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, bool] | None:
+def power_sums(
+    tensors: Sequence[Tensor], norm_type: float, description: TensorTable | None = None
+) -> tuple[Tensor, bool] | None:
     """Compute Σ|g|^p, or max|g|, of each tensor.
 
     Args:
         tensors: on one device, at least one.
         norm_type: p.
+        description: of the tensors, if they have been described already.
 
     Returns:
         (n,) float64 on the tensors' device, and whether any tensor is float64. None if p is not 1, 2 or inf, or
@@ -35,7 +38,7 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, boo
 
     Host syncs: none. Launches: one for each dtype, and one more.
     """
-    if norm_type not in OPERATIONS or (table := get_table(tensors)) is None:
+    if norm_type not in OPERATIONS or (table := get_table(tensors, description)) is None:
         return None
     operation, device = OPERATIONS[norm_type], tensors[0].device
     partial = torch.empty(table.num_chunks, dtype=torch.float64, device=device)

@@ -1,0 +1,407 @@
+"""Read gradients that are safe to measure and to write: no element has the address of another one.
+
+torch accepts gradients that share memory with each other, repeat one element (stride 0), or carry a lazy sign. Written
+in place, such a gradient would be scaled twice, or not at all. So it gets a copy before it is measured. A gradient that
+the operators cannot scale is refused by name, before any is written.
+
+In an ordinary step this costs one comparison of addresses with those of the step before.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..comm import Comm
+from ..comm.discovery import is_dry_run
+from ..devices import has_addresses, is_fake
+from ..errors import LayoutError
+from ..sharding.shard import Shard, Shards, stored_values
+from ..sharding.table import ShardTable
+from .kernels.tensor_table import DTYPES, KERNEL_DEVICES, TensorTable, describe_tensors
+from .kernels.torch_ops import is_dense, power_sum
+
+__all__ = ["read_gradients", "read_weights"]
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+_LAYOUTS = {torch.strided, torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
+
+_ROW_LAYOUTS = {torch.strided, torch.sparse_coo, torch.sparse_csr}
+"""Layouts whose stored values can be assigned to rows."""
+
+_DTYPES = {*DTYPES, torch.complex64, torch.complex128}
+"""Dtypes that every operator supports."""
+
+_SIZES = [dtype.itemsize for dtype in DTYPES]
+
+
+@dataclass(slots=True)
+class _Known:
+    """Facts about the memory of some shards, from an earlier step.
+
+    Args:
+        separate: addresses, lengths and dtypes of gradients that do not overlap.
+        parts: positions of the gradients that a kernel can read, by device type.
+        odd: positions of all others. None if the gradients have never been sorted into these parts.
+    """
+
+    separate: tuple[bytes, ...] = ()
+    parts: dict[str, list[int]] = field(default_factory=dict)
+    odd: list[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Extent:
+    """Memory of one gradient.
+
+    Args:
+        start: address of the first element.
+        end: address after the last element.
+        strides: (size, stride in bytes) of each dim, or None if the elements fill the range.
+        itemsize: bytes of an element.
+    """
+
+    start: int
+    end: int
+    strides: tuple[tuple[int, int], ...] | None
+    itemsize: int
+
+
+def read_gradients(table: ShardTable, comm: Comm | None = None) -> Shards:
+    """Return this rank's shards of the gradients that exist now, after repairing them where necessary.
+
+    A gradient that shares memory is replaced by a copy (`.grad` is another tensor then). Nothing else changes: views of
+    one storage that do not overlap, such as DDP's buckets, stay where they are.
+
+    Args:
+        table: of this rank.
+        comm: all ranks concerned. None for this rank alone.
+
+    Returns:
+        The shards. None under FakeTensorMode, whose tensors have no elements.
+
+    Raises:
+        LayoutError: a gradient cannot be measured and scaled; by name, before any gradient has been written.
+
+    Collectives: none. Host syncs: none, except one the first time that a gradient is of an unknown class.
+    """
+    shards = table.gradients()
+    # Views of a flat storage do not overlap, and the storage is what will be read.
+    read = shards if shards.merged is None else shards.merged
+    if not read.grads or _describe(read):
+        return shards
+    return _repair(table, shards, comm)
+
+
+def read_weights(table: ShardTable, comm: Comm | None = None) -> Shards:
+    """Return this rank's shards of the parameters that train.
+
+    Args:
+        table, comm: see `read_gradients`.
+
+    Raises:
+        LayoutError: the elements of a parameter cannot be read; by name.
+
+    Collectives: none. Host syncs: see `read_gradients`.
+    """
+    weights = table.weights()
+    if not _PLAIN.issuperset(map(type, weights.grads)) or any(map(_is_meta, weights.grads)):
+        if (nothing := _without_elements(weights, comm)) is not None:
+            return nothing
+        for i, weight in enumerate(weights):
+            weights.grads[i] = _as_plain(weight, "parameter", writable=False)
+    return weights
+
+
+_is_meta = attrgetter("is_meta")
+
+
+def _without_elements(shards: Shards, comm: Comm | None) -> Shards | None:
+    """Return the shards to measure if none has elements: none of them, or meta tensors."""
+    if any(map(is_fake, shards.grads)):
+        return _NO_SHARDS
+    if not all(map(_is_meta, shards.grads)):
+        return None
+    if is_dry_run():
+        return _NO_SHARDS
+    # Where the ranks add up numbers, a rank without any has made a mistake.
+    if comm is None or comm.size == 1 or comm.device == torch.device("meta"):
+        return shards
+    return None
+
+
+_NO_SHARDS = Shards.of(())
+
+
+# ---- The ordinary step ----
+
+
+def _describe(shards: Shards) -> bool:
+    """Describe gradients that are all ordinary and separate. Return False if they are not."""
+    known: _Known | None = shards.infos.in_memory
+    kind = shards.grads[0].device.type
+    # Known to be mixed: a description would fail again.
+    if (known is not None and known.odd is not None) or kind not in KERNEL_DEVICES:
+        return False
+    description = describe_tensors(shards.grads, kind)
+    if description is None:
+        return False
+    if known is None:
+        known = shards.infos.in_memory = _Known()
+    key = (bytes(description.addresses), bytes(description.lengths), bytes(description.dtypes))
+    if known.separate != key:
+        if _overlap(*_ends_of(description)):
+            return False
+        known.separate = key
+    shards.description = description
+    return True
+
+
+def _ends_of(description: TensorTable) -> tuple[Tensor, Tensor]:
+    """Return the first address of each tensor and the one after its last, without empty tensors."""
+    if not description.addresses:
+        return torch.empty(0, dtype=torch.int64, device="cpu"), torch.empty(0, dtype=torch.int64, device="cpu")
+    starts = torch.frombuffer(description.addresses, dtype=torch.int64)
+    lengths = torch.frombuffer(description.lengths, dtype=torch.int64)
+    dtypes = torch.frombuffer(description.dtypes, dtype=torch.int32)
+    ends = starts + lengths * torch.tensor(_SIZES, device="cpu")[dtypes]
+    has_elements = lengths > 0
+    return starts[has_elements], ends[has_elements]
+
+
+def _overlap(starts: Tensor, ends: Tensor) -> bool:
+    """Return whether any two ranges of addresses overlap."""
+    starts, order = starts.sort()
+    # If any two ranges overlap, two neighbours in this order do.
+    return bool((ends[order][:-1] > starts[1:]).any())
+
+
+# ---- Any other step ----
+
+
+def _repair(table: ShardTable, shards: Shards, comm: Comm | None) -> Shards:
+    """Copy gradients that share memory, and raise for those that cannot be clipped."""
+    if (nothing := _without_elements(shards, comm)) is not None:
+        return nothing
+    descriptions, odd = _sort_by_kind(shards)
+    plain = {i: _as_plain(shards[i], "gradient", writable=not table.are_gradients) for i in odd}
+    if not table.are_gradients and (copies := _copies(shards, descriptions, plain)):
+        table.replace_gradients(copies)
+        # Read again, because the table may keep a gradient elsewhere. The copies are ordinary.
+        shards = table.gradients()
+        plain = {i: grad for i, grad in plain.items() if i not in copies}
+        if _describe(shards):
+            return shards
+    for i, grad in plain.items():
+        shards.grads[i] = grad
+    return shards
+
+
+def _sort_by_kind(shards: Shards) -> tuple[list[tuple[list[int], TensorTable]], list[int]]:
+    """Describe the ordinary gradients, and return the positions of all others.
+
+    Returns:
+        (positions, description) for each type of device, and the other positions.
+    """
+    known: _Known = shards.infos.in_memory or _Known()
+    shards.infos.in_memory = known
+    # Mostly the same gradients are odd in every step, and one call describes all others.
+    for is_new in (known.odd is None, True):
+        if is_new:
+            known.parts, known.odd = defaultdict(list), []
+            for i, grad in enumerate(shards.grads):
+                device = grad.device.type
+                ordinary = device in KERNEL_DEVICES and describe_tensors([grad], device) is not None
+                (known.parts[device] if ordinary else known.odd).append(i)
+            if not known.odd and len(known.parts) == 1:
+                known.odd = None
+        described = [
+            (positions, describe_tensors([shards.grads[i] for i in positions], device))
+            for device, positions in known.parts.items()
+        ]
+        complete = [(positions, table) for positions, table in described if table is not None]
+        if len(complete) == len(described):
+            return complete, known.odd or []
+    raise AssertionError("gradients that a kernel reads one by one can be read together")
+
+
+def _as_plain(shard: Shard, what: str, *, writable: bool) -> Tensor:
+    """Return a local tensor without the class around it, sharing its memory.
+
+    Args:
+        shard: of this rank.
+        what: the word for it in an error.
+        writable: it must be possible to scale the tensor.
+
+    Raises:
+        LayoutError: it cannot be measured, or scaled.
+    """
+    tensor, cls = shard.grad, type(shard.grad)
+    if cls not in _PLAIN:
+        if cls.__torch_dispatch__ is Tensor.__torch_dispatch__:
+            # The class only overrides functions of torch, and the elements are its own.
+            tensor = tensor.as_subclass(Tensor)
+        elif cls.__name__ == "AsyncCollectiveTensor":
+            foreign: Any = tensor
+            tensor = foreign.trigger_wait()
+    reason = ""
+    if tensor.is_meta:
+        reason = "is on the meta device and has no elements. Materialize the parameter: model.to_empty(device=device)"
+    elif tensor.is_nested or tensor.layout not in _LAYOUTS:
+        reason = f"is a {cls.__name__} of layout {tensor.layout}, whose elements cannot be scaled in place. Use a "
+        reason += "dense tensor"
+    elif shard.rows is not None and tensor.layout not in _ROW_LAYOUTS:
+        reason = f"has layout {tensor.layout}, which has no rows. Convert it with grad.to_sparse_csr()"
+    elif type(tensor) not in _PLAIN or (what == "gradient" and tensor.dtype not in _DTYPES):
+        key = (cls, tensor.dtype, tensor.layout, tensor.device.type, writable)
+        if key not in _tried:
+            _tried[key] = _operators_work(tensor, writable)
+        if not _tried[key]:
+            reason = (
+                f"is a {cls.__name__} of dtype {tensor.dtype}, and torch's operators cannot "
+                f"{'scale' if writable else 'measure'} it. Assign a plain tensor of float32, or freeze the parameter"
+            )
+    if reason:
+        raise LayoutError(f"the {what} of {shard.name} {reason}." if what == "gradient" else f"{shard.name} {reason}.")
+    return tensor
+
+
+_tried: dict[tuple[Any, ...], bool] = {}
+"""Result of `_operators_work` by class, dtype, layout, device type and use."""
+
+
+def _operators_work(tensor: Tensor, writable: bool) -> bool:
+    """Return whether the operators of an unknown class measure a tensor, and scale a copy of it."""
+    try:
+        before, half = power_sum(tensor, 2.0), tensor
+        if writable:
+            half = tensor.clone()
+            half.mul_(0.5)
+        # A power sum of the class itself must convert to a number.
+        whole, quarter = torch.zeros(2, dtype=before.dtype, device=before.device)
+        whole.copy_(before)
+        quarter.copy_(power_sum(half, 2.0))
+        return bool(torch.isclose(quarter * (4 if writable else 1), whole, rtol=1e-3, equal_nan=True))
+    except Exception:
+        # Whatever the class raises, it does not have the operators.
+        return False
+
+
+def _copies(
+    shards: Shards, descriptions: Sequence[tuple[list[int], TensorTable]], odd: dict[int, Tensor]
+) -> dict[int, Tensor]:
+    """Copy the gradients that have elements at one address. Return the copies by position."""
+    copies: dict[int, Tensor] = {}
+    extents: defaultdict[str, dict[int, _Extent]] = defaultdict(dict)
+    for i, grad in odd.items():
+        values = stored_values(grad)
+        if values.is_neg() or values.is_conj() or _repeats_elements(values):
+            copies[i] = _copy(grad)
+        elif type(values) in _PLAIN and has_addresses(values.device) and values.numel():
+            extents[values.device.type][i] = _extent_of(values)
+    for positions, description in descriptions:
+        if positions and (extents or _overlap(*_ends_of(description))):
+            kind = shards.grads[positions[0]].device.type
+            columns = zip(positions, description.addresses, description.lengths, description.dtypes, strict=True)
+            for i, start, length, dtype in columns:
+                if length:
+                    extents[kind][i] = _Extent(start, start + length * _SIZES[dtype], None, _SIZES[dtype])
+    for by_position in extents.values():
+        # In the order of the table, so that the first of several gradients keeps the memory.
+        copies |= {i: _copy(odd.get(i, shards.grads[i])) for i in _without_memory(dict(sorted(by_position.items())))}
+    return copies
+
+
+def _copy(grad: Tensor) -> Tensor:
+    """Copy a gradient to new memory, without lazy signs."""
+    if grad.layout is not torch.strided:
+        return grad.clone()
+    return grad.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+
+
+def _repeats_elements(values: Tensor) -> bool:
+    """Return whether two elements may have one address."""
+    if values.layout is not torch.strided or values.numel() == 0 or type(values) not in _PLAIN:
+        return False
+    reach = 1
+    for stride, size in sorted(zip(values.stride(), values.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
+def _extent_of(values: Tensor) -> _Extent:
+    """Return the memory of a tensor with elements, none of which has the address of another."""
+    size = values.itemsize
+    strides = tuple((n, stride * size) for n, stride in zip(values.shape, values.stride(), strict=True))
+    end = values.data_ptr() + sum((n - 1) * stride for n, stride in strides) + size
+    return _Extent(values.data_ptr(), end, None if is_dense(values) else strides, size)
+
+
+def _without_memory(extents: dict[int, _Extent]) -> list[int]:
+    """Return the positions of gradients whose memory is that of an earlier gradient, in whole or in part."""
+    starts, ends = array("q"), array("q")
+    for extent in extents.values():
+        starts.append(extent.start)
+        ends.append(extent.end)
+    if len(extents) < 2 or not _overlap(*(torch.frombuffer(column, dtype=torch.int64) for column in (starts, ends))):
+        return []
+    # Gradients whose ranges touch each other, directly or through others, form a cluster.
+    clusters: list[list[int]] = []
+    end = 0
+    for i in sorted(extents, key=lambda i: extents[i].start):
+        if clusters and extents[i].start < end:
+            clusters[-1].append(i)
+        else:
+            clusters.append([i])
+        end = max(end, extents[i].end) if len(clusters[-1]) > 1 else extents[i].end
+    positions = []
+    for cluster in map(sorted, clusters):
+        if len(cluster) > 1:
+            base = min(extents[i].start for i in cluster)
+            # Relative addresses, which stay the same if the memory moves as a whole.
+            shape = tuple(
+                _Extent(extents[i].start - base, extents[i].end - base, extents[i].strides, extents[i].itemsize)
+                for i in cluster
+            )
+            positions += [cluster[j] for j in _late_claims(shape)]
+    return positions
+
+
+@lru_cache(maxsize=256)
+def _late_claims(extents: tuple[_Extent, ...]) -> tuple[int, ...]:
+    """Return which of several gradients have an element at the address of an earlier gradient's element."""
+    late = []
+    if all(extent.strides is None for extent in extents):
+        claimed: list[_Extent] = []
+        for i, extent in enumerate(extents):
+            if any(extent.start < other.end and other.start < extent.end for other in claimed):
+                late.append(i)
+            else:
+                claimed.append(extent)
+        return tuple(late)
+    # Ranges of strided gradients overlap where their elements need not: columns of one matrix. So mark every byte.
+    used = torch.zeros(max(extent.end for extent in extents), dtype=torch.bool, device="cpu")
+    for i, extent in enumerate(extents):
+        dims = extent.strides
+        if dims is None:
+            own = used[extent.start : extent.end]
+        else:
+            sizes, strides = (*(n for n, _ in dims), extent.itemsize), (*(stride for _, stride in dims), 1)
+            own = used.as_strided(sizes, strides, extent.start)
+        if bool(own.any()):
+            late.append(i)
+        else:
+            own.fill_(True)
+    return tuple(late)
