@@ -11,8 +11,9 @@
     engine        one step, all stages in order             outcome    Outcome, and Report for the user
     functional    torch's four functions                    clipper    GradClipper: step, clip, attach
     checkpoint    state of a policy by slot name            extend     building blocks for integrations
-    integrations  DeepSpeed, Megatron, Lightning, …         monitor    record and explain runs
-    bench         speed against torch                       reference  the oracle of the tests
+    auditing      audit: prove that a layout counts right   monitor    record and explain runs
+    integrations  DeepSpeed, Megatron, Lightning, …         bench      speed against torch
+    reference     the oracle of the tests
 
 A gradient of the model is spread over many processes. Some have different shards of it, some have replicas of the same
 shard. Clipping is right only if every element counts exactly once and every process applies the same coefficient. A
@@ -41,6 +42,7 @@ Glossary:
 
 from . import policies
 from ._version import __version__
+from .auditing import audit
 from .clipper import GradClipper
 from .comm import Comm, LocalComm, ProcessGroupComm
 from .errors import (
@@ -81,6 +83,7 @@ __all__ = [
     "UnclippedStepWarning",
     "__version__",
     "annotate_",
+    "audit",
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",

@@ -27,6 +27,7 @@ from .policies import Policy
 from .sharding.parameters import Parameters
 from .sharding.shard import Shards
 from .sharding.split_over import SplitOver
+from .sharding.table import ShardTable
 
 __all__ = ["GradClipper"]
 
@@ -335,6 +336,11 @@ class GradClipper:
     def parameters(self) -> tuple[str, ...]:
         """Names of the parameters that this rank has, or has a shard of."""
         return tuple(self._engine.table.names)
+
+    @property
+    def table(self) -> ShardTable:
+        """Parameters of this rank with their layouts."""
+        return self._engine.table
 
     def pieces(self) -> Shards:
         """Return this rank's shards of the parameters themselves. Collectives: none. Host syncs: none."""

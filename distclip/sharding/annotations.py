@@ -46,6 +46,7 @@ class Annotation:
 class AnnotationSource(Source):
     """Layouts from `annotate_` and `set_layout`."""
 
+    title = "annotate_"
     attributes = frozenset({_ATTRIBUTE})
 
     def layout_reader(self, request: Request) -> LayoutReader | None:

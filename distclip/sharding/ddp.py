@@ -20,6 +20,8 @@ __all__ = ["DDPSource", "ddp_modules", "is_joining"]
 class DDPSource(Source):
     """Parameters that DistributedDataParallel keeps equal on the ranks of its process group."""
 
+    title = "DDP"
+
     def layout_reader(self, request: Request) -> LayoutReader | None:
         """Return a reader that adds DDP's process group to a layout."""
         replicated = {} if request.module is None else _replicated_ranks(request.module)

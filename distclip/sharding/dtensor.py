@@ -39,6 +39,8 @@ __all__ = [
 class DTensorSource(Source):
     """DTensors, which carry their mesh and placements."""
 
+    title = "placements"
+
     def layout_reader(self, request: Request) -> LayoutReader | None:
         """Return a reader that multiplies an annotation's layout with the DTensor's own."""
         return None if dtensor_class() is None else _read_layout

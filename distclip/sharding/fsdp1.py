@@ -25,6 +25,7 @@ _FLATTENED = "_fsdp_flattened"
 class FSDP1Source(Source):
     """Parameters that FullyShardedDataParallel manages."""
 
+    title = "FSDP1"
     attributes = frozenset({_FLATTENED})
 
     def layout_reader(self, request: Request) -> LayoutReader | None:

@@ -66,6 +66,7 @@ def read_main_grad(param: Tensor) -> Tensor | None:
 class MegatronSource(Source):
     """Plain tensors without any other layout, split along `split_over=` by their attributes."""
 
+    title = "attributes"
     attributes = frozenset({_TENSOR, _EXPERT, "shared", "partition_dim"})
 
     def layout_reader(self, request: Request) -> LayoutReader | None:

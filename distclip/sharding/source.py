@@ -64,6 +64,8 @@ class Source(Protocol):
     except `layout_reader` is optional.
     """
 
+    title: str = "another source"
+    """Words for the origin of its layouts, in the table of `distclip.audit`."""
     attributes: frozenset[str] = frozenset()
     """Names of the tensor attributes that the source reads. A cached table is dropped when one of them changes."""
 

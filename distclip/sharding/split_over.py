@@ -13,7 +13,7 @@ from ..comm import Comm, missing_members
 from ..comm.ranks import Axis, Ranks
 from ..errors import ArgumentError, LayoutError
 
-__all__ = ["SplitOver", "group_ranks", "mesh_ranks", "split_axes"]
+__all__ = ["SplitOver", "group_ranks", "mesh_ranks", "name_from_description", "split_axes"]
 
 _One: TypeAlias = DeviceMesh | dist.ProcessGroup | Comm
 SplitOver: TypeAlias = _One | Iterable[_One] | Mapping[str, _One] | None
@@ -123,7 +123,7 @@ def _axes(one: Any, name: str | None) -> Iterator[Axis]:
             for i, dim_name in enumerate(one.mesh_dim_names or (None,) * one.ndim):
                 yield Axis(ranks_of[i], name or dim_name, one.get_group(i).group_name)
         elif isinstance(one, dist.ProcessGroup) or one == dist.GroupMember.NON_GROUP_MEMBER:
-            yield Axis(group_ranks(one), name or _name_from_description(one), one.group_name)
+            yield Axis(group_ranks(one), name or name_from_description(one), one.group_name)
         elif _is_comm(one) and one.ranks is not None:
             ranks = tuple(one.ranks)
             # A `Comm` has no name that its ranks share, but no two communicators of one call have the same ranks.
@@ -143,7 +143,7 @@ def _is_comm(one: Any) -> bool:
     return not missing_members(one)
 
 
-def _name_from_description(group: Any) -> str | None:
+def name_from_description(group: Any) -> str | None:
     """Return the axis name in a group's description, if it has one."""
     # "mesh_pp" by DeviceMesh, "TENSOR_MODEL_PARALLEL_GROUP" by Megatron.
     text = (group.group_desc or "").removeprefix("mesh_").removesuffix("_GROUP").lower()

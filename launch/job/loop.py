@@ -23,7 +23,10 @@ from .terminal import Terminal
 
 
 def train(run: Run, log: RunLog, terminal: Terminal) -> Summary | None:
-    """Train to the last step, evaluate, and return the summary on rank 0. Other ranks return None."""
+    """Train to the last step, evaluate, and return the summary on rank 0. Other ranks return None.
+
+    With `audit=true` print how the model is spread, and return None. Exit with status 1 if the audit finds a problem.
+    """
     cfg, data = run.cfg, run.data
     ranks = run.parallelism.build(run.device.type, WORLD_SIZE)
 
@@ -38,6 +41,12 @@ def train(run: Run, log: RunLog, terminal: Terminal) -> Summary | None:
         StepConfig(instantiate(cfg.optim), run.policy, cfg.on_nonfinite, cfg.max_skips, cfg.precision, run.device)
     )
     clipper = optimizer.clipper
+    if cfg.audit:
+        report = optimizer.audit()
+        terminal.audit(report)
+        if not report.ok:
+            raise SystemExit(1)
+        return None
     corrupt = run.inject.select(optimizer.gradients()) if run.inject else None
     state = optimizer.training_state(ranks, len(example))
     if cfg.resume is not None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from distclip.auditing import Audit
+
 from .log import Row, Summary
 from .table import build_tables, describe_culprits
 
@@ -61,6 +63,10 @@ class Terminal:
             command = command.relative_to(Path.cwd())
         self.console.print(f"run directory: {directory}", soft_wrap=True, highlight=False)
         self.console.print(f"plot its norms: {command} report {directory}", soft_wrap=True, highlight=False)
+
+    def audit(self, report: Audit) -> None:
+        """Print how the model is spread over the ranks."""
+        self.console.print(report.to_text(self.console.width), soft_wrap=True, highlight=False, markup=False)
 
     def paragraph(self, text: str) -> None:
         """Print a paragraph. It is wrapped on a terminal only."""

@@ -24,7 +24,7 @@ def test_public_names_are_documented(name: str) -> None:
     assert (inspect.getdoc(getattr(distclip, name)) or "").strip()
 
 
-@pytest.mark.parametrize("name", [*DROP_INS, "GradClipper", "annotate_"])
+@pytest.mark.parametrize("name", [*DROP_INS, "GradClipper", "annotate_", "audit"])
 def test_docstrings_state_collectives_and_syncs(name: str) -> None:
     text = inspect.getdoc(getattr(distclip, name)) or ""
     if name == "GradClipper":

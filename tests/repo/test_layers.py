@@ -17,7 +17,8 @@ ROWS = [
     ["nonfinite", "apply"],
     ["outcome", "checkpoint"],
     ["engine"],
-    ["functional", "clipper", "extend", "__init__"],
+    ["functional", "clipper"],
+    ["auditing", "extend", "__init__"],
     ["monitor", "integrations", "bench"],
 ]
 """Folders and top-level modules of distclip, from the bottom of the import graph to its top."""
@@ -47,6 +48,7 @@ EXTRAS = {
     "bench": {"rich"},
     "norms": {"triton"},
     "comm": {"mpi4py"},
+    "auditing": {"rich"},
     "integrations": {"mpi4py", "deepspeed", "hydra", "omegaconf", "lightning", "megatron", "pytorch_lightning"},
     "_console": {"rich"},
     "monitor": {"numpy", "rich", "plotly", "jinja2", "markupsafe", "matplotlib", "tensorboard"}

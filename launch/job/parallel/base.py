@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
+import distclip
 from distclip import Comm, GradClipper, Policy, Report
+from distclip.auditing import Audit
 
 from ..checkpoint import ShardedState, TrainingState
 from ..data import Criterion
@@ -48,6 +50,9 @@ class ClippedOptimizer(Protocol):
 
     def step(self) -> Report:
         """Clip the gradients and update the parameters, unless the step is skipped."""
+
+    def audit(self) -> Audit:
+        """Check on all ranks together how the parameters are spread."""
 
     def gradients(self) -> dict[ShardKey, Callable[[], Tensor | None]]:
         """Return a getter for the gradient of each shard on this rank."""
@@ -105,7 +110,7 @@ class TorchOptimizer:
     """A torch optimizer with a GradClipper, and with a GradScaler in float16."""
 
     def __init__(self, model: ParallelModel, config: StepConfig) -> None:
-        self._module = model.module
+        self._module, self._split_over, self._comm = model.module, model.split_over, model.comm
         self._optimizer = config.optim(model.module.parameters())
         self.clipper = GradClipper(
             model.module,
@@ -132,6 +137,9 @@ class TorchOptimizer:
         if self._scaler is not None:
             self._scaler.update()
         return report
+
+    def audit(self) -> Audit:
+        return distclip.audit(self._module, split_over=self._split_over, optimizer=self._optimizer, comm=self._comm)
 
     def gradients(self) -> dict[ShardKey, Callable[[], Tensor | None]]:
         return {

@@ -14,7 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+import distclip
 from distclip import GradClipper, Report
+from distclip.auditing import Audit
 
 from ..checkpoint import TrainingState
 from ..data import Criterion
@@ -97,6 +99,10 @@ class DeepSpeedOptimizer:
         self._engine.step()
         assert self._attachment.report is not None
         return self._attachment.report
+
+    def audit(self) -> Audit:
+        # The engine's optimizer steps its own partitions, which are not the model's parameters.
+        return distclip.audit(self.clipper)
 
     def gradients(self) -> dict[ShardKey, Callable[[], Tensor | None]]:
         coordinates = (RANK,) if self._engine.zero_optimization_stage() else ()
