@@ -69,11 +69,13 @@ def audit(
     >>> report.as_dict()["parameters"][0]["name"], report.as_dict()["parameters"][0]["shape"]
     ('weight', [2, 3])
     """
-    errors = FirstError()
+    errors, all_train = FirstError(), False
     axes: tuple[Axis, ...] = ()
     table, module, stepped = ShardTable.empty(), None, None
     if isinstance(model, GradClipper):
         table, axes = model.table, model.table.axes
+        # An integration can have passed the partitions of an optimizer, which require no gradient.
+        all_train = not any(tensor.requires_grad for tensor in table.tensors)
         if comm is None and not model.comm.covers_holders and model.comm.size > 1:
             comm = model.comm
     else:
@@ -91,7 +93,7 @@ def audit(
     if comm is None and dist.is_available() and dist.is_initialized():
         rank = dist.get_rank()
     with errors:
-        facts = read_facts(table, module, stepped, rank, errors.error)
+        facts = read_facts(table, module, stepped, rank, errors.error, all_train=all_train)
     if facts.error is None and errors.error is not None:
         facts = Facts(axes=axes, error=(type(errors.error).__name__, str(errors.error)))
     by_rank, absent = _gather(facts, comm, patience)

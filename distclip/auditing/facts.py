@@ -127,7 +127,13 @@ class Facts:
 
 @torch.no_grad()
 def read_facts(
-    table: ShardTable, module: nn.Module | None, stepped: Sequence[Tensor] | None, rank: int, error: Exception | None
+    table: ShardTable,
+    module: nn.Module | None,
+    stepped: Sequence[Tensor] | None,
+    rank: int,
+    error: Exception | None,
+    *,
+    all_train: bool = False,
 ) -> Facts:
     """Read the facts of this rank. No argument is changed.
 
@@ -137,10 +143,7 @@ def read_facts(
         stepped: tensors that optimizers step, or None without optimizers.
         rank: global rank of this process.
         error: error that this rank has run into before, or None.
-
-    Returns:
-        The facts. Tensors none of which require a gradient are not frozen: an optimizer that keeps its gradients
-        elsewhere has passed them.
+        all_train: True if tensors that require no gradient are not frozen, because their gradients are elsewhere.
 
     Collectives: none. Host syncs: a few per parameter.
     """
@@ -155,7 +158,6 @@ def read_facts(
     for tensor in stepped or ():
         counts[id(tensor)] = counts.get(id(tensor), 0) + 1
     twins = _find_twins(named)
-    all_train = module is None and not any(tensor.requires_grad for tensor in table.tensors)
     holdings = []
     for (name, tensor), layout in zip(named, table.layouts, strict=True):
         with errors:

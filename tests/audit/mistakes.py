@@ -122,17 +122,17 @@ def stages_ddp_without_split_over() -> Description:
     return Description(DistributedDataParallel(model, process_group=mesh.get_group("rep")))
 
 
-@mistake(4, "missing split_over", 'split_over=mesh["experts"]', parameters=("experts.w1",))
+@mistake(4, "missing split_over", 'split_over=mesh["ep"]', parameters=("experts.w1",))
 def experts_without_split_over() -> Description:
-    mesh = world_mesh("outer", "experts")
+    mesh = world_mesh("outer", "ep")
     dense = sharded(world_mesh("all"), 8, 3)
-    return Description([("dense", dense), ("experts.w1", param(3, 4, seed=mesh.get_local_rank("experts")))])
+    return Description([("dense", dense), ("experts.w1", param(3, 4, seed=mesh.get_local_rank("ep")))])
 
 
-@mistake(4, "missing split_over", 'split_over=[mesh["pp"], mesh["experts"]]', parameters=("experts.w1",))
+@mistake(4, "missing split_over", 'split_over=[mesh["pp"], mesh["ep"]]', parameters=("experts.w1",))
 def second_axis_missing() -> Description:
-    mesh = world_mesh("pp", "experts")
-    stage, expert = mesh.get_local_rank("pp"), mesh.get_local_rank("experts")
+    mesh = world_mesh("pp", "ep")
+    stage, expert = mesh.get_local_rank("pp"), mesh.get_local_rank("ep")
     parameters = [("dense", param(4, 4, seed=stage)), ("experts.w1", param(3, 4, seed=10 + 2 * stage + expert))]
     return Description(parameters, {"split_over": mesh["pp"]})
 
@@ -165,10 +165,10 @@ def data_parallel_axis_as_split_over() -> Description:
     return Description(stage_of(0), {"split_over": world_mesh("dp")})
 
 
-@mistake(4, "wrong axis", 'split_over=mesh["experts"]', parameters=("experts.w1",))
+@mistake(4, "wrong axis", 'split_over=mesh["ep"]', parameters=("experts.w1",))
 def replicas_in_place_of_experts() -> Description:
-    mesh = world_mesh("outer", "experts")
-    parameters = [("experts.w1", param(3, 4, seed=mesh.get_local_rank("experts")))]
+    mesh = world_mesh("outer", "ep")
+    parameters = [("experts.w1", param(3, 4, seed=mesh.get_local_rank("ep")))]
     return Description(parameters, {"split_over": mesh["outer"]})
 
 
