@@ -383,7 +383,8 @@ def _read_lines(table: ShardTable) -> tuple[Line, ...]:
     if dist.is_available() and dist.is_initialized():
         for group, ranks in distributed_c10d._world.pg_group_ranks.items():
             # torch keeps a placeholder for groups without this rank.
-            if isinstance(group, dist.ProcessGroup) and dist.get_rank(group) >= 0:
+            # Our own groups are no axes of the program.
+            if isinstance(group, dist.ProcessGroup) and dist.get_rank(group) >= 0 and group.group_desc != "distclip":
                 lines[name_from_description(group) or "", tuple(sorted(ranks, key=ranks.__getitem__))] = None
     return tuple(line for line in lines if len(line[1]) > 1)
 
