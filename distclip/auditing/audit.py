@@ -97,6 +97,8 @@ def audit(
     if facts.error is None and errors.error is not None:
         facts = Facts(axes=axes, error=(type(errors.error).__name__, str(errors.error)))
     by_rank, absent = _gather(facts, comm, patience)
+    if errors.error is not None and not isinstance(errors.error, Exception):
+        raise errors.error  # An interrupt of this rank, which has kept no other rank waiting.
     return _conclude(by_rank, absent, comm)
 
 

@@ -147,13 +147,17 @@ class _Comparison:
                     )
                 )
             else:
+                # Where both apply, the engine counts by the placement.
+                given = next((axis for axis in self.by_rank[one.rank].axes if two.rank in axis.ranks), None)
+                contradiction = f" split_over= declares {given} as different, and the placement wins." if given else ""
+                plain = ", or plain tensors if they hold different parameters" if given else ""
                 self.findings.add(
                     Problem(
                         "replicas differ",
-                        found,
+                        found + contradiction,
                         f"Send the values of one rank to the others before training: torch.distributed.broadcast("
                         f"{parameter_code(instance.name)}, src={one.rank}), or initialize all ranks from one seed. If "
-                        "the ranks hold different parts, use Shard(dim) in place of Replicate().",
+                        f"the ranks hold different parts, use Shard(dim) in place of Replicate(){plain}.",
                         (instance.name,),
                         instance.ranks,
                     )
@@ -180,8 +184,8 @@ class _Comparison:
                 found.append(_Conflict(instance.name, {member.rank: member for member in instance.members}))
                 continue
             # Other ranks that differ along no axis must hold it too, unless the layout counts without them.
-            missing = [rank for rank in self._ranks_that_should_hold(instance) if rank not in instance.ranks]
-            if missing and self._is_short(instance):
+            should_hold = self._ranks_that_should_hold(instance) if self._is_short(instance) else set()
+            if missing := should_hold.difference(instance.ranks):
                 held: dict[int, Member | None] = {member.rank: member for member in instance.members}
                 found.append(_Conflict(instance.name, held | dict.fromkeys(missing)))
         return found
@@ -597,14 +601,21 @@ def _started_apart(one: Sequence[Holding], two: Sequence[Holding]) -> bool:
 
 
 def _unequal_pairs(instance: Instance) -> list[tuple[Member, Member]]:
-    """Return a member of each different value of a piece, with the first one of another value."""
+    """Return pairs of members of one norm that hold the same piece with different values.
+
+    For any two values there is a pair that the layout declares as replicas and one that it does not, if they exist.
+    """
     pairs = []
     for members in instance.pieces.values():
-        for one, two in itertools.combinations(members, 2):
-            if one.component == two.component and not one.equals(two):
-                pairs.append((one, two))
-                if len(pairs) > 64:
-                    return pairs
+        by_value: dict[Any, list[Member]] = {}
+        for member in members:
+            by_value.setdefault((member.component, *member.value), []).append(member)
+        # Mostly there is one value. Of many different ones a few are enough.
+        for some, others in itertools.combinations(list(by_value.values())[:8], 2):
+            if some[0].component == others[0].component and not some[0].equals(others[0]):
+                both = list(itertools.product(some, others))
+                for is_declared in (True, False):
+                    pairs += [pair for pair in both if pair[0].declares(pair[1].rank) is is_declared][:1]
     return pairs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -13,6 +14,7 @@ from torch.distributed import distributed_c10d
 
 from ..comm.consensus import FirstError, wire_of
 from ..comm.ranks import Axis, Ranks
+from ..errors import DistclipError
 from ..sharding.annotations import annotation_of
 from ..sharding.dtensor import is_dtensor
 from ..sharding.layout import Layout
@@ -131,7 +133,7 @@ def read_facts(
     module: nn.Module | None,
     stepped: Sequence[Tensor] | None,
     rank: int,
-    error: Exception | None,
+    error: BaseException | None,
     *,
     all_train: bool = False,
 ) -> Facts:
@@ -332,7 +334,7 @@ def _find_slices(request: Request) -> dict[int, Slice]:
     slices: dict[int, Slice] = {}
     for source in SOURCES:
         # FSDP1 without use_orig_params=True has a single flat parameter and no slices of it.
-        with FirstError():
+        with suppress(DistclipError):
             slices |= source.find_slices(request)
     return slices
 
@@ -343,7 +345,8 @@ def _find_sources(request: Request) -> dict[int, str]:
     for source in SOURCES:
         read = source.layout_reader(request)
         for name, tensor in request.tensors if read is not None else ():
-            with FirstError():
+            # A reader need not be prepared for a tensor that an earlier source describes.
+            with suppress(Exception):
                 layout = read(name, tensor, None)  # type: ignore[misc]
                 # Every plain tensor has a layout. Only its attributes show whether the source recognizes it.
                 if layout is not None and (layout.groups or source.attributes & vars(tensor).keys()):

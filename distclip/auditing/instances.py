@@ -57,7 +57,11 @@ class Member:
 
     def declares(self, rank: int) -> bool:
         """Return whether the layout itself names a rank as one that holds a part or a replica."""
-        return rank in self.holding.layout.members or any(rank in spread.ranks for spread in self.holding.spreads)
+        return rank in self._declared_ranks
+
+    @cached_property
+    def _declared_ranks(self) -> frozenset[int]:
+        return self.holding.layout.members.union(*(spread.ranks for spread in self.holding.spreads))
 
     def equals(self, other: Member) -> bool:
         """Return whether shape, dtype and values are equal, as far as values exist."""
@@ -189,12 +193,9 @@ def find_instances(by_rank: Mapping[int, Facts], component_of: Mapping[int, Rank
         join(buckets.setdefault(bucket, key), key)
     # 2. The ranks of a mesh hold parts of one parameter.
     positions = {rank: {h.name: i for i, h in enumerate(facts.holdings)} for rank, facts in by_rank.items()}
-    for (rank, i), member in members.items():
+    for key, member in members.items():
         for group in member.holding.layout.groups:
-            for other in group:
-                j = positions.get(other, {}).get(member.holding.name)
-                if j is not None and group in members[other, j].holding.layout.groups:
-                    join((rank, i), (other, j))
+            join(buckets.setdefault((group, member.holding.name), key), key)
     # 3. A parameter that stages share can have other names on them. Those without a partner of their name pair up in
     # their order.
     _join_renamed(members, positions, join)

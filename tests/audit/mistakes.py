@@ -290,6 +290,13 @@ def replicated_dtensor_with_different_values() -> Description:
     return Description([("w", w)])
 
 
+@mistake(2, "replicas differ", "split_over= declares pp", "plain tensors", parameters=("w",))
+def stages_with_a_placement_that_says_replicas() -> Description:
+    mesh = world_mesh("pp")
+    w = nn.Parameter(DTensor.from_local(random_grad(4, 3, seed=dist.get_rank()), mesh, [Replicate()], run_check=False))
+    return Description([("w", w)], {"split_over": mesh})
+
+
 @mistake(4, "replicas differ", "broadcast", parameters=("0.weight",))
 def ddp_with_a_flipped_bit() -> Description:
     model = DistributedDataParallel(nn.Sequential(nn.Linear(3, 2)))
