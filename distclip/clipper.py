@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,10 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from .apply.grad_scaler import parameters_of
 from .apply.optimizers import as_list
+from .apply.step_gate import gate_of
+from .apply.turns import Turns
 from .checkpoint import VERSION, check_state_dict, pack_state, policy_kind, unpack_counts, unpack_state, upgrade
 from .comm import Comm
 from .comm.consensus import FirstError
@@ -90,9 +93,7 @@ class GradClipper:
         self._engine = Engine.build(
             parameters, policy, split_over, comm, on_nonfinite, self._counter, flat_grads, partial
         )
-        self._attached: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        # Optimizers that have stepped since `clip` was called by their hooks, by id.
-        self._stepped: set[int] = set()
+        self._turns = Turns()
         self._is_stepping = False
 
     @torch.no_grad()
@@ -125,7 +126,7 @@ class GradClipper:
         engine = Engine.build(
             parameters, self.policy, split_over, comm, old.on_nonfinite, self._counter, flat_grads, partial
         )
-        engine.observers = old.observers
+        engine.observers, engine.undo_observers = old.observers, old.undo_observers
         engine.deferred.clip_rate = old.deferred.clip_rate
         if old.tensor_norms is not None:
             engine.measure_tensors()
@@ -173,17 +174,21 @@ class GradClipper:
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
         scaler: GradScaler | None = None,
         *,
+        only: Iterable[Tensor] | None = None,
         errors: FirstError | None = None,
     ) -> Report:
         """Clip the gradients in place. Call it after backward on every rank, before your own optimizer step.
 
         A step that is skipped drops its gradients (`.grad = None`, `main_grad` becomes 0), so that an optimizer's step
-        changes nothing and accumulation starts from 0. `report.skipped` tells so.
+        changes nothing and accumulation starts from 0. Until the next call, optimizers that are not torch's do nothing
+        without gradients, because they may move by momentum or weight decay. `report.skipped` tells so.
 
         Args:
             optimizer: the optimizer that `scaler` will step, or several. Not needed without a scaler.
             scaler: unscale in the same pass, unless `scaler.unscale_` has, and give the scaler the found_inf of all
                 ranks. The caller still calls `scaler.step(optimizer)` and `scaler.update()`.
+            only: those of the clipper's parameters whose gradients to measure and clip, the same on every rank. None
+                for all.
             errors: errors that this rank has collected already. Every rank raises the first one.
 
         Returns:
@@ -201,25 +206,30 @@ class GradClipper:
         Host syncs: one on an accelerator, unless `on_nonfinite="propagate"` and the policy never skips a step, which is
         what a CUDA graph needs; see `clip_grad_norm_`.
         """
-        return self._engine.clip(optimizer, scaler, errors or FirstError()).report()
+        ids = None if only is None else frozenset(map(id, only))
+        return self._engine.clip(optimizer, scaler, errors or FirstError(), ids).report()
 
     def attach(self, *optimizers: Optimizer) -> RemovableHandle:
-        """Clip within every `optimizer.step()`.
+        """Clip within every `optimizer.step()`, or after the closure in every `optimizer.step(closure)`.
 
-        Several optimizers that step in turn are clipped once for all of them. A step that is skipped drops its
-        gradients, as in `clip`. A GradScaler would keep some ranks from calling
-        `optimizer.step()`: use `clipper.step(optimizer, scaler)` with one.
+        Several optimizers that share a loss are clipped together, before the first of them steps. Optimizers that step
+        in turn, each after another backward, are clipped one by one: gradients that were clipped with those of
+        another optimizer, and never stepped, are left out from the next turn on. A step that is skipped is not made,
+        and its gradients are dropped, as in `clip`. A GradScaler would keep some ranks from calling `optimizer.step()`:
+        use `clipper.step(optimizer, scaler)` with one.
 
         Args:
-            optimizers: the optimizers of the clipper's parameters, each of which steps once per turn.
+            optimizers: the optimizers of the clipper's parameters. All ranks step them in the same order, and as often.
 
         Returns:
             A handle; `handle.remove()` detaches.
 
         Raises:
-            ArgumentError: no optimizer, or one that the clipper is attached to already; in a step, a GradScaler.
+            ArgumentError: no optimizer, or one that the clipper is attached to already; in a step: see `step`, a
+                GradScaler, or a step within backward, when other gradients do not exist yet.
 
-        Collectives and host syncs in a step: those of `clip`.
+        Collectives and host syncs in a step: those of `clip`, for every evaluation of a closure. With several
+        optimizers, two small all-reduces more per step, and two host syncs on an accelerator.
 
         >>> weight = torch.nn.Parameter(torch.zeros(2))
         >>> optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -231,15 +241,15 @@ class GradClipper:
         tensor([-0.6000, -0.8000])
         >>> handle.remove()
         """
-        if not optimizers or any(optimizer in self._attached for optimizer in as_list(optimizers)):
+        attached = set(map(id, self._turns.optimizers))
+        if not optimizers or any(id(optimizer) in attached for optimizer in as_list(optimizers)):
             raise ArgumentError(
                 f"attach{optimizers!r:.80}: no optimizer, or one that the clipper is attached to already, so that it "
                 "would clip twice in a step. Call handle = clipper.attach(optimizer) once, and handle.remove() before "
                 "the next call."
             )
-        self._attached.update(optimizers)
-        handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
-        return _Attached(handles, self._attached, optimizers)
+        self._turns.add(optimizers)
+        return _Attached(_Listener(self), self._turns, optimizers)
 
     @torch.no_grad()
     def measure_tensors(self) -> None:
@@ -281,13 +291,20 @@ class GradClipper:
         if self.comm.size > 1:
             self._engine.agree(function, FirstError())
 
-    def observe(self, observer: Observer) -> None:
+    def observe(self, observer: Observer, *, undo: Callable[[int], None] | None = None) -> None:
         """Call `observer(outcome)` at every step, on every rank.
 
         The call comes after the decision, and before any gradient is written. For recorders, see `distclip.monitor`.
         The observer must not raise. If it communicates, all ranks need it.
+
+        Args:
+            observer: the function.
+            undo: called with the number of the last step that was made, if an exception has ended a later step that
+                was observed. It may run on one rank only, so it must not communicate.
         """
         self._engine.observers.append(observer)
+        if undo is not None:
+            self._engine.undo_observers.append(undo)
 
     @_disable_dynamo
     def decide(self, loss_scale: float | None = None, errors: FirstError | None = None) -> Outcome:
@@ -417,35 +434,91 @@ class GradClipper:
             "restarts": self._engine.deferred.clip_rate.restarts,
         }
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Clip before an attached optimizer steps."""
-        if self._is_stepping:
-            return
-        if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
-            raise ArgumentError(
-                "attach: a GradScaler steps the optimizer of an attached clipper. Call clipper.step(optimizer, scaler) "
-                "instead."
-            )
-        # A new turn begins with the first optimizer that steps again.
-        if not self._stepped or id(optimizer) in self._stepped:
-            self._stepped = set()
-            self.clip()
-        self._stepped.add(id(optimizer))
+    def _clip_before_step(self, optimizer: Optimizer) -> bool:
+        """Clip before an attached optimizer steps, and return whether to skip its step."""
+        engine, turns, errors = self._engine, self._turns, FirstError()
+        with errors:
+            if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
+                raise ArgumentError(
+                    "attach: a GradScaler steps the optimizer of an attached clipper. Call clipper.step(optimizer, "
+                    "scaler) instead."
+                )
+            if torch._C._current_graph_task_id() != -1:
+                raise ArgumentError(
+                    "attach: the optimizer of an attached clipper steps within backward, before the norm of all "
+                    "gradients can be known. Step after backward, or construct a clipper for each of the optimizers."
+                )
+            engine.coverage.check_attached(turns.optimizers)
+        chosen: list[Optimizer] | None = turns.optimizers
+        only = None
+        if len(turns.optimizers) > 1:
+            comm = engine.step_comm
+            if comm.size > 1:
+                engine.agree(f"GradClipper.attach, step of optimizer {turns.index(optimizer)}", errors)
+            elif errors.error is not None:
+                raise errors.error
+            chosen = turns.to_clip(optimizer, comm)
+            if chosen is None:
+                return turns.was_skipped(optimizer)
+            only = frozenset(map(id, parameters_of(chosen)))
+        skipped = bool(engine.clip(None, None, errors, only).skip.host)
+        if len(turns.optimizers) > 1:
+            turns.record(chosen or [], skipped=skipped)
+        return skipped
+
+
+class _Listener:
+    """Clips before the steps of attached optimizers.
+
+    Args:
+        clipper: the clipper.
+    """
+
+    def __init__(self, clipper: GradClipper) -> None:
+        self._clipper = clipper
+        self._watched: list[Tensor | None] | None = None
+
+    def before_step(self, optimizer: Optimizer) -> bool:
+        """Clip, and return whether to cancel the step."""
+        if self._clipper._is_stepping:
+            return False
+        skipped = self._clipper._clip_before_step(optimizer)
+        self._watched = None if skipped else self._clipper._engine.coverage.watch([optimizer])
+        return skipped
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Warn if the optimizer has stepped with other gradients."""
+        self._clipper._engine.coverage.check_kept(self._watched, [optimizer])
+        self._watched = None
+
+    def mark(self) -> Any:
+        """Return the state of the clipper before a step."""
+        return self._clipper._engine.trace()
+
+    def undo(self, mark: Any) -> None:
+        """Restore the state of the clipper before a step that an error has ended."""
+        self._clipper._engine.restore(mark)
 
 
 class _Attached(RemovableHandle):
-    """Handle of several hooks, which are removed together."""
+    """Handle of an attached clipper, for all optimizers of one call.
 
-    def __init__(
-        self,
-        handles: Sequence[RemovableHandle],
-        attached: weakref.WeakSet[Optimizer],
-        optimizers: Sequence[Optimizer],
-    ) -> None:
-        self._handles, self._all, self._own = handles, attached, weakref.WeakSet(optimizers)
+    Args:
+        listener: clips.
+        turns: all optimizers of the clipper.
+        optimizers: those of the call.
+    """
+
+    def __init__(self, listener: _Listener, turns: Turns, optimizers: Sequence[Optimizer]) -> None:
+        self._listener, self._turns = listener, turns
+        self._gates = [gate_of(optimizer) for optimizer in optimizers]
+        self._optimizers = [weakref.ref(optimizer) for optimizer in optimizers]
+        for gate in self._gates:
+            gate.listeners.append(listener)
 
     def remove(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._all -= self._own
+        """Detach the clipper."""
+        for gate in self._gates:
+            gate.listeners.remove(self._listener)
+        self._gates = []
+        self._turns.remove([one for reference in self._optimizers if (one := reference()) is not None])

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,14 @@ from .apply.fused import supports_grad_scale
 from .apply.grad_scaler import ScalerState, enabled
 from .apply.optimizers import OptimizerSteps, as_list
 from .apply.scale import clamp_, scale_
+from .apply.step_gate import hold_still, release
 from .comm import Comm, LocalComm
 from .comm.agreement import Call, CallCounter
 from .comm.consensus import FirstError, check_same_axes, gather_or_raise
 from .comm.discovery import call_counter, global_rank, resolve_comm, uncovered_ranks, widened
 from .comm.ranks import Axis
 from .devices import ALWAYS, NEVER, Fact, device_constant, outside_fake_mode
-from .errors import ArgumentError, DisagreementError, PeerError, warn_user
+from .errors import ArgumentError, DisagreementError, NonFiniteError, PeerError, warn_user
 from .nonfinite.culprits import count_nonfinite, gather_culprits, suspect_nonfinite
 from .nonfinite.rules import RULES, OnNonFinite, Skip
 from .nonfinite.skip_counter import SkipCounter
@@ -86,6 +87,8 @@ class Engine:
         self.state: State = self.policy.init(slots.total, torch.device("cpu"))
         self.tensor_norms: TensorNorms | None = None
         self.observers: list[Observer] = []
+        self.undo_observers: list[Callable[[int], None]] = []
+        self._observed_step = 0
         self.deferred = _DeferredReads(self)
         self.coverage = coverage
         self.optimizers = OptimizerSteps(table, comm, self.agree, lambda: self.on_host)
@@ -179,13 +182,25 @@ class Engine:
 
     def step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None) -> Outcome:
         """Clip and step, or skip, see `GradClipper.step`."""
+        before = self.trace()
+        try:
+            return self._step(optimizer, scaler)
+        except NonFiniteError:
+            # A step that a decision refuses or skips is counted.
+            raise
+        except BaseException:
+            self.restore(before)
+            raise
+
+    def _step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None) -> Outcome:
         errors = FirstError()
         optimizers: list[Optimizer] = []
         with errors:
             optimizers = as_list(optimizer)
         scaler, state, loss_scale = enabled(scaler), None, None
         # The host need not wait for the norms if the optimizers of all ranks can skip on the device.
-        all_fused = self.optimizers.compare_first(optimizers, scaler, errors)
+        are_known = errors.error is None and (scaler is None or isinstance(scaler, GradScaler))
+        all_fused = self.optimizers.compare_first(optimizers, scaler, errors, are_known=are_known)
         if scaler is not None:
             with errors:
                 state = ScalerState(scaler, optimizers)
@@ -217,7 +232,10 @@ class Engine:
         )
         if not fuse and not outcome.skip.host:
             self.write_(outcome, outcome.shards)
+        watched = self.coverage.watch(optimizers)
         self._advance(optimizers, outcome, state, fuse)
+        if not outcome.skip.host:
+            self.coverage.check_kept(watched, optimizers)
         if state is not None:
             self._scaler_round = _ScalerRound(state.round, outcome.without_gradients(), not fuse, was_scaled)
             if outcome.skip.host is False:
@@ -231,14 +249,41 @@ class Engine:
         optimizer: Optimizer | Iterable[Optimizer] | None,
         scaler: GradScaler | None,
         errors: FirstError,
+        only: frozenset[int] | None = None,
     ) -> Outcome:
-        """Clip in place, or drop the gradients of a skipped step, see `GradClipper.clip`."""
+        """Clip in place, or drop the gradients of a skipped step, see `GradClipper.clip`.
+
+        Args:
+            optimizer, scaler, errors: see `GradClipper.clip`.
+            only: ids of the parameters whose gradients are clipped. None for all.
+        """
+        before, self.table.only = self.trace(), only
+        try:
+            return self._clip(optimizer, scaler, errors)
+        except NonFiniteError:
+            # A step that a decision refuses or skips is counted.
+            raise
+        except BaseException:
+            self.restore(before)
+            raise
+        finally:
+            self.table.only = None
+
+    def _clip(
+        self,
+        optimizer: Optimizer | Iterable[Optimizer] | None,
+        scaler: GradScaler | None,
+        errors: FirstError,
+    ) -> Outcome:
         scaler, state, loss_scale = enabled(scaler), None, None
         if scaler is not None:
             optimizers: list[Optimizer] = []
-            with errors:
+            invalid = FirstError()
+            with invalid:
                 optimizers = as_list(optimizer)
-            self.optimizers.compare_first(optimizers, scaler, errors)
+            errors.add(invalid.error)
+            are_known = invalid.error is None and isinstance(scaler, GradScaler)
+            self.optimizers.compare_first(optimizers, scaler, errors, are_known=are_known)
             with errors:
                 state = ScalerState(scaler, optimizers)
                 loss_scale = self.optimizers.loss_scale(optimizers, state, unscale_first=self.spec.limits is not None)
@@ -252,8 +297,30 @@ class Engine:
         if not outcome.skip.host:
             self.write_(outcome, outcome.shards)
         else:
+            # Nor may an optimizer move by what it remembers of earlier gradients.
             self.table.drop_gradients()
+            hold_still(self, self.table.selected())
         return outcome
+
+    def trace(self) -> _Trace:
+        """Return the state that a step changes, apart from gradients, parameters and optimizers."""
+        counter, deferred = self.counter, self.deferred
+        counts = counter.steps, counter.skipped, counter.in_a_row
+        return _Trace(self.state, self._last_coefs, self._scaler_round, deferred._unread, counts)
+
+    def restore(self, before: _Trace) -> None:
+        """Restore the trace from before a step, because an exception has ended the step."""
+        self.state, self._last_coefs, self._scaler_round = before.state, before.last_coefs, before.scaler_round
+        self.deferred._unread = before.unread
+        counter = self.counter
+        was_observed = self._observed_step > before.counts[0]
+        counter.steps, counter.skipped, counter.in_a_row = before.counts
+        while counter.incidents and counter.incidents[-1].step > counter.steps:
+            counter.incidents.pop()
+        if was_observed:
+            self._observed_step = counter.steps
+            for undo in self.undo_observers:
+                undo(counter.steps)
 
     @outside_fake_mode
     @torch.no_grad()
@@ -289,6 +356,7 @@ class Engine:
         """
         # 0. Host reads that the last step postponed: its errors, counts and warnings are due now, on all ranks.
         self.deferred.raise_due()
+        release(self)
         step, rule = self.counter.steps + 1, Skip(expected=True) if expect_overflow else self.rule
 
         # 1.-3. This rank's shards, their power sums, and ONE all-reduce. A step in which a rank fails does not count.
@@ -347,6 +415,7 @@ class Engine:
         if not is_counted:
             self.deferred.record(outcome, quiet=expect_overflow)
         self._last_coefs = coefs
+        self._observed_step = step
         for observe in self.observers:
             self._observe(observe, outcome)
         return outcome
@@ -568,6 +637,16 @@ def measure_all_ranks(
     if totals.has_partial_grads.host:
         totals = reduce_partial_grads(totals, table, shards, spec, comm, device)
     return shards, partials, totals
+
+
+class _Trace(NamedTuple):
+    """State that a step changes, apart from gradients, parameters and optimizers."""
+
+    state: State
+    last_coefs: Tensor | None
+    scaler_round: _ScalerRound | None
+    unread: _Unread | None
+    counts: tuple[int, int, int]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from itertools import chain, repeat
 from operator import attrgetter, is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -72,7 +73,10 @@ class Coverage:
         self._round: object = None
         self._num_gradients = -1
         self._num_walks = 0
-        self._calls_without: list[list[int]] = []
+        self._num_steps = 0
+        self._has_warned = False
+        # Versions and some values of some parameters, in the last calls without a gradient.
+        self._calls_without: list[list[tuple[int, Tensor]]] = []
         table.inspect = self.inspect
 
     def check(self, optimizers: Sequence[Optimizer], *, all_now: bool) -> None:
@@ -87,11 +91,14 @@ class Coverage:
 
         Collectives: none. Host syncs: none, unless a gradient belongs to no optimizer.
         """
+        self._check(optimizers, all_now=all_now, is_attached=False)
+
+    def _check(self, optimizers: Sequence[Optimizer], *, all_now: bool, is_attached: bool) -> None:
         key = tuple(map(id, optimizers))
         ids = list(map(id, _parameters_of(optimizers)))
         known = self._known.get(key)
         if known is None or known.ids != ids:
-            known = self._compare(optimizers, ids)
+            known = self._compare(optimizers, ids, is_attached)
             while len(self._known) >= 64:
                 self._known.pop(next(iter(self._known)))
             self._known[key] = known
@@ -99,6 +106,10 @@ class Coverage:
             self._refuse_foreign([param for param in known.foreign if param.grad is not None], optimizers)
         if all_now and not _lack_gradients(known.unstepped):
             self.check_stepped(self.waiting(optimizers))
+
+    def check_attached(self, optimizers: Sequence[Optimizer]) -> None:
+        """Raise unless attached optimizers step exactly what is measured, see `check`."""
+        self._check(optimizers, all_now=True, is_attached=True)
 
     def waiting(self, optimizers: Sequence[Optimizer]) -> list[Tensor]:
         """Return the parameters with a gradient other than zero that the optimizers do not step.
@@ -152,6 +163,40 @@ class Coverage:
             stepped = set(map(id, _parameters_of(optimizers)))
             self._awaited = [param for param in self._awaited if id(param) not in stepped]
 
+    def watch(self, optimizers: Sequence[Optimizer]) -> list[Tensor | None] | None:
+        """Return the gradients before a step of the optimizers, in some steps.
+
+        An optimizer that makes gradients in its step does so from the start, or from some step on. So the first steps
+        are looked at, and then ever fewer.
+        """
+        self._num_steps += 1
+        if self._num_steps > _MANY and self._num_steps & (self._num_steps - 1):
+            return None
+        return list(map(_grad_of, _parameters_of(optimizers)))
+
+    def check_kept(self, before: list[Tensor | None] | None, optimizers: Sequence[Optimizer]) -> None:
+        """Warn if optimizers have stepped with other gradients than those that were clipped.
+
+        Args:
+            before: see `watch`.
+            optimizers: that have stepped.
+
+        Host syncs: none, unless a gradient has been replaced.
+        """
+        if before is None or self._has_warned:
+            return
+        params = _parameters_of(optimizers)
+        pairs = zip(params, before, strict=True) if len(params) == len(before) else ()
+        made = [param for param, old in pairs if param.grad is not old and _is_other(param.grad, old)]
+        if made:
+            self._has_warned = True
+            warn_user(
+                f"optimizer={', '.join(type(one).__name__ for one in optimizers)}: its step makes other gradients "
+                f"({self._names(made)}), and they are not those that were clipped. Clip within that step, or call "
+                "clipper.attach with the optimizer that it steps in the end.",
+                UnclippedStepWarning,
+            )
+
     def inspect(self, shards: Shards) -> None:
         """Search the module for parameters that are new since the clipper was constructed.
 
@@ -189,8 +234,10 @@ class Coverage:
             return
         if len(self._calls_without) > _MANY:
             return  # It has warned.
-        self._calls_without.append([_local(tensor)._version for tensor in self._table.tensors])
-        if len(self._calls_without) >= _MANY and self._calls_without[0] != self._calls_without[-1]:
+        tensors = self._table.tensors
+        sample = [_local(tensor) for tensor in tensors[:: -(-len(tensors) // 16)]]
+        self._calls_without.append([(one._version, one.detach().flatten()[:64].clone()) for one in sample])
+        if len(self._calls_without) >= _MANY and _differ(self._calls_without[0], self._calls_without[-1]):
             self._calls_without += [[]] * _MANY
             warn_user(
                 f"the clipper has found no gradient in {_MANY} calls in a row, and its parameters change, so that they "
@@ -202,9 +249,9 @@ class Coverage:
         elif len(self._calls_without) >= _MANY:
             del self._calls_without[0]
 
-    def _compare(self, optimizers: Sequence[Optimizer], ids: list[int]) -> _Comparison:
+    def _compare(self, optimizers: Sequence[Optimizer], ids: list[int], is_attached: bool) -> _Comparison:
         for optimizer in optimizers:
-            if _needs_closure(optimizer):
+            if not is_attached and _needs_closure(optimizer):
                 raise ArgumentError(
                     f"optimizer={type(optimizer).__name__}: its step needs a closure, which makes the gradients within "
                     "the step. Call clipper.attach(optimizer) once, and optimizer.step(closure) in place of "
@@ -262,6 +309,24 @@ def _is_zero(grad: Tensor | None) -> bool:
     assert grad is not None
     local = _local(grad)
     return local.device.type != "meta" and not bool((local._values() if local.is_sparse else local).any())
+
+
+def _is_other(new: Tensor | None, old: Tensor | None) -> bool:
+    """Return whether a gradient that was replaced in a step has other values."""
+    if new is None or (old is None and _is_zero(new)):
+        return False
+    if old is None or new.shape != old.shape or new.layout != old.layout:
+        return True
+    if new.is_sparse:
+        return not torch.equal(new.coalesce().to_dense(), old.coalesce().to_dense())
+    one, two = _local(new), _local(old).to(new.device)
+    return not torch.allclose(one.to(two.dtype), two, rtol=1e-2, equal_nan=True)
+
+
+def _differ(before: Sequence[tuple[int, Tensor]], after: Sequence[tuple[int, Tensor]]) -> bool:
+    """Return whether some values have changed. A version changes also where zero is added."""
+    pairs = zip(before, after, strict=True)
+    return any(old[0] != new[0] and not torch.equal(old[1], new[1]) for old, new in pairs)
 
 
 def _needs_closure(optimizer: Optimizer) -> bool:

@@ -122,5 +122,19 @@ class ScalerState:
         for record in self._records():
             record["stage"] = OptState.STEPPED
 
+    def stages(self) -> list[OptState]:
+        """Return the stage of each optimizer in this round."""
+        return [record["stage"] for record in self._records()]
+
+    def restore(self, stages: Sequence[OptState], num_stepped: int) -> None:
+        """Record that a step has failed after some of the optimizers have stepped.
+
+        Args:
+            stages: stage of each optimizer before the step.
+            num_stepped: number of optimizers that have stepped.
+        """
+        for i, (record, stage) in enumerate(zip(self._records(), stages, strict=True)):
+            record["stage"] = OptState.STEPPED if i < num_stepped else stage
+
     def _records(self) -> list[dict[str, Any]]:
         return [self.scaler._per_optimizer_states[id(optimizer)] for optimizer in self.optimizers]

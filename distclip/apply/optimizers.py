@@ -63,7 +63,9 @@ class OptimizerSteps:
         self._known: dict[tuple[int, ...], tuple[list[weakref.ref[Any]], bool]] = {}
         self._has_compared = False
 
-    def compare_first(self, optimizers: Sequence[Optimizer], scaler: Any, errors: FirstError) -> bool:
+    def compare_first(
+        self, optimizers: Sequence[Optimizer], scaler: Any, errors: FirstError, *, are_known: bool
+    ) -> bool:
         """Compare optimizers and scaler with the other ranks, the first time that they are used together.
 
         A rank may have no optimizer at all, or (a pipeline stage) a scaler that has seen no loss.
@@ -72,6 +74,7 @@ class OptimizerSteps:
             optimizers: of this rank.
             scaler: an enabled GradScaler, or None.
             errors: of this rank; all ranks raise them together.
+            are_known: whether the caller passed optimizers, so that these decide what the other ranks do.
 
         Returns:
             Whether all optimizers of all ranks take factors themselves, see `supports_grad_scale`.
@@ -90,7 +93,7 @@ class OptimizerSteps:
         key = tuple(map(id, used))
         if key in self._known:
             return self._known[key][1]
-        if errors.error is not None and self._has_compared:
+        if not are_known and self._has_compared:
             # The other ranks may know their optimizers already, so they read the error in the next all-reduce.
             return False
         self._agree("GradClipper.step with a new optimizer or scaler", errors)
@@ -175,22 +178,34 @@ class OptimizerSteps:
         Collectives: none.
         Host syncs: one on an accelerator if the host has not read `skip` and an optimizer is not fused.
         """
+        stages, num_stepped = [], 0
         if state is not None:
+            stages = state.stages()
             state.set_found_inf(overflow.on(factors.device).to(torch.float32))
-        if skip.host:
-            pass
-        elif fuse:
-            found_inf = skip.on(factors.device).to(torch.float32)
-            with fused_step(optimizers, factors.reciprocal().float().view(()), found_inf):
-                for optimizer in optimizers:
-                    optimizer.step()
-        else:
-            for optimizer in optimizers:
-                if skip.host is None and supports_grad_scale(optimizer):
-                    with fused_step([optimizer], None, skip.on(factors.device).to(torch.float32)):
+            if not fuse:
+                # The gradients have been unscaled in place, also if a step fails below.
+                stages = state.stages()
+        try:
+            if skip.host:
+                pass
+            elif fuse:
+                found_inf = skip.on(factors.device).to(torch.float32)
+                with fused_step(optimizers, factors.reciprocal().float().view(()), found_inf):
+                    for optimizer in optimizers:
                         optimizer.step()
-                elif not skip.read():
-                    optimizer.step()
+                        num_stepped += 1
+            else:
+                for optimizer in optimizers:
+                    if skip.host is None and supports_grad_scale(optimizer):
+                        with fused_step([optimizer], None, skip.on(factors.device).to(torch.float32)):
+                            optimizer.step()
+                    elif not skip.read():
+                        optimizer.step()
+                    num_stepped += 1
+        except BaseException:
+            if state is not None:
+                state.restore(stages, num_stepped)
+            raise
         if state is not None:
             state.mark_stepped()
 

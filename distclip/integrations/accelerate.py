@@ -77,8 +77,9 @@ def attach(
     """Clip all models of an accelerator by a policy, in `accelerator.clip_grad_norm_`.
 
     Works with DDP and FSDP2 as Accelerate prepares them, gradient accumulation and fp16. The call's `max_norm` and
-    `norm_type` are ignored, because the policy has its own. The call's parameters are only checked: foreign parameters,
-    or a list that lacks a parameter with a gradient, raise. While gradients are accumulated, the call does nothing and
+    `norm_type` are ignored, because the policy has its own. The call clips the models whose parameters it is passed, so
+    that several models can train in turn. Foreign parameters, or a list that lacks a parameter with a gradient of such
+    a model, raise. While gradients are accumulated, the call does nothing and
     returns None. A skipped step sets the gradients to None, `accelerator.optimizer_step_was_skipped` is True, and
     prepared schedulers wait, as after an overflow. `accelerator.save_state` saves the policy's state.
 
@@ -107,6 +108,16 @@ def attach(
     return Attachment(
         accelerator, DeferredClipper(policy, split_over, on_nonfinite, max_skips, on_bind), comm, [accelerator]
     )
+
+
+def patch(accelerator: Any, policy: Policy, **options: Any) -> Any:
+    """Call `attach`, and return the accelerator. It is the name that `attach` had before version 0.1.
+
+    Args:
+        accelerator, policy, options: see `attach`.
+    """
+    attach(accelerator, policy, **options)
+    return accelerator
 
 
 def check(accelerator: Any, policy: Policy) -> None:
@@ -142,6 +153,7 @@ class Attachment(base.Attachment):
         self._models: list[Any] = []
         self._optimizers: list[Any] = []
         self._params: list[tuple[str, Tensor]] = []
+        self._by_model: list[set[int]] = []
         self._skips: dict[int, bool] = {}
         original = accelerator.clip_grad_norm_
 
@@ -185,11 +197,19 @@ class Attachment(base.Attachment):
             return None
         self._bind_prepared()
         optimizers = [_unwrap(optimizer) for optimizer in accelerator._optimizers]
-        errors = FirstError()
+        errors, passed = FirstError(), list[Tensor]()
         with errors:
-            self._check_passed([parameters] if isinstance(parameters, Tensor) else list(parameters))
-        report = self._deferred.clip(optimizers, accelerator.scaler, errors)
-        self._skips = dict.fromkeys(map(id, optimizers), self._deferred.skipped)
+            passed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        ids = self._ids_of_models(passed)
+        with errors:
+            self._check_passed(passed, ids)
+        # With an error too, because these optimizers decide which collectives follow.
+        optimizers = [optimizer for optimizer in optimizers if _steps_any(optimizer, ids)]
+        only = [param for _, param in self._params if id(param) in ids]
+        report = self._deferred.clip(
+            optimizers, accelerator.scaler, errors, None if len(only) == len(self._params) else only
+        )
+        self._skips |= dict.fromkeys(map(id, optimizers), self._deferred.skipped)
         return report.norm
 
     def _bind_prepared(self) -> None:
@@ -205,6 +225,7 @@ class Attachment(base.Attachment):
             module = models[0] if len(models) == 1 else nn.ModuleList(models)
             self._deferred.bind(module, comm)
             self._models, self._params = models, name_tensors(module)
+            self._by_model = [{id(param) for _, param in name_tensors(model)} for model in models]
         if not _same_objects(optimizers, self._optimizers):
             self._step_patches.restore()
             self._optimizers = optimizers
@@ -226,14 +247,22 @@ class Attachment(base.Attachment):
             optimizer._is_overflow = skip
         return result
 
-    def _check_passed(self, passed: list[Tensor]) -> None:
-        """Raise if the parameters of a call are not those that the policy clips.
+    def _ids_of_models(self, passed: list[Tensor]) -> set[int]:
+        """Return the ids of all parameters of the models whose parameters were passed, or of all models."""
+        passed_ids = set(map(id, passed))
+        # A parameter that models share belongs to the call if another one of its model does.
+        shared = {id_ for i, one in enumerate(self._by_model) for other in self._by_model[:i] for id_ in one & other}
+        chosen = [ids for ids in self._by_model if not passed_ids.isdisjoint((ids - shared) or ids)]
+        return set[int]().union(*(chosen or self._by_model))
+
+    def _check_passed(self, passed: list[Tensor], ids: set[int]) -> None:
+        """Raise if the parameters of a call are not those of whole models.
 
         Raises:
             ArgumentError: a parameter of no prepared model was passed, or one with a gradient is missing.
         """
         passed_ids, known_ids = set(map(id, passed)), {id(param) for _, param in self._params}
-        missing = [name for name, param in self._params if param.grad is not None and id(param) not in passed_ids]
+        missing = [n for n, p in self._params if id(p) in ids and p.grad is not None and id(p) not in passed_ids]
         if not passed_ids <= known_ids:
             raise ArgumentError(
                 f"clip_grad_norm_: {len(passed_ids - known_ids)} of the parameters passed belong to no model that this "
@@ -265,6 +294,10 @@ def _unwrap(optimizer: Any) -> Any:
     while hasattr(optimizer, "optimizer") and hasattr(optimizer, "gradient_state"):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def _steps_any(optimizer: Any, ids: set[int]) -> bool:
+    return any(id(param) in ids for group in optimizer.param_groups for param in group["params"])
 
 
 def _same_objects(left: list[Any], right: list[Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -76,14 +76,20 @@ class DeferredClipper:
             self._on_bind(clipper)
         return clipper
 
-    def clip(self, optimizers: Any, scaler: Any, errors: FirstError | None = None) -> Report:
+    def clip(
+        self,
+        optimizers: Any,
+        scaler: Any,
+        errors: FirstError | None = None,
+        only: Sequence[Tensor] | None = None,
+    ) -> Report:
         """Clip in place. Raises, Collectives, Host syncs: see `GradClipper.clip`.
 
         Args:
-            optimizers, scaler, errors: see `GradClipper.clip`.
+            optimizers, scaler, errors, only: see `GradClipper.clip`.
         """
         assert self.clipper is not None
-        self.report = self.clipper.clip(optimizers, scaler, errors=errors)
+        self.report = self.clipper.clip(optimizers, scaler, only=only, errors=errors)
         return self.report
 
     def state_dict(self) -> dict[str, Any]:

@@ -82,6 +82,16 @@ def attach(
     return Attachment(trainer, DeferredClipper(policy, split_over, on_nonfinite, max_skips, on_bind))
 
 
+def patch(trainer: Any, policy: Policy, **options: Any) -> Any:
+    """Call `attach`, and return the Trainer. It is the name that `attach` had before version 0.1.
+
+    Args:
+        trainer, policy, options: see `attach`.
+    """
+    attach(trainer, policy, **options)
+    return trainer
+
+
 class Attachment(accelerate.Attachment):
     """A policy that decides the steps of a Trainer.
 

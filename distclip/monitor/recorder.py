@@ -117,7 +117,7 @@ class Recorder:
         self._with_slots = len(clipper.slots) > 1 and clipper.policy.spec.per != "row"
         self._detector = OutlierDetector(top)
         self._steps: list[Step] = []
-        clipper.observe(self._observe)
+        clipper.observe(self._observe, undo=self._undo)
         atexit.register(_close_if_alive, weakref.ref(self))
 
     def note(self, **values: Any) -> None:
@@ -208,6 +208,11 @@ class Recorder:
         if len(self._steps) >= self.every:
             self.flush()
         self._steps.append(Step.of(outcome, self._with_slots))
+
+    def _undo(self, last: int) -> None:
+        # The step stays in the list, because the number of steps decides when all ranks communicate.
+        if self._steps and self._steps[-1].number > last:
+            self._steps[-1].is_undone = True
 
 
 def _close_if_alive(reference: weakref.ref[Recorder]) -> None:

@@ -35,6 +35,7 @@ class Step:
         notes: numbers or 0-d tensors of the user, by field of a line.
         ids: of this rank's samples, a tuple or a 1-D tensor.
         time: seconds since 1970.
+        is_undone: whether an error has ended the step before it was made, so that it is not written.
     """
 
     number: int
@@ -44,6 +45,7 @@ class Step:
     notes: dict[str, Any] = field(default_factory=dict)
     ids: Any = ()
     time: float = field(default_factory=time.time)
+    is_undone: bool = False
 
     @classmethod
     def of(cls, outcome: Outcome, with_slots: bool) -> Step:

@@ -87,7 +87,7 @@ class Writer:
         for n, (i, ratio) in enumerate(outliers):
             by_rank = [rank_details[n] for rank_details in details]
             lines[i] |= {"spike": ratio, **merge_details(by_rank, ranks, steps[i].power_sum, parameters)}
-        return lines
+        return [line for step, line in zip(steps, lines, strict=True) if not step.is_undone]
 
     def _send(self, lines: Sequence[Mapping[str, Any]]) -> None:
         self._destinations = [destination for destination in self._destinations if _try_to_send(destination, lines)]

@@ -85,6 +85,7 @@ class ShardTable:
     Attributes:
         world_size: number of ranks in the communicator of the call. Set it once the communicator is known.
         flat_grads: set it to True to move the gradients of the first step into few storages.
+        only: ids of the tensors whose gradients are read, written and dropped. None for all.
         inspect: called with the gradients of every call, to raise if something is wrong with them. None for nothing.
     """
 
@@ -98,6 +99,7 @@ class ShardTable:
         self.tensors, self.metadata, self.are_gradients, self.error = tensors, metadata, are_gradients, error
         self.world_size = 1
         self.flat_grads = False
+        self.only: frozenset[int] | None = None
         self.inspect: Callable[[Shards], None] | None = None
         self._flat_storage: FlatStorage | None = None
 
@@ -162,7 +164,7 @@ class ShardTable:
 
     def tensors_with_gradient(self) -> list[Tensor]:
         """Return the tensors whose gradients `gradients` returns, in the same order."""
-        return [t for t in self.tensors if t.grad is not None or read_main_grad(t) is not None]
+        return [t for t in self.selected() if t.grad is not None or read_main_grad(t) is not None]
 
     def replace_gradients(self, local_grads: Mapping[int, Tensor]) -> None:
         """Replace gradients of parameters by tensors of the same shape.
@@ -188,9 +190,14 @@ class ShardTable:
                 f"{reason}. Assign a copy: param.grad = param.grad.clone()."
             )
 
+    def selected(self) -> list[Tensor]:
+        """Return the tensors whose gradients are read, written and dropped."""
+        return [tensor for tensor in self.tensors if self.only is None or id(tensor) in self.only]
+
     def drop_gradients(self) -> None:
         """Set every `.grad` to None, and every `main_grad` of Megatron to 0."""
-        for tensor, main_grad in zip(self.tensors, map(read_main_grad, self.tensors), strict=True):
+        for tensor in self.selected():
+            main_grad = read_main_grad(tensor)
             tensor.grad = None
             # Megatron allocates it once and keeps it.
             if main_grad is not None:
@@ -253,7 +260,7 @@ class ShardTable:
     def _read_gradients(self) -> Shards:
         if self.are_gradients:
             return self.metadata.shards_of_tensors(self.tensors, self.world_size)
-        return self.metadata.shards_of_gradients(self.tensors, self.world_size)
+        return self.metadata.shards_of_gradients(self.tensors, self.world_size, self.only)
 
 
 class TableMetadata:
@@ -285,7 +292,7 @@ class TableMetadata:
         self.frozen_errors: dict[int, DistclipError] = {}
         self._slots: Mapping[str, tuple[int, Rows | None]] = {}
         self._infos: dict[int, ShardInfos] = {}
-        self._subset: tuple[tuple[int, ...], TableMetadata] | None = None
+        self._subsets: dict[tuple[int, ...], TableMetadata] = {}
         # Whether this rank and any rank has float64 gradients, as the ranks have last gathered it.
         self.fp64: tuple[bool | None, bool | None] = (None, None)
         # Positions of the tensors that train. None for all of them.
@@ -314,7 +321,7 @@ class TableMetadata:
     def assign_slots(self, by_name: Mapping[str, tuple[int, Rows | None]], frozen: Collection[str] = ()) -> None:
         """Assign a slot to every tensor, except those that are frozen on all ranks."""
         self._slots = by_name
-        self._infos, self._subset, self._weights = {}, None, None
+        self._infos, self._subsets, self._weights = {}, {}, None
         training = tuple(i for i, name in enumerate(self.names) if name not in frozen)
         self._training = None if len(training) == len(self.names) else training
         for i, name in enumerate(self.names):
@@ -337,15 +344,19 @@ class TableMetadata:
             )
         return self._infos[world_size]
 
-    def shards_of_gradients(self, tensors: Sequence[Tensor], world_size: int) -> Shards:
-        """Return this rank's shards of the current gradients of parameters."""
+    def shards_of_gradients(
+        self, tensors: Sequence[Tensor], world_size: int, only: frozenset[int] | None = None
+    ) -> Shards:
+        """Return this rank's shards of the current gradients of parameters, or only of some by their ids."""
         # A step on thousands of tensors spends much of its time here. The common case is decided on sets of types.
         grads: list[Any] = list(map(_grad_of, tensors))
         types = set(map(type, grads))
-        if types <= _PLAIN and not self.frozen_errors:
+        if types <= _PLAIN and not self.frozen_errors and only is None:
             return Shards(self.infos(world_size), grads)
-        if type(None) in types:
+        if type(None) in types or only is not None:
             grads = [read_main_grad(t) if g is None else g for t, g in zip(tensors, grads, strict=True)]
+            if only is not None:
+                grads = [g if id(t) in only else None for t, g in zip(tensors, grads, strict=True)]
             present = tuple(i for i, grad in enumerate(grads) if grad is not None)
             if len(present) < len(tensors):
                 subset = [tensors[i] for i in present]
@@ -405,12 +416,14 @@ class TableMetadata:
 
     def _subset_at(self, positions: tuple[int, ...]) -> TableMetadata:
         """Return the metadata of the tensors at some positions: those with a gradient."""
-        # Mostly the same tensors have a gradient in every step.
-        if self._subset is None or self._subset[0] != positions:
+        # Mostly the same tensors have a gradient in every step, or a few sets of them in turn.
+        if positions not in self._subsets:
             if unfrozen := self.frozen_errors.keys() & positions:
                 raise self.frozen_errors[min(unfrozen)]
-            self._subset = positions, self._at(positions)
-        return self._subset[1]
+            if len(self._subsets) >= 8:
+                self._subsets.clear()
+            self._subsets[positions] = self._at(positions)
+        return self._subsets[positions]
 
     def _at(self, positions: Sequence[int]) -> TableMetadata:
         """Return the metadata of the tensors at some positions."""

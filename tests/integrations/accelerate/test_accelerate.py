@@ -268,3 +268,46 @@ def test_training_check_of_accelerate_with_clipping() -> None:
     assert len(accelerators) >= 2
     assert all(accelerator.num_processes == 2 for accelerator in accelerators)
     check_equal_on_ranks([accelerator.distclip.report.as_dict() for accelerator in accelerators])
+
+
+@on_ranks(2, fixture="ranks")
+@pytest.mark.parametrize("fp16", [False, True])
+def test_models_in_turn_are_clipped_one_by_one(fp16: bool) -> None:
+    """Train a generator through a discriminator, which keeps gradients of the generator's loss."""
+    with framework_environment():
+        accelerator = build_accelerator("ddp", fp16=fp16)
+        attach(accelerator, distclip.global_norm(1.0))
+        models = [torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)]
+        maker, judge, *optimizers = accelerator.prepare(*models, *(sgd(model.parameters()) for model in models))
+        x = torch.full((2, 4), 1.0 + dist.get_rank())
+
+        def train(model: Any, optimizer: Any, factor: float) -> None:
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                made = maker(x)
+                accelerator.backward(factor * judge(made.detach() if model is judge else made).sum())
+            others = [
+                p.grad.clone()
+                for one in (maker, judge)
+                if one is not model
+                for p in one.parameters()
+                if p.grad is not None
+            ]
+            norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            own = torch.cat([param.grad.flatten() for param in model.parameters()])
+            assert float(own.norm()) == pytest.approx(1.0, abs=1e-3)
+            assert float(norm) > 1
+            kept = [
+                p.grad for one in (maker, judge) if one is not model for p in one.parameters() if p.grad is not None
+            ]
+            assert all(map(torch.equal, others, kept)), "a gradient of the other model was written"
+            before = full_params(model)
+            optimizer.step()
+            assert not bitwise_equal(before, full_params(model))
+
+        for _ in range(3):
+            train(judge, optimizers[1], 3.0)
+            train(maker, optimizers[0], -3.0)
+        errors = error_of(lambda: accelerator.clip_grad_norm_(list(maker.parameters())[:1], 1.0))
+        assert "were not passed" in errors
+        check_equal_on_ranks(full_params(maker))

@@ -1,0 +1,116 @@
+"""Find what to clip before a step of one of several attached optimizers.
+
+Optimizers that share a loss are clipped together, by their common norm, before the first of them steps. Optimizers that
+step in turn, each after another backward, are clipped one by one. Both look the same to the first optimizer that
+steps, so that its first clip includes all new gradients. It leaves out, from then on, those that were never stepped.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..comm import Comm
+from ..sharding.dtensor import is_dtensor
+from ..sharding.megatron import read_main_grad
+
+__all__ = ["Turns"]
+
+_SEEN = "_distclip_version"
+"""Attribute of a gradient that has been clipped: its version then. A new gradient has no such attribute."""
+
+
+class Turns:
+    """Remembers which gradients of several optimizers have been clipped. All ranks decide the same."""
+
+    def __init__(self) -> None:
+        self._optimizers: list[weakref.ref[Optimizer]] = []
+        self._forget()
+
+    def _forget(self) -> None:
+        # Pairs (optimizer that stepped, optimizer whose gradients of the same backward were not stepped).
+        self._separate: set[tuple[int, int]] = set()
+        # Optimizers that were clipped together with another one and have not stepped since, and that other one.
+        self._clipped_with: dict[int, int] = {}
+        self._skipped: dict[int, bool] = {}
+
+    def add(self, optimizers: Iterable[Optimizer]) -> None:
+        """Add optimizers, on every rank in the same order."""
+        self._optimizers += map(weakref.ref, optimizers)
+
+    def remove(self, optimizers: Iterable[Optimizer]) -> None:
+        """Remove optimizers. Nothing is remembered of the others."""
+        ids = set(map(id, optimizers))
+        self._optimizers = [weakref.ref(one) for one in self.optimizers if id(one) not in ids]
+        self._forget()
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizers, in order."""
+        return [one for reference in self._optimizers if (one := reference()) is not None]
+
+    def index(self, optimizer: Optimizer) -> int:
+        """Return the position of an optimizer."""
+        return [one is optimizer for one in self.optimizers].index(True)
+
+    def to_clip(self, optimizer: Optimizer, comm: Comm) -> list[Optimizer] | None:
+        """Return the optimizers whose gradients to clip before a step of one of them.
+
+        Args:
+            optimizer: the one that steps.
+            comm: the ranks that step together. All of them step this optimizer.
+
+        Returns:
+            The same on every rank. None if its gradients have been clipped already.
+
+        Collectives: one all-reduce. Host syncs: one on an accelerator.
+        """
+        optimizers = self.optimizers
+        facts = [float(any(map(_is_new, _gradients([one])))) for one in optimizers]
+        counts = torch.tensor(facts, dtype=torch.float64, device=comm.device)
+        comm.sum_(counts)
+        is_new = [count > 0 for count in counts.tolist()]
+        own = self.index(optimizer)
+        for other, new in enumerate(is_new):
+            # Its gradients were clipped with those of an optimizer that stepped, and replaced before it stepped itself.
+            if new and other in self._clipped_with:
+                self._separate.add((self._clipped_with.pop(other), other))
+        self._clipped_with.pop(own, None)
+        if not is_new[own]:
+            return None
+        chosen = [i for i, new in enumerate(is_new) if i == own or (new and (own, i) not in self._separate)]
+        self._clipped_with |= {i: own for i in chosen if i != own}
+        return [optimizers[i] for i in chosen]
+
+    def record(self, optimizers: Sequence[Optimizer], *, skipped: bool) -> None:
+        """Record that the gradients of these optimizers have been clipped, or dropped."""
+        ids = set(map(id, optimizers))
+        for i, one in enumerate(self.optimizers):
+            if id(one) in ids:
+                self._skipped[i] = skipped
+        for grad in _gradients(optimizers):
+            vars(grad)[_SEEN] = _version(grad)
+
+    def was_skipped(self, optimizer: Optimizer) -> bool:
+        """Return whether the last decision about the gradients of an optimizer skipped its step."""
+        return self._skipped.get(self.index(optimizer), False)
+
+
+def _gradients(optimizers: Iterable[Optimizer]) -> list[Tensor]:
+    params = [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
+    grads = [read_main_grad(param) if param.grad is None else param.grad for param in params]
+    return [grad for grad in grads if grad is not None]
+
+
+def _is_new(grad: Tensor) -> bool:
+    return bool(vars(grad).get(_SEEN) != _version(grad))
+
+
+def _version(grad: Tensor) -> int:
+    # Operations on a DTensor write its local tensor.
+    local: Tensor = grad._local_tensor if is_dtensor(grad) else grad
+    return local._version
