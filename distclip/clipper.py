@@ -382,6 +382,16 @@ class GradClipper:
         return tuple(self._counter.incidents)
 
     @property
+    def steps(self) -> int:
+        """Number of calls of `clip`, `step` and `decide` so far."""
+        return self._counter.steps
+
+    @property
+    def token(self) -> str:
+        """Text that no other clipper of the job has, the same on every rank."""
+        return self._engine.token
+
+    @property
     def skipped(self) -> int:
         """Number of skipped steps, as far as the host has read them (see `step`)."""
         return self._counter.skipped

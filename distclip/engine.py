@@ -8,6 +8,7 @@ bit, so that every rank takes the same branch into the same collectives.
 from __future__ import annotations
 
 import re
+import uuid
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -97,6 +98,7 @@ class Engine:
         self._last_coefs: Tensor | None = None
         self._scaler_round: _ScalerRound | None = None
         self._ddp_modules: list[weakref.ref[Any]] = []
+        self.token = ""
 
     @classmethod
     @outside_fake_mode
@@ -145,14 +147,14 @@ class Engine:
         arguments = f"{policy!r}, on_nonfinite={on_nonfinite!r}, max_skips={counter.max_skips}"
         arguments = re.sub(r" at 0x\w+", "", arguments)
         errors.add(table.error)
-        gathered = gather_or_raise(comm, errors.error, (arguments, params, table.axes))
-        if len(different := {arguments for arguments, _, _ in gathered}) > 1:
+        gathered = gather_or_raise(comm, errors.error, (arguments, params, table.axes, uuid.uuid4().hex))
+        if len(different := {arguments for arguments, *_ in gathered}) > 1:
             raise DisagreementError(
                 f"policy: the ranks were given different policies, {sorted(different)}. Pass the same policy, "
                 "on_nonfinite and max_skips on every rank."
             )
-        check_same_axes([axes for _, _, axes in gathered], comm)
-        slots = assign_slots([params for _, params, _ in gathered], comm.rank, policy.spec)
+        check_same_axes([axes for _, _, axes, _ in gathered], comm)
+        slots = assign_slots([params for _, params, *_ in gathered], comm.rank, policy.spec)
         table.assign_slots(slots.by_name, slots.frozen)
         table.flat_grads = flat_grads
         warn_if_nothing_trains(parameters, table)
@@ -160,6 +162,7 @@ class Engine:
         engine = cls(table, comm, policy, slots, on_nonfinite, counter, coverage)
         if isinstance(parameters, nn.Module) and table.is_complete:
             engine._ddp_modules = ddp_modules(parameters)
+        engine.token = gathered[0][-1]
         return engine
 
     @cached_property

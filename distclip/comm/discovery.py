@@ -45,6 +45,7 @@ __all__ = [
     "global_rank",
     "is_dry_run",
     "job_size",
+    "job_store",
     "resolve_comm",
     "uncovered_ranks",
     "widened",
@@ -178,6 +179,13 @@ def is_dry_run() -> bool:
 def job_size() -> int:
     """Return the number of processes in the job, by torch.distributed or MPI."""
     return dist.get_world_size() if _is_initialized() else mpi_size()
+
+
+def job_store(comm: Comm) -> Store | None:
+    """Return the key-value store that the ranks of a communicator share, or None if they share none."""
+    if comm.ranks is None or not _is_initialized() or comm.ranks[comm.rank] != dist.get_rank():
+        return None
+    return PrefixStore("distclip", _store())
 
 
 def forget_all() -> None:

@@ -18,18 +18,23 @@ import torch.distributed as dist
 
 from ..clipper import GradClipper
 from ..comm import global_ranks
-from ..comm.consensus import FirstError, gather_or_raise
+from ..comm.consensus import FirstError, wire_of
 from ..devices import is_capturing
-from ..errors import ArgumentError, DisagreementError
+from ..errors import ArgumentError, DisagreementError, from_wire, warn_user
 from ..outcome import Outcome
 from .jsonl import JsonLines
 from .notes import convert_ids, convert_note, convert_step, describe
 from .outliers import OutlierDetector, RankDetails
+from .roster import Entry, Roster
 from .sinks import Sink
 from .step_buffer import Step, read_steps
 from .writer import Writer
 
 __all__ = ["Recorder"]
+
+_PATIENCE, _PATIENCE_FOR_TENSORS = 3.0, 60.0
+"""Seconds to wait for the recorders of other ranks. Without them, errors are not raised on all ranks, and no tensors
+are measured."""
 
 _RESERVED = {"norm", "bound", "coef", "clipped", "finite", "skipped", "scale", "norms", "tensor_norms"}
 _RESERVED |= {"time", "nonfinite", "culprits", "spike", "worst", "distclip"}
@@ -55,11 +60,15 @@ class Recorder:
         facts: about the run, for the header: {"batch": 512, "precision": "fp16"}.
 
     Raises:
-        ArgumentError: an argument is invalid. DisagreementError: an argument differs between ranks. On every rank.
+        ArgumentError: an argument is invalid. DisagreementError: an argument differs between ranks. On every rank that
+            makes a recorder within seconds of the others.
 
-    Collectives: construct it on every rank of the clipper: one gather, and one more with `per_tensor`. A step has no
-    collective of the recorder. Every `every` steps there is one all-reduce of 2 · every float64 numbers (losses), and a
-    gather if one of these steps stands out. Host syncs: one every `every` steps.
+    Construct it on every rank of the clipper. If some ranks have none, or differ in their arguments, the others warn
+    and record without communication. The lowest of them writes, and losses and samples of other ranks are missing.
+
+    Collectives: none at construction, one gather with `per_tensor`. A step has no collective of the recorder. Every
+    `every` steps there is one all-reduce of 2 · every float64 numbers (losses), and a gather if one of these steps
+    stands out. Host syncs: one every `every` steps.
 
     >>> import tempfile, distclip
     >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -89,7 +98,7 @@ class Recorder:
         self._clipper = clipper
         self.path = Path(f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}") / "metrics.jsonl"
         """Path of the file, on the rank that writes."""
-        # A rank that cannot open the file still takes part in the gather below, where all ranks raise.
+        # A rank that cannot open the file enters itself in the roster all the same, so that all ranks raise.
         errors = FirstError()
         lines = None
         all_sinks: tuple[Sink, ...] = ()
@@ -104,19 +113,28 @@ class Recorder:
             if _is_writer(clipper):
                 lines = JsonLines(self.path)
             options = every, bool(per_tensor), top
-        all_options = set(gather_or_raise(clipper.comm, errors.error, options))
-        if len(all_options) > 1:
-            raise DisagreementError(
-                f"(every, per_tensor, top) of a recorder differ between ranks: {sorted(all_options, key=str)}. Pass "
-                "the same values on every rank."
-            )
-        if per_tensor:
+        self._roster = Roster(clipper, Entry(options, wire_of(errors.error)))
+        if errors.error is not None:
+            raise errors.error
+        # The program must not wait here for ranks without a recorder, which may wait for this one elsewhere.
+        is_complete = self._roster.is_complete(_PATIENCE_FOR_TENSORS if per_tensor else _PATIENCE)
+        if is_complete:
+            _check_entries(self._roster.entries())
+        self._has_peers = True if is_complete else None
+        """True if all ranks have the recorder, so that it may communicate. None before the first write finds out."""
+        if per_tensor and self._roster.decide(is_complete):
             clipper.measure_tensors()
-        self.every = every
-        self._writer = None if lines is None else Writer(clipper, lines, all_sinks, every, facts or {})
+        elif per_tensor:
+            warn_user(f"recorder: per_tensor=True is ignored. {self._describe_peers()}", RuntimeWarning)
+        self.every, self._sinks, self._facts = every, all_sinks, facts or {}
+        self._writer = None
+        if lines is not None:
+            self._roster.claim_file()
+            self._writer = Writer(clipper, lines, all_sinks, every, self._facts)
         self._with_slots = len(clipper.slots) > 1 and clipper.policy.spec.per != "row"
         self._detector = OutlierDetector(top)
         self._steps: list[Step] = []
+        self._is_closed = False
         clipper.observe(self._observe, undo=self._undo)
         atexit.register(_close_if_alive, weakref.ref(self))
 
@@ -158,21 +176,26 @@ class Recorder:
         if not steps:
             return
         comm, rows = self._clipper.comm, read_steps(steps)
+        # The numbers of these steps are on the host, so that every rank has entered them, and the roster is final.
+        has_peers = self._decide_peers()
         # Sum and number of the losses per step, because some ranks (of a pipeline) have no loss.
         losses = torch.zeros(2, len(rows), dtype=torch.float64)
         for i, row in enumerate(rows):
             if "loss" in row:
                 losses[:, i] = torch.tensor([float(row["loss"]), 1.0], dtype=torch.float64)
-        comm.sum_(losses)
+        if has_peers:
+            comm.sum_(losses)
         for row, loss, num_losses in zip(rows, *losses.tolist(), strict=True):
             if num_losses:
                 row["loss"] = loss / num_losses
         # The norms are equal on all ranks, so either all ranks enter the gather or none does.
         outliers = self._detector.detect([row["norm"] for row in rows])
         local = [RankDetails.of(steps[i]) for i, _ in outliers]
-        details = comm.gather_objects(local) if outliers else [local]
+        details, ranks = [local], global_ranks(comm)[comm.rank : comm.rank + 1]
+        if outliers and has_peers:
+            details, ranks = comm.gather_objects(local), global_ranks(comm)
         if self._writer is not None:
-            self._writer.write(steps, rows, outliers, details, global_ranks(comm))
+            self._writer.write(steps, rows, outliers, details, ranks)
 
     @torch.no_grad()
     def close(self) -> None:
@@ -189,7 +212,7 @@ class Recorder:
             comm = self._clipper.comm
             details = [[RankDetails.of(self._steps[i]) for i, _ in outliers]]
             self._writer.write(self._steps, rows, outliers, details, global_ranks(comm)[comm.rank : comm.rank + 1])
-        self._writer = None
+        self._writer, self._is_closed = None, True
 
     def __enter__(self) -> Recorder:
         return self
@@ -201,6 +224,27 @@ class Recorder:
         if kind is None:
             self.flush()
         self.close()
+
+    def _decide_peers(self) -> bool:
+        """Return whether all ranks have the recorder, and choose another rank to write if not."""
+        if self._has_peers is None:
+            entries = self._roster.entries()
+            self._has_peers = self._roster.is_complete() and len({entry.options for entry in entries.values()}) == 1
+            if not self._has_peers:
+                comm = self._clipper.comm
+                is_first = self._writer is None and global_ranks(comm)[comm.rank] == min(entries)
+                if is_first and not self._is_closed and self._roster.claim_file():
+                    self._writer = Writer(self._clipper, JsonLines(self.path), self._sinks, self.every, self._facts)
+                warn_user(f"recorder: {self._describe_peers()}", RuntimeWarning)
+        return self._has_peers
+
+    def _describe_peers(self) -> str:
+        options = {rank: entry.options for rank, entry in self._roster.entries().items()}
+        return (
+            f"of the ranks {list(global_ranks(self._clipper.comm))}, these have made it with the arguments (every, "
+            f"per_tensor, top): {options}. Losses and samples of other ranks are missing. Construct it on every rank "
+            "with the same arguments."
+        )
 
     def _observe(self, outcome: Outcome) -> None:
         if is_capturing():
@@ -218,6 +262,19 @@ class Recorder:
 def _close_if_alive(reference: weakref.ref[Recorder]) -> None:
     if (recorder := reference()) is not None:
         recorder.close()
+
+
+def _check_entries(entries: Mapping[int, Entry]) -> None:
+    """Raise the error of the lowest rank that has one, or if the arguments of ranks differ."""
+    for rank, entry in entries.items():
+        if entry.error is not None:
+            raise from_wire(rank, *entry.error)
+    all_options = {entry.options for entry in entries.values()}
+    if len(all_options) > 1:
+        raise DisagreementError(
+            f"(every, per_tensor, top) of a recorder differ between ranks: {sorted(all_options)}. Pass the same values "
+            "on every rank."
+        )
 
 
 def _is_writer(clipper: GradClipper) -> bool:

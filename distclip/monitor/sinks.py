@@ -50,8 +50,9 @@ def wandb(run: Any = None) -> Sink:
         run: of `wandb.init`; None for the active run.
 
     Raises:
-        ArgumentError: no run is active.
+        ArgumentError: no run is active, or `run` is text.
     """
+    _check_run("wandb", run)
     if run is None:
         import wandb as library
 
@@ -90,7 +91,11 @@ def trackio(run: Any = None) -> Sink:
 
     Args:
         run: of `trackio.init`; None for the active run.
+
+    Raises:
+        ArgumentError: `run` is text.
     """
+    _check_run("trackio", run)
     log = run.log if run is not None else None
     if log is None:
         import trackio as library
@@ -110,6 +115,11 @@ def _add_prefix(numbers: Mapping[str, float]) -> dict[str, float]:
 def _drop_nonfinite(numbers: Mapping[str, float]) -> dict[str, float]:
     """Remove numbers that these libraries cannot store."""
     return {key: value for key, value in numbers.items() if math.isfinite(value)}
+
+
+def _check_run(name: str, run: Any) -> None:
+    if isinstance(run, str):
+        raise ArgumentError(f"run={run!r:.60}: text, not a run. Pass what {name}.init(…) returned.")
 
 
 def _require_active(name: str, run: Any, call: str) -> Any:

@@ -79,6 +79,9 @@ class NormPolicy:
         convert_fields(self, eps=NOT_NEGATIVE, restart_after=Range(0, whole=True))
         object.__setattr__(self, "groups", check_groups(self.groups))
         object.__setattr__(self, "exclude", check_patterns("exclude", self.exclude))
+        if self.skip not in (True, False):
+            # Text from a configuration file, "false" for example, would be true.
+            raise ArgumentError(f"skip={self.skip!r}: expected True or False. Use skip=False.")
         if self.per not in get_args(Per):
             raise ArgumentError(f"per={self.per!r}: unknown granularity. Use {' or '.join(map(repr, get_args(Per)))}.")
         if (self.per == "group") != bool(self.groups):

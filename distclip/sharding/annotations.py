@@ -96,6 +96,7 @@ def annotate_(param: Tensor, mesh: DeviceMesh | dist.ProcessGroup, placements: S
     from torch.distributed.tensor.placement_types import Placement
 
     ndim = mesh.ndim if isinstance(mesh, DeviceMesh) else 1
+    placements = [placements] if isinstance(placements, Placement | str) else list(placements)
     if len(placements) != ndim or not all(isinstance(p, Placement) for p in placements):
         raise ArgumentError(
             f"placements={placements!r}: the mesh has {ndim} {'axis' if ndim == 1 else 'axes'} and each needs one of "

@@ -277,6 +277,7 @@ def test_find_and_name_runs(tmp_path: Path) -> None:
     assert found == [tmp_path / "a/deep/er", tmp_path / "a/x", tmp_path / "b"]
     assert name_runs(found) == ["a/deep/er", "a/x", "b"] == [log.name for log in read_all([tmp_path])]
     assert find_runs([tmp_path / "b", tmp_path, alone]) == [tmp_path / "b", *found[:2], alone]
+    assert find_runs(tmp_path) == find_runs(str(tmp_path)) == find_runs([str(tmp_path)]) == found
     assert name_runs([tmp_path / "b" / "metrics.jsonl", alone]) == ["b", "alone.jsonl"]
     assert name_runs([tmp_path / "b"]) == ["b"]
 

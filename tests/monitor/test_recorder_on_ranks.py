@@ -7,21 +7,27 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
 from distclip import ArgumentError, DisagreementError, GradClipper
 from distclip.monitor import Recorder, UpdateRatio
+from distclip.monitor import recorder as recorder_module
 from tests.ranks import gather_from_ranks, on_ranks
 from tests.rig import RIG_CASES, Rig, build_rig, each_rig, local_tensor, record_warnings, to_bytes, whole_gradient
+from tests.tables.layouts.meshes import world_mesh
 
 POLICIES: dict[str, Callable[[], Any]] = {
     "global": lambda: distclip.global_norm(0.5),
@@ -220,6 +226,134 @@ def test_invalid_arguments_raise_on_all_ranks() -> None:
         recorder.note(ids=7)
     with pytest.raises(ArgumentError, match="coef, norm would replace"):
         recorder.note(norm=1.0, coef=1.0, lr=0.1)
+
+
+def train(clipper: GradClipper, rig: Rig, steps: int, note: Callable[[int], None] | None = None) -> list[float]:
+    """Clip gradients of which one is a spike, with a collective of the program between steps."""
+    norms = []
+    for step in range(steps):
+        rig.fill(1, 50.0 if step == 7 else 1.0)
+        norms.append(float(clipper.clip().norm))
+        if note is not None:
+            note(step)
+        ones = torch.ones(())
+        dist.all_reduce(ones)
+        assert float(ones) == dist.get_world_size()
+    return norms
+
+
+def impatient() -> Any:
+    """Let no rank wait for the recorders of other ranks."""
+    return mock.patch.multiple(recorder_module, _PATIENCE=0.0, _PATIENCE_FOR_TENSORS=0.0)
+
+
+@on_ranks()
+@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize(("chosen", "num_ranks"), [([0], 2), ([1], 2), ([1, 3], 4)])
+def test_recorders_on_some_ranks_do_not_communicate(chosen: list[int], per_tensor: bool) -> None:
+    """Record on the chosen ranks only: training goes on, and the lowest of them writes what it knows."""
+    rank, size, folder = dist.get_rank(), dist.get_world_size(), make_shared_folder()
+    rig = build_rig("fsdp2")
+    clipper = rig.clipper(distclip.global_norm(0.5))
+    counts = count_collectives(clipper.comm)
+    with warnings.catch_warnings(record=True) as caught, impatient():
+        warnings.simplefilter("always")
+        if rank in chosen:
+            with Recorder(clipper, folder, every=4, per_tensor=per_tensor) as recorder:
+                norms = train(clipper, rig, 10, lambda i: recorder.note(loss=i + 10.0 * rank, ids=[100 * rank + i]))
+        else:
+            norms = train(clipper, rig, 10)
+    assert counts == {"sum_": 10}
+    assert gather_from_ranks(norms) == [norms] * size
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == (rank in chosen) * (1 + per_tensor)
+    assert all(str(list(range(size))) in text and "Construct it on every rank" in text for text in messages)
+    headers, rows = read_lines(folder)
+    assert len(headers) == 1
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert [row["loss"] for row in rows] == [step + 10.0 * chosen[0] for step in range(10)]
+    assert rows[7]["ids"] == [100 * chosen[0] + 7]
+    assert not any("tensor_norms" in row for row in rows)
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("difference", ["steps", "arguments", "error"])
+def test_recorders_that_differ_do_not_communicate(difference: str) -> None:
+    """Make the recorder of rank 1 some steps later, or with another argument, or with an invalid one."""
+    rank, folder = dist.get_rank(), make_shared_folder()
+    rig = build_rig("fsdp2")
+    clipper = rig.clipper(distclip.global_norm(0.5))
+    counts = count_collectives(clipper.comm)
+    every: Any = {"arguments": 4 + rank, "error": 4 if rank == 0 else "four", "steps": 4}[difference]
+    num_before = 3 if rank == 1 and difference == "steps" else 0
+    warns = pytest.warns(RuntimeWarning, match="Construct it on every rank")
+    with impatient(), warns if rank == 0 or difference == "steps" else nullcontext():
+        if rank == 1 and difference != "steps":
+            dist.barrier()
+        train(clipper, rig, num_before)
+        # Rank 0 does not wait for rank 1, which finds the recorder of rank 0.
+        fails = pytest.raises((ArgumentError, DisagreementError), match="every")
+        with fails if rank == 1 and difference != "steps" else nullcontext():
+            recorder = Recorder(clipper, folder, every=every)
+        if rank == 0 and difference != "steps":
+            dist.barrier()
+        train(clipper, rig, 10 - num_before)
+        if rank == 0:
+            recorder.flush()
+    assert counts == {"sum_": 10}
+    assert len(read_lines(folder)[1]) == 10
+
+
+@on_ranks(2)
+def test_recorder_of_a_late_rank_is_found_by_the_first_write() -> None:
+    """Make no rank wait, so that one of them does not find the other at construction."""
+    rank = dist.get_rank()
+    rig = build_rig("fsdp2")
+    clipper = rig.clipper(distclip.global_norm(0.5))
+    for _ in range(2):
+        folder = make_shared_folder()
+        with impatient():
+            if rank == 1:
+                dist.barrier()
+            recorder = Recorder(clipper, folder, every=4)
+            if rank == 0:
+                dist.barrier()
+        train(clipper, rig, 10, lambda i, to=recorder: to.note(loss=float(i + rank), ids=[100 * rank + i]))  # type: ignore[misc]
+        recorder.flush()
+        _, rows = read_lines(folder)
+        assert [row["loss"] for row in rows] == [i + 0.5 for i in range(10)]
+        assert rows[7]["ids"] == [7, 107]
+
+
+@on_ranks(2)
+def test_odd_note_on_one_rank_leaves_the_ranks_in_step() -> None:
+    rank, folder = dist.get_rank(), make_shared_folder()
+    rig = build_rig("fsdp2")
+    clipper = rig.clipper(distclip.global_norm(0.5))
+    mesh = world_mesh("dp")
+    odd: list[dict[str, Any]] = [
+        {"loss": np.ones(3)},
+        {"step": float("nan")},
+        {"ids": [[1], {}]},
+        {"loss": distribute_tensor(torch.ones(2), mesh, [Shard(0)], src_data_rank=None)},
+        {"loss": DTensor.from_local(torch.ones(()), mesh, [Partial()])},
+        {"loss": torch.ones((), device="meta")},
+        {"lr": object()},
+    ]
+
+    def note(step: int) -> None:
+        if rank == 1 and step < len(odd):
+            with pytest.raises(ArgumentError, match=r"^note"):
+                recorder.note(**odd[step])
+        loss = DTensor.from_local(torch.tensor(float(step)), mesh, [Replicate()]) if step % 2 else np.float32(step)
+        recorder.note(loss=loss, ids=np.array([step + 100 * rank]))
+
+    with Recorder(clipper, folder, every=4) as recorder:
+        norms = train(clipper, rig, 10, note)
+    assert gather_from_ranks(norms) == [norms] * 2
+    _, rows = read_lines(folder)
+    assert [row["loss"] for row in rows] == list(range(10))
+    assert rows[7]["ids"] == [7, 107]
 
 
 @on_ranks(2)

@@ -10,7 +10,7 @@ import torch
 
 import distclip
 from distclip import ArgumentError, GradClipper, NormPolicy, NormSpec
-from distclip.monitor import Recorder
+from distclip.monitor import Recorder, sinks
 
 NAMES = ("embed.weight", "block.weight", "head.weight", "head.bias")
 
@@ -104,6 +104,9 @@ CALLS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "top": ("top", lambda text: Recorder(make_clipper(), "/nowhere", top=text)),
     "every": ("every", lambda text: Recorder(make_clipper(), "/nowhere", every=text)),
     "facts": ("facts", lambda text: Recorder(make_clipper(), "/nowhere", facts=text)),
+    "skip": ("skip", lambda text: NormPolicy(skip=text)),
+    "run of wandb": ("run", lambda text: sinks.wandb(text.decode() if isinstance(text, bytes) else text)),
+    "run of trackio": ("run", lambda text: sinks.trackio(text.decode() if isinstance(text, bytes) else text)),
     "per": ("per", lambda text: NormPolicy(per=text)),
     "on_nonfinite": ("on_nonfinite", lambda text: make_clipper(on_nonfinite=text)),
     "max_skips": ("max_skips", lambda text: make_clipper(max_skips=text)),

@@ -119,7 +119,7 @@ def read(path: Path, name: str | None = None) -> Log:
     )
 
 
-def read_all(paths: Sequence[Path]) -> list[Log]:
+def read_all(paths: str | Path | Sequence[str | Path]) -> list[Log]:
     """Read all runs at these paths, with names that distinguish them.
 
     Raises:

@@ -17,12 +17,12 @@ MAX_DEPTH = 3
 """Number of levels below a directory that are searched. Hydra's multirun uses two, named runs use three."""
 
 
-def find_runs(paths: Sequence[Path]) -> list[Path]:
+def find_runs(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     """Find the runs at these paths.
 
     Args:
-        paths: directories with a `metrics.jsonl`, files of JSON lines, or directories that contain such directories up
-            to three levels below.
+        paths: one path, or several. Directories with a `metrics.jsonl`, files of JSON lines, or directories that
+            contain such directories up to three levels below.
 
     Returns:
         Directories and files in the order given. The runs below one directory are sorted, and no run comes twice.
@@ -31,8 +31,8 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
         RunError: there is no run at one of the paths.
     """
     by_path: dict[Path, Path] = {}
-    for path in paths:
-        for run in _runs_at(path):
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        for run in _runs_at(Path(path)):
             by_path.setdefault(run.resolve(), run)
     return list(by_path.values())
 

@@ -1,0 +1,100 @@
+"""Find out which ranks have made a recorder, without a collective that a rank without one would not enter."""
+
+from __future__ import annotations
+
+import json
+import time
+import weakref
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from torch._C._distributed_c10d import PrefixStore
+
+from ..clipper import GradClipper
+from ..comm import global_ranks
+from ..comm.discovery import job_store
+
+__all__ = ["Entry", "Roster"]
+
+_made: weakref.WeakKeyDictionary[GradClipper, Counter[int]] = weakref.WeakKeyDictionary()
+"""Number of recorders of each clipper on this rank, by the number of steps before them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """The recorder of one rank.
+
+    Args:
+        options: arguments that must be equal on all ranks.
+        error: (class name, message) of the error that the rank has run into, or None.
+    """
+
+    options: Any
+    error: Any = None
+
+
+class Roster:
+    """List of the ranks that have made a recorder of a clipper after the same number of steps.
+
+    Ranks enter themselves in the store of torch.distributed, and look there for the others. Once a rank has the result
+    of a later step, every rank has entered that step, and so every recorder that was made before it is listed.
+
+    Args:
+        clipper: of the recorder.
+        entry: of this rank.
+
+    Collectives: none. One gather if the ranks have no store (MPI alone, threads).
+    """
+
+    def __init__(self, clipper: GradClipper, entry: Entry) -> None:
+        comm, made = clipper.comm, _made.setdefault(clipper, Counter())
+        name = f"{clipper.steps}/{made[clipper.steps]}"
+        made[clipper.steps] += 1
+        self._ranks, store = global_ranks(comm), job_store(comm)
+        self._entries: dict[int, Entry] = {self._ranks[comm.rank]: entry}
+        self._store: PrefixStore | None = None
+        self._store_of_clipper = None if store is None else PrefixStore(f"recorder/{clipper.token}", store)
+        if comm.size > 1 and store is None:
+            self._entries = dict(zip(self._ranks, comm.gather_objects(entry), strict=True))
+        elif comm.size > 1 and self._store_of_clipper is not None:
+            self._store = PrefixStore(name, self._store_of_clipper)
+            self._store.set(str(self._ranks[comm.rank]), json.dumps([entry.options, entry.error]))
+            self._store.add("count", 1)
+
+    def is_complete(self, patience: float = 0.0) -> bool:
+        """Return whether every rank has made the recorder.
+
+        Args:
+            patience: seconds to wait for it.
+        """
+        end, pause = time.monotonic() + patience, 0.005
+        while len(self._entries) < len(self._ranks) and self._store is not None:
+            if self._store.add("count", 0) == len(self._ranks):
+                self.entries()
+            elif time.monotonic() < end:
+                time.sleep(pause)
+                pause = min(2 * pause, 0.5)
+            else:
+                break
+        return len(self._entries) == len(self._ranks)
+
+    def entries(self) -> dict[int, Entry]:
+        """Return the entries so far, by global rank in ascending order."""
+        for rank in self._ranks:
+            if rank not in self._entries and self._store is not None and self._store.check([str(rank)]):
+                options, error = json.loads(self._store.get(str(rank)))
+                self._entries[rank] = Entry(tuple(options) if options is not None else None, error)
+        return dict(sorted(self._entries.items()))
+
+    def claim_file(self) -> bool:
+        """Return whether no other rank has claimed to write what it records of the clipper."""
+        return self._store_of_clipper is None or self._store_of_clipper.add("claims", 1) == 1
+
+    def decide(self, value: bool) -> bool:
+        """Return the value of the rank that called this first. All listed ranks call it."""
+        if self._store is None:
+            return value
+        if self._store.add("deciders", 1) == 1:
+            self._store.set("decision", str(int(value)))
+        return self._store.get("decision") == b"1"
