@@ -374,6 +374,11 @@ class GradClipper:
         return self._engine.comm
 
     @property
+    def step_comm(self) -> Comm:
+        """Communicator of a step: `comm`, or this rank alone while DDP joins uneven inputs (`DDP.join`)."""
+        return self._engine.step_comm
+
+    @property
     def incidents(self) -> Sequence[Incident]:
         """Last hundred steps that were not finite, with their culprits, the same on every rank.
 

@@ -32,9 +32,11 @@ from .writer import Writer
 
 __all__ = ["Recorder"]
 
-_PATIENCE, _PATIENCE_FOR_TENSORS = 3.0, 60.0
-"""Seconds to wait for the recorders of other ranks. Without them, errors are not raised on all ranks, and no tensors
-are measured."""
+_PATIENCE = 3.0
+"""Seconds to wait for the recorders of other ranks, so that errors are raised on all of them."""
+
+_LONG_PATIENCE = 60.0
+"""Seconds to wait for other ranks before a collective that some of them may not enter."""
 
 _RESERVED = {"norm", "bound", "coef", "clipped", "finite", "skipped", "scale", "norms", "tensor_norms"}
 _RESERVED |= {"time", "nonfinite", "culprits", "spike", "worst", "distclip"}
@@ -117,7 +119,7 @@ class Recorder:
         if errors.error is not None:
             raise errors.error
         # The program must not wait here for ranks without a recorder, which may wait for this one elsewhere.
-        is_complete = self._roster.is_complete(_PATIENCE_FOR_TENSORS if per_tensor else _PATIENCE)
+        is_complete = self._roster.is_complete(_LONG_PATIENCE if per_tensor else _PATIENCE)
         if is_complete:
             _check_entries(self._roster.entries())
         self._has_peers = True if is_complete else None
@@ -134,7 +136,7 @@ class Recorder:
         self._with_slots = len(clipper.slots) > 1 and clipper.policy.spec.per != "row"
         self._detector = OutlierDetector(top)
         self._steps: list[Step] = []
-        self._is_closed = False
+        self._is_closed = self._was_alone = False
         clipper.observe(self._observe, undo=self._undo)
         atexit.register(_close_if_alive, weakref.ref(self))
 
@@ -166,18 +168,22 @@ class Recorder:
         step.ids = converted.pop("ids", step.ids)
         step.notes |= converted
 
-    @torch.no_grad()
     def flush(self) -> None:
         """Write all steps so far. Call it on every rank.
 
+        If some ranks do not call it within a minute, the others warn, and the steps stay for the next write.
+
         Collectives and host syncs: see `Recorder`.
         """
+        if self._steps and (not self._find_peers(self._steps[-1:]) or self._all_ranks_flush()):
+            self._write()
+
+    @torch.no_grad()
+    def _write(self) -> None:
+        """Write all steps so far. All ranks that have peers call it after the same step."""
         steps, self._steps = self._steps, []
-        if not steps:
-            return
+        has_peers = self._find_peers(steps)
         comm, rows = self._clipper.comm, read_steps(steps)
-        # The numbers of these steps are on the host, so that every rank has entered them, and the roster is final.
-        has_peers = self._decide_peers()
         # Sum and number of the losses per step, because some ranks (of a pipeline) have no loss.
         losses = torch.zeros(2, len(rows), dtype=torch.float64)
         for i, row in enumerate(rows):
@@ -225,18 +231,44 @@ class Recorder:
             self.flush()
         self.close()
 
-    def _decide_peers(self) -> bool:
-        """Return whether all ranks have the recorder, and choose another rank to write if not."""
+    def _find_peers(self, steps: Sequence[Step]) -> bool:
+        """Return whether all ranks have the recorder, and choose another rank to write if not.
+
+        Args:
+            steps: some of those before.
+        """
+        comm = self._clipper.comm
+        if self._has_peers and self._clipper.step_comm.size < comm.size:
+            self._has_peers = False
+            warn_user(
+                "recorder: DDP joins uneven inputs, so that ranks make different numbers of steps. From now on, losses "
+                "and samples of other ranks are missing. Use inputs of the same length on all ranks.",
+                RuntimeWarning,
+            )
         if self._has_peers is None:
+            # Once the host has the numbers of a step, every rank has entered that step, and the roster is final.
+            read_steps(steps)
             entries = self._roster.entries()
             self._has_peers = self._roster.is_complete() and len({entry.options for entry in entries.values()}) == 1
             if not self._has_peers:
-                comm = self._clipper.comm
                 is_first = self._writer is None and global_ranks(comm)[comm.rank] == min(entries)
                 if is_first and not self._is_closed and self._roster.claim_file():
                     self._writer = Writer(self._clipper, JsonLines(self.path), self._sinks, self.every, self._facts)
                 warn_user(f"recorder: {self._describe_peers()}", RuntimeWarning)
         return self._has_peers
+
+    def _all_ranks_flush(self) -> bool:
+        """Return whether every rank calls `flush` now."""
+        roster = Roster(self._clipper, Entry(None), f"flush of {self._roster.name}")
+        if roster.decide(roster.is_complete(_PATIENCE if self._was_alone else _LONG_PATIENCE)):
+            return True
+        self._was_alone = True
+        warn_user(
+            f"recorder: only ranks {list(roster.entries())} called flush(), so the steps stay for the next write. Call "
+            "it on every rank.",
+            RuntimeWarning,
+        )
+        return False
 
     def _describe_peers(self) -> str:
         options = {rank: entry.options for rank, entry in self._roster.entries().items()}
@@ -250,7 +282,7 @@ class Recorder:
         if is_capturing():
             return
         if len(self._steps) >= self.every:
-            self.flush()
+            self._write()
         self._steps.append(Step.of(outcome, self._with_slots))
 
     def _undo(self, last: int) -> None:

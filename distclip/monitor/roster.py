@@ -17,13 +17,13 @@ from ..comm.discovery import job_store
 
 __all__ = ["Entry", "Roster"]
 
-_made: weakref.WeakKeyDictionary[GradClipper, Counter[int]] = weakref.WeakKeyDictionary()
-"""Number of recorders of each clipper on this rank, by the number of steps before them."""
+_made: weakref.WeakKeyDictionary[GradClipper, Counter[str]] = weakref.WeakKeyDictionary()
+"""Number of rosters of each clipper on this rank, by their purpose and the number of steps before them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """The recorder of one rank.
+    """Entry of one rank.
 
     Args:
         options: arguments that must be equal on all ranks.
@@ -35,22 +35,24 @@ class Entry:
 
 
 class Roster:
-    """List of the ranks that have made a recorder of a clipper after the same number of steps.
+    """List of the ranks that have made the same recorder, or called the same method of it, after the same step.
 
     Ranks enter themselves in the store of torch.distributed, and look there for the others. Once a rank has the result
-    of a later step, every rank has entered that step, and so every recorder that was made before it is listed.
+    of a later step, every rank has entered that step, and so every rank that made the recorder before it is listed.
 
     Args:
         clipper: of the recorder.
         entry: of this rank.
+        purpose: name of what the ranks do together.
 
     Collectives: none. One gather if the ranks have no store (MPI alone, threads).
     """
 
-    def __init__(self, clipper: GradClipper, entry: Entry) -> None:
+    def __init__(self, clipper: GradClipper, entry: Entry, purpose: str = "recorder") -> None:
         comm, made = clipper.comm, _made.setdefault(clipper, Counter())
-        name = f"{clipper.steps}/{made[clipper.steps]}"
-        made[clipper.steps] += 1
+        name = f"{purpose} after {clipper.steps} steps"
+        self.name = f"{name} ({made[name]})"
+        made[name] += 1
         self._ranks, store = global_ranks(comm), job_store(comm)
         self._entries: dict[int, Entry] = {self._ranks[comm.rank]: entry}
         self._store: PrefixStore | None = None
@@ -58,12 +60,12 @@ class Roster:
         if comm.size > 1 and store is None:
             self._entries = dict(zip(self._ranks, comm.gather_objects(entry), strict=True))
         elif comm.size > 1 and self._store_of_clipper is not None:
-            self._store = PrefixStore(name, self._store_of_clipper)
+            self._store = PrefixStore(self.name, self._store_of_clipper)
             self._store.set(str(self._ranks[comm.rank]), json.dumps([entry.options, entry.error]))
             self._store.add("count", 1)
 
     def is_complete(self, patience: float = 0.0) -> bool:
-        """Return whether every rank has made the recorder.
+        """Return whether every rank is listed.
 
         Args:
             patience: seconds to wait for it.

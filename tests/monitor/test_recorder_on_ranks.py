@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn.parallel import DistributedDataParallel
 
 import distclip
 from distclip import ArgumentError, DisagreementError, GradClipper
@@ -244,7 +245,7 @@ def train(clipper: GradClipper, rig: Rig, steps: int, note: Callable[[int], None
 
 def impatient() -> Any:
     """Let no rank wait for the recorders of other ranks."""
-    return mock.patch.multiple(recorder_module, _PATIENCE=0.0, _PATIENCE_FOR_TENSORS=0.0)
+    return mock.patch.multiple(recorder_module, _PATIENCE=0.0, _LONG_PATIENCE=0.0)
 
 
 @on_ranks()
@@ -323,6 +324,43 @@ def test_recorder_of_a_late_rank_is_found_by_the_first_write() -> None:
         _, rows = read_lines(folder)
         assert [row["loss"] for row in rows] == [i + 0.5 for i in range(10)]
         assert rows[7]["ids"] == [7, 107]
+
+
+@on_ranks(2)
+def test_flush_of_one_rank_writes_nothing_and_warns() -> None:
+    """Flush on rank 1 only, and later on both ranks: no step is lost, and no collective is entered alone."""
+    rank, folder = dist.get_rank(), make_shared_folder()
+    rig = build_rig("fsdp2")
+    clipper = rig.clipper(distclip.global_norm(0.5))
+    counts = count_collectives(clipper.comm)
+    with Recorder(clipper, folder, every=7) as recorder:
+        train(clipper, rig, 2, lambda i: recorder.note(loss=float(i + rank)))
+        if rank == 1:
+            with impatient(), pytest.warns(RuntimeWarning, match=r"only ranks \[1\] called flush"):
+                recorder.flush()
+        assert counts == {"sum_": 2}
+        train(clipper, rig, 10, lambda i: recorder.note(loss=float(i + rank)))
+    assert counts == {"sum_": 14, "gather_objects": 1}
+    _, rows = read_lines(folder)
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["loss"] for row in rows] == [i + 0.5 for i in (0, 1, *range(10))]
+
+
+@on_ranks(2)
+@pytest.mark.filterwarnings("ignore")
+def test_uneven_inputs_do_not_communicate() -> None:
+    """Join uneven inputs with DDP, where rank 1 makes fewer steps, and flush at the end."""
+    rank, folder = dist.get_rank(), make_shared_folder()
+    model = DistributedDataParallel(torch.nn.Linear(2, 1))
+    clipper = GradClipper(model, distclip.global_norm(0.5))
+    num_steps = 12 - 5 * rank
+    with Recorder(clipper, folder, every=4) as recorder, model.join():
+        for step in range(num_steps):
+            model(torch.ones(1, 2)).sum().backward()
+            clipper.clip()
+            recorder.note(loss=float(step))
+    _, rows = read_lines(folder)
+    assert [row["loss"] for row in rows] == list(range(12))
 
 
 @on_ranks(2)
