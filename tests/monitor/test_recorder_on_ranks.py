@@ -347,18 +347,19 @@ def test_flush_of_one_rank_writes_nothing_and_warns() -> None:
 
 
 @on_ranks(2)
-@pytest.mark.filterwarnings("ignore")
 def test_uneven_inputs_do_not_communicate() -> None:
     """Join uneven inputs with DDP, where rank 1 makes fewer steps, and flush at the end."""
     rank, folder = dist.get_rank(), make_shared_folder()
     model = DistributedDataParallel(torch.nn.Linear(2, 1))
     clipper = GradClipper(model, distclip.global_norm(0.5))
-    num_steps = 12 - 5 * rank
-    with Recorder(clipper, folder, every=4) as recorder, model.join():
-        for step in range(num_steps):
-            model(torch.ones(1, 2)).sum().backward()
-            clipper.clip()
-            recorder.note(loss=float(step))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with Recorder(clipper, folder, every=4) as recorder, model.join():
+            for step in range(12 - 5 * rank):
+                model(torch.ones(1, 2)).sum().backward()
+                clipper.clip()
+                recorder.note(loss=float(step))
+    assert sum("DDP joins uneven inputs" in str(warning.message) for warning in caught) == 1
     _, rows = read_lines(folder)
     assert [row["loss"] for row in rows] == list(range(12))
 
