@@ -68,7 +68,9 @@ def test_tensor_norms_with_any_policy(name: str, policy: str) -> None:
             rig.fill(step, 1.0 + 4 * step)
             with CommDebugMode() as counter:
                 reports.append(clipper.clip())
-            assert sum(counter.get_comm_counts().values()) == (clipper.comm.size > 1)
+            # A maximum is taken after the ranks have agreed.
+            num_expected = 0 if clipper.comm.size == 1 else 2 if policy == "largest" else 1
+            assert sum(counter.get_comm_counts().values()) == num_expected
         torch.testing.assert_close(reports[1].coefs, reports[0].coefs, rtol=1e-12, atol=0)
         torch.testing.assert_close(reports[1].norms, reports[0].norms, rtol=1e-12, atol=0)
         for one, other in zip(measured.grads(), plain.grads(), strict=True):
