@@ -35,7 +35,7 @@ class Entry:
 
 
 class Roster:
-    """List of the ranks that have made the same recorder, or called the same method of it, after the same step.
+    """List of the ranks that do the same with a recorder after the same step: make it, or flush it.
 
     Ranks enter themselves in the store of torch.distributed, and look there for the others. Once a rank has the result
     of a later step, every rank has entered that step, and so every rank that made the recorder before it is listed.
