@@ -54,6 +54,8 @@ from .errors import (
     NonFiniteError,
     NonFiniteWarning,
     PeerError,
+    ReplicaError,
+    ReplicaWarning,
     TooManySkippedSteps,
     UnclippedStepWarning,
 )
@@ -61,6 +63,7 @@ from .functional import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_
 from .nonfinite import Culprit, Incident
 from .outcome import Report
 from .policies import *  # noqa: F403
+from .replicas import ReplicaDifference, ReplicaIncident
 from .sharding import annotate_
 
 __all__ = [
@@ -78,6 +81,10 @@ __all__ = [
     "NonFiniteWarning",
     "PeerError",
     "ProcessGroupComm",
+    "ReplicaDifference",
+    "ReplicaError",
+    "ReplicaIncident",
+    "ReplicaWarning",
     "Report",
     "TooManySkippedSteps",
     "UnclippedStepWarning",

@@ -27,6 +27,8 @@ from .nonfinite.rules import OnNonFinite
 from .nonfinite.skip_counter import SkipCounter
 from .outcome import Observer, Outcome, Report
 from .policies import Policy
+from .replicas.incidents import ReplicaIncident
+from .replicas.rules import Replicas
 from .sharding.parameters import Parameters
 from .sharding.shard import Shards
 from .sharding.split_over import SplitOver
@@ -57,6 +59,10 @@ class GradClipper:
             that share a storage already (DDP, FSDP) are not moved.
         partial: the clipper has only a part of the parameters that its optimizers step, and the others move unclipped.
             Without it, such a step raises.
+        replicas: what happens if a gradient or a parameter that several ranks hold differs between them. "warn": a
+            `ReplicaWarning` names the tensor, the ranks and the size of the difference. "raise": `ReplicaError`, before
+            any gradient changes. "repair": overwrite them by those of the majority, and raise without one. "off":
+            compare nothing. Gradients are compared in every step, parameters once in 64 steps. See docs/replicas.md.
 
     Raises:
         ArgumentError, LayoutError, DisagreementError: see `clip_grad_norm_`; on every rank that takes part.
@@ -87,11 +93,12 @@ class GradClipper:
         max_skips: int | None = None,
         flat_grads: bool = False,
         partial: bool = False,
+        replicas: Replicas = "warn",
     ) -> None:
         self.policy = policy
         self._counter = SkipCounter(max_skips)
         self._engine = Engine.build(
-            parameters, policy, split_over, comm, on_nonfinite, self._counter, flat_grads, partial
+            parameters, policy, split_over, comm, on_nonfinite, self._counter, flat_grads, partial, replicas
         )
         self._turns = Turns()
         self._is_stepping = False
@@ -122,10 +129,9 @@ class GradClipper:
         ('w',)
         """
         state_dict, old = self.state_dict(), self._engine
-        partial = old.coverage.partial
-        engine = Engine.build(
-            parameters, self.policy, split_over, comm, old.on_nonfinite, self._counter, flat_grads, partial
-        )
+        options = old.on_nonfinite, self._counter, flat_grads, old.coverage.partial, old.replicas
+        engine = Engine.build(parameters, self.policy, split_over, comm, *options)
+        engine.guard.log = old.guard.log
         engine.observers, engine.undo_observers = old.observers, old.undo_observers
         engine.deferred.clip_rate = old.deferred.clip_rate
         if old.tensor_norms is not None:
@@ -379,12 +385,13 @@ class GradClipper:
         return self._engine.step_comm
 
     @property
-    def incidents(self) -> Sequence[Incident]:
-        """Last hundred steps that were not finite, with their culprits, the same on every rank.
+    def incidents(self) -> Sequence[Incident | ReplicaIncident]:
+        """Steps that were not finite, or whose replicas differed, with the culprits: the last hundred of each.
 
-        On an accelerator they may lack the last step (see `step`); `state_dict()` brings them up to date.
+        They are the same on every rank. On an accelerator they may lack the last step (see `step`), until
+        `state_dict()` brings them up to date.
         """
-        return tuple(self._counter.incidents)
+        return tuple(sorted((*self._engine.guard.log.incidents, *self._counter.incidents), key=lambda one: one.step))
 
     @property
     def steps(self) -> int:

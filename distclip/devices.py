@@ -255,6 +255,6 @@ def _cached_odd_numbers(count: int, device: torch.device) -> Tensor:
     return torch.arange(1, 2 * count, 2, device=device)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=512)
 def _cached_constant(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype | None) -> Tensor:
     return torch.tensor(numbers, dtype=dtype, device=device)

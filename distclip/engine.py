@@ -27,28 +27,34 @@ from .apply.grad_scaler import ScalerState, enabled
 from .apply.optimizers import OptimizerSteps, as_list
 from .apply.scale import clamp_, scale_
 from .apply.step_gate import hold_still, release
-from .comm import Comm, LocalComm
+from .comm import Comm, LocalComm, global_ranks
 from .comm.agreement import Call, CallCounter
 from .comm.consensus import FirstError, check_same_axes, gather_or_raise
 from .comm.discovery import call_counter, global_rank, resolve_comm, uncovered_ranks, widened
 from .comm.ranks import Axis
-from .devices import ALWAYS, NEVER, Fact, device_constant, outside_fake_mode
+from .devices import ALWAYS, NEVER, Fact, as_fact, device_constant, outside_fake_mode
 from .errors import ArgumentError, DisagreementError, NonFiniteError, PeerError, warn_user
 from .nonfinite.culprits import count_nonfinite, gather_culprits, suspect_nonfinite
 from .nonfinite.rules import RULES, OnNonFinite, Skip
 from .nonfinite.skip_counter import SkipCounter
-from .norms.measure import Partials, PerTensorPowers, measure
+from .norms.measure import Partials, PerTensorChecksums, PerTensorPowers, measure
 from .norms.memory import read_gradients, read_weights
 from .norms.partial_grads import reduce_partial_grads
 from .norms.reduce import Totals, gather_facts, reduce
+from .norms.replica_sums import add_sums
 from .norms.spec import NormSpec
 from .norms.tensor_norms import TensorNorms
 from .outcome import Observer, Outcome
 from .policies import Policy, State
 from .policies.checked import as_checked
 from .policies.restart import ClipRate
+from .replicas import rules as replica_rules
+from .replicas.guard import ReplicaGuard
+from .replicas.incidents import ReplicaLog
+from .replicas.rules import Replicas
 from .sharding.ddp import ddp_modules, is_joining
 from .sharding.parameters import Parameters, is_frozen
+from .sharding.replicas import assumed_groups
 from .sharding.shard import Shards
 from .sharding.slots import ParamInfo, SlotMap, assign_slots, describe_params, parent_slots
 from .sharding.split_over import SplitOver, split_axes
@@ -70,6 +76,7 @@ class Engine:
         on_nonfinite: rule for steps that are not finite, see `GradClipper`.
         counter: counts steps and skipped steps.
         coverage: compares the parameters with those of optimizers.
+        replicas: rule for replicas that differ, see `GradClipper`.
     """
 
     def __init__(
@@ -81,6 +88,7 @@ class Engine:
         on_nonfinite: OnNonFinite,
         counter: SkipCounter,
         coverage: Coverage,
+        replicas: Replicas = "warn",
     ) -> None:
         self.table, self.comm, self.policy, self.slots = table, comm, as_checked(policy), slots
         self.on_nonfinite, self.rule, self.counter = on_nonfinite, RULES[on_nonfinite], counter
@@ -93,6 +101,8 @@ class Engine:
         self.deferred = _DeferredReads(self)
         self.coverage = coverage
         self.optimizers = OptimizerSteps(table, comm, self.agree, lambda: self.on_host)
+        self.replicas = replicas
+        self.guard = ReplicaGuard(table, replica_rules.RULES[replicas], ReplicaLog())
         self._calls = CallCounter()
         # Coefficients of the last step, which the ranks compare in the next one.
         self._last_coefs: Tensor | None = None
@@ -112,12 +122,13 @@ class Engine:
         counter: SkipCounter,
         flat_grads: bool,
         partial: bool = False,
+        replicas: Replicas = "warn",
     ) -> Engine:
         """Build the engine of a `GradClipper` from its arguments.
 
         Args:
             counter: counts steps and skipped steps; it has `max_skips`.
-            parameters, policy, split_over, comm, on_nonfinite, flat_grads, partial: see `GradClipper`.
+            parameters, policy, split_over, comm, on_nonfinite, flat_grads, partial, replicas: see `GradClipper`.
 
         Raises:
             ArgumentError, LayoutError, DisagreementError: see `GradClipper`; on every rank.
@@ -126,7 +137,7 @@ class Engine:
         """
         errors = FirstError()
         with errors:
-            _check_arguments(policy, on_nonfinite, counter.max_skips)
+            _check_arguments(policy, on_nonfinite, counter.max_skips, replicas)
         axes: tuple[Axis, ...] = ()
         with errors:
             axes = split_axes(split_over, comm)
@@ -144,22 +155,24 @@ class Engine:
                 module = parameters if isinstance(parameters, nn.Module) else None
                 params = describe_params(table, global_rank(comm), spec, module)
         # The address of an object in memory differs between ranks.
-        arguments = f"{policy!r}, on_nonfinite={on_nonfinite!r}, max_skips={counter.max_skips}"
+        arguments = f"{policy!r}, on_nonfinite={on_nonfinite!r}, max_skips={counter.max_skips}, replicas={replicas!r}"
         arguments = re.sub(r" at 0x\w+", "", arguments)
         errors.add(table.error)
         gathered = gather_or_raise(comm, errors.error, (arguments, params, table.axes, uuid.uuid4().hex))
         if len(different := {arguments for arguments, *_ in gathered}) > 1:
             raise DisagreementError(
                 f"policy: the ranks were given different policies, {sorted(different)}. Pass the same policy, "
-                "on_nonfinite and max_skips on every rank."
+                "on_nonfinite, max_skips and replicas on every rank."
             )
         check_same_axes([axes for _, _, axes, _ in gathered], comm)
+        axes_by_rank = dict(zip(global_ranks(comm), (axes for _, _, axes, _ in gathered), strict=True))
+        table.metadata.assume_replicas(assumed_groups(axes_by_rank, global_ranks(comm)[comm.rank]))
         slots = assign_slots([params for _, params, *_ in gathered], comm.rank, policy.spec)
         table.assign_slots(slots.by_name, slots.frozen)
         table.flat_grads = flat_grads
         warn_if_nothing_trains(parameters, table)
         coverage = Coverage(table, partial=partial, module=parameters if isinstance(parameters, nn.Module) else None)
-        engine = cls(table, comm, policy, slots, on_nonfinite, counter, coverage)
+        engine = cls(table, comm, policy, slots, on_nonfinite, counter, coverage, replicas)
         if isinstance(parameters, nn.Module) and table.is_complete:
             engine._ddp_modules = ddp_modules(parameters)
         engine.token = gathered[0][-1]
@@ -366,7 +379,20 @@ class Engine:
         shards, partials, measured, totals = self._measure(errors, loss_scale, function)
         self.counter.steps = step
 
-        # 5a. A step that is not finite, if the host must know it, or reads it without a sync: skip it, repair or raise.
+        # 5a. Replicas that differ, if the host must know it, or reads it without a sync: warn, repair or raise.
+        differ, is_resolved = totals.replicas_differ, False
+        if differ.host is not False and (self.on_host or self.guard.rule.needs_host):
+            if differ.host is None and totals.read(totals.finite & ~differ):
+                # One host sync instead of two.
+                totals.finite.host, differ.host = True, False
+            is_resolved = True
+            if totals.read(differ):
+                resolution = self.guard.resolve(step, shards, self.step_comm)
+                differ = as_fact(resolution.differ)
+                if resolution.repaired:
+                    shards, partials, measured, totals = self._measure(FirstError(), loss_scale, function)
+
+        # 5b. A step that is not finite, if the host must know it, or reads it without a sync: skip it, repair or raise.
         # Whether the host reads is equal on all ranks, also if gradients of some are offloaded to a CPU.
         is_counted = False
         if rule.leaves_step_out and (must_read or self.on_host) and not totals.read(totals.finite):
@@ -387,7 +413,7 @@ class Engine:
         if any(self.slots.excluded):
             coefs = torch.where(self._excluded(coefs.device), 1.0, coefs)
 
-        # 5b. Skip a step that is not finite, that the policy leaves out, or of which a rank failed, in tensors where
+        # 5c. Skip a step that is not finite, that the policy leaves out, or of which a rank failed, in tensors where
         # the host has not read these facts. A skipped step leaves no trace in the policy's state.
         usable = totals.finite & ~totals.failed if rule.leaves_step_out else ALWAYS
         self.state = {key: usable.select(value, state[key]) for key, value in new_state.items()}
@@ -414,9 +440,12 @@ class Engine:
             partials.per_tensor_powers,
             measured,
             self.tensor_norms,
+            differ,
         )
         if not is_counted:
-            self.deferred.record(outcome, quiet=expect_overflow)
+            # All ranks agree whether anything is left to do.
+            checksums = None if is_resolved or differ.host is False else partials.per_tensor_checksums
+            self.deferred.record(outcome, checksums, quiet=expect_overflow)
         self._last_coefs = coefs
         self._observed_step = step
         for observe in self.observers:
@@ -468,7 +497,7 @@ class Engine:
             low, high = spec.limits
             spec = replace(spec, limits=(low * float(loss_scale), high * float(loss_scale)))
         shards, partials, totals = measure_all_ranks(
-            self.table, spec, self.step_comm, errors, call, self.num_measured_slots
+            self.table, spec, self.step_comm, errors, call, self.guard, self.num_measured_slots, self.counter.steps
         )
         self.coverage.record_call(len(shards))
         if loss_scale is not None:
@@ -562,7 +591,14 @@ class Engine:
 
 
 def measure_all_ranks(
-    table: ShardTable, spec: NormSpec, comm: Comm, errors: FirstError, call: Call, num_slots: int = 1
+    table: ShardTable,
+    spec: NormSpec,
+    comm: Comm,
+    errors: FirstError,
+    call: Call,
+    guard: ReplicaGuard,
+    num_slots: int = 1,
+    step: int = 0,
 ) -> tuple[Shards, Partials, Totals]:
     """Run stages 1 to 3 of a call: find this rank's shards, measure them, add up over all ranks.
 
@@ -572,7 +608,9 @@ def measure_all_ranks(
         comm: all ranks concerned.
         errors: of this rank so far.
         call: the ranks check that they all make this call.
+        guard: compares replicas.
         num_slots: number of norms.
+        step: 1-based index of the clipper call, which selects the parameters to compare.
 
     Returns:
         The shards and partials of this rank, and the totals.
@@ -603,7 +641,10 @@ def measure_all_ranks(
     partials = None
     if errors.error is None:
         with errors:
-            partials = measure(shards, spec, device, num_slots, weights)
+            compares = guard.rule.compares and comm.size > 1
+            partials = measure(shards, spec, device, num_slots, weights, guard.rounded if compares else None)
+            if compares:
+                partials.replica_sums = add_sums(partials.replica_sums, guard.parameter_sums(step))
     if partials is None:
         partials = Partials.empty(spec, device, num_slots)
     partials.call, partials.failed = call, errors.error is not None
@@ -616,12 +657,14 @@ def measure_all_ranks(
     # communicator may have no parameters. The device is that of the communicator, which all ranks share, because some
     # ranks may offload gradients to a CPU.
     is_free = devices.host_reads_free(device if comm.device is None else comm.device)
-    read_facts = is_free or not comm.covers_holders or bool(table.axes) or table.may_be_partial
+    read_facts = is_free or not comm.covers_holders or bool(table.axes) or table.may_be_partial or guard.reads_now
     totals = reduce(partials, spec, comm, read_facts=read_facts)
     if not read_facts:
         # The host of this rank may read for free what other hosts do not, and must not act on it.
         if errors.error is not None:
             raise errors.error
+        if guard.at_once:
+            totals.replicas_differ = NEVER
         return shards, partials, totals
     if not totals.needs_attention:
         return shards, partials, totals
@@ -636,7 +679,7 @@ def measure_all_ranks(
     if totals.uncovered.host:
         wider = widened(comm, table.groups, table.axes)
         call = replace(call, counter=call_counter(wider).next())
-        return measure_all_ranks(table, spec, wider, errors, call, num_slots)
+        return measure_all_ranks(table, spec, wider, errors, call, guard, num_slots, step)
     if totals.has_partial_grads.host:
         totals = reduce_partial_grads(totals, table, shards, spec, comm, device)
     return shards, partials, totals
@@ -677,6 +720,7 @@ class _Unread:
     values: Tensor
     wait: Callable[[], None]
     per_tensor_powers: tuple[PerTensorPowers, ...]
+    per_tensor_checksums: tuple[PerTensorChecksums, ...] | None
     quiet: bool
 
 
@@ -694,11 +738,12 @@ class _DeferredReads:
         self._unread: _Unread | None = None
         self.clip_rate = ClipRate(warn_user)
 
-    def record(self, outcome: Outcome, *, quiet: bool) -> None:
+    def record(self, outcome: Outcome, checksums: tuple[PerTensorChecksums, ...] | None, *, quiet: bool) -> None:
         """Count a step that the host does not know to be non-finite.
 
         Args:
             outcome: of the step.
+            checksums: of the gradients, if the host has yet to read whether replicas differ. Otherwise None.
             quiet: do not warn of a non-finite step.
 
         Host syncs: none on an accelerator.
@@ -713,10 +758,11 @@ class _DeferredReads:
         device = coefs.device
         clipped = ((coefs != 1) | outcome.skip.on(device)).to(coefs.dtype).mean() * bool(state)
         restarts = state["restarts"].sum() if "restarts" in state else coefs.new_zeros(())
-        facts = (totals.failed.on(device), totals.finite.on(device), outcome.skip.on(device))
-        values = torch.stack([value.to(coefs.dtype) for value in (*facts, clipped, restarts)])
+        facts = (totals.failed, totals.finite, outcome.skip, outcome.replicas_differ)
+        on_device = (*(fact.on(device) for fact in facts), clipped, restarts)
+        values = torch.stack([value.to(coefs.dtype) for value in on_device])
         values, wait = devices.copy_to_host_async(values)
-        self._unread = _Unread(outcome.step, values, wait, outcome.per_tensor_powers, quiet)
+        self._unread = _Unread(outcome.step, values, wait, outcome.per_tensor_powers, checksums, quiet)
         if self._engine.on_host:
             self.raise_due()
 
@@ -734,7 +780,7 @@ class _DeferredReads:
             return
         self._unread = None
         unread.wait()
-        failed, finite, skipped, clipped, restarts = unread.values.tolist()
+        failed, finite, skipped, differ, clipped, restarts = unread.values.tolist()
         if failed:
             # The failed rank has not counted the step either.
             self._engine.counter.steps = unread.step - 1
@@ -742,6 +788,8 @@ class _DeferredReads:
                 f"another rank failed in step {unread.step}, or made another call; its own traceback has the reason. "
                 "This rank changed no gradient in that step."
             )
+        if differ and unread.per_tensor_checksums is not None:
+            self._engine.guard.resolve_late(unread.step, unread.per_tensor_checksums, self._engine.step_comm)
         if finite:
             self.clip_rate.record(unread.step, clipped, int(restarts))
         self._count(unread.step, bool(finite), bool(skipped), unread.per_tensor_powers, unread.quiet)
@@ -764,7 +812,7 @@ class _DeferredReads:
             counter.record_skip(step, culprits, expected=quiet)
 
 
-def _check_arguments(policy: Any, on_nonfinite: Any, max_skips: Any) -> None:
+def _check_arguments(policy: Any, on_nonfinite: Any, max_skips: Any, replicas: Any) -> None:
     """Raise unless the arguments of a clipper are valid.
 
     Raises:
@@ -784,6 +832,8 @@ def _check_arguments(policy: Any, on_nonfinite: Any, max_skips: Any) -> None:
         )
     if on_nonfinite not in get_args(OnNonFinite):
         raise ArgumentError(f"on_nonfinite={on_nonfinite!r}: unknown. Use one of {', '.join(get_args(OnNonFinite))}.")
+    if replicas not in get_args(Replicas):
+        raise ArgumentError(f"replicas={replicas!r}: unknown. Use one of {', '.join(get_args(Replicas))}.")
     if max_skips is not None and (not isinstance(max_skips, int) or max_skips < 1):
         raise ArgumentError(
             f"max_skips={max_skips!r}: not a number of steps ≥ 1. Pass how many skipped steps in a row are too many, "

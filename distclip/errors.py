@@ -7,10 +7,12 @@
     ├── LayoutError               (ValueError)    the sharding of a tensor is unknown or contradictory
     ├── DisagreementError         (ValueError)    the ranks of one call passed different arguments
     ├── PeerError                 (RuntimeError)  another rank failed, and its own traceback has the reason
+    ├── ReplicaError              (RuntimeError)  replicas differ between ranks, and the caller asked for an error
     └── NonFiniteError            (RuntimeError)  the total norm is NaN or Inf, and the caller asked for an error
         └── TooManySkippedSteps                   `max_skips` consecutive steps were skipped
 
     NonFiniteWarning              (UserWarning)   a step was skipped, or elements were set to zero
+    ReplicaWarning                (UserWarning)   replicas of a gradient or a parameter differ between ranks
     FrequentClippingWarning       (UserWarning)   an adaptive policy clips more than half of the steps
     UnclippedStepWarning          (UserWarning)   parameters move by gradients that were not clipped
 
@@ -37,6 +39,8 @@ __all__ = [
     "NonFiniteError",
     "NonFiniteWarning",
     "PeerError",
+    "ReplicaError",
+    "ReplicaWarning",
     "TooManySkippedSteps",
     "UnclippedStepWarning",
     "from_wire",
@@ -69,6 +73,10 @@ class PeerError(DistclipError, RuntimeError):
     """
 
 
+class ReplicaError(DistclipError, RuntimeError):
+    """Replicas of a tensor differ between ranks, with `replicas="raise"`, or "repair" without a majority."""
+
+
 class NonFiniteError(DistclipError, RuntimeError):
     """The total norm is NaN or Inf, and `error_if_nonfinite=True` or `on_nonfinite="raise"` was passed."""
 
@@ -79,6 +87,10 @@ class TooManySkippedSteps(NonFiniteError):
 
 class NonFiniteWarning(UserWarning):
     """A step was skipped because of non-finite gradients, or non-finite elements were set to zero."""
+
+
+class ReplicaWarning(UserWarning):
+    """Replicas of a gradient or a parameter differ between ranks."""
 
 
 class FrequentClippingWarning(UserWarning):

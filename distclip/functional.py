@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from .apply.scale import clamp_, scale_
-from .comm import Comm
+from .comm import Comm, global_ranks
 from .comm.agreement import Call
 from .comm.consensus import FirstError
 from .comm.discovery import call_counter, resolve_comm
@@ -28,8 +28,12 @@ from .norms.spec import NormSpec
 from .policies.norm_policy import coefficient
 from .policies.validation import to_float
 from .policies.value import value
+from .replicas.guard import ReplicaGuard
+from .replicas.incidents import ReplicaLog
+from .replicas.rules import RULES as REPLICA_RULES
 from .sharding.cache import cached_table
 from .sharding.parameters import Parameters
+from .sharding.replicas import assumed_groups
 from .sharding.shard import Shards
 from .sharding.split_over import SplitOver, split_axes
 from .sharding.table import ShardTable, gradient_table, local_table, warn_if_nothing_trains
@@ -37,6 +41,8 @@ from .sharding.table import ShardTable, gradient_table, local_table, warn_if_not
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
 
 _EUCLIDEAN = NormSpec()
+
+_REPLICA_LOG = ReplicaLog()
 
 
 @_disable_dynamo
@@ -251,8 +257,20 @@ def _measure(
     comm = resolve_comm(groups, table.axes, comm, errors)
     function, arguments = call
     facts = (("norm_type", spec.norm_type), *arguments)
-    call_of_all = Call(function, call_counter(comm).next(), facts)
-    shards, _, totals = measure_all_ranks(table, spec, comm, errors, call_of_all)
+    counter = call_counter(comm).next()
+    if not axes:
+        # All ranks are assumed to hold the same plain tensors. With axes, a gather would be needed to find out.
+        rank = global_ranks(comm)[comm.rank]
+        table.metadata.assume_replicas(assumed_groups(dict.fromkeys(global_ranks(comm), ()), rank))
+    # An accelerator's host reads the comparison in the first call of these ranks, which is slow anyway.
+    is_first = counter.count == 1 and comm.covers_holders and comm.ranks is not None
+    guard = ReplicaGuard(
+        table, REPLICA_RULES["warn"], _REPLICA_LOG, counter.rounded_replicas, at_once=True, reads_now=is_first
+    )
+    shards, _, totals = measure_all_ranks(table, spec, comm, errors, Call(function, counter, facts), guard)
+    if totals.replicas_differ.host:
+        guard.resolve(counter.count, shards, comm)
+        counter.rounded_replicas = guard.rounded
     if not shards:
         warn_if_nothing_trains(tensors, table)
     return table, shards, totals

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .devices import Fact, outside_fake_mode
+from .devices import NEVER, Fact, outside_fake_mode
 from .norms.measure import PerTensorPowers
 from .norms.reduce import Totals
 from .norms.tensor_norms import TensorNorms
@@ -33,6 +33,8 @@ class Report:
         finite: 0-d bool, whether the norm is finite; with on_nonfinite="zero", the norm of the remaining elements.
         skipped: 0-d bool, whether this step leaves parameters and optimizer unchanged. A scheduler that counts
             updates only must be stepped where this is False.
+        replicas_differ: 0-d bool, whether replicas of a gradient, or of a parameter that this step compared, differed
+            between ranks; with replicas="repair", before the repair.
         norms: (slots,) float64, norm of each slot; `GradClipper.slots` has the names.
         coefs: (slots,) float64, coefficient of each slot.
         bounds: (slots,) float64, norm that the policy allowed each slot, inf without a bound. None for a policy that
@@ -46,6 +48,7 @@ class Report:
     clipped: Tensor
     finite: Tensor
     skipped: Tensor
+    replicas_differ: Tensor
     norms: Tensor
     coefs: Tensor
     bounds: Tensor | None = None
@@ -82,6 +85,7 @@ class Outcome:
         per_tensor_powers: power sums of every gradient on this rank.
         measured: totals by measured slot, if these are finer than the policy's.
         tensor_norms: relation between measured slots and parameters, likewise.
+        replicas_differ: whether replicas differed when they were compared.
     """
 
     step: int
@@ -95,6 +99,7 @@ class Outcome:
     per_tensor_powers: tuple[PerTensorPowers, ...]
     measured: Totals
     tensor_norms: TensorNorms | None = None
+    replicas_differ: Fact = NEVER
 
     @cached_property
     def factors(self) -> Tensor:
@@ -132,6 +137,7 @@ class Outcome:
             coefs=coefs,
             bounds=self.bounds,
             tensor_norms=None if self.tensor_norms is None else self.tensor_norms.per_parameter(self.measured),
+            replicas_differ=self.replicas_differ.on(device),
         )
 
 

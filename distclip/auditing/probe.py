@@ -72,7 +72,7 @@ def measure_probe(local: Tensor, box: Box | None, whole: tuple[int, ...]) -> int
             index = _global_index(index, box, whole)
         codes = (index % _NUM_CODES + 1).to(dtype)
         chunks = torch.split(codes, _CHUNK)
-        sums, _ = power_sums(chunks, 1.0, device)
+        sums = power_sums(chunks, 1.0, device)[0]
         total += sum(int(number) for number in sums.tolist())
     return total
 

@@ -121,9 +121,12 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         power_sums, row_powers = kernels.fused_power_sums, kernels.native.row_powers
 
         def count_power_sums(
-            tensors: Sequence[Tensor], norm_type: float, description: TensorTable | None = None
-        ) -> tuple[Tensor, bool] | None:
-            sums = power_sums(tensors, norm_type, description)
+            tensors: Sequence[Tensor],
+            norm_type: float,
+            description: TensorTable | None = None,
+            with_checksums: bool = False,
+        ) -> kernels.Powers | None:
+            sums = power_sums(tensors, norm_type, description, with_checksums)
             self.read += 0 if sums is None else self._bytes(tensors)
             return sums
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..devices import host_reads_free, odd_numbers
 from ..errors import DisagreementError
 from . import Comm, global_ranks
+from .ranks import Ranks
 
 __all__ = ["Call", "CallCounter", "checksum_of", "disagreement", "zero_sum_weight"]
 
@@ -26,10 +27,14 @@ _MODULUS = 2**32
 
 
 class CallCounter:
-    """Number of calls that this rank has entered over one communicator."""
+    """Number of calls that this rank has entered over one communicator.
+
+    `rounded_replicas` are the replica groups that these calls have found to differ by rounding errors only.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+        self.rounded_replicas: frozenset[Ranks] = frozenset()
 
     def next(self) -> CallCounter:
         """Count a call when it is entered, so that an interrupted call counts as well."""

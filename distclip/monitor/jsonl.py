@@ -23,6 +23,9 @@ it invalidates all earlier lines with the same or a larger step.
 - `loss`, `lr` and other noted numbers. A loss is the mean over the ranks that noted one.
 - `norms`: by slot, if there are several slots and they are not rows. `tensor_norms`: by tensor.
 - `nonfinite`: number of elements that were NaN or infinite. `culprits`: the parameters and ranks that hold them.
+- `replicas`: tensors whose replicas differed between ranks, if any did. Each has the `kind` ("gradient" or
+  "parameter"), the `name`, the `ranks` that differ from the majority of the ranks in `group`, the relative difference
+  of their `norm`, and the number of the `bit`, if a single one differs.
 - `spike`: only if the norm stood out or was not finite, the ratio of the norm to the median of the 128 norms before.
 - `ids`: with `spike`, the samples of all ranks.
 - `worst`: with `spike`, the `rank` with the largest part of the norm (null if all ranks have the same), the `tensor`

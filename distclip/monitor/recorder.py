@@ -39,7 +39,7 @@ _LONG_PATIENCE = 60.0
 """Seconds to wait for other ranks before a collective that some of them may not enter."""
 
 _RESERVED = {"norm", "bound", "coef", "clipped", "finite", "skipped", "scale", "norms", "tensor_norms"}
-_RESERVED |= {"time", "nonfinite", "culprits", "spike", "worst", "distclip"}
+_RESERVED |= {"time", "nonfinite", "culprits", "replicas", "spike", "worst", "distclip"}
 """Fields of a line that the recorder itself writes."""
 
 

@@ -6,7 +6,8 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields as fields_of
+from dataclasses import is_dataclass
 from typing import Any
 
 from .._version import __version__
@@ -74,15 +75,14 @@ class Writer:
         details: Sequence[Sequence[RankDetails]],
         ranks: Sequence[int],
     ) -> list[dict[str, Any]]:
-        incidents = {incident.step: incident for incident in self._clipper.incidents}
+        fields: dict[int, dict[str, Any]] = {}
+        for incident in self._clipper.incidents:
+            fields.setdefault(incident.step, {}).update(incident.as_fields())
         lines: list[dict[str, Any]] = []
         for step, row in zip(steps, rows, strict=True):
             head = {"step": _step_number(row.pop("step", step.number), step), "time": round(step.time, 3)}
             line = head | {key: row.pop(key) for key in _FIRST if key in row} | _round_vectors(row)
-            if (incident := incidents.get(step.number)) is not None:
-                line["nonfinite"] = sum(culprit.nans + culprit.infs for culprit in incident.culprits)
-                line["culprits"] = [asdict(culprit) for culprit in incident.culprits]
-            lines.append(line)
+            lines.append(line | fields.get(step.number, {}))
         parameters = set(self._clipper.parameters)
         for n, (i, ratio) in enumerate(outliers):
             by_rank = [rank_details[n] for rank_details in details]
@@ -149,7 +149,7 @@ def _describe_policy(policy: Any) -> str:
         # A repr with an address would differ between runs.
         return re.sub(r" at 0x\w+", "", repr(policy))
     arguments = []
-    for field in fields(policy):
+    for field in fields_of(policy):
         value = getattr(policy, field.name)
         default = field.default_factory() if callable(field.default_factory) else field.default
         if value != default or is_dataclass(value) or field.name == "max_norm":

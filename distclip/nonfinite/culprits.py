@@ -7,7 +7,8 @@ gathered on such a step only.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -65,6 +66,11 @@ class Incident:
     step: int
     action: str
     culprits: tuple[Culprit, ...]
+
+    def as_fields(self) -> dict[str, Any]:
+        """Return the fields of a line in the log."""
+        num_elements = sum(culprit.nans + culprit.infs for culprit in self.culprits)
+        return {"nonfinite": num_elements, "culprits": [asdict(culprit) for culprit in self.culprits]}
 
 
 def count_nonfinite(shards: Iterable[Shard]) -> list[tuple[str, int, int]]:

@@ -8,7 +8,8 @@ non-finite element.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -16,17 +17,22 @@ from torch import Tensor
 
 from .. import devices
 from ..comm.agreement import Call, CallCounter
+from ..comm.ranks import Ranks
 from ..devices import device_constant
 from ..sharding.shard import ShardInfos, Shards
-from .kernels import power_sums, row_powers
+from .kernels import checksums, power_sums, row_powers
 from .kernels.torch_ops import identity
 from .limits import any_out_of_limits
+from .replica_sums import ReplicaSums, add_sums, sum_by_group
 from .spec import NormSpec
 
-__all__ = ["Partials", "PerTensorPowers", "measure", "sum_by_slot"]
+__all__ = ["Partials", "PerTensorChecksums", "PerTensorPowers", "measure", "sum_by_slot"]
 
 PerTensorPowers: TypeAlias = tuple[tuple[str, ...], Tensor]
 """Parameter names with the power sums of their local gradients: (names,), or (1, rows) of a single parameter."""
+
+PerTensorChecksums: TypeAlias = tuple[ShardInfos, Tensor, Tensor]
+"""Metadata of n gradients, with their power sums and checksums."""
 
 _FLOAT64 = (torch.float64, torch.complex128)
 
@@ -50,6 +56,8 @@ class Partials:
         uncovered: whether parameters of this rank are on ranks that the communicator does not reach.
         per_tensor_powers: the power sums of every gradient on this rank alone, to find the non-finite ones.
         call: the call that the ranks make.
+        replica_sums: checksums of the gradients on this rank that other ranks hold too, by replica group.
+        per_tensor_checksums: checksums of these gradients, to find the one that differs.
     """
 
     powers: Tensor
@@ -62,6 +70,8 @@ class Partials:
     uncovered: bool = False
     per_tensor_powers: tuple[PerTensorPowers, ...] = ()
     call: Call = _NO_CALL
+    replica_sums: ReplicaSums = field(default_factory=dict)
+    per_tensor_checksums: tuple[PerTensorChecksums, ...] = ()
 
     @classmethod
     def empty(cls, spec: NormSpec, device: torch.device, num_slots: int = 1) -> Partials:
@@ -76,6 +86,7 @@ def measure(
     device: torch.device,
     num_slots: int = 1,
     weights: Shards | None = None,
+    rounded: Collection[Ranks] | None = None,
 ) -> Partials:
     r"""Sum the powers of this rank's gradients by slot, or take the maximum for p = ±inf.
 
@@ -87,6 +98,7 @@ def measure(
         device: where the result goes.
         num_slots: number of norms; every shard names the slot that it counts in.
         weights: this rank's shards of the parameters, measured if `spec.needs_weights`.
+        rounded: replica groups that are compared by rounded power sums, see `replica_sums`. None compares no replicas.
 
     Returns:
         `Partials`.
@@ -107,19 +119,23 @@ def measure(
         for shard in shards:
             beyond |= any_out_of_limits(shard, *spec.limits).to(device)
         out_of_limits = bool(beyond) if devices.host_reads_free(device) else beyond
-    powers, has_fp64, per_tensor = _powers_by_slot(shards, spec.norm_type, device, num_slots)
+    powers, has_fp64, per_tensor, replicas = _powers_by_slot(shards, spec.norm_type, device, num_slots, rounded)
     weight_powers = None
     if spec.needs_weights and weights is not None:
-        weight_powers = _powers_by_slot(weights, spec.norm_type, device, num_slots)[0]
+        weight_powers = _powers_by_slot(weights, spec.norm_type, device, num_slots, None)[0]
     # Only shards that are not measured as whole tensors can be partial, and there are few of them.
     has_partial_grads = any(shards[i].partial_sums for i in shards.infos.whole[2])
-    return Partials(powers, weight_powers, out_of_limits, has_partial_grads, has_fp64, per_tensor_powers=per_tensor)
+    partials = Partials(powers, weight_powers, out_of_limits, has_partial_grads, has_fp64, per_tensor_powers=per_tensor)
+    for infos, sums, words in replicas:
+        partials.replica_sums = add_sums(partials.replica_sums, sum_by_group(words, infos, sums, rounded or ()))
+    partials.per_tensor_checksums = replicas
+    return partials
 
 
 def _powers_by_slot(
-    shards: Shards, norm_type: float, device: torch.device, num_slots: int
-) -> tuple[Tensor, bool, tuple[PerTensorPowers, ...]]:
-    """Return power sums by slot, whether any gradient is float64, and power sums by gradient."""
+    shards: Shards, norm_type: float, device: torch.device, num_slots: int, rounded: Collection[Ranks] | None
+) -> tuple[Tensor, bool, tuple[PerTensorPowers, ...], tuple[PerTensorChecksums, ...]]:
+    """Return power sums by slot, whether any gradient is float64, power sums and checksums by gradient."""
     # With one slot it does not matter where a tensor ends, so that gradients in one storage are read as one tensor.
     if num_slots == 1 and shards.merged is not None and devices.host_reads_free(device):
         shards = shards.merged
@@ -127,12 +143,17 @@ def _powers_by_slot(
     by_row = [shard for shard in map(shards.__getitem__, others) if not shard.partial_sums]
     has_fp64 = any(shards.grads[i].dtype in _FLOAT64 for i in others)
     per_tensor: list[PerTensorPowers] = []
+    replicas: list[PerTensorChecksums] = []
 
     # 1. All shards that count in one slot each, in one kernel.
     grads = [shards.grads[i] for i in whole] if others else shards.grads
     if grads:
-        sums, some_fp64 = power_sums(grads, norm_type, device, None if others else shards.description)
+        compares = rounded is not None and bool(infos.by_replica_group)
+        description = None if others else shards.description
+        sums, some_fp64, words = power_sums(grads, norm_type, device, description, with_checksums=compares)
         has_fp64 = has_fp64 or some_fp64
+        if words is not None:
+            replicas.append((infos, sums, words))
         per_tensor.append((infos.names, sums))
         # Every replica contributes its share, so that no rank has to own the shard and a NaN in any replica is seen.
         if infos.num_replicas and not math.isinf(norm_type):
@@ -146,13 +167,16 @@ def _powers_by_slot(
         assert shard.rows is not None
         powers = row_powers(shard.grad, shard.rows, norm_type).to(device)
         per_tensor.append(((shard.name,), powers.view(1, -1)))
+        if rounded is not None and shard.replicas:
+            # The kernel for rows computes no checksums.
+            replicas.append((ShardInfos((shard.info,)), powers.sum(0, keepdim=True), checksums([shard.grad], device)))
         first = shard.slot + shard.rows.first
         row_slots = total[first : first + shard.rows.count]
         if math.isinf(norm_type):
             row_slots.copy_(torch.maximum(row_slots, powers))
         else:
             row_slots.add_(powers if shard.num_replicas == 1 else powers / shard.num_replicas)
-    return total, has_fp64, tuple(per_tensor)
+    return total, has_fp64, tuple(per_tensor), tuple(replicas)
 
 
 def sum_by_slot(sums: Tensor, infos: ShardInfos, norm_type: float, num_slots: int) -> Tensor:

@@ -25,6 +25,7 @@ from ..comm import Comm
 from ..comm.agreement import zero_sum_weight
 from ..devices import Fact, as_fact
 from .measure import Partials
+from .replica_sums import weighted_sum
 from .spec import NormSpec
 
 __all__ = [
@@ -116,6 +117,12 @@ def _call_summand(partials: Partials, comm: Comm) -> Tensor | int:
     return checksum * zero_sum_weight(comm.rank, comm.size)
 
 
+def _replica_summand(partials: Partials, comm: Comm) -> Tensor | int:
+    """Return the weighted checksums of all replicas on this rank."""
+    # 32-bit checksums do not fit into a float32.
+    return weighted_sum(partials.replica_sums, comm) if partials.powers.dtype == torch.float64 else 0
+
+
 def check_bits(dtype: torch.dtype, size: int) -> int:
     """Return the number of bits that a checksum may have, so that weighted sums of it are exact.
 
@@ -151,7 +158,7 @@ FACTS = (
 )
 """Bools that are equal on all ranks in an ordinary step. They add nothing to the length of the message."""
 
-CHECKS = (Check("call", _call_summand),)
+CHECKS = (Check("call", _call_summand), Check("replicas", _replica_summand))
 """Summands that add up to 0, in order. One number each on an accelerator, and one for all of them on a CPU."""
 
 
@@ -202,7 +209,7 @@ def all_reduce(partials: Partials, spec: NormSpec, comm: Comm, *, on_host: bool)
     message = Message({}, dict(zip(counts, nonzero, strict=False)), dict(zip(checks, passed, strict=True)))
     if not takes_maximum:
         return replace(message, fields=_named(buffer[: len(vectors)], spec))
-    if any(fact.host is False for fact in passed):
+    if message.checks["call"].host is False:
         return message
     return replace(message, fields=maximum(partials, spec, comm))
 

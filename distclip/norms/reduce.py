@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import devices
-from ..comm import Comm
+from ..comm import Comm, global_ranks
 from ..comm.agreement import disagreement
 from ..comm.consensus import raise_gathered, wire_of
 from ..devices import ALWAYS, NEVER, Fact, as_fact
@@ -24,6 +24,7 @@ from ..errors import LayoutError, PeerError
 from .kernels.torch_ops import combine
 from .measure import Partials
 from .message import COUNTS, FACTS, FIELDS, all_reduce, maximum
+from .replica_sums import any_differ, to_host
 from .spec import NormSpec
 
 __all__ = ["Totals", "gather_facts", "reduce"]
@@ -45,6 +46,7 @@ class Totals:
         has_partial_grads: whether some rank has partial gradients, which are missing from `powers`.
         has_fp64: whether some gradient is float64.
         out_of_limits: whether some element of the whole gradient is outside of the policy's limits.
+        replicas_differ: whether the replicas of a gradient, or of a parameter of this step's part, differ.
         loss_scale: 0-d, factor of a GradScaler that the gradients carry. Norms are free of it. None for 1.
     """
 
@@ -57,6 +59,7 @@ class Totals:
     has_partial_grads: Fact = NEVER
     has_fp64: Fact = NEVER
     out_of_limits: Fact = NEVER
+    replicas_differ: Fact = NEVER
     loss_scale: Tensor | None = None
 
     @cached_property
@@ -172,8 +175,9 @@ def reduce(partials: Partials, spec: NormSpec, comm: Comm, *, read_facts: bool =
     Returns:
         `Totals`. Where `same_call` does not hold, call `gather_facts` on every rank.
 
-    Collectives: one all-reduce over `comm`, of slots + 1 float64 numbers, `slots` more with the norms of the
-    parameters, one more with limits. For p = ±inf a second one of 2 · slots. None for a single rank.
+    Collectives: one all-reduce over `comm`, of slots + 1 float64 numbers (slots + 2 on an accelerator), `slots` more
+    with the norms of the parameters, one more with limits. For p = ±inf a second one of 2 · slots. None for a single
+    rank.
     Host syncs: on an accelerator one with `read_facts`, otherwise none.
     """
     if comm.size == 1:
@@ -190,7 +194,10 @@ def reduce(partials: Partials, spec: NormSpec, comm: Comm, *, read_facts: bool =
         facts["failed"] = ~same_call
     # A maximum is only taken once the ranks agree.
     fields = dict[str, Any](message.fields or {"powers": partials.powers})
-    return Totals(norm_type=spec.norm_type, same_call=same_call, **fields | message.counts | facts)
+    differ = ~message.checks["replicas"]
+    return Totals(
+        norm_type=spec.norm_type, same_call=same_call, replicas_differ=differ, **fields | message.counts | facts
+    )
 
 
 def gather_facts(totals: Totals, partials: Partials, spec: NormSpec, error: BaseException | None, comm: Comm) -> Totals:
@@ -214,14 +221,17 @@ def gather_facts(totals: Totals, partials: Partials, spec: NormSpec, error: Base
     """
     own = {fact.name: fact.write(partials) for fact in FACTS}
     call = partials.call
-    gathered = comm.gather_objects((wire_of(error), own, call.counter.count, call.as_dict()))
+    sums = to_host(partials.replica_sums)
+    gathered = comm.gather_objects((wire_of(error), own, call.counter.count, call.as_dict(), sums))
+    wires, facts_by_rank, counts, calls, sums_by_rank = zip(*gathered, strict=True)
     # An interrupted call may have left this rank behind. From here on all ranks count together again.
-    call.counter.count = max(count for _, _, count, _ in gathered)
-    if any(wire is not None for wire, _, _, _ in gathered):
-        raise_gathered(error, [wire for wire, _, _, _ in gathered], comm)
-    if (different := disagreement([call for _, _, _, call in gathered], comm)) is not None:
+    call.counter.count = max(counts)
+    if any(wire is not None for wire in wires):
+        raise_gathered(error, wires, comm)
+    if (different := disagreement(calls, comm)) is not None:
         raise different
-    found: dict[str, Any] = {name: as_fact(any(facts[name] for _, facts, _, _ in gathered)) for name in own}
+    found: dict[str, Any] = {name: as_fact(any(facts[name] for facts in facts_by_rank)) for name in own}
+    found["replicas_differ"] = as_fact(any_differ(dict(zip(global_ranks(comm), sums_by_rank, strict=True))))
     if math.isinf(spec.norm_type):
         found |= maximum(partials, spec, comm)
     return replace(totals, **found)

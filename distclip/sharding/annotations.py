@@ -14,6 +14,7 @@ from ..comm.ranks import Axis
 from ..errors import ArgumentError
 from .dtensor import is_dtensor, num_pieces_of, partial_sums_of
 from .layout import Layout
+from .replicas import mesh_replicas, replica_group
 from .shard import PartialSum
 from .source import LayoutReader, Request, Slice, Source
 from .split_over import group_ranks, mesh_ranks
@@ -106,11 +107,13 @@ def annotate_(param: Tensor, mesh: DeviceMesh | dist.ProcessGroup, placements: S
         ranks, sizes = mesh_ranks(mesh), tuple(mesh.size(i) for i in range(ndim))
         axis_groups = [mesh.get_group(i) for i in range(ndim)]
         coordinates: Sequence[int] = mesh.get_coordinate() or ()
+        replicas = mesh_replicas(mesh, placements)
     else:
         ranks = group_ranks(mesh)
         sizes, axis_groups, coordinates = (len(ranks),), [mesh], (dist.get_rank(mesh),)
+        replicas = replica_group(ranks) if placements[0].is_replicate() else ()
     partial_sums = partial_sums_of(axis_groups, placements)
-    layout = Layout((ranks,), num_pieces_of(sizes, placements), may_be_partial=bool(partial_sums))
+    layout = Layout((ranks,), num_pieces_of(sizes, placements), may_be_partial=bool(partial_sums), replicas=replicas)
     cuts = tuple(
         (int(getattr(placement, "dim", 0)), coordinate)
         for coordinate, placement in zip(coordinates, placements, strict=True)

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..comm.ranks import Ranks
 from .layout import Layout
+from .replicas import replica_group
 from .source import LayoutReader, Request, Source
 from .split_over import group_ranks
 
@@ -35,7 +36,12 @@ class DDPSource(Source):
             layout = Layout() if known is None else known
             if ranks is None:
                 return known
-            return replace(layout, groups=(*layout.groups, ranks), is_averaged=not layout.groups)
+            return replace(
+                layout,
+                groups=(*layout.groups, ranks),
+                is_averaged=not layout.groups,
+                replicas=(*layout.replicas, *replica_group(ranks)),
+            )
 
         return read
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import LayoutError
 from .layout import Layout, product
+from .replicas import mesh_replicas
 from .shard import PartialSum, Rows
 from .source import LayoutReader, Request, Source
 from .split_over import mesh_ranks
@@ -82,6 +83,7 @@ def dtensor_layout(tensor: DTensor) -> Layout:
         groups=(mesh_ranks(mesh),),
         num_pieces=num_pieces_of(sizes, placements),
         may_be_partial=any(_is_full(p) and n > 1 for p, n in zip(placements, sizes, strict=True)),
+        replicas=mesh_replicas(mesh, placements),
     )
 
 

@@ -35,13 +35,17 @@ class FlatStorage:
             # Gradients that already share a storage (DDP's buckets, FSDP's units, Megatron's buffers) stay there,
             # because its owner relies on it.
             if tensor.grad is not None and not shard.partial_sums and _owns_storage(shard.grad):
-                groups.setdefault((shard.grad.device, shard.grad.dtype, shard.num_replicas), []).append(i)
+                kind = (shard.grad.device, shard.grad.dtype, shard.num_replicas, shard.replicas)
+                groups.setdefault(kind, []).append(i)
         flats = [_move_grads(tensors, shards, positions) for positions in groups.values()]
         in_flats = {i for positions in groups.values() for i in positions}
         shards = read_shards()
         self._infos, self._views = shards.infos, shards.grads
         others = shards.where([i for i in range(len(shards)) if i not in in_flats])
-        infos = [ShardInfo(f"{len(positions)} gradients", num_replicas=key[2]) for key, positions in groups.items()]
+        infos = [
+            ShardInfo(f"{len(positions)} gradients", num_replicas=kind[2], replicas=kind[3])
+            for kind, positions in groups.items()
+        ]
         self._merged = Shards(ShardInfos((*infos, *others.infos)), [*flats, *others.grads])
         self._warned = False
 

@@ -13,6 +13,7 @@ from ..errors import LayoutError
 from .dtensor import is_dtensor
 from .layout import Layout
 from .parameters import is_frozen
+from .replicas import replica_group
 from .source import LayoutReader, Request, Slice, Source
 from .split_over import group_ranks
 
@@ -99,8 +100,12 @@ def _layouts(module: nn.Module) -> dict[int, Layout]:
             # FULL_SHARD and SHARD_GRAD_OP cut the flattened gradient over the process group. The hybrid strategies do
             # so within a node, and keep replicas across nodes.
             across = getattr(wrapped, "_inter_node_pg", None)
-            groups = (shards,) if across is None else (shards, group_ranks(across))
-            layout = Layout(groups, num_pieces=len(shards))
+            replicas = () if across is None else (group_ranks(across),)
+            layout = Layout(
+                (shards, *replicas),
+                num_pieces=len(shards),
+                replicas=tuple(group for ranks in replicas for group in replica_group(ranks)),
+            )
         flat = handle.flat_param
         for param in (flat, *(flat._params or ()), *(flat._shared_params or ())):
             layouts[id(param)] = layout

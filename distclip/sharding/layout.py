@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..comm.ranks import Axis, Ranks
+from .replicas import ReplicaGroup
 
 __all__ = ["Layout", "num_replicas", "product"]
 
@@ -24,6 +25,7 @@ class Layout:
         counted: False for a replica that its owner excludes from norms (Megatron's `shared`).
         may_be_partial: True if its gradient can be a partial gradient, which still needs a sum over ranks.
         is_averaged: True if every rank of `groups` has the whole gradient, which DDP has averaged over them.
+        replicas: ranks that hold the same shard as this rank, one group for each source that describes them.
     """
 
     groups: tuple[Ranks, ...] = ()
@@ -33,6 +35,7 @@ class Layout:
     counted: bool = True
     may_be_partial: bool = False
     is_averaged: bool = False
+    replicas: tuple[ReplicaGroup, ...] = ()
 
     @property
     def members(self) -> frozenset[int]:
@@ -51,6 +54,7 @@ def product(one: Layout, two: Layout) -> Layout:
         groups=one.groups + two.groups,
         num_pieces=one.num_pieces * two.num_pieces,
         may_be_partial=one.may_be_partial or two.may_be_partial,
+        replicas=one.replicas + two.replicas,
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..comm.ranks import Ranks
+from .replicas import ReplicaGroup
 
 __all__ = [
     "PartialSum",
@@ -75,6 +76,7 @@ class ShardInfo:
     partial_sums: tuple[PartialSum, ...] = ()
     slot: int = 0
     rows: Rows | None = None
+    replicas: tuple[ReplicaGroup, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,6 +91,7 @@ class Shard:
         partial_sums: sums that the gradient needs before it can be measured.
         slot: index of the norm that the shard counts in, or that row 0 of the parameter counts in.
         rows: rows that the shard holds, if every row has a slot. None if the whole shard counts in one slot.
+        replicas: groups of ranks that hold this same shard, this rank among them, as far as they are known.
     """
 
     name: str
@@ -97,11 +100,12 @@ class Shard:
     partial_sums: tuple[PartialSum, ...] = ()
     slot: int = 0
     rows: Rows | None = None
+    replicas: tuple[ReplicaGroup, ...] = ()
 
     @property
     def info(self) -> ShardInfo:
         """Metadata of the shard, without the gradient."""
-        return ShardInfo(self.name, self.num_replicas, self.partial_sums, self.slot, self.rows)
+        return ShardInfo(self.name, self.num_replicas, self.partial_sums, self.slot, self.rows, self.replicas)
 
 
 class ShardInfos(tuple[ShardInfo, ...]):
@@ -133,6 +137,15 @@ class ShardInfos(tuple[ShardInfo, ...]):
         others = tuple(i for i, yes in enumerate(is_whole) if not yes)
         # Mostly there are no others: then the columns of `self` are shared.
         return (ShardInfos(self[i] for i in whole) if others else self), whole, others
+
+    @cached_property
+    def by_replica_group(self) -> dict[ReplicaGroup, tuple[int, ...]]:
+        """Positions of the shards that the ranks of each group hold. A partial gradient has no replica yet."""
+        positions: dict[ReplicaGroup, list[int]] = {}
+        for i, info in enumerate(self):
+            for group in () if info.partial_sums else info.replicas:
+                positions.setdefault(group, []).append(i)
+        return {group: tuple(members) for group, members in positions.items()}
 
     def by_slot(self, num_slots: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the positions of all shards ordered by slot, and the number of shards in each slot."""
@@ -189,7 +202,8 @@ class Shards(Sequence[Shard]):
         if isinstance(i, slice):
             return Shards(ShardInfos(self.infos[i]), self.grads[i])
         info = self.infos[i]
-        return Shard(info.name, self.grads[i], info.num_replicas, info.partial_sums, info.slot, info.rows)
+        columns = info.num_replicas, info.partial_sums, info.slot, info.rows, info.replicas
+        return Shard(info.name, self.grads[i], *columns)
 
     def __iter__(self) -> Iterator[Shard]:
         return map(self.__getitem__, range(len(self.grads)))

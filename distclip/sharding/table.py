@@ -6,7 +6,7 @@ are computed once. A step only reads gradients, and compares the specs of DTenso
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from operator import attrgetter, is_
@@ -37,6 +37,7 @@ from .fsdp2 import FSDP2Source
 from .layout import Layout, num_replicas, product
 from .megatron import MegatronSource, read_main_grad
 from .parameters import Named, Parameters, is_frozen, name_tensors
+from .replicas import ReplicaGroup
 from .shard import PartialSum, Rows, ShardInfo, ShardInfos, Shards
 from .source import Request, Source
 
@@ -211,6 +212,26 @@ class ShardTable:
         # Only the gradients are partial. Parameters are replicas.
         return Shards(ShardInfos(replace(info, partial_sums=()) for info in shards.infos), shards.grads)
 
+    def local_weights(self, positions: Iterable[int]) -> list[Tensor]:
+        """Return the local tensors of the parameters at some positions. Collectives: none. Host syncs: none."""
+        tensors = map(self.tensors.__getitem__, positions)
+        return [_local(tensor) if is_dtensor(tensor) else tensor for tensor in tensors]
+
+    def contradictory_axes(self, name: str, group: ReplicaGroup) -> list[Axis]:
+        """Return the axes of `split_over=` along which the ranks of a replica group hold different tensors.
+
+        An annotation contradicts no axis: it declares that a tied parameter has replicas along the axis.
+        """
+        i = self.names.index(name)
+        if group in annotation_of(self.tensors[i]).layout.replicas:
+            return []
+        split = self.layouts[i].split
+        return [
+            axis
+            for axis, is_split in zip(self.axes, split, strict=True)
+            if is_split and len({*axis.ranks} & {*group.ranks}) > 1
+        ]
+
     def shards_at(self, positions: Sequence[int], grads: Sequence[Tensor]) -> Shards:
         """Return shards of gradients that an integration keeps elsewhere.
 
@@ -298,6 +319,7 @@ class TableMetadata:
         # Positions of the tensors that train. None for all of them.
         self._training: tuple[int, ...] | None = None
         self._weights: TableMetadata | None = None
+        self._assumed: Mapping[tuple[bool, ...], tuple[ReplicaGroup, ...]] = {}
 
     @cached_property
     def groups(self) -> frozenset[Ranks]:
@@ -328,6 +350,18 @@ class TableMetadata:
             if name in frozen and name not in by_name:
                 self.frozen_errors.setdefault(i, _unfrozen(name))
 
+    def assume_replicas(self, groups: Mapping[tuple[bool, ...], tuple[ReplicaGroup, ...]]) -> None:
+        """Set the ranks that are assumed to hold the same plain tensors, see `replicas.assumed_groups`."""
+        if groups != self._assumed:
+            self._assumed = groups
+            self._infos, self._subset, self._weights = {}, None, None
+
+    def replicas_of(self, layout: Layout) -> tuple[ReplicaGroup, ...]:
+        """Return the groups of ranks that hold the same shard as this rank."""
+        if not layout.counted:
+            return ()
+        return layout.replicas if layout.groups else self._assumed.get(layout.split, ())
+
     def infos(self, world_size: int) -> ShardInfos:
         """Return the metadata of gradients that have the layouts of their parameters.
 
@@ -339,7 +373,13 @@ class TableMetadata:
         # Tables with one metadata can be used with several communicators, so one entry per size is kept.
         if world_size not in self._infos:
             self._infos[world_size] = ShardInfos(
-                ShardInfo(name, num_replicas(world_size, layout, self.axes), sums, *self._slots.get(name, (0, None)))
+                ShardInfo(
+                    name,
+                    num_replicas(world_size, layout, self.axes),
+                    sums,
+                    *self._slots.get(name, (0, None)),
+                    self.replicas_of(layout),
+                )
                 for name, layout, sums in zip(self.names, self.layouts, self._partial_sums, strict=True)
             )
         return self._infos[world_size]
@@ -411,6 +451,7 @@ class TableMetadata:
                     info,
                     num_replicas=num_replicas(world_size, layout, self.axes),
                     rows=info.rows and dtensor_rows(grad),
+                    replicas=self.replicas_of(layout),
                 )
         return ShardInfos(updated.get(i, info) for i, info in enumerate(infos)) if updated else infos
 
@@ -433,7 +474,7 @@ class TableMetadata:
         subset.layouts = [self.layouts[i] for i in positions]
         subset._partial_sums = [self._partial_sums[i] for i in positions]
         subset._specs = [self._specs[i] for i in positions]
-        subset._slots = self._slots
+        subset._slots, subset._assumed = self._slots, self._assumed
         return subset
 
 

@@ -28,13 +28,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PowerSums = Callable[[Sequence[Tensor], float], Any]
 
 
-def operator_power_sums(tensors: Sequence[Tensor], norm_type: float) -> tuple[Tensor, bool]:
-    """Compute power sums by operators of torch, which take one dtype at a time."""
+def operator_power_sums(
+    tensors: Sequence[Tensor], norm_type: float, description: None = None, with_checksums: bool = False
+) -> tuple[Tensor, bool, Tensor]:
+    """Compute power sums and checksums by operators of torch, which take one dtype at a time."""
     sums = torch.empty(len(tensors), dtype=torch.float64)
     for kind in {(t.dtype, torch_ops.is_dense(t)) for t in tensors}:
         chosen = [i for i, t in enumerate(tensors) if (t.dtype, torch_ops.is_dense(t)) == kind]
         sums[chosen] = torch_ops.power_sums([tensors[i] for i in chosen], norm_type)
-    return sums, False
+    return sums, False, torch.tensor([int(torch_ops.checksum(tensor)) for tensor in tensors])
 
 
 KERNELS: dict[str, tuple[PowerSums, str]] = {
@@ -74,7 +76,7 @@ def expected_sum(tensor: Tensor, norm_type: float) -> float:
 
 def test_c_library_is_built() -> None:
     """Load the library, without which all tests would pass by operators of torch."""
-    assert load_library() is not None
+    assert load_library() is not None, "not built from the present native.c: run pip install -e ."
 
 
 @each_kernel
@@ -163,7 +165,7 @@ def test_kernels_refuse_tensors_that_operators_take(kernel: str, odd: Tensor) ->
     assert compute([torch.ones(3, device=device), odd.to(device)], 2.0) is None
     assert compute([torch.ones(3, device=device)], 3.0) is None
     expected = float(odd.to_dense().abs().double().square().sum()) if odd.dtype != torch.int32 else 2.0
-    result, wide = kernels.power_sums([torch.ones(3), odd, torch.ones(2).bfloat16()], 2.0, torch.device("cpu"))
+    result, wide, _ = kernels.power_sums([torch.ones(3), odd, torch.ones(2).bfloat16()], 2.0, torch.device("cpu"))
     assert result.tolist() == [3.0, expected, 2.0]
     assert not wide
 
@@ -395,16 +397,18 @@ def ptx(program, signature, **constants):
 
 tables = dict.fromkeys(["addresses", "lengths", "tensor_of", "start_of"], "*i64")
 for element, wide in zip(programs.ELEMENTS, ["v2.b64", "v4.b32", "v4.b32", "v4.b32"]):
-    one = ptx(programs.powers, tables | {"partial": "*fp64", "first": "i32"},
-              OPERATION=0 if element.name == "fp32" else 2, ELEMENT=element, CHUNK=1 << 16, ALIGNED=True)
+    one = ptx(programs.powers, tables | {"partial": "*fp64", "partial_words": "*i64", "first": "i32"},
+              OPERATION=0 if element.name == "fp32" else 2, ELEMENT=element, CHUNK=1 << 16, ALIGNED=True, WORDS=True)
     assert f"ld.global.{wide}" in one, element
     two = ptx(programs.scale, tables | {"coefs": "*fp64", "per_tensor": "i32"},
               ELEMENT=element, CHUNK=1 << 16, ALIGNED=True)
     assert f"ld.global.{wide}" in two and f"st.global.{wide}" in two, element
-ptx(programs.powers, tables | {"partial": "*fp64", "first": "i32"},
-    OPERATION=1, ELEMENT=programs.ELEMENTS[1], CHUNK=1 << 16, ALIGNED=False)
-for operation in (0, 2):
-    ptx(programs.gather, {"partial": "*fp64", "bounds": "*i64", "sums": "*fp64"}, OPERATION=operation)
+for operation, words in ((1, False), (3, True)):
+    ptx(programs.powers, tables | {"partial": "*fp64", "partial_words": "*i64", "first": "i32"},
+        OPERATION=operation, ELEMENT=programs.ELEMENTS[1], CHUNK=1 << 16, ALIGNED=False, WORDS=words)
+for operation, words in ((0, False), (2, True)):
+    tables = {"partial": "*fp64", "partial_words": "*i64", "bounds": "*i64", "sums": "*fp64", "checksums": "*i64"}
+    ptx(programs.gather, tables, OPERATION=operation, WORDS=words)
 print("compiled")
 """
 

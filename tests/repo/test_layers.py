@@ -14,7 +14,7 @@ ROWS = [
     ["sharding"],
     ["norms"],
     ["policies"],
-    ["nonfinite", "apply"],
+    ["nonfinite", "replicas", "apply"],
     ["outcome", "checkpoint"],
     ["engine"],
     ["functional", "clipper"],
@@ -41,7 +41,17 @@ ROW = {name: i for i, names in enumerate(ROWS) for name in names}
 PUBLIC = {"extend", "__init__"}
 """Modules that collect public names, also from their own row."""
 
-WITHOUT_RANKS = {"policies", "apply", "nonfinite", "outcome", "checkpoint", "reference", "errors", "devices"}
+WITHOUT_RANKS = {
+    "policies",
+    "apply",
+    "nonfinite",
+    "replicas",
+    "outcome",
+    "checkpoint",
+    "reference",
+    "errors",
+    "devices",
+}
 """Stages that do not use torch.distributed."""
 
 EXTRAS = {

@@ -64,7 +64,7 @@ def check_layout(name: str) -> None:
         assert torch.equal(clip(float("inf"), norm_type), norm), f"{where}: two calls differ"
         assert [stored(g)._version for g in grads] == writes, f"{where}: max_norm=inf wrote"
     policy = distclip.global_norm(float(norm) / 2, norm_type)
-    report = distclip.GradClipper(params, policy, split_over=case.split_over).clip()
+    report = distclip.GradClipper(params, policy, split_over=case.split_over, replicas="raise").clip()
     assert torch.equal(report.norm, norm), f"{where}: a clipper measures another norm"
     for grad, old in zip(grads, before, strict=True):
         check_scaled(stored(grad), old, float(report.coef), where)

@@ -1,14 +1,19 @@
-"""Compute power sums of many local tensors in one call, and scale the tensors, at memory bandwidth.
+"""Compute power sums and checksums of many local tensors in one call, and scale the tensors, at memory bandwidth.
 
 Three modules do the same work: `native` with one C call on a CPU, `triton_launch` with Triton kernels on a GPU, and
 `torch_ops` with torch's operators on any tensor and for any p. The functions here pick the fastest that can do it.
 `tensor_table` and `native_library` describe tensors to C, and `gpu_tables` describes them to a GPU.
+
+The checksum of a tensor is the sum of its words modulo 2^32. A word is the 32 bits of a float32, either half of a
+float64, or the 16 bits of a bfloat16 or float16. It does not depend on the order of the elements. So two tensors with
+equal elements have equal checksums, whatever their strides are, and a single bit that differs changes the checksum.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,9 +22,11 @@ from torch import Tensor
 from ...devices import accumulation_dtype, device_constant
 from ...sharding.shard import Rows
 from . import native, torch_ops
-from .tensor_table import TensorTable
+from .tensor_table import Powers, TensorTable
 
-__all__ = ["fused_power_sums", "gpu_kernels", "power_sums", "row_powers", "scale_"]
+__all__ = ["Powers", "checksums", "fused_power_sums", "gpu_kernels", "power_sums", "row_powers", "scale_"]
+
+_is_cpu = attrgetter("is_cpu")
 
 _PLAIN = {Tensor, torch.nn.Parameter}
 
@@ -27,8 +34,12 @@ _FLOAT64_DTYPES = (torch.float64, torch.complex128)
 
 
 def power_sums(
-    tensors: Sequence[Tensor], norm_type: float, device: torch.device, description: TensorTable | None = None
-) -> tuple[Tensor, bool]:
+    tensors: Sequence[Tensor],
+    norm_type: float,
+    device: torch.device,
+    description: TensorTable | None = None,
+    with_checksums: bool = False,
+) -> Powers:
     """Compute Σ|g|^p of each tensor, or max|g| for p = inf, or −min|g| for p = −inf.
 
     Args:
@@ -36,33 +47,77 @@ def power_sums(
         norm_type: p.
         device: where the result is needed.
         description: of the tensors, if they have been described already.
+        with_checksums: whether to compute the checksums as well, mostly in the same pass.
 
     Returns:
-        (n,) float64, and whether any tensor is float64 or complex128.
+        (n,) float64, whether any tensor is float64 or complex128, and the checksums.
 
     Host syncs: none on an accelerator.
 
     >>> power_sums([torch.tensor([3.0, 4.0]), torch.tensor([1.0])], 2.0, torch.device("cpu"))
-    (tensor([25.,  1.], dtype=torch.float64), False)
+    (tensor([25.,  1.], dtype=torch.float64), False, None)
     """
     # The usual case: all tensors are dense, real and on one device, and a single kernel takes them all.
-    if tensors and (fused := fused_power_sums(tensors, norm_type, description)) is not None:
-        return fused[0].to(device), fused[1]
+    if tensors and (fused := fused_power_sums(tensors, norm_type, description, with_checksums)) is not None:
+        words = fused[2]
+        return fused[0].to(device), fused[1], None if words is None else words.to(device)
     has_float64 = any(tensor.dtype in _FLOAT64_DTYPES for tensor in tensors)
     sums = torch.empty(len(tensors), dtype=accumulation_dtype(device), device=device)
+    words = torch.empty(len(tensors), dtype=torch.int64, device=device) if with_checksums else None
     # Otherwise one call for each kind of tensor, so that one odd tensor does not slow down the others.
-    positions_by_kind: dict[object, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        # An operator for several tensors must not be given plain ones together with those of another class.
-        kind = (tensor.device, tensor.dtype, torch_ops.is_dense(tensor), type(tensor) in _PLAIN)
-        positions_by_kind.setdefault(kind, []).append(i)
-    for positions in positions_by_kind.values():
+    positions_by_kind = _positions_by_kind(tensors)
+    for positions in positions_by_kind:
         group = [tensors[i] for i in positions]
         # With a single kind, the fused kernel has already refused these very tensors.
-        fused = fused_power_sums(group, norm_type) if len(positions_by_kind) > 1 else None
+        fused = (
+            fused_power_sums(group, norm_type, with_checksums=with_checksums) if len(positions_by_kind) > 1 else None
+        )
         group_sums = torch_ops.power_sums(group, norm_type) if fused is None else fused[0]
-        sums.index_copy_(0, device_constant(tuple(positions), device, torch.int64), group_sums.to(device))
-    return sums, has_float64
+        index = device_constant(tuple(positions), device, torch.int64)
+        sums.index_copy_(0, index, group_sums.to(device))
+        if words is not None:
+            group_words = None if fused is None else fused[2]
+            words.index_copy_(0, index, checksums(group, device) if group_words is None else group_words.to(device))
+    return sums, has_float64, words
+
+
+def checksums(
+    tensors: Sequence[Tensor], device: torch.device, ranges: Sequence[tuple[int, int]] | None = None
+) -> Tensor:
+    """Compute the sum of the words of each tensor, modulo 2^32.
+
+    Args:
+        tensors: of any dtypes, layouts and devices.
+        device: where the result is needed.
+        ranges: for each tensor, the elements to read, in the order of its memory. None for all.
+
+    Returns:
+        (n,) int64.
+
+    Host syncs: none on an accelerator.
+
+    >>> checksums([torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0])], torch.device("cpu"))
+    tensor([2139095040, 2139095040])
+    """
+    if ranges is not None:
+        if all(map(_is_cpu, tensors)) and (fused := native.checksums(tensors, ranges)) is not None:
+            return fused.to(device)
+        cut = (stop - start < tensor.numel() for tensor, (start, stop) in zip(tensors, ranges, strict=True))
+        tensors = [
+            torch_ops.flatten(tensor)[start:stop] if is_cut else tensor
+            for tensor, (start, stop), is_cut in zip(tensors, ranges, cut, strict=True)
+        ]
+    words = torch.empty(len(tensors), dtype=torch.int64, device=device)
+    positions_by_kind = _positions_by_kind(tensors)
+    for positions in positions_by_kind:
+        group = [tensors[i] for i in positions]
+        kernels = gpu_kernels(group[0].device) or native
+        fused = kernels.checksums(group)
+        group_words = torch.stack([torch_ops.checksum(tensor) for tensor in group]) if fused is None else fused
+        if len(positions_by_kind) == 1:
+            return group_words.to(device)
+        words.index_copy_(0, device_constant(tuple(positions), device, torch.int64), group_words.to(device))
+    return words
 
 
 def row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor:
@@ -108,21 +163,35 @@ def gpu_kernels(device: torch.device) -> Any:
 
 
 def fused_power_sums(
-    tensors: Sequence[Tensor], norm_type: float, description: TensorTable | None = None
-) -> tuple[Tensor, bool] | None:
+    tensors: Sequence[Tensor],
+    norm_type: float,
+    description: TensorTable | None = None,
+    with_checksums: bool = False,
+) -> Powers | None:
     """Compute `power_sums` with one kernel for all tensors.
 
     Args:
         tensors: at least one.
         norm_type: p.
         description: of the tensors, if they have been described already.
+        with_checksums: whether to compute the checksums in the same pass.
 
     Returns:
         None if there is no kernel for these tensors or this p.
     """
     kernels = gpu_kernels(tensors[0].device) or native
-    sums: tuple[Tensor, bool] | None = kernels.power_sums(tensors, norm_type, description)
-    return sums
+    powers: Powers | None = kernels.power_sums(tensors, norm_type, description, with_checksums)
+    return powers
+
+
+def _positions_by_kind(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Return the positions of tensors that one kernel can take together."""
+    by_kind: dict[object, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        # An operator for several tensors must not be given plain ones together with those of another class.
+        kind = (tensor.device, tensor.dtype, torch_ops.is_dense(tensor), type(tensor) in _PLAIN)
+        by_kind.setdefault(kind, []).append(i)
+    return list(by_kind.values())
 
 
 @functools.cache

@@ -59,7 +59,8 @@ class GPUTable:
     addresses: Tensor
 
 
-_MAX_TABLES = 16
+_MAX_TABLES = 128
+"""Number of tables that are kept: those of some gradients, and of the parameters that 64 steps compare in turn."""
 
 _tables: dict[object, GPUTable] = {}
 """Most recent tables, the oldest one first."""

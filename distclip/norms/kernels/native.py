@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ...sharding.shard import Rows
 from .native_library import load_library
-from .tensor_table import DTYPES, OPERATIONS, TensorTable, describe_tensors
+from .tensor_table import CHECKSUMS_ONLY, DTYPES, OPERATIONS, Powers, TensorTable, describe_tensors
 
-__all__ = ["power_sums", "row_powers", "scale_"]
+__all__ = ["checksums", "power_sums", "row_powers", "scale_"]
 
 
 def power_sums(
-    tensors: Sequence[Tensor], norm_type: float, table: TensorTable | None = None
-) -> tuple[Tensor, bool] | None:
+    tensors: Sequence[Tensor], norm_type: float, table: TensorTable | None = None, with_checksums: bool = False
+) -> Powers | None:
     """Compute Σ|g|^p, or max|g|, of each tensor.
 
     The bits depend on the elements and their order alone, not on threads, alignment or neighbours in memory. Squares of
@@ -27,20 +27,41 @@ def power_sums(
         tensors: any number.
         norm_type: p.
         table: description of the tensors, if they have been described already.
+        with_checksums: whether to compute the checksums in the same pass.
 
     Returns:
-        (n,) float64, and whether any tensor is float64. None if there is no library, p is not 1, 2 or inf, or
-        `describe_tensors` rejects a tensor.
+        (n,) float64, whether any tensor is float64, and the checksums. None if there is no library, p is not 1, 2 or
+        inf, or `describe_tensors` rejects a tensor.
 
     >>> sums = power_sums([torch.tensor([300.0, 400.0], dtype=torch.float16), torch.zeros(0)], 2.0)
-    >>> sums if load_library() else (torch.tensor([250000.0, 0.0], dtype=torch.float64), False)
+    >>> sums[:2] if sums else (torch.tensor([250000.0, 0.0], dtype=torch.float64), False)
     (tensor([250000.,      0.], dtype=torch.float64), False)
     """
     if norm_type not in OPERATIONS or load_library() is None:
         return None
     if (table := table or describe_tensors(tensors, "cpu")) is None:
         return None
-    return _sum_powers(table, norm_type), table.has_float64
+    sums, words = _measure(table, OPERATIONS[norm_type], with_checksums)
+    return sums, table.has_float64, words
+
+
+def checksums(tensors: Sequence[Tensor], ranges: Sequence[tuple[int, int]] | None = None) -> Tensor | None:
+    """Compute the checksum of each tensor, see `kernels.checksums`.
+
+    Args:
+        tensors: any number.
+        ranges: for each tensor, the elements to read, in the order of its memory. None for all.
+
+    Returns:
+        (n,) int64. None if there is no library, or `describe_tensors` rejects a tensor.
+    """
+    if load_library() is None or (table := describe_tensors(tensors, "cpu")) is None:
+        return None
+    # Addresses are changed here because slices of tensors would take several operators each.
+    for i, (start, stop) in enumerate(ranges or ()):
+        table.addresses[i] += start * tensors[i].element_size()
+        table.lengths[i] = stop - start
+    return _measure(table, CHECKSUMS_ONLY, True)[1]
 
 
 def row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor | None:
@@ -75,7 +96,7 @@ def row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor | None:
     # Other ranks may hold parts of the first and the last row.
     table.addresses[0], table.lengths[0] = base, width - rows.lead
     table.lengths[-1] = grad.numel() - (table.addresses[-1] - base) // size
-    return _sum_powers(table, norm_type)
+    return _measure(table, OPERATIONS[norm_type], False)[0]
 
 
 def scale_(tensors: Sequence[Tensor], factor: float) -> bool:
@@ -108,11 +129,12 @@ def scale_(tensors: Sequence[Tensor], factor: float) -> bool:
     return True
 
 
-def _sum_powers(table: TensorTable, norm_type: float) -> Tensor:
+def _measure(table: TensorTable, operation: int, with_checksums: bool) -> tuple[Tensor, Tensor | None]:
     library, count = load_library(), len(table.addresses)
     assert library is not None
     sums = torch.empty(count, dtype=torch.float64)
-    operation, threads = OPERATIONS[norm_type], torch.get_num_threads()
-    if library.power_sums(operation, count, *table.pointers(), sums.data_ptr(), threads, library.openmp):
+    words = torch.empty(count, dtype=torch.int64) if with_checksums else None
+    outputs = sums.data_ptr(), None if words is None else words.data_ptr()
+    if library.measure(operation, count, *table.pointers(), *outputs, torch.get_num_threads(), library.openmp):
         raise MemoryError(f"no memory for the table of {count} tensors")
-    return sums
+    return sums, words

@@ -32,8 +32,8 @@ class Library:
         with_gil, without_gil = ctypes.PyDLL(path), ctypes.CDLL(path)
         self.describe: Any = with_gil.distclip_describe
         self.describe.argtypes = [pointer, size, pointer, number, pointer, pointer, pointer]
-        self.power_sums: Any = without_gil.distclip_power_sums
-        self.power_sums.argtypes = [number, size, pointer, pointer, pointer, pointer, number, pointer]
+        self.measure: Any = without_gil.distclip_measure
+        self.measure.argtypes = [number, size, pointer, pointer, pointer, pointer, pointer, number, pointer]
         self.scale: Any = without_gil.distclip_scale
         self.scale.argtypes = [ctypes.c_double, size, pointer, pointer, pointer, number, pointer]
         self.openmp = _find_openmp()

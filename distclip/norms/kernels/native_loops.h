@@ -1,7 +1,10 @@
 /* The loops of native.c, compiled once for each instruction set: NAME(f) is f with the set's suffix.
 
    Four independent sums keep the adders busy. In a large block, each sum reads one quarter of the block, so that the
-   processor prefetches four streams. */
+   processor prefetches four streams.
+
+   A loop also adds up the words of the elements, modulo 2^32, unless `words` is NULL. Each loop is compiled for both
+   cases, so that a sum without words costs what it would cost alone. */
 
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -21,20 +24,27 @@ typedef float f32w __attribute__((vector_size(8 * LANES)));
 typedef uint32_t u32w __attribute__((vector_size(8 * LANES)));
 #endif
 
-/* Load LANES elements at p as float64. */
-#define LOAD_F64(to, p) memcpy(&to, p, sizeof to)
-#define LOAD_F32(to, p) { f32v v_; memcpy(&v_, p, sizeof v_); to = __builtin_convertvector(v_, f64v); }
+/* Load LANES elements at p as float64, and add their words to w if `count` is true. */
+#define LOAD_F64(to, p) { memcpy(&to, p, sizeof to); if (count) w += (u32w)to; }
+#define LOAD_F32(to, p) { \
+    f32v v_; memcpy(&v_, p, sizeof v_); \
+    if (count) w += (u32v)v_; \
+    to = __builtin_convertvector(v_, f64v); }
 #define LOAD_BF16(to, p) { \
     u16v h_; memcpy(&h_, p, sizeof h_); \
-    to = __builtin_convertvector((f32v)(__builtin_convertvector(h_, u32v) << 16), f64v); }
+    u32v wide_ = __builtin_convertvector(h_, u32v); \
+    if (count) w += wide_; \
+    to = __builtin_convertvector((f32v)(wide_ << 16), f64v); }
 #ifdef __F16C__
 #define LOAD_F16(to, p) { \
-    __m128i h_; memcpy(&h_, p, 8); \
+    __m128i h_ = _mm_setzero_si128(); memcpy(&h_, p, 8); \
+    if (count) w += (u32v)_mm_cvtepu16_epi32(h_); \
     to = __builtin_convertvector((f32v)_mm_cvtph_ps(h_), f64v); }
 #else
 /* With exponent 0 a number is a multiple of 2^-24, with exponent 31 it is Inf or NaN. Other exponents shift by 112. */
 #define LOAD_F16(to, p) { \
     u16v h_; memcpy(&h_, p, sizeof h_); \
+    if (count) w += __builtin_convertvector(h_, u32v); \
     i32v w_ = __builtin_convertvector(h_, i32v) & 0x7fff, e_ = w_ & 0x7c00; \
     i32v bits_ = (w_ << 13) + ((112 << 23) & (e_ != 0)) + ((112 << 23) & (e_ == 0x7c00)); \
     f64v small_ = __builtin_convertvector(w_, f64v) * 0x1p-24; \
@@ -42,7 +52,8 @@ typedef uint32_t u32w __attribute__((vector_size(8 * LANES)));
     to = (f64v)(((i64v)small_ & is_) | ((i64v)__builtin_convertvector((f32v)bits_, f64v) & ~is_)); }
 #endif
 
-/* Add x to acc. LARGEST keeps a NaN, on either side. */
+/* Add x to acc. LARGEST keeps a NaN, on either side. NOTHING is for the words alone. */
+#define NOTHING(acc, x) (void)x
 #define SQUARE(acc, x) acc += x * x
 #define MAGNITUDE(acc, x) acc += (f64v)((i64v)x & SIGNLESS)
 #define LARGEST(acc, x) { \
@@ -50,10 +61,12 @@ typedef uint32_t u32w __attribute__((vector_size(8 * LANES)));
     i64v take_ = (m_ > acc) | (m_ != m_) , keep_ = ~take_ | (acc != acc); \
     acc = (f64v)(((i64v)acc & keep_) | ((i64v)m_ & ~keep_)); }
 
-#define LOOP(name, type, load, step) \
-    static double NAME(name)(const void *data, int64_t n) { \
+#define LOOP(name, type, load, step, word) \
+    static inline __attribute__((always_inline)) double NAME(name##_of)(const void *data, int64_t n, uint32_t *words, \
+                                                                       const int count) { \
         const type *p = data; \
         f64v a = {0}, b = {0}, c = {0}, d = {0}, x; \
+        word w = {0}; \
         int64_t turns = n / (4 * LANES); \
         int64_t apart = n < QUARTERS ? LANES : turns * LANES, stride = n < QUARTERS ? 4 * LANES : LANES; \
         const type *q = p; \
@@ -69,8 +82,20 @@ typedef uint32_t u32w __attribute__((vector_size(8 * LANES)));
         load(x, tail + LANES); step(b, x); \
         load(x, tail + 2 * LANES); step(c, x); \
         load(x, tail + 3 * LANES); step(d, x); \
+        if (count) { \
+            *words = 0; \
+            for (unsigned i = 0; i < sizeof w / sizeof *words; i++) *words += w[i]; \
+        } \
         return NAME(step)(a, b, c, d); \
+    } \
+    static double NAME(name)(const void *data, int64_t n, uint32_t *words) { \
+        return words == NULL ? NAME(name##_of)(data, n, NULL, 0) : NAME(name##_of)(data, n, words, 1); \
     }
+
+static double NAME(NOTHING)(f64v a, f64v b, f64v c, f64v d) {
+    (void)a, (void)b, (void)c, (void)d;
+    return 0;
+}
 
 static double NAME(SQUARE)(f64v a, f64v b, f64v c, f64v d) {
     f64v all = (a + b) + (c + d);
@@ -91,23 +116,29 @@ static double NAME(LARGEST)(f64v a, f64v b, f64v c, f64v d) {
     return most;
 }
 
-LOOP(square_f64, double, LOAD_F64, SQUARE)
-LOOP(square_f32, float, LOAD_F32, SQUARE)
-LOOP(square_bf16_wide, uint16_t, LOAD_BF16, SQUARE)
-LOOP(square_f16, uint16_t, LOAD_F16, SQUARE)
-LOOP(magnitude_f64, double, LOAD_F64, MAGNITUDE)
-LOOP(magnitude_f32, float, LOAD_F32, MAGNITUDE)
-LOOP(magnitude_bf16, uint16_t, LOAD_BF16, MAGNITUDE)
-LOOP(magnitude_f16, uint16_t, LOAD_F16, MAGNITUDE)
-LOOP(largest_f64, double, LOAD_F64, LARGEST)
-LOOP(largest_f32, float, LOAD_F32, LARGEST)
-LOOP(largest_bf16, uint16_t, LOAD_BF16, LARGEST)
-LOOP(largest_f16, uint16_t, LOAD_F16, LARGEST)
+LOOP(square_f64, double, LOAD_F64, SQUARE, u32w)
+LOOP(square_f32, float, LOAD_F32, SQUARE, u32v)
+LOOP(square_bf16_wide, uint16_t, LOAD_BF16, SQUARE, u32v)
+LOOP(square_f16, uint16_t, LOAD_F16, SQUARE, u32v)
+LOOP(magnitude_f64, double, LOAD_F64, MAGNITUDE, u32w)
+LOOP(magnitude_f32, float, LOAD_F32, MAGNITUDE, u32v)
+LOOP(magnitude_bf16, uint16_t, LOAD_BF16, MAGNITUDE, u32v)
+LOOP(magnitude_f16, uint16_t, LOAD_F16, MAGNITUDE, u32v)
+LOOP(largest_f64, double, LOAD_F64, LARGEST, u32w)
+LOOP(largest_f32, float, LOAD_F32, LARGEST, u32v)
+LOOP(largest_bf16, uint16_t, LOAD_BF16, LARGEST, u32v)
+LOOP(largest_f16, uint16_t, LOAD_F16, LARGEST, u32v)
+LOOP(words_f64, double, LOAD_F64, NOTHING, u32w)
+LOOP(words_f32, float, LOAD_F32, NOTHING, u32v)
+LOOP(words_bf16, uint16_t, LOAD_BF16, NOTHING, u32v)
 
 /* Squares of bfloat16 are exact in float32, and a run of them is added in 64 sums of 32 each, twice as fast as in
    float64. A run is summed again in float64 if its sum is not finite, or so small that a square may have underflowed. */
-static double NAME(square_bf16)(const void *data, int64_t n) {
+static inline __attribute__((always_inline)) double NAME(square_bf16_of)(const void *data, int64_t n, uint32_t *words,
+                                                                        const int count) {
     const uint16_t *p = data;
+    u32w w = {0};
+    uint32_t words_left = 0;
     int64_t runs = n / RUN;
     int64_t apart = runs * (RUN / 4), stride = RUN / 4; /* a run takes a quarter from each of four streams */
     double total = 0;
@@ -117,6 +148,7 @@ static double NAME(square_bf16)(const void *data, int64_t n) {
             for (int j = 0; j < 4; j++) {
                 u32w two;
                 memcpy(&two, p + i + apart * j, sizeof two);
+                if (count) w += (two & 0xffff) + (two >> 16);
                 f32w odd = (f32w)(two & 0xffff0000u), even = (f32w)(two << 16);
                 sums[2 * j] += odd * odd;
                 sums[2 * j + 1] += even * even;
@@ -126,12 +158,21 @@ static double NAME(square_bf16)(const void *data, int64_t n) {
         for (int i = 0; i < 2 * LANES; i++) run += all[i];
         if (!(run >= RUN * 1.2e-31 && run <= 3e38)) {
             run = 0;
-            for (int j = 0; j < 4; j++) run += NAME(square_bf16_wide)(p + apart * j, RUN / 4);
+            for (int j = 0; j < 4; j++) run += NAME(square_bf16_wide)(p + apart * j, RUN / 4, NULL);
         }
         total += run;
     }
     p = (const uint16_t *)data + runs * RUN;
-    return total + NAME(square_bf16_wide)(p, n - runs * RUN);
+    total += NAME(square_bf16_wide)(p, n - runs * RUN, count ? &words_left : NULL);
+    if (count) {
+        *words = words_left;
+        for (int i = 0; i < 2 * LANES; i++) *words += w[i];
+    }
+    return total;
+}
+
+static double NAME(square_bf16)(const void *data, int64_t n, uint32_t *words) {
+    return words == NULL ? NAME(square_bf16_of)(data, n, NULL, 0) : NAME(square_bf16_of)(data, n, words, 1);
 }
 
 /* Multiply AT_ONCE elements at p by `by`, a vector of factors. */
@@ -168,10 +209,11 @@ SCALE(scale_bf16, uint16_t, f32w, float, TIMES_BF16)
 
 static const scaling NAME(scales)[3] = {NAME(scale_f64), NAME(scale_f32), NAME(scale_bf16)};
 
-static const loop NAME(loops)[3][4] = {
+static const loop NAME(loops)[4][4] = {
     {NAME(square_f64), NAME(square_f32), NAME(square_bf16), NAME(square_f16)},
     {NAME(magnitude_f64), NAME(magnitude_f32), NAME(magnitude_bf16), NAME(magnitude_f16)},
     {NAME(largest_f64), NAME(largest_f32), NAME(largest_bf16), NAME(largest_f16)},
+    {NAME(words_f64), NAME(words_f32), NAME(words_bf16), NAME(words_bf16)},
 };
 
 #undef LOAD_F16

@@ -6,6 +6,7 @@ import math
 from array import array
 from collections.abc import Sequence
 from operator import attrgetter
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,13 +14,19 @@ from torch import Tensor
 from .native_library import load_library
 from .torch_ops import is_dense
 
-__all__ = ["DTYPES", "KERNEL_DEVICES", "OPERATIONS", "TensorTable", "describe_tensors"]
+__all__ = ["CHECKSUMS_ONLY", "DTYPES", "KERNEL_DEVICES", "OPERATIONS", "Powers", "TensorTable", "describe_tensors"]
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that the kernels support. A kernel refers to a dtype by its index here."""
 
 OPERATIONS = {2.0: 0, 1.0: 1, math.inf: 2}
 """Index of the kernels' operation for each supported p."""
+
+CHECKSUMS_ONLY = 3
+"""Index of the operation that computes no power sums."""
+
+Powers: TypeAlias = tuple[Tensor, bool, Tensor | None]
+"""Power sums of n tensors, (n,) float64, whether any tensor is float64, and their checksums, (n,) int64, or None."""
 
 _INDEX_OF_DTYPE = {dtype: i for i, dtype in enumerate(DTYPES)}
 

@@ -15,7 +15,17 @@ from torch import Tensor
 from ...devices import accumulation_dtype
 from ...sharding.shard import Rows
 
-__all__ = ["combine", "identity", "is_dense", "power_sum", "power_sums", "row_index", "row_powers"]
+__all__ = [
+    "checksum",
+    "combine",
+    "flatten",
+    "identity",
+    "is_dense",
+    "power_sum",
+    "power_sums",
+    "row_index",
+    "row_powers",
+]
 
 _CHUNK = {"cpu": 1 << 17}
 """Number of elements that are converted to float64 at a time. On a CPU they must fit into the cache."""
@@ -98,6 +108,33 @@ def power_sum(grad: Tensor, norm_type: float) -> Tensor:
     return combine(torch.stack(powers), norm_type) if powers else identity(norm_type, grad.device)
 
 
+def checksum(tensor: Tensor) -> Tensor:
+    """Compute the sum of the words of one tensor, modulo 2^32: see `kernels.checksums`.
+
+    Args:
+        tensor: of any dtype and any shape. It may be empty, strided or sparse. The words of a sparse tensor are those
+            of its coalesced values.
+
+    Returns:
+        0-d int64.
+
+    >>> int(checksum(torch.tensor([1.0])) - checksum(torch.tensor([-1.0]))) % 2**32 == 2**31
+    True
+    """
+    values = flatten(_values(tensor).resolve_conj().resolve_neg())
+    if values.is_complex():
+        values = torch.view_as_real(values)
+    # A view as integers needs elements that are next to each other, which those of a slice with a stride are not.
+    values = values.contiguous().view(-1)
+    words = values.view({1: torch.uint8, 2: torch.int16}.get(values.element_size(), torch.int32))
+    # Summed as int64, which copies the words, so that a large tensor is summed in pieces. The mask is for negative
+    # numbers, which differ from their words by 2^16 or 2^32.
+    mask = 0xFFFF if words.dtype == torch.int16 else 0xFFFFFFFF
+    pieces = torch.split(words, _CHUNK.get(words.device.type, 1 << 24))
+    sums = [(piece.to(torch.int64) & mask).sum() for piece in pieces]
+    return (sums[0] if len(sums) == 1 else torch.stack(sums).sum()) & 0xFFFFFFFF
+
+
 def row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor:
     """Compute Σ|g|^p, or max|g|, of each row of one local tensor: see `kernels.row_powers`.
 
@@ -160,7 +197,7 @@ def _sums_together(tensors: Sequence[Tensor]) -> Tensor:
 
 def _square_sum(grad: Tensor) -> Tensor:
     """Compute Σg² of a large dense tensor on a CPU."""
-    flat = _flat(grad)
+    flat = flatten(grad)
     whole = flat[: flat.numel() // _ROW * _ROW]
     pieces = (piece.to(torch.float32).view(-1, _ROW) for piece in torch.split(whole, _ROW * _ROWS))
     norms = [torch.linalg.vector_norm(piece, dim=1) for piece in pieces]
@@ -211,7 +248,7 @@ def _values(grad: Tensor) -> Tensor:
 
 def _chunks(values: Tensor) -> Iterator[Tensor]:
     """Yield the elements as 1-D float64 pieces, which are magnitudes if the gradient is complex."""
-    for piece in torch.split(_flat(values), _CHUNK.get(values.device.type, 1 << 24)):
+    for piece in torch.split(flatten(values), _CHUNK.get(values.device.type, 1 << 24)):
         if piece.numel():
             yield _to_float64(piece)
 
@@ -222,7 +259,7 @@ def _to_float64(piece: Tensor) -> Tensor:
     return piece.to(dtype.to_complex()).abs() if piece.is_complex() else piece.to(dtype)
 
 
-def _flat(grad: Tensor) -> Tensor:
+def flatten(grad: Tensor) -> Tensor:
     """Flatten in any order. The result is a view if the memory is dense, even if dims are permuted."""
     if not grad.is_contiguous() and is_dense(grad):
         return grad.as_strided((grad.numel(),), (1,))

@@ -45,22 +45,49 @@ def _add(total, x, OPERATION: tl.constexpr):
     return total
 
 
+@triton.jit
+def _add_words(words, x):
+    """Add the words of a block to `words`, which may wrap around, because only the sum modulo 2^32 counts."""
+    if x.dtype == tl.float64:
+        bits = x.to(tl.int64, bitcast=True)
+        words += bits.to(tl.int32) + (bits >> 32).to(tl.int32)
+    elif x.dtype == tl.float32:
+        words += x.to(tl.int32, bitcast=True)
+    else:
+        words += x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return words
+
+
 @triton.jit(do_not_specialize=["first"])
 def powers(
-    addresses, lengths, tensor_of, start_of, partial, first,
-    OPERATION: tl.constexpr, ELEMENT: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
+    addresses, lengths, tensor_of, start_of, partial, partial_words, first,
+    OPERATION: tl.constexpr, ELEMENT: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Store Σ|x|², Σ|x| or max|x| of this program's chunk in partial[first + chunk]."""
+    """Store Σ|x|², Σ|x|, max|x| or 0 of this program's chunk in partial[first + chunk].
+
+    With WORDS, store the sum of the words in partial_words[first + chunk] as well.
+    """
     pointer, count, _ = _find_chunk(addresses, lengths, tensor_of, start_of, ELEMENT, CHUNK, ALIGNED)
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.int64 if OPERATION == 2 else tl.float64)
+    words = tl.zeros((BLOCK,), tl.int32)
     if count == CHUNK:
         # A full chunk needs no masks, so that nothing separates the loads.
         for i in range(0, CHUNK, BLOCK):
-            total = _add(total, tl.load(pointer + i + lanes), OPERATION)
+            x = tl.load(pointer + i + lanes)
+            if OPERATION != 3:
+                total = _add(total, x, OPERATION)
+            if WORDS:
+                words = _add_words(words, x)
     else:
         for j in range(0, count, BLOCK):
-            total = _add(total, tl.load(pointer + j + lanes, mask=j + lanes < count, other=0.0), OPERATION)
+            y = tl.load(pointer + j + lanes, mask=j + lanes < count, other=0.0)
+            if OPERATION != 3:
+                total = _add(total, y, OPERATION)
+            if WORDS:
+                words = _add_words(words, y)
+    if WORDS:
+        tl.store(partial_words + first + tl.program_id(0), tl.sum(words.to(tl.int64), 0))
     if OPERATION == 2:
         maximum = tl.max(total, 0)
         if tl.float64 == ELEMENT:
@@ -73,19 +100,27 @@ def powers(
 
 
 @triton.jit
-def gather(partial, bounds, sums, OPERATION: tl.constexpr):
-    """Store the sum, or the maximum, over the chunks of this program's tensor in sums[tensor]."""
+def gather(partial, partial_words, bounds, sums, checksums, OPERATION: tl.constexpr, WORDS: tl.constexpr):
+    """Store the sum, or the maximum, over the chunks of this program's tensor in sums[tensor].
+
+    With WORDS, store the checksum in checksums[tensor] as well.
+    """
     # Chunks are added in order, so that the bits are reproducible.
     tensor = tl.program_id(0)
     start, end = tl.load(bounds + tensor), tl.load(bounds + tl.num_programs(0) + tensor)
     lanes = tl.arange(0, 128)
     total = tl.zeros((128,), tl.int64 if OPERATION == 2 else tl.float64)
+    words = tl.zeros((128,), tl.int64)
     for i in range(start, end, 128):
+        if WORDS:
+            words += tl.load(partial_words + i + lanes, mask=i + lanes < end, other=0)
         x = tl.load(partial + i + lanes, mask=i + lanes < end, other=0.0)
         if OPERATION == 2:
             total = tl.maximum(total, x.to(tl.int64, bitcast=True))
         else:
             total += x
+    if WORDS:
+        tl.store(checksums + tensor, tl.sum(words, 0) & 0xFFFFFFFF)
     if OPERATION == 2:
         tl.store(sums + tensor, tl.max(total, 0).to(tl.float64, bitcast=True))
     else:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from . import triton_kernels
-from .gpu_tables import CHUNK, get_table
-from .tensor_table import OPERATIONS, TensorTable
+from .gpu_tables import CHUNK, GPUTable, get_table
+from .tensor_table import CHECKSUMS_ONLY, OPERATIONS, Powers, TensorTable
 
-__all__ = ["power_sums", "scale_"]
+__all__ = ["checksums", "power_sums", "scale_"]
 
 # Fusing is set explicitly because Triton's default differs between versions. It loses nothing here: squares of float32
 # are exact in float64.
@@ -23,34 +23,62 @@ _OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 
 def power_sums(
-    tensors: Sequence[Tensor], norm_type: float, description: TensorTable | None = None
-) -> tuple[Tensor, bool] | None:
+    tensors: Sequence[Tensor], norm_type: float, description: TensorTable | None = None, with_checksums: bool = False
+) -> Powers | None:
     """Compute Σ|g|^p, or max|g|, of each tensor.
 
     Args:
         tensors: on one device, at least one.
         norm_type: p.
         description: of the tensors, if they have been described already.
+        with_checksums: whether to compute the checksums in the same pass.
 
     Returns:
-        (n,) float64 on the tensors' device, and whether any tensor is float64. None if p is not 1, 2 or inf, or
-        `get_table` rejects the tensors.
+        (n,) float64 on the tensors' device, whether any tensor is float64, and the checksums. None if p is not 1, 2 or
+        inf, or `get_table` rejects the tensors.
 
     Host syncs: none. Launches: one for each dtype, and one more.
     """
     if norm_type not in OPERATIONS or (table := get_table(tensors, description)) is None:
         return None
-    operation, device = OPERATIONS[norm_type], tensors[0].device
+    sums, words = _measure(table, len(tensors), tensors[0].device, OPERATIONS[norm_type], with_checksums)
+    return sums, table.has_float64, words if with_checksums else None
+
+
+def checksums(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Compute the checksum of each tensor, see `kernels.checksums`.
+
+    Args:
+        tensors: on one device, at least one.
+
+    Returns:
+        (n,) int64 on the tensors' device. None if `get_table` rejects the tensors.
+
+    Host syncs: none. Launches: one for each dtype, and one more.
+    """
+    if (table := get_table(tensors)) is None:
+        return None
+    return _measure(table, len(tensors), tensors[0].device, CHECKSUMS_ONLY, True)[1]
+
+
+def _measure(
+    table: GPUTable, count: int, device: torch.device, operation: int, with_checksums: bool
+) -> tuple[Tensor, Tensor]:
     partial = torch.empty(table.num_chunks, dtype=torch.float64, device=device)
-    sums = torch.empty(len(tensors), dtype=torch.float64, device=device)
+    sums = torch.empty(count, dtype=torch.float64, device=device)
+    # Without checksums these stay empty, and no kernel touches them.
+    partial_words = torch.empty(table.num_chunks if with_checksums else 0, dtype=torch.int64, device=device)
+    words = torch.empty(count if with_checksums else 0, dtype=torch.int64, device=device)
     with torch.cuda.device(sums.get_device()):
         for launch in table.launches:
             triton_kernels.powers[(len(launch.tensor),)](
-                table.addresses, table.lengths, launch.tensor, launch.start, partial, launch.first,
-                operation, triton_kernels.ELEMENTS[launch.dtype], CHUNK, launch.aligned, **_OPTIONS,
+                table.addresses, table.lengths, launch.tensor, launch.start, partial, partial_words, launch.first,
+                operation, triton_kernels.ELEMENTS[launch.dtype], CHUNK, launch.aligned, with_checksums, **_OPTIONS,
             )  # fmt: skip
-        triton_kernels.gather[(len(tensors),)](partial, table.bounds, sums, operation, **_OPTIONS)
-    return sums, table.has_float64
+        triton_kernels.gather[(count,)](
+            partial, partial_words, table.bounds, sums, words, operation, with_checksums, **_OPTIONS
+        )
+    return sums, words
 
 
 def scale_(tensors: Sequence[Tensor], coefs: Tensor) -> bool:
