@@ -30,10 +30,10 @@ from .apply.step_gate import hold_still, release
 from .comm import Comm, LocalComm, global_ranks
 from .comm.agreement import Call, CallCounter
 from .comm.consensus import FirstError, check_same_axes, gather_or_raise
-from .comm.discovery import call_counter, global_rank, resolve_comm, uncovered_ranks, widened
+from .comm.discovery import call_counter, global_rank, is_mixed, resolve_comm, uncovered_ranks, widened
 from .comm.ranks import Axis
 from .devices import ALWAYS, NEVER, Fact, as_fact, device_constant, outside_fake_mode
-from .errors import ArgumentError, DisagreementError, NonFiniteError, PeerError, warn_user
+from .errors import ArgumentError, DisagreementError, LayoutError, NonFiniteError, PeerError, warn_user
 from .nonfinite.culprits import count_nonfinite, gather_culprits, suspect_nonfinite
 from .nonfinite.rules import RULES, OnNonFinite, Skip
 from .nonfinite.skip_counter import SkipCounter
@@ -53,6 +53,7 @@ from .replicas.guard import ReplicaGuard
 from .replicas.incidents import ReplicaLog
 from .replicas.rules import Replicas
 from .sharding.ddp import ddp_modules, is_joining
+from .sharding.exchange import exchange_layouts, inventory_of, knows_holders, set_holders
 from .sharding.parameters import Parameters, is_frozen
 from .sharding.replicas import assumed_groups
 from .sharding.shard import Shards
@@ -133,7 +134,8 @@ class Engine:
         Raises:
             ArgumentError, LayoutError, DisagreementError: see `GradClipper`; on every rank.
 
-        Collectives: one gather. Without `comm`, the ranks find each other through the store of torch.distributed first.
+        Collectives: one gather, and a second one with norms per group, tensor or row. Without `comm`, the ranks find
+            each other through the store of torch.distributed first.
         """
         errors = FirstError()
         with errors:
@@ -144,30 +146,35 @@ class Engine:
         table = ShardTable.empty(axes)
         with errors:
             table = parameter_table(parameters, axes)
-        comm = resolve_comm(table.groups, table.axes, comm, errors)
+        comm = resolve_comm(table.groups, table.axes, comm, errors, table.num_reached)
         table.world_size = comm.size
 
-        # Slots and arguments must be the same on all ranks, so they compare both.
-        params: list[ParamInfo] = []
-        with errors:
-            spec = policy.spec
-            if spec.per != "model" or spec.exclude or spec.needs_weights:
-                module = parameters if isinstance(parameters, nn.Module) else None
-                params = describe_params(table, global_rank(comm), spec, module)
+        # Arguments must be the same on all ranks, and a layout alone may not show which ranks hold a parameter.
         # The address of an object in memory differs between ranks.
         arguments = f"{policy!r}, on_nonfinite={on_nonfinite!r}, max_skips={counter.max_skips}, replicas={replicas!r}"
         arguments = re.sub(r" at 0x\w+", "", arguments)
         errors.add(table.error)
-        gathered = gather_or_raise(comm, errors.error, (arguments, params, table.axes, uuid.uuid4().hex))
+        token = uuid.uuid4().hex
+        gathered = gather_or_raise(comm, errors.error, (arguments, table.axes, inventory_of(table, comm), token))
         if len(different := {arguments for arguments, *_ in gathered}) > 1:
             raise DisagreementError(
                 f"policy: the ranks were given different policies, {sorted(different)}. Pass the same policy, "
                 "on_nonfinite, max_skips and replicas on every rank."
             )
-        check_same_axes([axes for _, _, axes, _ in gathered], comm)
-        axes_by_rank = dict(zip(global_ranks(comm), (axes for _, _, axes, _ in gathered), strict=True))
+        check_same_axes([axes for _, axes, *_ in gathered], comm)
+        axes_by_rank = dict(zip(global_ranks(comm), (axes for _, axes, *_ in gathered), strict=True))
         table.metadata.assume_replicas(assumed_groups(axes_by_rank, global_ranks(comm)[comm.rank]))
-        slots = assign_slots([params for _, params, *_ in gathered], comm.rank, policy.spec)
+        set_holders(table, comm, [inventory for _, _, inventory, _ in gathered])
+        table.has_final_holders = True
+
+        # Slots must be the same on all ranks too, and follow from the parameters of all of them.
+        slots, spec = SlotMap(), policy.spec
+        if spec.per != "model" or spec.exclude or spec.needs_weights:
+            params: list[ParamInfo] = []
+            with errors:
+                module = parameters if isinstance(parameters, nn.Module) else None
+                params = describe_params(table, global_rank(comm), spec, module)
+            slots = assign_slots(gather_or_raise(comm, errors.error, params), comm.rank, spec)
         table.assign_slots(slots.by_name, slots.frozen)
         table.flat_grads = flat_grads
         warn_if_nothing_trains(parameters, table)
@@ -620,9 +627,9 @@ def measure_all_ranks(
             the host reads the facts. Otherwise the failed rank raises, and the others get totals with `failed`.
         DisagreementError: the ranks make different calls; likewise.
 
-    Collectives: those of `reduce`. Only if the ranks are not in one ordinary situation (one has failed, is uncovered or
-        has partial gradients): a gather, and then those of `reduce_partial_grads`, or all of them again over a wider
-        communicator.
+    Collectives: those of `reduce`. Only if the ranks are not in one ordinary situation (one has failed, is uncovered,
+        has new layouts or partial gradients): a gather, and then those of `reduce_partial_grads`, a gather of the
+        layouts and all of them again, or all of them again over a wider communicator.
     Host syncs: on an accelerator none, or one if ranks may differ in what they have (`split_over`, `comm`, partial
         gradients).
     """
@@ -631,7 +638,9 @@ def measure_all_ranks(
 
     # 1. Where: the shards of this rank.
     shards = weights = _NO_SHARDS
+    knows = True
     with errors:
+        knows = knows_holders(table, comm)
         shards = read_gradients(table, comm)
         if spec.needs_weights:
             weights = read_weights(table, comm)
@@ -647,9 +656,9 @@ def measure_all_ranks(
                 partials.replica_sums = add_sums(partials.replica_sums, guard.parameter_sums(step))
     if partials is None:
         partials = Partials.empty(spec, device, num_slots)
-    partials.call, partials.failed = call, errors.error is not None
     # A cached communicator may be too small for a mesh that this rank uses for the first time.
     partials.uncovered = comm.covers_holders and bool(uncovered_ranks(comm, table.groups, table.axes))
+    partials.new_layouts = not knows
     partials.fp64_anywhere = table.fp64_anywhere(partials.has_fp64)
 
     # 3. ONE all-reduce, of the power sums and of a check that all ranks are in one situation, on which it depends which
@@ -658,6 +667,10 @@ def measure_all_ranks(
     # ranks may offload gradients to a CPU.
     is_free = devices.host_reads_free(device if comm.device is None else comm.device)
     read_facts = is_free or not comm.covers_holders or bool(table.axes) or table.may_be_partial or guard.reads_now
+    read_facts = read_facts or is_mixed(comm)
+    if (partials.uncovered or partials.new_layouts) and not read_facts:
+        errors.add(_joined_too_late(table))
+    partials.call, partials.failed = call, errors.error is not None
     totals = reduce(partials, spec, comm, read_facts=read_facts)
     if not read_facts:
         # The host of this rank may read for free what other hosts do not, and must not act on it.
@@ -677,12 +690,25 @@ def measure_all_ranks(
         # Every rank has an error.
         raise errors.error
     if totals.uncovered.host:
-        wider = widened(comm, table.groups, table.axes)
+        wider = widened(comm, table.groups, table.axes, table.num_reached)
         call = replace(call, counter=call_counter(wider).next())
         return measure_all_ranks(table, spec, wider, errors, call, guard, num_slots, step)
+    if totals.new_layouts.host:
+        # The replicas may have been counted wrongly, on any rank.
+        exchange_layouts(table, comm)
+        return measure_all_ranks(table, spec, comm, errors, call, guard, num_slots, step)
     if totals.has_partial_grads.host:
         totals = reduce_partial_grads(totals, table, shards, spec, comm, device)
     return shards, partials, totals
+
+
+def _joined_too_late(table: ShardTable) -> LayoutError:
+    """Return the error for a new mesh that the hosts of other ranks do not wait for."""
+    return LayoutError(
+        f"{table.names[0]} or another parameter is on a mesh that was in no earlier call, and that reaches only a part "
+        "of the ranks. Other ranks without a new mesh do not wait for the answer on an accelerator. Pass "
+        "comm=distclip.comm.ProcessGroupComm(torch.distributed.group.WORLD), or make a GradClipper after the change."
+    )
 
 
 class _Trace(NamedTuple):

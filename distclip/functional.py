@@ -254,7 +254,7 @@ def _measure(
     # Under DDP a rank can measure alone, as torch's functions do. So a rank may also call when the others do not: for
     # its log, or because it has inputs left (`DDP.join`).
     groups = () if table.is_complete else table.groups
-    comm = resolve_comm(groups, table.axes, comm, errors)
+    comm = resolve_comm(groups, table.axes, comm, errors, table.num_reached)
     function, arguments = call
     facts = (("norm_type", spec.norm_type), *arguments)
     counter = call_counter(comm).next()

@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
@@ -44,8 +44,10 @@ __all__ = [
     "forget_all",
     "global_rank",
     "is_dry_run",
+    "is_mixed",
     "job_size",
     "job_store",
+    "memory_of",
     "resolve_comm",
     "uncovered_ranks",
     "widened",
@@ -57,7 +59,13 @@ T = TypeVar("T")
 _log = logging.getLogger("distclip")
 
 
-def resolve_comm(groups: Collection[Ranks], axes: Sequence[Axis], comm: Comm | None, errors: FirstError) -> Comm:
+def resolve_comm(
+    groups: Collection[Ranks],
+    axes: Sequence[Axis],
+    comm: Comm | None,
+    errors: FirstError,
+    num_reached: Collection[float] = (),
+) -> Comm:
     """Return the communicator of a call: `comm`, or one derived from meshes and axes.
 
     Args:
@@ -66,6 +74,7 @@ def resolve_comm(groups: Collection[Ranks], axes: Sequence[Axis], comm: Comm | N
         comm: communicator given by the caller, or None. An error is added to `errors` if it misses ranks.
         errors: what this rank has run into so far. Without `comm`, all ranks of a first call raise its error here.
             Otherwise the next collective lets all ranks raise together (see `gather_or_raise`).
+        num_reached: numbers of ranks that each layout of this rank reaches, see `is_mixed`.
 
     Returns:
         `comm`, or a derived communicator. The derived one is `LocalComm` if nothing is spread over ranks (one process,
@@ -89,26 +98,50 @@ def resolve_comm(groups: Collection[Ranks], axes: Sequence[Axis], comm: Comm | N
         with errors:
             check_covered(comm, groups, axes)
         return comm
-    derived = _derived(groups, axes, errors.error)
+    derived = _derived(groups, axes, errors, num_reached)
     if errors.error is not None and derived.size == 1:
         raise errors.error  # No other rank takes part, so there is no collective to raise in.
     return derived
 
 
-def widened(comm: Comm, groups: Collection[Ranks], axes: Sequence[Axis]) -> Comm:
+def widened(comm: Comm, groups: Collection[Ranks], axes: Sequence[Axis], num_reached: Collection[float] = ()) -> Comm:
     """Derive a wider communicator, after a rank came with a mesh that `comm` does not cover.
 
     Args:
         comm: derived communicator that is too small. All of its ranks call this together.
-        groups, axes: of this rank; see `resolve_comm`.
+        groups, axes, num_reached: of this rank; see `resolve_comm`.
 
-    Collectives: see `resolve_comm`.
+    Collectives: a gather over `comm`, and those of `resolve_comm`.
     """
     assert comm.ranks is not None, "only a derived communicator can be widened"
-    # The ranks of `comm` whose own mesh is no wider take part because `comm` itself is one of the spans.
-    wider = _rendezvous(_spans(groups, axes) | {tuple(sorted(comm.ranks))}, axes, None)
-    _session().comms[_cache_key(groups, axes)] = wider
-    return wider
+    spans, session = _spans(groups, axes), _session()
+    outside: list[set[Ranks]] = comm.gather_objects({span for span in spans if not set(span) <= set(comm.ranks)})
+    key = tuple(comm.ranks), frozenset[Ranks]().union(*outside)
+    if key not in session.wider:
+        # The ranks of `comm` whose own mesh is no wider take part because `comm` itself is one of the spans.
+        session.wider[key] = _rendezvous(spans | {tuple(sorted(comm.ranks))}, axes, None, num_reached)
+    # A rank whose meshes have not changed cannot tell this call from the ones before, so that the others must begin
+    # every such call over `comm` too. Only if all ranks know the difference, they begin over the wider one.
+    if all(outside):
+        session.comms[_cache_key(groups, axes)] = session.wider[key]
+    return session.wider[key]
+
+
+def is_mixed(comm: Comm) -> bool:
+    """Return whether some rank of a derived communicator has parameters on a part of its ranks only.
+
+    Such ranks may find in any call that their layouts have changed, so that the host must read the facts of the call.
+    """
+    return comm.ranks is not None and _is_initialized() and tuple(comm.ranks) in _session().mixed
+
+
+def memory_of(comm: Comm) -> dict[str, Any]:
+    """Return a dict that lasts as long as torch.distributed, for what ranks have exchanged."""
+    memory = _session().memory if _is_initialized() else _memory
+    return memory.setdefault(() if comm.ranks is None else tuple(comm.ranks), {})
+
+
+_memory: dict[Ranks, dict[str, Any]] = {}
 
 
 def world_comm() -> Comm:
@@ -157,6 +190,22 @@ def check_covered(comm: Comm, groups: Collection[Ranks], axes: Sequence[Axis]) -
         )
 
 
+def _check_ranks(groups: Collection[Ranks]) -> None:
+    """Raise if parameters are on meshes of another job.
+
+    Raises:
+        LayoutError: see above.
+    """
+    size, here = job_size(), dist.get_rank() if _is_initialized() else 0
+    for ranks in groups:
+        if here not in ranks or max(ranks) >= size:
+            # An annotated parameter was loaded in another job, or before torch.distributed was initialized.
+            raise LayoutError(
+                f"a parameter is a shard or replica on ranks {sorted(ranks)}, and this process is rank {here} of "
+                f"{size}. Call distclip.annotate_(param, mesh, placements) with a mesh of this job."
+            )
+
+
 def uncovered_ranks(comm: Comm, groups: Collection[Ranks], axes: Sequence[Axis]) -> frozenset[int]:
     """Return the ranks that hold parameters, according to meshes and axes, and are not in `comm`."""
     if comm.ranks is None or not (groups or axes):
@@ -192,8 +241,8 @@ def forget_all() -> None:
     """Drop all cached communicators, so that the next call runs a rendezvous. For tests."""
     for session in _sessions:
         # The process groups stay: each costs several threads, until torch.distributed is destroyed.
-        session.comms.clear()
-        session.counters.clear()
+        for cache in (session.comms, session.wider, session.mixed, session.memory, session.counters):
+            cache.clear()
 
 
 # ---- The cache of derived communicators ----
@@ -204,7 +253,11 @@ class _Session:
 
     def __init__(self, world: dist.ProcessGroup) -> None:
         self.world = weakref.ref(world)
-        self.comms: dict[tuple[str, ...], ProcessGroupComm] = {}
+        self.comms: dict[_Key, ProcessGroupComm] = {}
+        # By the ranks of a narrower communicator, and the meshes that it does not cover.
+        self.wider: dict[tuple[Ranks, frozenset[Ranks]], ProcessGroupComm] = {}
+        self.mixed: set[Ranks] = set()
+        self.memory: dict[Ranks, dict[str, Any]] = {}
         # By the ranks of a component.
         self.groups: dict[Ranks, dist.ProcessGroup] = {}
         self.counters: dict[Ranks, CallCounter] = {}
@@ -225,41 +278,70 @@ def _session() -> _Session:
 
 
 def _derived(
-    groups: Collection[Ranks], axes: Sequence[Axis], error: BaseException | None
+    groups: Collection[Ranks], axes: Sequence[Axis], errors: FirstError, num_reached: Collection[float]
 ) -> LocalComm | DryRunComm | ProcessGroupComm:
     """Look up the communicator of these groups and axes, or run a rendezvous for it."""
     spans = _spans(groups, axes)
     # A program may use DTensors on a mesh of one rank, or name a pipeline of one stage.
     if not _is_initialized() or all(len(ranks) == 1 for ranks in spans):
+        with errors:
+            _check_ranks(groups)
         return LocalComm()
     if is_dry_run():
         return DryRunComm(dist.get_rank(), dist.get_world_size())
     comms = _session().comms
     key = _cache_key(groups, axes)
     if key not in comms:
-        comms[key] = _rendezvous(spans, axes, error)
+        with errors:
+            _check_ranks(groups)
+        comms[key] = _known(key) or _rendezvous(spans, axes, errors.error, num_reached)
+        if axes:
+            comms.setdefault(_cache_key((), axes), comms[key])
     return comms[key]
 
 
-def _cache_key(groups: Collection[Ranks], axes: Sequence[Axis]) -> tuple[str, ...]:
+_Key: TypeAlias = tuple[tuple[str, ...], frozenset[Ranks]]
+"""Identities of the axes of a call, and the ranks of its meshes."""
+
+
+def _cache_key(groups: Collection[Ranks], axes: Sequence[Axis]) -> _Key:
     """Return the cache key of a call."""
-    # Either all ranks of a call must find a communicator under their keys, or none of them.
-    # With split_over= the axes alone are the key: they are equal on all ranks concerned, also on ranks that hold no
-    # parameters. Meshes are compared by their ranks, because torch's DTensor operators replace meshes by equal ones.
-    return tuple(axis.identity for axis in axes) if axes else tuple(sorted(map(str, groups)))
+    # Meshes are compared by their ranks, because torch's DTensor operators replace meshes by equal ones.
+    return tuple(axis.identity for axis in axes), frozenset(tuple(sorted(ranks)) for ranks in groups)
+
+
+def _known(key: _Key) -> ProcessGroupComm | None:
+    """Return the communicator that a call with new meshes must begin with, or None.
+
+    Either all ranks of a call must find a communicator, or none of them, and a rank does not know the meshes of the
+    others. A communicator that turns out too small is widened by all of its ranks together.
+    """
+    axes, spans = key
+    session = _session()
+    if axes:
+        # The axes are equal on all ranks concerned, also on ranks that hold no parameters.
+        return session.comms.get((axes, frozenset()))
+    # Ranks whose meshes were all in an earlier call may begin this call over its communicator.
+    earlier = [comm for (old_axes, old), comm in session.comms.items() if not old_axes and old <= spans]
+    # And a mesh over all ranks of a communicator, which all of them know, shows that all of them make this call.
+    earlier += [comm for comm in (*session.comms.values(), *session.wider.values()) if comm.ranks in spans]
+    return max(earlier, key=lambda comm: comm.size, default=None)
 
 
 def _spans(groups: Collection[Ranks], axes: Sequence[Axis]) -> set[Ranks]:
     return {tuple(sorted(ranks)) for ranks in (*groups, *(axis.ranks for axis in axes))}
 
 
-def _rendezvous(spans: set[Ranks], axes: Sequence[Axis], error: BaseException | None) -> ProcessGroupComm:
+def _rendezvous(
+    spans: set[Ranks], axes: Sequence[Axis], error: BaseException | None, num_reached: Collection[float]
+) -> ProcessGroupComm:
     """Run a rendezvous, and return a communicator over the ranks that it found."""
     post = Post(
         groups=tuple(sorted(spans)),
         axes=tuple(axes),
         num_groups=_num_groups(),
         error=None if error is None else to_wire(error),
+        num_reached=tuple(sorted(num_reached)),
     )
     try:
         component = _session().rendezvous.join(post, _timeout())
@@ -267,6 +349,8 @@ def _rendezvous(spans: set[Ranks], axes: Sequence[Axis], error: BaseException | 
         if error is not None:
             raise error from None  # With its traceback, which did not travel through the store.
         raise
+    if component.is_mixed:
+        _session().mixed.add(component.ranks)
     return ProcessGroupComm(_process_group(component.ranks, component.num_groups), covers_holders=True)
 
 
@@ -327,6 +411,7 @@ class Post:
         axes: axes of this rank's `split_over=`.
         num_groups: number of process groups that this rank belongs to.
         error: (class name, message) of the error that this rank has run into, or None.
+        num_reached: numbers of ranks that the layouts of this rank reach.
         token: text that is unique to this rank and call. The result is published under it.
     """
 
@@ -334,6 +419,7 @@ class Post:
     axes: tuple[Axis, ...]
     num_groups: int = 0
     error: tuple[str, str] | None = None
+    num_reached: tuple[float, ...] = ()
     # Keys in the store are never used twice, so that no rank reads the result of an earlier call.
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -352,6 +438,7 @@ class Post:
         raw = json.loads(text)
         raw["groups"] = tuple(map(tuple, raw["groups"]))
         raw["axes"] = tuple(Axis(tuple(a["ranks"]), a["name"], a["identity"]) for a in raw["axes"])
+        raw["num_reached"] = tuple(raw["num_reached"])
         raw["error"] = None if raw["error"] is None else tuple(raw["error"])
         return Post(**raw)
 
@@ -363,10 +450,12 @@ class Component:
     Args:
         ranks: global ranks of the component, ascending.
         num_groups: largest number of process groups that any of the ranks belongs to.
+        is_mixed: whether the layouts of some rank reach only a part of the ranks.
     """
 
     ranks: Ranks
     num_groups: int
+    is_mixed: bool = False
 
 
 class Rendezvous:
@@ -417,7 +506,7 @@ class Rendezvous:
             raise DisagreementError(_describe_missing(leader, {self._rank: post}))
         if result["error"] is not None:
             raise from_wire(*result["error"])
-        return Component(tuple(result["ranks"]), result["num_groups"])
+        return Component(tuple(result["ranks"]), result["num_groups"], result["is_mixed"])
 
     def _lead(self, post: Post, deadline: float) -> None:
         """Read posts until the component is complete, and publish it, unless another leader has done so."""
@@ -494,6 +583,7 @@ def _component_of(posts: Mapping[int, Post]) -> dict[str, Any]:
         "error": None,
         "ranks": sorted(posts),
         "num_groups": max(post.num_groups for post in posts.values()),
+        "is_mixed": any(num != len(posts) for post in posts.values() for num in post.num_reached),
     }
 
 

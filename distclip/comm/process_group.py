@@ -54,8 +54,8 @@ class ProcessGroupComm:
             dist.all_reduce(on_device, op=op, group=self.group)
         except RuntimeError as error:
             raise PeerError(
-                f"an all-reduce over ranks {_shortened(self.ranks)} failed: {error:.300} A rank has ended, or has left "
-                "out this call, or has made another one. Make the same calls on every rank."
+                f"an all-reduce over ranks {_shortened(self.ranks)} failed: {error!s:.300} A rank has ended, or has "
+                "left out this call, or has made another one. Make the same calls on every rank."
             ) from error
         # `to` copies only between devices, so that the result of most calls is in place already.
         if on_device is not tensor:

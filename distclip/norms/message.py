@@ -152,6 +152,7 @@ COUNTS = (Count("out_of_limits", lambda partials: partials.out_of_limits, lambda
 FACTS = (
     FactField("failed", lambda partials: partials.failed),
     FactField("uncovered", lambda partials: partials.uncovered),
+    FactField("new_layouts", lambda partials: partials.new_layouts),
     FactField("has_partial_grads", lambda partials: partials.has_partial_grads),
     # Pipeline stages may have different dtypes, so that the ranks would gather this in every step.
     FactField("has_fp64", lambda partials: partials.has_fp64, lambda partials: partials.fp64_anywhere),

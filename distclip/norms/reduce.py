@@ -43,6 +43,7 @@ class Totals:
             they do not, the other facts are those of this rank until `gather_facts`.
         failed: whether some rank has failed, or made another call.
         uncovered: whether some rank has parameters on ranks that the communicator does not reach.
+        new_layouts: whether some rank has layouts that the ranks have not exchanged, so that a replica may count twice.
         has_partial_grads: whether some rank has partial gradients, which are missing from `powers`.
         has_fp64: whether some gradient is float64.
         out_of_limits: whether some element of the whole gradient is outside of the policy's limits.
@@ -56,6 +57,7 @@ class Totals:
     same_call: Fact = ALWAYS
     failed: Fact = NEVER
     uncovered: Fact = NEVER
+    new_layouts: Fact = NEVER
     has_partial_grads: Fact = NEVER
     has_fp64: Fact = NEVER
     out_of_limits: Fact = NEVER
@@ -98,9 +100,9 @@ class Totals:
 
     @property
     def needs_attention(self) -> bool:
-        """True if the host has read that a rank has failed, makes another call, or has partial gradients."""
-        differs = self.same_call.host is False
-        return bool(differs or self.failed.host or self.uncovered.host or self.has_partial_grads.host)
+        """True if the host knows that the ranks are not in one ordinary situation."""
+        facts = (self.failed, self.uncovered, self.new_layouts, self.has_partial_grads)
+        return self.same_call.host is False or any(fact.host for fact in facts)
 
     def read(self, fact: Fact) -> bool:
         """Return a fact on the host.

@@ -55,7 +55,7 @@ def describe_checksums(table: ShardTable, checksums: Sequence[PerTensorChecksums
 def _describe_parameters(table: ShardTable) -> list[ReplicaInfo]:
     if table.are_gradients:
         return []
-    positions, infos = scrubbed_positions(table), table.metadata.infos(table.world_size)
+    positions, infos = scrubbed_positions(table), table.metadata.infos(table.holders)
     shards = Shards(ShardInfos(infos[i] for i in positions), table.local_weights(positions))
     return _measure("parameter", shards, table)
 

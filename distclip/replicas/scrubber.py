@@ -72,13 +72,13 @@ class Scrubber:
 
     @cached_property
     def _infos(self) -> list[ShardInfos]:
-        infos = self._table.metadata.infos(self._table.world_size)
+        infos = self._table.metadata.infos(self._table.holders)
         return [ShardInfos(infos[i] for i, _ in pieces) for pieces in self._parts]
 
 
 def scrubbed_positions(table: ShardTable) -> list[int]:
     """Return the positions of the parameters in a table that have replicas."""
-    infos = table.metadata.infos(table.world_size)
+    infos = table.metadata.infos(table.holders)
     held = {i for members in infos.by_replica_group.values() for i in members}
     # An integration passes tensors in place of parameters, which may have no memory.
     local = table.local_weights(range(len(infos)))

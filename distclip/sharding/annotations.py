@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..comm.ranks import Axis
 from ..errors import ArgumentError
+from .attributes import carry, remember
 from .dtensor import is_dtensor, num_pieces_of, partial_sums_of
 from .layout import Layout
 from .replicas import mesh_replicas, replica_group
@@ -22,7 +23,15 @@ from .split_over import group_ranks, mesh_ranks
 if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
 
-__all__ = ["Annotation", "AnnotationSource", "annotate_", "annotated_sums", "annotation_of", "set_layout"]
+__all__ = [
+    "Annotation",
+    "AnnotationSource",
+    "annotate_",
+    "annotated_sums",
+    "annotation_of",
+    "set_layout",
+    "whole_shape",
+]
 
 _ATTRIBUTE = "_distclip_annotation"
 
@@ -48,7 +57,7 @@ class AnnotationSource(Source):
     """Layouts from `annotate_` and `set_layout`."""
 
     title = "annotate_"
-    attributes = frozenset({_ATTRIBUTE})
+    attributes = carry(_ATTRIBUTE)
 
     def layout_reader(self, request: Request) -> LayoutReader | None:
         """Return a reader of annotations."""
@@ -120,6 +129,7 @@ def annotate_(param: Tensor, mesh: DeviceMesh | dist.ProcessGroup, placements: S
         if not (placement.is_replicate() or placement.is_partial())
     )
     setattr(param, _ATTRIBUTE, Annotation(layout, partial_sums, cuts))
+    remember(param)
     return param
 
 
@@ -136,6 +146,7 @@ def set_layout(tensor: Tensor, layout: Layout, slice: tuple[tuple[int, ...], int
         `tensor`.
     """
     setattr(tensor, _ATTRIBUTE, Annotation(layout, slice=None if slice is None else Slice(*slice)))
+    remember(tensor)
     return tensor
 
 
@@ -156,6 +167,23 @@ def annotated_sums(tensor: Tensor) -> tuple[PartialSum, ...]:
     sums = annotation_of(tensor).partial_sums
     # The axes of the mesh of a DTensor count from 0. Those of the annotation come before them.
     return tuple(replace(one, axis=one.axis - _MAX_AXES) for one in sums) if is_dtensor(tensor) else sums
+
+
+def whole_shape(tensor: Tensor, layout: Layout) -> tuple[int, ...]:
+    """Return the shape of a whole parameter, with -1 for a dim of unknown size.
+
+    Args:
+        tensor: a parameter or a gradient.
+        layout: its layout.
+    """
+    annotation, shape = annotation_of(tensor), list(tensor.shape)
+    if annotation.slice is not None:
+        return annotation.slice.shape
+    if not annotation.cuts and layout.num_pieces > 1 and not is_dtensor(tensor):
+        return (-1,) * tensor.ndim
+    for dim, _ in annotation.cuts:
+        shape[dim] = -1
+    return tuple(shape)
 
 
 def _read_layout(name: str, tensor: Tensor, known: Layout | None) -> Layout | None:

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import LayoutError
+from .annotations import annotation_of
 from .dtensor import is_dtensor
-from .layout import Layout
+from .layout import Layout, product
 from .parameters import is_frozen
 from .replicas import replica_group
 from .source import LayoutReader, Request, Slice, Source
@@ -34,9 +35,10 @@ class FSDP1Source(Source):
         managed = {} if request.module is None else _layouts(request.module)
 
         def read(name: str, tensor: Tensor, known: Layout | None) -> Layout | None:
-            # FSDP1 describes a parameter completely. It overrides the sources before.
+            # FSDP1 describes a parameter completely, except for axes that an annotation adds.
             if (layout := managed.get(id(tensor))) is not None:
-                return layout
+                annotated = annotation_of(tensor).layout
+                return product(layout, annotated) if annotated.groups else layout
             if getattr(tensor, _FLATTENED, False) and not is_dtensor(tensor):
                 raise LayoutError(
                     f"{name} is managed by FullyShardedDataParallel (FSDP1), and a bare parameter does not show which "

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from ..comm.ranks import Axis, Ranks
 from .replicas import ReplicaGroup
 
-__all__ = ["Layout", "num_replicas", "product"]
+__all__ = ["Layout", "num_reached", "num_replicas", "product"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,13 @@ class Layout:
     replicas: tuple[ReplicaGroup, ...] = ()
 
     @property
+    def num_members(self) -> int:
+        """Number of ranks that the parameter spans: those of the product of its groups."""
+        # A group within another one adds no ranks. Any others cross each other in this rank alone.
+        distinct = {frozenset(ranks) for ranks in self.groups}
+        return math.prod(len(ranks) for ranks in distinct if not any(ranks < other for other in distinct))
+
+    @property
     def members(self) -> frozenset[int]:
         """Global ranks that the parameter spans."""
         return frozenset(rank for ranks in self.groups for rank in ranks)
@@ -58,17 +65,33 @@ def product(one: Layout, two: Layout) -> Layout:
     )
 
 
-def num_replicas(world_size: int, layout: Layout, axes: Sequence[Axis]) -> float:
+def num_reached(layout: Layout, axes: Sequence[Axis]) -> float:
+    """Return the number of ranks that the groups of a layout and the axes that split it describe together.
+
+    >>> num_reached(Layout(((0, 1),), num_pieces=2, split=(True,)), [Axis((0, 2), "pp")])
+    4.0
+    """
+    count, members = float(layout.num_members), layout.members
+    for axis, split in zip(axes, layout.split, strict=True):
+        if split:
+            count *= len(axis.ranks) / max(1, len(members.intersection(axis.ranks)))
+    return count
+
+
+def num_replicas(world_size: int, layout: Layout, axes: Sequence[Axis], num_meshes: int | None = None) -> float:
     r"""Return the number of ranks of the communicator that hold the same shard as this one.
 
     .. math:: replicas = \frac{N}{pieces \cdot \prod_{a\ split} |a| / |a \cap members|}
 
-    A parameter counts as replicated over every rank that neither its placements nor `split_over=` describe.
+    A parameter counts as replicated over every rank that neither its placements nor `split_over=` describe, unless the
+    ranks have found the number of meshes that hold it.
 
     Args:
         world_size: N, the number of ranks in the communicator.
         layout: layout of the parameter.
         axes: axes of `split_over=`.
+        num_meshes: number of disjoint meshes that hold the parameter, each all of it. None if the layout and the axes
+            reach every rank.
 
     >>> stage = Axis((0, 2), "pp")
     >>> num_replicas(4, Layout(groups=((0, 1),), num_pieces=2, split=(True,)), [stage])  # FSDP2 inside of a stage
@@ -78,6 +101,8 @@ def num_replicas(world_size: int, layout: Layout, axes: Sequence[Axis]) -> float
     """
     if not layout.counted:
         return math.inf  # Divided by infinity, its power sum contributes nothing, and a NaN in it still shows.
+    if num_meshes is not None:
+        return layout.num_members / layout.num_pieces * num_meshes
     count = world_size / layout.num_pieces
     members = layout.members
     for axis, split in zip(axes, layout.split, strict=True):

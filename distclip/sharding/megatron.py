@@ -21,6 +21,7 @@ from torch import Tensor
 from ..comm.discovery import job_size
 from ..comm.ranks import Axis
 from ..errors import ArgumentError, LayoutError
+from .attributes import carry
 from .dtensor import is_dtensor
 from .layout import Layout
 from .parameters import is_frozen
@@ -67,7 +68,7 @@ class MegatronSource(Source):
     """Plain tensors without any other layout, split along `split_over=` by their attributes."""
 
     title = "attributes"
-    attributes = frozenset({_TENSOR, _EXPERT, "shared", "partition_dim"})
+    attributes = carry(_TENSOR, _EXPERT, "shared", "partition_dim")
 
     def layout_reader(self, request: Request) -> LayoutReader | None:
         """Return a reader of the attributes. Add an error to the request if an attribute applies to no axis."""

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ArgumentError
 
-__all__ = ["Named", "Parameters", "check_names", "is_frozen", "name_tensors"]
+__all__ = ["Named", "Parameters", "check_names", "is_frozen", "is_position", "name_tensors"]
 
 Parameters: TypeAlias = nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 """A module, one tensor, an iterable of tensors, or of (name, tensor) pairs."""
@@ -26,6 +26,18 @@ _WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_m
 
 The wrappers are FSDP1, torch.compile, activation checkpointing and Lightning's Fabric. Their parts are removed, so that
 a checkpoint finds a parameter with and without its wrappers."""
+
+
+_POSITION = re.compile(r"(parameters|tensors)(\[\d+\])?")
+
+
+def is_position(name: str) -> bool:
+    """Return whether `name_tensors` made the name, because the caller passed none.
+
+    >>> is_position("parameters[3]"), is_position("layer.weight")
+    (True, False)
+    """
+    return _POSITION.fullmatch(name) is not None
 
 
 def name_tensors(parameters: Parameters, argument: str = "parameters") -> Named:

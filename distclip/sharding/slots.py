@@ -25,11 +25,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..comm.consensus import FirstError
+from ..comm.discovery import is_dry_run
 from ..comm.ranks import Axis
 from ..errors import ArgumentError, LayoutError
 from .annotations import annotation_of
-from .layout import Layout, num_replicas
-from .parameters import check_names, is_frozen
+from .layout import Layout
+from .parameters import check_names, is_frozen, is_position
 from .rows import LocalRows, local_rows
 from .shard import Rows
 from .source import Request, Slice
@@ -94,6 +95,7 @@ class ParamInfo:
             from different parameters of the same name.
         shape: shape of the local tensor, or of the whole parameter for a slice. It helps to match tied parameters.
         share: part of the whole parameter that this rank contributes. The shares of all ranks add up to 1.
+        is_whole: True if the rank holds the whole parameter.
         tied: True for a replica that was annotated, and can have other names on other ranks.
         cut: rows on this rank, for per="row".
         trains: False for a parameter that is frozen on this rank.
@@ -103,6 +105,7 @@ class ParamInfo:
     axis_coords: tuple[tuple[str, tuple[int, ...]], ...]
     shape: tuple[int, ...]
     share: float
+    is_whole: bool = False
     tied: bool = False
     cut: LocalRows | None = None
     trains: bool = True
@@ -136,7 +139,7 @@ def describe_params(table: ShardTable, rank: int, spec: Granularity, module: nn.
     for source in SOURCES:
         slices.update(source.find_slices(request))
     params = []
-    for name, tensor, layout in zip(table.names, table.tensors, table.layouts, strict=True):
+    for i, (name, tensor, layout) in enumerate(zip(table.names, table.tensors, table.layouts, strict=True)):
         if is_lazy(tensor):
             raise LayoutError(
                 f"{name} has no shape yet, because it belongs to a lazy module. Call the model before you make "
@@ -153,13 +156,14 @@ def describe_params(table: ShardTable, rank: int, spec: Granularity, module: nn.
                     raise
         # Every piece is one part of the parameter, and the replicas of a piece share that part.
         num_pieces = layout.num_pieces * _num_pieces_along(layout, table.axes)
-        share = 1 / (num_replicas(table.world_size, layout, table.axes) * num_pieces)
+        share = 1 / (table.num_replicas(i) * num_pieces)
         params.append(
             ParamInfo(
                 name,
                 _axis_coords(layout, table.axes, rank),
                 tuple(tensor.shape) if annotation.slice is None else annotation.slice.shape,
                 share,
+                is_whole=num_pieces == 1,
                 tied=bool(annotation.layout.groups) and annotation.slice is None,
                 cut=cut,
                 trains=trains,
@@ -195,7 +199,11 @@ def assign_slots(gathered: Sequence[Sequence[ParamInfo]], rank: int, spec: Granu
         _matching(spec.groups.values(), all_names, "groups")
         return replace(_slots_of_groups(own, _with_default(spec.groups), excluded), frozen=frozen)
 
-    units = _merge_tied(_units(gathered))
+    units = _units(gathered)
+    # In a dry run the descriptions of this rank stand for those of all ranks.
+    if not is_dry_run():
+        _check_units(units)
+    units = _merge_tied(units)
     if not units:
         return SlotMap(frozen=frozen)
     # One slot per unit, or one per row, and the units one after another in the vector.
@@ -271,6 +279,28 @@ def _units(gathered: Sequence[Sequence[ParamInfo]]) -> dict[str, list[ParamInfo]
         name = param.name if len(coords_of[param.name]) == 1 else param.full_name
         units.setdefault(name, []).append(param)
     return units
+
+
+def _check_units(units: Mapping[str, Sequence[ParamInfo]]) -> None:
+    """Raise if ranks hold different parameters under one name.
+
+    Raises:
+        LayoutError: on every rank.
+    """
+    for name, params in units.items():
+        # Together the ranks hold a parameter once. Parameters without names also show by their shapes that they are
+        # not replicas.
+        is_twice = sum(param.share for param in params) > 1 + _ROUNDING
+        shapes = {param.shape for param in params if param.is_whole}
+        if is_twice or (is_position(name) and len(shapes) > 1):
+            raise LayoutError(
+                f"{name} is not the same parameter on all ranks, so that its norm would mix several. "
+                + (
+                    "Pass model.named_parameters(), or the module."
+                    if is_position(name)
+                    else "Pass different parameters under different names, or declare split_over=mesh[...]."
+                )
+            )
 
 
 def _merge_tied(units: dict[str, list[ParamInfo]]) -> dict[str, list[ParamInfo]]:

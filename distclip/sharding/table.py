@@ -19,7 +19,8 @@ from ..comm.consensus import FirstError
 from ..comm.ranks import Axis, Ranks
 from ..devices import is_fake
 from ..errors import ArgumentError, DistclipError, LayoutError, warn_user
-from .annotations import AnnotationSource, annotated_sums, annotation_of
+from .annotations import AnnotationSource, annotated_sums, annotation_of, whole_shape
+from .attributes import check_carried, has_carried, remember_all
 from .ddp import DDPSource
 from .dtensor import (
     DTensorSource,
@@ -34,7 +35,8 @@ from .dtensor import (
 from .flat_storage import FlatStorage
 from .fsdp1 import FSDP1Source
 from .fsdp2 import FSDP2Source
-from .layout import Layout, num_replicas, product
+from .holders import Holders, Holding, Inventory, coords_of
+from .layout import Layout, num_reached, num_replicas, product
 from .megatron import MegatronSource, read_main_grad
 from .parameters import Named, Parameters, is_frozen, name_tensors
 from .replicas import ReplicaGroup
@@ -84,7 +86,9 @@ class ShardTable:
             table.
 
     Attributes:
-        world_size: number of ranks in the communicator of the call. Set it once the communicator is known.
+        holders: numbers of ranks that hold the parameters. Set `world_size` once the communicator is known, and
+            `holders` once the ranks have compared their layouts.
+        has_final_holders: set it to True if the ranks need not compare their layouts again.
         flat_grads: set it to True to move the gradients of the first step into few storages.
         only: ids of the tensors whose gradients are read, written and dropped. None for all.
         inspect: called with the gradients of every call, to raise if something is wrong with them. None for nothing.
@@ -98,7 +102,8 @@ class ShardTable:
         error: BaseException | None = None,
     ) -> None:
         self.tensors, self.metadata, self.are_gradients, self.error = tensors, metadata, are_gradients, error
-        self.world_size = 1
+        self.holders = metadata.default_holders(1)
+        self.has_final_holders = False
         self.flat_grads = False
         self.only: frozenset[int] | None = None
         self.inspect: Callable[[Shards], None] | None = None
@@ -135,9 +140,24 @@ class ShardTable:
         return self.metadata.may_be_partial
 
     @property
+    def num_reached(self) -> frozenset[float]:
+        """Numbers of ranks that the layouts reach, together with the axes of `split_over=`."""
+        return self.metadata.num_reached
+
+    @property
     def is_complete(self) -> bool:
         """True if DDP gives this rank the whole, averaged gradient, so that it can measure alone."""
         return self.metadata.is_complete
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks in the communicator of the call."""
+        return self.holders.world_size
+
+    @world_size.setter
+    def world_size(self, world_size: int) -> None:
+        if world_size != self.holders.world_size:
+            self.holders = self.metadata.default_holders(world_size)
 
     @property
     def device(self) -> torch.device:
@@ -206,7 +226,7 @@ class ShardTable:
 
     def weights(self) -> Shards:
         """Return this rank's shards of the parameters that train, also of those without a gradient."""
-        shards = self.metadata.shards_of_weights(self.tensors, self.world_size)
+        shards = self.metadata.shards_of_weights(self.tensors, self.holders)
         if all(not info.partial_sums for info in shards.infos):
             return shards
         # Only the gradients are partial. Parameters are replicas.
@@ -239,8 +259,12 @@ class ShardTable:
             positions: for each gradient, the position of its parameter in the table.
             grads: local tensors.
         """
-        infos = self.metadata.infos(self.world_size)
+        infos = self.metadata.infos(self.holders)
         return Shards(ShardInfos(infos[i] for i in positions), list(grads))
+
+    def num_replicas(self, position: int) -> float:
+        """Return the number of ranks that hold the same shard of a parameter."""
+        return self.metadata.num_replicas(position, self.layouts[position], self.holders)
 
     def possible_sums(self) -> dict[str, tuple[PartialSum, ...]]:
         """Return, for each parameter that has any, every sum that its gradient could need."""
@@ -254,7 +278,7 @@ class ShardTable:
     def slot_of(self, name: str) -> tuple[int, torch.device]:
         """Return the slot and the device of a parameter, for a gradient that this rank does not have."""
         i = self.names.index(name)
-        return self.metadata.infos(self.world_size)[i].slot, self.tensors[i].device
+        return self.metadata.infos(self.holders)[i].slot, self.tensors[i].device
 
     def fp64_anywhere(self, has_fp64: bool) -> bool | None:
         """Return whether any rank has float64 gradients, or None unless all ranks know each other's answers.
@@ -280,8 +304,8 @@ class ShardTable:
 
     def _read_gradients(self) -> Shards:
         if self.are_gradients:
-            return self.metadata.shards_of_tensors(self.tensors, self.world_size)
-        return self.metadata.shards_of_gradients(self.tensors, self.world_size, self.only)
+            return self.metadata.shards_of_tensors(self.tensors, self.holders)
+        return self.metadata.shards_of_gradients(self.tensors, self.holders, self.only)
 
 
 class TableMetadata:
@@ -312,7 +336,14 @@ class TableMetadata:
         # Tensors that must have no gradient: the error to raise once they do, by position.
         self.frozen_errors: dict[int, DistclipError] = {}
         self._slots: Mapping[str, tuple[int, Rows | None]] = {}
-        self._infos: dict[int, ShardInfos] = {}
+        self._positions: Sequence[int] = range(len(entries))
+        self._shapes = [whole_shape(tensor, layout) if layout.groups else () for _, tensor, layout in entries]
+        self._infos: dict[Holders, ShardInfos] = {}
+        self._default_holders: dict[int, Holders] = {}
+        self._inventories: dict[int, Inventory] = {}
+        # The last exchange of layouts that the holders were found from, and these holders.
+        self.exchanged: object = None
+        self.exchanged_holders = Holders(1)
         self._subsets: dict[tuple[int, ...], TableMetadata] = {}
         # Whether this rank and any rank has float64 gradients, as the ranks have last gathered it.
         self.fp64: tuple[bool | None, bool | None] = (None, None)
@@ -325,6 +356,11 @@ class TableMetadata:
     def groups(self) -> frozenset[Ranks]:
         """Rank groups that the tensors span."""
         return frozenset(ranks for layout in self.layouts for ranks in layout.groups)
+
+    @cached_property
+    def num_reached(self) -> frozenset[float]:
+        """Numbers of ranks that the layouts reach, together with the axes of `split_over=`."""
+        return frozenset(num_reached(layout, self.axes) for layout in set(self.layouts) if layout.groups)
 
     @cached_property
     def may_be_partial(self) -> bool:
@@ -354,7 +390,7 @@ class TableMetadata:
         """Set the ranks that are assumed to hold the same plain tensors, see `replicas.assumed_groups`."""
         if groups != self._assumed:
             self._assumed = groups
-            self._infos, self._subset, self._weights = {}, None, None
+            self._infos, self._subsets, self._weights = {}, {}, None
 
     def replicas_of(self, layout: Layout) -> tuple[ReplicaGroup, ...]:
         """Return the groups of ranks that hold the same shard as this rank."""
@@ -362,37 +398,99 @@ class TableMetadata:
             return ()
         return layout.replicas if layout.groups else self._assumed.get(layout.split, ())
 
-    def infos(self, world_size: int) -> ShardInfos:
+    def infos(self, holders: Holders) -> ShardInfos:
         """Return the metadata of gradients that have the layouts of their parameters.
 
         It is one object for all calls, so that columns are computed once.
 
         Args:
-            world_size: number of ranks in the communicator.
+            holders: numbers of ranks that hold the parameters.
         """
-        # Tables with one metadata can be used with several communicators, so one entry per size is kept.
-        if world_size not in self._infos:
-            self._infos[world_size] = ShardInfos(
+        # Tables with one metadata can be used with several communicators, so one entry for each is kept.
+        if holders not in self._infos:
+            self._infos[holders] = ShardInfos(
                 ShardInfo(
                     name,
-                    num_replicas(world_size, layout, self.axes),
-                    sums,
+                    self.num_replicas(i, layout, holders),
+                    self._partial_sums[i],
                     *self._slots.get(name, (0, None)),
                     self.replicas_of(layout),
                 )
-                for name, layout, sums in zip(self.names, self.layouts, self._partial_sums, strict=True)
+                for i, (name, layout) in enumerate(zip(self.names, self.layouts, strict=True))
             )
-        return self._infos[world_size]
+        return self._infos[holders]
+
+    def num_replicas(self, position: int, layout: Layout, holders: Holders) -> float:
+        """Return the number of ranks with the same shard.
+
+        Args:
+            position: of the parameter.
+            layout: of its gradient.
+            holders: numbers of ranks that hold the parameters.
+
+        Raises:
+            LayoutError: the gradient is on other ranks than its parameter, and they are not all ranks.
+        """
+        num_meshes = holders.meshes_of(self._positions[position])
+        own = self.layouts[position]
+        if layout is not own and layout.members != own.members:
+            num_meshes = None
+            if own.groups and layout.groups and num_reached(layout, self.axes) != holders.world_size:
+                raise LayoutError(
+                    f"{self.names[position]} has a gradient on ranks {sorted(layout.members)}, and the parameter is on "
+                    f"ranks {sorted(own.members)}. Redistribute the gradient to the mesh of its "
+                    "parameter before clipping."
+                )
+        return num_replicas(holders.world_size, layout, self.axes, num_meshes)
+
+    def default_holders(self, world_size: int) -> Holders:
+        """Return the holders where every layout reaches all ranks: one object for each size."""
+        if world_size not in self._default_holders:
+            self._default_holders[world_size] = Holders(world_size)
+        return self._default_holders[world_size]
+
+    def inventory(self, world_size: int, rank: int) -> Inventory:
+        """Describe the parameters to ranks that cannot know their meshes.
+
+        Args:
+            world_size: number of ranks in the communicator.
+            rank: global rank of this process.
+        """
+        if world_size not in self._inventories:
+            plain = ((name, layout) for name, layout in zip(self.names, self.layouts, strict=True) if not layout.groups)
+            self._inventories[world_size] = Inventory(
+                tuple(self._holding(i, rank) for i in self._unreached(world_size)),
+                frozenset((name, coords_of(layout, self.axes, rank)) for name, layout in plain),
+            )
+        return self._inventories[world_size]
+
+    def find_holders(self, world_size: int, num_meshes: Sequence[int]) -> Holders:
+        """Return the holders, from the number of meshes of each holding in the inventory."""
+        if not num_meshes:
+            return self.default_holders(world_size)
+        found = dict(zip(self._unreached(world_size), num_meshes, strict=True))
+        self._infos, self._subsets = {}, {}
+        return Holders(world_size, tuple(map(found.get, range(len(self.names)))))
+
+    def _unreached(self, world_size: int) -> list[int]:
+        """Return the positions of parameters whose layout and `split_over=` do not reach every rank."""
+        layouts = enumerate(self.layouts)
+        return [i for i, layout in layouts if layout.groups and num_reached(layout, self.axes) != world_size]
+
+    def _holding(self, i: int, rank: int) -> Holding:
+        layout = self.layouts[i]
+        members, coords = tuple(sorted(layout.members | {rank})), coords_of(layout, self.axes, rank)
+        return Holding(self.names[i], self._shapes[i], members, layout.num_members, layout.num_pieces, coords)
 
     def shards_of_gradients(
-        self, tensors: Sequence[Tensor], world_size: int, only: frozenset[int] | None = None
+        self, tensors: Sequence[Tensor], holders: Holders, only: frozenset[int] | None = None
     ) -> Shards:
         """Return this rank's shards of the current gradients of parameters, or only of some by their ids."""
         # A step on thousands of tensors spends much of its time here. The common case is decided on sets of types.
         grads: list[Any] = list(map(_grad_of, tensors))
         types = set(map(type, grads))
         if types <= _PLAIN and not self.frozen_errors and only is None:
-            return Shards(self.infos(world_size), grads)
+            return Shards(self.infos(holders), grads)
         if type(None) in types or only is not None:
             grads = [read_main_grad(t) if g is None else g for t, g in zip(tensors, grads, strict=True)]
             if only is not None:
@@ -400,36 +498,36 @@ class TableMetadata:
             present = tuple(i for i, grad in enumerate(grads) if grad is not None)
             if len(present) < len(tensors):
                 subset = [tensors[i] for i in present]
-                return self._subset_at(present)._shards(subset, [grads[i] for i in present], world_size)
+                return self._subset_at(present)._shards(subset, [grads[i] for i in present], holders)
         if self.frozen_errors:
             raise next(iter(self.frozen_errors.values()))
-        return self._shards(tensors, grads, world_size)
+        return self._shards(tensors, grads, holders)
 
-    def shards_of_weights(self, tensors: Sequence[Tensor], world_size: int) -> Shards:
+    def shards_of_weights(self, tensors: Sequence[Tensor], holders: Holders) -> Shards:
         """Return this rank's shards of the tensors that train."""
         if self._training is None:
-            return self._shards(tensors, list(tensors), world_size)
+            return self._shards(tensors, list(tensors), holders)
         if self._weights is None:
             self._weights = self._at(self._training)
         training = [tensors[i] for i in self._training]
-        return self._weights._shards(training, list(training), world_size)
+        return self._weights._shards(training, list(training), holders)
 
-    def shards_of_tensors(self, tensors: Sequence[Tensor], world_size: int) -> Shards:
+    def shards_of_tensors(self, tensors: Sequence[Tensor], holders: Holders) -> Shards:
         """Return this rank's shards of the tensors themselves."""
-        return self._shards(tensors, list(tensors), world_size)
+        return self._shards(tensors, list(tensors), holders)
 
-    def _shards(self, tensors: Sequence[Tensor], grads: list[Any], world_size: int) -> Shards:
-        infos, types = self.infos(world_size), set(map(type, grads))
+    def _shards(self, tensors: Sequence[Tensor], grads: list[Any], holders: Holders) -> Shards:
+        infos, types = self.infos(holders), set(map(type, grads))
         if types <= _PLAIN:
             return Shards(infos, grads)
         specs = list(map(_spec_attribute if types == {dtensor_class()} else _spec_of, grads))
         # Autograd mostly hands out the very spec of the parameter, or one that was seen in an earlier step.
         if not all(map(is_, specs, self._specs)):
-            infos = self._updated_infos(infos, tensors, grads, specs, world_size)
+            infos = self._updated_infos(infos, tensors, grads, specs, holders)
         return Shards(infos, [g if spec is None else _local(g) for g, spec in zip(grads, specs, strict=True)])
 
     def _updated_infos(
-        self, infos: ShardInfos, tensors: Sequence[Tensor], grads: list[Any], specs: list[Any], world_size: int
+        self, infos: ShardInfos, tensors: Sequence[Tensor], grads: list[Any], specs: list[Any], holders: Holders
     ) -> ShardInfos:
         """Recompute the metadata of gradients whose DTensor spec was not seen before."""
         updated: dict[int, ShardInfo] = {}
@@ -449,7 +547,7 @@ class TableMetadata:
                 layout = replace(layout, split=self.layouts[i].split)
                 updated[i] = replace(
                     info,
-                    num_replicas=num_replicas(world_size, layout, self.axes),
+                    num_replicas=self.num_replicas(i, layout, holders),
                     rows=info.rows and dtensor_rows(grad),
                     replicas=self.replicas_of(layout),
                 )
@@ -472,6 +570,7 @@ class TableMetadata:
         subset = TableMetadata([], self.axes)
         subset.names = [self.names[i] for i in positions]
         subset.layouts = [self.layouts[i] for i in positions]
+        subset._positions = positions
         subset._partial_sums = [self._partial_sums[i] for i in positions]
         subset._specs = [self._specs[i] for i in positions]
         subset._slots, subset._assumed = self._slots, self._assumed
@@ -510,6 +609,9 @@ def local_table(parameters: Parameters) -> ShardTable:
 
 def _table(tensors: Named, module: nn.Module | None, axes: tuple[Axis, ...]) -> ShardTable:
     errors = FirstError()
+    if any(map(has_carried, tensors_of := [tensor for _, tensor in tensors])):
+        remember_all(tensors_of, module)
+    errors.add(check_carried(tensors_of))
     # A source that recognizes none of the tensors costs nothing per tensor.
     request = Request(tensors, module, axes, errors)
     readers = [read for source in SOURCES if (read := source.layout_reader(request)) is not None]

@@ -19,7 +19,7 @@ ROWS = [
     ["engine"],
     ["functional", "clipper"],
     ["auditing", "extend", "__init__"],
-    ["monitor", "integrations", "bench"],
+    ["monitor", "integrations", "bench", "testing"],
 ]
 """Folders and top-level modules of distclip, from the bottom of the import graph to its top."""
 

@@ -30,6 +30,7 @@ class Case:
         tolerance: relative error of the norm that is allowed.
         idle: whether this rank holds nothing of the model and makes no call.
         ranks: process group of the ranks that make the call, None for all.
+        exchanges: whether the ranks exchange their layouts in the first call, because no rank knows all meshes.
     """
 
     parameters: Any
@@ -41,6 +42,7 @@ class Case:
     tolerance: float = 1e-6
     idle: bool = False
     ranks: dist.ProcessGroup | None = None
+    exchanges: bool = False
 
 
 @dataclass

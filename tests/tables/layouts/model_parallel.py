@@ -111,7 +111,7 @@ def many_meshes() -> Case:
         dtensor_param(grads[3], mesh["dp"], [Shard(1)]),
         plain,
     ]
-    return Case(parameters, grads)
+    return Case(parameters, grads, exchanges=True)
 
 
 @row(4, why="axes that cross: no rank knows all ranks from its own meshes")
@@ -121,6 +121,7 @@ def crossing_axes() -> Case:
     return Case(
         [dtensor_param(grads[0], mesh["tp"], [Shard(0)]), dtensor_param(grads[1], mesh["dp"], [Shard(0)])],
         grads,
+        exchanges=True,
     )
 
 

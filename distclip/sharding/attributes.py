@@ -1,0 +1,230 @@
+"""Carry layouts that tensors have as attributes over to the Parameters that torch makes in place of them.
+
+torch drops the attributes of a Parameter where it makes a new one: in `copy.deepcopy`, `load_state_dict(assign=True)`,
+`to_empty`, `fully_shard`. So a module that has a parameter with a layout is remembered with the name. Whenever the
+module has another parameter under the name, that one gets the layout too. Where its shape shows that the layout cannot
+hold any more, the next call raises. A new module is never compared with an old one, whatever its names are.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from ..errors import LayoutError
+
+__all__ = ["carry", "check_carried", "has_carried", "remember", "remember_all"]
+
+_CARRIED: set[str] = set()
+"""Names of the attributes that are carried over."""
+
+_FLATTENED = "_fsdp_flattened"
+"""Attribute of a slice that FSDP1 made of a parameter, with another shape and the same layout along other axes."""
+
+_MAX_SCANS = 16
+"""Number of searches for the modules of all parameters, each of which takes some 50 ms."""
+
+
+class _Layouts(dict[str, tuple[dict[str, Any], tuple[int, ...]]]):
+    """Attributes and shapes of the parameters of one module, by their names in it."""
+
+
+_layouts: weakref.WeakKeyDictionary[nn.Module, _Layouts] = weakref.WeakKeyDictionary()
+
+_owners: dict[int, list[tuple[weakref.ref[nn.Module], str]]] = {}
+"""Modules of each parameter with the names in them, by `id`. Entries of deleted parameters are not removed."""
+
+_num_scans = 0
+
+
+def carry(*names: str) -> frozenset[str]:
+    """Carry attributes of these names over to new Parameters."""
+    _CARRIED.update(names)
+    return frozenset(names)
+
+
+def remember(param: Tensor) -> None:
+    """Remember the attributes of a parameter, by the modules that have it.
+
+    Args:
+        param: parameter of any module, or of none.
+    """
+    for module, name in _owners_of(param):
+        _remember_in(module, name, param)
+    if type(param) is nn.Parameter:
+        # copy.deepcopy looks for this attribute. torch copies the attributes of other tensors.
+        vars(param)["__deepcopy__"] = _Copier(param)
+
+
+def remember_all(tensors: Iterable[Tensor], module: nn.Module | None) -> None:
+    """Remember the attributes of all parameters of a call.
+
+    Args:
+        tensors: the parameters.
+        module: module that they belong to, if the caller passed one.
+    """
+    if module is None:
+        for tensor in filter(has_carried, tensors):
+            remember(tensor)
+        return
+    for one in module.modules():
+        for name, param in one._parameters.items():
+            if param is not None and has_carried(param):
+                _add_owner(param, one, name)
+                remember(param)
+
+
+def has_carried(tensor: Tensor) -> bool:
+    """Return whether a tensor has attributes to carry."""
+    return not _CARRIED.isdisjoint(vars(tensor))
+
+
+def check_carried(tensors: Iterable[Tensor]) -> LayoutError | None:
+    """Give layouts to the parameters that have replaced others since the last call.
+
+    Args:
+        tensors: parameters of a call.
+
+    Returns:
+        The error to raise if a layout is lost: a parameter of `tensors` has replaced one of another shape.
+    """
+    if not _layouts:
+        return None
+    # Only a parameter of this call can raise. The others get their layouts all the same.
+    ids, error = set(map(id, tensors)), None
+    for module, layouts in list(_layouts.items()):
+        for name, (attributes, shape) in list(layouts.items()):
+            current = module._parameters.get(name)
+            # Parameters that have replaced it: torch.nn.utils.parametrize and weight_norm can make several of one.
+            lost: list[tuple[str, Tensor]] = []
+            if current is None:
+                made = {f"{name}_g", f"{name}_v", f"{name}_orig"}
+                lost = [
+                    (full, param)
+                    for full, param in module.named_parameters()
+                    if (full in made or full.startswith(f"parametrizations.{name}.")) and not has_carried(param)
+                ]
+            elif own := _attributes_of(current):
+                layouts[name] = own, tuple(current.shape)
+            elif not nn.parameter.is_lazy(current) and not _give(current, attributes, shape):
+                lost = [(name, current)]
+            lost = [(n, p) for n, p in lost if id(p) in ids]
+            if lost and error is None:
+                error = LayoutError(
+                    f"{type(module).__name__}.{lost[0][0]} of shape {tuple(lost[0][1].shape)} replaces {name} of shape "
+                    f"{shape}, whose layout was declared ({', '.join(sorted(attributes))}) and does not fit. Call "
+                    "distclip.annotate_(param, mesh, placements) for the new parameter: Shard(dim) for a shard, "
+                    "Replicate() for a replica."
+                )
+    return error
+
+
+class _Copier:
+    """Copy a Parameter as torch does, and carry its attributes over.
+
+    Args:
+        param: the parameter, which keeps the copier as its attribute `__deepcopy__`.
+    """
+
+    def __init__(self, param: Tensor) -> None:
+        self._param = weakref.ref(param)
+
+    def __call__(self, memo: dict[int, Any]) -> Any:
+        param = self._param()
+        assert param is not None, "the copier is an attribute of the parameter"
+        new = nn.Parameter.__deepcopy__(param, memo)  # type: ignore[no-untyped-call]
+        vars(new).update(_attributes_of(param))
+        vars(new)["__deepcopy__"] = _Copier(new)
+        # The copy of the module exists already, and gets its parameters later.
+        for module, name in _owners_of(param):
+            copied = memo.get(id(module))
+            if isinstance(copied, nn.Module):
+                _remember_in(copied, name, new)
+                _add_owner(new, copied, name)
+        return new
+
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[()]]:
+        # An unpickled parameter has None instead, with which copy.deepcopy copies it as pickle does: with attributes.
+        return type(None), ()
+
+
+def _attributes_of(tensor: Tensor) -> dict[str, Any]:
+    """Return the attributes of a tensor that are carried over."""
+    own = vars(tensor)
+    return {name: own[name] for name in _CARRIED.intersection(own)} if own else {}
+
+
+def _remember_in(module: nn.Module, name: str, param: Tensor) -> None:
+    _layouts.setdefault(module, _Layouts())[name] = _attributes_of(param), tuple(param.shape)
+
+
+def _give(param: Tensor, attributes: dict[str, Any], shape: tuple[int, ...]) -> bool:
+    """Set the attributes of a parameter that replaces one of that shape, and return whether they fit."""
+    if tuple(param.shape) != shape and _FLATTENED not in vars(param):
+        return False
+    vars(param).update(attributes)
+    if type(param) is nn.Parameter:
+        vars(param)["__deepcopy__"] = _Copier(param)
+    return True
+
+
+def _owners_of(param: Tensor) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the modules that have a parameter, with its name in each."""
+    found = list(_known_owners(param))
+    if not found and _num_scans < _MAX_SCANS:
+        _scan()
+        found = list(_known_owners(param))
+    yield from found
+
+
+def _known_owners(param: Tensor) -> Iterator[tuple[nn.Module, str]]:
+    for ref, name in _owners.get(id(param), ()):
+        module = ref()
+        # An old entry can have the id of a parameter that exists no more.
+        if module is not None and module._parameters.get(name) is param:
+            yield module, name
+
+
+def _add_owner(param: Tensor, module: nn.Module, name: str) -> None:
+    """Note that a module has a parameter, or is about to have it."""
+    # An old entry can have the id of a parameter that exists no more.
+    own = [
+        (ref, old) for ref, old in _owners.get(id(param), ()) if ref() is not None and (ref(), old) != (module, name)
+    ]
+    _owners[id(param)] = [*own, (weakref.ref(module), name)]
+
+
+def _scan() -> None:
+    """Find the modules of all parameters that exist, and from now on of those that are registered."""
+    global _num_scans
+    _num_scans += 1
+    if _num_scans == 1:
+        register_module_parameter_registration_hook(_on_registration)
+    # Entries of deleted modules go.
+    _owners.clear()
+    for one in gc.get_objects():
+        # Not isinstance, which reads `__class__` of proxies.
+        if issubclass(type(one), nn.Module):
+            for name, param in one.__dict__.get("_parameters", {}).items():
+                if param is not None:
+                    _owners.setdefault(id(param), []).append((weakref.ref(one), name))
+
+
+def _on_registration(module: nn.Module, name: str, param: Any) -> None:
+    """Carry attributes over to a parameter that a module registers in place of another."""
+    if not isinstance(param, Tensor):
+        return
+    _add_owner(param, module, name)
+    if _attributes_of(param):
+        _remember_in(module, name, param)
+        return
+    old = module._parameters.get(name)
+    if old is not None and (attributes := _attributes_of(old)):
+        _remember_in(module, name, old)
+        if not nn.parameter.is_lazy(param):
+            _give(param, attributes, tuple(old.shape))
