@@ -274,6 +274,12 @@ def _session() -> _Session:
     # A program may destroy its process groups and initialize again: the old groups are unusable then.
     if not _sessions or _sessions[0].world() is not world:
         _sessions[:] = [_Session(world)]
+    # A new group would get the name of the old one, and with it the addresses that the old one has left in the store.
+    if not distributed_c10d._world.pg_map.keys() >= set(_sessions[0].groups.values()):
+        raise DistclipError(
+            "a process group of distclip was destroyed, and torch.distributed is still initialized. Leave groups whose "
+            'group_desc is "distclip" alone, or call dist.destroy_process_group() without a group and initialize again.'
+        )
     return _sessions[0]
 
 

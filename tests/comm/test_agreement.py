@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import distclip
-from distclip import DisagreementError, GradClipper, PeerError
+from distclip import DisagreementError, DistclipError, GradClipper, PeerError
 from distclip.comm import threads
 from distclip.comm.agreement import Call, CallCounter, disagreement, zero_sum_weight
 from distclip.comm.consensus import FirstError
@@ -275,6 +277,20 @@ def test_numbers_travel_on_a_process_group_that_the_program_does_not_use() -> No
         assert comm.group is not dist.group.WORLD
         assert comm.group is derived.group
     assert comm.group.group_desc == "distclip"
+
+
+@on_ranks(2)
+def test_destroyed_group_is_reported() -> None:
+    """Frameworks destroy groups between two models. Those of distclip are not theirs."""
+    param = sharded_param()
+    distclip.clip_grad_norm_([param], 1.0)
+    with mock.patch.dict(distributed_c10d._world.pg_map):
+        for group in list(distributed_c10d._world.pg_map):
+            if group.group_desc == "distclip":
+                del distributed_c10d._world.pg_map[group]
+        with pytest.raises(DistclipError, match="was destroyed"):
+            distclip.clip_grad_norm_([param], 1.0)
+    distclip.clip_grad_norm_([param], 1.0)
 
 
 @on_ranks(2)

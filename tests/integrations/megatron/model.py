@@ -80,7 +80,7 @@ def megatron(setting: Setting) -> Iterator[None]:
             parallel_state.destroy_model_parallel()
             # It leaves the groups, each with several threads.
             for group in list(dist.distributed_c10d._world.pg_map):
-                if group is not dist.group.WORLD:
+                if group is not dist.group.WORLD and group.group_desc != "distclip":
                     dist.destroy_process_group(group)
 
 
