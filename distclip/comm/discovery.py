@@ -120,10 +120,8 @@ def widened(comm: Comm, groups: Collection[Ranks], axes: Sequence[Axis], num_rea
     if key not in session.wider:
         # The ranks of `comm` whose own mesh is no wider take part because `comm` itself is one of the spans.
         session.wider[key] = _rendezvous(spans | {tuple(sorted(comm.ranks))}, axes, None, num_reached)
-    # A rank whose meshes have not changed cannot tell this call from the ones before, so that the others must begin
-    # every such call over `comm` too. Only if all ranks know the difference, they begin over the wider one.
-    if all(outside):
-        session.comms[_cache_key(groups, axes)] = session.wider[key]
+    # The next such call begins over `comm` again: a rank whose meshes are the same in both calls cannot distinguish it
+    # from one without the mesh.
     return session.wider[key]
 
 

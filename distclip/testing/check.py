@@ -135,7 +135,7 @@ class _Run:
         bound = case.fraction * positive[len(positive) // 2] if is_finite and positive else math.inf
         groups = {"first": f"^{case.params[0].name[0]}"} if case.per == "group" else {}
         policy = NormPolicy(Fixed(bound), case.norm_type, per=case.per or "model", groups=groups, eps=0.0)
-        clipper = GradClipper(self.parameters, policy, **self.options)
+        clipper = GradClipper(self.parameters, policy, replicas="raise", **self.options)
         if scale is None:
             report = clipper.clip()
         else:

@@ -193,3 +193,22 @@ def test_meshes_join_and_leave(first: str) -> None:
         torch.testing.assert_close(norm.double(), reference.total_norm(whole), rtol=1e-6, atol=0, msg=name)
         if pair[0] and first == "one pair":
             torch.testing.assert_close(distclip.clip_grad_norm_(pair[0], math.inf), pair[1].norm())
+
+
+@on_ranks(4)
+def test_meshes_within_stages_join_and_leave() -> None:
+    """Some calls have meshes within both stages, others within one, whose ranks cannot distinguish these calls."""
+    mesh = world_mesh("pp", "dp")
+    stage = mesh.get_local_rank("pp")
+    grads = [random_grad(6, 4, seed=s) for s in range(2)]
+    param, bias = dtensor_param(grads[stage], mesh["dp"], [Shard(0)]), random_grad(3, seed=5 + stage)
+    biases = [random_grad(3, seed=5 + s) for s in range(2)]
+    calls = {
+        "none": ([plain_param(bias)], biases),
+        "both": ([param, plain_param(bias)], [*grads, *biases]),
+        "first": ([*([param] if stage == 0 else []), plain_param(bias)], [grads[0], *biases]),
+    }
+    for name in ("none", "first", "both", "first", "none", "both", "first"):
+        params, whole = calls[name]
+        norm = distclip.clip_grad_norm_(params, math.inf, split_over=mesh["pp"])
+        torch.testing.assert_close(norm.double(), reference.total_norm(whole), rtol=1e-6, atol=0, msg=name)
