@@ -134,7 +134,7 @@ class Engine:
         Raises:
             ArgumentError, LayoutError, DisagreementError: see `GradClipper`; on every rank.
 
-        Collectives: one gather, and a second one with norms per group, tensor or row. Without `comm`, the ranks find
+        Collectives: two gathers, and a third one with norms per group, tensor or row. Without `comm`, the ranks find
             each other through the store of torch.distributed first.
         """
         errors = FirstError()
@@ -155,6 +155,10 @@ class Engine:
         arguments = re.sub(r" at 0x\w+", "", arguments)
         errors.add(table.error)
         token = uuid.uuid4().hex
+        # A communicator of an earlier call may be too small for the meshes of this one.
+        while any(comm.gather_objects(comm.covers_holders and bool(uncovered_ranks(comm, table.groups, table.axes)))):
+            comm = widened(comm, table.groups, table.axes, table.num_reached)
+            table.world_size = comm.size
         gathered = gather_or_raise(comm, errors.error, (arguments, table.axes, inventory_of(table, comm), token))
         if len(different := {arguments for arguments, *_ in gathered}) > 1:
             raise DisagreementError(

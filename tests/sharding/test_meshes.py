@@ -212,3 +212,8 @@ def test_meshes_within_stages_join_and_leave() -> None:
         params, whole = calls[name]
         norm = distclip.clip_grad_norm_(params, math.inf, split_over=mesh["pp"])
         torch.testing.assert_close(norm.double(), reference.total_norm(whole), rtol=1e-6, atol=0, msg=name)
+        norms = distclip.GradClipper(
+            [(f"p{i}", p) for i, p in enumerate(params)], distclip.per_tensor_norm(math.inf), split_over=mesh["pp"]
+        ).clip()
+        expected = reference.total_norm(whole)
+        torch.testing.assert_close(norms.norm.double(), expected, rtol=1e-6, atol=0, check_dtype=False, msg=name)
