@@ -209,6 +209,8 @@ class Engine:
 
     def step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None) -> Outcome:
         """Clip and step, or skip, see `GradClipper.step`."""
+        # What is due from the last step is not undone with this one.
+        self.deferred.raise_due()
         before = self.trace()
         try:
             return self._step(optimizer, scaler)
@@ -284,6 +286,8 @@ class Engine:
             optimizer, scaler, errors: see `GradClipper.clip`.
             only: ids of the parameters whose gradients are clipped. None for all.
         """
+        # What is due from the last step is not undone with this one.
+        self.deferred.raise_due()
         before, self.table.only = self.trace(), only
         try:
             return self._clip(optimizer, scaler, errors)
