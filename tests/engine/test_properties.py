@@ -244,6 +244,7 @@ def test_norm_of_any_shards_is_that_of_the_whole(
     assert all(torch.equal(norm, norms[0]) for norm in norms), "ranks differ"
 
 
+@pytest.mark.filterwarnings("ignore::distclip.ReplicaWarning")
 @some
 @given(st.integers(2, 5), st.data(), norm_types, st.sampled_from([nan, inf, -inf]), st.sampled_from([1.0, inf]))
 def test_nonfinite_element_on_one_rank_changes_the_norm_on_all(
@@ -265,6 +266,7 @@ def test_nonfinite_element_on_one_rank_changes_the_norm_on_all(
             torch.testing.assert_close(grad, left, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.filterwarnings("ignore::distclip.ReplicaWarning")
 @some
 @given(st.integers(2, 5), st.data(), norm_types, st.sampled_from([nan, inf, -inf]))
 def test_error_if_nonfinite_is_raised_by_all(size: int, data: st.DataObject, norm_type: float, number: float) -> None:
