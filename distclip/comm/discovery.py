@@ -151,7 +151,11 @@ def world_comm() -> Comm:
         return LocalComm()
     if is_dry_run():
         return DryRunComm(dist.get_rank(), dist.get_world_size())
-    return ProcessGroupComm(_process_group(tuple(range(dist.get_world_size())), _num_groups()))
+    ranks = tuple(range(dist.get_world_size()))
+    if ranks not in _session().groups:
+        # It creates the group, after the ranks have compared how many groups each of them has.
+        _rendezvous({ranks}, (), None, ())
+    return ProcessGroupComm(_session().groups[ranks])
 
 
 def call_counter(comm: Comm) -> CallCounter:
