@@ -25,6 +25,7 @@ class Case:
         whole: every gradient of the model once, the same on all ranks, of any dtype.
         split_over: argument of the clipping functions.
         all_reduces: number of all-reduces of one call.
+        all_reduces_of_clipper: number of all-reduces of one call of a clipper, None for `all_reduces`.
         other_collectives: number of other collectives of one call.
         gathers_once: whether the first call has other collectives, and later calls have none.
         tolerance: relative error of the norm that is allowed.
@@ -37,6 +38,7 @@ class Case:
     whole: list[Tensor]
     split_over: Any = None
     all_reduces: int = 1
+    all_reduces_of_clipper: int | None = None
     other_collectives: int = 0
     gathers_once: bool = False
     tolerance: float = 1e-6

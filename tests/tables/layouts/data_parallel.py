@@ -74,7 +74,7 @@ class _Branches(nn.Module):
 def ddp_unused() -> Case:
     model = DistributedDataParallel(_Branches(), find_unused_parameters=True)
     backward(model, 5)
-    return Case(model, full_grads(model.parameters()), all_reduces=0)
+    return Case(model, full_grads(model.parameters()), all_reduces=0, all_reduces_of_clipper=1)
 
 
 @row(2, why="gradient accumulation: a step under no_sync, then one that synchronizes both")
