@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ..devices import is_fake
@@ -235,7 +236,7 @@ class Coverage:
         if len(self._calls_without) > _MANY:
             return  # It has warned.
         tensors = self._table.tensors
-        sample = [_local(tensor) for tensor in tensors[:: -(-len(tensors) // 16)]]
+        sample = [_local(tensor) for tensor in tensors[:: -(-len(tensors) // 16)] if not is_lazy(tensor)]
         self._calls_without.append([(one._version, one.detach().flatten()[:64].clone()) for one in sample])
         if len(self._calls_without) >= _MANY and _differ(self._calls_without[0], self._calls_without[-1]):
             self._calls_without += [[]] * _MANY

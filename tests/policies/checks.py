@@ -67,7 +67,9 @@ def check_clipper(oracle: Oracle, clipper: GradClipper, bound: Bound, where: str
             with CommDebugMode() as counter:
                 report = clipper.clip()
             own = case.all_reduces if case.all_reduces_of_clipper is None else case.all_reduces_of_clipper
-            check_counts(counter, replace(case, all_reduces=own), policy.norm_type, here)
+            check_counts(
+                counter, replace(case, all_reduces=own), policy.norm_type, here, gathers=case.gathers_once and t == 0
+            )
         check_report(report, clipper, total, norms, coefs, oracle.names, case, here)
         for p, old, write, storage in zip(pieces, scaled, writes, storages, strict=True):
             slot = oracle.slot(p.key, policy)
@@ -138,14 +140,21 @@ def check_value(oracle: Oracle, parameters: Any, case: Case, where: str) -> None
     """Check the policy that clamps elements."""
     limit = oracle.typical("tensor", math.inf)
     clipper = GradClipper(parameters, distclip.value(limit), split_over=case.split_over)
-    grads = [p.param.grad for p in oracle.pieces if p.param.grad is not None]
-    before = [stored(g).clone() for g in grads]
+    params = [p.param for p in oracle.pieces if p.param.grad is not None]
+    before = [stored(p.grad).clone() for p in params]
+    sparse = {id(p): p.grad.clone() for p in params if p.grad.is_sparse}
     total = float(reference.total_norm(oracle.grads(1.0).values()))
     report = clipper.clip()
     assert abs(float(report.norm) - total) <= case.tolerance * total, where
-    for grad, old in zip(grads, before, strict=True):
-        assert torch.equal(stored(grad), old.double().clamp(-limit, limit).to(old.dtype)), where
-        stored(grad).copy_(old)
+    for param, old in zip(params, before, strict=True):
+        if id(param) in sparse:
+            # An element is the sum of what is stored for it.
+            whole = sparse[id(param)]
+            assert torch.equal(param.grad.to_dense(), whole.to_dense().clamp(-limit, limit)), where
+            param.grad = whole
+            continue
+        assert torch.equal(stored(param.grad), old.double().clamp(-limit, limit).to(old.dtype)), where
+        stored(param.grad).copy_(old)
 
 
 def check_fitted(oracle: Oracle, parameters: Any, case: Case, name: str, where: str) -> bool:
