@@ -649,7 +649,8 @@ def warn_if_nothing_trains(parameters: Parameters, table: ShardTable) -> None:
         parameters: argument of the caller.
         table: made from it, without a gradient.
     """
-    if not table.tensors and isinstance(parameters, Iterator):
+    # A rank that passes `split_over=` may have no parameters: a pipeline stage of layers without any.
+    if not table.tensors and not table.axes and isinstance(parameters, Iterator):
         warn_user("`parameters` is an empty generator, no gradient clipping will occur.", UserWarning)
     # Integrations annotate the tensors that stand for parameters, and attach their gradients later.
     if not table.tensors or table.are_gradients or any(map(_may_train, table.tensors)):
