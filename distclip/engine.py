@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, get_args
@@ -209,17 +210,8 @@ class Engine:
 
     def step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None) -> Outcome:
         """Clip and step, or skip, see `GradClipper.step`."""
-        # What is due from the last step is not undone with this one.
-        self.deferred.raise_due()
-        before = self.trace()
-        try:
+        with self._undone_on_error():
             return self._step(optimizer, scaler)
-        except NonFiniteError:
-            # A step that a decision refuses or skips is counted.
-            raise
-        except BaseException:
-            self.restore(before)
-            raise
 
     def _step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None) -> Outcome:
         errors = FirstError()
@@ -286,19 +278,12 @@ class Engine:
             optimizer, scaler, errors: see `GradClipper.clip`.
             only: ids of the parameters whose gradients are clipped. None for all.
         """
-        # What is due from the last step is not undone with this one.
-        self.deferred.raise_due()
-        before, self.table.only = self.trace(), only
-        try:
-            return self._clip(optimizer, scaler, errors)
-        except NonFiniteError:
-            # A step that a decision refuses or skips is counted.
-            raise
-        except BaseException:
-            self.restore(before)
-            raise
-        finally:
-            self.table.only = None
+        with self._undone_on_error():
+            self.table.only = only
+            try:
+                return self._clip(optimizer, scaler, errors)
+            finally:
+                self.table.only = None
 
     def _clip(
         self,
@@ -332,6 +317,21 @@ class Engine:
             self.table.drop_gradients()
             hold_still(self, self.table.selected())
         return outcome
+
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        """Undo what the step within the block has changed, if an exception ends it."""
+        # What is due from the last step is not undone with this one.
+        self.deferred.raise_due()
+        before = self.trace()
+        try:
+            yield
+        except NonFiniteError:
+            # A step that a decision refuses or skips is counted.
+            raise
+        except BaseException:
+            self.restore(before)
+            raise
 
     def trace(self) -> _Trace:
         """Return the state that a step changes, apart from gradients, parameters and optimizers."""

@@ -11,9 +11,8 @@ import inspect
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import repeat
 from operator import attrgetter, is_
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +21,11 @@ from torch.optim import Optimizer
 
 from ..devices import is_fake
 from ..errors import ArgumentError, UnclippedStepWarning, warn_user
-from ..sharding.dtensor import is_dtensor
+from ..sharding.dtensor import local_of
 from ..sharding.parameters import name_tensors
 from ..sharding.shard import Shards
 from ..sharding.table import ShardTable
+from .grad_scaler import parameters_of
 
 __all__ = ["Coverage"]
 
@@ -96,7 +96,7 @@ class Coverage:
 
     def _check(self, optimizers: Sequence[Optimizer], *, all_now: bool, is_attached: bool) -> None:
         key = tuple(map(id, optimizers))
-        ids = list(map(id, _parameters_of(optimizers)))
+        ids = list(map(id, parameters_of(optimizers)))
         known = self._known.get(key)
         if known is None or known.ids != ids:
             known = self._compare(optimizers, ids, is_attached)
@@ -161,7 +161,7 @@ class Coverage:
     def step_others(self, optimizers: Sequence[Optimizer]) -> None:
         """Record that a further call of this round steps these optimizers."""
         if self._awaited:
-            stepped = set(map(id, _parameters_of(optimizers)))
+            stepped = set(map(id, parameters_of(optimizers)))
             self._awaited = [param for param in self._awaited if id(param) not in stepped]
 
     def watch(self, optimizers: Sequence[Optimizer]) -> list[Tensor | None] | None:
@@ -173,7 +173,7 @@ class Coverage:
         self._num_steps += 1
         if self._num_steps > _MANY and self._num_steps & (self._num_steps - 1):
             return None
-        return list(map(_grad_of, _parameters_of(optimizers)))
+        return list(map(_grad_of, parameters_of(optimizers)))
 
     def check_kept(self, before: list[Tensor | None] | None, optimizers: Sequence[Optimizer]) -> None:
         """Warn if optimizers have stepped with other gradients than those that were clipped.
@@ -186,7 +186,7 @@ class Coverage:
         """
         if before is None or self._has_warned:
             return
-        params = _parameters_of(optimizers)
+        params = parameters_of(optimizers)
         pairs = zip(params, before, strict=True) if len(params) == len(before) else ()
         made = [param for param, old in pairs if param.grad is not old and _is_other(param.grad, old)]
         if made:
@@ -236,7 +236,7 @@ class Coverage:
         if len(self._calls_without) > _MANY:
             return  # It has warned.
         tensors = self._table.tensors
-        sample = [_local(tensor) for tensor in tensors[:: -(-len(tensors) // 16)] if not is_lazy(tensor)]
+        sample = [local_of(tensor) for tensor in tensors[:: -(-len(tensors) // 16)] if not is_lazy(tensor)]
         self._calls_without.append([(one._version, one.detach().flatten()[:64].clone()) for one in sample])
         if len(self._calls_without) >= _MANY and _differ(self._calls_without[0], self._calls_without[-1]):
             self._calls_without += [[]] * _MANY
@@ -258,7 +258,7 @@ class Coverage:
                     "the step. Call clipper.attach(optimizer) once, and optimizer.step(closure) in place of "
                     "clipper.step(optimizer)."
                 )
-        params = _parameters_of(optimizers)
+        params = parameters_of(optimizers)
         foreign = [param for param in params if id(param) not in self._ids]
         stepped = set(ids)
         return _Comparison(ids, foreign, [tensor for tensor in self._table.tensors if id(tensor) not in stepped])
@@ -291,24 +291,14 @@ class Coverage:
         return _enumerate([name for name, tensor in pairs if id(tensor) in ids])
 
 
-def _parameters_of(optimizers: Iterable[Optimizer]) -> list[Tensor]:
-    groups = chain.from_iterable(optimizer.param_groups for optimizer in optimizers)
-    return list(chain.from_iterable(group["params"] for group in groups))
-
-
 def _lack_gradients(params: list[Tensor]) -> bool:
     return not params or all(map(is_, map(_grad_of, params), repeat(None)))
-
-
-def _local(tensor: Any) -> Tensor:
-    local: Tensor = tensor._local_tensor if is_dtensor(tensor) else tensor
-    return local
 
 
 def _is_zero(grad: Tensor | None) -> bool:
     """Return whether a gradient is zero on this rank, as `zero_grad(set_to_none=False)` leaves it."""
     assert grad is not None
-    local = _local(grad)
+    local = local_of(grad)
     return local.device.type != "meta" and not bool((local._values() if local.is_sparse else local).any())
 
 
@@ -320,7 +310,7 @@ def _is_other(new: Tensor | None, old: Tensor | None) -> bool:
         return True
     if new.is_sparse:
         return not torch.equal(new.coalesce().to_dense(), old.coalesce().to_dense())
-    one, two = _local(new), _local(old).to(new.device)
+    one, two = local_of(new), local_of(old).to(new.device)
     return not torch.allclose(one.to(two.dtype), two, rtol=1e-2, equal_nan=True)
 
 

@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..errors import NonFiniteError
 from ..sharding.megatron import read_main_grad
+from .grad_scaler import parameters_of
 
 __all__ = ["StepGate", "StepListener", "gate_of", "hold_still", "release"]
 
@@ -163,7 +164,7 @@ class _Snapshot:
     """Values of the parameters and the state of an optimizer."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        params = [param for group in optimizer.param_groups for param in group["params"]]
+        params = parameters_of([optimizer])
         self._params = [(param, param.detach().clone()) for param in params]
         self._optimizer, self._states = optimizer, [(p, _copy(optimizer.state.get(p))) for p in params]
 
@@ -232,7 +233,7 @@ def _hold(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
     if _is_of_torch(optimizer) or _closure_in(args[1:], kwargs) or "param_groups" not in vars(optimizer):
         # A wrapper that shows the groups of other optimizers steps these, which have their hooks.
         return None
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+    params = parameters_of([optimizer])
     held = frozenset[int]().union(*(ids for _, ids in _held.values()))
     if not held.issuperset(map(id, params)):
         # The others may have gradients, on this rank or on others.

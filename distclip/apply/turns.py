@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..comm import Comm
-from ..sharding.dtensor import is_dtensor
+from ..sharding.dtensor import local_of
 from ..sharding.megatron import read_main_grad
+from .grad_scaler import parameters_of
 
 __all__ = ["Turns"]
 
@@ -101,8 +102,7 @@ class Turns:
 
 
 def _gradients(optimizers: Iterable[Optimizer]) -> list[Tensor]:
-    params = [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
-    grads = [read_main_grad(param) if param.grad is None else param.grad for param in params]
+    grads = [read_main_grad(param) if param.grad is None else param.grad for param in parameters_of(optimizers)]
     return [grad for grad in grads if grad is not None]
 
 
@@ -112,5 +112,4 @@ def _is_new(grad: Tensor) -> bool:
 
 def _version(grad: Tensor) -> int:
     # Operations on a DTensor write its local tensor.
-    local: Tensor = grad._local_tensor if is_dtensor(grad) else grad
-    return local._version
+    return local_of(grad)._version

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
+from ..apply.grad_scaler import parameters_of
 from ..apply.optimizers import as_list
 from ..clipper import GradClipper
 from ..comm import Comm, global_ranks
@@ -88,7 +88,7 @@ def audit(
         with errors:
             check_covered(comm, table.groups, axes)
     with errors:
-        stepped = None if optimizer is None else _stepped_tensors(optimizer)
+        stepped = None if optimizer is None else parameters_of(as_list(optimizer))
     rank, facts = (0 if comm is None else global_rank(comm)), Facts()
     if comm is None and dist.is_available() and dist.is_initialized():
         rank = dist.get_rank()
@@ -131,7 +131,3 @@ def _conclude(by_rank: Mapping[int, Facts], absent: Ranks, comm: Comm | None) ->
     if absent:
         findings.note(f"Ranks {list(absent)} of the job did not call audit, and are not compared.")
     return make_report(instances, by_rank, findings)
-
-
-def _stepped_tensors(optimizer: Any) -> list[Tensor]:
-    return [tensor for one in as_list(optimizer) for group in one.param_groups for tensor in group["params"]]

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..devices import host_reads_free, odd_numbers
 from ..errors import DisagreementError
 from . import Comm, global_ranks
-from .ranks import Ranks
+from .ranks import Ranks, rank_list
 
 __all__ = ["Call", "CallCounter", "checksum_of", "disagreement", "zero_sum_weight"]
 
@@ -140,7 +140,7 @@ Make the same calls with the same arguments on every rank.
         for rank, call in zip(ranks, calls, strict=True):
             by_value.setdefault(call.get(name, "missing"), []).append(rank)
         if len(by_value) > 1:
-            values = "; ".join(f"{value:.200} on {_rank_list(holders)}" for value, holders in by_value.items())
+            values = "; ".join(f"{value:.200} on {rank_list(holders)}" for value, holders in by_value.items())
             differences.append(f"{name}: {values}")
     if not differences:
         return None
@@ -149,8 +149,3 @@ Make the same calls with the same arguments on every rank.
         f"{'. '.join(differences)}. The ranks of one call to {functions} must have the same. No gradient was changed. "
         "Make the same calls with the same arguments on every rank."
     )
-
-
-def _rank_list(ranks: Sequence[int]) -> str:
-    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{more}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
 
 from ..errors import PeerError
+from .ranks import rank_list
 
 __all__ = ["ProcessGroupComm", "group_of_name"]
 
@@ -54,7 +54,7 @@ class ProcessGroupComm:
             dist.all_reduce(on_device, op=op, group=self.group)
         except RuntimeError as error:
             raise PeerError(
-                f"an all-reduce over ranks {_shortened(self.ranks)} failed: {error!s:.300} A rank has ended, or has "
+                f"an all-reduce over {rank_list(self.ranks)} failed: {error!s:.300} A rank has ended, or has "
                 "left out this call, or has made another one. Make the same calls on every rank."
             ) from error
         # `to` copies only between devices, so that the result of most calls is in place already.
@@ -66,10 +66,6 @@ def group_of_name(name: str) -> dist.ProcessGroup:
     """Return the process group of a name, which is the same on all of its ranks."""
     group: dist.ProcessGroup = _resolve_process_group(name)  # type: ignore[arg-type]
     return group
-
-
-def _shortened(ranks: Sequence[int]) -> str:
-    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
 
 def _device(group: dist.ProcessGroup) -> torch.device:

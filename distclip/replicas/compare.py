@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from ..comm.ranks import Ranks
+from ..comm.ranks import Ranks, rank_list
 
 __all__ = ["Comparison", "Kind", "ReplicaDifference", "ReplicaInfo", "compare_replicas"]
 
@@ -92,9 +92,9 @@ class ReplicaDifference:
         size = f"norm by {100 * self.norm:.2g} %" + ("" if self.bit is None else f", bit {self.bit}")
         others = [rank for rank in self.group if rank not in self.ranks]
         if not others:
-            return f"the {self.kind} of {self.name} differs between {_rank_list(self.group)} ({size})"
-        on = f"on {_rank_list(self.ranks)} {'differs' if len(self.ranks) == 1 else 'differ'}"
-        return f"the {self.kind} of {self.name} {on} from that on {_rank_list(others)} ({size})"
+            return f"the {self.kind} of {self.name} differs between {rank_list(self.group)} ({size})"
+        on = f"on {rank_list(self.ranks)} {'differs' if len(self.ranks) == 1 else 'differ'}"
+        return f"the {self.kind} of {self.name} {on} from that on {rank_list(others)} ({size})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +246,7 @@ def _likely_cause(
     parameters: Mapping[str, Mapping[int, ReplicaInfo]],
 ) -> str:
     """Return why replicas that are only assumed to be replicas differ, and what to do."""
-    on = _rank_list(ranks)
+    on = rank_list(ranks)
     for by_rank in parameters.values():
         if len({(info.shape, info.checksum) for info in by_rank.values()}) > 1 or len(by_rank) < len(ranks):
             return (
@@ -277,8 +277,3 @@ def _relative(one: float, two: float) -> float:
         return 0.0
     ratio = abs(one - two) / abs(two) if two else float("inf")
     return ratio if ratio == ratio else float("inf")
-
-
-def _rank_list(ranks: Sequence[int]) -> str:
-    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{more}"

@@ -30,6 +30,7 @@ __all__ = [
     "dtensor_partial_sums",
     "dtensor_rows",
     "is_dtensor",
+    "local_of",
     "num_pieces_of",
     "partial_sums_of",
     "possible_partial_sums",
@@ -62,6 +63,11 @@ def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
     """Return whether a tensor is a DTensor."""
     cls = dtensor_class()
     return cls is not None and isinstance(tensor, cls)
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """Return the local tensor of a DTensor, and any other tensor itself."""
+    return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
 def _read_layout(name: str, tensor: Tensor, known: Layout | None) -> Layout | None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..comm.discovery import job_size
-from ..comm.ranks import Axis
+from ..comm.ranks import Axis, is_tensor_axis
 from ..errors import ArgumentError, LayoutError
 from .attributes import carry
 from .dtensor import is_dtensor
@@ -107,7 +107,7 @@ def _layout(tags: _Tags, axes: tuple[Axis, ...], used: frozenset[str]) -> Layout
     split = tuple(_is_split(axis, tags, used) for axis in axes)
     # Along a tensor axis the tensors are shards of one parameter. Along any other axis they are different parameters.
     cut = tuple(
-        is_split and (_is_tensor_axis(axis) or (bool(tags.tensor) and _TENSOR in _applicable(axis, used)))
+        is_split and (is_tensor_axis(axis.name) or (bool(tags.tensor) and _TENSOR in _applicable(axis, used)))
         for axis, is_split in zip(axes, split, strict=True)
     )
     return Layout(split=split, cut=cut, counted=not tags.shared)
@@ -133,13 +133,9 @@ def _applicable(axis: Axis, used: frozenset[str]) -> frozenset[str]:
     if not axis.name:
         return used
     # "expert_tensor_parallel" is a tensor axis of experts, so the tensor axes are tested first.
-    if _is_tensor_axis(axis):
+    if is_tensor_axis(axis.name):
         return used & {_TENSOR}
     return used & {_EXPERT} if _is_expert_axis(axis.name) else frozenset()
-
-
-def _is_tensor_axis(axis: Axis) -> bool:
-    return axis.name is not None and (axis.name == "tp" or "tensor" in axis.name)
 
 
 def _is_expert_axis(name: str) -> bool:

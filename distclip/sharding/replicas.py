@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..comm.ranks import Axis, Ranks
+from ..comm.ranks import Axis, Ranks, is_tensor_axis
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -59,13 +59,9 @@ def mesh_replicas(mesh: DeviceMesh, placements: Sequence[Placement]) -> tuple[Re
         index = tuple(slice(None) if same else at for same, at in zip(is_replicated, coordinate, strict=True))
         names = mesh.mesh_dim_names or ("",) * mesh.ndim
         # Along a tensor-parallel axis each rank computes its replica itself.
-        computed = any(same and mesh.size(i) > 1 and _is_tensor_axis(names[i]) for i, same in enumerate(is_replicated))
+        computed = any(same and mesh.size(i) > 1 and is_tensor_axis(names[i]) for i, same in enumerate(is_replicated))
         known[is_replicated] = replica_group(tuple(mesh.mesh[index].reshape(-1).tolist()), not computed)
     return known[is_replicated]
-
-
-def _is_tensor_axis(name: str) -> bool:
-    return name == "tp" or "tensor" in name
 
 
 def assumed_groups(
