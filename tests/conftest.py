@@ -34,6 +34,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark_quick(items)
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Start each test from the same random state, as `World` does on its ranks."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def world() -> Iterator[Callable[[int], World]]:
     """Return the world of a size, `world(4)`, which lives until the session ends."""

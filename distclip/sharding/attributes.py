@@ -27,7 +27,7 @@ _FLATTENED = "_fsdp_flattened"
 """Attribute of a slice that FSDP1 made of a parameter, with another shape and the same layout along other axes."""
 
 _MAX_SCANS = 16
-"""Number of searches for the modules of all parameters, each of which takes some 50 ms."""
+"""Number of searches for modules that no hook has shown, each of which takes some 50 ms."""
 
 
 class _Layouts(dict[str, tuple[dict[str, Any], tuple[int, ...]]]):
@@ -35,6 +35,9 @@ class _Layouts(dict[str, tuple[dict[str, Any], tuple[int, ...]]]):
 
 
 _layouts: weakref.WeakKeyDictionary[nn.Module, _Layouts] = weakref.WeakKeyDictionary()
+
+_modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Modules with parameters: those of the last search, and those that have registered a parameter since."""
 
 _owners: dict[int, list[tuple[weakref.ref[nn.Module], str]]] = {}
 """Modules of each parameter with the names in them, by `id`. Entries of deleted parameters are not removed."""
@@ -176,6 +179,10 @@ def _give(param: Tensor, attributes: dict[str, Any], shape: tuple[int, ...]) -> 
 def _owners_of(param: Tensor) -> Iterator[tuple[nn.Module, str]]:
     """Yield the modules that have a parameter, with its name in each."""
     found = list(_known_owners(param))
+    if not found:
+        # `to_empty`, `fully_shard` and others exchange parameters without registering the new ones.
+        _index(list(_modules))
+        found = list(_known_owners(param))
     if not found and _num_scans < _MAX_SCANS:
         _scan()
         found = list(_known_owners(param))
@@ -205,20 +212,27 @@ def _scan() -> None:
     _num_scans += 1
     if _num_scans == 1:
         register_module_parameter_registration_hook(_on_registration)
-    # Entries of deleted modules go.
+    # Not isinstance, which reads `__class__` of proxies.
+    _index(one for one in gc.get_objects() if issubclass(type(one), nn.Module))
+
+
+def _index(modules: Iterable[nn.Module]) -> None:
+    """Note the owners of all parameters of some modules, in place of all owners noted before."""
     _owners.clear()
-    for one in gc.get_objects():
-        # Not isinstance, which reads `__class__` of proxies.
-        if issubclass(type(one), nn.Module):
-            for name, param in one.__dict__.get("_parameters", {}).items():
-                if param is not None:
-                    _owners.setdefault(id(param), []).append((weakref.ref(one), name))
+    for module in modules:
+        parameters = module.__dict__.get("_parameters", {})
+        if any(param is not None for param in parameters.values()):
+            _modules.add(module)
+        for name, param in parameters.items():
+            if param is not None:
+                _owners.setdefault(id(param), []).append((weakref.ref(module), name))
 
 
 def _on_registration(module: nn.Module, name: str, param: Any) -> None:
     """Carry attributes over to a parameter that a module registers in place of another."""
     if not isinstance(param, Tensor):
         return
+    _modules.add(module)
     _add_owner(param, module, name)
     if _attributes_of(param):
         _remember_in(module, name, param)

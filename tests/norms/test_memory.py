@@ -111,7 +111,7 @@ def test_drop_ins(name: str, foreach: bool | None) -> None:
         param.grad = grad
     before = [wide(param.grad) for param in params]
     distclip.clip_grads_with_norm_(params, 1.0, torch.tensor(norm_of(before)), foreach=foreach)
-    assert norm_of([wide(param.grad) for param in params]) == pytest.approx(1.0, rel=1e-2)
+    assert norm_of([wide(param.grad) for param in params]) == pytest.approx(min(1.0, norm_of(before)), rel=1e-2)
     if not any(grad.is_complex() for grad in grads):
         distclip.clip_grad_value_(params, 0.1, foreach=foreach)
         assert max(float(param.grad.abs().max()) for param in params if param.numel()) <= 0.1001

@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Partial, Shard
+from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.nn.utils import parametrizations, parametrize
 
 import distclip
 from distclip import LayoutError
+from distclip.sharding import attributes
 from tests.ranks import on_ranks
 from tests.rig import assert_raises_on_ranks
 from tests.tables.layouts.meshes import world_mesh
@@ -139,19 +140,23 @@ def test_partial_gradients_survive(how: str) -> None:
 
 
 @on_ranks(4)
+@pytest.mark.parametrize("max_scans", [0, 1 << 30])
 @pytest.mark.parametrize("annotate_first", [True, False])
-def test_annotation_and_fully_shard(annotate_first: bool) -> None:
+def test_annotation_and_fully_shard(annotate_first: bool, max_scans: int) -> None:
     mesh = world_mesh("dp", "tp")
-    model = nn.Linear(8, 4, bias=False, device="meta")
-    if annotate_first:
-        distclip.annotate_(model.weight, mesh["tp"], [Shard(0)])
-    fully_shard(model, mesh=mesh["dp"])
-    if not annotate_first:
-        distclip.annotate_(model.weight, mesh["tp"], [Shard(0)])
-    model.to_empty(device="cpu")
-    nn.init.ones_(model.weight)
-    model(torch.ones(1, 8)).sum().backward()
-    assert float(distclip.clip_grad_norm_(model, math.inf)) == 8.0  # √64: a gradient of ones, of (8, 8) in four shards
+    with pytest.MonkeyPatch.context() as patch:
+        distclip.annotate_(nn.Linear(1, 1).weight, mesh, [Replicate(), Replicate()])  # the first one sets the hook
+        patch.setattr(attributes, "_MAX_SCANS", max_scans)
+        model = nn.Linear(8, 4, bias=False, device="meta")
+        if annotate_first:
+            distclip.annotate_(model.weight, mesh["tp"], [Shard(0)])
+        fully_shard(model, mesh=mesh["dp"])
+        if not annotate_first:
+            distclip.annotate_(model.weight, mesh["tp"], [Shard(0)])
+        model.to_empty(device="cpu")
+        nn.init.ones_(model.weight)
+        model(torch.ones(1, 8)).sum().backward()
+        assert float(distclip.clip_grad_norm_(model, math.inf)) == 8.0  # √64: ones of (8, 8) in four shards
 
 
 @on_ranks(2)
