@@ -16,6 +16,7 @@ from torch import Tensor
 from .errors import ArgumentError, warn_user
 from .policies import Policy, State
 from .policies.policy import CheckedPolicy
+from .policies.warmup import KEYS as FIRST_NORMS
 from .sharding.slots import SlotMap
 
 __all__ = ["VERSION", "check_state_dict", "pack_state", "policy_kind", "unpack_counts", "unpack_state", "upgrade"]
@@ -136,7 +137,8 @@ def unpack_state(state: State, slots: SlotMap, saved: Mapping[str, Mapping[str, 
     columns = {key: torch.split(value, list(slots.counts)) for key, value in state.items()}
     loaded: dict[str, list[Tensor]] = {key: [] for key in state}
     for i, name in enumerate(slots.names):
-        values = saved.get(name, {key: column[i] for key, column in columns.items()})
+        current = {key: column[i] for key, column in columns.items()}
+        values = _match_first_norms(saved.get(name, current), current)
         _check_keys(f"state[{name!r}]", values, state)
         for key, column in columns.items():
             value, own = values[key], column[i]
@@ -167,6 +169,18 @@ def unpack_state(state: State, slots: SlotMap, saved: Mapping[str, Mapping[str, 
                     "the policy leads to. Load an earlier checkpoint, or leave the clipper's state out."
                 )
     return new_state
+
+
+def _match_first_norms(values: Mapping[str, Any], current: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    """Return the values of a slot with the warm-up's norms if the policy keeps them, and without if not.
+
+    Only a policy without a cap keeps them, and a run may be resumed with another cap. Checkpoints of earlier releases
+    do not have them.
+    """
+    if not isinstance(values, Mapping):
+        return values
+    kept = {key: current[key] for key in FIRST_NORMS if key in current}
+    return kept | {key: value for key, value in values.items() if key in current or key not in FIRST_NORMS}
 
 
 def unpack_counts(saved: Mapping[str, Any], names: Collection[str]) -> dict[str, int]:

@@ -445,7 +445,9 @@ class GradClipper:
         self._engine.state = state
         self._counter.steps, self._counter.skipped = counts["steps"], counts["skipped"]
         self._counter.in_a_row = counts["in_a_row"]
-        self._engine.deferred.clip_rate.restarts = counts["restarts"]
+        clip_rate = self._engine.deferred.clip_rate
+        clip_rate.restarts = counts["restarts"]
+        clip_rate.exploded = int(state["exploded_warmups"].sum()) if "exploded_warmups" in state else 0
 
     def _counts(self) -> dict[str, int]:
         counter = self._counter

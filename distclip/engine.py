@@ -792,8 +792,9 @@ class _DeferredReads:
         device = coefs.device
         clipped = ((coefs != 1) | outcome.skip.on(device)).to(coefs.dtype).mean() * bool(state)
         restarts = state["restarts"].sum() if "restarts" in state else coefs.new_zeros(())
+        exploded = state["exploded_warmups"].sum() if "exploded_warmups" in state else coefs.new_zeros(())
         facts = (totals.failed, totals.finite, outcome.skip, outcome.replicas_differ)
-        on_device = (*(fact.on(device) for fact in facts), clipped, restarts)
+        on_device = (*(fact.on(device) for fact in facts), clipped, restarts, exploded)
         values = torch.stack([value.to(coefs.dtype) for value in on_device])
         values, wait = devices.copy_to_host_async(values)
         self._unread = _Unread(outcome.step, values, wait, outcome.per_tensor_powers, checksums, quiet)
@@ -814,7 +815,7 @@ class _DeferredReads:
             return
         self._unread = None
         unread.wait()
-        failed, finite, skipped, differ, clipped, restarts = unread.values.tolist()
+        failed, finite, skipped, differ, clipped, restarts, exploded = unread.values.tolist()
         if failed:
             # The failed rank has not counted the step either.
             self._engine.counter.steps = unread.step - 1
@@ -825,7 +826,7 @@ class _DeferredReads:
         if differ and unread.per_tensor_checksums is not None:
             self._engine.guard.resolve_late(unread.step, unread.per_tensor_checksums, self._engine.step_comm)
         if finite:
-            self.clip_rate.record(unread.step, clipped, int(restarts))
+            self.clip_rate.record(unread.step, clipped, int(restarts), int(exploded))
         self._count(unread.step, bool(finite), bool(skipped), unread.per_tensor_powers, unread.quiet)
 
     def _count(

@@ -14,6 +14,7 @@
     NonFiniteWarning              (UserWarning)   a step was skipped, or elements were set to zero
     ReplicaWarning                (UserWarning)   replicas of a gradient or a parameter differ between ranks
     FrequentClippingWarning       (UserWarning)   an adaptive policy clips more than half of the steps
+    ExplodedWarmupWarning         (UserWarning)   the norms exploded in the warm-up of an adaptive policy
     UnclippedStepWarning          (UserWarning)   parameters move by gradients that were not clipped
 
 Every rank that takes part in a call raises, before any gradient is changed. On an accelerator the host does not
@@ -34,6 +35,7 @@ __all__ = [
     "ArgumentError",
     "DisagreementError",
     "DistclipError",
+    "ExplodedWarmupWarning",
     "FrequentClippingWarning",
     "LayoutError",
     "NonFiniteError",
@@ -95,6 +97,10 @@ class ReplicaWarning(UserWarning):
 
 class FrequentClippingWarning(UserWarning):
     """An adaptive policy clips more than half of the steps, so that it limits the norms it learns from."""
+
+
+class ExplodedWarmupWarning(UserWarning):
+    """The norms rose severalfold in the warm-up of an adaptive policy, which no cap bounds."""
 
 
 class UnclippedStepWarning(UserWarning):

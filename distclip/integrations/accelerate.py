@@ -8,7 +8,7 @@
     from distclip.integrations.accelerate import attach
 
     accelerator = Accelerator(gradient_accumulation_steps=2)
-    attachment = attach(accelerator, zclip(cap=5.0))
+    attachment = attach(accelerator, zclip(cap=1.0))
     model = torch.nn.Linear(4, 2)
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     for x in torch.ones(4, 3, 4, device=accelerator.device):

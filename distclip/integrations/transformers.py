@@ -13,7 +13,7 @@
 
     args = TrainingArguments("trained", max_steps=4, logging_steps=1, report_to=[])
     trainer = Trainer(model=Model(4, 2), args=args, train_dataset=[{"x": torch.randn(4)} for _ in range(16)])
-    attachment = attach(trainer, zclip(cap=5.0))
+    attachment = attach(trainer, zclip(cap=1.0))
     trainer.train()  # or train(resume_from_checkpoint=True)
     print(attachment.report.as_dict())
 

@@ -41,8 +41,8 @@ def ema(
         slow: decay of the slow mean, in [0, 1).
         fast: decay of the fast mean, in [0, 1).
         warmup: number of first norms to which only the cap applies, ≥ 1.
-        cap: bound that always holds, in warm-up too, ≥ 0. Without it the rule learns from bad first batches like from
-            any others.
+        cap: bound that always holds, in warm-up too, ≥ 0: a max_norm of the usual size, such as 1.0. Without it, norms
+            that explode in warm-up are not clipped. The rule then warns, and starts from the norms before that.
         norm_type: p of the norm.
         per: granularity (see `NormPolicy`).
         restart_after: number of steps after which the rule restarts from the norms before clipping if it has clipped
@@ -92,6 +92,11 @@ class EMA(Rule):
     def __post_init__(self) -> None:
         convert_fields(self, ratio=POSITIVE, target=POSITIVE, slow=FRACTION, fast=FRACTION)
         convert_fields(self, warmup=NATURAL, cap=NOT_NEGATIVE)
+
+    @property
+    def unbounded_steps(self) -> int:
+        """Number of norms in the warm-up."""
+        return self.warmup
 
     def init(self, slots: int, device: torch.device) -> State:
         """Return both bias-corrected means and the number of the norms so far, all 0."""

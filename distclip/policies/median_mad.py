@@ -41,8 +41,8 @@ def median_mad(
         k: number of standard deviations that are not clipped, ≥ 0.
         window: number of norms in the history, ≥ 1.
         warmup: number of first norms to which only the cap applies, ≥ 1.
-        cap: bound that always holds, in warm-up too, ≥ 0. Without it the rule learns from bad first batches like from
-            any others.
+        cap: bound that always holds, in warm-up too, ≥ 0: a max_norm of the usual size, such as 1.0. Without it, norms
+            that explode in warm-up are not clipped. The rule then warns, and starts from the norms before that.
         norm_type: p of the norm.
         per: granularity (see `NormPolicy`).
         skip: skip steps with a spike instead of scaling them down, for example for a bad sample that comes again every
@@ -92,6 +92,11 @@ class MedianMAD(Rule):
     def __post_init__(self) -> None:
         convert_fields(self, k=NOT_NEGATIVE, window=NATURAL, warmup=NATURAL, floor=NOT_NEGATIVE, cap=NOT_NEGATIVE)
 
+    @property
+    def unbounded_steps(self) -> int:
+        """Number of norms in the warm-up."""
+        return self.warmup
+
     def init(self, slots: int, device: torch.device) -> State:
         """Return an empty history of logarithms per slot."""
         count = torch.zeros(slots, dtype=torch.int64, device=device)
@@ -109,3 +114,11 @@ class MedianMAD(Rule):
     def mask_valid(self, state: State) -> dict[str, Tensor]:
         """Return masks of the values that a loaded state may have, see `Rule.mask_valid`."""
         return {"log_norms": state["log_norms"].isfinite(), "count": is_count(state["count"])}
+
+    def restart(self, norms: Tensor, state: State) -> State:
+        """Return a history of these norms only, as after a warm-up with them."""
+        # Each norm is repeated equally often, so that the medians are those of the norms.
+        repeated = norms.log().repeat_interleave(-(-self.warmup // norms.shape[1]), dim=1)
+        width = min(repeated.shape[1], self.window)
+        log_norms = torch.cat([repeated[:, :width], state["log_norms"][:, width:]], dim=1)
+        return {"log_norms": log_norms, "count": torch.full_like(state["count"], repeated.shape[1])}

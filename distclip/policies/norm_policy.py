@@ -7,9 +7,10 @@ Source: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neura
 ε is 0, so that a norm up to its bound is left as it is at any scale. A constant ε > 0 shrinks norms of the same
 size, and a mean of clipped norms follows them down to 0. Only `global_norm` has torch's ε, 1e-6.
 
-`NormPolicy` protects every rule with state from three problems. A step with a non-finite norm leaves the state
+`NormPolicy` protects every rule with state from four problems. A step with a non-finite norm leaves the state
 unchanged. A norm of 0 leaves the state of its slot unchanged, because a tensor without gradient has no information
-about later norms. A rule that has clipped more than half of its last steps restarts (see `restart.py`).
+about later norms. A rule that has clipped more than half of its last steps restarts (see `restart.py`). A rule
+without a cap whose norms exploded in its warm-up starts from the norms before that (see `warmup.py`).
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from ..devices import accumulation_dtype, host_reads_free
 from ..errors import ArgumentError
 from ..norms.reduce import Totals
 from ..norms.spec import NormSpec, Per, check_groups, check_patterns
+from . import restart, warmup
 from .custom import as_rule
 from .policy import Rule, State, Threshold, Verdict
-from .restart import KEYS, init_window, mask_valid_window, restart_where_stuck, where_slot
+from .restart import init_window, mask_valid_window, restart_where_stuck, where_slot
 from .validation import NOT_NEGATIVE, Range, convert_fields, to_float
+from .warmup import LEAST_WARMUP, init_first_norms, mask_valid_first_norms, restart_where_exploded
 
 __all__ = ["NormPolicy", "coefficient"]
 
@@ -110,6 +113,8 @@ class NormPolicy:
         state = dict(self._rule.init(slots, device))
         if state and self._rule.can_restart and self.restart_after:
             state |= init_window(slots, self.restart_after, device)
+        if state and self._watches_warmup:
+            state |= init_first_norms(slots, self._rule.unbounded_steps, device)
         return state
 
     def decide(self, totals: Totals, state: State) -> tuple[Verdict, State]:
@@ -118,7 +123,7 @@ class NormPolicy:
         Collectives: none. Host syncs: none.
         """
         norms, cap = totals.norms, self._rule.cap
-        rule_state = {key: value for key, value in state.items() if key not in KEYS}
+        rule_state = _select_rule_state(state)
         rule_bounds, new_state = self._rule(totals, rule_state)
         bounds = rule_bounds if cap == math.inf else rule_bounds.clamp(max=cap)
         skip = (norms > rule_bounds).any() if self.skip else None
@@ -128,14 +133,29 @@ class NormPolicy:
         if "restarts" in state:
             clipped_by_rule = (norms > rule_bounds) & (rule_bounds < cap)
             new_state = restart_where_stuck(self._rule, norms, clipped_by_rule, new_state, state)
+        if "first_norms" in state:
+            new_state |= restart_where_exploded(self._rule, norms, {k: new_state[k] for k in rule_state}, state)
         usable = totals.finite.on(norms.device) & (norms > 0)
         return verdict, {key: where_slot(usable, new_state[key], old) for key, old in state.items()}
 
     def mask_valid(self, state: State) -> dict[str, Tensor]:
         """Return masks of the values that a loaded state may have, see `Rule.mask_valid`."""
-        rule_state = {key: value for key, value in state.items() if key not in KEYS}
-        window_state = {key: value for key, value in state.items() if key in KEYS}
-        return self._rule.mask_valid(rule_state) | mask_valid_window(window_state)
+        window_state = {key: state[key] for key in restart.KEYS if key in state}
+        first_norms = {key: state[key] for key in warmup.KEYS if key in state}
+        masks = self._rule.mask_valid(_select_rule_state(state))
+        return masks | mask_valid_window(window_state) | mask_valid_first_norms(first_norms)
+
+    @property
+    def _watches_warmup(self) -> bool:
+        """True if nothing limits the norms of the warm-up, and the norms are of more than single tensors."""
+        rule = self._rule
+        unlimited = rule.cap == math.inf and rule.unbounded_steps >= LEAST_WARMUP
+        return unlimited and self.per in ("model", "group")
+
+
+def _select_rule_state(state: State) -> State:
+    """Return the part of a state that is the rule's own."""
+    return {key: value for key, value in state.items() if key not in restart.KEYS and key not in warmup.KEYS}
 
 
 def _default_threshold() -> Threshold:

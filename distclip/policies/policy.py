@@ -109,6 +109,11 @@ class Rule(Threshold):
     can_restart: bool = False
     cap: float = math.inf
 
+    @property
+    def unbounded_steps(self) -> int:
+        """Number of first norms to which only the cap applies. `restart` is implemented if it is not 0."""
+        return 0
+
     def restart(self, norms: Tensor, state: State) -> State:
         """Return the state after a restart from the last norms.
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..errors import FrequentClippingWarning
+from ..errors import ExplodedWarmupWarning, FrequentClippingWarning
 from .history import append, zeros
 from .policy import Rule, State
 from .validation import is_count, is_size
@@ -97,11 +97,14 @@ def where_slot(condition: Tensor, new: Tensor, old: Tensor) -> Tensor:
 class ClipRate:
     """Warns once if an adaptive policy clips more than half of the last 128 steps, or has restarted.
 
+    It also warns once if norms exploded in the policy's warm-up.
+
     Args:
         warn: called as warn(message, category), like `warnings.warn` with a stacklevel that points to the user's line.
 
     Attributes:
         restarts: number of restarts up to the last recorded step.
+        exploded: number of slots whose norms exploded in warm-up, up to the last recorded step.
 
     >>> rate = ClipRate(lambda message, category: print(category.__name__))
     >>> for step in range(1, 300):
@@ -113,11 +116,12 @@ class ClipRate:
 
     def __init__(self, warn: Callable[[str, type[Warning]], None]) -> None:
         self.restarts = 0
+        self.exploded = 0
         self._warn = warn
         self._recent: deque[float] = deque(maxlen=self.WINDOW)
         self._warned = False
 
-    def record(self, step: int, clipped: float, restarts: int) -> None:
+    def record(self, step: int, clipped: float, restarts: int, exploded: int = 0) -> None:
         """Record a finite step.
 
         Args:
@@ -125,7 +129,16 @@ class ClipRate:
             clipped: fraction of the slots that was clipped, in [0, 1]. 0 for a policy without state, whose user has
                 chosen the bound.
             restarts: number of restarts of the policy so far, over all slots.
+            exploded: number of slots whose norms exploded in warm-up, see `warmup.py`.
         """
+        if exploded > self.exploded:
+            self._warn(
+                f"step {step}: the norms rose severalfold in the policy's warm-up, which no cap bounds. "
+                "The policy starts from the norms before that. If training has diverged, start it again with cap=1.0, "
+                "or the max_norm that you would use otherwise.",
+                ExplodedWarmupWarning,
+            )
+        self.exploded = exploded
         self._recent.append(clipped)
         restarted = restarts > self.restarts
         self.restarts = restarts

@@ -39,8 +39,8 @@ def zclip(
         z: largest z-score that is not clipped, > 0.
         decay: of mean and variance, in [0, 1).
         warmup: number of first norms to which only the cap applies, ≥ 1.
-        cap: bound that always holds, in warm-up too, ≥ 0. Without it the rule learns from bad first batches like from
-            any others.
+        cap: bound that always holds, in warm-up too, ≥ 0: a max_norm of the usual size, such as 1.0. Without it, norms
+            that explode in warm-up are not clipped. The rule then warns, and starts from the norms before that.
         norm_type: p of the norm.
         per: granularity (see `NormPolicy`).
         restart_after: number of steps after which the rule restarts from the norms before clipping if it has clipped
@@ -92,6 +92,11 @@ class ZScore(Rule):
 
     def __post_init__(self) -> None:
         convert_fields(self, z=POSITIVE, decay=FRACTION, warmup=NATURAL, eps=POSITIVE, cap=NOT_NEGATIVE)
+
+    @property
+    def unbounded_steps(self) -> int:
+        """Number of norms in the warm-up."""
+        return self.warmup
 
     def init(self, slots: int, device: torch.device) -> State:
         """Return mean, variance and number of the norms so far, all 0."""

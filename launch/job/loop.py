@@ -9,7 +9,7 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor
 
-from distclip import FrequentClippingWarning, NonFiniteWarning
+from distclip import ExplodedWarmupWarning, FrequentClippingWarning, NonFiniteWarning
 from distclip.monitor import Recorder
 
 from . import checkpoint
@@ -70,7 +70,7 @@ def train(run: Run, log: RunLog, terminal: Terminal) -> Summary | None:
     start = time.perf_counter()
     with terminal.progress_bar(cfg.log.bar) as bar, warnings.catch_warnings():
         # All ranks would print the same warnings.
-        for category in (FrequentClippingWarning, NonFiniteWarning):
+        for category in (ExplodedWarmupWarning, FrequentClippingWarning, NonFiniteWarning):
             warnings.simplefilter("default" if RANK == 0 else "ignore", category)
         task = bar.add_task("", total=cfg.steps, completed=run.first_step - 1)
         batches = islice(data.train(cfg.seed), run.first_step - 1, cfg.steps)

@@ -7,7 +7,7 @@
     from distclip import zclip
     from distclip.integrations.lightning import GradientClipping
 
-    clipping = GradientClipping(zclip(cap=5.0), on_nonfinite="skip")
+    clipping = GradientClipping(zclip(cap=1.0), on_nonfinite="skip")
     trainer = Trainer(max_steps=3, callbacks=[clipping])  # without gradient_clip_val, which would clip again
     trainer.fit(BoringModel())
     print(clipping.report.as_dict())

@@ -15,7 +15,7 @@ def clip_gradients(fabric: Any, clipper: GradClipper, *optimizers: Any) -> Repor
     ::
 
         model, optimizer = fabric.setup(model, optimizer)
-        clipper = distclip.GradClipper(model, distclip.zclip(cap=5.0), on_nonfinite="skip")
+        clipper = distclip.GradClipper(model, distclip.zclip(cap=1.0), on_nonfinite="skip")
         for x, y in loader:
             fabric.backward(loss(model(x), y))
             report = clip_gradients(fabric, clipper, optimizer)

@@ -1,0 +1,92 @@
+"""Notice a warm-up in which the norms explode, and start the rule from the norms before that.
+
+A rule without a cap clips nothing while it has no history. If training diverges in these steps, the rule would take the
+norms of the explosion for the normal level, and would clip nothing ever after. Norms of the whole gradient, or of a
+group, that rise severalfold within a warm-up are such an explosion. Norms of single tensors are not: a tensor behind a
+layer that starts at zero has a gradient that grows from zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..devices import host_reads_free
+from .history import append, quantile, zeros
+from .policy import Rule, State
+from .restart import where_slot
+from .validation import is_count, is_size
+
+__all__ = ["KEYS", "LEAST_WARMUP", "RISE", "init_first_norms", "mask_valid_first_norms", "restart_where_exploded"]
+
+KEYS = ("first_norms", "num_first", "exploded_warmups")
+"""Keys of the state.
+
+`first_norms` (slots, warmup) has the norms of the warm-up before clipping. `num_first` (slots,) is their number, and
+`exploded_warmups` (slots,) is 1 once the rule has started from the norms before an explosion.
+"""
+
+LEAST_WARMUP = 8
+"""Fewest norms of a warm-up with which an explosion is looked for."""
+
+RISE = 4.0
+"""Least rise of the norms that is an explosion, as a factor.
+
+It is that from the median of the first quarter of the warm-up to the median of the second half. The scatter of single
+norms hardly reaches it, nor does a learning rate that grows from 0.
+"""
+
+
+def init_first_norms(slots: int, warmup: int, device: torch.device) -> State:
+    """Return the state before the first step.
+
+    Args:
+        slots: number of slots.
+        warmup: number of norms in the warm-up, ≥ `LEAST_WARMUP`.
+        device: of the norms.
+    """
+    count = torch.zeros(slots, dtype=torch.int64, device=device)
+    return {"first_norms": zeros(slots, warmup, device=device), "num_first": count, "exploded_warmups": count.clone()}
+
+
+def restart_where_exploded(rule: Rule, norms: Tensor, rule_state: State, state: State) -> State:
+    """Record a norm of the warm-up, and restart the rule if the norms exploded in it.
+
+    Args:
+        rule: with `unbounded_steps` > 0.
+        norms: (slots,), before clipping.
+        rule_state: of the rule, after this step.
+        state: the warm-up's state before this step (`KEYS`).
+
+    Returns:
+        Both states after this step, in one dict.
+
+    Host syncs: none.
+    """
+    history, count = state["first_norms"], state["num_first"]
+    warmup = history.shape[1]
+    if host_reads_free(norms.device) and bool((count >= warmup).all()):
+        return rule_state | {key: state[key] for key in KEYS}
+    in_warmup = count < warmup
+    history = where_slot(in_warmup, append(history, count, norms), history)
+    early = history[:, : warmup // 4]
+    late = history[:, warmup // 2 :]
+    rise = _median(late) / _median(early)
+    exploded = in_warmup & (count + 1 == warmup) & (rise > RISE)
+    restarted = rule.restart(early, rule_state)
+    return {
+        **{key: where_slot(exploded, restarted[key], value) for key, value in rule_state.items()},
+        "first_norms": history,
+        "num_first": count + in_warmup,
+        "exploded_warmups": state["exploded_warmups"] + exploded,
+    }
+
+
+def mask_valid_first_norms(state: State) -> dict[str, Tensor]:
+    """Return masks of the values that a loaded state may have, see `Rule.mask_valid`."""
+    return {key: is_size(value) if key == "first_norms" else is_count(value) for key, value in state.items()}
+
+
+def _median(history: Tensor) -> Tensor:
+    """Return the median of each slot, (slots,), of a full history."""
+    return quantile(history, torch.full_like(history[:, 0], history.shape[1], dtype=torch.int64), 0.5)
