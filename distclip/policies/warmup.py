@@ -69,11 +69,11 @@ def restart_where_exploded(rule: Rule, norms: Tensor, rule_state: State, state: 
         return rule_state | {key: state[key] for key in KEYS}
     in_warmup = count < warmup
     history = where_slot(in_warmup, append(history, count, norms), history)
-    early = history[:, : warmup // 4]
-    late = history[:, warmup // 2 :]
-    rise = _median(late) / _median(early)
-    exploded = in_warmup & (count + 1 == warmup) & (rise > RISE)
-    restarted = rule.restart(early, rule_state)
+    early, late = history[:, : warmup // 4], history[:, warmup // 2 :]
+    level = _median(early)
+    exploded = in_warmup & (count + 1 == warmup) & (_median(late) > RISE * level)
+    # The explosion can begin in the first quarter. Its norms must not widen the scatter from which the rule starts.
+    restarted = rule.restart(torch.minimum(early, 2 * level.unsqueeze(1)), rule_state)
     return {
         **{key: where_slot(exploded, restarted[key], value) for key, value in rule_state.items()},
         "first_norms": history,
