@@ -53,6 +53,7 @@ from .replicas import rules as replica_rules
 from .replicas.guard import ReplicaGuard
 from .replicas.incidents import ReplicaLog
 from .replicas.rules import Replicas
+from .replicas.unlinked import compare_tensors, is_unlinked
 from .sharding.ddp import ddp_modules, is_joining
 from .sharding.exchange import exchange_layouts, inventory_of, knows_holders, set_holders
 from .sharding.parameters import Parameters, is_frozen
@@ -110,6 +111,8 @@ class Engine:
         self._last_coefs: Tensor | None = None
         self._scaler_round: _ScalerRound | None = None
         self._ddp_modules: list[weakref.ref[Any]] = []
+        # Whether ranks that no communicator connects may still tell this one that their tensors differ.
+        self._compares_tensors = False
         self.token = ""
 
     @classmethod
@@ -147,6 +150,7 @@ class Engine:
         table = ShardTable.empty(axes)
         with errors:
             table = parameter_table(parameters, axes)
+        is_derived = comm is None
         comm = resolve_comm(table.groups, table.axes, comm, errors, table.num_reached)
         table.world_size = comm.size
 
@@ -188,6 +192,8 @@ class Engine:
         if isinstance(parameters, nn.Module) and table.is_complete:
             engine._ddp_modules = ddp_modules(parameters)
         engine.token = gathered[0][-1]
+        if is_derived and replicas != "off" and comm.size == 1 and is_unlinked(table):
+            engine._compares_tensors = not compare_tensors("GradClipper", table, may_call_alone=False)
         return engine
 
     @cached_property
@@ -515,6 +521,8 @@ class Engine:
             self.table, spec, self.step_comm, errors, call, self.guard, self.num_measured_slots, self.counter.steps
         )
         self.coverage.record_call(len(shards))
+        if self._compares_tensors:
+            self._compares_tensors = not compare_tensors("GradClipper", self.table, may_call_alone=False)
         if loss_scale is not None:
             totals = replace(totals, loss_scale=loss_scale)
         return shards, partials, totals, totals if self.tensor_norms is None else self.tensor_norms.for_policy(totals)

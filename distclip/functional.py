@@ -31,6 +31,7 @@ from .policies.value import value
 from .replicas.guard import ReplicaGuard
 from .replicas.incidents import ReplicaLog
 from .replicas.rules import RULES as REPLICA_RULES
+from .replicas.unlinked import compare_ddp_gradients, compare_tensors, is_unlinked
 from .sharding.cache import cached_table
 from .sharding.parameters import Parameters
 from .sharding.replicas import assumed_groups
@@ -95,8 +96,10 @@ def clip_grad_norm_(
     Collectives: one all-reduce of a few float64 numbers over all ranks concerned, for any number of meshes, and another
     one for p = ±inf. None if nothing is sharded (one process, DDP). More only if a gradient is partial, see
     `distclip.norms.partial_grads`. The first call with new meshes exchanges their ranks through the store of
-    torch.distributed, and creates a process group.
-    Host syncs: none on CUDA, except one with `error_if_nonfinite`, `split_over`, `comm` or tensor-parallel replicas.
+    torch.distributed, and creates a process group. Ranks without any compare their tensors,
+    or under DDP their gradients, through the store in the first call, without waiting.
+    Host syncs: none on CUDA, except one with `error_if_nonfinite`, `split_over`, `comm` or tensor-parallel replicas,
+    and one in the first call under DDP.
 
     Source: Pascanu, Mikolov, Bengio 2013, algorithm 1. The signature and the 1e-6 are those of
     torch.nn.utils.clip_grad_norm_.
@@ -250,7 +253,7 @@ def _measure(
     with errors:
         table = make_table(tensors, axes)
     # A rank without a table takes part in the collectives all the same.
-    table = table or ShardTable.empty(axes)
+    table, is_derived = table or ShardTable.empty(axes), comm is None
     # Under DDP a rank can measure alone, as torch's functions do. So a rank may also call when the others do not: for
     # its log, or because it has inputs left (`DDP.join`).
     groups = () if table.is_complete else table.groups
@@ -271,6 +274,12 @@ def _measure(
     if totals.replicas_differ.host:
         guard.resolve(counter.count, shards, comm)
         counter.rounded_replicas = guard.rounded
+    if is_derived and comm.size == 1 and not table.metadata.was_compared:
+        # No communicator connects this rank, and later calls need not look for others either.
+        if table.is_complete:
+            table.metadata.was_compared = compare_ddp_gradients(function, table, shards)
+        elif is_unlinked(table):
+            table.metadata.was_compared = compare_tensors(function, table)
     if not shards:
         warn_if_nothing_trains(tensors, table)
     return table, shards, totals

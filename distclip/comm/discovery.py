@@ -10,6 +10,7 @@ contradiction between ranks, raises on all of them instead of hanging some.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -48,6 +49,7 @@ __all__ = [
     "job_size",
     "job_store",
     "memory_of",
+    "posting_store",
     "resolve_comm",
     "uncovered_ranks",
     "widened",
@@ -239,8 +241,21 @@ def job_store(comm: Comm) -> Store | None:
     return PrefixStore("distclip", _store())
 
 
+def posting_store() -> Store | None:
+    """Return a store for messages that no rank waits for, or None if this process is the only one.
+
+    It holds no message of an earlier initialization of torch.distributed.
+    """
+    if not _is_initialized() or dist.get_world_size() == 1 or is_dry_run():
+        return None
+    # A program that initializes again may get the same store. All ranks have counted the same number of sessions.
+    return PrefixStore(f"distclip/postings/{_session().number}/{_num_forgotten}", _store())
+
+
 def forget_all() -> None:
     """Drop all cached communicators, so that the next call runs a rendezvous. For tests."""
+    global _num_forgotten
+    _num_forgotten += 1
     for session in _sessions:
         # The process groups stay: each costs several threads, until torch.distributed is destroyed.
         for cache in (session.comms, session.wider, session.mixed, session.memory, session.counters):
@@ -254,7 +269,7 @@ class _Session:
     """State that lives as long as one initialization of torch.distributed."""
 
     def __init__(self, world: dist.ProcessGroup) -> None:
-        self.world = weakref.ref(world)
+        self.world, self.number = weakref.ref(world), next(_numbers)
         self.comms: dict[_Key, ProcessGroupComm] = {}
         # By the ranks of a narrower communicator, and the meshes that it does not cover.
         self.wider: dict[tuple[Ranks, frozenset[Ranks]], ProcessGroupComm] = {}
@@ -267,6 +282,8 @@ class _Session:
 
 
 _sessions: list[_Session] = []  # At most one.
+_numbers = itertools.count()
+_num_forgotten = 0
 
 
 def _session() -> _Session:

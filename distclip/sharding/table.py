@@ -351,6 +351,8 @@ class TableMetadata:
         self._training: tuple[int, ...] | None = None
         self._weights: TableMetadata | None = None
         self._assumed: Mapping[tuple[bool, ...], tuple[ReplicaGroup, ...]] = {}
+        # Whether a rank that measures alone has compared itself with others, see `replicas.unlinked`.
+        self.was_compared = False
 
     @cached_property
     def groups(self) -> frozenset[Ranks]:
