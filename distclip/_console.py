@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.text import Text
 
-__all__ = ["WIDTH", "Screen"]
+from .errors import printable
+
+__all__ = ["WIDTH", "Screen", "cell"]
 
 WIDTH = 120
 """Number of columns on a pipe, which has no width."""
+
+
+def cell(text: object, style: str = "") -> Text:
+    """Return text for a table or a line, in which neither markup nor an escape sequence has an effect.
+
+    >>> cell("[red]:smile:\\x1b[2J").plain
+    '[red]:smile:�[2J'
+    """
+    return Text(printable(text), style)
 
 
 class Screen:
@@ -17,8 +29,8 @@ class Screen:
         console: of rich. None for the standard output of the process. A console that is not a terminal is set to a
             width of 120.
 
-    >>> Screen(Console(width=5)).line("[markup] is text")
-    [markup] is text
+    >>> Screen(Console(width=5)).line("[markup] is text :smile:")
+    [markup] is text :smile:
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -27,5 +39,5 @@ class Screen:
             self.console.width = WIDTH
 
     def line(self, text: str = "", style: str = "") -> None:
-        """Print a line that can be copied: it is never wrapped, and markup is plain text."""
-        self.console.print(text, style=style, soft_wrap=True, highlight=False, markup=False)
+        """Print a line that can be copied: it is never wrapped, and markup and escape sequences are plain text."""
+        self.console.print(cell(text, style), soft_wrap=True, highlight=False)

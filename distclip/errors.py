@@ -46,9 +46,19 @@ __all__ = [
     "TooManySkippedSteps",
     "UnclippedStepWarning",
     "from_wire",
+    "printable",
     "to_wire",
     "warn_user",
 ]
+
+
+def printable(text: object) -> str:
+    """Replace control characters and lone surrogates, which a terminal or a file would interpret.
+
+    >>> printable("a\\x1b[31mb\\ud800")
+    'a�[31mb�'
+    """
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
 
 
 class DistclipError(Exception):

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..comm.ranks import Ranks
-from ..errors import LayoutError
+from ..errors import LayoutError, printable
 from .facts import Facts
 from .instances import Instance
 from .problem import Findings, Problem
@@ -275,8 +275,8 @@ def _rich_table(cells: Sequence[Sequence[str]], width: int) -> str:
     # Imported here, because rich is optional.
     from rich import box
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), expand=False)
     for column in _COLUMNS:
@@ -286,7 +286,7 @@ def _rich_table(cells: Sequence[Sequence[str]], width: int) -> str:
             overflow="fold",
         )
     for row in cells:
-        table.add_row(*map(escape, row))
+        table.add_row(*(Text(printable(text)) for text in row))
     console = Console(width=width, no_color=True, force_terminal=False, highlight=False)
     with console.capture() as captured:
         console.print(table)

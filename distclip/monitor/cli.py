@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .._version import __version__
+from ..errors import printable
 
 if TYPE_CHECKING:
     from .analysis.log import Log
@@ -59,7 +60,7 @@ def _run(args: argparse.Namespace) -> int:
             warnings.simplefilter("always", UnreadableLinesWarning)
             logs = read_all(_select_runs(args))
         for warning in caught:
-            print(f"distclip {args.command}: {warning.message}", file=sys.stderr)
+            _fail(args, str(warning.message))
         command(args, logs, Terminal())
     except RunError as error:
         return _fail(args, str(error))
@@ -118,7 +119,7 @@ def _blame(args: argparse.Namespace, logs: list[Log], terminal: Terminal) -> Non
 
 
 def _fail(args: argparse.Namespace, text: str) -> int:
-    print(f"distclip {args.command}: {text}", file=sys.stderr)
+    print(f"distclip {args.command}: {printable(text)}", file=sys.stderr)
     return 1
 
 

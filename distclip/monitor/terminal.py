@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from .._console import WIDTH, Screen
+from .._console import WIDTH, Screen, cell
 from .analysis.blame import Blame
 from .analysis.diagnosis import Finding
 from .analysis.formatting import format_list, format_percent, pluralize
@@ -35,10 +35,10 @@ class Terminal(Screen):
             indent: prefix of the other lines.
         """
         width = min(self.console.width, WIDTH)
-        wrapped = textwrap.fill(
+        for line in textwrap.wrap(
             text, width, initial_indent=first, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-        )
-        self.line(wrapped, style)
+        ):
+            self.line(line, style)
 
     def suggestion(self, log: Log, suggestion: Suggestion) -> None:
         """Print the suggested bound, the effect of each candidate, and the code that applies the bound."""
@@ -100,7 +100,7 @@ def _candidate_table(suggestion: Suggestion) -> Table:
     candidates = suggestion.candidates + (() if suggestion.current is None else (suggestion.current,))
     for candidate in candidates:
         table.add_row(
-            candidate.name,
+            cell(candidate.name),
             "varies" if math.isnan(candidate.bound) else f"{candidate.bound:.3g}",
             format_percent(candidate.clip_rate),
             f"{candidate.mean_coef:.3f}",
@@ -127,7 +127,7 @@ def _suspect_table(blame: Blame) -> Table:
         table.add_column(title, justify="right", no_wrap=True)
     for suspect in blame.suspects[:MAX_SUSPECTS]:
         table.add_row(
-            str(suspect.id),
+            cell(suspect.id),
             f"{suspect.count} of {blame.num_with_ids}",
             f"{suspect.expected:.1f}",
             f"{suspect.chance:.0e}",

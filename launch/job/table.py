@@ -6,6 +6,8 @@ from math import ceil, isfinite, isnan
 from rich.console import Console
 from rich.table import Table
 
+from distclip._console import cell
+
 from .log import Summary
 
 LOSS = "held-out loss"
@@ -28,10 +30,10 @@ def _build_table(summaries: Mapping[str, Summary], names: list[str]) -> Table:
     table = Table(show_header=len(summaries) > 1)
     table.add_column(no_wrap=True)
     for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(cell(name), justify="right", no_wrap=True)
     for title, cells in build_rows(list(summaries.values())):
         by_name = dict(zip(summaries, cells, strict=True))
-        table.add_row(title, *(by_name[name] for name in names), style="bold" if title == LOSS else "")
+        table.add_row(cell(title), *(cell(by_name[name]) for name in names), style="bold" if title == LOSS else "")
     return table
 
 

@@ -4,10 +4,12 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from distclip._console import cell
 from distclip.auditing import Audit
 
 from .log import Row, Summary
@@ -25,7 +27,7 @@ class Terminal:
 
     def title(self, text: str) -> None:
         """Print a title in bold."""
-        self.console.print(text, style="bold", soft_wrap=True, highlight=False)
+        self._line(text, "bold")
 
     def progress_bar(self, enabled: bool) -> Progress:
         """Return a progress bar. It is hidden on a pipe, where every update would be a line."""
@@ -40,10 +42,9 @@ class Terminal:
 
     def step(self, row: Row, num_steps: int, clip_rate: float) -> None:
         """Print one line about a step."""
-        self.console.print(
+        self._line(
             f"step {row['step']:>{len(str(num_steps))}}/{num_steps}  loss {row['loss']:<7.4g} "
-            f"norm {row['norm']:<8.3g} coef {row['coef']:<8.3g} clipped {clip_rate:.1%}",
-            highlight=False,
+            f"norm {row['norm']:<8.3g} coef {row['coef']:<8.3g} clipped {clip_rate:.1%}"
         )
 
     def results(self, summaries: Mapping[str, Summary], note: str) -> None:
@@ -54,21 +55,27 @@ class Terminal:
             if run.incidents:
                 title = f"non-finite gradients{name and f' ({name})'}"
                 culprits = "; ".join(describe_culprits(run, 3)) or "the norm overflowed"
-                self.console.print(f"{title}: {culprits}", soft_wrap=True, highlight=False, markup=False)
+                self._line(f"{title}: {culprits}")
         self.paragraph(note)
         # Paths are printed outside of the table and never wrapped, so that they can be copied.
         directory = os.path.commonpath([run.directory for run in summaries.values()])
         command = Path(sys.executable).with_name("distclip")
         if command.is_relative_to(Path.cwd()):
             command = command.relative_to(Path.cwd())
-        self.console.print(f"run directory: {directory}", soft_wrap=True, highlight=False)
-        self.console.print(f"plot its norms: {command} report {directory}", soft_wrap=True, highlight=False)
+        self._line(f"run directory: {directory}")
+        self._line(f"plot its norms: {command} report {quote(directory)}")
 
     def audit(self, report: Audit) -> None:
         """Print how the model is spread over the ranks."""
-        self.console.print(report.to_text(self.console.width), soft_wrap=True, highlight=False, markup=False)
+        for line in report.to_text(self.console.width).splitlines():
+            self._line(line)
 
     def paragraph(self, text: str) -> None:
         """Print a paragraph. It is wrapped on a terminal only."""
         if text:
-            self.console.print(text.strip(), soft_wrap=not self.console.is_terminal, highlight=False, markup=False)
+            for line in text.strip().splitlines():
+                self.console.print(cell(line), soft_wrap=not self.console.is_terminal, highlight=False)
+
+    def _line(self, text: str, style: str = "") -> None:
+        """Print a line that is never wrapped. Names in it, of runs and parameters, are plain text."""
+        self.console.print(cell(text, style), soft_wrap=True, highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import pytest
 from rich.console import Console
 
 import distclip
+from distclip.errors import printable
 from distclip.monitor import cli, dashboard
 from distclip.monitor.analysis.blame import blame
 from distclip.monitor.analysis.log import Log, read
@@ -235,3 +237,53 @@ def test_narrow_terminal(runs: Path) -> None:
     lines = output.getvalue().splitlines()
     assert sum(len(line) > 50 for line in lines) == 2, "the name and the command"
     assert lines[-1].strip() == blame(log).replay
+
+
+NAMES = {
+    "closing tag": "[/INST]",
+    "markup": "shard[a-z]3 [bold]x[/bold]",
+    "broken markup": "[link=file:///[/] [[ \\[",
+    "emoji code": "a:smile:b",
+    "link": "\x1b]8;;http://x\x07click\x1b]8;;\x07",
+    "escape sequence": "\x1b[2J\x1b[31mred",
+    "8-bit escape sequence": "\x9b31mred",
+    "carriage return": "good\rbad\b\x07",
+    "lines": "one\ntwo\u2028three\x85",
+    "direction": "\u202eabc\u2066",
+    "surrogate": "x\ud800y",
+    "mathematics": "$\\frac{1$",
+    "format": "{0} %s %(x)d",
+    "page": "</script><img src=x onerror=alert(1)>",
+}
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+def test_names_in_a_log_are_plain_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(dashboard, "write_page", lambda logs, path, assessments: None)
+    lines = make_bad_data_lines(epochs=8, samples=160, bad=17)
+    for line in lines:
+        if "ids" in line:
+            line["ids"] = [name if sample == 17 else f"{name}{sample}" for sample in line["ids"]]
+        if "worst" in line:
+            line["worst"]["tensor"] = name
+        line[name] = line["norm"]
+        line["tensor_norms"] = [1e-3, line["norm"], 1e-3]
+    lines[-1] |= {"finite": False, "norm": float("nan"), "culprits": [{"name": name, "nans": 1, "infs": 0}]}
+    header = {**HEADER, "policy": name, "precision": name, name: name, "tensors": ["a", name, "b"]}
+    folder = "".join(c for c in name if c not in "/\ud800")
+    runs = [write_run(tmp_path / folder, header, lines), write_run(tmp_path / "other", header, lines)]
+    (runs[0] / "summary.json").write_text(f'{{"held_out": {name!a}}}' if "\\" not in ascii(name) else "{}")
+    foreign = runs[1] / "foreign.jsonl"
+    foreign.write_text(json.dumps({name: 1}) + "\n")
+    shown = " ".join(printable(name).split())
+    for command in ("suggest", "blame", "diagnose", "report"):
+        for run in (str(runs[0]), str(foreign)):
+            main((command, run))
+            out, err = capsys.readouterr()
+            assert all(c.isprintable() or c == "\n" for c in out + err)
+        if command == "blame":
+            assert shown in " ".join(run_command(capsys, command, str(runs[1])).split())
+    main(("report", *map(str, runs)))
+    assert all(c.isprintable() or c == "\n" for c in capsys.readouterr().out)

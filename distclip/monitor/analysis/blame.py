@@ -6,10 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from shlex import quote
 
 import numpy as np
 
-from .formatting import format_list, pluralize
+from .formatting import format_list, pluralize, printable
 from .log import Log
 from .spikes import SPIKE_FACTOR, Spike, find_spikes
 
@@ -89,7 +90,7 @@ def blame(log: Log) -> Blame:
         ranks=tuple(Counter(spike.rank for spike in spikes if spike.rank is not None).most_common()),
         tensors=tuple(Counter(spike.tensor for spike in spikes if spike.tensor is not None).most_common()),
         worst=worst,
-        replay=None if worst is None else f"launch/train.py resume={log.path.parent} replay={worst.step}",
+        replay=None if worst is None else f"launch/train.py {quote(f'resume={log.path.parent}')} replay={worst.step}",
         text=_describe(log, spikes, len(batches), suspects, ranking, num_samples),
     )
 
@@ -162,8 +163,8 @@ def _describe(
     if not suspects:
         most = ranking[0]
         return (
-            f"{prefix}, and no sample is in more of them than chance explains: the most frequent one, {most.id}, is in "
-            f"{most.count}, which is not unusual among {num_samples:,} samples."
+            f"{prefix}, and no sample is in more of them than chance explains: the most frequent one, "
+            f"{printable(most.id)}, is in {most.count}, which is not unusual among {num_samples:,} samples."
         )
     first = suspects[0]
     ties = [suspect for suspect in suspects if suspect.count == first.count]
@@ -171,6 +172,6 @@ def _describe(
         subject = f"samples {format_list([suspect.id for suspect in ties], 8)} are each in {first.count}"
         limit = " They always occur together, so the log cannot tell which of them is the cause."
     else:
-        subject, limit = f"sample {first.id} is in {first.count}", ""
+        subject, limit = f"sample {printable(first.id)} is in {first.count}", ""
     chance = f"{first.expected:.1f} are expected by chance (p = {first.chance:.0e})"
     return f"{prefix}: {subject} of them, where {chance}.{limit}"

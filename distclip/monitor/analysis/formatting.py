@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from ...errors import printable
 from .statistics import Numbers
 
 __all__ = [
@@ -95,15 +96,6 @@ def pluralize(count: int, noun: str) -> str:
     ('1 step', '1,500 spikes')
     """
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def printable(text: object) -> str:
-    """Replace control characters and lone surrogates, which a terminal or a file would interpret.
-
-    >>> printable("a\\x1b[31mb\\ud800")
-    'a�[31mb�'
-    """
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
 
 
 def shorten(text: str, width: int) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ....errors import printable
 from ..errors import RunError
 from ..spikes import Culprit, Spike, parse_culprits, parse_spike
 from .columns import Columns, Line, TensorNorms
@@ -174,7 +175,7 @@ class LogParser:
         if self.invalid:
             raise RunError(f'{path} has norms, but no "step" in it is an integer. {example}')
         if self.other_keys:
-            keys = ", ".join(list(self.other_keys)[:8])
+            keys = ", ".join(map(printable, list(self.other_keys)[:8]))
             raise RunError(f'{path} has no line with a "step" and a "norm", only {keys}. {example}')
         if self._header is not None:
             every = self._header.get("every")
