@@ -39,5 +39,5 @@ class Screen:
             self.console.width = WIDTH
 
     def line(self, text: str = "", style: str = "") -> None:
-        """Print a line that can be copied: it is never wrapped, and markup and escape sequences are plain text."""
+        """Print a line that is never wrapped, in which markup and escape sequences are plain text."""
         self.console.print(cell(text, style), soft_wrap=True, highlight=False)

@@ -7,35 +7,55 @@ from tempfile import TemporaryDirectory
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from distclip.errors import printable
 from job import loop, replay
 from job.config import headline, run_configs
+from job.elastic import find_job_directory, join_attempt
 from job.log import RunLog
 from job.processes import RANK, WORLD_SIZE, abort_mpi_job, leave
 from job.run import build_run
 from job.terminal import Terminal
+
+ATTEMPT = join_attempt()
+JOB_DIRECTORY = find_job_directory(ATTEMPT, sys.argv)
+
+
+def folder(name: str) -> str:
+    """Return the name of a run's folder in the directory of the job."""
+    return name.replace(" ", "_")
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(cfg: DictConfig) -> None:
     """Train the runs of one job one after the other, and print their results."""
     # All runs are validated before the ranks communicate.
-    runs = {name: build_run(run_cfg) for name, run_cfg in run_configs(cfg).items()}
-    directory = Path(HydraConfig.get().runtime.output_dir)
-    if directory.is_relative_to(Path.cwd()):
-        directory = directory.relative_to(Path.cwd())
+    hydra_cfg = HydraConfig.get()
+    is_multirun = hydra_cfg.mode == RunMode.MULTIRUN
+    shared = JOB_DIRECTORY / str(hydra_cfg.job.num) if JOB_DIRECTORY and is_multirun else JOB_DIRECTORY
+    runs = {}
+    for name, run_cfg in run_configs(cfg).items():
+        run_directory = shared / folder(name) if shared else None
+        is_restart = ATTEMPT is not None and str(run_directory) in ATTEMPT.started
+        runs[name] = build_run(run_cfg, run_directory, is_restart=is_restart)
+    output = Path(hydra_cfg.runtime.output_dir)
+    directory = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
     terminal = Terminal(RANK)
     terminal.title(f"{headline()}, {WORLD_SIZE} rank(s)")
     for run in runs.values():
         if run.parallelism.mesh:
-            run.backend.join(run.device)
+            run.backend.join(run.device, None if ATTEMPT is None else ATTEMPT.store)
     summaries = {}
     try:
         for name, run in runs.items():
             if name:
                 terminal.title(name)
-            summary = loop.train(run, RunLog(directory / name.replace(" ", "_"), run.cfg), terminal)
+            log = RunLog(directory / folder(name), run.cfg)
+            if ATTEMPT is not None and RANK == 0:
+                ATTEMPT.record(output.parent if is_multirun else output, output / folder(name))
+            summary = loop.train(run, log, terminal)
             if summary is not None:
                 summaries[name] = summary
     except Exception:
@@ -58,8 +78,15 @@ if __name__ == "__main__":
             if RANK != 0:
                 sys.argv += [f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}"]
                 sys.argv += ["hydra/hydra_logging=none"]
+            elif ATTEMPT is not None and ATTEMPT.directory is not None:
+                # Hydra's default has the time. Quotes allow any character in the path.
+                quoted = str(ATTEMPT.directory).replace("'", "\\'")
+                sys.argv += [f"hydra.run.dir='{quoted}'", f"hydra.sweep.dir='{quoted}'"]
             main()
             leave()
     except SystemExit as reason:
+        if isinstance(reason.code, str):
+            # It may name what is in the files of another run.
+            reason.code = "\n".join(map(printable, reason.code.splitlines()))
         abort_mpi_job(reason)
         raise

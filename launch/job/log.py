@@ -56,7 +56,9 @@ class RunLog:
         self.directory = directory
         if RANK == 0:
             directory.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(cfg, directory / "config.yaml", resolve=True)
+            # A job that is killed here leaves the whole old file.
+            OmegaConf.save(cfg, directory / "config.yaml.unfinished", resolve=True)
+            (directory / "config.yaml.unfinished").replace(directory / "config.yaml")
 
     def add(self, numbers: dict[str, float], step: int) -> None:
         """Collect a recorded step. This is a sink of the recorder."""

@@ -3,7 +3,6 @@
 import time
 import warnings
 from itertools import islice
-from pathlib import Path
 
 import torch
 from hydra.utils import instantiate
@@ -49,9 +48,13 @@ def train(run: Run, log: RunLog, terminal: Terminal) -> Summary | None:
         return None
     corrupt = run.inject.select(optimizer.gradients()) if run.inject else None
     state = optimizer.training_state(ranks, len(example))
-    if cfg.resume is not None:
-        state.load(checkpoint.find_newest(Path(cfg.resume), cfg.replay)[1])
+    first_step = 1
+    if run.source is not None:
+        first_step = 1 + run.source.load(state)
+        terminal.paragraph(f"continues {run.source.run} after step {first_step - 1}")
     run.probe.start(model.module)
+    if RANK == 0:
+        checkpoint.remove_leftovers(log.directory)
     directory = gather(log.directory.resolve())[0]
     recorder = Recorder(
         clipper,
@@ -72,9 +75,9 @@ def train(run: Run, log: RunLog, terminal: Terminal) -> Summary | None:
         # All ranks would print the same warnings.
         for category in (ExplodedWarmupWarning, FrequentClippingWarning, NonFiniteWarning):
             warnings.simplefilter("default" if RANK == 0 else "ignore", category)
-        task = bar.add_task("", total=cfg.steps, completed=run.first_step - 1)
-        batches = islice(data.train(cfg.seed), run.first_step - 1, cfg.steps)
-        for step, batch in enumerate(batches, run.first_step):
+        task = bar.add_task("", total=cfg.steps, completed=first_step - 1)
+        batches = islice(data.train(cfg.seed), first_step - 1, cfg.steps)
+        for step, batch in enumerate(batches, first_step):
             if batch.starts_pass:
                 reset_states(model.module)
             optimizer.zero_grad()

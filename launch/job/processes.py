@@ -4,12 +4,14 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from functools import cache
 from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Store
 
 from distclip import Comm, DistclipError, LocalComm, ProcessGroupComm
 from distclip.comm.mpi import MPIComm, abort, mpi_size
@@ -40,16 +42,30 @@ class Backend(Protocol):
     mpi_only: bool
     """True if the job runs without torch.distributed."""
 
-    def join(self, device: torch.device) -> None:
-        """Connect this process with the other ranks. Later calls do nothing."""
+    def join(self, device: torch.device, store: Store | None) -> None:
+        """Connect this process with the other ranks. Later calls do nothing.
+
+        Args:
+            device: of this rank.
+            store: of this attempt of an elastic job. None to find one in the environment.
+        """
 
 
 class TorchDistributed:
-    """torch.distributed, started by torchrun or by mpirun: gloo, and NCCL between GPUs."""
+    """torch.distributed, started by torchrun or by mpirun: gloo, and NCCL between GPUs.
+
+    Args:
+        timeout: seconds after which a rank that waits for another one raises.
+    """
 
     mpi_only = False
 
-    def join(self, device: torch.device) -> None:
+    def __init__(self, timeout: float = 1800.0) -> None:
+        if not timeout > 0:
+            raise SystemExit(f"comm.timeout={timeout}: not a time. Use a number of seconds above 0")
+        self._timeout = timedelta(seconds=timeout)
+
+    def join(self, device: torch.device, store: Store | None) -> None:
         """Start the default process group, which all runs of a Hydra multirun share."""
         # A second group would read the first one's addresses in the launcher's store, and hang.
         if dist.is_initialized():
@@ -61,9 +77,12 @@ class TorchDistributed:
             mpi_world()
             from distclip.integrations.mpi import init_process_group
 
-            init_process_group(backend)
+            init_process_group(backend, timeout=self._timeout)
+        elif store is not None:
+            store.set_timeout(self._timeout)
+            dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=self._timeout)
         elif "RANK" in os.environ:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=self._timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
@@ -73,7 +92,7 @@ class MPI:
 
     mpi_only = True
 
-    def join(self, device: torch.device) -> None:
+    def join(self, device: torch.device, store: Store | None) -> None:
         """Start MPI."""
         if device.type == "cuda":
             torch.cuda.set_device(device)

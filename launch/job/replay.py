@@ -14,8 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from distclip.monitor.analysis.errors import RunError
 from distclip.monitor.analysis.log import read
 
-from .checkpoint import find_newest
+from .checkpoint import list_checkpoints
 from .data import Data
+from .untrusted import read_config
 
 # Relative. Other layouts sum in another order. The bits are equal in an equal layout.
 TOLERANCE = 1e-3
@@ -29,10 +30,9 @@ def replay_config(cfg: DictConfig) -> DictConfig:
     if cfg.resume is None:
         raise SystemExit(f"replay={step}: needs a run. Use resume=RUN, a run directory with checkpoints")
     run = Path(cfg.resume)
-    find_newest(run, before=step)
+    list_checkpoints(run, before=step)
     read_step(run, step)
-    run_cfg = OmegaConf.load(run / "config.yaml")
-    assert isinstance(run_cfg, DictConfig)
+    run_cfg = read_config(run, cfg)
     # Above all, the gradient must not be corrupted again.
     run_cfg.update({"inject": None, "compare": {}, "note": "", "probe": None, "log": cfg.log})
     run_cfg.checkpoint.every = 0

@@ -4,6 +4,7 @@ Every rank validates the same config, so that all ranks exit with the same error
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from hydra.errors import InstantiationException
@@ -13,7 +14,7 @@ from torch import nn
 
 from distclip import ArgumentError, GradClipper, LocalComm, Policy
 
-from .checkpoint import check_policy, first_step
+from .checkpoint import Source, check_policy, find_source, first_step
 from .data import Data
 from .devices import choose_device
 from .inject import Inject
@@ -35,17 +36,25 @@ class Run:
     device: torch.device
     inject: Inject | None
     probe: Probe
+    source: Source | None
+    """Run to continue."""
     first_step: int
 
 
-def build_run(cfg: DictConfig) -> Run:
-    """Build a run, or exit with the setting that is wrong."""
+def build_run(cfg: DictConfig, directory: Path | None = None, *, is_restart: bool = False) -> Run:
+    """Build a run, or exit with the setting that is wrong.
+
+    Args:
+        directory: of the run, if all ranks know it.
+        is_restart: an earlier attempt of this job has started the run.
+    """
     for key in ("steps", "batch", "log.every"):
         if (value := OmegaConf.select(cfg, key)) < 1:
             raise SystemExit(f"{key}={value}: too small. Use 1 or more")
     if cfg.precision.dtype not in ("float32", "bfloat16", "float16"):
         raise SystemExit(f"precision.dtype={cfg.precision.dtype}: unknown. Use precision=fp32, bf16 or fp16")
-    step = first_step(cfg)
+    source = find_source(cfg, directory, is_restart=is_restart)
+    step = first_step(cfg, source)
     parallelism: Parallelism = instantiate(cfg.parallel)
     backend: Backend = instantiate(cfg.comm)
     _check_ranks(cfg, parallelism, backend)
@@ -60,7 +69,8 @@ def build_run(cfg: DictConfig) -> Run:
         clipper = GradClipper(model, policy, comm=LocalComm(), on_nonfinite=cfg.on_nonfinite, max_skips=cfg.max_skips)
     except (ArgumentError, InstantiationException, TypeError, ValueError) as error:
         raise SystemExit(f"clip or optim: {error.__cause__ or error}") from None
-    check_policy(cfg, model, clipper)
+    if source is not None:
+        check_policy(source.run, cfg, model, clipper)
     inject: Inject | None = instantiate(cfg.get("inject"))
     if inject is not None:
         inject.check(model, range(step, cfg.steps + 1))
@@ -74,7 +84,7 @@ def build_run(cfg: DictConfig) -> Run:
     if dtype != torch.float32 and parallelism.autocast:
         for part in model:
             part.forward = torch.autocast(device.type, dtype)(part.forward)
-    return Run(cfg, data, model, policy, parallelism, backend, device, inject, probe, step)
+    return Run(cfg, data, model, policy, parallelism, backend, device, inject, probe, source, step)
 
 
 def _check_ranks(cfg: DictConfig, parallelism: Parallelism, backend: Backend) -> None:

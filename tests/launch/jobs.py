@@ -23,6 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.launch.kills import install_from_environment
+
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "launch" / "train.py"
 FILES = {"config.yaml", "metrics.jsonl", "summary.json"}
@@ -69,8 +71,23 @@ def torchrun(cwd: Path, num_ranks: int, *overrides: str) -> Done:
 
 def train(cwd: Path, num_ranks: int, *overrides: str) -> Done:
     """Train on forked ranks, with the variables that torchrun sets."""
-    # Ranks connect to a store in this process, as they connect to torchrun's. The system picks the port.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return train_again(cwd, agent_store(), num_ranks, *overrides)
+
+
+def agent_store() -> dist.TCPStore:
+    """Return a store in this process. Ranks connect to it, as they connect to torchrun's."""
+    # The system picks the port.
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def train_again(cwd: Path, store: dist.TCPStore, num_ranks: int, *overrides: str, **variables: str) -> Done:
+    """Train in another attempt of an elastic job.
+
+    Args:
+        cwd, num_ranks, overrides: see `train`.
+        store: of all attempts.
+        variables: of the ranks' environment.
+    """
     shared = {
         "WORLD_SIZE": str(num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks),
@@ -78,6 +95,7 @@ def train(cwd: Path, num_ranks: int, *overrides: str) -> Done:
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
+        **variables,
     }
     ranks = [environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(num_ranks)]
     return run_ranks(cwd, ranks, overrides)
@@ -126,6 +144,7 @@ def _run_rank(cwd: str, env: dict[str, str], overrides: list[str], out: str, err
     os.chdir(cwd)
     sys.path.insert(0, str(TRAIN.parent))
     sys.argv = [str(TRAIN), *overrides]
+    install_from_environment()
     runpy.run_path(str(TRAIN), run_name="__main__")
 
 

@@ -67,7 +67,7 @@ def resume(run: Path, saved: str, policy: Policy, **changes: object) -> None:
     """Check a policy for a run that was trained with the policy `saved`."""
     OmegaConf.save({"clip": SAVED[saved]}, run / "config.yaml")
     cfg: DictConfig = OmegaConf.create({"resume": str(run), "clip": SAVED[saved] | changes})
-    check_policy(cfg, MODEL, GradClipper(MODEL, policy, comm=LocalComm()))
+    check_policy(run, cfg, MODEL, GradClipper(MODEL, policy, comm=LocalComm()))
 
 
 def test_resume_accepts_other_numbers(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from tests.repo.source import ROOT, cycles, files, imports, module_imports, relative
 
 ROWS = [
-    ["_version", "_console", "errors", "devices", "reference", "conf"],
-    ["comm"],
+    ["_version", "errors", "devices", "reference", "conf"],
+    ["comm", "_console"],
     ["sharding"],
     ["norms"],
     ["policies"],
@@ -24,7 +24,7 @@ ROWS = [
 """Folders and top-level modules of distclip, from the bottom of the import graph to its top."""
 
 LAUNCH_STAGES = [
-    ["job.processes", "comparison.layouts"],
+    ["job.processes", "job.elastic", "job.untrusted", "comparison.layouts"],
     ["job.devices", "job.data", "comparison.measurement"],
     ["job.models", "job.mesh", "comparison.table"],
     ["job.inject", "job.checkpoint", "job.probes"],

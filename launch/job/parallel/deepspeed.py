@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 import distclip
 from distclip import GradClipper, Report
 from distclip.auditing import Audit
+from distclip.comm.consensus import FirstError
 
 from ..checkpoint import TrainingState
 from ..data import Criterion
@@ -24,6 +25,7 @@ from ..inject import ShardKey
 from ..mesh import Ranks
 from ..models.recurrent import recurrences
 from ..processes import RANK, WORLD_SIZE, gather
+from ..untrusted import load_weights, weights_only, write_sizes
 from .base import ClippedOptimizer, ParallelModel, StepConfig
 
 _RANK_FILE = f"rank_{RANK}_of_{WORLD_SIZE}.pt"
@@ -129,6 +131,8 @@ class DeepSpeedState:
         torch.save({"clipper": self.clipper.state_dict(), "carried": carried}, path / _RANK_FILE)
         # Rank 0 renames the checkpoint after this, so every rank must have written its file.
         gather(None)
+        if RANK == 0:
+            write_sizes(path)
 
     def load(self, path: Path) -> None:
         if not (path / _RANK_FILE).exists():
@@ -136,11 +140,29 @@ class DeepSpeedState:
                 f"resume={path}: DeepSpeed's checkpoints fit the number of ranks that saved them, not {WORLD_SIZE}. "
                 "Start as many ranks as that run had"
             )
-        self.engine.load_checkpoint(str(path), tag="engine")
-        state = torch.load(path / _RANK_FILE)
+        # DeepSpeed may raise on one rank and wait on another one, so the ranks share the files and check them before.
+        errors = FirstError()
+        with weights_only(_state_types()):
+            with errors:
+                for file in sorted(path.glob("**/*.pt"))[RANK::WORLD_SIZE]:
+                    load_weights(file)
+            for error in gather(errors.error):
+                if error is not None:
+                    raise error
+            self.engine.load_checkpoint(str(path), tag="engine")
+        state = load_weights(path / _RANK_FILE)
         self.clipper.load_state_dict(state["clipper"])
         for name, part in recurrences(self.module).items():
             part.state = state["carried"][name]
+
+
+def _state_types() -> list[Any]:
+    """Return the types of DeepSpeed's checkpoints that hold nothing but data."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 def zero(
