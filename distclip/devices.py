@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -23,15 +24,20 @@ __all__ = [
     "accumulation_dtype",
     "as_fact",
     "copy_to_host_async",
+    "current_device",
     "device_constant",
     "has_addresses",
+    "has_fast_float64",
+    "has_float64",
     "host_reads_free",
     "is_capturing",
     "is_fake",
+    "move",
     "odd_numbers",
     "outside_fake_mode",
     "prefers_foreach",
     "rounds_grad_scale",
+    "runs_triton",
 ]
 
 P = ParamSpec("P")
@@ -125,13 +131,82 @@ def as_fact(value: bool | Tensor) -> Fact:
     return NEVER if value is False else ALWAYS if value is True else Fact(value)
 
 
+def has_float64(device: torch.device) -> bool:
+    """Return whether the device computes in float64. Those of Apple do not, nor do some of Intel.
+
+    >>> has_float64(torch.device("cpu")), has_float64(torch.device("mps"))
+    (True, False)
+    """
+    if device.type == "xpu":
+        return _xpu_has_float64(device.index)
+    return device.type != "mps"
+
+
+@functools.cache
+def _xpu_has_float64(index: int | None) -> bool:
+    return bool(torch.xpu.get_device_properties(index).has_fp64)
+
+
+def has_fast_float64(device: torch.device) -> bool:
+    """Return whether float64 is at most four times slower than float32.
+
+    It is 64 times slower on most GPUs.
+
+    >>> has_fast_float64(torch.device("cpu")), has_fast_float64(torch.device("mps"))
+    (True, False)
+    """
+    if device.type == "cuda" and not torch.version.hip:
+        return _capability(device.index) in _FAST_FLOAT64
+    return has_float64(device)
+
+
+_FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
+"""Compute capabilities of P100, V100, A100, H100 and H200, B200. B300 has (10, 3), and no other card is faster."""
+
+
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
 def accumulation_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype of power sums and norms: float64, or float32 on a device without float64.
+
+    Sums are as precise in both cases. Without float64, a sum is a pair of float32 numbers, its rounded value and the
+    rest, until it is complete. A float32 sum of squares overflows for a norm above 1.8e19.
 
     >>> accumulation_dtype(torch.device("cpu"))
     torch.float64
     """
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.float64 if has_float64(device) else torch.float32
+
+
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device, in float32 if it is float64 and the device has none. Host syncs: none.
+
+    >>> move(torch.tensor(0.5, dtype=torch.float64), torch.device("cpu")).dtype
+    torch.float64
+    """
+    if tensor.dtype == torch.float64 and not has_float64(device):
+        tensor = tensor.to(torch.float32)
+    return tensor.to(device)
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Return whether Triton, if it is installed, compiles for this kind of device.
+
+    >>> runs_triton(torch.device("cuda")), runs_triton(torch.device("xpu")), runs_triton(torch.device("mps"))
+    (True, True, False)
+    """
+    return device.type in ("cuda", "xpu")
+
+
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context manager within which kernels start on this device."""
+    if device.type == "cpu":
+        return nullcontext()
+    manager: AbstractContextManager[object] = torch.get_device_module(device).device(device)
+    return manager
 
 
 def host_reads_free(device: torch.device) -> bool:
@@ -145,7 +220,7 @@ def host_reads_free(device: torch.device) -> bool:
 
 def prefers_foreach(device: torch.device) -> bool:
     """Return whether torch's multi-tensor operators are faster than single ones on this device."""
-    return device.type == "cuda"
+    return device.type in ("cuda", "xpu")
 
 
 def rounds_grad_scale(device: torch.device, dtype: torch.dtype) -> bool:

@@ -428,7 +428,7 @@ class Engine:
 
         # 4. The policy decides about norms that all ranks share. No rank communicates.
         device = totals.powers.device
-        state = {key: value.to(device) for key, value in self.state.items()}
+        state = {key: devices.move(value, device) for key, value in self.state.items()}
         verdict, new_state = self.policy.decide(totals, state)
         coefs = verdict.coefs
         if any(self.slots.excluded):

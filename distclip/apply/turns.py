@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..comm import Comm
+from ..devices import accumulation_dtype
 from ..sharding.dtensor import local_of
 from ..sharding.megatron import read_main_grad
 from .grad_scaler import parameters_of
@@ -72,7 +73,8 @@ class Turns:
         """
         optimizers = self.optimizers
         facts = [float(any(map(_is_new, _gradients([one])))) for one in optimizers]
-        counts = torch.tensor(facts, dtype=torch.float64, device=comm.device)
+        device = comm.device or torch.device("cpu")
+        counts = torch.tensor(facts, dtype=accumulation_dtype(device), device=device)
         comm.sum_(counts)
         is_new = [count > 0 for count in counts.tolist()]
         own = self.index(optimizer)

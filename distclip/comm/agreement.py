@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..devices import host_reads_free, odd_numbers
+from ..devices import accumulation_dtype, host_reads_free, odd_numbers
 from ..errors import DisagreementError
 from . import Comm, global_ranks
 from .ranks import Ranks, rank_list
@@ -111,7 +111,8 @@ def checksum_of(tensors: Sequence[Tensor]) -> int | Tensor:
     >>> checksum_of([torch.tensor([1.0], dtype=torch.float64)])
     3218079744
     """
-    flat = [tensor.detach().reshape(-1).to(tensors[0].device, torch.float64) for tensor in tensors]
+    device = tensors[0].device
+    flat = [tensor.detach().reshape(-1).to(device, accumulation_dtype(device)) for tensor in tensors]
     words = (flat[0] if len(flat) == 1 else torch.cat(flat)).view(torch.int32)
     # Odd factors, so that no bit of a word is lost modulo a power of two. int64 overflows to the same value everywhere.
     factors = odd_numbers(len(words), words.device)

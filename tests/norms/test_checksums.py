@@ -21,9 +21,6 @@ triton_launch = pytest.importorskip("distclip.norms.kernels.triton_launch", reas
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# The interpreter of Triton computes with NumPy, which warns of the squares of random bits.
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|underflow) encountered:RuntimeWarning")
-
 Checksums = Callable[[Sequence[Tensor]], Any]
 
 KERNELS: dict[str, tuple[Checksums, str]] = {

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...devices import accumulation_dtype, device_constant
+from ...devices import accumulation_dtype, device_constant, runs_triton
 from ...sharding.shard import Rows
 from . import native, torch_ops
 from .tensor_table import Powers, TensorTable
@@ -158,8 +158,15 @@ def scale_(tensors: Sequence[Tensor], coefs: Tensor | float) -> bool:
 
 
 def gpu_kernels(device: torch.device) -> Any:
-    """Return the module `triton_launch` if the device can run it, None otherwise."""
-    return _import_triton_launch() if device.type == "cuda" else None
+    """Return the module `triton_launch` if the device can run it, None otherwise.
+
+    Raises:
+        ArgumentError: the installed Triton is too old.
+    """
+    if not runs_triton(device) or (kernels := _import_triton_launch()) is None:
+        return None
+    kernels.check_triton()
+    return kernels
 
 
 def fused_power_sums(

@@ -34,7 +34,8 @@ _device_of, _layout_of, _is_nested = attrgetter("device"), attrgetter("layout"),
 
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 
-_DLPACK_DEVICE_TYPES = {"cpu": 1, "cuda": 2}
+# Tensors of AMD's GPUs are "cuda" for torch, but not for DLPack.
+_DLPACK_DEVICE_TYPES = {"cpu": 1, "cuda": 10 if torch.version.hip else 2, "xpu": 14}
 
 KERNEL_DEVICES = frozenset(_DLPACK_DEVICE_TYPES)
 """Device types of which tensors can be described."""
@@ -70,7 +71,7 @@ def describe_tensors(tensors: Sequence[Tensor], device: str) -> TensorTable | No
 
     Args:
         tensors: any number.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda" or "xpu".
 
     Returns:
         None unless all are plain dense tensors. Subclasses are rejected: they may have no storage.

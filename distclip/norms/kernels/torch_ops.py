@@ -2,6 +2,9 @@
 
 Sums are float64, whatever the dtype of the gradient. On a CPU, a large sum of squares is first computed in float32, in
 rows that are short enough to lose nothing, and again in float64 if it overflows or underflows in float32.
+
+On a device with few or no float64 units, elements are divided by a power of two close to the largest one, so that
+nothing can overflow. Groups of them are added up in float32, and the groups in float64, or as pairs of float32 numbers.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ...devices import accumulation_dtype
+from ...devices import accumulation_dtype, has_fast_float64, prefers_foreach
 from ...sharding.shard import Rows
 
 __all__ = [
@@ -40,6 +43,9 @@ a million equal elements loses 1e-4.
 _ROWS = 1 << 11
 """Number of rows at a time: 4 MB."""
 
+_LARGE = 1 << 20
+"""Number of elements for which several operators cost less than slow float64 units."""
+
 _UNDERFLOW = 1.2e-31
 """Least average square for which a float32 sum is exact enough.
 
@@ -60,11 +66,11 @@ def power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     Host syncs: none on an accelerator.
     """
     first = tensors[0]
-    if first.is_cuda and first.dtype.is_floating_point and is_dense(first) and norm_type in (1, 2, math.inf):
-        norms = torch._foreach_norm([t if t.numel() else t.new_zeros(1) for t in tensors], norm_type, torch.float64)
-        sums = torch.stack(norms)
-        return sums.square_() if norm_type == 2 else sums
-    if not (first.is_cpu and first.dtype.is_floating_point and is_dense(first) and norm_type == 2):
+    can_foreach = first.dtype.is_floating_point and is_dense(first) and norm_type in (1, 2, math.inf)
+    if can_foreach and prefers_foreach(first.device) and accumulation_dtype(first.device) == torch.float64:
+        return _foreach_power_sums(tensors, norm_type)
+    in_batches = first.is_cpu and first.dtype.is_floating_point and is_dense(first) and norm_type == 2
+    if not in_batches or accumulation_dtype(first.device) == torch.float32:
         return torch.stack([power_sum(tensor, norm_type) for tensor in tensors])
     # Copying thousands of small tensors together costs less than several operators for each.
     sums = torch.empty(len(tensors), dtype=torch.float64)
@@ -99,6 +105,8 @@ def power_sum(grad: Tensor, norm_type: float) -> Tensor:
     tensor(500., dtype=torch.float64)
     """
     values = _values(grad)
+    if _sums_in_float32(values, norm_type):
+        return _power_in_float32(values, norm_type)
     # float64 has half the throughput on a CPU, so that large sums of squares take the float32 path.
     if norm_type == 2 and values.device.type == "cpu" and values.numel() >= _ROW * 8 and _is_narrow(values.dtype):
         return _square_sum(values)
@@ -225,8 +233,96 @@ def _power(chunk: Tensor, norm_type: float) -> Tensor:
 
 
 def _row_power(piece: Tensor, norm_type: float) -> Tensor:
+    if _sums_in_float32(piece, norm_type):
+        return _row_powers_in_float32(piece, norm_type)
     size = _to_float64(piece).abs()
     return size.amax(1) if math.isinf(norm_type) else size.pow_(norm_type).sum(1)
+
+
+def _foreach_power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+    """Compute Σ|g|^p of each dense tensor on a device that prefers multi-tensor operators."""
+    # One operator for all tensors, except for large ones where float64 is slow: they would wait for it.
+    slow = [i for i, tensor in enumerate(tensors) if tensor.numel() >= _LARGE and _sums_in_float32(tensor, norm_type)]
+    small = [tensor[:0] if i in slow else tensor for i, tensor in enumerate(tensors)] if slow else tensors
+    norms = torch._foreach_norm([t if t.numel() else t.new_zeros(1) for t in small], norm_type, torch.float64)
+    sums = torch.stack(norms)
+    if norm_type == 2:
+        sums.square_()
+    for i in slow:
+        sums[i] = _power_in_float32(tensors[i], norm_type)
+    return sums
+
+
+def _sums_in_float32(values: Tensor, norm_type: float) -> bool:
+    """Return whether to compute Σ|g|^p in float32."""
+    is_slow = not has_fast_float64(values.device) or accumulation_dtype(values.device) == torch.float32
+    return (
+        is_slow
+        and 0 < norm_type < math.inf
+        and values.numel() > 0
+        and (values.dtype == torch.complex64 or _is_narrow(values.dtype))
+    )
+
+
+def _power_in_float32(values: Tensor, norm_type: float) -> Tensor:
+    """Compute Σ|g|^p of a tensor with few float64 operations, or none.
+
+    Two for 32 elements, and none on a device without float64.
+    """
+    return _row_powers_in_float32(flatten(values).view(1, -1), norm_type)[0]
+
+
+def _row_powers_in_float32(matrix: Tensor, norm_type: float) -> Tensor:
+    """Compute Σ|g|^p of each row like `_power_in_float32`. A row has at least one element."""
+    parts = torch.split(matrix, 1 << 24, dim=1)
+    sizes = [part.abs().to(torch.float32) if part.is_complex() else part.to(torch.float32) for part in parts]
+    # Infinity and NaN stay in the quotients.
+    peaks = torch.stack([torch.linalg.vector_norm(size, math.inf, dim=1) for size in sizes]).amax(0)
+    powers_of_two = (peaks.view(torch.int32) & 0x7F800000).view(torch.float32).clamp(2.0**-126, 2.0**126)
+    quotients = (size / powers_of_two.view(-1, 1) for size in sizes)
+    groups = torch.cat([_sum_groups(quotient.abs_().pow_(norm_type)) for quotient in quotients], dim=1)
+    if accumulation_dtype(matrix.device) == torch.float64:
+        return groups.sum(1, dtype=torch.float64) * powers_of_two.to(torch.float64) ** norm_type
+    half = powers_of_two ** (norm_type / 2)
+    return _sum_as_pairs(groups) * half * half
+
+
+def _sum_groups(terms: Tensor) -> Tensor:
+    """Add up groups of 32 numbers of each row.
+
+    In two steps, so that no number takes part in more than ten roundings.
+    """
+    return _fold(_fold(terms, 4).sum(2), 8).sum(2)
+
+
+def _sum_as_pairs(high: Tensor) -> Tensor:
+    """Add up float32 numbers ≥ 0 of each row as pairs of float32 numbers, and round the sums.
+
+    Added to a large number and subtracted from it again, each number keeps bits that are multiples of one number. There
+    are few enough of these bits that their sum is exact in any order. What is left is 2^-11 of the sum at most.
+
+    Source: Rump, Ogita, Oishi, "Accurate floating-point summation part I: faithful rounding", SIAM J. Sci. Comput. 31
+    (2008), section 3.
+    """
+    whole, low = high.sum(1), torch.zeros_like(high)
+    while high.shape[1] > 1:
+        pieces, rest = _fold(high, _PAIRS), _fold(low, _PAIRS)
+        large = pieces.amax(2, keepdim=True) * (3 * _PAIRS)
+        first = (pieces + large) - large
+        total, lost = first.sum(2), ((pieces - first) + rest).sum(2)
+        high = total + lost
+        low = lost - (high - total)
+    # Infinity minus infinity is NaN in a pair.
+    return torch.where(whole.isfinite(), high[:, 0], whole)
+
+
+_PAIRS = 2048
+"""Number of pairs that are added up at a time: so many multiples of one number, of 12 bits each, fit into 24 bits."""
+
+
+def _fold(matrix: Tensor, length: int) -> Tensor:
+    """Reshape (rows, n) to (rows, pieces, length). Zeros fill the last piece."""
+    return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % length)).view(len(matrix), -1, length)
 
 
 def _sparse_row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor:
