@@ -74,6 +74,15 @@ def write_run(directory: Path, *parts: Mapping[str, Any] | Sequence[Any]) -> Pat
     return directory
 
 
+def make_launched(directory: Path, checkpoint: int | None = 1) -> Path:
+    """Make a run directory look like one of launch/train.py, with a checkpoint at a step."""
+    text = "clip: {}\nparallel: {}\ncheckpoint: {}\nreplay: null\n"
+    (directory / "config.yaml").write_text(text)
+    if checkpoint is not None:
+        (directory / "checkpoints" / f"step_{checkpoint:06}").mkdir(parents=True)
+    return directory
+
+
 def write_and_read(directory: Path, *parts: Mapping[str, Any] | Sequence[Any]) -> Log:
     """Write a run directory, and read it."""
     return read(write_run(directory, *parts))

@@ -11,12 +11,15 @@ from rich.table import Table
 
 from .._console import WIDTH, Screen, cell
 from .analysis.blame import Blame
-from .analysis.diagnosis import Finding
+from .analysis.diagnosis import Finding, find_outcome
 from .analysis.formatting import format_list, format_percent, pluralize
 from .analysis.log import Log
 from .analysis.suggest import Candidate, Suggestion
 
 __all__ = ["Terminal"]
+
+OUTCOME_STYLES = {"diverged": "red", "recovered": "yellow", "healthy": "green", "unknown": ""}
+"""Style of the line about the outcome of a run, by verdict."""
 
 MAX_SUSPECTS = 10
 """Maximum number of suspects in a table."""
@@ -54,7 +57,8 @@ class Terminal(Screen):
         self.line()
         if suggestion.cap is not None:
             self.line("Use an adaptive policy, with a cap that always applies:")
-        self.line(f"  launch/train.py {suggestion.override}", "bold")
+        if log.is_launched:
+            self.line(f"  python launch/train.py {suggestion.override}", "bold")
         self.line(f"  {suggestion.python}", "bold")
 
     def diagnosis(self, logs: Sequence[tuple[Log, Sequence[Finding]]]) -> None:
@@ -63,6 +67,8 @@ class Terminal(Screen):
             if i:
                 self.line()
             self.line(f"{log.name}: {_describe_steps(log)}", "bold")
+            outcome = find_outcome(log)
+            self.sentence(outcome.text, OUTCOME_STYLES[outcome.verdict], f"  {outcome.verdict}: ", "    ")
             for finding in findings:
                 self.line(f"  {finding.title}  [{finding.rule}]", "red")
                 self.sentence(finding.evidence, "", "    ", "    ")
@@ -70,7 +76,7 @@ class Terminal(Screen):
                 if finding.command:
                     self.line(f"      {finding.command}", "bold")
             if not findings:
-                self.line("  no findings", "green")
+                self.line("  no findings")
 
     def blame(self, log: Log, blame: Blame) -> None:
         """Print the properties that the spikes have in common, and the next step."""
@@ -87,8 +93,12 @@ class Terminal(Screen):
             worst = blame.worst
             size = "not finite" if math.isnan(worst.norm) else f"norm {worst.norm:.3g}, {worst.ratio:.3g} x the median"
             ids = f", samples {format_list(worst.ids, 8)}" if worst.ids else ""
-            self.sentence(f"Worst spike: step {worst.step} ({size}){ids}. To compute its gradient again:", indent="  ")
-            self.line(f"  {blame.replay}", "bold")
+            self.sentence(f"Worst spike: step {worst.step} ({size}){ids}. {blame.how_to_replay}", indent="  ")
+            if blame.replay is not None:
+                self.line(f"  {blame.replay}", "bold")
+            if blame.culprits:
+                names = format_list([str(culprit) for culprit in blame.culprits], 8)
+                self.sentence(f"Not finite there: {names}.", indent="  ")
 
 
 def _candidate_table(suggestion: Suggestion) -> Table:

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 
 from distclip.monitor.analysis.blame import blame
-from tests.logs import HEADER, make_bad_data_lines, make_line, make_lines, make_log, write_and_read
+from distclip.monitor.analysis.log import read
+from tests.logs import (
+    HEADER,
+    make_bad_data_lines,
+    make_launched,
+    make_line,
+    make_lines,
+    make_log,
+    write_and_read,
+    write_run,
+)
 
 
 def make_spikes(batches: list[list[Any]], every: int = 10, **fields: Any) -> list[Any]:
@@ -29,7 +39,7 @@ def random_batches(count: int, samples: int = 360, batch: int = 16, seed: int = 
 
 
 def test_finds_corrupted_sample(tmp_path: Path) -> None:
-    result = blame(write_and_read(tmp_path / "run", HEADER, make_bad_data_lines()))
+    result = blame(read(make_launched(write_run(tmp_path / "run", HEADER, make_bad_data_lines()))))
     (suspect,) = result.suspects
     # 60 epochs of 22 batches of 16 of the 360 samples.
     assert suspect.id == 137
@@ -38,7 +48,7 @@ def test_finds_corrupted_sample(tmp_path: Path) -> None:
     assert suspect.chance < 1e-50
     assert result.worst is not None
     assert result.worst.ratio == max(spike.ratio for spike in result.spikes)
-    assert result.replay == f"launch/train.py resume={tmp_path / 'run'} replay={result.worst.step}"
+    assert result.replay == f"python launch/train.py resume={tmp_path / 'run'} replay={result.worst.step}"
     assert dict(result.ranks).keys() == {0, 1}
     assert sum(dict(result.ranks).values()) == 57
     assert result.tensors == (("2.weight", 57),)
@@ -67,7 +77,8 @@ def test_no_suspect_among_random_batches(tmp_path: Path) -> None:
         result = blame(write_and_read(tmp_path, HEADER, make_spikes(random_batches(count, seed=seed))))
         assert result.suspects == ()
         assert "no sample is in more of them than chance explains" in result.text
-    assert result.replay is not None
+    assert result.replay is None
+    assert "load a checkpoint from before step" in result.how_to_replay
     assert result.num_with_ids == 40
 
 
@@ -88,7 +99,8 @@ def test_spikes_without_ids(tmp_path: Path) -> None:
     assert (result.num_with_ids, result.suspects, result.most_frequent) == (0, (), None)
     assert result.text.startswith("3 spikes, but no sample ids")
     assert "recorder.note(ids=...)" in result.text
-    assert result.replay is not None
+    assert result.replay is None
+    assert "load a checkpoint from before step" in result.how_to_replay
 
 
 def test_log_without_recorded_spikes(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from distclip.monitor.analysis.blame import blame
 from distclip.monitor.analysis.log import Log, read
 from distclip.monitor.cli import main
 from distclip.monitor.terminal import Terminal
-from tests.logs import HEADER, make_bad_data_lines, make_lines, steady_norms, write_run
+from tests.logs import HEADER, make_bad_data_lines, make_launched, make_lines, steady_norms, write_run
 
 ROOT = Path(distclip.__file__).parents[1]
 
@@ -29,8 +29,8 @@ ROOT = Path(distclip.__file__).parents[1]
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
     """Write a directory of two runs, one of them with a long name."""
-    write_run(tmp_path / "clean", HEADER, make_lines(steady_norms(400), bound=1.6))
-    write_run(tmp_path / ("a-corrupted-record-" * 8), HEADER, make_bad_data_lines())
+    make_launched(write_run(tmp_path / "clean", HEADER, make_lines(steady_norms(400), bound=1.6)))
+    make_launched(write_run(tmp_path / ("a-corrupted-record-" * 8), HEADER, make_bad_data_lines()))
     return tmp_path
 
 
@@ -67,7 +67,7 @@ def test_suggest(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start = cells.index(titles)
     assert [row[0] for row in cells[start + 2 : start + 9]] == ["p50", "p75", "p90", "p95", "p99", "max", "in"]
     assert "The bound in use, 1.6, is a safety net" in "\n".join(lines)
-    assert lines[-2].startswith("  launch/train.py clip=global_norm clip.max_norm=1.3")
+    assert lines[-2].startswith("  python launch/train.py clip=global_norm clip.max_norm=1.3")
     assert lines[-1].startswith("  distclip.GradClipper(model, distclip.global_norm(1.3")
     assert "Caution: The log was made with batch size 16, not 32" in run_command(
         capsys, "suggest", str(runs / "clean"), "--batch", "32"
@@ -81,7 +81,8 @@ def test_suggest_for_drifting_norms(tmp_path: Path, capsys: pytest.CaptureFixtur
     text = " ".join(out.split())
     assert "is a normaliser" in text
     assert "learning rate then have the same effect" in text
-    assert "Use an adaptive policy, with a cap that always applies:\n  launch/train.py clip=median_mad clip.cap=" in out
+    assert "Use an adaptive policy, with a cap that always applies:\n  distclip.GradClipper(model" in out
+    assert "distclip.median_mad(3, cap=" in out
 
 
 def test_diagnose(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +97,7 @@ def test_diagnose(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_blame(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = run_command(capsys, "blame", bad_data_run(runs)).splitlines()
     assert ["137", "57", "of", "57"] in [line.split()[:4] for line in lines]
-    assert lines[-1].startswith(f"  launch/train.py resume={bad_data_run(runs)} replay=")
+    assert lines[-1].startswith(f"  python launch/train.py resume={bad_data_run(runs)} replay=")
     assert "No spikes" in run_command(capsys, "blame", str(runs / "clean"))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from .formatting import format_list, pluralize, printable
 from .log import Log
-from .spikes import SPIKE_FACTOR, Spike, find_spikes
+from .spikes import SPIKE_FACTOR, Culprit, Spike, find_spikes
 
 __all__ = ["Blame", "Suspect", "blame"]
 
@@ -48,9 +48,11 @@ class Blame:
         most_frequent: the most frequent sample, suspect or not; None if no ids were recorded.
         ranks: (rank, number of spikes) with the largest part of the gradient on that rank.
         tensors: (tensor, number of spikes) with the largest part of the gradient in that tensor.
-        worst: the spike to examine first; None if there is no spike.
-        replay: command that computes the gradient of this spike again.
+        worst: the spike to examine first, one that can be replayed if there is any; None if there is no spike.
+        replay: command that computes the gradient of this spike again; None if the run has no checkpoint before it, or
+            was not made by launch/train.py.
         text: the result in one or two sentences.
+        culprits: gradients with non-finite elements at that spike.
     """
 
     spikes: tuple[Spike, ...]
@@ -62,6 +64,19 @@ class Blame:
     worst: Spike | None
     replay: str | None
     text: str
+    culprits: tuple[Culprit, ...] = ()
+
+    @property
+    def how_to_replay(self) -> str:
+        """Instruction to compute the gradient of the worst spike again, which `replay` completes."""
+        if self.worst is None:
+            return ""
+        if self.replay is not None:
+            return "To compute its gradient again:"
+        return (
+            f"To compute its gradient again, load a checkpoint from before step {self.worst.step}, and pass the batch "
+            "of that step to the model."
+        )
 
 
 def blame(log: Log) -> Blame:
@@ -81,7 +96,10 @@ def blame(log: Log) -> Blame:
     ranking = _rank_samples(batches, num_samples)
     suspects = tuple(sample for sample in ranking if sample.count > 1 and sample.chance < MAX_CHANCE)
     with_suspect = [spike for spike in spikes if suspects and suspects[0].id in spike.ids] or spikes
-    worst = max(with_suspect, key=lambda spike: math.inf if math.isnan(spike.ratio) else spike.ratio, default=None)
+    replayable = [spike for spike in with_suspect if _replay_command(log, spike.step) is not None]
+    worst = max(
+        replayable or with_suspect, key=lambda spike: math.inf if math.isnan(spike.ratio) else spike.ratio, default=None
+    )
     return Blame(
         spikes=tuple(spikes),
         num_with_ids=len(batches),
@@ -90,9 +108,16 @@ def blame(log: Log) -> Blame:
         ranks=tuple(Counter(spike.rank for spike in spikes if spike.rank is not None).most_common()),
         tensors=tuple(Counter(spike.tensor for spike in spikes if spike.tensor is not None).most_common()),
         worst=worst,
-        replay=None if worst is None else f"launch/train.py {quote(f'resume={log.path.parent}')} replay={worst.step}",
+        replay=None if worst is None else _replay_command(log, worst.step),
         text=_describe(log, spikes, len(batches), suspects, ranking, num_samples),
+        culprits=tuple(culprit for culprit in log.culprits if worst is not None and culprit.step == worst.step),
     )
+
+
+def _replay_command(log: Log, step: int) -> str | None:
+    if not log.is_launched or not any(checkpoint < step for checkpoint in log.checkpoints):
+        return None
+    return f"python launch/train.py {quote(f'resume={log.path.parent}')} replay={step}"
 
 
 def _select_spikes(log: Log) -> list[Spike]:
@@ -144,6 +169,13 @@ def _describe(
 ) -> str:
     num_outliers = np.count_nonzero(~log.finite) + len(find_spikes(log.norms))
     if num_outliers and not log.spikes:
+        if log.culprits:
+            culprit = log.culprits[0]
+            return (
+                f"{num_outliers:,} of {len(log.steps):,} steps stand out. The first non-finite gradient was that of "
+                f"{printable(str(culprit))}, at step {culprit.step}. The log has no samples: call recorder.note(ids=...)"
+                " with the samples of the batch after each step."
+            )
         return (
             f"{num_outliers:,} of {len(log.steps):,} steps stand out, but the log has no details of them. Use "
             "distclip.monitor.Recorder, and call recorder.note(ids=...) with the samples of the batch after each step."

@@ -13,7 +13,17 @@ from numpy.typing import NDArray
 
 from .statistics import Numbers, robust_scale
 
-__all__ = ["SPIKE_FACTOR", "Culprit", "Spike", "find_spikes", "parse_culprits", "parse_number", "parse_spike"]
+__all__ = [
+    "SPIKE_FACTOR",
+    "Culprit",
+    "Difference",
+    "Spike",
+    "find_spikes",
+    "parse_culprits",
+    "parse_differences",
+    "parse_number",
+    "parse_spike",
+]
 
 SPIKE_FACTOR = 3.0
 """Minimum ratio of a spike's norm to the median of the norms around it."""
@@ -73,6 +83,21 @@ class Culprit:
         counts = [f"{n} {kind}" for n, kind in ((self.nans, "NaN"), (self.infs, "Inf")) if n]
         on = f" on rank{'s' * (len(self.ranks) > 1)} {', '.join(map(str, self.ranks))}" if self.ranks else ""
         return f"{self.name} ({' and '.join(counts)}{on})"
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Replicas of one tensor that differed at a step.
+
+    Args:
+        step: number of the step.
+        name: of the parameter.
+        ranks: whose replicas deviated; empty if unknown.
+    """
+
+    step: int
+    name: str
+    ranks: tuple[int, ...]
 
 
 def find_spikes(norms: Numbers) -> NDArray[np.int64]:
@@ -145,6 +170,16 @@ def parse_culprits(step: int, line: Mapping[str, Any]) -> Iterator[Culprit]:
                 _parse_count(culprit.get("infs")),
                 tuple(rank for rank in ranks if isinstance(rank, int)) if isinstance(ranks, list) else (),
             )
+
+
+def parse_differences(step: int, line: Mapping[str, Any]) -> Iterator[Difference]:
+    """Parse the replicas that differed at a step."""
+    differences = line.get("replicas")
+    for difference in differences if isinstance(differences, list) else ():
+        if isinstance(difference, dict) and isinstance(difference.get("name"), str):
+            ranks = difference.get("ranks")
+            known = tuple(rank for rank in ranks if isinstance(rank, int)) if isinstance(ranks, list) else ()
+            yield Difference(step, difference["name"], known)
 
 
 def parse_number(value: Any) -> float:

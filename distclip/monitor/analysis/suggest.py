@@ -15,6 +15,7 @@ from .diagnosis.dominant_tensor import find_dominant_tensor
 from .errors import RunError
 from .formatting import format_percent
 from .log import Log
+from .outcome import Outcome, find_outcome
 from .statistics import Numbers
 
 __all__ = ["Candidate", "Suggestion", "suggest"]
@@ -130,7 +131,7 @@ def suggest(log: Log, batch: int | None = None) -> Suggestion:
         batch: number of samples per step in the next run, for a caution if the log has another batch size.
 
     Raises:
-        RunError: no norm is finite, or the last regime has fewer than 200 finite norms.
+        RunError: the run diverged, no norm is finite, or the last regime has fewer than 200 finite norms.
     """
     regimes = find_regimes(log)
     num_nonfinite = len(log.steps) - len(regimes.norms)
@@ -144,6 +145,12 @@ def suggest(log: Log, batch: int | None = None) -> Suggestion:
         raise RunError(
             f"{log.name}: steps {last.first} to {last.last}{changed} have {len(last)} finite norms{excluded}, and a "
             f"bound needs {MIN_STEPS}. Record a longer run{finite}."
+        )
+    outcome = find_outcome(log)
+    if outcome.verdict == "diverged":
+        raise RunError(
+            f"{log.name}: training diverged, and its norms give no bound for a run that learns. {outcome.text} Start "
+            "with distclip.global_norm(1.0), or with a lower learning rate, and take the bound from that run"
         )
     norms = regimes.norms_of(last)
     percentiles = dict(zip(LEVELS, np.percentile(norms, list(LEVELS.values())).tolist(), strict=True))
@@ -175,7 +182,7 @@ def suggest(log: Log, batch: int | None = None) -> Suggestion:
         cap=round_bound(highest) if drift > MAX_DRIFT else None,
         text=text,
         notes=tuple(_notes(log, regimes, num_nonfinite)),
-        cautions=tuple(_cautions(log, regimes, drift, batch)),
+        cautions=tuple(_cautions(log, regimes, drift, batch, outcome)),
     )
 
 
@@ -277,7 +284,9 @@ def _notes(log: Log, regimes: Regimes, num_nonfinite: int) -> Iterator[str]:
         )
 
 
-def _cautions(log: Log, regimes: Regimes, drift: float, batch: int | None) -> Iterator[str]:
+def _cautions(log: Log, regimes: Regimes, drift: float, batch: int | None, outcome: Outcome) -> Iterator[str]:
+    if outcome.verdict == "recovered":
+        yield f"{outcome.text} A lower bound may avoid that."
     indices = regimes.indices[regimes.last.start : regimes.last.stop]
     clip_rate = float(np.mean(log.coefs[indices] < 1))
     if clip_rate > MAX_CLIP_RATE:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..analysis.diagnosis import Finding, diagnose
+from ..analysis.diagnosis import Finding, Outcome, diagnose, find_outcome
 from ..analysis.errors import RunError
 from ..analysis.formatting import MISSING, format_number
 from ..analysis.log import Log
@@ -19,6 +19,7 @@ class Assessment:
     """The analysis of one run.
 
     Args:
+        outcome: verdict on the end of the run.
         findings: of the diagnosis.
         bound: the suggested bound in a few characters.
         text: the suggestion in a sentence, or the reason why there is none.
@@ -26,6 +27,7 @@ class Assessment:
         code: that applies the bound, in Hydra and in Python; empty without a bound.
     """
 
+    outcome: Outcome
     findings: tuple[Finding, ...]
     bound: str
     text: str
@@ -70,12 +72,15 @@ def group_findings(assessments: Sequence[Assessment]) -> list[SharedFinding]:
 
 
 def _assess_run(log: Log) -> Assessment:
-    findings = tuple(diagnose(log))
+    outcome, findings = find_outcome(log), tuple(diagnose(log))
     try:
         suggestion = suggest(log)
     except RunError as error:
         reason = str(error).removeprefix(f"{log.name}: ")
-        return Assessment(findings, MISSING, reason[:1].upper() + reason[1:] + "." * (not reason.endswith(".")))
+        return Assessment(
+            outcome, findings, MISSING, reason[:1].upper() + reason[1:] + "." * (not reason.endswith("."))
+        )
     low, high = format_number(suggestion.low), format_number(suggestion.high)
     bound = f"{format_number(suggestion.max_norm)} ({low} … {high})"
-    return Assessment(findings, bound, suggestion.text, suggestion.cautions, (suggestion.override, suggestion.python))
+    code = (f"python launch/train.py {suggestion.override}",) * log.is_launched + (suggestion.python,)
+    return Assessment(outcome, findings, bound, suggestion.text, suggestion.cautions, code)

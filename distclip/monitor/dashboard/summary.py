@@ -51,7 +51,8 @@ class SummaryRow:
 
 def make_summary(logs: Sequence[Log], assessments: Sequence[Assessment]) -> list[SummaryRow]:
     """Return the rows for which at least one run has a value."""
-    rows = [SummaryRow("policy", tuple(_header_value(log, "policy") for log in logs), True)]
+    rows = [SummaryRow("outcome", tuple(assessment.outcome.verdict for assessment in assessments), True)]
+    rows += [SummaryRow("policy", tuple(_header_value(log, "policy") for log in logs), True)]
     rows += [
         SummaryRow(printable(key).replace("_", " "), tuple(_header_value(log, key) for log in logs), True)
         for key in dict.fromkeys(key for log in logs for key in log.header if key not in KNOWN)

@@ -5,25 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from ..log import Log
+from ..outcome import Outcome, find_outcome
 from .bad_data import check_bad_data
 from .clip_rate import check_clip_rate
 from .context import Context, Finding
 from .divergence import check_divergence
 from .dominant_tensor import check_dominant_tensor
+from .hardware import check_hardware
 from .numerics import check_numerics
 from .warm_up import check_warm_up
 
-__all__ = ["Finding", "diagnose"]
+__all__ = ["Finding", "Outcome", "diagnose", "find_outcome"]
 
 RULES: Sequence[Callable[[Context], Iterator[Finding]]] = (
-    check_divergence,
+    check_hardware,
     check_bad_data,
     check_numerics,
+    check_divergence,
     check_warm_up,
     check_clip_rate,
     check_dominant_tensor,
 )
-"""All rules, the most severe problem first."""
+"""All rules. A rule can depend on what those before it have found: a divergence has no other cause then."""
 
 
 def diagnose(log: Log) -> list[Finding]:
@@ -33,7 +36,10 @@ def diagnose(log: Log) -> list[Finding]:
         log: of any length.
 
     Returns:
-        The findings of all rules; empty for a run without problems.
+        The findings of all rules, causes first; empty for a run without problems, and for one of less than 50 steps
+        without any that stand out.
     """
     context = Context(log)
-    return [finding for rule in RULES for finding in rule(context)]
+    for rule in RULES:
+        context.findings += rule(context)
+    return context.findings

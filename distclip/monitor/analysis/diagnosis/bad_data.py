@@ -21,6 +21,7 @@ def check_bad_data(context: Context) -> Iterator[Finding]:
         "bad data",
         f"Spikes share sample{'' if one else 's'} {ids}",
         blame.text,
-        f"Inspect the sample{'' if one else 's'}, and check whether the norm is the same again: {blame.replay}",
+        f"Inspect the sample{'' if one else 's'}, and check whether the norm is the same again. {blame.how_to_replay}"
+        + (f" {blame.replay}" if blame.replay else ""),
         blame.replay or "",
     )

@@ -1,4 +1,4 @@
-"""Find runs that are clipped too often."""
+"""Find runs whose bound is too low."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from .context import MIN_STEPS, Context, Finding
 
 __all__ = ["check_clip_rate"]
 
-MAX_CLIP_RATE = 0.10
-"""Maximum share of clipped steps: "clipping more than 5 to 10 % of the steps is a signal, not a solution"."""
+MAX_CLIP_RATE = 0.5
+"""Maximum share of clipped steps, as that of `FrequentClippingWarning`.
+
+The bound that `distclip suggest` finds clips 10 % of the steps of a run, and more of a run at a higher learning rate.
+"""
 
 NUM_PARTS = 10
 """Number of parts of the run that are checked separately."""
@@ -21,7 +24,7 @@ NUM_PARTS = 10
 def check_clip_rate(context: Context) -> Iterator[Finding]:
     """Find clipping that is the rule instead of the exception, after the warm-up and in most of the run."""
     log, steady = context.log, context.regimes.steady
-    if len(log.steps) < MIN_STEPS or not steady:
+    if len(log.steps) < MIN_STEPS or not steady or context.outcome.verdict == "diverged":
         return
     start = int(context.regimes.indices[steady[0].start])
     clip_rate = float(log.clipped[start:].mean())
@@ -35,10 +38,10 @@ def check_clip_rate(context: Context) -> Iterator[Finding]:
     scope = f"steps after the warm-up (step {log.steps[start]} on)" if context.regimes.warm_up else "steps"
     yield Finding(
         "clip rate",
-        "The learning rate is too high, or the bound too low",
+        "The bound is too low",
         f"{format_percent(clip_rate)} of {len(log.steps) - start:,} {scope} were clipped{under}{at}. The clip rate is "
         f"above {format_percent(MAX_CLIP_RATE)} in {num_often} of {NUM_PARTS} parts of the run, and "
         f"{format_percent(parts[-1])} in the last part. The mean coefficient is {log.coefs[start:].mean():.2g}.",
-        "Clipping that often has the effect of a smaller learning rate. Lower the learning rate, or use the bound that "
-        "`distclip suggest` finds.",
+        "Clipping that often has the effect of a smaller learning rate. If the loss falls as you want, lower the "
+        "learning rate instead. Otherwise raise the bound to the one that `distclip suggest` finds.",
     )

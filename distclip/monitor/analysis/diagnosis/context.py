@@ -11,12 +11,10 @@ from numpy.typing import NDArray
 from ..blame import Blame, blame
 from ..change_points import Regimes, find_regimes
 from ..log import Log
-from ..spikes import find_spikes
+from ..outcome import MIN_STEPS, Outcome, find_outcome
+from ..spikes import SPIKE_FACTOR, find_spikes
 
 __all__ = ["MIN_STEPS", "START", "WARNING_STEPS", "Context", "Finding"]
-
-MIN_STEPS = 50
-"""Minimum number of steps for rules about how often something happens."""
 
 START = 0.10
 """Share of a run that counts as its start."""
@@ -25,12 +23,16 @@ WARNING_STEPS = 10
 """Number of steps before a non-finite step in which a spike announces it."""
 
 
+RISE = 10.0
+"""Factor by which norms rise in `WARNING_STEPS` steps if they announce a non-finite step."""
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One problem of a run.
 
     Args:
-        rule: "clip rate", "warm-up", "bad data", "numerics", "divergence" or "dominant tensor".
+        rule: "hardware", "bad data", "numerics", "divergence", "warm-up", "clip rate" or "dominant tensor".
         title: the problem in a few words.
         evidence: the numbers that show it.
         advice: the remedy.
@@ -53,6 +55,13 @@ class Context:
 
     def __init__(self, log: Log) -> None:
         self.log = log
+        self.findings: list[Finding] = []
+        """Findings of the rules so far."""
+
+    @cached_property
+    def outcome(self) -> Outcome:
+        """Verdict on the end of the run."""
+        return find_outcome(self.log)
 
     @cached_property
     def regimes(self) -> Regimes:
@@ -76,5 +85,10 @@ class Context:
         return np.flatnonzero(nonfinite & ~np.concatenate([[False], nonfinite[:-1]]))
 
     def has_spike_before(self, index: int) -> bool:
-        """Return whether a spike occurs in the last steps before this one."""
-        return bool(np.any((self.spikes < index) & (self.spikes >= index - WARNING_STEPS)))
+        """Return whether a spike occurs in the last steps before this one, or their norms rise severalfold."""
+        before = self.log.norms[:index]
+        before, recent = (part[np.isfinite(part) & (part > 0)] for part in (before, before[-WARNING_STEPS:]))
+        rises = len(recent) > 1 and recent[-1] >= RISE * recent.min()
+        # Norms that have risen for longer are no spikes among those around them.
+        rises |= len(recent) > 1 and float(np.median(recent)) >= SPIKE_FACTOR * float(np.median(before))
+        return bool(rises or np.any((self.spikes < index) & (self.spikes >= index - WARNING_STEPS)))

@@ -7,25 +7,36 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from ..spikes import SPIKE_FACTOR
 from .context import MIN_STEPS, START, WARNING_STEPS, Context, Finding
 
 __all__ = ["check_warm_up"]
+
+LOSS_FACTOR = 2.0
+"""Minimum ratio of a loss to the first one, if training explodes."""
 
 GRADUAL_FACTOR = 1.5
 """Minimum ratio of the norms right after the initial spikes to the usual norm, if the norms decrease gradually."""
 
 
 def check_warm_up(context: Context) -> Iterator[Finding]:
-    """Find spikes that occur in the first steps only."""
+    """Find spikes of the norm, or of the loss, that occur in the first steps only."""
     log, spikes = context.log, _without_initial_decrease(context)
     end = max(WARNING_STEPS, int(START * len(log.steps)))
-    if len(log.steps) < MIN_STEPS or len(spikes) < 3 or spikes[-1] >= end:
+    if len(log.steps) < MIN_STEPS or context.outcome.verdict == "diverged":
+        return
+    if (finding := _check_losses(context, end)) is not None:
+        yield finding
+        return
+    if len(spikes) < 3 or spikes[-1] >= end:
         return
     later = log.norms[end:]
     later = later[np.isfinite(later)]
     if not len(later):
         return
     worst = int(spikes[log.norms[spikes].argmax()])
+    if (log.norms * log.coefs)[spikes].max() <= SPIKE_FACTOR * np.median(later):
+        return  # the bound has made them as harmless as any other step
     last_spike = int(log.steps[spikes[-1]])
     yield Finding(
         "warm-up",
@@ -35,6 +46,30 @@ def check_warm_up(context: Context) -> Iterator[Finding]:
         f"{log.steps[end]} on the median is {np.median(later):.3g}.",
         f"Increase the learning rate gradually over at least the first {_round_up(last_spike)} steps, and keep the "
         "bound (an adaptive policy needs a cap there).",
+    )
+
+
+def _check_losses(context: Context, end: int) -> Finding | None:
+    """Find losses far above the first one in the first steps only.
+
+    Args:
+        context: of the run.
+        end: index after the first steps.
+    """
+    log, losses, start = context.log, context.log.columns.get("loss"), context.outcome.start
+    if losses is None or not start > 0:
+        return None
+    high = np.flatnonzero(losses > LOSS_FACTOR * start)
+    if len(high) < 3 or high[-1] >= end:
+        return None
+    last = int(log.steps[high[-1]])
+    return Finding(
+        "warm-up",
+        "The loss explodes in the first steps only",
+        f"{len(high)} losses are more than {LOSS_FACTOR:g} times the first, {start:.3g}, all of them up to step {last} "
+        f"of {log.steps[-1]}. The largest is {np.nanmax(losses):.3g}. The largest norm in these steps is "
+        f"{np.nanmax(log.norms[:end]):.3g}, and the median after them is {np.nanmedian(log.norms[end:]):.3g}.",
+        f"Increase the learning rate gradually over at least the first {_round_up(last)} steps, and clip.",
     )
 
 

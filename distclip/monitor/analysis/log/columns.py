@@ -22,7 +22,20 @@ Line: TypeAlias = dict[str, Any]
 FLAGS = ("clipped", "finite", "skipped")
 """Names of the columns of bools."""
 
-KNOWN = {"step", "norm", "bound", "coef", "norms", "tensor_norms", "culprits", "spike", "ids", "worst", *FLAGS}
+KNOWN = {
+    "step",
+    "norm",
+    "bound",
+    "coef",
+    "norms",
+    "tensor_norms",
+    "culprits",
+    "replicas",
+    "spike",
+    "ids",
+    "worst",
+    *FLAGS,
+}
 """Keys of a line that do not become columns of the user."""
 
 MAX_ROWS = 2000

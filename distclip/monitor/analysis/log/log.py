@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UnreadableLinesWarning
-from ..spikes import Culprit, Spike
+from ..spikes import Culprit, Difference, Spike
 from ..statistics import Numbers
 from .reader import LineReader, LogParser, Session
 from .runs import LINES, find_runs, name_runs
@@ -44,10 +44,13 @@ class Log:
         tensor_norms: (m, tensors).
         spikes: in order of steps; the most extreme ones if there are very many.
         culprits: in order of steps; the first ones if there are very many.
+        differences: replicas that differed, in order of steps; the first ones if there are very many.
         unreadable: number of lines that were ignored.
         summary: content of the run's summary.json; None without one.
         figures: paths of figures/*.json in the run's directory: plotly figures that the run drew itself.
         sessions: in order, one per header.
+        is_launched: whether launch/train.py made the run, so that its overrides apply.
+        checkpoints: steps of the checkpoints in the run's directory, increasing.
     """
 
     name: str
@@ -66,10 +69,13 @@ class Log:
     tensor_norms: Numbers = field(default_factory=lambda: np.zeros((0, 0)))
     spikes: tuple[Spike, ...] = ()
     culprits: tuple[Culprit, ...] = ()
+    differences: tuple[Difference, ...] = ()
     unreadable: int = 0
     summary: Mapping[str, Any] | None = None
     figures: tuple[Path, ...] = ()
     sessions: tuple[Session, ...] = ()
+    is_launched: bool = False
+    checkpoints: tuple[int, ...] = ()
 
 
 def read(path: Path, name: str | None = None) -> Log:
@@ -112,10 +118,13 @@ def read(path: Path, name: str | None = None) -> Log:
         tensor_norms=tensor_norms,
         spikes=tuple(parser.spikes),
         culprits=tuple(parser.culprits),
+        differences=tuple(parser.differences),
         unreadable=len(reader.unreadable) + parser.invalid,
         summary=_read_summary(file.parent),
         figures=tuple(sorted(file.parent.glob("figures/*.json"))),
         sessions=tuple(parser.sessions),
+        is_launched=_is_launched(file.parent),
+        checkpoints=_find_checkpoints(file.parent),
     )
 
 
@@ -127,6 +136,20 @@ def read_all(paths: str | Path | Sequence[str | Path]) -> list[Log]:
     """
     runs = find_runs(paths)
     return [read(run, name) for run, name in zip(runs, name_runs(runs), strict=True)]
+
+
+def _is_launched(directory: Path) -> bool:
+    try:
+        # Other programs have a config.yaml too, but not with these groups.
+        text = (directory / "config.yaml").read_text()
+    except (OSError, ValueError):
+        return False
+    return all(f"\n{key}:" in f"\n{text}" for key in ("clip", "parallel", "checkpoint", "replay"))
+
+
+def _find_checkpoints(directory: Path) -> tuple[int, ...]:
+    steps = [path.name.removeprefix("step_") for path in directory.glob("checkpoints/step_*")]
+    return tuple(sorted(int(step) for step in steps if step.isdecimal()))
 
 
 def _read_summary(directory: Path) -> Mapping[str, Any] | None:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from ....errors import printable
 from ..errors import RunError
-from ..spikes import Culprit, Spike, parse_culprits, parse_spike
+from ..spikes import Culprit, Difference, Spike, parse_culprits, parse_differences, parse_spike
 from .columns import Columns, Line, TensorNorms
 
 __all__ = ["LineReader", "LogParser", "Session"]
@@ -26,7 +26,7 @@ MAX_LINE_SIZE = 1 << 27
 MAX_DETAILS = 10_000
 """Maximum number of spikes, and of culprits, that are kept."""
 
-DETAILS = {"norms", "tensor_norms", "spike", "ids", "worst", "culprits"}
+DETAILS = {"norms", "tensor_norms", "spike", "ids", "worst", "culprits", "replicas"}
 """Keys of a line that are parsed step by step."""
 
 
@@ -125,6 +125,7 @@ class LogParser:
         self.tensors = TensorNorms()
         self.spikes: list[Spike] = []
         self.culprits: list[Culprit] = []
+        self.differences: list[Difference] = []
         self.sessions: list[Session] = []
         self.invalid = 0
         """Number of lines with a norm whose step is not an integer."""
@@ -187,7 +188,7 @@ class LogParser:
         """Drop this and later steps, and start the session of the last header."""
         self.columns.drop_from(step)
         self.tensors.drop_from(step)
-        for details in (self.spikes, self.culprits):
+        for details in (self.spikes, self.culprits, self.differences):
             del details[bisect_left([detail.step for detail in details], step) :]
         if self._header is not None:
             while self.sessions and self.sessions[-1].start >= step:
@@ -210,6 +211,8 @@ class LogParser:
                 self.spikes.append(spike)
             if "culprits" in line and len(self.culprits) < MAX_DETAILS:
                 self.culprits += parse_culprits(step, line)
+            if "replicas" in line and len(self.differences) < MAX_DETAILS:
+                self.differences += parse_differences(step, line)
         if len(self.spikes) > 2 * MAX_DETAILS:
             most_extreme = sorted(self.spikes, key=_extremity, reverse=True)[:MAX_DETAILS]
             self.spikes = sorted(most_extreme, key=lambda spike: spike.step)
