@@ -173,7 +173,7 @@ def _describe(
             culprit = log.culprits[0]
             return (
                 f"{num_outliers:,} of {len(log.steps):,} steps stand out. The first non-finite gradient was that of "
-                f"{printable(str(culprit))}, at step {culprit.step}. The log has no samples: call recorder.note(ids=...)"
+                f"{printable(str(culprit))}, at step {culprit.step}. No samples are known: call recorder.note(ids=...)"
                 " with the samples of the batch after each step."
             )
         return (
