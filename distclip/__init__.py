@@ -10,6 +10,7 @@
     comm          torch.distributed, MPI, one process       devices    differences between devices
     engine        one step, all stages in order             outcome    Outcome, and Report for the user
     functional    torch's four functions                    clipper    GradClipper: step, clip, attach
+    recipes       published recipes, as policies
     checkpoint    state of a policy by slot name            extend     building blocks for integrations
     auditing      audit: prove that a layout counts right   monitor    record and explain runs
     integrations  DeepSpeed, Megatron, Lightning, …         bench      speed against torch
@@ -29,7 +30,7 @@ Glossary:
 - **power sum**: Σ|g|^p, which can be added over ranks. A **norm** is its p-th root.
 - **slot**: an element of the vector of norms: the model, a group of parameters, a parameter, or a row.
 - **bound**: the largest norm that a policy allows, `max_norm` if it is fixed. **Limits** bound elements instead.
-- **coefficient** (`coef`): factor ≤ 1 of a gradient.
+- **coefficient** (`coef`): factor of a gradient, ≤ 1 unless a policy scales small norms up.
 - **verdict**: what a policy decides about the totals. **Outcome**: what happens to the gradients of a step.
 - **skip**: leave parameters, optimizer and policy state unchanged in a step.
 - **non-finite**: NaN or Inf. **found_inf** is GradScaler's flag for it, **loss scale** the factor of its gradients.
@@ -41,6 +42,7 @@ Glossary:
 """
 
 from . import policies
+from . import recipes as recipes  # a module, and so not in __all__
 from ._version import __version__
 from .auditing import audit
 from .clipper import GradClipper

@@ -482,7 +482,7 @@ class Engine:
         """
         scale_(shards, outcome.factors)
         if outcome.limits is not None:
-            clamp_(shards, *outcome.limits)
+            clamp_(shards, *outcome.limits, magnitudes=self.spec.limits_magnitudes)
 
     def measure_tensors(self) -> None:
         """Measure the norm of every parameter from now on, in addition to the norms that the policy needs.
@@ -798,7 +798,7 @@ class _DeferredReads:
             # The host takes no part in the replays of a graph.
             return
         device = coefs.device
-        clipped = ((coefs != 1) | outcome.skip.on(device)).to(coefs.dtype).mean() * bool(state)
+        clipped = ((coefs < 1) | outcome.skip.on(device)).to(coefs.dtype).mean() * bool(state)
         restarts = state["restarts"].sum() if "restarts" in state else coefs.new_zeros(())
         exploded = state["exploded_warmups"].sum() if "exploded_warmups" in state else coefs.new_zeros(())
         facts = (totals.failed, totals.finite, outcome.skip, outcome.replicas_differ)

@@ -27,8 +27,9 @@ class Report:
 
     Args:
         norm: 0-d, total norm before clipping, float32 (float64 if some gradient is), without the loss scale.
-        coef: 0-d float64, factor by which clipping shortened the whole gradient, 1 without clipping. With one slot it
-            is the coefficient itself; with several it is ‖(coefs · norms)‖ / ‖norms‖.
+        coef: 0-d float64, factor by which clipping changed the length of the whole gradient, 1 without clipping, above
+            1 if a policy scaled it up. With one slot it is the coefficient itself; with several it is
+            ‖(coefs · norms)‖ / ‖norms‖.
         clipped: 0-d bool, whether the policy changed the gradients.
         finite: 0-d bool, whether the norm is finite; with on_nonfinite="zero", the norm of the remaining elements.
         skipped: 0-d bool, whether this step leaves parameters and optimizer unchanged. A scheduler that counts

@@ -10,6 +10,7 @@ rule.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -18,9 +19,11 @@ from torch import Tensor
 __all__ = [
     "adagc_bounds",
     "agc_bound",
+    "aggc_bands",
     "autoclip_bounds",
     "clip_coefficient",
     "ema_bounds",
+    "mean_std_bounds",
     "median_mad_bounds",
     "total_norm",
     "zclip_bounds",
@@ -97,8 +100,15 @@ def zclip_bounds(
     warmup: int = 25,
     eps: float = 1e-6,
     cap: float = math.inf,
+    *,
+    published: bool = False,
 ) -> list[float]:
     """Compute the bounds of z-score clipping with the reciprocal rule.
+
+    Args:
+        norms: the norm at each step.
+        z, decay, warmup, eps, cap: see `distclip.zclip`.
+        published: leave the cap out of mean and variance, as the published code does.
 
     Source: Kumar, Owen, Chowdhury, Güra 2025, arXiv 2504.02507.
 
@@ -111,7 +121,7 @@ def zclip_bounds(
     for norm in norms:
         if len(collected) < warmup:
             bounds.append(cap)
-            collected.append(min(norm, cap))
+            collected.append(norm if published else min(norm, cap))
             mean = math.fsum(collected) / len(collected)
             var = math.fsum((x - mean) ** 2 for x in collected) / len(collected)
             continue
@@ -119,7 +129,7 @@ def zclip_bounds(
         score = (norm - mean) / (std + eps * mean)
         bound = mean + z * std / (score / z) if score > z else math.inf
         bounds.append(min(bound, cap))
-        x = min(norm, bounds[-1])
+        x = min(norm, bound if published else bounds[-1])
         mean = decay * mean + (1 - decay) * x
         var = decay * var + (1 - decay) * (x - mean) ** 2
     return bounds
@@ -153,6 +163,66 @@ def ema_bounds(
         x = min(norm, bounds[-1])
         ema_slow = slow * ema_slow + (1 - slow) * x
         ema_fast = fast * ema_fast + (1 - fast) * x
+    return bounds
+
+
+def aggc_bands(
+    norms: Sequence[float],
+    low: float = 0.5,
+    high: float = 2.0,
+    decay: float = 0.98,
+    warmup: int = 20,
+    late_low: float | None = None,
+    late_high: float | None = None,
+    switch: int = 0,
+    transition: int = 0,
+    min_norm: float = 0.0,
+    max_coef: float = 10.0,
+    cap: float = math.inf,
+) -> list[tuple[float, float]]:
+    """Compute (floor, bound) of a band around the running mean of the norms that result from it.
+
+    A norm above the bound is scaled down to it. A norm below the floor is scaled up to it, at most by `max_coef`.
+
+    Source: Li et al. 2026, arXiv 2601.11864, with the bias correction of Adam (arXiv 1412.6980).
+
+    >>> [(round(floor, 6), round(bound, 6)) for floor, bound in aggc_bands([1.0, 1.0, 0.25], warmup=2)]
+    [(0.0, inf), (0.0, inf), (0.5, 2.0)]
+    """
+    bands: list[tuple[float, float]] = []
+    total = 0.0
+    for t, norm in enumerate(norms):
+        floor, bound = 0.0, math.inf
+        if t >= warmup:
+            done = t >= switch + transition
+            part = 1.0 if done else max(0.0, (t - switch) / transition)
+            mean = total / (1 - decay**t)
+            floor = max(min_norm, (low + part * ((low if late_low is None else late_low) - low)) * mean)
+            bound = (high + part * ((high if late_high is None else late_high) - high)) * mean
+        bound = min(bound, cap)
+        bands.append((min(floor, bound), bound))
+        x = min(max(norm, min(floor, max_coef * norm)), bound)
+        total = decay * total + (1 - decay) * x
+    return bands
+
+
+def mean_std_bounds(
+    norms: Sequence[float], sigma: float = 6.0, window: int = 128, warmup: int = 63, cap: float = math.inf
+) -> list[float]:
+    """Compute the mean of the last `window` norms plus `sigma` sample standard deviations.
+
+    Source: the SkipStepOptimizer of OLMo-core.
+
+    >>> mean_std_bounds([1.0, 3.0, 9.0], sigma=1, warmup=2)[-1] == 2 + 2**0.5
+    True
+    """
+    bounds = []
+    for t in range(len(norms)):
+        bound = math.inf
+        if t >= warmup:
+            last = norms[max(0, t - window) : t]
+            bound = statistics.mean(last) + sigma * statistics.stdev(last)
+        bounds.append(min(bound, cap))
     return bounds
 
 

@@ -99,7 +99,7 @@ def _scale_rows(shard: Shard, rows: Rows, coefs: Tensor, *, skip_ones: bool) -> 
 
 
 @torch.inference_mode()
-def clamp_(shards: Shards, low: float, high: float, foreach: bool | None = None) -> None:
+def clamp_(shards: Shards, low: float, high: float, foreach: bool | None = None, *, magnitudes: bool = False) -> None:
     """Clamp every element of every gradient to [low, high] in place. NaN stays NaN.
 
     Args:
@@ -107,6 +107,7 @@ def clamp_(shards: Shards, low: float, high: float, foreach: bool | None = None)
         low: lower limit.
         high: upper limit, ≥ low.
         foreach: use torch's multi-tensor operators, or do not. None uses the fastest.
+        magnitudes: clamp the magnitude of every element to [low, high] instead. It keeps its sign, and 0 stays 0.
 
     Raises:
         LayoutError: see `check_clampable`; no gradient has been written then.
@@ -114,10 +115,14 @@ def clamp_(shards: Shards, low: float, high: float, foreach: bool | None = None)
     Collectives: none. Host syncs: none.
     """
     for shard in shards:
-        check_clampable(shard, low, high)
+        check_clampable(shard, low, high, magnitudes=magnitudes)
     coalesce_(shards.grads)
     for (device, dtype, is_plain), tensors in _by_kind(shards.grads).items():
         least, most = representable(low, dtype), representable(high, dtype)
+        if magnitudes:
+            for tensor in tensors:
+                _clamp_magnitudes_(tensor, least, most)
+            continue
         several = is_plain and (foreach or (foreach is None and prefers_foreach(device)))
         if several and not any(map(Tensor.is_neg, tensors)):
             torch._foreach_clamp_min_(tensors, least)
@@ -125,6 +130,12 @@ def clamp_(shards: Shards, low: float, high: float, foreach: bool | None = None)
         else:
             for tensor in tensors:
                 tensor.clamp_(least, most)
+
+
+def _clamp_magnitudes_(tensor: Tensor, least: float, most: float) -> None:
+    clamped = torch.copysign(tensor.abs().clamp_(least, most), tensor)
+    # The sign of 0 is 0 here, so that parameters that were not used stay where they are.
+    tensor.copy_(torch.where(tensor == 0, tensor, clamped))
 
 
 def _by_kind(grads: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype, bool], list[Tensor]]:

@@ -16,7 +16,8 @@ A line with "step" is a step. After a run resumed from a checkpoint, step number
 it invalidates all earlier lines with the same or a larger step.
 
 - `step`, `time`
-- `norm`: of the whole gradient before clipping, without the loss scale. `coef`: factor by which clipping shortened it.
+- `norm`: of the whole gradient before clipping, without the loss scale. `coef`: factor of its
+  length.
 - `bound`: norm that the policy allowed, if it has exactly one bound.
 - `clipped`, `finite`, `skipped`: true or false.
 - `scale`: loss scale, if there is one.

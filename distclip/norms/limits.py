@@ -13,32 +13,37 @@ from ..sharding.shard import Shard, element_values
 __all__ = ["any_out_of_limits", "check_clampable", "representable"]
 
 
-def any_out_of_limits(shard: Shard, low: float, high: float) -> Tensor:
+def any_out_of_limits(shard: Shard, low: float, high: float, *, magnitudes: bool = False) -> Tensor:
     """Return whether some element of a gradient is outside of [low, high], 0-d bool on its device.
 
     Args:
         shard: of this rank.
         low: lower limit.
         high: upper limit, ≥ low.
+        magnitudes: whether the limits are those of magnitudes, except zeros.
 
     Raises:
         LayoutError: see `check_clampable`.
 
     Host syncs: none.
     """
-    check_clampable(shard, low, high)
+    check_clampable(shard, low, high, magnitudes=magnitudes)
     values = element_values(shard.grad)
     least, most = representable(low, values.dtype), representable(high, values.dtype)
+    if magnitudes:
+        sizes = values.abs()
+        return ((sizes < least) & (values != 0)).any() | (sizes > most).any()
     return (values < least).any() | (values > most).any()
 
 
-def check_clampable(shard: Shard, low: float, high: float) -> None:
+def check_clampable(shard: Shard, low: float, high: float, *, magnitudes: bool = False) -> None:
     """Raise if the elements of a gradient cannot be clamped to [low, high] one by one.
 
     Args:
         shard: of this rank.
         low: lower limit.
         high: upper limit, ≥ low.
+        magnitudes: whether the limits are those of magnitudes, except zeros.
 
     Raises:
         LayoutError: the gradient is complex, partial, or sparse while 0 is outside of the limits.
@@ -47,7 +52,7 @@ def check_clampable(shard: Shard, low: float, high: float) -> None:
         reason = "is complex, and complex numbers have no order. Clip its norm instead"
     elif shard.partial_sums:
         reason = "is partial. Redistribute it to Replicate() or Shard(dim) first"
-    elif shard.grad.layout is not torch.strided and not low <= 0 <= high:
+    elif shard.grad.layout is not torch.strided and not magnitudes and not low <= 0 <= high:
         reason = f"is sparse, and its zeros are outside of [{low}, {high}]. Use limits around 0 or a dense gradient"
     else:
         return

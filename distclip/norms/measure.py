@@ -119,7 +119,7 @@ def measure(
     if spec.limits is not None:
         beyond = torch.zeros((), dtype=torch.bool, device=device)
         for shard in shards:
-            beyond |= any_out_of_limits(shard, *spec.limits).to(device)
+            beyond |= any_out_of_limits(shard, *spec.limits, magnitudes=spec.limits_magnitudes).to(device)
         out_of_limits = bool(beyond) if devices.host_reads_free(device) else beyond
     powers, has_fp64, per_tensor, replicas = _powers_by_slot(shards, spec.norm_type, device, num_slots, rounded)
     weight_powers = None

@@ -32,6 +32,7 @@ class NormSpec:
         exclude: a regular expression, or several; parameters with a matching name are measured and never clipped.
         needs_weights: whether the norms of the parameters are measured as well.
         limits: (low, high) of an element; gradients are then searched for elements outside of them. None for no search.
+        limits_magnitudes: whether `limits` bound the magnitudes of elements, except those of zeros.
 
     Raises:
         ArgumentError: `groups` or `exclude` has something else than regular expressions.
@@ -46,6 +47,7 @@ class NormSpec:
     exclude: str | Sequence[str] = ()
     needs_weights: bool = False
     limits: tuple[float, float] | None = None
+    limits_magnitudes: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", check_groups(self.groups))

@@ -9,9 +9,12 @@ gradients, its state is tensors that are passed in and out, and it never waits f
 from ..norms.spec import NormSpec
 from .adagc import AdaGC, adagc
 from .agc import RelativeToWeight, agc
+from .aggc import Band, aggc
 from .autoclip import Percentile, autoclip
+from .bi2clip import BiClip, bi2clip
 from .ema import EMA, ema
 from .fixed import Fixed, global_norm, group_norm, per_tensor_norm
+from .mean_std import MeanStd
 from .median_mad import MedianMAD, median_mad
 from .norm_policy import NormPolicy
 from .policy import Policy, Rule, Threshold, Verdict
@@ -22,7 +25,10 @@ from .zclip import ZScore, zclip
 __all__ = [
     "EMA",
     "AdaGC",
+    "Band",
+    "BiClip",
     "Fixed",
+    "MeanStd",
     "MedianMAD",
     "NormPolicy",
     "NormSpec",
@@ -36,7 +42,9 @@ __all__ = [
     "ZScore",
     "adagc",
     "agc",
+    "aggc",
     "autoclip",
+    "bi2clip",
     "ema",
     "global_norm",
     "group_norm",

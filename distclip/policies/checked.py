@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from .. import devices
 from ..errors import ArgumentError
 from ..norms.reduce import Totals
 from ..norms.spec import NormSpec
+from .bi2clip import BiClip
 from .custom import as_vector, check_first_state, check_next_state
 from .norm_policy import NormPolicy
 from .policy import CheckedPolicy, Policy, State, Verdict, mask_known
@@ -32,7 +34,7 @@ def as_checked(policy: Policy) -> CheckedPolicy:
     True
     """
     # A subclass can return anything, so that the class itself decides.
-    if type(policy) is Value or (type(policy) is NormPolicy and policy.has_own_rule):
+    if type(policy) is Value or type(policy) is BiClip or (type(policy) is NormPolicy and policy.has_own_rule):
         return policy
     return _CheckedPolicy(policy)
 
@@ -61,9 +63,9 @@ class _CheckedPolicy:
         """Return the policy's verdict and state.
 
         Raises:
-            ArgumentError: they are of another kind, or a coefficient is not in [0, 1]. All ranks compute them from the
-                same norms, so that all of them raise. On an accelerator the host has not read the coefficients: an
-                invalid one becomes 0, and the next step raises.
+            ArgumentError: they are of another kind, or a coefficient is not in [0, max_coef]. All ranks compute them
+                from the same norms, so that all of them raise. On an accelerator the host has not read the
+                coefficients: an invalid one becomes 0, and the next step raises.
         """
         self._raise_due()
         result = self._policy.decide(totals, state)
@@ -93,7 +95,9 @@ class _CheckedPolicy:
                 f"{self._who}: limits={limits!r:.60}. Return two numbers, the lower one first, and set limits in the "
                 "NormSpec of the policy too."
             )
-        is_valid = (coefs >= 0) & (coefs <= 1)
+        if not verdict.max_coef < math.inf:
+            raise ArgumentError(f"{self._who}: max_coef={verdict.max_coef}. Return a finite number ≥ 1.")
+        is_valid = (coefs >= 0) & (coefs <= verdict.max_coef)
         if not devices.host_reads_free(norms.device):
             # A norm that is not finite may have any coefficient: the step is skipped, or NaN is what the user wants.
             self._read_later((is_valid | ~norms.isfinite().all()).all())
@@ -119,8 +123,8 @@ class _CheckedPolicy:
 
     def _error(self, what: str) -> ArgumentError:
         return ArgumentError(
-            f"{self._who}: {what}. A coefficient must be in [0, 1], and so a bound must be a number ≥ 0. Return inf "
-            "for a norm without a bound."
+            f"{self._who}: {what}. A coefficient must be in [0, 1], or in [0, max_coef] with Verdict(max_coef=…), and "
+            "so a bound must be a number ≥ 0. Return inf for a norm without a bound."
         )
 
 

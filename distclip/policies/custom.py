@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 from ..errors import ArgumentError
 from ..norms.reduce import Totals
 from .policy import Rule, State, Threshold, mask_known
-from .validation import NOT_NEGATIVE, to_float
+from .validation import NOT_NEGATIVE, Range, to_float
 
 __all__ = ["as_rule", "as_vector", "check_first_state", "check_next_state"]
+
+_FACTOR = Range(1, exclude=(math.inf,))
 
 
 def as_rule(threshold: Threshold) -> Rule:
@@ -46,10 +49,11 @@ class _CustomRule(Rule):
         self._threshold = threshold
         self.needs_weights = bool(getattr(threshold, "needs_weights", Rule.needs_weights))
         self.can_restart = bool(getattr(threshold, "can_restart", hasattr(threshold, "restart")))
-        cap = getattr(threshold, "cap", Rule.cap)
-        self.cap = to_float(cap)
-        if self.cap not in NOT_NEGATIVE:
-            raise ArgumentError(f"cap={cap!r:.60}: expected {NOT_NEGATIVE}. Use cap=1.0, for example.")
+        for name, default, allowed in (("cap", Rule.cap, NOT_NEGATIVE), ("max_coef", Rule.max_coef, _FACTOR)):
+            number = getattr(threshold, name, default)
+            if to_float(number) not in allowed:
+                raise ArgumentError(f"{name}={number!r:.60}: expected {allowed}. Use {name}=1.0, for example.")
+            vars(self)[name] = to_float(number)
 
     def init(self, slots: int, device: torch.device) -> State:
         """Return the threshold's state before the first step."""
@@ -67,6 +71,11 @@ class _CustomRule(Rule):
             raise ArgumentError(f"{who}: it returned {result!r:.80}. Return (bounds, state).")
         bounds, new_state = result
         return as_vector(who, "bounds", bounds, totals.norms), check_next_state(who, new_state, state)
+
+    def floors(self, totals: Totals, state: State) -> Tensor:
+        """Return the threshold's floors."""
+        floors = self._threshold.floors(totals, state)
+        return as_vector(f"threshold={self._threshold!r:.80}", "floors", floors, totals.norms)
 
     def restart(self, norms: Tensor, state: State) -> State:
         """Return the threshold's state after a restart."""

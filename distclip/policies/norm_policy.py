@@ -4,8 +4,9 @@ r"""Clip by norm: a rule gives the bound of every slot, and a gradient with a la
 
 Source: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", ICML 2013, algorithm 1.
 
-ε is 0, so that a norm up to its bound is left as it is at any scale. A constant ε > 0 shrinks norms of the same
-size, and a mean of clipped norms follows them down to 0. Only `global_norm` has torch's ε, 1e-6.
+A rule with a floor also scales smaller norms up to it. ε is 0, so that a norm up to its bound is left as it is at any
+scale. A constant ε > 0 shrinks norms of the same size, and a mean of clipped norms follows them down to 0. Only
+`global_norm` has torch's ε, 1e-6.
 
 `NormPolicy` protects every rule with state from four problems. A step with a non-finite norm leaves the state
 unchanged. A norm of 0 leaves the state of its slot unchanged, because a tensor without gradient has no information
@@ -127,7 +128,12 @@ class NormPolicy:
         rule_bounds, new_state = self._rule(totals, rule_state)
         bounds = rule_bounds if cap == math.inf else rule_bounds.clamp(max=cap)
         skip = (norms > rule_bounds).any() if self.skip else None
-        verdict = Verdict(coefficient(norms, bounds, self.eps), skip, bounds)
+        coefs = coefficient(norms, bounds, self.eps)
+        if self._rule.max_coef > 1:
+            floors = torch.minimum(self._rule.floors(totals, rule_state), bounds)
+            raised = (floors / norms).clamp(max=self._rule.max_coef)
+            coefs = torch.where((norms < floors) & (norms > 0), raised, coefs)
+        verdict = Verdict(coefs, skip, bounds, max_coef=self._rule.max_coef)
         if not state:
             return verdict, state
         if "restarts" in state:

@@ -24,17 +24,19 @@ class Verdict:
     """Decision of a policy about the gradients of one step.
 
     Args:
-        coefs: (slots,), in [0, 1], in the dtype and on the device of the norms (float64 unless the device lacks it):
-            the factor of the gradients of each slot.
+        coefs: (slots,), in [0, max_coef], in the dtype and on the device of the norms (float64 unless the device lacks
+            it): the factor of the gradients of each slot.
         skip: 0-d bool on that device: whether the step must change nothing. None for never.
         bounds: (slots,), like `coefs`: the norms that were allowed, inf for any norm. None without bounds on norms.
         limits: (low, high): every element of every gradient is clamped to this interval. None for no clamping.
+        max_coef: largest coefficient of the policy, ≥ 1. 1 for a policy that only scales down.
     """
 
     coefs: Tensor
     skip: Tensor | None = None
     bounds: Tensor | None = None
     limits: tuple[float, float] | None = None
+    max_coef: float = 1.0
 
 
 @runtime_checkable
@@ -101,6 +103,8 @@ class Rule(Threshold):
         can_restart: whether `restart` is implemented. False by default.
         cap: bound that always holds, in warm-up too. `NormPolicy` applies it to the bounds of `__call__`, which must be
             without it, so that a step beyond the cap can be distinguished from a step beyond the rule. inf by default.
+        max_coef: largest factor by which `NormPolicy` scales a norm up to the floor of `floors`, ≥ 1. 1 by default,
+            which scales nothing up.
     """
 
     __slots__ = ()
@@ -108,11 +112,19 @@ class Rule(Threshold):
     needs_weights: bool = False
     can_restart: bool = False
     cap: float = math.inf
+    max_coef: float = 1.0
 
     @property
     def unbounded_steps(self) -> int:
         """Number of first norms to which only the cap applies. `restart` is implemented if it is not 0."""
         return 0
+
+    def floors(self, totals: Totals, state: State) -> Tensor:
+        """Return the norm to which smaller norms are scaled up, (slots,) like the bounds. 0 by default.
+
+        It is called with the state before the step, if `max_coef` is above 1. A floor above the bound has no effect.
+        """
+        return torch.zeros_like(totals.norms)
 
     def restart(self, norms: Tensor, state: State) -> State:
         """Return the state after a restart from the last norms.

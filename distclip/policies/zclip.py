@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentError
 from ..norms.reduce import Totals
 from ..norms.spec import Per
 from .history import zeros
@@ -15,7 +17,10 @@ from .norm_policy import NormPolicy
 from .policy import Rule, State
 from .validation import FRACTION, NATURAL, NOT_NEGATIVE, POSITIVE, convert_fields, is_count, is_size
 
-__all__ = ["ZScore", "zclip"]
+__all__ = ["Statistics", "ZScore", "zclip"]
+
+Statistics: TypeAlias = Literal["capped", "published"]
+"""Norms that the mean and the deviation of `zclip` are made of: with the cap applied, or without it."""
 
 
 def zclip(
@@ -26,6 +31,7 @@ def zclip(
     norm_type: float = 2.0,
     per: Per = "model",
     restart_after: int = 128,
+    statistics: Statistics = "capped",
 ) -> NormPolicy:
     r"""Clip norms with a z-score above `z`. The larger the score is, the lower is the bound (ZClip).
 
@@ -33,7 +39,7 @@ def zclip(
         z_t = \frac{norm_t - \mu}{\sigma + 10^{-6} \mu} > z \text{ else } cap
 
     μ and σ are the running mean and standard deviation of the clipped norms. The published rule (`restart_after=0`,
-    with cap=1.0) never follows norms that rise for good by a few times their scatter.
+    `statistics="published"`, with cap=1.0) never follows norms that rise for good by a few times their scatter.
 
     Args:
         z: largest z-score that is not clipped, > 0.
@@ -45,18 +51,23 @@ def zclip(
         per: granularity (see `NormPolicy`).
         restart_after: number of steps after which the rule restarts from the norms before clipping if it has clipped
             more than half of them. 0 for never.
+        statistics: norms that μ and σ are made of. "capped": norms as they are applied, clipped by the rule and by the
+            cap, so that the rule stays active under a cap that is always reached. "published": norms clipped by the
+            rule only, and those of the warm-up unclipped, as the authors' code has it. Then a rule whose μ is above the
+            cap has no effect, and bounds differ by up to 10 % where the cap clips often. Without a cap both are equal.
 
     Raises:
-        ArgumentError: a number outside of its range.
+        ArgumentError: a number outside of its range, or other statistics.
 
     Source: Kumar, Owen, Chowdhury, Güra, "ZClip: adaptive spike mitigation for LLM pre-training", 2025,
     arXiv 2504.02507, algorithm 1 with reciprocal clipping. There 1e-6 is added to σ. Here it is relative to μ, so that
     the rule is the same at any scale of the norms.
 
     >>> zclip(3.0).threshold
-    ZScore(z=3.0, decay=0.97, warmup=25, eps=1e-06, cap=inf)
+    ZScore(z=3.0, decay=0.97, warmup=25, eps=1e-06, cap=inf, statistics='capped')
     """
-    return NormPolicy(ZScore(z, decay, warmup, cap=cap), norm_type, per, restart_after=restart_after)
+    threshold = ZScore(z, decay, warmup, cap=cap, statistics=statistics)
+    return NormPolicy(threshold, norm_type, per, restart_after=restart_after)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,20 +77,21 @@ class ZScore(Rule):
     .. math::
         z_t &= \frac{norm_t - \mu}{\sigma + \varepsilon \mu}, \qquad
         bound_t = \mu + \frac{z^2}{z_t} \sigma \text{ if } z_t > z \text{ else } \infty \\
-        x_t &= \min(norm_t, bound_t, cap), \quad \mu' = a \mu + (1 - a) x_t,
+        x_t &= \min(norm_t, bound_t, c), \quad \mu' = a \mu + (1 - a) x_t,
         \quad \sigma'^2 = a \sigma^2 + (1 - a) (x_t - \mu')^2
 
-    with a the decay. μ and σ² start from the mean and the population variance of the first `warmup` norms.
+    with a the decay, and c the cap, or ∞ with statistics="published". μ and σ² start from the mean and the population
+    variance of the first `warmup` norms.
 
     Args:
-        z, decay, warmup, cap: see `zclip`.
+        z, decay, warmup, cap, statistics: see `zclip`.
         eps: ε, > 0. It is the least σ, relative to μ, by which a distance is divided.
 
     Raises:
-        ArgumentError: a number outside of its range.
+        ArgumentError: a number outside of its range, or other statistics.
 
     >>> ZScore(z=3)
-    ZScore(z=3.0, decay=0.97, warmup=25, eps=1e-06, cap=inf)
+    ZScore(z=3.0, decay=0.97, warmup=25, eps=1e-06, cap=inf, statistics='capped')
     """
 
     can_restart = True
@@ -89,8 +101,13 @@ class ZScore(Rule):
     warmup: int = 25
     eps: float = 1e-6
     cap: float = math.inf
+    statistics: Statistics = "capped"
 
     def __post_init__(self) -> None:
+        if self.statistics not in get_args(Statistics):
+            raise ArgumentError(
+                f"statistics={self.statistics!r:.60}: unknown. Use one of {', '.join(get_args(Statistics))}."
+            )
         convert_fields(self, z=POSITIVE, decay=FRACTION, warmup=NATURAL, eps=POSITIVE, cap=NOT_NEGATIVE)
 
     @property
@@ -111,7 +128,7 @@ class ZScore(Rule):
         score = (norms - mean) / (deviation + self.eps * mean)
         unclipped = in_warmup | ~(score > self.z)
         bound = torch.where(unclipped, math.inf, mean + self.z * deviation / (score / self.z))
-        clipped = torch.minimum(norms, bound.clamp(max=self.cap))
+        clipped = torch.minimum(norms, bound.clamp(max=self._limit))
         # All norms of the warm-up have equal weights: Welford's running mean and variance, which need no buffer.
         weight = torch.where(in_warmup, 1 / (count + 1).to(norms.dtype), 1 - self.decay)
         new_mean = mean + weight * (clipped - mean)
@@ -127,5 +144,10 @@ class ZScore(Rule):
 
     def restart(self, norms: Tensor, state: State) -> State:
         """Return the mean and variance of the last norms before clipping, as after a warm-up with these norms."""
-        var, mean = torch.var_mean(norms.clamp(max=self.cap), dim=1, correction=0)
+        var, mean = torch.var_mean(norms.clamp(max=self._limit), dim=1, correction=0)
         return {"mean": mean, "var": var, "count": state["count"].clamp(min=self.warmup)}
+
+    @property
+    def _limit(self) -> float:
+        """Largest norm that the mean and the variance include."""
+        return self.cap if self.statistics == "capped" else math.inf

@@ -30,6 +30,7 @@ from distclip.policies import (
     ZScore,
     adagc,
     agc,
+    aggc,
     autoclip,
     ema,
     global_norm,
@@ -359,7 +360,7 @@ def test_preset_has_the_defaults_of_its_rule(preset: Callable[..., NormPolicy]) 
     """Compare defaults, and pass arguments of the policy through the preset."""
     policy = preset(norm_type="inf", per="row", cap=3.0)
     assert (policy.norm_type, policy.per, policy.threshold.cap) == (inf, "row", 3.0)
-    assert preset().per == ("tensor" if preset is adagc else "model")
+    assert preset().per == ("tensor" if preset in (adagc, aggc) else "model")
     assert preset().threshold == type(preset().threshold)()
     assert all(getattr(preset().threshold, f.name) == f.default for f in fields(preset().threshold))
 

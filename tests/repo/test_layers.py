@@ -14,7 +14,7 @@ ROWS = [
     ["sharding"],
     ["norms"],
     ["policies"],
-    ["nonfinite", "replicas", "apply"],
+    ["recipes", "nonfinite", "replicas", "apply"],
     ["outcome", "checkpoint"],
     ["engine"],
     ["functional", "clipper"],

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import distclip
 from distclip import NormPolicy, Policy, reference
-from distclip.policies import EMA, AdaGC, MedianMAD, Percentile, ZScore
+from distclip.policies import EMA, AdaGC, Band, MeanStd, MedianMAD, Percentile, ZScore
 
 if TYPE_CHECKING:
     from tests.policies.oracle import Oracle
@@ -102,6 +102,11 @@ def _fit_agc(oracle: Oracle) -> tuple[NormPolicy, Bound]:
     return distclip.agc(ratio, eps=0.01, exclude=exclude), bound
 
 
+def _upper_ends(norms: Sequence[float], *band: Any, **schedule: Any) -> list[float]:
+    """Return the bounds of bands, whose floors tests/policies/test_bands.py covers."""
+    return [bound for _, bound in reference.aggc_bands(norms, *band, **schedule)]
+
+
 POLICIES: dict[str, PolicyRow] = {
     "global_norm": PolicyRow(
         make=lambda: distclip.global_norm(1.0),
@@ -122,6 +127,7 @@ POLICIES: dict[str, PolicyRow] = {
         on_all_layouts=True,
     ),
     "value": PolicyRow(make=lambda: distclip.value(0.1)),
+    "bi2clip": PolicyRow(make=lambda: distclip.bi2clip(0.01, 0.1)),
     # It is the one rule that also measures weights, and so it runs on every layout too.
     "agc": PolicyRow(
         make=lambda: distclip.agc(0.01),
@@ -154,6 +160,10 @@ POLICIES: dict[str, PolicyRow] = {
                 ZScore(1.0, 0.5, 3, cap=1.5), lambda n, _: reference.zclip_bounds(n, 1.0, 0.5, 3, cap=1.5)
             ),
             "coarse": Variant(ZScore(2, 0, 1, 0.1), lambda n, _: reference.zclip_bounds(n, 2, 0, 1, 0.1)),
+            "published": Variant(
+                ZScore(1.0, 0.5, 3, cap=1.5, statistics="published"),
+                lambda n, _: reference.zclip_bounds(n, 1.0, 0.5, 3, cap=1.5, published=True),
+            ),
         },
         capped=lambda: distclip.zclip(cap=2.0),
         restarts=True,
@@ -208,6 +218,22 @@ POLICIES: dict[str, PolicyRow] = {
         },
         capped=lambda: distclip.median_mad(cap=2.0),
     ),
+    "aggc": PolicyRow(
+        make=lambda: distclip.aggc(cap=1.0),
+        # Without a floor it is a rule like the others.
+        small=lambda **options: distclip.aggc(0.0, 1.3, decay=0.8, warmup=2, **options),
+        twin=lambda norms, _: _upper_ends(norms, 0.0, 1.3, 0.8, 2),
+        per="tensor",
+        variants={
+            "": Variant(Band(0, 1.5, 0.9, 4), lambda n, _: _upper_ends(n, 0, 1.5, 0.9, 4)),
+            "late": Variant(
+                Band(0, 2.0, 0.5, 1, None, 0.7, 5, 4, cap=1.5),
+                lambda n, _: _upper_ends(n, 0, 2.0, 0.5, 1, None, 0.7, 5, 4, cap=1.5),
+            ),
+        },
+        capped=lambda: distclip.aggc(cap=2.0),
+        restarts=True,
+    ),
 }
 
 ADAPTIVE: dict[str, PolicyRow] = {name: row for name, row in POLICIES.items() if row.twin is not None}
@@ -217,5 +243,5 @@ VARIANTS: dict[str, Variant] = {
     ", ".join(part for part in (name, label) if part): variant
     for name, row in POLICIES.items()
     for label, variant in row.variants.items()
-}
+} | {"mean_std": Variant(MeanStd(1.0, 6, 3, 1.5), lambda n, _: reference.mean_std_bounds(n, 1.0, 6, 3, 1.5))}
 """Rules of all rows against their twins."""

@@ -92,6 +92,11 @@ class Panel:
     log: bool = False
     height: int = 110
 
+    @property
+    def coef_limit(self) -> float:
+        """Upper end of the axis of a panel of coefficients: just above 1, or above the largest one."""
+        return 1.06 * max(1.0, *(float(np.nanmax(curve.values, initial=0.0)) for curve in self.curves))
+
 
 def make_panels(logs: Sequence[Log]) -> tuple[list[Panel], list[str]]:
     """Prepare the panels for which there are values, and notes about those without."""

@@ -147,8 +147,9 @@ def _format_axis(axes: Axes, panel: Panel) -> None:
     if panel.key == "clip_rate":
         axes.set_ylim(bottom=0)
     if panel.key == "coef":
-        axes.set_ylim(0, 1.06)
-        axes.set_yticks([0, 0.5, 1])
+        axes.set_ylim(0, panel.coef_limit)
+        if panel.coef_limit < 1.1:
+            axes.set_yticks([0, 0.5, 1])
 
 
 def _set_log_ticks(axis: Any, low: float, high: float, max_ratio: float = 50) -> None:

@@ -67,9 +67,9 @@ class Columns:
             return list(map(itemgetter(key), lines)) if key in common else [line.get(key) for line in lines]
 
         new = {key: _as_numbers(values(key)) for key in ("norm", "bound", "coef")}
-        # A negative norm and a coefficient outside of [0, 1] are not from a recorder: treat them as missing.
+        # A negative norm and a coefficient that is negative or infinite are not from a recorder: treat them as missing.
         new["norm"][new["norm"] < 0] = np.nan
-        new["coef"][~((new["coef"] >= 0) & (new["coef"] <= 1))] = 1.0
+        new["coef"][~((new["coef"] >= 0) & (new["coef"] < np.inf))] = 1.0
         for key in keys:
             if key not in KNOWN:
                 column = values(key)
@@ -85,7 +85,7 @@ class Columns:
             _pad(stored, after)
         # Lines that were written by hand may lack the flags: derive them from the numbers.
         derived = {
-            "clipped": new["coef"] < 1,
+            "clipped": new["coef"] != 1,
             "finite": ~np.isnan(new["norm"]),
             "skipped": np.zeros(len(steps), np.bool_),
         }

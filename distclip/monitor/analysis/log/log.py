@@ -33,7 +33,7 @@ class Log:
         steps: (n,) int64, increasing.
         norms: (n,) before clipping; NaN where not finite.
         bounds: (n,) norm that the policy allowed; NaN where it has no single bound.
-        coefs: (n,) factor by which clipping shortened the whole gradient; 1 where it did not.
+        coefs: (n,) factor by which clipping changed the length of the whole gradient; 1 where it did not.
         clipped: (n,) bool.
         finite: (n,) bool.
         skipped: (n,) bool.

@@ -149,5 +149,5 @@ def _axis(panel: Panel, domain: tuple[float, float]) -> dict[str, Any]:
     if panel.key == "clip_rate":
         axis |= {"rangemode": "tozero"}
     if panel.key == "coef":
-        axis |= {"range": [0, 1.06]}
+        axis |= {"range": [0, panel.coef_limit]}
     return axis

@@ -1,0 +1,87 @@
+"""List what is published about gradient clipping in the training of well-known models, as policies.
+
+Each function returns a policy for `GradClipper`, and its docstring names the source. Nothing is added to what the
+source states, so that some recipes are a plain bound, and one has none. Optimizer, learning rate and batch size
+matter as much, and are not here.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ..policies import MeanStd, NormPolicy, global_norm
+
+__all__ = ["glm5", "kimi_k2", "llama3", "nanogpt", "olmo3"]
+
+
+def olmo3() -> NormPolicy:
+    """Clip to a norm of 1, and skip steps at 6 standard deviations above the mean of 128 norms.
+
+    The skips begin once 63 norms are known. The optimizer of the source also skips a step whose *loss* is that far
+    above the mean of the last 128 losses. A policy does not see losses, so that this part is missing here.
+
+    Source: Ai2, OLMo-core, `src/scripts/official/OLMo3/OLMo-3-1025-7B-pretrain-1.py` (max_grad_norm=1.0,
+    SkipStepAdamWConfig) and `src/olmo_core/optim/skip_step_optimizer.py` (rolling_interval_length=128, sigma_factor=6).
+    Report: "Olmo 3", 2025, arXiv 2512.13961.
+
+    >>> olmo3().skip, olmo3().threshold
+    (True, MeanStd(sigma=6.0, window=128, warmup=63, cap=1.0))
+    """
+    return NormPolicy(MeanStd(cap=1.0), eps=1e-6, skip=True)
+
+
+def glm5() -> NormPolicy:
+    """Clip the parameters that AdamW steps to a norm of 1, and leave those that Muon steps as they are.
+
+    Muon orthogonalizes its update, so that the length of its gradients has no effect. The norm is that of AdamW's
+    parameters alone. The policy does not know which these are, so make the clipper of them:
+    `GradClipper(adamw_params, recipes.glm5(), partial=True)`.
+
+    Source: InternLM, xtuner, pull request 2001, "Add GLM-5.2 MuonSplit and AdamW-only gradient clipping", 2026, and
+    the default max_grad_norm=1.0 of `xtuner/v1/config/optim.py`. There AdamW steps embeddings, the head, and all
+    parameters with fewer than two dims. The report, "GLM-5: from Vibe Coding to Agentic Engineering", 2026, arXiv
+    2602.15763, describes Muon Split.
+
+    >>> glm5().threshold
+    Fixed(max_norm=1.0)
+    """
+    return global_norm(1.0)
+
+
+def kimi_k2() -> NormPolicy:
+    """Measure the norm and clip nothing, because the report publishes no bound on gradients.
+
+    The QK-Clip of its optimizer MuonClip is not gradient clipping: after a step it rescales the query and key
+    projections of each attention head whose largest logit exceeded τ = 100.
+
+    Source: Kimi Team, "Kimi K2: open agentic intelligence", 2025, arXiv 2507.20534, algorithm 1 and section 2.1.
+
+    >>> kimi_k2().threshold
+    Fixed(max_norm=inf)
+    """
+    return global_norm(math.inf)
+
+
+def llama3() -> NormPolicy:
+    """Clip to a norm of 1.
+
+    The report, "The Llama 3 herd of models", 2024, arXiv 2407.21783, gives no bound.
+
+    Source: PyTorch, torchtitan, `torchtitan/models/llama3/train_configs/llama3_405b.toml` (max_norm = 1.0), a
+    configuration for the architecture, and not the one of Meta's own run.
+
+    >>> llama3().threshold
+    Fixed(max_norm=1.0)
+    """
+    return global_norm(1.0)
+
+
+def nanogpt() -> NormPolicy:
+    """Clip to a norm of 1.
+
+    Source: Karpathy, nanoGPT, `train.py` (grad_clip = 1.0), which reproduces GPT-2.
+
+    >>> nanogpt().threshold
+    Fixed(max_norm=1.0)
+    """
+    return global_norm(1.0)
