@@ -2,44 +2,34 @@
 
 A rank has the meshes of its parameters and the axes of its `split_over=`. A pipeline stage does not have the mesh of
 the next stage, and a rank without parameters has no mesh at all. So the first call with new meshes or axes runs a
-rendezvous through the key-value store of torch.distributed (`Rendezvous`). The resulting communicator is cached, and
+rendezvous through the key-value store of torch.distributed (`rendezvous`). The resulting communicator is cached, and
 later calls exchange nothing. The rendezvous uses no collective, so that an invalid argument on one rank, or a
 contradiction between ranks, raises on all of them instead of hanging some.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-import logging
-import math
-import time
-import uuid
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Sequence
 from datetime import timedelta
-from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import distributed_c10d
 
-from ..errors import ArgumentError, DisagreementError, DistclipError, LayoutError, from_wire, to_wire
+from ..errors import ArgumentError, DistclipError, LayoutError, to_wire
 from . import Comm, missing_members
 from .agreement import CallCounter
-from .consensus import FirstError, axes_contradiction, describe_axes
+from .consensus import FirstError
 from .local import DryRunComm, LocalComm
 from .mpi import mpi_size
 from .process_group import ProcessGroupComm
-from .ranks import Axis, Ranks
+from .ranks import Axis, Ranks, ascending
+from .rendezvous import Post, Rendezvous, derive_component
 
 __all__ = [
-    "Component",
-    "Post",
-    "Rendezvous",
     "call_counter",
     "check_covered",
     "forget_all",
@@ -55,10 +45,6 @@ __all__ = [
     "widened",
     "world_comm",
 ]
-
-T = TypeVar("T")
-
-_log = logging.getLogger("distclip")
 
 
 def resolve_comm(
@@ -116,12 +102,13 @@ def widened(comm: Comm, groups: Collection[Ranks], axes: Sequence[Axis], num_rea
     Collectives: a gather over `comm`, and those of `resolve_comm`.
     """
     assert comm.ranks is not None, "only a derived communicator can be widened"
-    spans, session = _spans(groups, axes), _session()
+    session = _session()
+    spans = _spans(groups, axes)
     outside: list[set[Ranks]] = comm.gather_objects({span for span in spans if not set(span) <= set(comm.ranks)})
     key = tuple(comm.ranks), frozenset[Ranks]().union(*outside)
     if key not in session.wider:
         # The ranks of `comm` whose own mesh is no wider take part because `comm` itself is one of the spans.
-        session.wider[key] = _rendezvous(spans | {tuple(sorted(comm.ranks))}, axes, None, num_reached)
+        session.wider[key] = _rendezvous(groups, axes, None, num_reached, also=tuple(comm.ranks))
     # The next such call begins over `comm` again: a rank whose meshes are the same in both calls cannot distinguish it
     # from one without the mesh.
     return session.wider[key]
@@ -156,7 +143,7 @@ def world_comm() -> Comm:
     ranks = tuple(range(dist.get_world_size()))
     if ranks not in _session().groups:
         # It creates the group, after the ranks have compared how many groups each of them has.
-        _rendezvous({ranks}, (), None, ())
+        _rendezvous([ranks], (), None, ())
     return ProcessGroupComm(_session().groups[ranks])
 
 
@@ -319,7 +306,7 @@ def _derived(
     if key not in comms:
         with errors:
             _check_ranks(groups)
-        comms[key] = _known(key) or _rendezvous(spans, axes, errors.error, num_reached)
+        comms[key] = _known(key) or _rendezvous(groups, axes, errors.error, num_reached)
         if axes:
             comms.setdefault(_cache_key((), axes), comms[key])
     return comms[key]
@@ -332,7 +319,7 @@ _Key: TypeAlias = tuple[tuple[str, ...], frozenset[Ranks]]
 def _cache_key(groups: Collection[Ranks], axes: Sequence[Axis]) -> _Key:
     """Return the cache key of a call."""
     # Meshes are compared by their ranks, because torch's DTensor operators replace meshes by equal ones.
-    return tuple(axis.identity for axis in axes), frozenset(tuple(sorted(ranks)) for ranks in groups)
+    return tuple(axis.identity for axis in axes), frozenset(map(ascending, groups))
 
 
 def _known(key: _Key) -> ProcessGroupComm | None:
@@ -354,19 +341,31 @@ def _known(key: _Key) -> ProcessGroupComm | None:
 
 
 def _spans(groups: Collection[Ranks], axes: Sequence[Axis]) -> set[Ranks]:
-    return {tuple(sorted(ranks)) for ranks in (*groups, *(axis.ranks for axis in axes))}
+    return {ascending(ranks) for ranks in (*groups, *(axis.ranks for axis in axes))}
 
 
 def _rendezvous(
-    spans: set[Ranks], axes: Sequence[Axis], error: BaseException | None, num_reached: Collection[float]
+    groups: Collection[Ranks],
+    axes: Sequence[Axis],
+    error: BaseException | None,
+    num_reached: Collection[float],
+    also: Ranks = (),
 ) -> ProcessGroupComm:
-    """Run a rendezvous, and return a communicator over the ranks that it found."""
+    """Run a rendezvous, and return a communicator over the ranks that it found.
+
+    Args:
+        groups, axes, error, num_reached: of this rank; see `resolve_comm`.
+        also: further ranks that take part.
+    """
+    spans = _spans((*groups, also) if also else groups, axes)
+    known = derive_component(list(map(ascending, groups)), axes, dist.get_rank(), dist.get_world_size())
     post = Post(
         groups=tuple(sorted(spans)),
         axes=tuple(axes),
         num_groups=_num_groups(),
         error=None if error is None else to_wire(error),
         num_reached=tuple(sorted(num_reached)),
+        known=known if known is not None and set(also) <= set(known.ranks) else None,
     )
     try:
         component = _session().rendezvous.join(post, _timeout())
@@ -416,231 +415,3 @@ def _timeout() -> timedelta:
     """Return the timeout of the store, which is the one that the job gave its process group."""
     timeout: timedelta = _store().timeout  # type: ignore[attr-defined]
     return timeout
-
-
-# ---- The rendezvous ----
-
-_TOMBSTONE = "-"
-"""Value of a withdrawn post. `Store.get` blocks on a deleted key, so withdrawn posts are overwritten instead."""
-
-_WARN_AFTER = 20.0
-"""Seconds after which a waiting rank logs which ranks are missing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Post:
-    """Message of one rank in a rendezvous.
-
-    Args:
-        groups: rank groups of this rank's meshes and axes.
-        axes: axes of this rank's `split_over=`.
-        num_groups: number of process groups that this rank belongs to.
-        error: (class name, message) of the error that this rank has run into, or None.
-        num_reached: numbers of ranks that the layouts of this rank reach.
-        token: text that is unique to this rank and call. The result is published under it.
-    """
-
-    groups: tuple[Ranks, ...]
-    axes: tuple[Axis, ...]
-    num_groups: int = 0
-    error: tuple[str, str] | None = None
-    num_reached: tuple[float, ...] = ()
-    # Keys in the store are never used twice, so that no rank reads the result of an earlier call.
-    token: str = field(default_factory=lambda: uuid.uuid4().hex)
-
-    @property
-    def neighbours(self) -> frozenset[int]:
-        """Ranks that share a group or an axis with this rank, this rank included."""
-        return frozenset(rank for ranks in self.groups for rank in ranks)
-
-    def encode(self) -> str:
-        """Return the post as JSON."""
-        return json.dumps(asdict(self))
-
-    @staticmethod
-    def decode(text: str | bytes) -> Post:
-        """Parse a post from JSON."""
-        raw = json.loads(text)
-        raw["groups"] = tuple(map(tuple, raw["groups"]))
-        raw["axes"] = tuple(Axis(tuple(a["ranks"]), a["name"], a["identity"]) for a in raw["axes"])
-        raw["num_reached"] = tuple(raw["num_reached"])
-        raw["error"] = None if raw["error"] is None else tuple(raw["error"])
-        return Post(**raw)
-
-
-@dataclass(frozen=True, slots=True)
-class Component:
-    """Result of a rendezvous: a connected component of ranks that share meshes and axes.
-
-    Args:
-        ranks: global ranks of the component, ascending.
-        num_groups: largest number of process groups that any of the ranks belongs to.
-        is_mixed: whether the layouts of some rank reach only a part of the ranks.
-    """
-
-    ranks: Ranks
-    num_groups: int
-    is_mixed: bool = False
-
-
-class Rendezvous:
-    """Find the connected component of ranks around this one, through a store.
-
-    Every rank posts its neighbours under its rank. A rank that is the lowest among its own neighbours leads: it reads
-    its neighbours' posts, then their neighbours' posts, until it has read the whole component. Then it publishes the
-    result under the token of each post. Ranks of another model are neither read nor waited for.
-
-    Args:
-        store: store that all ranks share, and that nothing else uses under the same prefix.
-        rank: global rank of this process.
-    """
-
-    def __init__(self, store: Store, rank: int) -> None:
-        self._store = store
-        self._rank = rank
-
-    def join(self, post: Post, timeout: timedelta) -> Component:
-        """Find every rank that this one is connected to.
-
-        Args:
-            post: message of this rank.
-            timeout: time to wait for a rank that does not call.
-
-        Raises:
-            DisagreementError: a rank did not call, or the ranks' axes contradict each other; on all ranks that called.
-            DistclipError: an error that some rank posted; on all ranks that called.
-
-        Collectives: none. Host syncs: none (a store on the host is read).
-        """
-        deadline = time.monotonic() + timeout.total_seconds()
-        self._store.set(str(self._rank), post.encode())
-        try:
-            if self._rank == min(post.neighbours):
-                self._lead(post, deadline)
-            # The leader times out first, and publishes the error. A follower therefore waits longer.
-            leader = [min(post.neighbours)]
-            result = _poll(
-                lambda: self._result(post),
-                deadline + _WARN_AFTER,
-                lambda: _describe_missing(leader, {self._rank: post}),
-            )
-        finally:
-            self._store.set(str(self._rank), _TOMBSTONE)
-            self._store.delete_key(post.token)
-        if result is None:
-            raise DisagreementError(_describe_missing(leader, {self._rank: post}))
-        if result["error"] is not None:
-            raise from_wire(*result["error"])
-        return Component(tuple(result["ranks"]), result["num_groups"], result["is_mixed"])
-
-    def _lead(self, post: Post, deadline: float) -> None:
-        """Read posts until the component is complete, and publish it, unless another leader has done so."""
-        posts, error = {self._rank: post}, None
-        while missing := sorted(_neighbours(posts) - posts.keys()):
-            new = _poll(partial(self._read_posts, missing, posts), deadline, partial(_describe_missing, missing, posts))
-            if not new:
-                # An empty dict means that another leader has published. None means that the deadline has passed.
-                error = None if new == {} else DisagreementError(_describe_missing(missing, posts))
-                break
-            posts.update(new)
-        # Checked after the last post was read: a rank that already has its result may have posted for its next call.
-        if self._result(post) is None:
-            self._publish(posts, error)
-
-    def _read_posts(self, missing: list[int], posts: Mapping[int, Post]) -> dict[int, Post] | None:
-        """Read the posts of missing ranks.
-
-        Args:
-            missing: ranks whose posts are still to be read.
-            posts: posts that were read so far, by rank.
-
-        Returns:
-            New posts by rank, None if there are none yet, an empty dict if another leader has published the result.
-        """
-        if self._result(posts[self._rank]) is not None:
-            return {}
-        known = _neighbours(posts)
-        new = {peer: post for peer in missing if (post := self._read_post(peer)) is not None}
-        return {peer: post for peer, post in new.items() if self._belongs(post, known - {peer})} or None
-
-    def _belongs(self, post: Post, known: frozenset[int]) -> bool:
-        """Return whether `post` belongs to this rendezvous, and not to another one with disjoint ranks."""
-        # A rank may still be in an earlier rendezvous. Follow its neighbours until one of this rendezvous shows up.
-        reached, followed = post.neighbours, frozenset[int]()
-        while not reached & known and (more := reached - followed):
-            followed |= more
-            reached |= frozenset[int]().union(*(p.neighbours for p in map(self._read_post, more) if p is not None))
-        return bool(reached & known)
-
-    def _read_post(self, rank: int) -> Post | None:
-        """Read the post of a rank, or None before it was written and after it was withdrawn."""
-        # Checked first, because `Store.get` blocks on a key that was never set.
-        text = self._store.get(str(rank)).decode() if self._store.check([str(rank)]) else _TOMBSTONE
-        return None if text == _TOMBSTONE else Post.decode(text)
-
-    def _publish(self, posts: Mapping[int, Post], error: BaseException | None) -> None:
-        """Remove all posts of the component, then write the result under their tokens."""
-        if self._store.add(_digest(post.token for post in posts.values()), 1) > 1:
-            return  # Another leader publishes the result of the very same posts.
-        for rank in posts:
-            self._store.set(str(rank), _TOMBSTONE)
-        result = _component_of(posts) if error is None else _failure(None, *to_wire(error))
-        # Leaders get it first, so that no leader acts on a post that a faster rank writes for its next call.
-        for _, post in sorted(posts.items(), key=lambda item: item[0] != min(item[1].neighbours)):
-            self._store.set(post.token, json.dumps(result))
-
-    def _result(self, post: Post) -> dict[str, Any] | None:
-        """Read the result that a leader has published for this rank, or None if there is none yet."""
-        if not self._store.check([post.token]):
-            return None
-        result: dict[str, Any] = json.loads(self._store.get(post.token))
-        return result
-
-
-def _component_of(posts: Mapping[int, Post]) -> dict[str, Any]:
-    """Return the result to publish: the lowest rank's error, a contradiction, or the component."""
-    for rank, post in sorted(posts.items()):
-        if post.error is not None:
-            return _failure(rank, *post.error)
-    if (contradiction := axes_contradiction({rank: post.axes for rank, post in posts.items()})) is not None:
-        return _failure(None, *to_wire(contradiction))
-    return {
-        "error": None,
-        "ranks": sorted(posts),
-        "num_groups": max(post.num_groups for post in posts.values()),
-        "is_mixed": any(num != len(posts) for post in posts.values() for num in post.num_reached),
-    }
-
-
-def _failure(rank: int | None, kind: str, message: str) -> dict[str, Any]:
-    return {"error": (rank, kind, message)}
-
-
-def _digest(members: Iterable[int] | Iterable[str]) -> str:
-    """Return a short name for a set of ranks or tokens."""
-    return hashlib.sha1(repr(sorted(members)).encode(), usedforsecurity=False).hexdigest()[:16]
-
-
-def _poll(read: Callable[[], T | None], deadline: float, describe_missing: Callable[[], str]) -> T | None:
-    """Call `read` until it returns a value, and return it, or None at the deadline."""
-    # Ranks that run in step find each other within a millisecond. Late ones must not load the store.
-    pause, warn_at = 0.0002, time.monotonic() + _WARN_AFTER
-    while (value := read()) is None and time.monotonic() < deadline:
-        time.sleep(pause)
-        pause = min(2 * pause, 0.05)
-        if time.monotonic() > warn_at:
-            _log.warning("still waiting: %s", describe_missing())
-            warn_at = math.inf
-    return value
-
-
-def _describe_missing(missing: Sequence[int], posts: Mapping[int, Post]) -> str:
-    axes = describe_axes({rank: post.axes for rank, post in posts.items()}, sorted(posts))
-    return (
-        f"rank(s) {list(missing)} share a mesh or an axis of split_over= with {axes}, and have not made this call. "
-        "Make the call on every rank that shares one, with the same split_over=."
-    )
-
-
-def _neighbours(posts: Mapping[int, Post]) -> frozenset[int]:
-    return frozenset[int]().union(*(post.neighbours for post in posts.values()))

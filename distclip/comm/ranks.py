@@ -1,14 +1,99 @@
-"""Define groups of ranks: `Ranks`, and the named `Axis` of `split_over=`."""
+"""Define groups of ranks: `Ranks`, the named `Axis` of `split_over=`, and the `Grid` of a mesh."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import math
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
 
-__all__ = ["Axis", "Ranks", "is_tensor_axis", "rank_list"]
+__all__ = [
+    "Axis",
+    "Grid",
+    "Ranks",
+    "ascending",
+    "decode_ranks",
+    "digest_of",
+    "encode_ranks",
+    "is_tensor_axis",
+    "rank_list",
+    "rank_set",
+]
 
 Ranks = tuple[int, ...]
 """Global ranks, in the order of their process group."""
+
+T = TypeVar("T")
+
+
+class Grid:
+    """Ranks of a mesh as an array: those along any of its dims follow from the coordinates of a rank.
+
+    Args:
+        shape: number of ranks along each dim.
+        ranks: global ranks in row-major order.
+
+    >>> grid = Grid((2, 3), tuple(range(6)))
+    >>> grid.dims_of(4, (3, 4, 5)), grid.dims_of(4, (1, 4)), grid.dims_of(4, (0, 4))
+    ((1,), (0,), None)
+    >>> grid.slice_of(4, (0,)), grid.slice_of(4, (0, 1))
+    ((1, 4), (0, 1, 2, 3, 4, 5))
+    """
+
+    def __init__(self, shape: Sequence[int], ranks: Ranks) -> None:
+        self.shape, self.ranks = tuple(shape), ranks
+        self._strides = [math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape))]
+        self._slices: dict[tuple[int, tuple[int, ...]], Ranks] = {}
+
+    @cached_property
+    def digest(self) -> str:
+        """Text that is equal for equal grids only."""
+        return f"{self.shape}{digest_of(self.ranks)}"
+
+    @cached_property
+    def _positions(self) -> dict[int, int] | range:
+        ordered = range(len(self.ranks))
+        return ordered if self.ranks == tuple(ordered) else {rank: i for i, rank in enumerate(self.ranks)}
+
+    def dims_of(self, rank: int, ranks: Sequence[int]) -> tuple[int, ...] | None:
+        """Return the dims that `ranks` span: they are all ranks along these dims through `rank`, in order.
+
+        Args:
+            rank: global rank.
+            ranks: some ranks.
+
+        Returns:
+            The dims, or None if there are none for which this holds.
+        """
+        positions = self._positions
+        if rank not in positions or ranks[0] not in positions or ranks[-1] not in positions:
+            return None
+        # The first and the last rank of a slice differ in every dim that has more than one rank.
+        first, last = positions[ranks[0]], positions[ranks[-1]]
+        dims = tuple(d for d in range(len(self.shape)) if self._at(first, d) != self._at(last, d))
+        if math.prod(self.shape[dim] for dim in dims) != len(ranks):
+            return None
+        return dims if self._line(positions[rank], dims) == tuple(ranks) else None
+
+    def slice_of(self, rank: int, dims: Sequence[int]) -> Ranks:
+        """Return the ranks along some dims through `rank`, ascending."""
+        return ascending(self._line(self._positions[rank], tuple(dims)))
+
+    def _at(self, position: int, dim: int) -> int:
+        return position // self._strides[dim] % self.shape[dim]
+
+    def _line(self, position: int, dims: tuple[int, ...]) -> Ranks:
+        start = position - sum(self._at(position, dim) * self._strides[dim] for dim in dims)
+        # One tuple for all ranks of the slice, because a slice can be all ranks of a large job.
+        if (start, dims) not in self._slices:
+            offsets = [0]
+            for dim in dims:
+                offsets = [offset + i * self._strides[dim] for offset in offsets for i in range(self.shape[dim])]
+            self._slices[start, dims] = tuple(self.ranks[start + offset] for offset in offsets)
+        return self._slices[start, dims]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,14 +104,20 @@ class Axis:
         ranks: the global ranks along the axis, through this rank.
         name: name of the axis ("pp", "tp" ...), or None if the caller gave none.
         identity: text that is equal on all of `ranks`, and on no other group of ranks.
+        grid: the root mesh that the axis was sliced from, or None. It stays on this rank.
     """
 
     ranks: Ranks
     name: str | None = None
     identity: str = ""
+    grid: Grid | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
-        return f"{self.name or 'an unnamed group'} over ranks {list(self.ranks)}"
+        return f"{self.name or 'an unnamed group'} over ranks {rank_set(self.ranks)}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The grid is as large as the job, and every rank has it already.
+        return Axis, (self.ranks, self.name, self.identity)
 
 
 def is_tensor_axis(name: str | None) -> bool:
@@ -46,3 +137,115 @@ def rank_list(ranks: Sequence[int]) -> str:
     """
     more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{more}"
+
+
+def rank_set(ranks: Sequence[int]) -> str:
+    """Return ranks as a list of limited length, for messages.
+
+    >>> rank_set((0, 2)), rank_set(range(100))
+    ('[0, 2]', '[0, 1, 2, 3, 4, 5, 6, 7, ... 100 ranks]')
+    """
+    if len(ranks) <= 16:
+        return str(list(ranks))
+    return f"[{', '.join(map(str, ranks[:8]))}, ... {len(ranks)} ranks]"
+
+
+# ---- Groups of many ranks ----
+
+
+class _ByIdentity:
+    """Cache of a function of tuples, which compares them by identity: hashing a tuple reads all of it."""
+
+    def __init__(self, function: Callable[[Ranks], Any], size: int = 512) -> None:
+        self._function, self._size = function, size
+        self._entries: dict[int, tuple[Ranks, Any]] = {}
+
+    def __call__(self, ranks: Ranks) -> Any:
+        entry = self._entries.get(id(ranks))
+        if entry is None:
+            while len(self._entries) >= self._size:
+                self._entries.pop(next(iter(self._entries)), None)
+            # The entry keeps the tuple, so that no other one gets its id.
+            entry = self._entries[id(ranks)] = ranks, self._function(ranks)
+        return entry[1]
+
+
+def _ascending(ranks: Ranks) -> Ranks:
+    in_order = tuple(sorted(ranks))
+    return ranks if in_order == ranks else in_order
+
+
+def _digest(ranks: Ranks) -> str:
+    return hashlib.sha1(array("q", ranks).tobytes(), usedforsecurity=False).hexdigest()[:16]
+
+
+_cached_ascending = _ByIdentity(_ascending)
+_cached_digest = _ByIdentity(_digest)
+
+
+def ascending(ranks: Ranks) -> Ranks:
+    """Return ranks in ascending order, as one tuple for all calls with the same tuple.
+
+    >>> ascending((1, 0))
+    (0, 1)
+    """
+    in_order: Ranks = _cached_ascending(ranks)
+    return in_order
+
+
+def digest_of(ranks: Ranks) -> str:
+    """Return a short name of some ranks and their order.
+
+    >>> digest_of((0, 1)) == digest_of((1, 0))
+    False
+    """
+    digest: str = _cached_digest(ranks)
+    return digest
+
+
+def encode_ranks(ranks: Sequence[int]) -> str:
+    """Write ranks as ranges, so that those of a regular group take constant space.
+
+    >>> encode_ranks((0, 1, 2, 3)), encode_ranks((1, 5, 9, 13)), encode_ranks((7, 2))
+    ('0-3', '1-13:4', '7,2')
+    """
+    if len(ranks) > 2 and ranks[0] < ranks[1] and tuple(ranks) == (whole := _progression(ranks)):
+        # Usual, and much faster for all ranks of a large job.
+        return f"{ranks[0]}-{ranks[-1]}{f':{whole[1] - whole[0]}' * (whole[1] - whole[0] > 1)}"
+    return ",".join(_ranges(ranks))
+
+
+def _progression(ranks: Sequence[int]) -> Ranks:
+    """Return the ranks from the first to the last one, in steps of the first difference."""
+    return tuple(range(ranks[0], ranks[-1] + 1, ranks[1] - ranks[0]))
+
+
+def _ranges(ranks: Sequence[int]) -> Iterator[str]:
+    i = 0
+    while i < len(ranks):
+        step, end = 0, i + 1
+        if end < len(ranks) and ranks[end] > ranks[i]:
+            step = ranks[end] - ranks[i]
+            while end < len(ranks) and ranks[end] - ranks[end - 1] == step:
+                end += 1
+        # A range of two is no shorter than both ranks.
+        if end - i < 3:
+            yield str(ranks[i])
+            i += 1
+            continue
+        yield f"{ranks[i]}-{ranks[end - 1]}{f':{step}' * (step > 1)}"
+        i = end
+
+
+def decode_ranks(text: str) -> Ranks:
+    """Read ranks that `encode_ranks` has written.
+
+    >>> decode_ranks("0-3"), decode_ranks("1-13:4,7,2"), decode_ranks("")
+    ((0, 1, 2, 3), (1, 5, 9, 13, 7, 2), ())
+    """
+    ranks: list[int] = []
+    for part in text.split(",") if text else ():
+        first, _, rest = part.partition("-")
+        last, _, step = rest.partition(":")
+        ranks.extend(range(int(first), int(last or first) + 1, int(step or 1)))
+    return tuple(ranks)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..comm import Comm, missing_members
-from ..comm.ranks import Axis, Ranks
+from ..comm.ranks import Axis, Grid, Ranks
 from ..errors import ArgumentError, LayoutError
 
 __all__ = ["SplitOver", "group_ranks", "mesh_ranks", "name_from_description", "split_axes"]
@@ -88,6 +88,17 @@ def _axis_ranks(mesh: DeviceMesh) -> tuple[Ranks, ...]:
     return ranks
 
 
+_grids: weakref.WeakKeyDictionary[DeviceMesh, Grid] = weakref.WeakKeyDictionary()
+
+
+def _root_grid(mesh: DeviceMesh) -> Grid:
+    """Return the ranks of the mesh that a mesh was sliced from."""
+    root = mesh._get_root_mesh()
+    if (grid := _grids.get(root)) is None:
+        grid = _grids[root] = Grid(tuple(root.mesh.shape), tuple(root.mesh.flatten().tolist()))
+    return grid
+
+
 def group_ranks(group: Any) -> Ranks:
     """Return all global ranks of a process group.
 
@@ -119,9 +130,9 @@ def _axes(one: Any, name: str | None) -> Iterator[Axis]:
     """Yield the axes of one element of `split_over=`."""
     try:
         if isinstance(one, DeviceMesh):
-            ranks_of = _axis_ranks(one)
+            ranks_of, grid = _axis_ranks(one), _root_grid(one)
             for i, dim_name in enumerate(one.mesh_dim_names or (None,) * one.ndim):
-                yield Axis(ranks_of[i], name or dim_name, one.get_group(i).group_name)
+                yield Axis(ranks_of[i], name or dim_name, one.get_group(i).group_name, grid)
         elif isinstance(one, dist.ProcessGroup) or one == dist.GroupMember.NON_GROUP_MEMBER:
             yield Axis(group_ranks(one), name or name_from_description(one), one.group_name)
         elif _is_comm(one) and one.ranks is not None:

@@ -10,8 +10,8 @@ import pytest
 from torch.distributed import HashStore
 
 from distclip import ArgumentError, DisagreementError
-from distclip.comm.discovery import Post, Rendezvous
 from distclip.comm.ranks import Axis, Ranks
+from distclip.comm.rendezvous import Post, Rendezvous
 
 SECONDS = timedelta(seconds=20)
 
@@ -98,4 +98,4 @@ def test_disagreement_is_raised_by_all(other: str) -> None:
 def test_names_a_rank_that_never_calls() -> None:
     error = agree_on_all_ranks({0: Post(((0, 1),), (Axis((0, 1), "pp", "x"),))}, timedelta(milliseconds=50))[0]
     assert isinstance(error, DisagreementError)
-    assert str(error).startswith("rank(s) [1] share a mesh or an axis of split_over= with rank 0 passed [pp over ranks")
+    assert str(error).startswith("1 of 2 ranks (rank 1) have not made this call")

@@ -1,0 +1,713 @@
+"""Find the ranks that take part in a first call, through a store: `Rendezvous`.
+
+The ranks of one call are a connected component: each of them shares a mesh or an axis with another one. Most ranks can
+derive the whole component from the meshes that they have (`Known`). So a rendezvous has three stages, and most end
+after the first:
+
+1. Count. Every rank adds 1 to a counter of its component. The sum contains a hash of the arguments too. The last rank
+   finds that all ranks are present and have equal arguments, and writes the result that the others wait for. A rank
+   sends and receives a few hundred bytes, whatever the number of ranks is.
+2. Compare. All ranks are present, and some arguments differ: an error on one rank, or another number of process groups.
+   Every distinct set of arguments is written once, and the last rank compares them.
+3. Search. Ranks know different parts of the component, or contradict each other. Every rank posts the groups that it
+   has, and the lowest rank reads from post to post until it has the whole component.
+
+A rank that waits in stage 1 for ranks that are in stage 3 is sent there too: either by the first rank of its component,
+which watches for such ranks, or by the rank of stage 3 that needs it. The counters have a number of the round in the
+store, so that ranks which come later begin another round. Nothing here uses a collective.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+import uuid
+import zlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Protocol
+
+from ..errors import DisagreementError, from_wire, to_wire
+from .consensus import axes_contradiction, describe_axes
+from .ranks import Axis, Ranks, ascending, decode_ranks, digest_of, encode_ranks, rank_list
+
+__all__ = ["Clock", "Component", "KeyValueStore", "Known", "Post", "Rendezvous", "derive_component", "patience"]
+
+_log = logging.getLogger("distclip")
+
+
+class KeyValueStore(Protocol):
+    """The part of a torch.distributed Store that a rendezvous uses."""
+
+    def set(self, key: str, value: str, /) -> None:
+        """Write a value."""
+        ...
+
+    def get(self, key: str, /) -> bytes:
+        """Read a value. It blocks until there is one."""
+        ...
+
+    def add(self, key: str, amount: int, /) -> int:
+        """Add to a counter, which begins at 0, and return the sum."""
+        ...
+
+    def check(self, keys: list[str], /) -> bool:
+        """Return whether all keys have a value."""
+        ...
+
+    def wait(self, keys: list[str], timeout: timedelta, /) -> None:
+        """Block until all keys have a value. Raise RuntimeError after the timeout."""
+        ...
+
+    def delete_key(self, key: str, /) -> bool:
+        """Remove a value."""
+        ...
+
+
+class Clock(Protocol):
+    """The part of the module `time` that a rendezvous uses."""
+
+    def monotonic(self) -> float:
+        """Return the time in seconds."""
+        ...
+
+    def sleep(self, seconds: float, /) -> None:
+        """Wait."""
+        ...
+
+
+def patience() -> float:
+    """Return the number of seconds after which a waiting rank logs which ranks are missing.
+
+    It is the environment variable DISTCLIP_PATIENCE, or 20.
+    """
+    return float(os.environ.get("DISTCLIP_PATIENCE", "20"))
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Component that a rank has derived from the meshes that it has, before it has asked any other rank.
+
+    Args:
+        ranks: of the component, ascending.
+        axes: text about the axes of `split_over=` that is equal on all ranks of the component if the axes are
+            consistent.
+    """
+
+    ranks: Ranks
+    axes: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """Message of one rank in a rendezvous.
+
+    Args:
+        groups: rank groups of this rank's meshes and axes.
+        axes: axes of this rank's `split_over=`.
+        num_groups: number of process groups that this rank belongs to.
+        error: (class name, message) of the error that this rank has run into, or None.
+        num_reached: numbers of ranks that the layouts of this rank reach.
+        known: the component, if this rank can derive it.
+        token: text that is unique to this rank and call. The result of a search is published under it.
+    """
+
+    groups: tuple[Ranks, ...]
+    axes: tuple[Axis, ...] = ()
+    num_groups: int = 0
+    error: tuple[str, str] | None = None
+    num_reached: tuple[float, ...] = ()
+    known: Known | None = None
+    # Tokens are never used twice, so that no rank reads the result of an earlier call.
+    token: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
+
+    @property
+    def neighbours(self) -> frozenset[int]:
+        """Ranks that share a group or an axis with this rank, this rank included."""
+        return frozenset(rank for ranks in self.groups for rank in ranks)
+
+    def is_mixed(self, known: Known) -> bool:
+        """Return whether the layouts of this rank reach only a part of a component."""
+        return any(num != len(known.ranks) for num in self.num_reached)
+
+    def arguments(self, known: Known) -> str:
+        """Return what is equal on all ranks of most calls, as JSON."""
+        return json.dumps([known.axes, self.num_groups, self.is_mixed(known), self.error])
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """Result of a rendezvous: a connected component of ranks that share meshes and axes.
+
+    Args:
+        ranks: global ranks of the component, ascending.
+        num_groups: largest number of process groups that any of the ranks belongs to.
+        is_mixed: whether the layouts of some rank reach only a part of the ranks.
+    """
+
+    ranks: Ranks
+    num_groups: int
+    is_mixed: bool = False
+
+
+# ---- Values in the store ----
+
+_SEARCH: dict[str, Any] = {"stage": "search"}
+"""Result of a round whose ranks must search."""
+
+_COMPARE: dict[str, Any] = {"stage": "compare"}
+"""Result of a round whose ranks must compare their arguments."""
+
+_WITHDRAWN = "-"
+"""Value in place of a post. `Store.get` blocks on a deleted key, so withdrawn posts are overwritten instead."""
+
+_MAX_RANKS = 1 << 20
+"""Number of ranks that a counter has room for."""
+
+_HASH_BITS = 22
+"""Number of bits of a hash, so that the sum of all hashes fits into a counter above the number of ranks."""
+
+_CLOSED = -(1 << 62)
+"""Added to the counter of a round that no rank may join any more, so that the counter is negative from then on."""
+
+_MAX_INLINE = 120
+"""Number of characters up to which the ranks of a group are written into every post, and not under a key of theirs."""
+
+_FIRST_PAUSE, _MAX_PAUSE = 0.002, 0.25
+"""Seconds between two looks at the store. Ranks that run in step find each other within the first."""
+
+_SCAN_AFTER = 1.0
+"""Seconds after which the first rank of a round looks for ranks of the component that are not in it."""
+
+_GRACE = 0.03
+"""Seconds that a rank may be in another round before the round is sent to search."""
+
+_MARGIN = 20.0
+"""Seconds that a rank waits beyond its deadline for another rank to write the common result."""
+
+_WINDOW = 64
+"""Number of ranks that a watching or leading rank looks for at once."""
+
+
+def _success(ranks: Ranks | None, num_groups: int, *, is_mixed: bool) -> dict[str, Any]:
+    return {
+        "error": None,
+        "ranks": None if ranks is None else encode_ranks(ranks),
+        "num_groups": num_groups,
+        "is_mixed": is_mixed,
+    }
+
+
+def _failure(rank: int | None, kind: str, message: str) -> dict[str, Any]:
+    return {"error": (rank, kind, message)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Post of a search, as another rank reads it.
+
+    Args:
+        token: see `Post`.
+        groups: ranks of each group, as text.
+        axes: (ranks as text, name, identity) of each axis.
+        num_groups, error, num_reached: see `Post`.
+    """
+
+    token: str
+    groups: tuple[str, ...]
+    axes: tuple[tuple[str, str | None, str], ...]
+    num_groups: int
+    error: tuple[str, str] | None
+    num_reached: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Rendezvous that a rank is in: a round of stage 1 with a number of ranks, or a post of stage 3."""
+
+    round: str = ""
+    size: int = 0
+    found: _Found | None = None
+
+
+_NOWHERE = _Place()
+
+
+class Rendezvous:
+    """Find the connected component of ranks around this one, through a store.
+
+    Ranks of another model are neither read nor waited for.
+
+    Args:
+        store: store that all ranks share, and that nothing else uses under the same prefix.
+        rank: global rank of this process.
+        clock: gives the time, and passes it.
+    """
+
+    def __init__(self, store: KeyValueStore, rank: int, clock: Clock = time) -> None:
+        self._store = store
+        self._rank = rank
+        self._clock = clock
+        # Ranks of groups by their text, so that a group is decoded once.
+        self._groups: dict[str, frozenset[int]] = {}
+
+    def join(self, post: Post, timeout: timedelta) -> Component:
+        """Find every rank that this one is connected to.
+
+        Args:
+            post: message of this rank.
+            timeout: time to wait for a rank that does not call.
+
+        Raises:
+            DisagreementError: a rank did not call, or the ranks' axes contradict each other; on all ranks that called.
+            DistclipError: an error that some rank posted; on all ranks that called.
+
+        Collectives: none. Host syncs: none (a store on the host is read).
+        """
+        deadline = self._now() + timeout.total_seconds()
+        result = _SEARCH if post.known is None else self._count(post, post.known, deadline)
+        if result == _SEARCH:
+            result = self._search(post, deadline)
+        if result["error"] is not None:
+            raise from_wire(*result["error"])
+        if result["ranks"] is None:
+            assert post.known is not None, "only ranks that have derived the component omit it"
+            return Component(post.known.ranks, result["num_groups"], result["is_mixed"])
+        return Component(decode_ranks(result["ranks"]), result["num_groups"], result["is_mixed"])
+
+    def _now(self) -> float:
+        return self._clock.monotonic()
+
+    # ---- Stage 1: count ----
+
+    def _count(self, post: Post, known: Known, deadline: float) -> dict[str, Any]:
+        """Wait until all ranks of a known component are present, and return the result."""
+        name, size = digest_of(known.ranks), len(known.ranks)
+        base = f"{name}/{self._store.add(f'{name}/round', 0)}"
+        # Written before the rank is counted, so that a rank which is counted is found.
+        self._store.set(self._at(self._rank), f"{base} {size}")
+        # One counter counts the ranks and adds up the hashes of their arguments.
+        arguments = post.arguments(known)
+        own_hash = zlib.crc32(arguments.encode()) % (1 << _HASH_BITS)
+        total = self._store.add(f"{base}/arrived", 1 + own_hash * _MAX_RANKS)
+        num_arrived, hashes = total % _MAX_RANKS, total // _MAX_RANKS
+        if total > 0 and num_arrived == size:
+            # Two different sets of arguments have the same sum once in four million times.
+            is_equal = hashes == own_hash * size
+            result = _success(None, post.num_groups, is_mixed=post.is_mixed(known)) if is_equal else _COMPARE
+            self._end_round(base, result)
+        else:
+            try:
+                # A negative counter is that of a round that was closed after this rank had read its number.
+                result = self._await_round(base, post, known, deadline, watch=total == 1 + own_hash * _MAX_RANKS)
+            except BaseException as error:
+                self._close(base, size, _failure(self._rank, *to_wire(error)))
+                raise
+        return self._compare(base, arguments, known, deadline) if result == _COMPARE else result
+
+    def _await_round(self, base: str, post: Post, known: Known, deadline: float, *, watch: bool) -> dict[str, Any]:
+        """Wait for the result of a round. At the deadline, end the round for all of its ranks.
+
+        Args:
+            base: prefix of the round.
+            post, known, deadline: of this rank.
+            watch: True on one rank, which looks for ranks with other meshes, and logs the missing ones.
+        """
+        key = f"{base}/result"
+        if watch:
+            self._watch(base, post, known, deadline)
+        elif not self._is_written(key, deadline + _MARGIN):
+            self._close(base, len(known.ranks), self._round_failure(base, post, known))
+        return self._read(key, self._now() + _MARGIN)
+
+    def _watch(self, base: str, post: Post, known: Known, deadline: float) -> None:
+        """Wait until a round has ended, and end it if it cannot be completed.
+
+        Only the first rank of a round polls. The other ranks block.
+        """
+        # Ranks of small groups first: these are the most likely to have posted something else.
+        others = [r for ranks in sorted(post.groups, key=len) for r in ranks] + [*known.ranks]
+        others = [r for r in dict.fromkeys(others) if r != self._rank]
+        start, pause, begin = self._now(), _FIRST_PAUSE, 0
+        log_at = start + patience()
+        while not self._store.check([f"{base}/result"]):
+            now = self._now()
+            if now >= deadline:
+                self._close(base, len(known.ranks), self._round_failure(base, post, known))
+                return
+            if now >= start + _SCAN_AFTER:
+                window = [others[(begin + i) % len(others)] for i in range(min(_WINDOW, len(others)))]
+                begin += len(window)
+                if any(self._place(r) not in (_NOWHERE, _Place(base, len(known.ranks))) for r in window):
+                    # A rank of the component may have other meshes, so that it never joins this round.
+                    self._close(base, len(known.ranks), _SEARCH)
+                    return
+            if now >= log_at:
+                log_at = deadline
+                _log.warning("still waiting: %s", self._describe_round(base, post, known))
+            self._clock.sleep(min(pause, deadline - now))
+            pause = min(5 * pause, _MAX_PAUSE)
+
+    def _end_round(self, base: str, result: dict[str, Any]) -> None:
+        # The next round begins first, so that no rank joins this one after it has read the result.
+        self._store.add(f"{base.rpartition('/')[0]}/round", 1)
+        self._store.set(f"{base}/result", json.dumps(result))
+
+    def _close(self, base: str, size: int, result: dict[str, Any]) -> None:
+        """End a round that is not complete, with a result for the ranks in it.
+
+        Any rank may do this. A round that is complete, or that another rank closes, stays as it is.
+        """
+        if self._store.add(f"{base}/closing", 1) > 1:
+            return
+        # One addition closes the round and shows whether it is complete, so that it never is both.
+        before = self._store.add(f"{base}/arrived", _CLOSED) - _CLOSED
+        if before % _MAX_RANKS < size:
+            self._end_round(base, result)
+
+    def _round_failure(self, base: str, post: Post, known: Known) -> dict[str, Any]:
+        return _failure(None, *to_wire(DisagreementError(self._describe_round(base, post, known))))
+
+    def _describe_round(self, base: str, post: Post, known: Known) -> str:
+        here = _Place(base, len(known.ranks))
+        missing = [r for r in known.ranks if self._place(r) != here]
+        return _describe_missing(missing, len(known.ranks), {self._rank: post.axes})
+
+    # ---- Stage 2: compare ----
+
+    def _compare(self, base: str, arguments: str, known: Known, deadline: float) -> dict[str, Any]:
+        """Compare the arguments of all ranks of a complete round, and return the result."""
+        # The first rank that has these arguments writes them.
+        if self._store.add(f"{base}/arguments/{zlib.crc32(arguments.encode())}", 1) == 1:
+            number = self._store.add(f"{base}/num_texts", 1)
+            self._store.set(f"{base}/text/{number}", json.dumps([self._rank, arguments]))
+        if self._store.add(f"{base}/num_ready", 1) < len(known.ranks):
+            return self._read(f"{base}/verdict", deadline)
+        num_texts = self._store.add(f"{base}/num_texts", 0)
+        texts = [json.loads(self._store.get(f"{base}/text/{i + 1}")) for i in range(num_texts)]
+        result = _verdict({rank: json.loads(text) for rank, text in texts})
+        self._store.set(f"{base}/verdict", json.dumps(result))
+        return result
+
+    # ---- Stage 3: search ----
+
+    def _search(self, post: Post, deadline: float) -> dict[str, Any]:
+        """Exchange groups until the whole component is known, and return the result."""
+        self._store.set(self._at(self._rank), self._encode(post))
+        result = None
+        try:
+            leader = min(post.neighbours)
+            if leader == self._rank:
+                leader = self._lead(post, deadline)
+            result = self._follow(post, leader, deadline)
+        finally:
+            if result is None and self._claim(post.token):
+                # Interrupted. No rank publishes a result for this post from now on.
+                self._store.set(self._at(self._rank), _WITHDRAWN)
+        for key in (post.token, f"claim/{post.token}"):
+            self._store.delete_key(key)
+        return result
+
+    def _follow(self, post: Post, leader: int, deadline: float) -> dict[str, Any]:
+        """Wait for the result that the leader publishes."""
+        give_up_at, pause, since = deadline + _MARGIN, _FIRST_PAUSE, dict[str, float]()
+        log_at = self._now() + patience()
+        while not self._store.check([post.token]):
+            now, place = self._now(), self._place(leader)
+            if place.found is not None and leader != self._rank:
+                # The leader reads the posts, and logs the missing ones.
+                self._is_written(post.token, give_up_at)
+            if now >= give_up_at:
+                missing = DisagreementError(_describe_missing([leader], len(post.neighbours), {self._rank: post.axes}))
+                if self._claim(post.token):
+                    self._store.set(self._at(self._rank), _WITHDRAWN)
+                    return _failure(None, *to_wire(missing))
+                return self._read_result(post.token, now + _MARGIN)
+            self._send_to_search(place, since)
+            if now >= log_at:
+                log_at = give_up_at
+                # Every rank that follows the missing one is here. One of them logs it.
+                if self._store.add(f"logged/{leader}/{place.round}", 1) == 1:
+                    missing_text = _describe_missing([leader], len(post.neighbours), {self._rank: post.axes})
+                    _log.warning("still waiting: %s", missing_text)
+            self._clock.sleep(pause)
+            pause = min(2 * pause, _MAX_PAUSE)
+        return self._read_result(post.token, self._now() + _MARGIN)
+
+    def _lead(self, post: Post, deadline: float) -> int:
+        """Read posts until the component is complete, and publish it.
+
+        Returns:
+            This rank, or a lower rank of the component, which leads in place of this one.
+        """
+        own = self._parse(self._encode(post))
+        posts, known, expanded = {self._rank: own}, set(post.neighbours), set(own.groups)
+        missing, begin, width = sorted(known - posts.keys()), 0, _WINDOW
+        pause, since, log_at = _FIRST_PAUSE / 10, dict[str, float](), self._now() + patience()
+        while missing:
+            if missing[0] < self._rank:
+                return missing[0]
+            num_known, num_posts = len(known), len(posts)
+            for rank in missing[begin : begin + width]:
+                place = self._place(rank)
+                if place.found is None or not self._belongs(rank, place.found, posts):
+                    self._send_to_search(place, since)
+                    continue
+                posts[rank] = place.found
+                for text in {*place.found.groups} - expanded:
+                    # Thousands of ranks share a group.
+                    expanded.add(text)
+                    known |= self._ranks_of(text)
+            if len(posts) > num_posts:
+                if len(known) > num_known:
+                    missing = sorted(known - posts.keys())
+                else:
+                    missing = [rank for rank in missing if rank not in posts]
+                # Where all ranks are present, the list of missing ones is made few times.
+                width = 2 * width if len(posts) - num_posts >= width else _WINDOW
+                pause, begin = _FIRST_PAUSE / 10, 0
+                continue
+            begin, width = begin + width, _WINDOW
+            if self._store.check([post.token]):
+                return self._rank  # A lower rank, which this one has not reached yet, has published.
+            if (now := self._now()) >= deadline:
+                break
+            if now >= log_at:
+                log_at = deadline
+                _log.warning("still waiting: %s", self._describe_search(missing, known, posts))
+            if begin >= len(missing):
+                self._clock.sleep(pause)
+                pause, begin = min(2 * pause, _GRACE), 0
+        if missing:
+            message = self._describe_search(missing, known, posts)
+            self._publish(posts, _failure(None, *to_wire(DisagreementError(message))))
+        else:
+            self._publish(posts, self._component_of(posts))
+        return self._rank
+
+    def _belongs(self, rank: int, found: _Found, posts: Mapping[int, _Found]) -> bool:
+        """Return whether a post belongs to this rendezvous, and not to another one that the rank joins first.
+
+        While its post stands, no rank has left the rendezvous of that post. So a rank whose post was read is in the
+        same rendezvous if a path leads to it from post to post.
+        """
+        chain, unread = {rank: found}, [found]
+        while unread:
+            one = unread.pop()
+            groups = sorted(map(self._ranks_of, one.groups), key=len)
+            if any(other in posts for ranks in groups for other in ranks):
+                # The posts of the path were read one after another. They have all stood at once if none has changed.
+                return len(chain) == 1 or all(self._place(r).found == post for r, post in chain.items())
+            for other in frozenset[int]().union(*groups) - chain.keys():
+                if (next_one := self._place(other).found) is not None:
+                    chain[other] = next_one
+                    unread.append(next_one)
+        return False
+
+    def _send_to_search(self, place: _Place, since: dict[str, float]) -> None:
+        """End a round of stage 1 that a rank of this rendezvous waits in.
+
+        Args:
+            place: of the rank.
+            since: time at which each round was first seen.
+        """
+        # It may be a round of an earlier call, which is about to end.
+        if place.round and self._now() >= since.setdefault(place.round, self._now()) + _GRACE:
+            self._close(place.round, place.size, _SEARCH)
+
+    def _publish(self, posts: Mapping[int, _Found], result: dict[str, Any]) -> None:
+        """Write the result for all ranks whose posts were read."""
+        # A rank that gives up and a rank that publishes claim the post. Only one of them is the first.
+        late = [rank for rank, post in posts.items() if not self._claim(post.token)]
+        if late and result["error"] is None:
+            message = (
+                f"{rank_list(late)} waited for other ranks until the timeout. Make the call on every rank in time."
+            )
+            result = _failure(None, *to_wire(DisagreementError(message)))
+        # All posts are withdrawn before any rank can leave, so that none is taken for one of a later call.
+        for rank in posts:
+            self._store.set(self._at(rank), _WITHDRAWN)
+        text = json.dumps(result)
+        if len(text) > 10 * _MAX_INLINE:
+            key = f"result/{posts[self._rank].token}"
+            self._store.set(key, text)
+            text = json.dumps({"key": key})
+        for rank, post in posts.items():
+            if rank not in late:
+                self._store.set(post.token, text)
+
+    def _claim(self, token: str) -> bool:
+        return self._store.add(f"claim/{token}", 1) == 1
+
+    def _component_of(self, posts: Mapping[int, _Found]) -> dict[str, Any]:
+        """Return the result to publish: the lowest rank's error, a contradiction, or the component."""
+        for rank, post in sorted(posts.items()):
+            if post.error is not None:
+                return _failure(rank, *post.error)
+        if any(post.axes for post in posts.values()):
+            contradiction = axes_contradiction({rank: self._axes_of(post) for rank, post in posts.items()})
+            if contradiction is not None:
+                return _failure(None, *to_wire(contradiction))
+        num_groups = max(post.num_groups for post in posts.values())
+        is_mixed = any(num != len(posts) for post in posts.values() for num in post.num_reached)
+        return _success(tuple(sorted(posts)), num_groups, is_mixed=is_mixed)
+
+    def _describe_search(self, missing: Sequence[int], known: Collection[int], posts: Mapping[int, _Found]) -> str:
+        axes = {rank: self._axes_of(posts[rank]) for rank in sorted(posts)[:4]}
+        return _describe_missing(missing, len(known), axes)
+
+    # ---- Reading and writing ----
+
+    def _at(self, rank: int) -> str:
+        return f"at/{rank}"
+
+    def _place(self, rank: int) -> _Place:
+        """Return the rendezvous that a rank is in now."""
+        # Checked first, because `Store.get` blocks on a key that was never set.
+        text = self._store.get(self._at(rank)).decode() if self._store.check([self._at(rank)]) else _WITHDRAWN
+        if text == _WITHDRAWN:
+            return _NOWHERE
+        if text.startswith("{"):
+            return _Place(found=self._parse(text))
+        base, size = text.split()
+        return _NOWHERE if self._store.check([f"{base}/result"]) else _Place(base, int(size))
+
+    def _encode(self, post: Post) -> str:
+        """Write a post as JSON."""
+        axes = [(self._text_of(axis.ranks), axis.name, axis.identity) for axis in post.axes]
+        return json.dumps(
+            {
+                "token": post.token,
+                "groups": sorted({self._text_of(ranks) for ranks in post.groups}),
+                "axes": axes,
+                "num_groups": post.num_groups,
+                "error": post.error,
+                "num_reached": post.num_reached,
+            }
+        )
+
+    def _parse(self, text: str) -> _Found:
+        raw = json.loads(text)
+        return _Found(
+            raw["token"],
+            tuple(raw["groups"]),
+            tuple(map(tuple, raw["axes"])),
+            raw["num_groups"],
+            None if raw["error"] is None else tuple(raw["error"]),
+            tuple(raw["num_reached"]),
+        )
+
+    def _text_of(self, ranks: Ranks) -> str:
+        """Return the ranks of a group as text, or the digest under which the first rank of the group has written it."""
+        text = encode_ranks(ranks)
+        if len(text) <= _MAX_INLINE:
+            return text
+        digest = f"#{digest_of(ranks)}"
+        if self._store.add(f"group/{digest}/num_posts", 1) == 1:
+            self._store.set(f"group/{digest}", text)
+        return digest
+
+    def _ranks_in_order(self, text: str) -> Ranks:
+        return decode_ranks(self._store.get(f"group/{text}").decode() if text.startswith("#") else text)
+
+    def _ranks_of(self, text: str) -> frozenset[int]:
+        if text not in self._groups:
+            self._groups[text] = frozenset(self._ranks_in_order(text))
+        return self._groups[text]
+
+    def _axes_of(self, found: _Found) -> tuple[Axis, ...]:
+        return tuple(Axis(self._ranks_in_order(text), name, identity) for text, name, identity in found.axes)
+
+    def _is_written(self, key: str, until: float) -> bool:
+        """Block until a key has a value, and return whether it has one."""
+        try:
+            self._store.wait([key], timedelta(seconds=max(0.001, until - self._now())))
+        except RuntimeError:
+            return self._store.check([key])
+        return True
+
+    def _read(self, key: str, until: float) -> dict[str, Any]:
+        """Read a result that another rank is about to write."""
+        if not self._is_written(key, until):
+            raise DisagreementError(
+                "a rank has ended while the ranks of a first call were finding each other. The traceback of that rank "
+                "has the reason. Make the same calls on every rank."
+            )
+        result: dict[str, Any] = json.loads(self._store.get(key))
+        return result
+
+    def _read_result(self, token: str, until: float) -> dict[str, Any]:
+        result = self._read(token, until)
+        return self._read(result["key"], until) if "key" in result else result
+
+
+def derive_component(groups: Iterable[Ranks], axes: Sequence[Axis], rank: int, num_ranks: int) -> Known | None:
+    """Derive the whole component of a rank from its meshes and axes, if they allow it.
+
+    The result holds if the other ranks have meshes along the same dims. The rendezvous finds out whether they do.
+
+    Args:
+        groups: rank groups of the layouts, each ascending.
+        axes: axes of `split_over=`.
+        rank: global rank of this process.
+        num_ranks: number of ranks in the job.
+
+    Returns:
+        The component, or None if this rank cannot derive it.
+    """
+    groups = list(groups)
+    if not groups and not axes:
+        return None
+    spans = [*groups, *(ascending(axis.ranks) for axis in axes)]
+    text, grid = "", axes[0].grid if axes else None
+    if grid is not None:
+        # All ranks of a mesh have the same lines along the same dims.
+        along = [grid.dims_of(rank, axis.ranks) if axis.grid is grid else None for axis in axes]
+        dims = [*along, *(grid.dims_of(rank, span) for span in groups)]
+        if any(one is None for one in dims):
+            return None
+        text = repr((grid.digest, [axis.name for axis in axes], along))
+        component = grid.slice_of(rank, sorted({dim for one in dims if one is not None for dim in one}))
+    else:
+        component = max(spans, key=len)
+        members = frozenset(component)
+        # Axes over a part of the component differ between its ranks, and could contradict each other.
+        if any(len(axis.ranks) < len(component) for axis in axes) or not all(map(members.issuperset, spans)):
+            return None
+        if axes:
+            text = repr([(axis.name, axis.identity, axis.ranks == component) for axis in axes])
+    # A rank without a layout does not know whether other ranks have meshes within a stage.
+    return Known(component, text) if groups or len(component) == num_ranks else None
+
+
+def _verdict(arguments: Mapping[int, Sequence[Any]]) -> dict[str, Any]:
+    """Return the result of a comparison: the lowest rank's error, a search, or the component.
+
+    Args:
+        arguments: `Post.arguments` by the first rank that has them.
+    """
+    for rank, (*_, error) in sorted(arguments.items()):
+        if error is not None:
+            return _failure(rank, *error)
+    if len({axes for axes, *_ in arguments.values()}) > 1:
+        return _SEARCH  # A search finds the axes that contradict each other.
+    num_groups = max(num for _, num, _, _ in arguments.values())
+    return _success(None, num_groups, is_mixed=any(is_mixed for _, _, is_mixed, _ in arguments.values()))
+
+
+def _describe_missing(missing: Sequence[int], num_ranks: int, axes: Mapping[int, tuple[Axis, ...]]) -> str:
+    """Describe the ranks that have not called, for logs and errors.
+
+    Args:
+        missing: the ranks.
+        num_ranks: number of ranks that must call, as far as it is known.
+        axes: of a few ranks that have called, by rank.
+    """
+    return (
+        f"{len(missing)} of {num_ranks} ranks ({rank_list(missing)}) have not made this call, and share a mesh or an "
+        f"axis of split_over= with others: {describe_axes(axes, sorted(axes))}. Make the call on every rank that "
+        "shares one, with the same split_over=."
+    )
