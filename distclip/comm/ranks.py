@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +20,7 @@ __all__ = [
     "decode_ranks",
     "digest_of",
     "encode_ranks",
+    "grid_of_lines",
     "is_tensor_axis",
     "rank_list",
     "rank_set",
@@ -94,6 +97,42 @@ class Grid:
                 offsets = [offset + i * self._strides[dim] for offset in offsets for i in range(self.shape[dim])]
             self._slices[start, dims] = tuple(self.ranks[start + offset] for offset in offsets)
         return self._slices[start, dims]
+
+
+def grid_of_lines(rank: int, lines: Sequence[Ranks]) -> Grid | None:
+    """Return the row-major grid in which some groups of ranks can be lines or planes.
+
+    `Grid.dims_of` tells whether they are. They are in most jobs.
+
+    Args:
+        rank: global rank in every group.
+        lines: the groups, each ascending.
+
+    Returns:
+        The smallest such grid, or None if there is none.
+
+    >>> grid_of_lines(5, [(1, 5), (4, 5, 6, 7)]).shape
+    (2, 4)
+    >>> grid_of_lines(1, [(1, 3, 4)])
+    """
+    # A line of n ranks with step s varies the digits of a rank between s and n · s.
+    steps: set[int] = set()
+    for line in lines:
+        if len(line) > 1:
+            if line != _progression(line):
+                return None
+            steps |= {line[1] - line[0], (line[1] - line[0]) * len(line)}
+    ends = sorted(steps)
+    if not ends or any(two % one for one, two in itertools.pairwise(ends)):
+        return None
+    base = rank // ends[-1] * ends[-1] + rank % ends[0]
+    shape = tuple(two // one for one, two in itertools.pairwise(ends))[::-1]
+    return _regular_grid(shape, base, ends[0])
+
+
+@functools.lru_cache(64)
+def _regular_grid(shape: tuple[int, ...], base: int, step: int) -> Grid:
+    return Grid(shape, tuple(range(base, base + step * math.prod(shape), step)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from typing import Any, Protocol
 
 from ..errors import DisagreementError, from_wire, to_wire
 from .consensus import axes_contradiction, describe_axes
-from .ranks import Axis, Ranks, ascending, decode_ranks, digest_of, encode_ranks, rank_list
+from .ranks import Axis, Grid, Ranks, ascending, decode_ranks, digest_of, encode_ranks, grid_of_lines, rank_list
 
 __all__ = ["Clock", "Component", "KeyValueStore", "Known", "Post", "Rendezvous", "derive_component", "patience"]
 
@@ -59,7 +59,7 @@ class KeyValueStore(Protocol):
         ...
 
     def wait(self, keys: list[str], timeout: timedelta, /) -> None:
-        """Block until all keys have a value. Raise RuntimeError after the timeout."""
+        """Wait until all keys have a value. Raise RuntimeError after the timeout."""
         ...
 
     def delete_key(self, key: str, /) -> bool:
@@ -199,6 +199,10 @@ def _success(ranks: Ranks | None, num_groups: int, *, is_mixed: bool) -> dict[st
         "num_groups": num_groups,
         "is_mixed": is_mixed,
     }
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def _failure(rank: int | None, kind: str, message: str) -> dict[str, Any]:
@@ -530,7 +534,7 @@ class Rendezvous:
         # All posts are withdrawn before any rank can leave, so that none is taken for one of a later call.
         for rank in posts:
             self._store.set(self._at(rank), _WITHDRAWN)
-        text = json.dumps(result)
+        text = _compact(result)
         if len(text) > 10 * _MAX_INLINE:
             key = f"result/{posts[self._rank].token}"
             self._store.set(key, text)
@@ -570,38 +574,24 @@ class Rendezvous:
         text = self._store.get(self._at(rank)).decode() if self._store.check([self._at(rank)]) else _WITHDRAWN
         if text == _WITHDRAWN:
             return _NOWHERE
-        if text.startswith("{"):
+        if text.startswith("["):
             return _Place(found=self._parse(text))
         base, size = text.split()
         return _NOWHERE if self._store.check([f"{base}/result"]) else _Place(base, int(size))
 
     def _encode(self, post: Post) -> str:
         """Write a post as JSON."""
+        groups = sorted({self._text_of(ranks) for ranks in post.groups})
         axes = [(self._text_of(axis.ranks), axis.name, axis.identity) for axis in post.axes]
-        return json.dumps(
-            {
-                "token": post.token,
-                "groups": sorted({self._text_of(ranks) for ranks in post.groups}),
-                "axes": axes,
-                "num_groups": post.num_groups,
-                "error": post.error,
-                "num_reached": post.num_reached,
-            }
-        )
+        return _compact([post.token, groups, axes, post.num_groups, post.error, post.num_reached])
 
     def _parse(self, text: str) -> _Found:
-        raw = json.loads(text)
-        return _Found(
-            raw["token"],
-            tuple(raw["groups"]),
-            tuple(map(tuple, raw["axes"])),
-            raw["num_groups"],
-            None if raw["error"] is None else tuple(raw["error"]),
-            tuple(raw["num_reached"]),
-        )
+        token, groups, axes, num_groups, error, num_reached = json.loads(text)
+        error = None if error is None else tuple(error)
+        return _Found(token, tuple(groups), tuple(map(tuple, axes)), num_groups, error, tuple(num_reached))
 
     def _text_of(self, ranks: Ranks) -> str:
-        """Return the ranks of a group as text, or the digest under which the first rank of the group has written it."""
+        """Return the ranks of a group as text, or the digest under which a rank has written the text."""
         text = encode_ranks(ranks)
         if len(text) <= _MAX_INLINE:
             return text
@@ -622,7 +612,7 @@ class Rendezvous:
         return tuple(Axis(self._ranks_in_order(text), name, identity) for text, name, identity in found.axes)
 
     def _is_written(self, key: str, until: float) -> bool:
-        """Block until a key has a value, and return whether it has one."""
+        """Wait until a key has a value, and return whether it has one."""
         try:
             self._store.wait([key], timedelta(seconds=max(0.001, until - self._now())))
         except RuntimeError:
@@ -662,25 +652,27 @@ def derive_component(groups: Iterable[Ranks], axes: Sequence[Axis], rank: int, n
     if not groups and not axes:
         return None
     spans = [*groups, *(ascending(axis.ranks) for axis in axes)]
-    text, grid = "", axes[0].grid if axes else None
-    if grid is not None:
-        # All ranks of a mesh have the same lines along the same dims.
-        along = [grid.dims_of(rank, axis.ranks) if axis.grid is grid else None for axis in axes]
-        dims = [*along, *(grid.dims_of(rank, span) for span in groups)]
-        if any(one is None for one in dims):
+    component, text = max(spans, key=len), ""
+    if axes or not all(map(frozenset(component).issuperset, spans)):
+        grids = grid_of_lines(rank, spans), axes[0].grid if axes else None
+        in_grids = (_derive_in_grid(grid, groups, axes, rank) for grid in grids if grid is not None)
+        found = next((one for one in in_grids if one is not None), None)
+        if found is None:
             return None
-        text = repr((grid.digest, [axis.name for axis in axes], along))
-        component = grid.slice_of(rank, sorted({dim for one in dims if one is not None for dim in one}))
-    else:
-        component = max(spans, key=len)
-        members = frozenset(component)
-        # Axes over a part of the component differ between its ranks, and could contradict each other.
-        if any(len(axis.ranks) < len(component) for axis in axes) or not all(map(members.issuperset, spans)):
-            return None
-        if axes:
-            text = repr([(axis.name, axis.identity, axis.ranks == component) for axis in axes])
+        component, text = found
     # A rank without a layout does not know whether other ranks have meshes within a stage.
     return Known(component, text) if groups or len(component) == num_ranks else None
+
+
+def _derive_in_grid(grid: Grid, groups: Sequence[Ranks], axes: Sequence[Axis], rank: int) -> tuple[Ranks, str] | None:
+    """Return the component along the dims of a grid that groups and axes span, and a text about the axes."""
+    # All ranks of a grid have the same lines along the same dims, so that axes of the same dims cannot contradict.
+    along = [grid.dims_of(rank, axis.ranks) for axis in axes]
+    dims = [*along, *(grid.dims_of(rank, span) for span in groups)]
+    if any(one is None for one in dims):
+        return None
+    component = grid.slice_of(rank, sorted({dim for one in dims if one is not None for dim in one}))
+    return component, repr((grid.digest, [axis.name for axis in axes], along)) if axes else ""
 
 
 def _verdict(arguments: Mapping[int, Sequence[Any]]) -> dict[str, Any]:
