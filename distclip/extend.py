@@ -22,6 +22,7 @@ from .sharding.annotations import set_layout
 from .sharding.dtensor import is_dtensor
 from .sharding.layout import Layout
 from .sharding.parameters import Parameters, name_tensors
+from .sharding.replicas import replica_group
 from .sharding.shard import Shard, Shards
 from .sharding.split_over import SplitOver, group_ranks
 
@@ -52,6 +53,7 @@ __all__ = [
     "group_ranks",
     "is_dtensor",
     "name_tensors",
+    "replica_group",
     "scale_",
     "set_layout",
     "started",

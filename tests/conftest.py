@@ -14,13 +14,15 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from tests.ranks import World, rewrite_asserts, worlds
+from tests.ranks import World, raise_if_replicas_differ, rewrite_asserts, worlds
 
 # Before the first import of Triton, whose kernels run in an interpreter on CPU tensors if there is no GPU.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # Before the first import of such a module.
 rewrite_asserts()
+
+raise_if_replicas_differ()
 
 from tests.commands import output  # noqa: E402
 from tests.quick import mark_quick  # noqa: E402

@@ -103,6 +103,31 @@ def _run_body(test: Any, arguments: dict[str, Any]) -> None:
     test.__wrapped__(**arguments)
 
 
+def raise_if_replicas_differ() -> None:
+    """Make "raise" the default of `GradClipper(replicas=...)` in this process, so that every test shows a false alarm.
+
+    A test that counts host syncs, or that lets replicas differ, passes replicas="warn" or another rule itself.
+    """
+    _replace_default("raise")
+
+
+@contextlib.contextmanager
+def replicas_may_differ() -> Iterator[None]:
+    """Restore "warn" as the default for clippers that integrations construct within the block."""
+    _replace_default("warn")
+    try:
+        yield
+    finally:
+        _replace_default("raise")
+
+
+def _replace_default(replicas: str) -> None:
+    from distclip import GradClipper
+
+    # What torch.no_grad() has wrapped has the defaults.
+    GradClipper.__init__.__wrapped__.__kwdefaults__["replicas"] = replicas  # type: ignore[attr-defined]
+
+
 def rewrite_asserts() -> None:
     """Make failing asserts show their values in all modules of tests, including tables and checks."""
     names = (f"tests.{path.stem}" for path in Path(__file__).parent.iterdir())
@@ -138,6 +163,7 @@ def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
     from distclip.comm import discovery
 
     _rewrite_asserts_on_rank()
+    raise_if_replicas_differ()
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     # The layouts use NO_SHARD on purpose.

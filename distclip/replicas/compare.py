@@ -181,7 +181,11 @@ class _Replicas:
         """Return the relative difference of the largest and the smallest power sum."""
         infos = self.tensors[name]
         powers = [infos[rank].power if rank in infos else 0.0 for rank in self.ranks]
-        return _relative(max(powers), min(powers)) if self.differ(name) else 0.0
+        # A comparison with NaN is false, so that max and min may return any of the numbers.
+        numbers = [power for power in powers if power == power]
+        if not self.differ(name) or not numbers:
+            return 0.0
+        return _relative(max(numbers), min(numbers)) if len(numbers) == len(powers) else float("inf")
 
     def majority(self, name: str) -> int | None:
         """Return the checksum that more than half of the ranks have, or None."""

@@ -396,9 +396,7 @@ class TableMetadata:
 
     def replicas_of(self, layout: Layout) -> tuple[ReplicaGroup, ...]:
         """Return the groups of ranks that hold the same shard as this rank."""
-        if not layout.counted:
-            return ()
-        return layout.replicas if layout.groups else self._assumed.get(layout.split, ())
+        return layout.replicas if layout.groups or not layout.counted else self._assumed.get(layout.split, ())
 
     def infos(self, holders: Holders) -> ShardInfos:
         """Return the metadata of gradients that have the layouts of their parameters.

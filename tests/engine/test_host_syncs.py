@@ -108,7 +108,7 @@ def test_functions_have_no_host_sync(reads: list[int], norm_type: float, comm: A
 @each_comm
 @each_policy
 def test_propagating_clipper_has_no_host_sync(reads: list[int], policy: str, comm: Any) -> None:
-    clipper = GradClipper(make_model(), MAKERS[policy](), on_nonfinite="propagate", comm=comm)
+    clipper = GradClipper(make_model(), MAKERS[policy](), on_nonfinite="propagate", comm=comm, replicas="warn")
     for _ in range(2):
         drop_deferred_reads(clipper)
         report = clipper.clip()
@@ -121,7 +121,7 @@ def test_propagating_clipper_has_no_host_sync(reads: list[int], policy: str, com
 @each_policy
 @pytest.mark.parametrize("on_nonfinite", ["skip", "raise", "zero"])
 def test_other_clippers_have_one_host_sync(reads: list[int], policy: str, on_nonfinite: Any, comm: Any) -> None:
-    clipper = GradClipper(make_model(), MAKERS[policy](), on_nonfinite=on_nonfinite, comm=comm)
+    clipper = GradClipper(make_model(), MAKERS[policy](), on_nonfinite=on_nonfinite, comm=comm, replicas="warn")
     clipper.clip()
     assert len(reads) == 1
 
@@ -134,7 +134,7 @@ def test_fused_step_has_no_host_sync_and_others_have_one(
     reads: list[int], fused: bool, policy: str, comm: Any, scaled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net, scaler = make_model(), None
-    clipper = GradClipper(net, MAKERS[policy](), comm=comm)
+    clipper = GradClipper(net, MAKERS[policy](), comm=comm, replicas="warn")
     optimizer = Fused(net.parameters()) if fused else torch.optim.SGD(net.parameters(), lr=0.1)
     if scaled:
         # The scale is read once, when the ranks compare their scales.
@@ -165,7 +165,7 @@ class HostToDevice(TorchDispatchMode):
 @pytest.mark.usefixtures("reads")
 def test_constants_and_state_are_copied_once(policy: str, comm: Any) -> None:
     net = make_model()
-    clipper, optimizer = GradClipper(net, MAKERS[policy](), comm=comm), Fused(net.parameters())
+    clipper, optimizer = GradClipper(net, MAKERS[policy](), comm=comm, replicas="warn"), Fused(net.parameters())
     clipper.measure_tensors()
     clipper.step(optimizer)
     drop_deferred_reads(clipper)
@@ -176,7 +176,7 @@ def test_constants_and_state_are_copied_once(policy: str, comm: Any) -> None:
 
 def test_recorder_has_no_host_sync_between_writes(reads: list[int], tmp_path: Path) -> None:
     net = make_model()
-    clipper, optimizer = GradClipper(net, distclip.zclip(cap=1.0)), Fused(net.parameters())
+    clipper, optimizer = GradClipper(net, distclip.zclip(cap=1.0), replicas="warn"), Fused(net.parameters())
     recorder = Recorder(clipper, tmp_path, every=100, per_tensor=True)
     for step in range(3):
         drop_deferred_reads(clipper)

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from tests.launch.kills import install_from_environment
+from tests.ranks import raise_if_replicas_differ
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "launch" / "train.py"
@@ -145,6 +146,7 @@ def _run_rank(cwd: str, env: dict[str, str], overrides: list[str], out: str, err
     sys.path.insert(0, str(TRAIN.parent))
     sys.argv = [str(TRAIN), *overrides]
     install_from_environment()
+    raise_if_replicas_differ()
     runpy.run_path(str(TRAIN), run_name="__main__")
 
 

@@ -57,6 +57,16 @@ def test_groups_are_compared_apart() -> None:
     assert difference.group == (1, 3)
 
 
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_nan_in_one_computed_replica_is_no_rounding_error(rank: int) -> None:
+    nan = float("nan")
+    by_rank = [[info("a", 7 + 99 * (r == rank), nan if r == rank else 4.0, is_exact=False)] for r in range(3)]
+    (difference,) = compare(*by_rank).differences
+    assert difference.ranks == (rank,)
+    # Replicas that are all NaN, with other bits, do not differ by more than rounding.
+    assert compare(*[[info("a", 90 + 7 * r, nan, is_exact=False)] for r in range(3)]).differences == ()
+
+
 def test_tied_parameters_are_matched_by_their_order() -> None:
     by_rank = [[info("embed", 1), info("other", 5, ranks=(0, 1))], [info("head", 1), info("other", 5, ranks=(0, 1))]]
     assert not compare(*by_rank, [info("embed", 1)]).differences

@@ -146,7 +146,7 @@ def test_repair_of_a_gradient_and_a_parameter() -> None:
 def test_accelerators_warn_a_step_later() -> None:
     model = ddp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    clipper = GradClipper(model, global_norm(1.0), on_nonfinite="propagate")
+    clipper = GradClipper(model, global_norm(1.0), on_nonfinite="propagate", replicas="warn")
     with mock.patch.object(devices, "host_reads_free", return_value=False), warnings.catch_warnings():
         warnings.simplefilter("error")
         clipper.step(optimizer)

@@ -62,6 +62,8 @@ class Adapter(ABC):
     """
 
     optimizer: Any
+    slices_alone = True
+    """True if each parameter is sliced by itself, so that its replicas on tensor-parallel ranks have equal slices."""
 
     def __init__(self, engine: Engine, weights: bool) -> None:
         self.engine, self.optimizer, self.weights = engine, engine.optimizer, weights
@@ -120,7 +122,9 @@ class Adapter(ABC):
         # Without weights only the shape is used, so one element is expanded instead of allocating memory.
         stand_in = weights.detach() if self.weights else weights.new_empty(()).expand(weights.shape)
         shape = tuple(getattr(param, "ds_shape", param.shape))
-        layout = self.topology.layout(param, process_group, sliced=start is not None)
+        layout = self.topology.layout(
+            param, process_group, sliced=start is not None, has_equal_slices=self.slices_alone
+        )
         set_layout(stand_in, layout, None if start is None else (shape, start))
         if hasattr(param, "partition_dim"):
             stand_in.partition_dim = param.partition_dim  # type: ignore[attr-defined]

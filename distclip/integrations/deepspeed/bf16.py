@@ -22,6 +22,7 @@ class BF16(Adapter):
     """
 
     optimizer: BF16Optimizer
+    slices_alone = False
 
     def find_pieces(self) -> None:
         optimizer = self.optimizer

@@ -25,6 +25,7 @@ class Stages12(Adapter):
     """
 
     optimizer: ZeroStages12
+    slices_alone = False
 
     def find_pieces(self) -> None:
         zero = self.optimizer

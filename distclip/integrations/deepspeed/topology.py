@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from ...extend import Layout, group_ranks
+from ...extend import Layout, group_ranks, replica_group
 
 if TYPE_CHECKING:
     from .foreign import Engine
@@ -45,24 +45,32 @@ class Topology:
         group: dist.ProcessGroup = groups._get_expert_data_parallel_group(name)
         return group
 
-    def layout(self, param: Any, process_group: dist.ProcessGroup, *, sliced: bool) -> Layout:
+    def layout(
+        self, param: Any, process_group: dist.ProcessGroup, *, sliced: bool, has_equal_slices: bool = True
+    ) -> Layout:
         """Return the layout of a parameter.
 
         Args:
             param: a parameter of the engine's module, see `foreign.Parameter`.
             process_group: the ranks that have slices of the parameter, or replicas of all of it.
             sliced: True if the ranks have slices.
+            has_equal_slices: False if tensor-parallel ranks may slice the parameter at other elements.
         """
         expert = _expert_group_name(param)
         tensor_parallel = bool(getattr(param, "tensor_model_parallel", getattr(param, "model_parallel", False)))
         split = {f"expert {expert}": expert is not None, "tp": tensor_parallel}
         ranks = group_ranks(process_group)
+        # DeepSpeed has averaged the gradients that are not sliced. A tensor-parallel rank computes its replica itself.
+        replicas = () if sliced else replica_group(ranks)
+        if "tp" in self.split_over and not (tensor_parallel or expert) and has_equal_slices:
+            replicas += replica_group(group_ranks(self.split_over["tp"]), is_exact=False)
         return Layout(
             groups=(ranks,),
             num_pieces=len(ranks) if sliced else 1,
             split=tuple(split.get(axis, False) for axis in self.split_over),
             cut=tuple(axis == "tp" and tensor_parallel for axis in self.split_over),
             counted=not getattr(param, "ds_pipe_replicated", False),
+            replicas=replicas,
         )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ...extend import ArgumentError, Layout, group_ranks, name_tensors, set_layout
+from ...extend import ArgumentError, Layout, group_ranks, name_tensors, replica_group, set_layout
 
 if TYPE_CHECKING:
     from .foreign import Optimizer
@@ -61,7 +61,7 @@ class Groups:
         if collection is None:
             from megatron.core.process_groups_config import ProcessGroupCollection
 
-            required = ["tp", "pp", "ep", "expt_tp", "dp_cp", "expt_dp"]
+            required = ["tp", "pp", "ep", "expt_tp", "dp_cp", "expt_dp", "embd"]
             collection = ProcessGroupCollection.use_mpu_process_groups(required)
         self._collection = collection
         axes = {name: self._group(name) for name in ("tp", "pp", "ep", "expt_tp")}
@@ -81,12 +81,21 @@ class Groups:
         split = {**cut, "pp": True, "ep": is_expert}
         group = sliced_over or self._group("expt_dp" if is_expert else "dp_cp")
         ranks = (dist.get_rank(),) if group is None else group_ranks(group)
+        # Megatron has averaged the gradients that are not sliced. A tensor-parallel rank computes its replica itself.
+        replicas = () if sliced_over else replica_group(ranks)
+        if (embedding := self._group("embd")) and getattr(param, "shared_embedding", False) and not sliced_over:
+            # It has also added up the gradients of embeddings that the first and the last stage share.
+            replicas += replica_group(group_ranks(embedding))
+        tensor_axis = "expt_tp" if is_expert else "tp"
+        if tensor_axis in self.split_over and not tensor_parallel:
+            replicas += replica_group(group_ranks(self.split_over[tensor_axis]), is_exact=False)
         return Layout(
             groups=(ranks,),
             num_pieces=1 if sliced_over is None else len(ranks),
             split=tuple(split[axis] for axis in self.split_over),
             cut=tuple(cut.get(axis, False) for axis in self.split_over),
             counted=not getattr(param, "shared", False),
+            replicas=replicas,
         )
 
     def _group(self, name: str) -> dist.ProcessGroup | None:

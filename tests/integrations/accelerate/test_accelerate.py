@@ -37,7 +37,7 @@ from tests.integrations.one_process import (
     poison,
     sgd,
 )
-from tests.ranks import gather_from_ranks, on_ranks
+from tests.ranks import gather_from_ranks, on_ranks, replicas_may_differ
 
 pytest.importorskip("accelerate", reason="Accelerate is not installed: pip install 'distclip[hf]'")
 
@@ -96,7 +96,7 @@ def test_fp16_is_unscaled_once_and_skips_an_overflow(fused: bool) -> None:
         return torch.optim.AdamW(params, lr=0.02, fused=fused)
 
     policy = distclip.global_norm(0.5)
-    with framework_environment():
+    with framework_environment(), replicas_may_differ():
         accelerator = build_accelerator("ddp", fp16=True)
         attachment = attach(accelerator, policy)
         prepared = prepare(accelerator, optimizer=adamw)

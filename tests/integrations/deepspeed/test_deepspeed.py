@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import distclip
+from distclip import ReplicaError
 from distclip.integrations.deepspeed import attach
 from distclip.reference import total_norm
 from tests.integrations.deepspeed.engines import (
@@ -172,6 +173,21 @@ def test_rank_without_gradients(kind: str) -> None:
     engine.step()
     assert attachment.report is not None
     torch.testing.assert_close(attachment.report.norm.double(), expected, rtol=1e-6, atol=0)
+
+
+@on_ranks(2, fixture="ranks")
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("zero0")])
+def test_replicas_that_differ_raise(kind: str) -> None:
+    torch.manual_seed(0)
+    module = Uneven()
+    engine = build_engine(module, KINDS[kind], sgd)
+    attach(engine, distclip.global_norm(0.5))
+    backward(engine, torch.ones(2, 13), torch.ones(2, 3), DTYPES[KINDS[kind].dtype])
+    if dist.get_rank() == 1:
+        assert module.last.weight.grad is not None
+        module.last.weight.grad[0, 0] *= 2
+    with pytest.raises(ReplicaError, match="gradient of last.weight differs between ranks 0, 1"):
+        engine.step()
 
 
 # DeepSpeed keeps the groups of Megatron until the process ends.

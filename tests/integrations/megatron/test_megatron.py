@@ -43,7 +43,7 @@ from tests.integrations.megatron.model import (
     local_part_of,
     megatron,
 )
-from tests.ranks import gather_from_ranks, on_ranks
+from tests.ranks import gather_from_ranks, on_ranks, replicas_may_differ
 
 pytest.importorskip("megatron.core")
 
@@ -121,7 +121,8 @@ def test_too_many_skipped_steps_raise_on_every_rank(name: str) -> None:
     with megatron(setting):
         model = build_model(setting)
         optimizer = build_optimizer(model, setting)
-        attachment = attach(optimizer, distclip.global_norm(1.0), model=[model], max_skips=2)
+        with replicas_may_differ():
+            attachment = attach(optimizer, distclip.global_norm(1.0), model=[model], max_skips=2)
         # A finite step resets the count.
         for bad in (True, False, True):
             fill(model, setting, scale=loss_scales_of(optimizer)[0])
@@ -134,6 +135,26 @@ def test_too_many_skipped_steps_raise_on_every_rank(name: str) -> None:
         error = step(optimizer)[2]
         assert error.startswith("TooManySkippedSteps: step 4: 2 ")
         assert same_state(before, copy_state(model, optimizer, attachment))
+
+
+@on_ranks(4, fixture="ranks")
+@pytest.mark.parametrize(
+    ("name", "param_name"), [("data parallel", "down.weight"), ("tp x pp", "norm.weight"), ("tp x pp", "tied")]
+)
+def test_replicas_that_differ_raise(name: str, param_name: str) -> None:
+    """Change a gradient on the last rank: one of data-parallel replicas, of tensor-parallel ones, a tied embedding."""
+    setting = SETTINGS[name][1]
+    with megatron(setting):
+        model = build_model(setting)
+        optimizer = build_optimizer(model, setting)
+        attach(optimizer, distclip.global_norm(1.0), model=[model])
+        fill(model, setting)
+        assert step(optimizer)[2] == ""
+        is_bad = is_last_rank()
+        fill(model, setting, lambda name, grad: grad * 1.5 if is_bad and name.startswith(param_name) else grad)
+        error = step(optimizer)[2]
+        assert error.startswith(f"ReplicaError: step 2: replicas differ: the gradient of {param_name}")
+        assert "rank 3" in error or "3 (norm" in error
 
 
 @on_ranks_of(*FP16)
@@ -176,7 +197,8 @@ def test_loss_scales_of_a_chain_back_off_together(distributed: bool, attached: b
         model = build_model(setting)
         optimizer = build_optimizer(model, setting)
         if attached:
-            attach(optimizer, distclip.global_norm(1.0), model=[model])
+            with replicas_may_differ():
+                attach(optimizer, distclip.global_norm(1.0), model=[model])
         is_bad = is_last_rank()
         fill(model, setting, lambda name, grad: grad * float("inf") if is_bad and "expert" in name else grad)
         outcome = optimizer.step()[0], [float(leaf.get_loss_scale()) for leaf in leaves_of(optimizer)]
