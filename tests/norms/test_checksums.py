@@ -55,9 +55,9 @@ def checksums(kernel: str, tensors: Sequence[Tensor]) -> list[int]:
 
 def expected_checksum(tensor: Tensor) -> int:
     """Return the checksum by NumPy."""
-    unsigned = np.dtype(f"u{min(tensor.element_size(), 4)}")
-    words = tensor.contiguous().view(torch.uint8).numpy().view(unsigned) if tensor.numel() else np.zeros(0, unsigned)
-    return int(words.astype(np.uint64).sum()) % 2**32
+    integer = np.dtype({1: "u1", 2: "i2"}.get(tensor.element_size(), "u4"))
+    words = tensor.contiguous().view(torch.uint8).numpy().view(integer) if tensor.numel() else np.zeros(0, integer)
+    return int(words.astype(np.int64).sum()) % 2**32
 
 
 def random_bits(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

@@ -6,7 +6,7 @@
    added in order, so that the bits of a sum depend neither on threads nor on alignment.
 
    The words of a tensor are added up in the same pass, modulo 2^32. A word is the 32 bits of a float32, either half of a
-   float64, or the 16 bits of a bfloat16 or float16. Their sum does not depend on any order.
+   float64, or the 16 bits of a bfloat16 or float16 as a signed number. Their sum does not depend on any order.
 
    The loops are in native_loops.h, which is compiled once for the plain instruction set and once for AVX2. Tensors are
    read through DLPack's exchange API, a table of C functions that every torch.Tensor carries. Therefore neither torch's

@@ -135,11 +135,9 @@ def checksum(tensor: Tensor) -> Tensor:
     # A view as integers needs elements that are next to each other, which those of a slice with a stride are not.
     values = values.contiguous().view(-1)
     words = values.view({1: torch.uint8, 2: torch.int16}.get(values.element_size(), torch.int32))
-    # Summed as int64, which copies the words, so that a large tensor is summed in pieces. The mask is for negative
-    # numbers, which differ from their words by 2^16 or 2^32.
-    mask = 0xFFFF if words.dtype == torch.int16 else 0xFFFFFFFF
+    # Summed as int64, which copies the words, so that a large tensor is summed in pieces.
     pieces = torch.split(words, _CHUNK.get(words.device.type, 1 << 24))
-    sums = [(piece.to(torch.int64) & mask).sum() for piece in pieces]
+    sums = [piece.to(torch.int64).sum() for piece in pieces]
     return (sums[0] if len(sums) == 1 else torch.stack(sums).sum()) & 0xFFFFFFFF
 
 

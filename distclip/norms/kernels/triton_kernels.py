@@ -94,7 +94,7 @@ def _add_words(words, x):
     elif x.dtype == tl.float32:
         words += x.to(tl.int32, bitcast=True)
     else:
-        words += x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        words += x.to(tl.int16, bitcast=True).to(tl.int32)
     return words
 
 

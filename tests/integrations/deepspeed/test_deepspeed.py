@@ -186,7 +186,7 @@ def test_replicas_that_differ_raise(kind: str) -> None:
     if dist.get_rank() == 1:
         assert module.last.weight.grad is not None
         module.last.weight.grad[0, 0] *= 2
-    with pytest.raises(ReplicaError, match="gradient of last.weight differs between ranks 0, 1"):
+    with pytest.raises(ReplicaError, match=r"gradient of last\.weight differs between ranks 0, 1"):
         engine.step()
 
 
