@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields as fields_of
-from dataclasses import is_dataclass
 from typing import Any
 
 from .._version import __version__
 from ..clipper import GradClipper
+from ..policies.description import describe
 from .jsonl import FORMAT, JsonLines
 from .outliers import RankDetails, merge_details
 from .sinks import Sink
@@ -130,7 +128,7 @@ def _make_header(clipper: GradClipper, every: int) -> dict[str, Any]:
         "distclip": __version__,
         "format": FORMAT,
         "time": round(time.time(), 3),
-        "policy": _describe_policy(clipper.policy),
+        "policy": describe(clipper.policy),
         "per": clipper.policy.spec.per,
         "every": every,
         "world_size": clipper.comm.size,
@@ -141,20 +139,6 @@ def _make_header(clipper: GradClipper, every: int) -> dict[str, Any]:
     if clipper.tensors:
         header["tensors"] = clipper.tensors
     return header
-
-
-def _describe_policy(policy: Any) -> str:
-    """Return a policy as a Python expression, without arguments that have their default."""
-    if not is_dataclass(policy):
-        # A repr with an address would differ between runs.
-        return re.sub(r" at 0x\w+", "", repr(policy))
-    arguments = []
-    for field in fields_of(policy):
-        value = getattr(policy, field.name)
-        default = field.default_factory() if callable(field.default_factory) else field.default
-        if value != default or is_dataclass(value) or field.name == "max_norm":
-            arguments.append(f"{field.name}={_describe_policy(value)}")
-    return f"{type(policy).__name__}({', '.join(arguments)})"
 
 
 def _select_numbers(line: Mapping[str, Any], clipper: GradClipper) -> dict[str, float]:

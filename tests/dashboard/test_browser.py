@@ -75,3 +75,15 @@ def test_names_are_shown_literally(page: tuple[str, list[str]]) -> None:
 
 def test_console_is_empty(page: tuple[str, list[str]]) -> None:
     assert page[1] == []
+
+
+def test_labels_of_axes(page: tuple[str, list[str]]) -> None:
+    labels: dict[str, list[float]] = {}
+    for axis, label in re.findall(
+        r'class="(y\d*)tick"><text[^>]*>([^<]+)</text>', split_charts(page[0])["curves-chart"]
+    ):
+        labels.setdefault(axis, []).append(float(label.replace("\N{MINUS SIGN}", "-")))
+    assert all(values == sorted(values) for values in labels.values()), labels
+    # The norms are on a logarithmic axis, and the learning rate is the constant 0.1.
+    assert {0.5, 2.0, 20.0} <= set(labels["y"])
+    assert [0.0, 0.1, 0.2] in list(labels.values())

@@ -19,7 +19,6 @@ FOREIGN = {
     "distclip/clipper.py": 2,  # what a GradScaler sets on an attached optimizer
     "distclip/comm/__init__.py": 1,  # the communicator of a caller
     "distclip/comm/mpi.py": 1,  # mpi4py, if it was imported
-    "distclip/monitor/writer.py": 1,  # the fields of a policy of any class
     "distclip/norms/kernels/native_library.py": 1,  # torch.Tensor has no DLPack API up to torch 2.10
     "distclip/policies/custom.py": 6,  # the threshold of a caller
     "distclip/sharding/annotations.py": 4,  # an attribute of tensors, placements of any library

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..analysis.diagnosis import Finding, Outcome, diagnose, find_outcome
 from ..analysis.errors import RunError
-from ..analysis.formatting import MISSING, format_number
+from ..analysis.formatting import MISSING, format_number, format_percent
 from ..analysis.log import Log
 from ..analysis.suggest import suggest
 
@@ -21,6 +21,7 @@ class Assessment:
     Args:
         outcome: verdict on the end of the run.
         findings: of the diagnosis.
+        clip_rate: share of the clipped steps as text.
         bound: the suggested bound in a few characters.
         text: the suggestion in a sentence, or the reason why there is none.
         cautions: reasons to doubt the bound, one sentence each.
@@ -29,6 +30,7 @@ class Assessment:
 
     outcome: Outcome
     findings: tuple[Finding, ...]
+    clip_rate: str
     bound: str
     text: str
     cautions: tuple[str, ...] = ()
@@ -73,14 +75,15 @@ def group_findings(assessments: Sequence[Assessment]) -> list[SharedFinding]:
 
 def _assess_run(log: Log) -> Assessment:
     outcome, findings = find_outcome(log), tuple(diagnose(log))
+    clip_rate = format_percent(float(log.clipped.mean()))
     try:
         suggestion = suggest(log)
     except RunError as error:
         reason = str(error).removeprefix(f"{log.name}: ")
         return Assessment(
-            outcome, findings, MISSING, reason[:1].upper() + reason[1:] + "." * (not reason.endswith("."))
+            outcome, findings, clip_rate, MISSING, reason[:1].upper() + reason[1:] + "." * (not reason.endswith("."))
         )
     low, high = format_number(suggestion.low), format_number(suggestion.high)
     bound = f"{format_number(suggestion.max_norm)} ({low} … {high})"
     code = (f"python launch/train.py {suggestion.override}",) * log.is_launched + (suggestion.python,)
-    return Assessment(outcome, findings, bound, suggestion.text, suggestion.cautions, code)
+    return Assessment(outcome, findings, clip_rate, bound, suggestion.text, suggestion.cautions, code)

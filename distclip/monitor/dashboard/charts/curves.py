@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 
 from ...analysis.formatting import shorten
 from ..palette import GREY, MARKS, Style
 from ..panels import Curve, Markers, Panel
-from .common import apply_style, escape_text, hover_name, log_ticks
+from .style import apply_style, escape_text, hover_name, log_ticks
 
 __all__ = ["draw_curves"]
 
@@ -146,6 +147,11 @@ def _axis(panel: Panel, domain: tuple[float, float]) -> dict[str, Any]:
         axis |= log_ticks([curve.values for curve in (*panel.curves, *panel.bounds)], panel.height)
     else:
         axis |= {"nticks": 7 if panel.height > 150 else 4, "tickformat": "~g"}
+        values = np.concatenate([curve.values for curve in (*panel.curves, *panel.bounds)])
+        values = values[np.isfinite(values)]
+        if len(values) and values.min() == values.max() != 0:
+            # Plotly's range of a constant is one unit below it to one unit above, so that 0.0003 would be at 0.
+            axis["range"] = sorted([0.0, 2 * float(values[0])])
     if panel.key == "clip_rate":
         axis |= {"rangemode": "tozero"}
     if panel.key == "coef":

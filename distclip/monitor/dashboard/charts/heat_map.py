@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from ...analysis.formatting import format_number, shorten
 from ..tensors import HeatMap
-from .common import apply_style, escape_text
+from .style import apply_style, escape_text
 
 __all__ = ["draw_heat_map"]
 

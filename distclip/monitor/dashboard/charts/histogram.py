@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from ...analysis.formatting import format_number, shorten
 from ..histogram import Histogram
 from ..palette import GREY, QUANTILES, Style
-from .common import apply_style, escape_text, hover_name, log_ticks
+from .style import apply_style, escape_text, hover_name, log_ticks
 
 __all__ = ["draw_histograms"]
 

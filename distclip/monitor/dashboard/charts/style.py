@@ -77,7 +77,9 @@ def log_ticks(columns: Sequence[NDArray[np.floating[Any]]], size: int) -> dict[s
     decades = float(np.ptp(np.log10(positive))) if len(positive) else 0.0
     step = "D2" if decades < size / 130 else max(1, math.ceil(decades * 35 / size))
     plain = not len(positive) or (positive.min() > 1e-4 and positive.max() < 1e6)
-    return {"dtick": step, "exponentformat": "none" if plain else "power"}
+    ticks = {"dtick": step, "exponentformat": "none" if plain else "power"}
+    # Without a format, plotly shortens 0.5 and 50 to 5 if there are three labels per decade.
+    return ticks | {"tickformat": "~g" if plain else "~e"} if step == "D2" else ticks
 
 
 def hover_name(style: Style, runs: Sequence[Style]) -> str:
