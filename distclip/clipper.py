@@ -13,6 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from .apply.declined import StepWatch, watch_steps
 from .apply.grad_scaler import parameters_of
 from .apply.optimizers import as_list
 from .apply.step_gate import gate_of
@@ -214,6 +215,34 @@ class GradClipper:
         """
         ids = None if only is None else frozenset(map(id, only))
         return self._engine.clip(optimizer, scaler, errors or FirstError(), ids).report()
+
+    def discard(self) -> None:
+        """Forget the last decision, because the step was not made.
+
+        Decide, step, then commit: a policy that goes on from a step which the optimizer declined has seen a norm of no
+        update, and replicas drift apart. Call this after `clip` or `decide` if the step is left out. The policy's
+        state, the counters and the incidents are then those from before the call, and a recorder leaves the step out.
+        The gradients stay clipped. Call it on every rank or on none.
+
+        `step` and attached optimizers do so by themselves if the optimizer is a wrapper that did not step the optimizer
+        in it.
+
+        Raises:
+            ArgumentError: there was no decision since the last `discard`, `load_state_dict` or `rebind`.
+
+        Collectives: none. Host syncs: none.
+
+        >>> from distclip import ema
+        >>> weight = torch.nn.Parameter(torch.zeros(1))
+        >>> clipper = GradClipper([weight], ema())
+        >>> before = clipper.state_dict()
+        >>> weight.grad = torch.tensor([3.0])
+        >>> report = clipper.clip()
+        >>> clipper.discard()
+        >>> clipper.steps, str(clipper.state_dict()) == str(before)
+        (0, True)
+        """
+        self._engine.discard()
 
     def attach(self, *optimizers: Optimizer) -> RemovableHandle:
         """Clip within every `optimizer.step()`, or after the closure in every `optimizer.step(closure)`.
@@ -448,6 +477,7 @@ class GradClipper:
         clip_rate = self._engine.deferred.clip_rate
         clip_rate.restarts = counts["restarts"]
         clip_rate.exploded = int(state["exploded_warmups"].sum()) if "exploded_warmups" in state else 0
+        self._engine.forget_undo()
 
     def _counts(self) -> dict[str, int]:
         counter = self._counter
@@ -501,19 +531,26 @@ class _Listener:
     def __init__(self, clipper: GradClipper) -> None:
         self._clipper = clipper
         self._watched: list[Tensor | None] | None = None
+        self._steps: StepWatch | None = None
 
     def before_step(self, optimizer: Optimizer) -> bool:
         """Clip, and return whether to cancel the step."""
         if self._clipper._is_stepping:
             return False
+        self._stop()
         skipped = self._clipper._clip_before_step(optimizer)
-        self._watched = None if skipped else self._clipper._engine.coverage.watch([optimizer])
+        if not skipped:
+            self._watched = self._clipper._engine.coverage.watch([optimizer])
+            # Optimizers that are clipped together may decline one by one, and the norm is that of all of them.
+            self._steps = watch_steps([optimizer]) if len(self._clipper._turns.optimizers) == 1 else None
         return skipped
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Warn if the optimizer has stepped with other gradients."""
         self._clipper._engine.coverage.check_kept(self._watched, [optimizer])
-        self._watched = None
+        if self._steps is not None and self._steps.all_declined():
+            self._clipper.discard()
+        self._stop()
 
     def mark(self) -> Any:
         """Return the state of the clipper before a step."""
@@ -521,7 +558,13 @@ class _Listener:
 
     def undo(self, mark: Any) -> None:
         """Restore the state of the clipper before a step that an error has ended."""
+        self._stop()
         self._clipper._engine.restore(mark)
+
+    def _stop(self) -> None:
+        if self._steps is not None:
+            self._steps.stop()
+        self._watched = self._steps = None
 
 
 class _Attached(RemovableHandle):

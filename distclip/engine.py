@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import uuid
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from torch.optim import Optimizer
 
 from . import devices
 from .apply.coverage import Coverage
+from .apply.declined import watch_steps
 from .apply.fused import supports_grad_scale
 from .apply.grad_scaler import ScalerState, enabled
 from .apply.optimizers import OptimizerSteps, as_list
@@ -110,6 +112,8 @@ class Engine:
         # Coefficients of the last step, which the ranks compare in the next one.
         self._last_coefs: Tensor | None = None
         self._scaler_round: _ScalerRound | None = None
+        # State before the last decision, for a step that is not made.
+        self._undo: _Trace | None = None
         self._ddp_modules: list[weakref.ref[Any]] = []
         # Whether ranks that no communicator connects may still tell this one that their tensors differ.
         self._compares_tensors = False
@@ -260,9 +264,19 @@ class Engine:
         if not fuse and not outcome.skip.host:
             self.write_(outcome, outcome.shards)
         watched = self.coverage.watch(optimizers)
+        steps = None if outcome.skip.host or state is not None else watch_steps(optimizers)
         self._advance(optimizers, outcome, state, fuse)
         if not outcome.skip.host:
             self.coverage.check_kept(watched, optimizers)
+        if steps is not None and steps.all_declined():
+            # The ranks have decided together, and the optimizers have declined together.
+            self.discard()
+            return replace(outcome, skip=ALWAYS)
+        if steps is not None and self._undo is None:
+            raise ArgumentError(
+                "optimizer: it has loaded another state into the clipper within its step, after the clipper had "
+                "decided. With torchft, call distclip.integrations.torchft.attach(optimizer, policy) instead."
+            )
         if state is not None:
             self._scaler_round = _ScalerRound(state.round, outcome.without_gradients(), not fuse, was_scaled)
             if outcome.skip.host is False:
@@ -343,12 +357,15 @@ class Engine:
         """Return the state that a step changes, apart from gradients, parameters and optimizers."""
         counter, deferred = self.counter, self.deferred
         counts = counter.steps, counter.skipped, counter.in_a_row
-        return _Trace(self.state, self._last_coefs, self._scaler_round, deferred._unread, counts)
+        clip_rate = deferred.clip_rate.trace()
+        return _Trace(self.state, self._last_coefs, self._scaler_round, deferred._unread, counts, clip_rate)
 
     def restore(self, before: _Trace) -> None:
-        """Restore the trace from before a step, because an exception has ended the step."""
+        """Restore the trace from before a step that an exception has ended, or that was not made."""
         self.state, self._last_coefs, self._scaler_round = before.state, before.last_coefs, before.scaler_round
         self.deferred._unread = before.unread
+        self.deferred.clip_rate.restore(before.clip_rate)
+        self._undo = None
         counter = self.counter
         was_observed = self._observed_step > before.counts[0]
         counter.steps, counter.skipped, counter.in_a_row = before.counts
@@ -358,6 +375,19 @@ class Engine:
             self._observed_step = counter.steps
             for undo in self.undo_observers:
                 undo(counter.steps)
+
+    def discard(self) -> None:
+        """Forget the last decision, see `GradClipper.discard`."""
+        if self._undo is None:
+            raise ArgumentError(
+                "discard: there is no decision since the last call of discard, load_state_dict or rebind. Call it once "
+                "after clip() or decide(), if the step was not made."
+            )
+        self.restore(self._undo)
+
+    def forget_undo(self) -> None:
+        """Prevent `discard`, because another state has been loaded."""
+        self._undo = None
 
     @outside_fake_mode
     @torch.no_grad()
@@ -394,6 +424,7 @@ class Engine:
         # 0. Host reads that the last step postponed: its errors, counts and warnings are due now, on all ranks.
         self.deferred.raise_due()
         release(self)
+        before = self.trace()
         step, rule = self.counter.steps + 1, Skip(expected=True) if expect_overflow else self.rule
 
         # 1.-3. This rank's shards, their power sums, and ONE all-reduce. A step in which a rank fails does not count.
@@ -468,7 +499,7 @@ class Engine:
             checksums = None if is_resolved or differ.host is False else partials.per_tensor_checksums
             self.deferred.record(outcome, checksums, quiet=expect_overflow)
         self._last_coefs = coefs
-        self._observed_step = step
+        self._observed_step, self._undo = step, before
         for observe in self.observers:
             self._observe(observe, outcome)
         return outcome
@@ -735,6 +766,7 @@ class _Trace(NamedTuple):
     scaler_round: _ScalerRound | None
     unread: _Unread | None
     counts: tuple[int, int, int]
+    clip_rate: tuple[int, int, deque[float], bool]
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,14 @@ class ClipRate:
         self._recent: deque[float] = deque(maxlen=self.WINDOW)
         self._warned = False
 
+    def trace(self) -> tuple[int, int, deque[float], bool]:
+        """Return what `restore` needs to forget the steps after this call."""
+        return self.restarts, self.exploded, self._recent.copy(), self._warned
+
+    def restore(self, before: tuple[int, int, deque[float], bool]) -> None:
+        """Forget the steps since `trace`."""
+        self.restarts, self.exploded, self._recent, self._warned = before
+
     def record(self, step: int, clipped: float, restarts: int, exploded: int = 0) -> None:
         """Record a finite step.
 

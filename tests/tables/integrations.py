@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-INTEGRATIONS = ["accelerate", "deepspeed", "lightning", "megatron", "transformers"]
+INTEGRATIONS = ["accelerate", "deepspeed", "lightning", "megatron", "torchft", "transformers"]
 """Frameworks whose steps a policy decides. Each has a folder in `tests/integrations`."""
 
 CHECKS = {
