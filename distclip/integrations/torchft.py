@@ -163,10 +163,11 @@ class Attachment(base.Attachment):
 
 
 def _parameters_of(optimizer: Any, parameters: Parameters | None) -> Parameters:
-    """Return the parameters to clip. torchft's DDP has a process group that is none of torch.distributed's."""
+    """Return the parameters to clip."""
     if parameters is None:
         return [param for group in optimizer.param_groups for param in group["params"]]
     if isinstance(parameters, DistributedDataParallel):
+        # The process group of torchft's class is none of torch.distributed's.
         module: nn.Module = parameters.module
         return module
     return parameters

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.quick
 
 
 class Wrapper(torch.optim.Optimizer):
-    """Steps its optimizer only if it is told to, as torchft's does."""
+    """Steps its optimizer only if it agrees, as torchft's does."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optim, self.agrees = optimizer, True

@@ -17,6 +17,7 @@ FOREIGN = {
     "distclip/apply/optimizers.py": 3,  # an optimizer of any library
     "distclip/checkpoint.py": 2,  # a policy of any class, a loaded value
     "distclip/clipper.py": 2,  # what a GradScaler sets on an attached optimizer
+    "distclip/apply/declined.py": 1,  # the optimizer of a caller
     "distclip/comm/__init__.py": 1,  # the communicator of a caller
     "distclip/comm/mpi.py": 1,  # mpi4py, if it was imported
     "distclip/norms/kernels/native_library.py": 1,  # torch.Tensor has no DLPack API up to torch 2.10
@@ -30,11 +31,13 @@ FOREIGN = {
 """Number of getattr, hasattr and setattr calls of a module, all on foreign objects. Integrations are not limited."""
 
 ARGUMENTS: dict[str, set[str]] = {
+    "distclip/apply/declined.py": {"Optimizer"},
     "distclip/auditing/audit.py": {"GradClipper"},
     "distclip/engine.py": {"Policy"},
     "distclip/integrations/attachment.py": {"Attachment", "GradClipper", "Policy"},
     "distclip/integrations/deepspeed/attachment.py": {"GradClipper"},
     "distclip/integrations/deepspeed/native_clipping.py": {"Fixed", "NormPolicy"},
+    "distclip/integrations/torchft.py": {"GradClipper"},
     "distclip/monitor/recorder.py": {"GradClipper"},
     "distclip/policies/custom.py": {"Rule"},
 }

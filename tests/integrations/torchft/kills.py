@@ -32,6 +32,11 @@ FAULTS = ("killed before backward", "killed after backward", "killed after the v
 NUM_REPLICAS = 3
 
 
+def make_policy() -> Policy:
+    """Return a policy with state that clips often."""
+    return ema(ratio=1.2, warmup=2)
+
+
 class KilledError(Exception):
     """A replica has been killed."""
 
@@ -49,10 +54,11 @@ class Job:
 
     num_faults: int
     seed: int
-    policy: Callable[[], Policy] = ema
+    policy: Callable[[], Policy] = make_policy
     attach: Any = None
     faults: Counter[str] = field(default_factory=Counter)
-    digests: dict[int, dict[int, tuple[str, float]]] = field(default_factory=lambda: defaultdict(dict))
+    digests: dict[tuple[int, int], dict[int, tuple[str, float]]] = field(default_factory=lambda: defaultdict(dict))
+    """By the number of the quorum, the step and the replica. If all replicas die, the job begins again at step 0."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     at_end: set[int] = field(default_factory=set)
     last_step: int | None = None
@@ -63,7 +69,7 @@ class Job:
     def draw(self, step: int) -> str | None:
         """Return a fault of a replica in this step, or None."""
         with self.lock:
-            if sum(self.faults.values()) == self.num_faults or step < 2 or self.random.random() > 0.35:
+            if sum(self.faults.values()) == self.num_faults or step < 2 or self.random.random() > 0.12:
                 return None
             fault = self.random.choice(FAULTS)
             self.faults[fault] += 1
@@ -79,15 +85,15 @@ class Job:
                     self.last_step = step + 3
             return self.last_step is not None and step >= self.last_step
 
-    def record(self, step: int, replica: int, digest: str, coef: float) -> None:
+    def record(self, quorum: int, step: int, replica: int, digest: str, coef: float) -> None:
         with self.lock:
-            self.digests[step][replica] = digest, coef
+            self.digests[quorum, step][replica] = digest, coef
 
     def differences(self) -> list[str]:
         """Return the steps after which replicas differed."""
         return [
-            f"step {step}: {by_replica}"
-            for step, by_replica in sorted(self.digests.items())
+            f"quorum {quorum}, step {step}: {by_replica}"
+            for (quorum, step), by_replica in sorted(self.digests.items())
             if len(set(by_replica.values())) > 1
         ]
 
@@ -155,7 +161,7 @@ def train(job: Job, replica: int, attempt: int, lighthouse: str) -> None:
             optimizer.step()
             if manager._commit_failures == 0:
                 digest = digest_of(model.state_dict(), optimizer.state_dict()["state"], attachment.state_dict())
-                job.record(manager.current_step(), replica, digest, float(attachment.report.coef))
+                job.record(manager._quorum_id, manager.current_step(), replica, digest, float(attachment.report.coef))
     finally:
         manager.shutdown(wait=False)
         group.shutdown()
@@ -220,6 +226,7 @@ def main() -> None:
     sizes = Counter(len(by_replica) for by_replica in job.digests.values())
     print(f"{sum(job.faults.values())} faults in {time.monotonic() - begin:.0f} s: {dict(job.faults)}")
     print(f"{len(job.digests)} committed steps, by number of replicas: {dict(sorted(sizes.items()))}")
+    print(f"{sum(coef < 1 for one in job.digests.values() for _, coef in one.values())} of them were clipped")
     print(f"{len(job.differences())} steps after which replicas differed")
     for line in job.differences()[:5]:
         print(line)

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[3]
 
 
 class Manager:
-    """Manager of a replica that votes as it is told to, and heals in the vote, as torchft's does."""
+    """Manager of a replica that votes as a test wants, and heals in the vote, as torchft's does."""
 
     def __init__(self) -> None:
         self._user_state_dicts: dict[str, Callable[[], Any]] = {}
