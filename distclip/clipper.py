@@ -28,8 +28,10 @@ from .nonfinite.rules import OnNonFinite
 from .nonfinite.skip_counter import SkipCounter
 from .outcome import Observer, Outcome, Report
 from .policies import Policy
+from .policies.description import describe
 from .replicas.incidents import ReplicaIncident
 from .replicas.rules import Replicas
+from .sharding.description import describe_layouts
 from .sharding.parameters import Parameters
 from .sharding.shard import Shards
 from .sharding.split_over import SplitOver
@@ -103,6 +105,23 @@ class GradClipper:
         )
         self._turns = Turns()
         self._is_stepping = False
+
+    def describe(self) -> str:
+        """Return the policy, and how this rank's tensors are spread over the ranks, in one line.
+
+        `distclip.audit` proves what this line assumes.
+
+        Collectives: none. Host syncs: none.
+
+        >>> from distclip import global_norm
+        >>> GradClipper(torch.nn.Linear(2, 2), global_norm(1.0)).describe()
+        'global_norm(1.0): 2 tensors; no communication'
+        """
+        table = self._engine.table
+        return f"{describe(self.policy)}: {describe_layouts(table.layouts, table.axes, self.comm.size)}"
+
+    def __repr__(self) -> str:
+        return f"GradClipper({self.describe()})"
 
     @torch.no_grad()
     def rebind(

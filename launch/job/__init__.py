@@ -2,6 +2,7 @@
 
 `launch/train.py` is the entry point. The modules import in one direction; from the bottom to the top:
 
+    slurm                  variables of srun
     processes              ranks of this job, and values gathered from them
     devices, data          the device of a rank; global batches
     models, mesh           sequential models; how ranks share batches

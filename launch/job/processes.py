@@ -16,7 +16,12 @@ from torch.distributed import Store
 from distclip import Comm, DistclipError, LocalComm, ProcessGroupComm
 from distclip.comm.mpi import MPIComm, abort, mpi_size
 
+from .slurm import torchrun_variables
+
 T = TypeVar("T")
+
+# As below torchrun, torch.distributed and the child processes find the ranks in the environment.
+os.environ.update(torchrun_variables(os.environ))
 
 # Variables of Open MPI, and of MPICH and Intel MPI. torchrun's ranks count if mpirun started one torchrun on each node.
 _MPIRUN_SIZES = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"}

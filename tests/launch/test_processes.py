@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.launch.jobs import ROOT, environment
+from job.slurm import torchrun_variables
+from tests.launch.jobs import ROOT, environment, run_ranks
 
 pytest.importorskip("hydra")
 
@@ -73,3 +75,32 @@ def test_ranks_leave_together(tmp_path: Path) -> None:
         for rank in range(2)
     ]
     assert [rank.wait(timeout=200) for rank in ranks] == [0, 0]
+
+
+def test_tasks_of_srun_join(tmp_path: Path) -> None:
+    """Two tasks of srun train together, although no torchrun gives them a rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    step = {"SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
+    step |= {"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NTASKS": "2", "MASTER_PORT": port}
+    tasks = [environment(SLURM_PROCID=str(task), SLURM_LOCALID=str(task), **step) for task in range(2)]
+    done = run_ranks(tmp_path, tasks, ["parallel=ddp", "steps=3", "log=quiet"])
+    assert done.returncode == 0, done.stderr
+    assert "2 rank(s)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "others",
+    [{}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}],
+    ids=["elsewhere", "batch script", "one task"],
+)
+def test_single_tasks_have_no_peers(others: dict[str, str]) -> None:
+    assert torchrun_variables(others) == {}
+
+
+@pytest.mark.parametrize("launcher", ["RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_other_launchers_within_srun_give_the_ranks(launcher: str) -> None:
+    step = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_NODEID": "1"}
+    assert torchrun_variables(step)["LOCAL_WORLD_SIZE"] == "4"
+    assert torchrun_variables({**step, launcher: "3"}) == {}

@@ -24,6 +24,7 @@ ROWS = [
 """Folders and top-level modules of distclip, from the bottom of the import graph to its top."""
 
 LAUNCH_STAGES = [
+    ["job.slurm"],
     ["job.processes", "job.elastic", "job.untrusted", "comparison.layouts"],
     ["job.devices", "job.data", "comparison.measurement"],
     ["job.models", "job.mesh", "comparison.table"],
