@@ -18,6 +18,7 @@ from .apply.grad_scaler import parameters_of
 from .apply.optimizers import as_list
 from .apply.step_gate import gate_of
 from .apply.turns import Turns
+from .backward import InBackward
 from .checkpoint import VERSION, check_state_dict, pack_state, policy_kind, unpack_counts, unpack_state, upgrade
 from .comm import Comm
 from .comm.consensus import FirstError
@@ -105,6 +106,7 @@ class GradClipper:
         )
         self._turns = Turns()
         self._is_stepping = False
+        self._in_backward: InBackward | None = None
 
     def describe(self) -> str:
         """Return the policy, and how this rank's tensors are spread over the ranks, in one line.
@@ -304,6 +306,58 @@ class GradClipper:
             )
         self._turns.add(optimizers)
         return _Attached(_Listener(self), self._turns, optimizers)
+
+    @torch.no_grad()
+    def in_backward(self, optimizers: Any) -> InBackward:
+        """Clip and step each parameter within backward, as soon as its gradient exists, and free the gradient.
+
+        `loss.backward()` is the whole step from now on: leave out `optimizer.step()` and `zero_grad()`. At any moment
+        only the gradients of one tensor (of one unit under FSDP2, of one bucket under DDP) are alive. Hooks of the
+        program that step the same optimizers may stay: the clipper makes their steps.
+
+        A gradient that is not finite on any rank is dropped on all ranks, its parameter does not move, and
+        `NonFiniteWarning` names it. The others are stepped. `clipper.skipped` counts such steps.
+
+        Args:
+            optimizers: the optimizers of all of the clipper's parameters: one, several, or a mapping to optimizers, for
+                example {param: torch.optim.AdamW([param])}. The optimizers of torch step parameter by parameter, also
+                if they have many. An optimizer of another library steps once all of its parameters have gradients.
+
+        Returns:
+            A handle: `handle.report` has the measurements of the last backward, `handle.accumulate()` is a context
+            whose backwards step nothing, and `handle.remove()` detaches.
+
+        Raises:
+            ArgumentError: the policy needs all norms at once (use `budget` or `lagged`); an optimizer owns none of the
+                clipper's parameters, or none owns one of them; on_nonfinite is "zero" or "propagate"; on every rank. In
+                backward: optimizer.step() finds gradients after a backward.
+            LayoutError: the ranks have different parameters (pipeline stages); FSDP1 or Megatron parameters; a partial
+                gradient; on every rank. What was raised within a backward is raised at its end, when other parameters
+                have been stepped already.
+            NonFiniteError, TooManySkippedSteps: at the end of a backward, see `on_nonfinite` and `max_skips`.
+
+        Collectives: two gathers. In a backward: one asynchronous all-reduce for each unit whose shards are on several
+        ranks, while the next unit's backward runs, and one all-reduce at the end.
+        Host syncs: one for each unit on an accelerator.
+
+        >>> from distclip import budget
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> clipper = GradClipper([("weight", weight)], budget(1.0))
+        >>> handle = clipper.in_backward(torch.optim.SGD([weight], lr=1.0))
+        >>> (weight * torch.tensor([3.0, 4.0])).sum().backward()
+        >>> weight.data, weight.grad
+        (tensor([-0.6000, -0.8000]), None)
+        >>> handle.report.as_dict()["norm"]
+        5.0
+        >>> handle.remove()
+        """
+        if self._turns.optimizers or (self._in_backward is not None and not self._in_backward.is_removed):
+            raise ArgumentError(
+                "in_backward: the clipper is attached to optimizers already, so that it would clip twice. Call "
+                "handle.remove() first."
+            )
+        self._in_backward = InBackward(self._engine, self.policy, optimizers)
+        return self._in_backward
 
     @torch.no_grad()
     def measure_tensors(self) -> None:
@@ -519,7 +573,8 @@ class GradClipper:
             if torch._C._current_graph_task_id() != -1:
                 raise ArgumentError(
                     "attach: the optimizer of an attached clipper steps within backward, before the norm of all "
-                    "gradients can be known. Step after backward, or construct a clipper for each of the optimizers."
+                    "gradients can be known. Call clipper.in_backward(optimizers) with the policy distclip.budget or "
+                    "distclip.lagged instead, or step after backward."
                 )
             engine.coverage.check_attached(turns.optimizers)
         chosen: list[Optimizer] | None = turns.optimizers

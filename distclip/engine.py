@@ -583,14 +583,63 @@ class Engine:
 
         Collectives: one all-reduce of the size of a step's. Host syncs: one on an accelerator.
         """
+        self._agree(Call(function, self._calls.next()), None, errors)
+
+    def add_powers(self, function: str, powers: Tensor, errors: FirstError) -> Totals:
+        """Add up power sums that this rank has measured itself, and raise the errors of all ranks.
+
+        Args:
+            function: as the user knows it.
+            powers: (measured slots,), each divided by its number of replicas.
+            errors: of this rank so far.
+
+        Raises:
+            DistclipError: the first error of this rank, or of the lowest other rank with one; on every rank.
+            DisagreementError: the ranks make different calls, or differ in the state of the policy; on every rank.
+
+        Collectives: one all-reduce of the size of a step's. Host syncs: one on an accelerator.
+        """
+        return self._agree(self._call(function, None), powers, errors)
+
+    def _agree(self, call: Call, powers: Tensor | None, errors: FirstError) -> Totals:
         device = self.comm.device or self.table.device
         partials = Partials.empty(self.spec, device, self.num_measured_slots)
-        partials.call, partials.failed = Call(function, self._calls.next()), errors.error is not None
+        if powers is not None:
+            partials.powers = powers.to(partials.powers)
+        partials.call, partials.failed = call, errors.error is not None
         totals = reduce(partials, self.spec, self.comm)
         if totals.same_call.host is False:
-            gather_facts(totals, partials, self.spec, errors.error, self.comm)
+            totals = gather_facts(totals, partials, self.spec, errors.error, self.comm)
         if errors.error is not None:
             raise errors.error
+        return totals
+
+    @torch.no_grad()
+    def conclude(self, step: int, measured: Totals, kept_powers: Tensor) -> Outcome:
+        """Update the policy's state and call the observers after a step that was clipped piece by piece.
+
+        Args:
+            step: 1-based index of the step.
+            measured: totals by measured slot, before clipping.
+            kept_powers: (measured slots,), squared norms after clipping.
+
+        Collectives: none. Host syncs: none on a CPU.
+        """
+        totals, kept = measured, replace(measured, powers=kept_powers)
+        if self.tensor_norms is not None:
+            totals, kept = self.tensor_norms.for_policy(measured), self.tensor_norms.for_policy(kept)
+        device = totals.powers.device
+        state = {key: value.to(device) for key, value in self.state.items()}
+        _, self.state = self.policy.decide(totals, state)
+        ratio = (kept.powers / totals.powers).sqrt()
+        coefs = ratio.where(totals.powers.isfinite() & (totals.powers > 0), 1.0)
+        outcome = Outcome(
+            step, totals, coefs, NEVER, ~totals.finite, None, None, _NO_SHARDS, (), measured, self.tensor_norms
+        )
+        self._last_coefs, self._observed_step = coefs, step
+        for observe in self.observers:
+            self._observe(observe, outcome)
+        return outcome
 
     def _call(self, function: str, loss_scale: Tensor | None) -> Call:
         """Describe a step to the other ranks, with all that its decision follows from except the gradients."""

@@ -21,6 +21,8 @@ __all__ = [
     "agc_bound",
     "aggc_bands",
     "autoclip_bounds",
+    "budget_coefficients",
+    "budget_shares",
     "clip_coefficient",
     "ema_bounds",
     "mean_std_bounds",
@@ -296,3 +298,44 @@ def _percentile(numbers: Sequence[float], percent: float) -> float:
     below = math.floor(rank)
     above = math.ceil(rank)
     return ordered[below] + (rank - below) * (ordered[above] - ordered[below])
+
+
+def budget_coefficients(
+    norms: Sequence[float], shares: Sequence[float], max_norm: float, cap: float = math.inf
+) -> list[float]:
+    r"""Compute the coefficient of each tensor, where tensors are clipped one after another under one bound.
+
+    .. math:: allowed_i^2 = c^2 - \sum_{j<i} used_j^2 - c^2 \sum_{j>i} s_j^2
+
+    Args:
+        norms: of the tensors, in the order in which they are clipped.
+        shares: s_i² of each, which add up to 1.
+        max_norm: c.
+        cap: bound of each tensor.
+
+    >>> budget_coefficients([4.0, 3.0], [0.25, 0.75], 4.0)
+    [0.5, 1.0]
+    """
+    coefs, used = [], 0.0
+    for i, norm in enumerate(norms):
+        allowed = max(0.0, max_norm**2 - used - max_norm**2 * math.fsum(shares[i + 1 :]))
+        coefs.append(min(1.0, math.sqrt(allowed) / norm, cap / norm))
+        used += (coefs[-1] * norm) ** 2
+    return coefs
+
+
+def budget_shares(norms: Sequence[Sequence[float]], decay: float = 0.99) -> list[float]:
+    """Compute the running mean of the shares of the tensors in the squared norm.
+
+    Args:
+        norms: of all tensors, step by step, before clipping.
+        decay: of the mean. The first steps have equal weight.
+
+    >>> budget_shares([[3.0, 4.0], [4.0, 3.0]])
+    [0.5, 0.5]
+    """
+    shares = [0.0] * len(norms[0])
+    for step, row in enumerate(norms, 1):
+        weight, total = max(1 / step, 1 - decay), math.fsum(norm**2 for norm in row)
+        shares = [share + weight * (norm**2 / total - share) for share, norm in zip(shares, row, strict=True)]
+    return shares

@@ -27,7 +27,7 @@ from ..sharding.shard import Shards
 from ..sharding.table import ShardTable
 from .grad_scaler import parameters_of
 
-__all__ = ["Coverage"]
+__all__ = ["Coverage", "needs_closure"]
 
 _grad_of = attrgetter("grad")
 
@@ -252,7 +252,7 @@ class Coverage:
 
     def _compare(self, optimizers: Sequence[Optimizer], ids: list[int], is_attached: bool) -> _Comparison:
         for optimizer in optimizers:
-            if not is_attached and _needs_closure(optimizer):
+            if not is_attached and needs_closure(optimizer):
                 raise ArgumentError(
                     f"optimizer={type(optimizer).__name__}: its step needs a closure, which makes the gradients within "
                     "the step. Call clipper.attach(optimizer) once, and optimizer.step(closure) in place of "
@@ -320,7 +320,7 @@ def _differ(before: Sequence[tuple[int, Tensor]], after: Sequence[tuple[int, Ten
     return any(old[0] != new[0] and not torch.equal(old[1], new[1]) for old, new in pairs)
 
 
-def _needs_closure(optimizer: Optimizer) -> bool:
+def needs_closure(optimizer: Optimizer) -> bool:
     try:
         closure = inspect.signature(optimizer.step).parameters.get("closure")
     except (TypeError, ValueError):

@@ -21,7 +21,7 @@ from ..errors import NonFiniteError
 from ..sharding.megatron import read_main_grad
 from .grad_scaler import parameters_of
 
-__all__ = ["StepGate", "StepListener", "gate_of", "hold_still", "release"]
+__all__ = ["StepGate", "StepListener", "gate_of", "hold_still", "is_of_torch", "release"]
 
 
 class StepListener(Protocol):
@@ -93,7 +93,7 @@ class StepGate:
             return call(*args, **kwargs)
         marks = [(listener, listener.mark()) for listener in self.listeners]
         # The classes of torch change nothing before the closure has returned, except LBFGS.
-        may_move = isinstance(optimizer, LBFGS) or not _is_of_torch(optimizer)
+        may_move = isinstance(optimizer, LBFGS) or not is_of_torch(optimizer)
         closure = _closure_in(args, kwargs)
         saved = _Snapshot(optimizer) if closure is not None and may_move else None
         self._depth, self._has_run = 1, False
@@ -193,7 +193,7 @@ def _closure_in(args: Sequence[Any], kwargs: dict[str, Any]) -> Callable[..., An
     return found if callable(found) else None
 
 
-def _is_of_torch(optimizer: Any) -> bool:
+def is_of_torch(optimizer: Any) -> bool:
     """Return whether torch defines the step, which then changes nothing without gradients."""
     return type(optimizer).__module__.split(".")[0] == "torch"
 
@@ -230,7 +230,7 @@ def _hold(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
     for key, (reference, _) in list(_held.items()):
         if reference() is None:
             del _held[key]
-    if _is_of_torch(optimizer) or _closure_in(args[1:], kwargs) or "param_groups" not in vars(optimizer):
+    if is_of_torch(optimizer) or _closure_in(args[1:], kwargs) or "param_groups" not in vars(optimizer):
         # A wrapper that shows the groups of other optimizers steps these, which have their hooks.
         return None
     params = parameters_of([optimizer])
@@ -246,7 +246,7 @@ def _hold(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
 
 def _without_parameters(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
     """Return arguments with which the step of an optimizer changes nothing, for a hook to return."""
-    if _is_of_torch(optimizer) or "param_groups" not in vars(optimizer):
+    if is_of_torch(optimizer) or "param_groups" not in vars(optimizer):
         return None
     # The step runs on a stand-in without parameters, so that counters of the optimizer do not change either.
     stand_in = object.__new__(type(optimizer))

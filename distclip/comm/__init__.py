@@ -7,7 +7,7 @@ torch.distributed (`process_group`), MPI (`mpi`), a single process (`LocalComm`)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,7 +17,16 @@ from .local import LocalComm, threads
 from .mpi import MPIComm
 from .process_group import ProcessGroupComm
 
-__all__ = ["Comm", "LocalComm", "MPIComm", "ProcessGroupComm", "global_ranks", "missing_members", "threads"]
+__all__ = [
+    "Comm",
+    "LocalComm",
+    "MPIComm",
+    "ProcessGroupComm",
+    "global_ranks",
+    "missing_members",
+    "start_sum",
+    "threads",
+]
 
 
 @runtime_checkable
@@ -85,3 +94,28 @@ def global_ranks(comm: Comm) -> Sequence[int]:
     range(0, 1)
     """
     return range(comm.size) if comm.ranks is None else comm.ranks
+
+
+def start_sum(comm: Comm, tensor: Tensor) -> tuple[Callable[[], bool], Callable[[], None]]:
+    """Begin to replace `tensor` by its sum over ranks.
+
+    It returns before the sum is complete, if the backend can do so. All ranks must begin their sums in the same order.
+
+    Args:
+        comm: the ranks that take part.
+        tensor: float64 vector, which must not be touched until the sum is complete.
+
+    Returns:
+        A function that tells whether the sum is complete, and one that waits for it.
+
+    >>> is_complete, wait = start_sum(LocalComm(), torch.ones(2))
+    >>> is_complete()
+    True
+    """
+    # A communicator of a caller has no such method. Then the sum is complete at once.
+    start = getattr(comm, "start_sum", None)
+    if start is not None:
+        begun: tuple[Callable[[], bool], Callable[[], None]] = start(tensor)
+        return begun
+    comm.sum_(tensor)
+    return (lambda: True), (lambda: None)

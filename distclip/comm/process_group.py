@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,6 +43,22 @@ class ProcessGroupComm:
         """Replace `tensor` by its maximum over ranks. Collectives: one all-reduce (MAX)."""
         self._all_reduce(tensor, dist.ReduceOp.MAX)
 
+    def start_sum(self, tensor: Tensor) -> tuple[Callable[[], bool], Callable[[], None]]:
+        """Begin a sum, see `distclip.comm.start_sum`. Collectives: one asynchronous all-reduce."""
+        on_device = tensor.to(self.device)
+        work = dist.all_reduce(on_device, group=self.group, async_op=True)
+        assert work is not None
+
+        def wait() -> None:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise self._lost(error) from error
+            if on_device is not tensor:
+                tensor.copy_(on_device)
+
+        return work.is_completed, wait
+
     def gather_objects(self, value: Any) -> list[Any]:
         """Return every rank's `value`. Collectives: one all_gather_object."""
         values: list[Any] = [None] * self.size
@@ -53,13 +70,17 @@ class ProcessGroupComm:
         try:
             dist.all_reduce(on_device, op=op, group=self.group)
         except RuntimeError as error:
-            raise PeerError(
-                f"an all-reduce over {rank_list(self.ranks)} failed: {error!s:.300} A rank has ended, or has "
-                "left out this call, or has made another one. Make the same calls on every rank."
-            ) from error
+            raise self._lost(error) from error
         # `to` copies only between devices, so that the result of most calls is in place already.
         if on_device is not tensor:
             tensor.copy_(on_device)
+
+    def _lost(self, error: RuntimeError) -> PeerError:
+        """Return the error for an all-reduce that has failed."""
+        return PeerError(
+            f"an all-reduce over {rank_list(self.ranks)} failed: {error!s:.300} A rank has ended, or has "
+            "left out this call, or has made another one. Make the same calls on every rank."
+        )
 
 
 def group_of_name(name: str) -> dist.ProcessGroup:

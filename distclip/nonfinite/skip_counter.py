@@ -63,6 +63,21 @@ class SkipCounter:
                 f"step {step} was skipped ({self.skipped} in total): {describe_culprits(culprits)}.", NonFiniteWarning
             )
 
+    def record_skipped_tensors(self, step: int, culprits: tuple[Culprit, ...]) -> None:
+        """Count a step in which some parameters were not stepped, because their gradients are not finite.
+
+        Raises:
+            TooManySkippedSteps: it is the last of `max_skips` in a row.
+        """
+        self.incidents.append(Incident(step, "skip", culprits))
+        described = describe_culprits(culprits)
+        self._count(step, f"{described}. The other parameters were stepped")
+        warn_user(
+            f"step {step} skipped parameters ({self.skipped} such steps in total): {described}. The other parameters "
+            "were stepped.",
+            NonFiniteWarning,
+        )
+
     def record_policy_skip(self, step: int) -> None:
         """Count a step that was skipped by the policy.
 

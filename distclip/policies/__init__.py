@@ -12,8 +12,10 @@ from .agc import RelativeToWeight, agc
 from .aggc import Band, aggc
 from .autoclip import Percentile, autoclip
 from .bi2clip import BiClip, bi2clip
+from .budget import Budget, budget
 from .ema import EMA, ema
 from .fixed import Fixed, global_norm, group_norm, per_tensor_norm
+from .lagged import Lagged, lagged
 from .mean_std import MeanStd
 from .median_mad import MedianMAD, median_mad
 from .norm_policy import NormPolicy
@@ -27,7 +29,9 @@ __all__ = [
     "AdaGC",
     "Band",
     "BiClip",
+    "Budget",
     "Fixed",
+    "Lagged",
     "MeanStd",
     "MedianMAD",
     "NormPolicy",
@@ -45,9 +49,11 @@ __all__ = [
     "aggc",
     "autoclip",
     "bi2clip",
+    "budget",
     "ema",
     "global_norm",
     "group_norm",
+    "lagged",
     "median_mad",
     "per_tensor_norm",
     "value",

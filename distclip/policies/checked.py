@@ -15,6 +15,7 @@ from ..errors import ArgumentError
 from ..norms.reduce import Totals
 from ..norms.spec import NormSpec
 from .bi2clip import BiClip
+from .budget import Budget
 from .custom import as_vector, check_first_state, check_next_state
 from .norm_policy import NormPolicy
 from .policy import CheckedPolicy, Policy, State, Verdict, mask_known
@@ -34,7 +35,9 @@ def as_checked(policy: Policy) -> CheckedPolicy:
     True
     """
     # A subclass can return anything, so that the class itself decides.
-    if type(policy) is Value or type(policy) is BiClip or (type(policy) is NormPolicy and policy.has_own_rule):
+    if type(policy) is Value or type(policy) is BiClip or type(policy) is Budget:
+        return policy
+    if type(policy) is NormPolicy and policy.has_own_rule:
         return policy
     return _CheckedPolicy(policy)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -13,7 +13,17 @@ from torch import Tensor
 from ..norms.reduce import Totals
 from ..norms.spec import NormSpec
 
-__all__ = ["CheckedPolicy", "Policy", "Rule", "State", "Threshold", "Verdict", "mask_known"]
+__all__ = [
+    "Allocation",
+    "BackwardPolicy",
+    "CheckedPolicy",
+    "Policy",
+    "Rule",
+    "State",
+    "Threshold",
+    "Verdict",
+    "mask_known",
+]
 
 State: TypeAlias = dict[str, Tensor]
 """State of a policy: tensors whose first dim is the slot, on the device of the norms. A checkpoint contains it."""
@@ -60,6 +70,38 @@ class Policy(Protocol):
         """Return the verdict on a step and the state after it, without writing to `state`.
 
         Collectives: none. Host syncs: none.
+        """
+        ...
+
+
+class Allocation(Protocol):
+    """Coefficients of one backward, given out one by one as gradients arrive."""
+
+    def take(self, slot: int, power: float) -> float:
+        """Return the coefficient of the gradient of a measured slot.
+
+        Args:
+            slot: index of the parameter among all measured slots.
+            power: squared norm of its whole gradient, finite. 0 without a gradient.
+        """
+        ...
+
+
+@runtime_checkable
+class BackwardPolicy(Policy, Protocol):
+    """Policy that can clip a gradient within backward, see `GradClipper.in_backward`.
+
+    After the backward, `decide` is called with all norms. Its state is used in the next backward, and its verdict is
+    not.
+    """
+
+    def allocate(self, state: State, sizes: Sequence[float], parents: Sequence[int]) -> Allocation:
+        """Return the allocation of one backward.
+
+        Args:
+            state: of the policy.
+            sizes: number of elements of each measured slot, one for each parameter.
+            parents: slot of the policy that each measured slot is part of.
         """
         ...
 

@@ -18,10 +18,15 @@ from .replicas import replica_group
 from .source import LayoutReader, Request, Slice, Source
 from .split_over import group_ranks
 
-__all__ = ["FSDP1Source"]
+__all__ = ["FSDP1Source", "is_flattened"]
 
 _FLATTENED = "_fsdp_flattened"
 """Attribute that FSDP1 sets on every parameter that it manages."""
+
+
+def is_flattened(tensor: Tensor) -> bool:
+    """Return whether FSDP1 manages a tensor."""
+    return bool(getattr(tensor, _FLATTENED, False)) and not is_dtensor(tensor)
 
 
 class FSDP1Source(Source):
@@ -39,7 +44,7 @@ class FSDP1Source(Source):
             if (layout := managed.get(id(tensor))) is not None:
                 annotated = annotation_of(tensor).layout
                 return product(layout, annotated) if annotated.groups else layout
-            if getattr(tensor, _FLATTENED, False) and not is_dtensor(tensor):
+            if is_flattened(tensor):
                 raise LayoutError(
                     f"{name} is managed by FullyShardedDataParallel (FSDP1), and a bare parameter does not show which "
                     "slice of it this rank holds, nor which ranks hold the other slices. Pass the wrapped root module "

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import LayoutError
 from .source import LayoutReader, Request, Source
 
-__all__ = ["FSDP2Source"]
+__all__ = ["FSDP2Source", "param_groups"]
 
 
 class FSDP2Source(Source):
@@ -24,7 +24,7 @@ class FSDP2Source(Source):
 
     def find_checks(self, request: Request) -> Sequence[Callable[[], None]]:
         """Return a check that gradients are reduced before they are read."""
-        groups = [weakref.ref(group) for group in _param_groups({id(tensor) for _, tensor in request.tensors})]
+        groups = [weakref.ref(group) for group in param_groups({id(tensor) for _, tensor in request.tensors})]
         if not groups:
             return ()
 
@@ -42,7 +42,7 @@ class FSDP2Source(Source):
         return (check,)
 
 
-def _param_groups(ids: set[int]) -> list[Any]:
+def param_groups(ids: set[int]) -> list[Any]:
     """Return FSDP2's groups of parameters that contain one of these tensors."""
     # A program that has not imported FSDP2 has no such groups. torch keeps no reference from a parameter to its group.
     states: Any = sys.modules.get("torch.distributed._composable_state")

@@ -508,7 +508,7 @@ class TableMetadata:
         if self._training is None:
             return self._shards(tensors, list(tensors), holders)
         if self._weights is None:
-            self._weights = self._at(self._training)
+            self._weights = self.at(self._training)
         training = [tensors[i] for i in self._training]
         return self._weights._shards(training, list(training), holders)
 
@@ -561,10 +561,10 @@ class TableMetadata:
                 raise self.frozen_errors[min(unfrozen)]
             if len(self._subsets) >= 8:
                 self._subsets.clear()
-            self._subsets[positions] = self._at(positions)
+            self._subsets[positions] = self.at(positions)
         return self._subsets[positions]
 
-    def _at(self, positions: Sequence[int]) -> TableMetadata:
+    def at(self, positions: Sequence[int]) -> TableMetadata:
         """Return the metadata of the tensors at some positions."""
         # The columns are copied and not recomputed, which would need the tensors of the table.
         subset = TableMetadata([], self.axes)

@@ -17,6 +17,7 @@ ROWS = [
     ["recipes", "nonfinite", "replicas", "apply"],
     ["outcome", "checkpoint"],
     ["engine"],
+    ["backward"],
     ["functional", "clipper"],
     ["auditing", "extend", "__init__"],
     ["monitor", "integrations", "bench", "testing"],

@@ -18,10 +18,11 @@ FOREIGN = {
     "distclip/checkpoint.py": 2,  # a policy of any class, a loaded value
     "distclip/clipper.py": 2,  # what a GradScaler sets on an attached optimizer
     "distclip/apply/declined.py": 1,  # the optimizer of a caller
-    "distclip/comm/__init__.py": 1,  # the communicator of a caller
+    "distclip/comm/__init__.py": 2,  # the communicator of a caller
     "distclip/comm/mpi.py": 1,  # mpi4py, if it was imported
     "distclip/norms/kernels/native_library.py": 1,  # torch.Tensor has no DLPack API up to torch 2.10
     "distclip/policies/custom.py": 6,  # the threshold of a caller
+    "distclip/policies/lagged.py": 1,  # the policy of a caller
     "distclip/sharding/annotations.py": 4,  # an attribute of tensors, placements of any library
     "distclip/sharding/dtensor.py": 1,  # placements of any library
     "distclip/sharding/fsdp1.py": 2,
@@ -33,6 +34,7 @@ FOREIGN = {
 ARGUMENTS: dict[str, set[str]] = {
     "distclip/apply/declined.py": {"Optimizer"},
     "distclip/auditing/audit.py": {"GradClipper"},
+    "distclip/backward/in_backward.py": {"BackwardPolicy"},
     "distclip/engine.py": {"Policy"},
     "distclip/integrations/attachment.py": {"Attachment", "GradClipper", "Policy"},
     "distclip/integrations/deepspeed/attachment.py": {"GradClipper"},
@@ -40,6 +42,7 @@ ARGUMENTS: dict[str, set[str]] = {
     "distclip/integrations/torchft.py": {"GradClipper"},
     "distclip/monitor/recorder.py": {"GradClipper"},
     "distclip/policies/custom.py": {"Rule"},
+    "distclip/policies/lagged.py": {"Budget", "Policy"},
 }
 """Classes that a module may test for with isinstance, because it checks the argument of a caller."""
 

@@ -126,6 +126,7 @@ POLICIES: dict[str, PolicyRow] = {
         per="group",
         on_all_layouts=True,
     ),
+    "budget": PolicyRow(make=lambda: distclip.budget(1.0)),
     "value": PolicyRow(make=lambda: distclip.value(0.1)),
     "bi2clip": PolicyRow(make=lambda: distclip.bi2clip(0.01, 0.1)),
     # It is the one rule that also measures weights, and so it runs on every layout too.
