@@ -34,6 +34,7 @@ __all__ = [
     "is_fake",
     "move",
     "odd_numbers",
+    "on_one_thread",
     "outside_fake_mode",
     "prefers_foreach",
     "rounds_grad_scale",
@@ -221,6 +222,40 @@ def host_reads_free(device: torch.device) -> bool:
 def prefers_foreach(device: torch.device) -> bool:
     """Return whether torch's multi-tensor operators are faster than single ones on this device."""
     return device.type in ("cuda", "xpu")
+
+
+class on_one_thread:
+    """Compute on one thread within the block, if vectors of some length do not gain from several.
+
+    torch cuts vectors of more than 32,768 elements between threads. On a busy machine each such operator waits for the
+    slowest of them, which costs more than the operator.
+
+    Args:
+        count: number of elements of the vectors.
+        device: of the vectors. Nothing changes unless it is a CPU.
+
+    >>> with on_one_thread(50_000, torch.device("cpu")):
+    ...     torch.get_num_threads()
+    1
+    """
+
+    __slots__ = ("_threads",)
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        is_short = _SERIAL < count <= _SERIAL * 16 and device.type == "cpu"
+        self._threads = torch.get_num_threads() if is_short else 1
+
+    def __enter__(self) -> None:
+        if self._threads > 1:
+            torch.set_num_threads(1)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._threads > 1:
+            torch.set_num_threads(self._threads)
+
+
+_SERIAL = 1 << 15
+"""Number of elements up to which torch uses one thread anyway."""
 
 
 def rounds_grad_scale(device: torch.device, dtype: torch.dtype) -> bool:

@@ -689,8 +689,7 @@ class Engine:
 
     def _excluded(self, device: torch.device) -> Tensor:
         """Return a mask of the slots that are measured and never clipped, (slots,) bool."""
-        pairs = zip(self.slots.excluded, self.slots.counts, strict=True)
-        return device_constant(tuple(excluded for excluded, count in pairs for _ in range(count)), device, torch.bool)
+        return device_constant(self.slots.excluded_by_slot, device, torch.bool)
 
 
 def measure_all_ranks(

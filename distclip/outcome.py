@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .devices import NEVER, Fact, outside_fake_mode
+from .devices import NEVER, Fact, host_reads_free, on_one_thread, outside_fake_mode
 from .norms.measure import PerTensorPowers
 from .norms.reduce import Totals
 from .norms.tensor_norms import TensorNorms
@@ -123,6 +123,10 @@ class Outcome:
 
     @cached_property
     def _report(self) -> Report:
+        with on_one_thread(len(self.coefs), self.coefs.device):
+            return self._make_report()
+
+    def _make_report(self) -> Report:
         totals, coefs, device = self.totals, self.coefs, self.coefs.device
         has_one_slot = len(coefs) == 1
         clipped = (coefs[0] if has_one_slot else coefs).ne(1.0).any()
@@ -148,6 +152,8 @@ Observer: TypeAlias = Callable[[Outcome], None]
 
 def _overall_coef(norms: Tensor, coefs: Tensor, norm_type: float) -> Tensor:
     """Return the factor by which the whole gradient gets shorter, 1 where nothing is clipped."""
+    if host_reads_free(coefs.device) and bool((coefs == 1).all()):
+        return coefs.new_ones(())
     before = torch.linalg.vector_norm(norms, norm_type)
     after = torch.linalg.vector_norm(norms * coefs, norm_type)
     return torch.where((coefs == 1).all() | (before == 0), 1.0, after / before)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..devices import device_constant, host_reads_free, prefers_foreach
+from ..devices import device_constant, host_reads_free, on_one_thread, prefers_foreach
 from ..norms.kernels import scale_ as scale_with_kernel_
 from ..norms.kernels.torch_ops import row_index
 from ..norms.limits import check_clampable, representable
@@ -37,6 +37,11 @@ def scale_(shards: Shards, coefs: Tensor, foreach: bool | None = None) -> None:
     if coefs.numel() == 1:
         _scale_all(shards.grads, coefs.view(()), foreach)
     elif host_reads_free(coefs.device):
+        # A policy per row can have more coefficients than there are gradients to look at.
+        with on_one_thread(len(coefs), coefs.device):
+            is_unclipped = bool((coefs == 1).all())
+        if is_unclipped:
+            return
         on_host = coefs.tolist()
         for shard in shards:
             if shard.rows is not None:

@@ -14,6 +14,7 @@ import torch
 from .cases import CASES, Case
 from .competitors import OTHERS
 from .errors import BenchError
+from .gpu_model import model_table
 from .machine import machine, versions
 from .race import Options
 from .report import Report
@@ -36,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.model:
+        print(model_table())
+        return 0
     try:
         from .table import Terminal, markdown
     except ModuleNotFoundError as error:
@@ -75,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     if options.markdown:
-        terminal.line(f"\n{markdown(report.outcomes)}")
+        for line in ("", *markdown(report.outcomes).splitlines()):
+            terminal.line(line)
     return int(failed)
 
 
@@ -136,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--cases", nargs="+", metavar="NAME", help="names or shell patterns, '*' for all (default: a few)")
     add("--list", action="store_true", help="list the cases and exit")
+    add("--model", action="store_true", help="print a table of ten GPUs, computed from data sheets, and exit")
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--world", type=int, metavar="N", help="number of ranks of the sharded cases (default: 4, or one per GPU)")
     add("--rounds", type=int, default=15, metavar="R", help="number of timed calls of each competitor (default: 15)")

@@ -118,7 +118,7 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def include_kernels(self) -> Iterator[None]:
         """Count the reads of distclip's kernels too, which torch does not dispatch."""
-        power_sums, row_powers = kernels.fused_power_sums, kernels.native.row_powers
+        power_sums, by_row = kernels.fused_power_sums, kernels.native.powers_by_row
 
         def count_power_sums(
             tensors: Sequence[Tensor],
@@ -130,16 +130,16 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.read += 0 if sums is None else self._bytes(tensors)
             return sums
 
-        def count_row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor | None:
-            powers = row_powers(grad, rows, norm_type)
-            self.read += 0 if powers is None else self._bytes(grad)
+        def count_by_row(grads: Sequence[Tensor], rows: Sequence[Rows], norm_type: float) -> Tensor | None:
+            powers = by_row(grads, rows, norm_type)
+            self.read += 0 if powers is None else self._bytes(grads)
             return powers
 
-        kernels.fused_power_sums, kernels.native.row_powers = count_power_sums, count_row_powers
+        kernels.fused_power_sums, kernels.native.powers_by_row = count_power_sums, count_by_row
         try:
             yield
         finally:
-            kernels.fused_power_sums, kernels.native.row_powers = power_sums, row_powers
+            kernels.fused_power_sums, kernels.native.powers_by_row = power_sums, by_row
 
     def _bytes(self, values: Any) -> int:
         return sum(t.nbytes for t in _tensors(values) if t.untyped_storage().data_ptr() in self._storages)

@@ -8,7 +8,7 @@ non-finite element.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -18,9 +18,9 @@ from torch import Tensor
 from .. import devices
 from ..comm.agreement import Call, CallCounter
 from ..comm.ranks import Ranks
-from ..devices import device_constant
+from ..devices import device_constant, on_one_thread
 from ..sharding.shard import ShardInfos, Shards
-from .kernels import checksums, power_sums, row_powers
+from .kernels import checksums, power_sums, powers_by_row
 from .kernels.torch_ops import identity
 from .limits import any_out_of_limits
 from .replica_sums import ReplicaSums, add_sums, sum_by_group
@@ -142,7 +142,8 @@ def _powers_by_slot(
     if num_slots == 1 and shards.merged is not None and devices.host_reads_free(device):
         shards = shards.merged
     infos, whole, others = shards.infos.whole
-    by_row = [shard for shard in map(shards.__getitem__, others) if not shard.partial_sums]
+    # Metadata and gradients are columns. A `Shard` for each of many gradients takes longer than its norm.
+    by_row = [(shards.infos[i], shards.grads[i]) for i in others if not shards.infos[i].partial_sums]
     has_fp64 = any(shards.grads[i].dtype in _FLOAT64 for i in others)
     per_tensor: list[PerTensorPowers] = []
     replicas: list[PerTensorChecksums] = []
@@ -164,21 +165,36 @@ def _powers_by_slot(
     else:
         total = identity(norm_type, device).repeat(num_slots)
 
-    # 2. Shards whose rows have a slot each.
-    for shard in by_row:
-        assert shard.rows is not None
-        powers = row_powers(shard.grad, shard.rows, norm_type).to(device)
-        per_tensor.append(((shard.name,), powers.view(1, -1)))
-        if rounded is not None and shard.replicas:
-            # The kernel for rows computes no checksums.
-            replicas.append((ShardInfos((shard.info,)), powers.sum(0, keepdim=True), checksums([shard.grad], device)))
-        first = shard.slot + shard.rows.first
-        row_slots = total[first : first + shard.rows.count]
-        if math.isinf(norm_type):
-            row_slots.copy_(torch.maximum(row_slots, powers))
-        else:
-            row_slots.add_(powers if shard.num_replicas == 1 else powers / shard.num_replicas)
+    # 2. Shards whose rows have a slot each, likewise.
+    if by_row:
+        rows = [info.rows for info, _ in by_row if info.rows is not None]
+        powers = powers_by_row([grad for _, grad in by_row], rows, norm_type, device)
+        pieces = torch.split(powers, [one.count for one in rows])
+        for (info, grad), piece in zip(by_row, pieces, strict=True):
+            per_tensor.append(((info.name,), piece.view(1, -1)))
+            if rounded is not None and info.replicas:
+                # The kernel for rows computes no checksums.
+                replicas.append((ShardInfos((info,)), piece.sum(0, keepdim=True), checksums([grad], device)))
+        row_infos = shards.infos.by_row
+        with on_one_thread(num_slots, device):
+            _add_rows(total, row_infos, powers, pieces, norm_type)
     return total, has_fp64, tuple(per_tensor), tuple(replicas)
+
+
+def _add_rows(total: Tensor, infos: ShardInfos, powers: Tensor, pieces: Sequence[Tensor], norm_type: float) -> None:
+    """Add the power sums of rows to those of their slots, or take the maximum, in place."""
+    if devices.host_reads_free(total.device) and not math.isinf(norm_type) and not infos.num_replicas:
+        # One operator for all shards. On a GPU it would add in any order.
+        total.index_add_(0, infos.row_slots, powers)
+        return
+    for info, piece in zip(infos, pieces, strict=True):
+        assert info.rows is not None
+        first = info.slot + info.rows.first
+        row_slots = total[first : first + info.rows.count]
+        if math.isinf(norm_type):
+            row_slots.copy_(torch.maximum(row_slots, piece))
+        else:
+            row_slots.add_(piece if info.num_replicas == 1 else piece / info.num_replicas)
 
 
 def sum_by_slot(sums: Tensor, infos: ShardInfos, norm_type: float, num_slots: int) -> Tensor:
@@ -202,6 +218,11 @@ def sum_by_slot(sums: Tensor, infos: ShardInfos, norm_type: float, num_slots: in
     if math.isinf(norm_type):
         index = device_constant(infos.slots, sums.device, torch.int64)
         return identity(norm_type, sums.device).repeat(num_slots).scatter_reduce_(0, index, sums, "amax")
+    if sums.is_cpu:
+        # In order, one after another.
+        index = device_constant(infos.slots, sums.device, torch.int64)
+        with on_one_thread(num_slots, sums.device):
+            return torch.zeros(num_slots, dtype=sums.dtype).index_add_(0, index, sums)
     # segment_reduce, because index_add_ on a GPU adds in any order.
     order, lengths = infos.by_slot(num_slots)
     sums = sums[device_constant(order, sums.device, torch.int64)]

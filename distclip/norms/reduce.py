@@ -95,8 +95,10 @@ class Totals:
     @cached_property
     def finite(self) -> Fact:
         """Fact that every element is finite and no power sum exceeds float64, unless a rank has failed."""
-        finite = self.powers.isfinite()
-        return Fact(finite[0] if len(finite) == 1 else finite.all())
+        if len(self.powers) == 1:
+            return Fact(self.powers.isfinite()[0])
+        with devices.on_one_thread(len(self.powers), self.powers.device):
+            return Fact(self.powers.isfinite().all())
 
     @property
     def needs_attention(self) -> bool:

@@ -24,7 +24,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from ..devices import accumulation_dtype, host_reads_free
+from ..devices import accumulation_dtype, host_reads_free, on_one_thread
 from ..errors import ArgumentError
 from ..norms.reduce import Totals
 from ..norms.spec import NormSpec, Per, check_groups, check_patterns
@@ -123,6 +123,10 @@ class NormPolicy:
 
         Collectives: none. Host syncs: none.
         """
+        with on_one_thread(len(totals.powers), totals.powers.device):
+            return self._decide(totals, state)
+
+    def _decide(self, totals: Totals, state: State) -> tuple[Verdict, State]:
         norms, cap = totals.norms, self._rule.cap
         rule_state = _select_rule_state(state)
         rule_bounds, new_state = self._rule(totals, rule_state)

@@ -139,6 +139,23 @@ class ShardInfos(tuple[ShardInfo, ...]):
         return (ShardInfos(self[i] for i in whole) if others else self), whole, others
 
     @cached_property
+    def by_row(self) -> ShardInfos:
+        """Metadata of the shards whose rows have a slot each, except partial gradients."""
+        return ShardInfos(info for info in self if info.rows is not None and not info.partial_sums)
+
+    @property
+    def row_slots(self) -> Tensor:
+        """Slot of each row of each shard, (rows,) int64 on a CPU."""
+        if self._row_slots is None:
+            pairs = [(info.slot + info.rows.first, info.rows.count) for info in self if info.rows is not None]
+            with torch.utils._python_dispatch._disable_current_modes():
+                # A tensor that was made under a dispatch mode must not be seen outside of it.
+                self._row_slots = torch.cat([torch.arange(first, first + count) for first, count in pairs])
+        return self._row_slots
+
+    _row_slots: Tensor | None = None
+
+    @cached_property
     def by_replica_group(self) -> dict[ReplicaGroup, tuple[int, ...]]:
         """Positions of the shards that the ranks of each group hold. A partial gradient has no replica yet."""
         positions: dict[ReplicaGroup, list[int]] = {}

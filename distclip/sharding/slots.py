@@ -19,6 +19,7 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol
 
 from torch import nn
@@ -61,7 +62,7 @@ class Granularity(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SlotMap:
     """Slots of the vector of norms.
 
@@ -83,6 +84,12 @@ class SlotMap:
     def total(self) -> int:
         """Number of slots."""
         return sum(self.counts)
+
+    @cached_property
+    def excluded_by_slot(self) -> tuple[bool, ...]:
+        """`excluded` of the unit that each slot belongs to."""
+        pairs = zip(self.excluded, self.counts, strict=True)
+        return tuple(excluded for excluded, count in pairs for _ in range(count))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import builtins
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from io import StringIO
 from pathlib import Path
@@ -22,6 +23,7 @@ from distclip.bench.__main__ import DEFAULT, default_cases, main
 from distclip.bench.cases import CASES
 from distclip.bench.cases.local import LOCAL
 from distclip.bench.competitors import Competitor
+from distclip.bench.gpu_model import GPUS, WORKS, model_rows, seconds_by_unit
 from distclip.bench.race import Options
 from distclip.bench.results import Outcome, Standing, merge
 from distclip.bench.table import Terminal, amount, markdown
@@ -194,6 +196,22 @@ def test_markdown(capsys: pytest.CaptureFixture[str]) -> None:
         "| `gpt2`",
         *(f"| `policies`, {policy}" for policy in ("global_norm", "per_tensor_norm", "zclip", "agc")),
     ]
+
+
+def test_model_of_ten_gpus_is_marked_as_computed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Print times by unit. None of them may exceed that of the memory, and squares in float64 would."""
+    assert main(["--model"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "not measured" in lines[0]
+    assert "not measured" in lines[-1]
+    assert len(GPUS) == len({gpu.name for gpu in GPUS}) == 10
+    assert sum(line.startswith("| B300 |") for line in lines) == len(WORKS) + 1
+    for gpu, work, times in model_rows():
+        assert gpu.source
+        assert max(times, key=times.__getitem__) == "memory", (gpu.name, work)
+    b300 = next(gpu for gpu in GPUS if gpu.name == "B300")
+    squares = replace(WORKS[1], float64=1.0, conversions=1.0)
+    assert seconds_by_unit(b300, squares)["float64"] > 3 * seconds_by_unit(b300, squares)["memory"]
 
 
 def test_failed_competitor_has_blank_cells() -> None:

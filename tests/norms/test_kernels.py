@@ -258,6 +258,24 @@ def test_rows(shape: tuple[int, ...], rows: Rows, dtype: torch.dtype, norm_type:
     torch.testing.assert_close(result, torch_ops.row_powers(grad, rows, norm_type), rtol=1e-7, atol=0)
 
 
+def test_rows_of_many_tensors_equal_those_of_each() -> None:
+    """Sum rows of different widths and dtypes in one call, some of them cut, empty, or wider than a block."""
+    shapes = [(5, 7), (3, 300_000), (700, 130), (0, 4), (6, 0)]
+    grads = [torch.randn(shape).to(dtype) for shape, dtype in zip(shapes, [*DTYPES, torch.float32], strict=True)]
+    rows = [Rows(0, shape[0]) for shape in shapes]
+    grads.append(torch.randn(20))
+    rows.append(Rows(1, 5, 3, 5))
+    grads[1][1, 299_999] = math.nan
+    for norm_type in (1.0, 2.0, math.inf):
+        together = native.powers_by_row(grads, rows, norm_type)
+        alone = [native.row_powers(grad, one, norm_type) for grad, one in zip(grads, rows, strict=True)]
+        assert together is not None
+        torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=0, equal_nan=True)  # type: ignore[arg-type]
+        expected = [torch_ops.row_powers(grad, one, norm_type) for grad, one in zip(grads, rows, strict=True)]
+        torch.testing.assert_close(together, torch.cat(expected), rtol=1e-6, atol=0, equal_nan=True)
+    assert native.powers_by_row([torch.ones(4, 4)[:, ::2], *grads], [Rows(0, 4), *rows], 2.0) is None
+
+
 def test_tables_with_and_without_dlpack_are_equal() -> None:
     """Describe tensors through DLPack, which C reads, and from Python."""
     tensors = [torch.randn(3, 4, dtype=dtype)[1:] for dtype in DTYPES] + [torch.zeros(0, 3), torch.tensor(1.0)]

@@ -25,7 +25,7 @@ from ...sharding.shard import Rows
 from . import native, torch_ops
 from .tensor_table import Powers, TensorTable
 
-__all__ = ["Powers", "checksums", "fused_power_sums", "gpu_kernels", "power_sums", "row_powers", "scale_"]
+__all__ = ["Powers", "checksums", "fused_power_sums", "gpu_kernels", "power_sums", "powers_by_row", "scale_"]
 
 _is_cpu = attrgetter("is_cpu")
 
@@ -121,22 +121,30 @@ def checksums(
     return words
 
 
-def row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor:
-    """Compute Σ|g|^p, or max|g|, of each row of one local tensor.
+def powers_by_row(grads: Sequence[Tensor], rows: Sequence[Rows], norm_type: float, device: torch.device) -> Tensor:
+    """Compute Σ|g|^p, or max|g|, of each row of local tensors.
 
     Args:
-        grad: of any floating or complex dtype. Dense, a slice of a flattened parameter, or sparse.
-        rows: the rows that the tensor holds.
+        grads: of any floating or complex dtypes and devices, at least one. Dense, a slice of a flattened parameter, or
+            sparse.
+        rows: the rows that each tensor holds.
         norm_type: p > 0, or `inf`.
+        device: where the result is needed.
 
     Returns:
-        (rows.count,) float64, on the tensor's device.
+        (rows of all tensors,) float64, tensor after tensor.
 
-    >>> row_powers(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), Rows(0, 2), 2.0)
+    >>> powers_by_row([torch.tensor([[3.0, 4.0], [0.0, 1.0]])], [Rows(0, 2)], 2.0, torch.device("cpu"))
     tensor([25.,  1.], dtype=torch.float64)
     """
-    powers = native.row_powers(grad, rows, norm_type) if grad.is_cpu else None
-    return torch_ops.row_powers(grad, rows, norm_type) if powers is None else powers
+    # The usual case: one kernel takes all of them.
+    if all(map(_is_cpu, grads)) and (powers := native.powers_by_row(grads, rows, norm_type)) is not None:
+        return powers.to(device)
+    results = []
+    for grad, one in zip(grads, rows, strict=True):
+        powers = native.powers_by_row([grad], [one], norm_type) if grad.is_cpu else None
+        results.append(torch_ops.row_powers(grad, one, norm_type) if powers is None else powers)
+    return torch.cat([powers.to(device) for powers in results])
 
 
 def scale_(tensors: Sequence[Tensor], coefs: Tensor | float) -> bool:

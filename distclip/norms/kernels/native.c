@@ -23,7 +23,7 @@
 #include <immintrin.h>
 #endif
 
-enum { BLOCK = 1 << 18, GROUP = 4, MIN_PER_THREAD = 1 << 19, MAX_THREADS = 256, RUN = 2048 };
+enum { BLOCK = 1 << 18, MIN_GROUP = 4, MAX_GROUP = 64, GROUP_ELEMENTS = 1 << 17, MIN_PER_THREAD = 1 << 19, MAX_THREADS = 256, RUN = 2048 };
 
 typedef double (*loop)(const void *, int64_t, uint32_t *);
 typedef void (*scaling)(void *, int64_t, double);
@@ -132,6 +132,7 @@ typedef struct {
     int64_t *first;              /* first block of each tensor; first[count] is the number of blocks */
     double *partial;             /* sum of each block */
     uint32_t *partial_words;     /* words of each block, or NULL */
+    int64_t group;               /* number of blocks that a thread takes at a time */
     int64_t next;                /* next group of blocks that no thread has taken yet */
 } work;
 
@@ -152,9 +153,9 @@ static void *process_blocks(void *argument) {
     work *job = argument;
     int64_t total = job->first[job->count];
     for (;;) {
-        int64_t block = GROUP * __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
+        int64_t block = job->group * __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
         if (block >= total) return NULL;
-        int64_t end = block + GROUP < total ? block + GROUP : total;
+        int64_t end = block + job->group < total ? block + job->group : total;
         if (job->sums == NULL) {
             /* Scaling takes the blocks in reverse. */
             int64_t before = total - end;
@@ -179,12 +180,19 @@ static void process_blocks_openmp(void *job) {
     process_blocks(job);
 }
 
-/* Run with `num_threads` threads, including this one. */
-static void run_threads(work *job, int64_t num_threads) {
+/* Call `process` on as many threads as `elements` are worth, including this one. */
+static void run_threads(void *(*process)(void *), void (*process_openmp)(void *), void *job, int64_t elements,
+                        int threads, openmp parallel) {
     pthread_t helpers[MAX_THREADS];
-    int64_t started = 0;
-    while (started < num_threads - 1 && pthread_create(&helpers[started], NULL, process_blocks, job) == 0) started++;
-    process_blocks(job);
+    int64_t num_threads = elements / MIN_PER_THREAD, started = 0;
+    if (num_threads > threads) num_threads = threads;
+    if (num_threads > MAX_THREADS) num_threads = MAX_THREADS;
+    if (num_threads > 1 && parallel != NULL) {
+        parallel(process_openmp, job, (unsigned)num_threads, 0);
+        return;
+    }
+    while (started < num_threads - 1 && pthread_create(&helpers[started], NULL, process, job) == 0) started++;
+    process(job);
     for (int64_t i = 0; i < started; i++) pthread_join(helpers[i], NULL);
 }
 
@@ -204,6 +212,10 @@ static int run(work *job, int threads, openmp parallel, int with_words) {
         first[i + 1] = first[i] + (job->lengths[i] + BLOCK - 1) / BLOCK;
     }
     job->first = first;
+    /* Thousands of small tensors, or of rows, cost a search for each group. */
+    job->group = elements == 0 ? MIN_GROUP : GROUP_ELEMENTS * first[job->count] / elements;
+    if (job->group < MIN_GROUP) job->group = MIN_GROUP;
+    if (job->group > MAX_GROUP) job->group = MAX_GROUP;
     job->partial = malloc((first[job->count] + 1) * sizeof *job->partial);
     job->partial_words = with_words ? malloc((first[job->count] + 1) * sizeof *job->partial_words) : NULL;
     if (job->partial == NULL || (with_words && job->partial_words == NULL)) {
@@ -211,12 +223,16 @@ static int run(work *job, int threads, openmp parallel, int with_words) {
         free(first);
         return 1;
     }
-    int64_t num_threads = elements / MIN_PER_THREAD;
-    if (num_threads > threads) num_threads = threads;
-    if (num_threads > MAX_THREADS) num_threads = MAX_THREADS;
-    if (num_threads > 1 && parallel != NULL) parallel(process_blocks_openmp, job, (unsigned)num_threads, 0);
-    else run_threads(job, num_threads);
+    run_threads(process_blocks, process_blocks_openmp, job, elements, threads, parallel);
     return 0;
+}
+
+/* Add the sum of a block, or take the maximum. */
+static double combine(int operation, double total, double value) {
+    if (operation != 2) return total + value;
+    /* A comparison with NaN is false: a NaN is taken, and no later value replaces it. */
+    if (value != value || value > total) return total != total ? total : value;
+    return total;
 }
 
 /* Compute sums[i] = Σ|x|^2 (operation 0), Σ|x| (1), max|x| (2) or 0 (3) of the lengths[i] elements at tensors[i]. NaN
@@ -238,11 +254,8 @@ int distclip_measure(int operation, int64_t count, char *const *tensors, const i
         double total = 0;
         uint32_t word = 0;
         for (int64_t block = job.first[i]; block < job.first[i + 1]; block++) {
-            double value = job.partial[block];
             if (words != NULL) word += job.partial_words[block];
-            if (operation != 2) total += value;
-            /* A comparison with NaN is false: a NaN is taken, and no later value replaces it. */
-            else if (value != value || value > total) total = total != total ? total : value;
+            total = combine(operation, total, job.partial[block]);
         }
         sums[i] = total;
         if (words != NULL) words[i] = word;
@@ -250,6 +263,85 @@ int distclip_measure(int operation, int64_t count, char *const *tensors, const i
     free(job.partial_words);
     free(job.partial);
     free(job.first);
+    return 0;
+}
+
+typedef struct {
+    int operation;
+    const loop *sums;            /* by dtype */
+    char *const *tensors;
+    const int64_t *lengths;
+    const int32_t *dtypes;
+    const int64_t *rows, *leads, *widths;
+    int64_t count;               /* number of tensors */
+    int64_t *first;              /* first group of rows of each tensor; first[count] is the number of groups */
+    int64_t *output;             /* index of the first row of each tensor in `sums_by_row` */
+    double *sums_by_row;
+    int64_t next;                /* next group that no thread has taken yet */
+} rows_work;
+
+/* Return how many rows of a width a thread takes at a time. */
+static int64_t rows_at_a_time(int64_t width) {
+    return width >= GROUP_ELEMENTS ? 1 : width == 0 ? GROUP_ELEMENTS : GROUP_ELEMENTS / width;
+}
+
+/* Process groups of rows until none is left. */
+static void *process_rows(void *argument) {
+    rows_work *job = argument;
+    for (;;) {
+        int64_t group = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED), tensor = 0;
+        if (group >= job->first[job->count]) return NULL;
+        while (job->first[tensor + 1] <= group) tensor++;
+        int64_t width = job->widths[tensor], lead = job->leads[tensor], length = job->lengths[tensor];
+        int64_t at_a_time = rows_at_a_time(width), row = (group - job->first[tensor]) * at_a_time;
+        int64_t last = row + at_a_time < job->rows[tensor] ? row + at_a_time : job->rows[tensor];
+        int32_t dtype = job->dtypes[tensor];
+        double *sums = job->sums_by_row + job->output[tensor];
+        for (; row < last; row++) {
+            /* The first and the last row may be cut. */
+            int64_t start = row == 0 ? 0 : row * width - lead, end = (row + 1) * width - lead;
+            if (end > length) end = length;
+            sums[row] = 0;
+            for (; start < end; start += BLOCK) {
+                int64_t left = end - start < BLOCK ? end - start : BLOCK;
+                double value = job->sums[dtype](job->tensors[tensor] + start * sizes[dtype], left, NULL);
+                sums[row] = combine(job->operation, sums[row], value);
+            }
+        }
+    }
+}
+
+static void process_rows_openmp(void *job) {
+    process_rows(job);
+}
+
+/* Compute the sums of distclip_measure for each row of `count` tensors, each of which is contiguous.
+   rows: rows[i] is the number of rows of tensor i.
+   leads: number of elements of the first row that are not in the tensor. Its last row may be cut as well.
+   widths: number of elements in a row.
+   sums: those of all rows of the first tensor, then those of the second one, and so on. */
+int distclip_measure_rows(int operation, int64_t count, char *const *tensors, const int64_t *lengths,
+                          const int32_t *dtypes, const int64_t *rows, const int64_t *leads, const int64_t *widths,
+                          double *sums, int threads, openmp parallel) {
+    const loop *loops = loops_plain[operation];
+#ifdef HAS_AVX2
+    if (has_avx2()) loops = loops_avx2[operation];
+#endif
+    int64_t elements = 0, *tables = malloc((2 * count + 2) * sizeof *tables);
+    if (tables == NULL) return 1;
+    int64_t *first = tables, *output = tables + count + 1;
+    first[0] = output[0] = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t at_a_time = rows_at_a_time(widths[i]);
+        elements += lengths[i];
+        first[i + 1] = first[i] + (rows[i] + at_a_time - 1) / at_a_time;
+        output[i + 1] = output[i] + rows[i];
+    }
+    rows_work job = {.operation = operation, .sums = loops, .tensors = tensors, .lengths = lengths, .dtypes = dtypes,
+                     .rows = rows, .leads = leads, .widths = widths, .count = count, .first = first, .output = output,
+                     .sums_by_row = sums};
+    run_threads(process_rows, process_rows_openmp, &job, elements, threads, parallel);
+    free(tables);
     return 0;
 }
 

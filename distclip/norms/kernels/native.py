@@ -12,7 +12,7 @@ from ...sharding.shard import Rows
 from .native_library import load_library
 from .tensor_table import CHECKSUMS_ONLY, DTYPES, OPERATIONS, Powers, TensorTable, describe_tensors
 
-__all__ = ["checksums", "power_sums", "row_powers", "scale_"]
+__all__ = ["checksums", "power_sums", "powers_by_row", "row_powers", "scale_"]
 
 
 def power_sums(
@@ -65,38 +65,39 @@ def checksums(tensors: Sequence[Tensor], ranges: Sequence[tuple[int, int]] | Non
 
 
 def row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor | None:
-    """Compute Σ|g|^p, or max|g|, of each row of one tensor.
+    """Compute Σ|g|^p, or max|g|, of each row of one tensor: see `powers_by_row`."""
+    return powers_by_row([grad], [rows], norm_type)
+
+
+def powers_by_row(grads: Sequence[Tensor], rows: Sequence[Rows], norm_type: float) -> Tensor | None:
+    """Compute Σ|g|^p, or max|g|, of each row of each tensor.
 
     Args:
-        grad: contiguous. With `rows.width`, a slice of a flattened parameter.
-        rows: the rows that the tensor holds.
+        grads: contiguous.
+        rows: the rows that each tensor holds. With `width`, the tensor is a slice of a flattened parameter.
         norm_type: p.
 
     Returns:
-        (rows.count,) float64. None if the C kernel cannot do it: see `power_sums`.
+        (rows of all tensors,) float64, tensor after tensor. None if the C kernel cannot do it: see `power_sums`.
 
-    >>> powers = row_powers(torch.tensor([4.0, 0.0, 1.0]), Rows(0, 2, lead=1, width=2), 2.0)
+    >>> powers = powers_by_row([torch.tensor([4.0, 0.0, 1.0])], [Rows(0, 2, lead=1, width=2)], 2.0)
     >>> powers if load_library() else torch.tensor([16.0, 1.0], dtype=torch.float64)
     tensor([16.,  1.], dtype=torch.float64)
     """
-    if norm_type not in OPERATIONS or load_library() is None or grad.layout is not torch.strided:
+    library = load_library()
+    if norm_type not in OPERATIONS or library is None or any(grad.layout is not torch.strided for grad in grads):
         return None
-    if grad.numel() == 0:
-        return torch.zeros(rows.count, dtype=torch.float64)
     # Rows of a dense tensor that is not contiguous are not ranges of memory.
-    if not grad.is_contiguous() or (whole := describe_tensors([grad], "cpu")) is None:
+    if not all(map(Tensor.is_contiguous, grads)) or (table := describe_tensors(grads, "cpu")) is None:
         return None
-    # For the kernel, each row is a tensor.
-    count, size, base = rows.count, grad.element_size(), whole.addresses[0]
-    width = rows.width or grad.numel() // count
-    start = base - rows.lead * size
-    table = TensorTable(0)
-    table.addresses = array("q", range(start, start + count * width * size, width * size))
-    table.lengths, table.dtypes = array("q", [width]) * count, array("i", whole.dtypes * count)
-    # Other ranks may hold parts of the first and the last row.
-    table.addresses[0], table.lengths[0] = base, width - rows.lead
-    table.lengths[-1] = grad.numel() - (table.addresses[-1] - base) // size
-    return _measure(table, OPERATIONS[norm_type], False)[0]
+    widths = (one.width or length // max(1, one.count) for one, length in zip(rows, table.lengths, strict=True))
+    columns = [array("q", [one.count for one in rows]), array("q", [one.lead for one in rows]), array("q", widths)]
+    sums = torch.empty(sum(columns[0]), dtype=torch.float64)
+    addresses = (*table.pointers(), *(column.buffer_info()[0] for column in columns), sums.data_ptr())
+    operation, threads = OPERATIONS[norm_type], torch.get_num_threads()
+    if library.measure_rows(operation, len(grads), *addresses, threads, library.openmp):
+        raise MemoryError(f"no memory for the table of {len(sums)} rows")
+    return sums
 
 
 def scale_(tensors: Sequence[Tensor], factor: float) -> bool:

@@ -34,6 +34,8 @@ class Library:
         self.describe.argtypes = [pointer, size, pointer, number, pointer, pointer, pointer]
         self.measure: Any = without_gil.distclip_measure
         self.measure.argtypes = [number, size, pointer, pointer, pointer, pointer, pointer, number, pointer]
+        self.measure_rows: Any = without_gil.distclip_measure_rows
+        self.measure_rows.argtypes = [number, size, *[pointer] * 7, number, pointer]
         self.scale: Any = without_gil.distclip_scale
         self.scale.argtypes = [ctypes.c_double, size, pointer, pointer, pointer, number, pointer]
         self.openmp = _find_openmp()

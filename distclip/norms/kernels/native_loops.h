@@ -104,8 +104,14 @@ typedef int32_t i32w __attribute__((vector_size(8 * LANES)));
                 } \
         } \
         type tail[4 * LANES] = {0}; /* zeros add nothing */ \
-        memcpy(tail, p + 4 * apart, (n - 4 * apart) * sizeof(type)); \
-        for (int j = 0; j < 4; j++) { load(x, tail + LANES * j); step(s[j], x); } \
+        int64_t left = n - 4 * apart; \
+        if (!count && left % LANES == 0) { \
+            /* Short rows end here often, and a copy takes as long as some of them. */ \
+            for (int j = 0; j < left / LANES; j++) { load(x, p + 4 * apart + LANES * j); step(s[j], x); } \
+        } else { \
+            memcpy(tail, p + 4 * apart, left * sizeof(type)); \
+            for (int j = 0; j < 4; j++) { load(x, tail + LANES * j); step(s[j], x); } \
+        } \
         if (count) { \
             for (int j = 0; j < 4 * LANES; j += UNIT) add_words(w, tail + j); \
             *words = 0; \
