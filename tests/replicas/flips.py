@@ -1,16 +1,19 @@
 """Flip single bits of gradients and parameters on one rank of a simulated job, and count which flips are found.
 
-`python -m tests.replicas.flips --flips 10000 --clean 100000` runs a large number of them and prints a table. The ranks
-are threads of one process, so that a step costs about a millisecond.
+`python -m tests.replicas.flips --flips 10000 --clean 100000` runs a large number of them on all cores and prints a table.
+The ranks are threads of one process that run one at a time, so that none of them waits for the interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing as mp
+import os
 import random
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 import distclip
-from distclip.comm import threads
 from distclip.errors import ReplicaError
 from distclip.extend import Layout, set_layout
 from distclip.replicas.scrubber import NUM_PARTS
@@ -27,6 +29,56 @@ from distclip.sharding.replicas import replica_group
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 SHAPES = ((7, 5), (33,), (4, 3, 2), (1,))
+
+
+class Rounds:
+    """Collectives of threads that run in turn: each one runs from its turn to its next collective.
+
+    Args:
+        size: number of threads.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.values: list[list[Any]] = [[None] * size, [None] * size]
+        self._turns = [threading.Lock() for _ in range(size)]
+        for lock in self._turns[1:]:
+            lock.acquire()
+
+    def begin(self, rank: int) -> None:
+        """Wait for the turn of a rank."""
+        if not self._turns[rank].acquire(timeout=60):
+            raise TimeoutError(f"rank {rank} waits for a rank that makes no such call")
+
+    def end(self, rank: int) -> None:
+        """Let the next rank run."""
+        self._turns[(rank + 1) % self.size].release()
+
+
+class InTurn:
+    """Communicator of one of these threads."""
+
+    ranks: None = None
+    device = torch.device("cpu")
+    covers_holders = False
+
+    def __init__(self, rank: int, rounds: Rounds) -> None:
+        self.rank, self.size, self._rounds, self._number = rank, rounds.size, rounds, 0
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        # A thread can be one round ahead of the slowest one, so that two lists are enough.
+        values = self._rounds.values[self._number % 2]
+        self._number += 1
+        values[self.rank] = value
+        self._rounds.end(self.rank)
+        self._rounds.begin(self.rank)
+        return list(values)
+
+    def sum_(self, tensor: Tensor) -> None:
+        tensor.copy_(torch.stack(self.gather_objects(tensor.clone())).sum(0))
+
+    def max_(self, tensor: Tensor) -> None:
+        tensor.copy_(torch.stack(self.gather_objects(tensor.clone())).amax(0))
 
 
 @dataclass
@@ -98,15 +150,27 @@ class Job:
     def __init__(self, layout: str, size: int, dtype: torch.dtype = torch.float32, **options: Any) -> None:
         self.size, self.step = size, 0
         self.tensors = [LAYOUTS[layout](rank, size, dtype) for rank in range(size)]
-        self._pool = ThreadPoolExecutor(size)
-        comms = threads(size)
+        self._pool, self._rounds = ThreadPoolExecutor(size), Rounds(size)
+        comms = [InTurn(rank, self._rounds) for rank in range(size)]
         options = {"policy": distclip.global_norm(1.0), "replicas": "raise"} | options
 
         def make(rank: int) -> distclip.GradClipper:
             return distclip.GradClipper(self.tensors[rank].named, comm=comms[rank], **options)
 
-        self.clippers = list(self._pool.map(make, range(size)))
+        self.clippers = self.on_ranks(make)
         self.fill()
+
+    def on_ranks(self, call: Callable[[int], Any]) -> list[Any]:
+        """Call a function on every rank."""
+
+        def run(rank: int) -> Any:
+            self._rounds.begin(rank)
+            try:
+                return call(rank)
+            finally:
+                self._rounds.end(rank)
+
+        return list(self._pool.map(run, range(self.size)))
 
     def fill(self) -> None:
         """Set new gradients, equal ones on all ranks that hold the same shard."""
@@ -135,7 +199,7 @@ class Job:
 
     def clip(self) -> list[Any]:
         """Clip on all ranks. Return the report or the ReplicaError of each."""
-        return list(self._pool.map(self._clip_rank, range(self.size)))
+        return self.on_ranks(self._clip_rank)
 
     def _clip_rank(self, rank: int) -> Any:
         try:
@@ -215,16 +279,29 @@ def main() -> None:
     parser.add_argument("--clean", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    flips, clean = -(-options.flips // len(JOBS)), -(-options.clean // len(JOBS))
+    # The longest jobs come first, so that all cores end at about the same time.
+    jobs = sorted(JOBS, key=lambda job: -job[1])
+    os.environ["OMP_NUM_THREADS"] = "1"
+    total, alarms = Counter[str](), 0
+    with ProcessPoolExecutor(mp_context=mp.get_context("spawn")) as pool:
+        results = [pool.submit(run_job, *job, flips, clean, options.seed + i) for i, job in enumerate(jobs)]
+        for (layout, size, dtype), result in zip(jobs, results, strict=True):
+            counts, alarms_of_job = result.result()
+            print(
+                f"{layout:5} {size} ranks {str(dtype)[6:]:8} {dict(counts)}, {alarms_of_job} false alarms", flush=True
+            )
+            total, alarms = total + counts, alarms + alarms_of_job
+    print(f"all: {dict(total)} of {total.total()} flips, {alarms} false alarms in {clean * len(JOBS)} clean steps")
+
+
+def run_job(layout: str, size: int, dtype: torch.dtype, flips: int, clean: int, seed: int) -> tuple[Counter[str], int]:
+    """Run the flips and the clean steps of one job. Return what happened to each flip, and the number of alarms."""
     torch.set_num_threads(1)
-    generator, total, alarms = random.Random(options.seed), Counter[str](), 0
-    for layout, size, dtype in JOBS:
-        job = Job(layout, size, dtype)
-        counts = Counter(run_flips(job, -(-options.flips // len(JOBS)), generator))
-        alarms_of_job = run_clean(job, -(-options.clean // len(JOBS)))
-        job.close()
-        print(f"{layout:5} {size} ranks {str(dtype)[6:]:8} {dict(counts)}, {alarms_of_job} false alarms", flush=True)
-        total, alarms = total + counts, alarms + alarms_of_job
-    print(f"all: {dict(total)} of {total.total()} flips, {alarms} false alarms in {options.clean} clean steps")
+    job = Job(layout, size, dtype)
+    counts, alarms = Counter(run_flips(job, flips, random.Random(seed))), run_clean(job, clean)
+    job.close()
+    return counts, alarms
 
 
 if __name__ == "__main__":
