@@ -29,14 +29,14 @@ from .apply.fused import supports_grad_scale
 from .apply.grad_scaler import ScalerState, enabled
 from .apply.optimizers import OptimizerSteps, as_list
 from .apply.scale import clamp_, scale_
-from .apply.step_gate import hold_still, release
+from .apply.step_gate import hold_still, release, undone_on_error
 from .comm import Comm, LocalComm, global_ranks
 from .comm.agreement import Call, CallCounter
 from .comm.consensus import FirstError, check_same_axes, gather_or_raise
 from .comm.discovery import call_counter, global_rank, is_mixed, resolve_comm, uncovered_ranks, widened
 from .comm.ranks import Axis
 from .devices import ALWAYS, NEVER, Fact, as_fact, device_constant, outside_fake_mode
-from .errors import ArgumentError, DisagreementError, LayoutError, NonFiniteError, PeerError, warn_user
+from .errors import ArgumentError, DisagreementError, LayoutError, PeerError, warn_user
 from .nonfinite.culprits import count_nonfinite, gather_culprits, suspect_nonfinite
 from .nonfinite.rules import RULES, OnNonFinite, Skip
 from .nonfinite.skip_counter import SkipCounter
@@ -105,7 +105,7 @@ class Engine:
         self._observed_step = 0
         self.deferred = _DeferredReads(self)
         self.coverage = coverage
-        self.optimizers = OptimizerSteps(table, comm, self.agree, lambda: self.on_host)
+        self.optimizers = OptimizerSteps(table, comm, self.agree, lambda: self.on_host, coverage)
         self.replicas = replicas
         self.guard = ReplicaGuard(table, replica_rules.RULES[replicas], ReplicaLog())
         self._calls = CallCounter()
@@ -115,6 +115,8 @@ class Engine:
         # State before the last decision, for a step that is not made.
         self._undo: _Trace | None = None
         self._ddp_modules: list[weakref.ref[Any]] = []
+        # Errors that this rank had alone, behind the all-reduce of its last call.
+        self._late_errors = FirstError()
         # Whether ranks that no communicator connects may still tell this one that their tensors differ.
         self._compares_tensors = False
         self.token = ""
@@ -259,7 +261,7 @@ class Engine:
             and outcome.limits is None
             and len(outcome.coefs) == 1
             and all(map(supports_grad_scale, optimizers))
-            and (loss_scale is not None or self.optimizers.owns(optimizers))
+            and (loss_scale is not None or self.coverage.owns(optimizers))
         )
         if not fuse and not outcome.skip.host:
             self.write_(outcome, outcome.shards)
@@ -267,7 +269,8 @@ class Engine:
         steps = None if outcome.skip.host or state is not None else watch_steps(optimizers)
         self._advance(optimizers, outcome, state, fuse)
         if not outcome.skip.host:
-            self.coverage.check_kept(watched, optimizers)
+            with self._raised_late():
+                self.coverage.check_kept(watched, optimizers)
         if steps is not None and steps.all_declined():
             # The ranks have decided together, and the optimizers have declined together.
             self.discard()
@@ -344,14 +347,8 @@ class Engine:
         # What is due from the last step is not undone with this one.
         self.deferred.raise_due()
         before = self.trace()
-        try:
+        with undone_on_error(lambda: self.restore(before)):
             yield
-        except NonFiniteError:
-            # A step that a decision refuses or skips is counted.
-            raise
-        except BaseException:
-            self.restore(before)
-            raise
 
     def trace(self) -> _Trace:
         """Return the state that a step changes, apart from gradients, parameters and optimizers."""
@@ -423,6 +420,8 @@ class Engine:
         """
         # 0. Host reads that the last step postponed: its errors, counts and warnings are due now, on all ranks.
         self.deferred.raise_due()
+        errors.add(self._late_errors.error)
+        self._late_errors = FirstError()
         release(self)
         before = self.trace()
         step, rule = self.counter.steps + 1, Skip(expected=True) if expect_overflow else self.rule
@@ -551,7 +550,8 @@ class Engine:
         shards, partials, totals = measure_all_ranks(
             self.table, spec, self.step_comm, errors, call, self.guard, self.num_measured_slots, self.counter.steps
         )
-        self.coverage.record_call(len(shards))
+        with self._raised_late():
+            self.coverage.record_call(len(shards))
         if self._compares_tensors:
             self._compares_tensors = not compare_tensors("GradClipper", self.table, may_call_alone=False)
         if loss_scale is not None:
@@ -563,11 +563,25 @@ class Engine:
         try:
             observe(outcome)
         except Exception as error:
-            warn_user(
-                f"observer={observe!r:.100}: it raised {error!r:.200} in step {outcome.step}, which went on. "
-                "Pass a function that does not raise.",
-                RuntimeWarning,
-            )
+            with self._raised_late():
+                warn_user(
+                    f"observer={observe!r:.100}: it raised {error!r:.200} in step {outcome.step}, which went on. "
+                    "Pass a function that does not raise.",
+                    RuntimeWarning,
+                )
+
+    @contextmanager
+    def _raised_late(self) -> Iterator[None]:
+        """Keep an error of this rank alone until all ranks can raise it together.
+
+        This is in the next call. Until then the ranks stay in one step. Such an error is a warning that is an error.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.step_comm.size == 1:
+                raise
+            self._late_errors.add(error)
 
     def agree(self, function: str, errors: FirstError) -> None:
         """Check that every rank calls a function that is about to gather.
@@ -659,14 +673,10 @@ class Engine:
     def _step_again(self, earlier: _ScalerRound, optimizers: Sequence[Optimizer], state: ScalerState) -> Outcome:
         """Step further optimizers by the decision of an earlier call since the last `scaler.update()`."""
         outcome = earlier.outcome
-        self.optimizers.check_owns(optimizers)
+        # The other ranks have no collective in this call. If it raises, the gradients that this rank has not stepped
+        # raise on all ranks in the next one, see `Coverage.begin_round`.
+        self._check_again(earlier, optimizers, state)
         self.coverage.step_others(optimizers)
-        if len(state.scaled_optimizers()) != (len(optimizers) if earlier.was_scaled else 0):
-            raise ArgumentError(
-                "scaler: an earlier call has clipped all of the clipper's gradients since the last scaler.update(), "
-                f"and {'unscaled them' if earlier.was_scaled else 'found them unscaled'}. Call scaler.unscale_ for all "
-                "optimizers before the first call or for none, or pass all of them: clipper.step([one, other], scaler)."
-            )
         fuse = not earlier.written and all(map(supports_grad_scale, optimizers))
         if not earlier.written and not fuse and not outcome.skip.host:
             # The earlier call has left the factor to the kernels of the optimizers that it stepped.
@@ -674,6 +684,20 @@ class Engine:
                 scale_(self.optimizers.shards_of(optimizers), outcome.factors)
         self._advance(optimizers, outcome, state, fuse)
         return outcome
+
+    def _check_again(self, earlier: _ScalerRound, optimizers: Sequence[Optimizer], state: ScalerState) -> None:
+        """Raise unless the decision of an earlier call holds for these optimizers.
+
+        Raises:
+            ArgumentError: see above; on this rank alone.
+        """
+        self.optimizers.check_owns(optimizers)
+        if len(state.scaled_optimizers()) != (len(optimizers) if earlier.was_scaled else 0):
+            raise ArgumentError(
+                "scaler: an earlier call has clipped all of the clipper's gradients since the last scaler.update(), "
+                f"and {'unscaled them' if earlier.was_scaled else 'found them unscaled'}. Call scaler.unscale_ for all "
+                "optimizers before the first call or for none, or pass all of them: clipper.step([one, other], scaler)."
+            )
 
     def _advance(
         self, optimizers: Sequence[Optimizer], outcome: Outcome, state: ScalerState | None, fuse: bool

@@ -44,11 +44,13 @@ class _Comparison:
 
     Args:
         ids: identities of all their parameters.
+        needs_closure: class of the first of them that needs a closure, or None.
         foreign: their parameters that are not in the table.
         unstepped: tensors of the table that none of them steps.
     """
 
     ids: list[int]
+    needs_closure: str | None
     foreign: list[Tensor]
     unstepped: list[Tensor]
 
@@ -95,18 +97,24 @@ class Coverage:
         self._check(optimizers, all_now=all_now, is_attached=False)
 
     def _check(self, optimizers: Sequence[Optimizer], *, all_now: bool, is_attached: bool) -> None:
-        key = tuple(map(id, optimizers))
-        ids = list(map(id, parameters_of(optimizers)))
-        known = self._known.get(key)
-        if known is None or known.ids != ids:
-            known = self._compare(optimizers, ids, is_attached)
-            while len(self._known) >= 64:
-                self._known.pop(next(iter(self._known)))
-            self._known[key] = known
+        known = self._comparison(optimizers)
+        if known.needs_closure is not None and not is_attached:
+            raise ArgumentError(
+                f"optimizer={known.needs_closure}: its step needs a closure, which makes the gradients within it. Call "
+                "clipper.attach(optimizer) once, and optimizer.step(closure) in place of clipper.step(optimizer)."
+            )
         if not self.partial and not _lack_gradients(known.foreign):
             self._refuse_foreign([param for param in known.foreign if param.grad is not None], optimizers)
         if all_now and not _lack_gradients(known.unstepped):
             self.check_stepped(self.waiting(optimizers))
+
+    def owns(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Return whether all parameters of the optimizers are in the table."""
+        return not self._comparison(optimizers).foreign
+
+    def is_covered(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Return whether the optimizers step all tensors of the table."""
+        return not self._comparison(optimizers).unstepped
 
     def check_attached(self, optimizers: Sequence[Optimizer]) -> None:
         """Raise unless attached optimizers step exactly what is measured, see `check`."""
@@ -250,18 +258,20 @@ class Coverage:
         elif len(self._calls_without) >= _MANY:
             del self._calls_without[0]
 
-    def _compare(self, optimizers: Sequence[Optimizer], ids: list[int], is_attached: bool) -> _Comparison:
-        for optimizer in optimizers:
-            if not is_attached and needs_closure(optimizer):
-                raise ArgumentError(
-                    f"optimizer={type(optimizer).__name__}: its step needs a closure, which makes the gradients within "
-                    "the step. Call clipper.attach(optimizer) once, and optimizer.step(closure) in place of "
-                    "clipper.step(optimizer)."
-                )
-        params = parameters_of(optimizers)
-        foreign = [param for param in params if id(param) not in self._ids]
-        stepped = set(ids)
-        return _Comparison(ids, foreign, [tensor for tensor in self._table.tensors if id(tensor) not in stepped])
+    def _comparison(self, optimizers: Sequence[Optimizer]) -> _Comparison:
+        """Return the comparison of these optimizers, and make it again if their parameters have changed."""
+        key, params = tuple(map(id, optimizers)), parameters_of(optimizers)
+        ids = list(map(id, params))
+        known = self._known.get(key)
+        if known is None or known.ids != ids:
+            needing = next((type(one).__name__ for one in optimizers if needs_closure(one)), None)
+            foreign, stepped = [param for param in params if id(param) not in self._ids], set(ids)
+            unstepped = [tensor for tensor in self._table.tensors if id(tensor) not in stepped]
+            known = _Comparison(ids, needing, foreign, unstepped)
+            while len(self._known) >= 64:
+                self._known.pop(next(iter(self._known)))
+            self._known[key] = known
+        return known
 
     def _refuse_foreign(self, foreign: Sequence[Tensor], optimizers: Sequence[Optimizer]) -> None:
         module = None if self._module is None else self._module()

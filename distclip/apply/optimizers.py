@@ -17,6 +17,7 @@ from ..errors import ArgumentError, DisagreementError
 from ..norms.memory import read_gradients
 from ..sharding.shard import Shards
 from ..sharding.table import ShardTable
+from .coverage import Coverage
 from .fused import fused_step, supports_grad_scale
 from .grad_scaler import ScalerState, initial_scale, parameters_of
 from .scale import scale_
@@ -48,6 +49,7 @@ class OptimizerSteps:
         comm: all ranks concerned.
         agree: checks that every rank calls a function that is about to gather, see `Engine.agree`.
         on_host: returns whether the host reads totals without a sync, see `Engine.on_host`.
+        coverage: compares the optimizers' parameters with those of the table.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class OptimizerSteps:
         comm: Comm,
         agree: Callable[[str, FirstError], None],
         on_host: Callable[[], bool],
+        coverage: Coverage,
     ) -> None:
         self._table, self._comm, self._agree, self._on_host = table, comm, agree, on_host
+        self._coverage = coverage
         # By the ids of the optimizers and the scaler: references that keep an entry only as long as they are alive,
         # and whether every rank's optimizers are fused.
         self._known: dict[tuple[int, ...], tuple[list[weakref.ref[Any]], bool]] = {}
@@ -140,7 +144,7 @@ class OptimizerSteps:
         scaled = state.scaled_optimizers()
         all_scaled = len(scaled) == len(optimizers)
         uniform = (all_scaled or not scaled) and state.others_unscaled() == (not scaled)
-        if not uniform and not self._covers_table(optimizers):
+        if not uniform and not self._coverage.is_covered(optimizers):
             raise ArgumentError(
                 "optimizer: scaler.unscale_ has unscaled some of the clipper's gradients, and others may still carry "
                 "the scale, so that they have no common norm. Pass all optimizers: clipper.step([one, other], scaler)."
@@ -215,16 +219,11 @@ class OptimizerSteps:
         Raises:
             ArgumentError: see above.
         """
-        if not self.owns(optimizers):
+        if not self._coverage.owns(optimizers):
             raise ArgumentError(
                 "optimizer: it steps parameters that the clipper does not have, and the clipper cannot unscale them. "
                 "Construct the clipper with all parameters of the optimizer."
             )
-
-    def owns(self, optimizers: Sequence[Optimizer]) -> bool:
-        """Return whether all parameters of the optimizers are in the table."""
-        ids = set(map(id, self._table.tensors))
-        return all(id(param) in ids for param in parameters_of(optimizers))
 
     def shards_of(self, optimizers: Sequence[Optimizer]) -> Shards:
         """Return this rank's gradients of the optimizers' parameters. Collectives: none. Host syncs: none."""
@@ -233,7 +232,3 @@ class OptimizerSteps:
         # Positions and not names, because two parameters may have one name.
         owned = [id(tensor) in ids for tensor in self._table.tensors_with_gradient()]
         return shards.where([i for i, is_owned in enumerate(owned) if is_owned and i < len(shards)])
-
-    def _covers_table(self, optimizers: Sequence[Optimizer]) -> bool:
-        ids = set(map(id, parameters_of(optimizers)))
-        return all(id(tensor) in ids for tensor in self._table.tensors)

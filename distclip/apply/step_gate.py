@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any, Protocol
 
@@ -21,7 +22,26 @@ from ..errors import NonFiniteError
 from ..sharding.megatron import read_main_grad
 from .grad_scaler import parameters_of
 
-__all__ = ["StepGate", "StepListener", "gate_of", "hold_still", "is_of_torch", "release"]
+__all__ = ["StepGate", "StepListener", "gate_of", "hold_still", "is_of_torch", "release", "undone_on_error"]
+
+
+@contextmanager
+def undone_on_error(undo: Callable[[], None], *others: type[BaseException]) -> Iterator[None]:
+    """Undo what a step within the block has changed, if an exception ends it.
+
+    Args:
+        undo: function that does so.
+        others: classes of exceptions that undo nothing.
+    """
+    # A step that a decision refuses or skips is counted.
+    kept: tuple[type[BaseException], ...] = (NonFiniteError, *others)
+    try:
+        yield
+    except kept:
+        raise
+    except BaseException:
+        undo()
+        raise
 
 
 class StepListener(Protocol):
@@ -97,27 +117,26 @@ class StepGate:
         closure = _closure_in(args, kwargs)
         saved = _Snapshot(optimizer) if closure is not None and may_move else None
         self._depth, self._has_run = 1, False
+
+        def undo() -> None:
+            for listener, mark in marks:
+                listener.undo(mark)
+
         try:
-            if not has_hooks:
-                args, kwargs = self._before(optimizer, (optimizer, *args), kwargs) or ((optimizer, *args), kwargs)
-                args = args[1:]
-            result = call(*args, **kwargs)
-            for listener in self.listeners:
-                listener.after_step(optimizer)
-            return result
+            with undone_on_error(undo, _CancelledStep):
+                if not has_hooks:
+                    args, kwargs = self._before(optimizer, (optimizer, *args), kwargs) or ((optimizer, *args), kwargs)
+                    args = args[1:]
+                result = call(*args, **kwargs)
+                for listener in self.listeners:
+                    listener.after_step(optimizer)
+                return result
         except _CancelledStep as cancelled:
             if cancelled.gate is not self:
                 raise
             if saved is not None:
                 saved.restore()
             return cancelled.loss
-        except NonFiniteError:
-            # A step that a decision refuses or skips is counted.
-            raise
-        except BaseException:
-            for listener, mark in marks:
-                listener.undo(mark)
-            raise
         finally:
             self._depth = 0
 

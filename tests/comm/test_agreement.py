@@ -18,7 +18,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import distclip
-from distclip import DisagreementError, DistclipError, GradClipper, PeerError
+from distclip import ArgumentError, DisagreementError, DistclipError, GradClipper, PeerError
 from distclip.comm import threads
 from distclip.comm.agreement import Call, CallCounter, disagreement, zero_sum_weight
 from distclip.comm.consensus import FirstError
@@ -263,6 +263,43 @@ def test_observer_that_raises_on_one_rank_does_not_hold_its_step_back() -> None:
         clipper.step(optimizer)
     assert any("disk full" in str(one.message) for one in caught) == (dist.get_rank() == ODD)
     assert all(gather_from_ranks(torch.count_nonzero(param.to_local()).item() > 0))
+
+
+@on_ranks(2)
+def test_warning_of_an_observer_that_is_an_error_is_raised_in_the_next_step() -> None:
+    """All ranks make the step, and raise together in the next one."""
+    param = sharded_param()
+    clipper, optimizer = GradClipper([("w", param)], distclip.global_norm(1.0)), torch.optim.SGD([param], lr=0.1)
+    odd = dist.get_rank() == ODD
+
+    def observe(outcome: Outcome) -> None:
+        if odd and outcome.step == 1:
+            raise OSError("disk full")
+
+    clipper.observe(observe)
+    clipper.step(optimizer)
+    with pytest.raises(RuntimeWarning if odd else PeerError, match="disk full"):
+        clipper.step(optimizer)
+    clipper.step(optimizer)
+    assert clipper.steps == 2
+
+
+@on_ranks(2)
+def test_error_in_a_further_step_of_one_loss_scale_is_raised_by_all_ranks_in_the_next_one() -> None:
+    params = [sharded_param(), sharded_param()]
+    clipper = GradClipper([("v", params[0]), ("w", params[1])], distclip.global_norm(1.0))
+    one, other = (torch.optim.SGD([param], lr=0.1) for param in params)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    clipper.step(one, scaler)
+    if dist.get_rank() == ODD:
+        wrong = torch.optim.SGD([params[1], nn.Parameter(torch.ones(1))], lr=0.1)
+        with pytest.raises(ArgumentError, match="parameters that the clipper does not have"):
+            clipper.step(wrong, scaler)
+    else:
+        clipper.step(other, scaler)
+    scaler.update()
+    check_all_raise(lambda: clipper.step([one, other], scaler), "it does not step w", kind=ArgumentError)
 
 
 # ---- The program's own collectives ----

@@ -1,7 +1,7 @@
 """Flip single bits of gradients and parameters on one rank of a simulated job, and count which flips are found.
 
-`python -m tests.replicas.flips --flips 10000 --clean 100000` runs a large number of them on all cores and prints a table.
-The ranks are threads of one process that run one at a time, so that none of them waits for the interpreter.
+`python -m tests.replicas.flips --flips 10000 --clean 100000` runs a large number of them, on all cores, and prints a
+table. The ranks are threads of one process that run one at a time, so that none of them waits for the interpreter.
 """
 
 from __future__ import annotations
