@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +17,15 @@ from ..errors import PeerError
 from .ranks import rank_list
 
 __all__ = ["ProcessGroupComm", "group_of_name"]
+
+
+_MAX_KEPT = 2**16
+"""Number of elements of the largest tensor that is kept until the next collective."""
+
+_PATIENCE = 0.1
+"""Seconds to wait at the exit of the process for threads of gloo."""
+
+_used: weakref.WeakSet[ProcessGroupComm] = weakref.WeakSet()
 
 
 class ProcessGroupComm:
@@ -34,6 +46,9 @@ class ProcessGroupComm:
         self.size = dist.get_world_size(group)
         self.ranks = tuple(dist.get_process_group_ranks(group))
         self.device = _device(group)
+        # What the last collective has sent, which threads of gloo may still hold. None after a gather of objects.
+        self.sent: Tensor | None = None
+        _used.add(self)
 
     def sum_(self, tensor: Tensor) -> None:
         """Replace `tensor` by its sum over ranks. Collectives: one all-reduce (SUM)."""
@@ -54,6 +69,7 @@ class ProcessGroupComm:
                 work.wait()
             except RuntimeError as error:
                 raise self._lost(error) from error
+            self.sent = on_device if on_device.numel() <= _MAX_KEPT else None
             if on_device is not tensor:
                 tensor.copy_(on_device)
 
@@ -63,6 +79,7 @@ class ProcessGroupComm:
         """Return every rank's `value`. Collectives: one all_gather_object."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
+        self.sent = None
         return values
 
     def _all_reduce(self, tensor: Tensor, op: Any) -> None:
@@ -71,6 +88,7 @@ class ProcessGroupComm:
             dist.all_reduce(on_device, op=op, group=self.group)
         except RuntimeError as error:
             raise self._lost(error) from error
+        self.sent = on_device if on_device.numel() <= _MAX_KEPT else None
         # `to` copies only between devices, so that the result of most calls is in place already.
         if on_device is not tensor:
             tensor.copy_(on_device)
@@ -81,6 +99,24 @@ class ProcessGroupComm:
             f"an all-reduce over {rank_list(self.ranks)} failed: {error!s:.300} A rank has ended, or has "
             "left out this call, or has made another one. Make the same calls on every rank."
         )
+
+
+@atexit.register
+def await_gloo() -> None:
+    """Wait until the threads of gloo hold no tensor of the last collectives.
+
+    A thread that drops a tensor while Python shuts down aborts the process (pytorch #190489). It drops it within
+    microseconds after the collective, but a process may end sooner.
+    """
+    end = time.monotonic() + _PATIENCE
+    for comm in list(_used):
+        if comm.device.type != "cpu":
+            continue
+        # torch's own tensors of a gather of objects cannot be seen from here.
+        if comm.sent is None and time.monotonic() < end:
+            time.sleep(_PATIENCE / 5)
+        while comm.sent is not None and comm.sent._use_count() > 1 and time.monotonic() < end:  # type: ignore[attr-defined]
+            time.sleep(0.001)
 
 
 def group_of_name(name: str) -> dist.ProcessGroup:
