@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from .nonfinite.culprits import Incident
 from .nonfinite.rules import OnNonFinite
 from .nonfinite.skip_counter import SkipCounter
 from .outcome import Observer, Outcome, Report
-from .policies import Policy
+from .policies import NormPolicy, Policy
 from .policies.description import describe
 from .replicas.incidents import ReplicaIncident
 from .replicas.rules import Replicas
@@ -37,6 +37,7 @@ from .sharding.parameters import Parameters
 from .sharding.shard import Shards
 from .sharding.split_over import SplitOver
 from .sharding.table import ShardTable
+from .tenants import GroupCounts, Groups, IsolatedEngine, group_state_dict, load_groups
 
 __all__ = ["GradClipper"]
 
@@ -67,6 +68,11 @@ class GradClipper:
             `ReplicaWarning` names the tensor, the ranks and the size of the difference. "raise": `ReplicaError`, before
             any gradient changes. "repair": overwrite them by those of the majority, and raise without one. "off":
             compare nothing. Gradients are compared in every step, parameters once in 64 steps. See docs/replicas.md.
+        isolate: decide about each group of parameters as if it were trained alone, for adapters that share a step:
+            norm, bound, policy state, non-finite steps, skips, counters and `max_skips` are those of the group, still
+            with one all-reduce. Groups are those of a policy with per="group", and those of `add_group`. `policy` is
+            that of all other parameters, and the default of `add_group`. `NormPolicy(isolate=True)` means the same. See
+            docs/tenants.md.
 
     Raises:
         ArgumentError, LayoutError, DisagreementError: see `clip_grad_norm_`; on every rank that takes part.
@@ -98,12 +104,18 @@ class GradClipper:
         flat_grads: bool = False,
         partial: bool = False,
         replicas: Replicas = "warn",
+        isolate: bool = False,
     ) -> None:
         self.policy = policy
         self._counter = SkipCounter(max_skips)
-        self._engine = Engine.build(
-            parameters, policy, split_over, comm, on_nonfinite, self._counter, flat_grads, partial, replicas
-        )
+        self._groups: Groups | None = None
+        options = (on_nonfinite, self._counter, flat_grads, partial, replicas)
+        self._engine: Engine
+        if isolate or (type(policy) is NormPolicy and policy.isolate):
+            self._groups = Groups(parameters, policy, split_over, comm, options)
+            self._use(self._groups.build())
+        else:
+            self._engine = Engine.build(parameters, policy, split_over, comm, *options)
         self._turns = Turns()
         self._is_stepping = False
         self._in_backward: InBackward | None = None
@@ -150,6 +162,11 @@ class GradClipper:
         >>> clipper.slots
         ('w',)
         """
+        if self._groups is not None:
+            raise ArgumentError(
+                "rebind: a clipper with isolate=True has the parameters of its groups. Call remove_group and add_group "
+                "with the new parameters."
+            )
         state_dict, old = self.state_dict(), self._engine
         options = old.on_nonfinite, self._counter, flat_grads, old.coverage.partial, old.replicas
         engine = Engine.build(parameters, self.policy, split_over, comm, *options)
@@ -160,6 +177,98 @@ class GradClipper:
             engine.measure_tensors()
         self._engine = engine
         self.load_state_dict(state_dict)
+
+    @torch.no_grad()
+    def add_group(self, name: str, parameters: Parameters, policy: Policy | None = None) -> None:
+        """Add a group to a clipper with isolate=True, on all ranks together.
+
+        The other groups keep their states and counters. The ranks need not find each other again, unless the parameters
+        are on ranks that none of the clipper's was on. The slot of the group has its name, and its parameters have the
+        names "name/parameter" in reports, warnings and the recorder.
+
+        Args:
+            name: of the group, text without "/".
+            parameters: of the group, see `GradClipper`. All of them train.
+            policy: for the one norm of the group (per="model"). None for the policy of the clipper. The norm type is
+                that of all groups.
+
+        Raises:
+            ArgumentError: the clipper has no isolate=True, the name is taken, a parameter belongs to another group or
+                does not train, the policy is not one for a single norm, or a step is being made; on every rank.
+            LayoutError: a parameter exists on some ranks only; on every rank.
+            DisagreementError: the ranks add different groups or policies, or another rank calls another function; on
+                every rank. Nothing has changed then.
+
+        Collectives: a small all-reduce and six gathers. Host syncs: one on an accelerator.
+
+        >>> from distclip import global_norm, zclip
+        >>> clipper = GradClipper([], global_norm(1.0), isolate=True)
+        >>> clipper.add_group("alice", [torch.nn.Parameter(torch.zeros(2))])
+        >>> clipper.add_group("bob", [torch.nn.Parameter(torch.zeros(2))], zclip(cap=1.0))
+        >>> clipper.slots
+        ('alice', 'bob', 'rest')
+        """
+        groups, engine = self._isolated("add_group")
+        self._use(groups.add(engine, {name: parameters}, policy, f"add_group({name!r})"))
+
+    @torch.no_grad()
+    def add_groups(self, groups: Mapping[str, Parameters], policy: Policy | None = None) -> None:
+        """Add several groups at once, which takes as long as one `add_group`.
+
+        Args:
+            groups: {name: parameters}, in the same order on every rank.
+            policy: see `add_group`.
+
+        Raises, Collectives, Host syncs: see `add_group`.
+
+        >>> from distclip import global_norm
+        >>> clipper = GradClipper([], global_norm(1.0), isolate=True)
+        >>> clipper.add_groups({name: [torch.nn.Parameter(torch.zeros(2))] for name in ("alice", "bob")})
+        >>> clipper.slots
+        ('alice', 'bob', 'rest')
+        """
+        tenants, engine = self._isolated("add_groups")
+        self._use(tenants.add(engine, groups, policy, f"add_groups({list(groups)!r:.200})"))
+
+    @torch.no_grad()
+    def remove_group(self, name: str) -> None:
+        """Remove a group and its state from a clipper with isolate=True, on all ranks together.
+
+        Args:
+            name: of a group of `add_group`, or of the policy.
+
+        Raises:
+            ArgumentError: there is no such group, or a step is being made; on every rank.
+            DisagreementError: see `add_group`.
+
+        Collectives, host syncs: see `add_group`.
+
+        >>> from distclip import global_norm
+        >>> clipper = GradClipper([], global_norm(1.0), isolate=True)
+        >>> clipper.add_group("alice", [torch.nn.Parameter(torch.zeros(2))])
+        >>> clipper.remove_group("alice")
+        >>> clipper.slots
+        ('model',)
+        """
+        groups, engine = self._isolated("remove_group")
+        self._use(groups.remove(engine, name))
+
+    @property
+    def groups(self) -> dict[str, GroupCounts]:
+        """Counters of each group with isolate=True, the same on every rank. Empty without it."""
+        if self._groups is None:
+            return {}
+        counters = self._isolated("groups")[1].counters
+        return {name: GroupCounts(one.steps, one.skipped, one.in_a_row) for name, one in counters.items()}
+
+    def _isolated(self, function: str) -> tuple[Groups, IsolatedEngine]:
+        engine: Any = self._engine
+        if self._groups is None:
+            raise ArgumentError(f"{function}: the clipper has no isolate=True. Pass isolate=True to GradClipper.")
+        return self._groups, engine
+
+    def _use(self, engine: IsolatedEngine) -> None:
+        self._engine, self.policy = engine, engine.policy
 
     @_disable_dynamo
     def step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None = None) -> Report:
@@ -430,6 +539,11 @@ class GradClipper:
 
         Raises, Collectives, Host syncs: see `clip`.
         """
+        if self._groups is not None:
+            raise ArgumentError(
+                "decide: with isolate=True some groups may skip a step that others make. Use clipper.step, or "
+                "clipper.clip."
+            )
         scale = None if loss_scale is None else torch.tensor(loss_scale, dtype=torch.float64)
         return self._engine.decide(errors or FirstError(), scale, expect_overflow=scale is not None)
 
@@ -510,11 +624,15 @@ class GradClipper:
         """Number of skipped steps, as far as the host has read them (see `step`)."""
         return self._counter.skipped
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, group: str | None = None) -> dict[str, Any]:
         """Return the policy's state and the counters, the same on every rank.
 
         The state is stored by parameter names, so that it fits another world size and another layout. Together with
         `load_state_dict` it makes the clipper a Stateful of torch.distributed.checkpoint.
+
+        Args:
+            group: name of a group, with isolate=True: return what this group has, to load it into a group of any
+                clipper. None for everything.
 
         Returns:
             {"version": int, "rule": kind of policy, "counts": {name: 0-d tensor}, "state": {slot name: {key: tensor}}}.
@@ -522,6 +640,16 @@ class GradClipper:
         Host syncs: one per tensor.
         """
         self._engine.deferred.raise_due()
+        if group is not None:
+            return group_state_dict(self._isolated("state_dict")[1], group)
+        if self._groups is not None:
+            engine = self._isolated("state_dict")[1]
+            return {
+                "version": VERSION,
+                "rule": policy_kind(self.policy),
+                "counts": {name: torch.tensor(count) for name, count in self._counts().items()},
+                "groups": {name: group_state_dict(engine, name) for name in engine.counters},
+            }
         return {
             "version": VERSION,
             "rule": policy_kind(self.policy),
@@ -529,16 +657,24 @@ class GradClipper:
             "state": pack_state(self._engine.state, self._engine.slots),
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], group: str | None = None) -> None:
         """Continue where a clipper with the same kind of policy was saved.
 
         Args:
             state_dict: of `state_dict`. The policy's numbers may have changed, except its windows.
+            group: name of the group that a state of one group is loaded into, with isolate=True.
 
         Raises:
             ArgumentError: another kind of policy or another window; an unknown or missing key; a tensor of another
                 shape or dtype; a value that no step of the policy leads to, such as NaN. Nothing has been loaded then.
         """
+        if self._groups is not None or group is not None:
+            counts = load_groups(self._isolated("load_state_dict")[1], state_dict, group, self._counts().keys())
+            self._counter.steps = counts.get("steps", self._counter.steps)
+            self._counter.skipped = counts.get("skipped", self._counter.skipped)
+            self._counter.in_a_row = counts.get("in_a_row", self._counter.in_a_row)
+            self._engine.forget_undo()
+            return
         current = upgrade(state_dict)
         check_state_dict(current, self.policy)
         self._engine.deferred.raise_due()

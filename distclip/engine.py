@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ from .replicas.rules import Replicas
 from .replicas.unlinked import compare_tensors, is_unlinked
 from .sharding.ddp import ddp_modules, is_joining
 from .sharding.exchange import exchange_layouts, inventory_of, knows_holders, set_holders
-from .sharding.parameters import Parameters, is_frozen
+from .sharding.parameters import Named, Parameters, is_frozen
 from .sharding.replicas import assumed_groups
 from .sharding.shard import Shards
 from .sharding.slots import ParamInfo, SlotMap, assign_slots, describe_params, parent_slots
@@ -68,6 +68,8 @@ from .sharding.table import ShardTable, parameter_table, warn_if_nothing_trains
 __all__ = ["Engine", "measure_all_ranks"]
 
 _NO_SHARDS = Shards.of(())
+
+EngineT = TypeVar("EngineT", bound="Engine")
 
 
 class Engine:
@@ -124,7 +126,7 @@ class Engine:
     @classmethod
     @outside_fake_mode
     def build(
-        cls,
+        cls: type[EngineT],
         parameters: Parameters,
         policy: Policy,
         split_over: SplitOver,
@@ -134,12 +136,17 @@ class Engine:
         flat_grads: bool,
         partial: bool = False,
         replicas: Replicas = "warn",
-    ) -> Engine:
+        *,
+        named: Named | None = None,
+        errors: FirstError | None = None,
+    ) -> EngineT:
         """Build the engine of a `GradClipper` from its arguments.
 
         Args:
             counter: counts steps and skipped steps; it has `max_skips`.
             parameters, policy, split_over, comm, on_nonfinite, flat_grads, partial, replicas: see `GradClipper`.
+            named: the parameters under other names. None for those of `parameters`.
+            errors: errors that this rank has collected already.
 
         Raises:
             ArgumentError, LayoutError, DisagreementError: see `GradClipper`; on every rank.
@@ -147,7 +154,7 @@ class Engine:
         Collectives: two gathers, and a third one with norms per group, tensor or row. Without `comm`, the ranks find
             each other through the store of torch.distributed first.
         """
-        errors = FirstError()
+        errors = errors or FirstError()
         with errors:
             _check_arguments(policy, on_nonfinite, counter.max_skips, replicas)
         axes: tuple[Axis, ...] = ()
@@ -155,7 +162,7 @@ class Engine:
             axes = split_axes(split_over, comm)
         table = ShardTable.empty(axes)
         with errors:
-            table = parameter_table(parameters, axes)
+            table = parameter_table(parameters, axes, named)
         is_derived = comm is None
         comm = resolve_comm(table.groups, table.axes, comm, errors, table.num_reached)
         table.world_size = comm.size

@@ -42,6 +42,7 @@ class Report:
             has no bounds.
         tensor_norms: (parameters,) float64, norm of each parameter's gradient, after `GradClipper.measure_tensors`;
             `GradClipper.tensors` has the names. None without it.
+        skips: (slots,) bool, groups that this step leaves unchanged, with isolate=True. None without it.
     """
 
     norm: Tensor
@@ -54,6 +55,7 @@ class Report:
     coefs: Tensor
     bounds: Tensor | None = None
     tensor_norms: Tensor | None = None
+    skips: Tensor | None = None
 
     @outside_fake_mode
     def as_dict(self) -> dict[str, float | bool]:
@@ -87,6 +89,7 @@ class Outcome:
         measured: totals by measured slot, if these are finer than the policy's.
         tensor_norms: relation between measured slots and parameters, likewise.
         replicas_differ: whether replicas differed when they were compared.
+        skips: (slots,) bool, groups that skip the step. None unless the groups are isolated.
     """
 
     step: int
@@ -101,6 +104,7 @@ class Outcome:
     measured: Totals
     tensor_norms: TensorNorms | None = None
     replicas_differ: Fact = NEVER
+    skips: Tensor | None = None
 
     @cached_property
     def factors(self) -> Tensor:
@@ -130,11 +134,13 @@ class Outcome:
         totals, coefs, device = self.totals, self.coefs, self.coefs.device
         has_one_slot = len(coefs) == 1
         clipped = (coefs[0] if has_one_slot else coefs).ne(1.0).any()
+        # A group that is not finite changes nothing, and must not hide what became of the others.
+        norms = totals.norms if self.skips is None else totals.norms.where(~self.skips, 0.0)
         if totals.out_of_limits.host is not False:
             clipped = clipped | (totals.out_of_limits & ~self.skip).on(device)
         return Report(
             norm=totals.as_user_dtype(),
-            coef=coefs[0] if has_one_slot else _overall_coef(totals.norms, coefs, totals.norm_type),
+            coef=coefs[0] if has_one_slot else _overall_coef(norms, coefs, totals.norm_type),
             clipped=clipped,
             finite=totals.finite.on(device),
             skipped=self.skip.on(device),
@@ -143,6 +149,7 @@ class Outcome:
             bounds=self.bounds,
             tensor_norms=None if self.tensor_norms is None else self.tensor_norms.per_parameter(self.measured),
             replicas_differ=self.replicas_differ.on(device),
+            skips=self.skips,
         )
 
 

@@ -43,11 +43,15 @@ def scale_(shards: Shards, coefs: Tensor, foreach: bool | None = None) -> None:
         if is_unclipped:
             return
         on_host = coefs.tolist()
-        for shard in shards:
-            if shard.rows is not None:
-                _scale_rows(shard, shard.rows, coefs, skip_ones=True)
-            elif on_host[shard.slot] != 1.0:
-                _scale_all([shard.grad], coefs[shard.slot], False)
+        # Slots of several tensors, the groups of parameters, are scaled together.
+        by_slot: dict[int, list[Tensor]] = {}
+        for i, info in enumerate(shards.infos):
+            if info.rows is not None:
+                _scale_rows(shards[i], info.rows, coefs, skip_ones=True)
+            elif on_host[info.slot] != 1.0:
+                by_slot.setdefault(info.slot, []).append(shards.grads[i])
+        for slot, grads in by_slot.items():
+            _scale_all(grads, coefs[slot], foreach if len(grads) > 1 else False)
     else:
         whole = shards.where([i for i, info in enumerate(shards.infos) if info.rows is None])
         factors = coefs[device_constant(whole.infos.slots, coefs.device, torch.int64)]

@@ -134,6 +134,7 @@ class Recorder:
             self._roster.claim_file()
             self._writer = Writer(clipper, lines, all_sinks, every, self._facts)
         self._with_slots = len(clipper.slots) > 1 and clipper.policy.spec.per != "row"
+        self._num_slots = len(clipper.slots)
         self._detector = OutlierDetector(top)
         self._steps: list[Step] = []
         self._is_closed = self._was_alone = False
@@ -283,7 +284,9 @@ class Recorder:
             return
         if len(self._steps) >= self.every:
             self._write()
-        self._steps.append(Step.of(outcome, self._with_slots))
+        # Groups may have been added or removed since the header was written, which names the slots.
+        with_slots = self._with_slots and len(outcome.coefs) == self._num_slots
+        self._steps.append(Step.of(outcome, with_slots))
 
     def _undo(self, last: int) -> None:
         # The step stays in the list, because the number of steps decides when all ranks communicate.

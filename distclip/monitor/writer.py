@@ -147,6 +147,8 @@ def _select_numbers(line: Mapping[str, Any], clipper: GradClipper) -> dict[str, 
     names = {"norms": clipper.slots, "tensor_norms": clipper.tensors}
     for key, value in line.items():
         if key in names:
+            if len(names[key]) != len(value):
+                continue  # Groups were added or removed after this step.
             numbers |= {f"{key}/{name}": norm for name, norm in zip(names[key], value, strict=True)}
         elif isinstance(value, int | float) and key not in ("step", "time"):
             numbers[key] = value

@@ -32,6 +32,7 @@ class NormSpec:
         exclude: a regular expression, or several; parameters with a matching name are measured and never clipped.
         needs_weights: whether the norms of the parameters are measured as well.
         limits: (low, high) of an element; gradients are then searched for elements outside of them. None for no search.
+        groups_are_prefixes: the names of groups are those of parameters up to the first "/", and patterns are not used.
         limits_magnitudes: whether `limits` bound the magnitudes of elements, except those of zeros.
 
     Raises:
@@ -48,6 +49,7 @@ class NormSpec:
     needs_weights: bool = False
     limits: tuple[float, float] | None = None
     limits_magnitudes: bool = False
+    groups_are_prefixes: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", check_groups(self.groups))

@@ -17,6 +17,7 @@ from ..norms.spec import NormSpec
 from .bi2clip import BiClip
 from .budget import Budget
 from .custom import as_vector, check_first_state, check_next_state
+from .isolated import Isolated
 from .norm_policy import NormPolicy
 from .policy import CheckedPolicy, Policy, State, Verdict, mask_known
 from .value import Value
@@ -35,7 +36,7 @@ def as_checked(policy: Policy) -> CheckedPolicy:
     True
     """
     # A subclass can return anything, so that the class itself decides.
-    if type(policy) is Value or type(policy) is BiClip or type(policy) is Budget:
+    if type(policy) is Value or type(policy) is BiClip or type(policy) is Budget or type(policy) is Isolated:
         return policy
     if type(policy) is NormPolicy and policy.has_own_rule:
         return policy

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import get_args
 
 import torch
@@ -54,6 +54,8 @@ class NormPolicy:
             never. Only a rule with `can_restart` restarts.
         skip: skip a step with a norm above the rule's bound instead of scaling it down. A norm that is only above the
             threshold's `cap` is scaled down in any case, because a cap that is too low must not stop training.
+        isolate: for per="group", decide about each group as if it were trained alone: bound, state, skips and
+            non-finite steps are those of the group (see `GradClipper`). Otherwise they are those of the step.
 
     Raises:
         ArgumentError: an argument outside of its range, something else than a regular expression, or a threshold
@@ -71,6 +73,7 @@ class NormPolicy:
     eps: float = 0.0
     restart_after: int = 128
     skip: bool = False
+    isolate: bool = False
     _rule: Rule = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -86,6 +89,13 @@ class NormPolicy:
         if self.skip not in (True, False):
             # Text from a configuration file, "false" for example, would be true.
             raise ArgumentError(f"skip={self.skip!r}: expected True or False. Use skip=False.")
+        if self.isolate not in (True, False):
+            raise ArgumentError(f"isolate={self.isolate!r}: expected True or False. Use isolate=True.")
+        if self.isolate and self.per != "group":
+            raise ArgumentError(
+                f'isolate={self.isolate}: only groups can be isolated, and per={self.per!r}. Use per="group", or pass '
+                "isolate=True to GradClipper and add groups."
+            )
         if self.per not in get_args(Per):
             raise ArgumentError(f"per={self.per!r}: unknown granularity. Use {' or '.join(map(repr, get_args(Per)))}.")
         if (self.per == "group") != bool(self.groups):
@@ -123,15 +133,26 @@ class NormPolicy:
 
         Collectives: none. Host syncs: none.
         """
-        with on_one_thread(len(totals.powers), totals.powers.device):
-            return self._decide(totals, state)
+        verdict, new_state = self.decide_each(totals, state, totals.finite.on(totals.norms.device))
+        return (verdict if verdict.skip is None else replace(verdict, skip=verdict.skip.any())), new_state
 
-    def _decide(self, totals: Totals, state: State) -> tuple[Verdict, State]:
+    def decide_each(self, totals: Totals, state: State, finite: Tensor) -> tuple[Verdict, State]:
+        """Return the verdict, whose `skip` is (slots,), and the state after this step.
+
+        Args:
+            totals: of the step.
+            state: before this step.
+            finite: 0-d or (slots,) bool. Elsewhere the state stays as it is.
+        """
+        with on_one_thread(len(totals.powers), totals.powers.device):
+            return self._decide(totals, state, finite)
+
+    def _decide(self, totals: Totals, state: State, finite: Tensor) -> tuple[Verdict, State]:
         norms, cap = totals.norms, self._rule.cap
         rule_state = _select_rule_state(state)
         rule_bounds, new_state = self._rule(totals, rule_state)
         bounds = rule_bounds if cap == math.inf else rule_bounds.clamp(max=cap)
-        skip = (norms > rule_bounds).any() if self.skip else None
+        skip = norms > rule_bounds if self.skip else None
         coefs = coefficient(norms, bounds, self.eps)
         if self._rule.max_coef > 1:
             floors = torch.minimum(self._rule.floors(totals, rule_state), bounds)
@@ -145,7 +166,7 @@ class NormPolicy:
             new_state = restart_where_stuck(self._rule, norms, clipped_by_rule, new_state, state)
         if "first_norms" in state:
             new_state |= restart_where_exploded(self._rule, norms, {k: new_state[k] for k in rule_state}, state)
-        usable = totals.finite.on(norms.device) & (norms > 0)
+        usable = finite & (norms > 0)
         return verdict, {key: where_slot(usable, new_state[key], old) for key, old in state.items()}
 
     def mask_valid(self, state: State) -> dict[str, Tensor]:

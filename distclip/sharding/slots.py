@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
@@ -59,6 +59,11 @@ class Granularity(Protocol):
     @property
     def exclude(self) -> Sequence[str]:
         """Patterns of names of parameters that are measured and never clipped."""
+        ...
+
+    @property
+    def groups_are_prefixes(self) -> bool:
+        """True if the group of a parameter is its name up to the first "/"."""
         ...
 
 
@@ -200,11 +205,14 @@ def assign_slots(gathered: Sequence[Sequence[ParamInfo]], rank: int, spec: Granu
     frozen = frozenset({param.name for param in own} - {param.name for param in gathered[rank]})
     # Per model and group the names of this rank suffice. The other ranks only matter for patterns without a match.
     if spec.per == "model":
-        slots = _slots_of_groups(own, _with_default({}), excluded) if excluded else SlotMap()
+        slots = _slots_of_groups(own, {"model": ""}, lambda name: 0, excluded) if excluded else SlotMap()
         return replace(slots, frozen=frozen)
     if spec.per == "group":
-        _matching(spec.groups.values(), all_names, "groups")
-        return replace(_slots_of_groups(own, _with_default(spec.groups), excluded), frozen=frozen)
+        if spec.groups_are_prefixes:
+            _check_prefixes(spec.groups, all_names)
+        else:
+            _matching(spec.groups.values(), all_names, "groups")
+        return replace(_slots_of_groups(own, _with_default(spec.groups), _group_finder(spec), excluded), frozen=frozen)
 
     units = _units(gathered)
     # In a dry run the descriptions of this rank stand for those of all ranks.
@@ -236,10 +244,11 @@ def parent_slots(gathered: Sequence[Sequence[ParamInfo]], spec: Granularity) -> 
         gathered: parameters of every rank of the communicator, by rank.
         spec: granularity per model or group.
     """
-    excluded, groups = _matching(spec.exclude, _names(gathered), "exclude"), _with_default(spec.groups)
+    excluded, num_groups = _matching(spec.exclude, _names(gathered), "exclude"), len(_with_default(spec.groups))
+    find_group = _group_finder(spec)
     # The order of the units is that of `assign_slots`, and so is their merging.
     names = [params[0].name for params in _merge_tied(_units(_training(gathered))).values()]
-    return tuple(len(groups) if name in excluded else _group_index(name, groups) for name in names) or (0,)
+    return tuple(num_groups if name in excluded else find_group(name) for name in names) or (0,)
 
 
 def _training(gathered: Sequence[Sequence[ParamInfo]]) -> list[list[ParamInfo]]:
@@ -252,12 +261,14 @@ def _training(gathered: Sequence[Sequence[ParamInfo]]) -> list[list[ParamInfo]]:
 # ---- Slots per model and group ----
 
 
-def _slots_of_groups(local: Sequence[ParamInfo], groups: Mapping[str, str], excluded: set[str]) -> SlotMap:
+def _slots_of_groups(
+    local: Sequence[ParamInfo], groups: Mapping[str, str], find_group: Callable[[str], int], excluded: set[str]
+) -> SlotMap:
     """Return one slot per group, and a last one for all excluded parameters if there are any."""
     names = (*groups, "excluded") if excluded else tuple(groups)
     by_name: dict[str, tuple[int, Rows | None]] = {}
     for param in local:
-        by_name[param.name] = (len(groups) if param.name in excluded else _group_index(param.name, groups), None)
+        by_name[param.name] = (len(groups) if param.name in excluded else find_group(param.name), None)
     return SlotMap(names, (1,) * len(names), by_name, tuple(i >= len(groups) for i in range(len(names))))
 
 
@@ -266,9 +277,28 @@ def _with_default(groups: Mapping[str, str]) -> Mapping[str, str]:
     return {**groups, "rest": ""} if groups else {"model": ""}
 
 
-def _group_index(name: str, groups: Mapping[str, str]) -> int:
-    """Return the index of the first group whose pattern matches."""
-    return next(i for i, pattern in enumerate(groups.values()) if re.search(pattern, name))
+def _group_finder(spec: Granularity) -> Callable[[str], int]:
+    """Return a function that returns the index of the group of a parameter, by its name."""
+    groups = _with_default(spec.groups)
+    if not spec.groups_are_prefixes:
+        return lambda name: next(i for i, pattern in enumerate(groups.values()) if re.search(pattern, name))
+    # Hundreds of groups would take as many searches for each parameter.
+    positions = {name: i for i, name in enumerate(groups)}
+    return lambda name: positions.get(name.partition("/")[0], len(groups) - 1) if "/" in name else len(groups) - 1
+
+
+def _check_prefixes(groups: Iterable[str], names: Iterable[str]) -> None:
+    """Raise if a group has no parameters on any rank.
+
+    Raises:
+        ArgumentError: see above.
+    """
+    found = {name.partition("/")[0] for name in names if "/" in name}
+    for group in groups:
+        if group not in found:
+            raise ArgumentError(
+                f"group {group!r}: it has no parameters on any rank. Pass the parameters of the adapter that train."
+            )
 
 
 # ---- Slots per tensor and row ----

@@ -577,12 +577,13 @@ class TableMetadata:
         return subset
 
 
-def parameter_table(parameters: Parameters, axes: tuple[Axis, ...]) -> ShardTable:
+def parameter_table(parameters: Parameters, axes: tuple[Axis, ...], named: Named | None = None) -> ShardTable:
     """Make a table of parameters, whose gradients are read at every call.
 
     Args:
         parameters: see `name_tensors`.
         axes: axes of `split_over=`.
+        named: the parameters under other names. None for those of `parameters`.
 
     Returns:
         The table. Its `error` is set if the layout of a tensor cannot be determined.
@@ -591,7 +592,8 @@ def parameter_table(parameters: Parameters, axes: tuple[Axis, ...]) -> ShardTabl
         ArgumentError: `parameters` has another type.
         LayoutError: a wrapped module has a process group without this rank.
     """
-    return _table(name_tensors(parameters), parameters if isinstance(parameters, nn.Module) else None, axes)
+    named = name_tensors(parameters) if named is None else named
+    return _table(named, parameters if isinstance(parameters, nn.Module) else None, axes)
 
 
 def gradient_table(tensors: Parameters, axes: tuple[Axis, ...]) -> ShardTable:

@@ -17,7 +17,7 @@ ROWS = [
     ["recipes", "nonfinite", "replicas", "apply"],
     ["outcome", "checkpoint"],
     ["engine"],
-    ["backward"],
+    ["backward", "tenants"],
     ["functional", "clipper"],
     ["auditing", "extend", "__init__"],
     ["monitor", "integrations", "bench", "testing"],

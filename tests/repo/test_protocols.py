@@ -42,6 +42,7 @@ ARGUMENTS: dict[str, set[str]] = {
     "distclip/integrations/torchft.py": {"GradClipper"},
     "distclip/monitor/recorder.py": {"GradClipper"},
     "distclip/policies/custom.py": {"Rule"},
+    "distclip/policies/isolated.py": {"Policy"},
     "distclip/policies/lagged.py": {"Budget", "Policy"},
 }
 """Classes that a module may test for with isinstance, because it checks the argument of a caller."""

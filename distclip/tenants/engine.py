@@ -1,0 +1,310 @@
+"""Run one step of isolated groups: one all-reduce, and a verdict, a skip and counters for each group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from ..apply.grad_scaler import enabled, parameters_of
+from ..apply.optimizers import as_list
+from ..apply.step_gate import hold_still, release
+from ..comm.consensus import FirstError
+from ..devices import Fact, as_fact, outside_fake_mode
+from ..engine import Engine
+from ..errors import ArgumentError, NonFiniteWarning, TooManySkippedSteps, warn_user
+from ..nonfinite.culprits import (
+    Culprit,
+    Incident,
+    count_nonfinite,
+    describe_culprits,
+    gather_culprits,
+    zero_nonfinite_,
+)
+from ..nonfinite.rules import Zero
+from ..nonfinite.skip_counter import SkipCounter
+from ..norms.measure import Partials
+from ..norms.reduce import Totals
+from ..outcome import Outcome
+from ..policies.isolated import Isolated
+from ..sharding.shard import Shards
+
+__all__ = ["IsolatedEngine"]
+
+
+class IsolatedEngine(Engine):
+    """Engine of groups that share nothing but the all-reduce.
+
+    Attributes:
+        counters: steps and skipped steps of each group.
+        is_busy: True within a step, when groups must not change.
+    """
+
+    policy: Isolated
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.counters = {name: SkipCounter(self.counter.max_skips) for name in self.policy.policies}
+        self.is_busy = False
+        self._due: list[TooManySkippedSteps] = []
+        self._marks: dict[str, tuple[int, int, int]] = {}
+        slots: list[set[int]] = [set() for _ in self.policy.policies]
+        for name, tensor in zip(self.table.names, self.table.tensors, strict=True):
+            slot, _ = self.slots.by_name.get(name, (0, None))
+            slots[slot].add(id(tensor))
+        self._ids_by_slot = slots
+
+    def _step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None) -> Outcome:
+        errors, optimizers = FirstError(), list[Optimizer]()
+        with errors:
+            optimizers = as_list(optimizer)
+        with errors:
+            _refuse_scaler(scaler)
+        self.optimizers.compare_first(optimizers, None, errors, are_known=errors.error is None)
+        with errors:
+            self.coverage.check(optimizers, all_now=True)
+        outcome = self.decide(errors, function="GradClipper.step")
+        skipped = self._skipped_ids(outcome)
+        if not outcome.skip.host:
+            self.write_(outcome, outcome.shards)
+            watched = None if skipped else self.coverage.watch(optimizers)
+            for one in optimizers:
+                _step_without(one, skipped)
+            with self._raised_late():
+                self.coverage.check_kept(watched, optimizers)
+        self._raise_too_many()
+        return outcome
+
+    def _clip(
+        self, optimizer: Optimizer | Iterable[Optimizer] | None, scaler: GradScaler | None, errors: FirstError
+    ) -> Outcome:
+        with errors:
+            _refuse_scaler(scaler)
+        outcome = self.decide(errors, function="GradClipper.clip")
+        skipped = self._skipped_ids(outcome)
+        if not outcome.skip.host:
+            self.write_(outcome, outcome.shards)
+        if skipped:
+            # An optimizer's step must not move what is skipped, nor by what it remembers of earlier gradients.
+            selected = skipped if self.table.only is None else skipped & self.table.only
+            self.table.only = frozenset(selected)
+            self.table.drop_gradients()
+            hold_still(self, self.table.selected())
+        self._raise_too_many()
+        return outcome
+
+    @outside_fake_mode
+    @torch.no_grad()
+    def decide(
+        self,
+        errors: FirstError,
+        loss_scale: Tensor | None = None,
+        *,
+        expect_overflow: bool = False,
+        must_read: bool = True,
+        function: str = "GradClipper.decide",
+    ) -> Outcome:
+        """Measure all groups, and decide about each, see `Engine.decide`.
+
+        Collectives: those of `Engine.decide`. Host syncs: on an accelerator one.
+        """
+        self.deferred.raise_due()
+        errors.add(self._late_errors.error)
+        self._late_errors = FirstError()
+        release(self)
+        before = self.trace()
+        step = self.counter.steps + 1
+        shards, partials, measured, totals = self._measure_all(errors, loss_scale, function)
+        self.counter.steps = step
+
+        # Replicas that differ, in all groups together.
+        differ = totals.replicas_differ
+        if differ.host is not False and totals.read(differ):
+            resolution = self.guard.resolve(step, shards, self.step_comm)
+            differ = as_fact(resolution.differ)
+            if resolution.repaired:
+                shards, partials, measured, totals = self._measure_all(FirstError(), loss_scale, function)
+
+        # Groups that are not finite. All ranks read the same norms, and so enter the same collectives.
+        culprits: dict[int, tuple[Culprit, ...]] = {}
+        finite = self._finite(totals)
+        if self.rule.leaves_step_out and not bool(finite.all()):
+            culprits = self._gather_culprits(shards)
+            everyone = tuple(culprit for some in culprits.values() for culprit in some)
+            if self.on_nonfinite == "raise":
+                self.counter.refuse(step, everyone)
+            if type(self.rule) is Zero and everyone:
+                zero_nonfinite_(shards)
+                self.counter.record_zeroed(step, everyone)
+                shards, partials, measured, totals = self._measure_all(FirstError(), loss_scale, function)
+                finite, culprits = self._finite(totals), {}
+
+        # The policies decide about norms that all ranks share.
+        device = totals.powers.device
+        state = {key: value.to(device) for key, value in self.state.items()}
+        usable = finite if self.rule.leaves_step_out else torch.ones_like(finite)
+        verdicts, self.state = self.policy.decide_each(totals, state, finite, usable)
+        skips = (verdicts.skips & finite) | ~usable
+        coefs = torch.where(skips, 1.0, verdicts.coefs)
+        present = (totals.norms > 0) | ~finite
+        all_skipped = self._count(step, finite, skips, present, culprits)
+
+        outcome = Outcome(
+            step,
+            totals,
+            coefs,
+            as_fact(all_skipped),
+            as_fact(bool(culprits)),
+            verdicts.bounds,
+            None,
+            shards,
+            partials.per_tensor_powers,
+            measured,
+            self.tensor_norms,
+            differ,
+            skips,
+        )
+        self._last_coefs, self._undo = coefs, before
+        self._observed_step = step
+        for observe in self.observers:
+            self._observe(observe, outcome)
+        return outcome
+
+    def trace(self) -> Any:
+        """Return the state that a step changes, see `Engine.trace`."""
+        self._marks = {name: (one.steps, one.skipped, one.in_a_row) for name, one in self.counters.items()}
+        return super().trace()
+
+    def restore(self, before: Any) -> None:
+        """Restore the trace from before a step, because an exception has ended the step."""
+        super().restore(before)
+        for name, mark in self._marks.items():
+            counter = self.counters[name]
+            counter.steps, counter.skipped, counter.in_a_row = mark
+
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        self.is_busy = True
+        try:
+            with super()._undone_on_error():
+                yield
+        finally:
+            self.is_busy = False
+
+    def _measure_all(
+        self, errors: FirstError, loss_scale: Tensor | None, function: str
+    ) -> tuple[Shards, Partials, Totals, Totals]:
+        shards, partials, measured, totals = self._measure(errors, loss_scale, function)
+        # An accelerator's host has not read yet whether a rank has failed.
+        totals.read(Fact(True))
+        return shards, partials, measured, totals
+
+    @staticmethod
+    def _finite(totals: Totals) -> Tensor:
+        finite = totals.powers.isfinite()
+        return finite if totals.weight_powers is None else finite & totals.weight_powers.isfinite()
+
+    def _gather_culprits(self, shards: Shards) -> dict[int, tuple[Culprit, ...]]:
+        """Gather the non-finite gradients of all ranks, by slot."""
+        slots = {name: slot for name, (slot, _) in self.slots.by_name.items()}
+        # Other ranks may have parameters that this one does not have, so that the slot travels with the name.
+        local = [(f"{slots.get(name, 0)} {name}", nans, infs) for name, nans, infs in count_nonfinite(shards)]
+        by_slot: dict[int, tuple[Culprit, ...]] = {}
+        for culprit in gather_culprits(local, self.step_comm):
+            slot, _, name = culprit.name.partition(" ")
+            found = Culprit(name, culprit.nans, culprit.infs, culprit.ranks)
+            by_slot[int(slot)] = (*by_slot.get(int(slot), ()), found)
+        return by_slot
+
+    def _count(
+        self, step: int, finite: Tensor, skips: Tensor, present: Tensor, culprits: dict[int, tuple[Culprit, ...]]
+    ) -> bool:
+        """Count the step in every group that has a gradient, and return whether all of them skip it."""
+        flags = torch.stack([finite, skips, present]).tolist()
+        num_present = num_skipped = 0
+        for slot, (name, counter) in enumerate(self.counters.items()):
+            is_finite, is_skipped, is_present = flags[0][slot], flags[1][slot], flags[2][slot]
+            if not is_present:
+                # A tenant without a gradient takes no part in the step.
+                continue
+            counter.steps += 1
+            num_present += 1
+            num_skipped += is_skipped
+            try:
+                if not is_skipped:
+                    counter.record_update()
+                elif is_finite:
+                    counter.record_policy_skip(step)
+                else:
+                    found = culprits.get(slot, ())
+                    self.counter.incidents.append(Incident(step, "skip", found))
+                    counter.record_skip(step, found, expected=True)
+                    warn_user(
+                        f"step {step} was skipped in group {name!r} ({counter.skipped} in total): "
+                        f"{describe_culprits(found)}.",
+                        NonFiniteWarning,
+                    )
+            except TooManySkippedSteps as error:
+                # The other groups make their step first.
+                self._due.append(TooManySkippedSteps(f"group {name!r}: {error}"))
+        all_skipped = num_present > 0 and num_skipped == num_present
+        self.counter.skipped += all_skipped
+        self.counter.in_a_row = self.counter.in_a_row + 1 if all_skipped else 0
+        return all_skipped
+
+    def _skipped_ids(self, outcome: Outcome) -> frozenset[int]:
+        """Return the ids of this rank's parameters in groups that skip the step."""
+        assert outcome.skips is not None
+        ids = (self._ids_by_slot[slot] for slot, skipped in enumerate(outcome.skips.tolist()) if skipped)
+        return frozenset[int]().union(*ids)
+
+    def _raise_too_many(self) -> None:
+        due, self._due = self._due, []
+        if due:
+            raise due[0]
+
+
+def _refuse_scaler(scaler: Any) -> None:
+    if enabled(scaler) is not None:
+        raise ArgumentError(
+            "scaler: groups with isolate=True cannot share a loss scale, because one group that overflows would lower "
+            "it for all. Train in bfloat16 or float32, without a GradScaler."
+        )
+
+
+def _step_without(optimizer: Optimizer, skipped: frozenset[int]) -> None:
+    """Step an optimizer as if it did not have some of its parameters.
+
+    Args:
+        optimizer: of any library.
+        skipped: ids of the parameters.
+    """
+    params = parameters_of([optimizer])
+    left_out = [param for param in params if id(param) in skipped] if skipped else []
+    if not left_out:
+        optimizer.step()
+        return
+    # An optimizer of skipped groups alone makes no step, as if each of them were trained alone.
+    if all(param.grad is None for param in params if id(param) not in skipped):
+        return
+    grads = [param.grad for param in left_out]
+    groups: list[tuple[dict[str, Any], Sequence[Tensor]]] = [
+        (group, group["params"]) for group in optimizer.param_groups
+    ]
+    try:
+        for param in left_out:
+            param.grad = None
+        for group, kept in groups:
+            # An optimizer that is not torch's may move parameters without a gradient, by momentum or weight decay.
+            group["params"] = [param for param in kept if id(param) not in skipped]
+        optimizer.step()
+    finally:
+        for group, kept in groups:
+            group["params"] = kept
+        for param, grad in zip(left_out, grads, strict=True):
+            param.grad = grad
