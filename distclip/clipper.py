@@ -78,7 +78,8 @@ class GradClipper:
         ArgumentError, LayoutError, DisagreementError: see `clip_grad_norm_`; on every rank that takes part.
 
     Collectives: construct it on every rank that has parameters of the model. The ranks find each other through the
-    store of torch.distributed, unless `comm` is given. One gather exchanges the descriptions of their parameters.
+    store of torch.distributed, unless `comm` is given. A few all-reduces exchange the distinct descriptions of their
+    parameters.
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
     >>> from distclip import global_norm

@@ -8,7 +8,6 @@ bit, so that every rank takes the same branch into the same collectives.
 from __future__ import annotations
 
 import re
-import uuid
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,13 +29,14 @@ from .apply.grad_scaler import ScalerState, enabled
 from .apply.optimizers import OptimizerSteps, as_list
 from .apply.scale import clamp_, scale_
 from .apply.step_gate import hold_still, release, undone_on_error
-from .comm import Comm, LocalComm, global_ranks
+from .comm import Comm, LocalComm
 from .comm.agreement import Call, CallCounter
-from .comm.consensus import FirstError, check_same_axes, gather_or_raise
+from .comm.consensus import FirstError
 from .comm.discovery import call_counter, global_rank, is_mixed, resolve_comm, uncovered_ranks, widened
+from .comm.distinct import any_rank
 from .comm.ranks import Axis
 from .devices import ALWAYS, NEVER, Fact, as_fact, device_constant, outside_fake_mode
-from .errors import ArgumentError, DisagreementError, LayoutError, PeerError, warn_user
+from .errors import ArgumentError, LayoutError, PeerError, warn_user
 from .nonfinite.culprits import count_nonfinite, gather_culprits, suspect_nonfinite
 from .nonfinite.rules import RULES, OnNonFinite, Skip
 from .nonfinite.skip_counter import SkipCounter
@@ -57,11 +57,10 @@ from .replicas.incidents import ReplicaLog
 from .replicas.rules import Replicas
 from .replicas.unlinked import compare_tensors, is_unlinked
 from .sharding.ddp import ddp_modules, is_joining
-from .sharding.exchange import exchange_layouts, inventory_of, knows_holders, set_holders
+from .sharding.exchange import exchange_layouts, exchange_setup, knows_holders
 from .sharding.parameters import Named, Parameters, is_frozen
-from .sharding.replicas import assumed_groups
 from .sharding.shard import Shards
-from .sharding.slots import ParamInfo, SlotMap, assign_slots, describe_params, parent_slots
+from .sharding.slots import ParamInfo, SlotMap, assign_slots, describe_params, exchange_params, parent_slots
 from .sharding.split_over import SplitOver, split_axes
 from .sharding.table import ShardTable, parameter_table, warn_if_nothing_trains
 
@@ -151,8 +150,9 @@ class Engine:
         Raises:
             ArgumentError, LayoutError, DisagreementError: see `GradClipper`; on every rank.
 
-        Collectives: two gathers, and a third one with norms per group, tensor or row. Without `comm`, the ranks find
-            each other through the store of torch.distributed first.
+        Collectives: two small all-reduces, and two more with norms per group, tensor or row. A few more if ranks hold
+            different parameters (see `exchange_texts`). Without `comm`, the ranks find each other through the store of
+            torch.distributed first.
         """
         errors = errors or FirstError()
         with errors:
@@ -172,22 +172,11 @@ class Engine:
         arguments = f"{policy!r}, on_nonfinite={on_nonfinite!r}, max_skips={counter.max_skips}, replicas={replicas!r}"
         arguments = re.sub(r" at 0x\w+", "", arguments)
         errors.add(table.error)
-        token = uuid.uuid4().hex
         # A communicator of an earlier call may be too small for the meshes of this one.
-        while any(comm.gather_objects(comm.covers_holders and bool(uncovered_ranks(comm, table.groups, table.axes)))):
+        while any_rank(comm, comm.covers_holders and bool(uncovered_ranks(comm, table.groups, table.axes))):
             comm = widened(comm, table.groups, table.axes, table.num_reached)
             table.world_size = comm.size
-        gathered = gather_or_raise(comm, errors.error, (arguments, table.axes, inventory_of(table, comm), token))
-        if len(different := {arguments for arguments, *_ in gathered}) > 1:
-            raise DisagreementError(
-                f"policy: the ranks were given different policies, {sorted(different)}. Pass the same policy, "
-                "on_nonfinite, max_skips and replicas on every rank."
-            )
-        check_same_axes([axes for _, axes, *_ in gathered], comm)
-        axes_by_rank = dict(zip(global_ranks(comm), (axes for _, axes, *_ in gathered), strict=True))
-        table.metadata.assume_replicas(assumed_groups(axes_by_rank, global_ranks(comm)[comm.rank]))
-        set_holders(table, comm, [inventory for _, _, inventory, _ in gathered])
-        table.has_final_holders = True
+        token = exchange_setup(table, comm, errors.error, arguments)
 
         # Slots must be the same on all ranks too, and follow from the parameters of all of them.
         slots, spec = SlotMap(), policy.spec
@@ -196,7 +185,7 @@ class Engine:
             with errors:
                 module = parameters if isinstance(parameters, nn.Module) else None
                 params = describe_params(table, global_rank(comm), spec, module)
-            slots = assign_slots(gather_or_raise(comm, errors.error, params), comm.rank, spec)
+            slots = assign_slots(*exchange_params(comm, errors.error, params), spec)
         table.assign_slots(slots.by_name, slots.frozen)
         table.flat_grads = flat_grads
         warn_if_nothing_trains(parameters, table)
@@ -204,7 +193,7 @@ class Engine:
         engine = cls(table, comm, policy, slots, on_nonfinite, counter, coverage, replicas)
         if isinstance(parameters, nn.Module) and table.is_complete:
             engine._ddp_modules = ddp_modules(parameters)
-        engine.token = gathered[0][-1]
+        engine.token = token
         if is_derived and replicas != "off" and comm.size == 1 and is_unlinked(table):
             engine._compares_tensors = not compare_tensors("GradClipper", table, may_call_alone=False)
         return engine
@@ -539,8 +528,8 @@ class Engine:
         per_tensor = NormSpec(per="tensor")
         with errors:
             params = describe_params(self.table, global_rank(self.comm), per_tensor, None)
-        gathered = gather_or_raise(self.comm, errors.error, params)
-        finer = assign_slots(gathered, self.comm.rank, per_tensor)
+        gathered, own = exchange_params(self.comm, errors.error, params)
+        finer = assign_slots(gathered, own, per_tensor)
         parents = TensorNorms.index(parent_slots(gathered, spec))
         self.table.assign_slots(finer.by_name, finer.frozen)
         self.tensor_norms = TensorNorms(finer.names, parents, None, finer.total, slots.total)

@@ -17,6 +17,7 @@ __all__ = [
     "Grid",
     "Ranks",
     "ascending",
+    "common_grid",
     "decode_ranks",
     "digest_of",
     "encode_ranks",
@@ -81,9 +82,13 @@ class Grid:
             return None
         return dims if self._line(positions[rank], dims) == tuple(ranks) else None
 
+    def line(self, rank: int, dims: tuple[int, ...]) -> Ranks:
+        """Return the ranks along some dims through `rank`, in order."""
+        return self._line(self._positions[rank], dims)
+
     def slice_of(self, rank: int, dims: Sequence[int]) -> Ranks:
         """Return the ranks along some dims through `rank`, ascending."""
-        return ascending(self._line(self._positions[rank], tuple(dims)))
+        return ascending(self.line(rank, tuple(dims)))
 
     def _at(self, position: int, dim: int) -> int:
         return position // self._strides[dim] % self.shape[dim]
@@ -157,6 +162,21 @@ class Axis:
     def __reduce__(self) -> tuple[Any, ...]:
         # The grid is as large as the job, and every rank has it already.
         return Axis, (self.ranks, self.name, self.identity)
+
+
+def common_grid(axes: Sequence[Axis], rank: int) -> tuple[Grid, tuple[tuple[int, ...], ...]] | None:
+    """Return a grid in which all axes of a rank are lines, and the dims of each axis, or None.
+
+    >>> found = common_grid([Axis((1, 3), "pp")], 1)
+    >>> found[0].ranks, found[1]
+    ((1, 3), ((0,),))
+    """
+    root = axes[0].grid if axes else None
+    for grid in (root, grid_of_lines(rank, [ascending(axis.ranks) for axis in axes])):
+        dims = [None if grid is None else grid.dims_of(rank, axis.ranks) for axis in axes]
+        if grid is not None and all(one is not None for one in dims):
+            return grid, tuple(one for one in dims if one is not None)
+    return None
 
 
 def is_tensor_axis(name: str | None) -> bool:

@@ -6,15 +6,21 @@ checks by identity that this rank has what it had in the last exchange. A clippe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..comm import Comm, global_ranks
+from ..comm.consensus import check_same_axes
 from ..comm.discovery import global_rank, is_dry_run, memory_of
-from .holders import Inventory, count_meshes
+from ..comm.distinct import Distinct, exchange_texts
+from ..comm.ranks import Axis, Grid, common_grid
+from ..errors import DisagreementError
+from .holders import Inventory, count_meshes, decode_inventory, encode_inventory
+from .replicas import assumed_groups
 from .table import ShardTable
 
-__all__ = ["exchange_layouts", "inventory_of", "knows_holders", "set_holders"]
+__all__ = ["exchange_layouts", "exchange_setup", "inventory_of", "knows_holders"]
 
 _KEY = "inventories"
 
@@ -28,19 +34,78 @@ def inventory_of(table: ShardTable, comm: Comm) -> Inventory:
     return table.metadata.inventory(comm.size, global_rank(comm))
 
 
-def set_holders(table: ShardTable, comm: Comm, inventories: Sequence[Inventory]) -> None:
-    """Set the numbers of ranks that hold the parameters of a table.
+def exchange_setup(table: ShardTable, comm: Comm, error: BaseException | None, arguments: str) -> str:
+    """Compare the arguments of a clipper between its ranks, and set the numbers of ranks that hold its parameters.
 
     Args:
         table: of this rank.
-        comm: all ranks concerned.
-        inventories: `inventory_of` every rank, by rank.
+        comm: all ranks concerned, all of which call this function.
+        error: what this rank has run into, or None. All ranks raise it.
+        arguments: text about the arguments that must be equal.
+
+    Returns:
+        A random text that is equal on all ranks.
 
     Raises:
+        DisagreementError: the arguments or the axes of `split_over=` differ; on every rank.
         LayoutError: see `count_meshes`; on every rank.
+
+    Collectives: those of `exchange_texts`, and a gather if the axes are no lines of a common grid.
     """
-    counts = count_meshes(dict(zip(global_ranks(comm), inventories, strict=True)))
-    table.holders = table.metadata.find_holders(comm.size, counts[global_ranks(comm)[comm.rank]])
+    found = common_grid(table.axes, global_rank(comm))
+    grid_text = _grid_text(table.axes, comm, found)
+    own = [arguments, grid_text, encode_inventory(inventory_of(table, comm))]
+    distinct = exchange_texts(comm, error, json.dumps(own))
+    decoded = [json.loads(text) for text in distinct.texts]
+    if len(different := {arguments for arguments, _, _ in decoded}) > 1:
+        raise DisagreementError(
+            f"policy: the ranks were given different policies, {sorted(different)}. Pass the same policy, "
+            "on_nonfinite, max_skips and replicas on every rank."
+        )
+    ranks = global_ranks(comm)
+    axes_by_rank: Mapping[int, tuple[Axis, ...]]
+    if {text for _, text, _ in decoded} == {grid_text} and grid_text != _NO_GRID:
+        axes_by_rank = dict.fromkeys(ranks, ()) if found is None else _axes_in_grid(ranks, table.axes, *found)
+    else:
+        gathered = comm.gather_objects(table.axes)
+        check_same_axes(gathered, comm)
+        axes_by_rank = dict(zip(ranks, gathered, strict=True))
+    table.metadata.assume_replicas(assumed_groups(axes_by_rank, ranks[comm.rank]))
+    _set_holders(table, comm, distinct, [inventory for _, _, inventory in decoded])
+    table.has_final_holders = True
+    return distinct.nonce
+
+
+_NO_GRID = "?"
+"""Text in place of a grid that not all ranks can derive."""
+
+
+def _grid_text(axes: Sequence[Axis], comm: Comm, found: tuple[Grid, Sequence[Sequence[int]]] | None) -> str:
+    """Return a text about the axes of `split_over=`. If it is equal on all ranks, their axes do not contradict."""
+    if not axes:
+        return ""
+    if found is None or comm.ranks is None or not set(comm.ranks) <= set(found[0].ranks):
+        return _NO_GRID
+    return repr((found[0].digest, [axis.name for axis in axes], found[1]))
+
+
+def _axes_in_grid(
+    ranks: Sequence[int], axes: Sequence[Axis], grid: Grid, dims: Sequence[tuple[int, ...]]
+) -> dict[int, tuple[Axis, ...]]:
+    """Return the axes of every rank, from those of this rank."""
+    names = [axis.name for axis in axes]
+    pairs = list(zip(names, dims, strict=True))
+    return {rank: tuple(Axis(grid.line(rank, along), name) for name, along in pairs) for rank in ranks}
+
+
+def _set_holders(table: ShardTable, comm: Comm, distinct: Distinct, inventories: Sequence[Any]) -> tuple[int, ...]:
+    """Set the numbers of ranks that hold the parameters, from the distinct inventories, and return those of meshes."""
+    ranks = global_ranks(comm)
+    owners = [ranks[owner] for owner in distinct.owners]
+    counts = count_meshes(dict(zip(owners, map(decode_inventory, inventories), strict=True)))
+    num_meshes = counts[owners[distinct.own]]
+    table.holders = table.metadata.find_holders(comm.size, num_meshes)
+    return num_meshes
 
 
 def knows_holders(table: ShardTable, comm: Comm) -> bool:
@@ -78,13 +143,10 @@ def exchange_layouts(table: ShardTable, comm: Comm) -> None:
     Raises:
         LayoutError: see `count_meshes`; on every rank.
 
-    Collectives: one gather over `comm`.
+    Collectives: those of `exchange_texts`.
     """
     own = inventory_of(table, comm)
-    gathered = comm.gather_objects(own)
-    counts = count_meshes(dict(zip(global_ranks(comm), gathered, strict=True)))
+    distinct = exchange_texts(comm, None, json.dumps(encode_inventory(own)))
+    num_meshes = _set_holders(table, comm, distinct, [json.loads(text) for text in distinct.texts])
     # A new object, which the tables of later calls compare by identity.
-    memory_of(comm)[_KEY] = {
-        "holdings": own.holdings,
-        "num_meshes": counts[global_ranks(comm)[comm.rank]],
-    }
+    memory_of(comm)[_KEY] = {"holdings": own.holdings, "num_meshes": num_meshes}

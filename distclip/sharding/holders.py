@@ -16,14 +16,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
-from ..comm.ranks import Axis, Ranks
+from ..comm.ranks import Axis, Ranks, decode_ranks, encode_ranks
 from ..errors import LayoutError
 from .layout import Layout
 from .parameters import is_position
 
-__all__ = ["Coords", "Holders", "Holding", "Inventory", "coords_of", "count_meshes"]
+__all__ = [
+    "Coords",
+    "Holders",
+    "Holding",
+    "Inventory",
+    "coords_of",
+    "count_meshes",
+    "decode_inventory",
+    "encode_inventory",
+]
 
 Coords: TypeAlias = tuple[tuple[int, ...], ...]
 """For each axis of `split_over=`, the coordinates along it that hold one parameter, or nothing for all of them."""
@@ -90,11 +99,46 @@ def coords_of(layout: Layout, axes: Sequence[Axis], rank: int) -> Coords:
     return tuple(coords)
 
 
+def encode_inventory(inventory: Inventory) -> Any:
+    """Convert an inventory to lists that are equal as JSON if and only if the inventories are.
+
+    Thousands of parameters share one mesh, whose ranks are written once.
+    """
+    meshes = {h.members: i for i, h in enumerate(inventory.holdings)}
+    numbers = {members: i for i, members in enumerate(meshes)}
+    holdings = [
+        [h.name, h.shape, numbers[h.members], h.num_members, h.num_pieces, h.coords] for h in inventory.holdings
+    ]
+    return [list(map(encode_ranks, meshes)), holdings, sorted(inventory.plain)]
+
+
+def decode_inventory(lists: Any) -> Inventory:
+    """Convert lists that `encode_inventory` has made, and that went through JSON.
+
+    >>> one = Inventory((Holding("w", (4, 4), (0, 1), 2, 2, ((0,),)),), frozenset({("b", ((), (1,)))}))
+    >>> decode_inventory(encode_inventory(one)) == one
+    True
+    """
+    texts, holdings, plain = lists
+    meshes = list(map(decode_ranks, texts))
+    return Inventory(
+        tuple(
+            Holding(name, tuple(shape), meshes[mesh], num_members, num_pieces, _coords(coords))
+            for name, shape, mesh, num_members, num_pieces, coords in holdings
+        ),
+        frozenset((name, _coords(coords)) for name, coords in plain),
+    )
+
+
+def _coords(lists: Any) -> Coords:
+    return tuple(map(tuple, lists))
+
+
 def count_meshes(by_rank: Mapping[int, Inventory]) -> dict[int, tuple[int, ...]]:
     """Count the meshes that hold replicas of each parameter.
 
     Args:
-        by_rank: descriptions, by global rank.
+        by_rank: descriptions, by global rank. One rank is enough for each distinct description.
 
     Returns:
         For each rank, the number of meshes of each of its holdings.

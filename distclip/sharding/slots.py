@@ -2,8 +2,9 @@
 
 Pipeline stages and expert ranks hold different parameters, and yet every rank adds to one vector of norms. An entry of
 that vector is a slot. All ranks must number the slots equally, so every rank describes its parameters (`ParamInfo`),
-the descriptions are gathered once when a clipper is made, and every rank computes the slots from all of them
-(`assign_slots`). The computation is deterministic, so that no further exchange is needed.
+the descriptions are exchanged once when a clipper is made, and every rank computes the slots from all of them
+(`assign_slots`). The computation is deterministic, so that no further exchange is needed. Most ranks describe the same,
+so each distinct description travels once (`exchange_params`).
 
 With a norm per tensor or row, the ranks must recognize which of their tensors are one parameter:
 
@@ -16,17 +17,20 @@ With a norm per tensor or row, the ranks must recognize which of their tensors a
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ..comm import Comm
 from ..comm.consensus import FirstError
 from ..comm.discovery import is_dry_run
+from ..comm.distinct import exchange_texts
 from ..comm.ranks import Axis
 from ..errors import ArgumentError, LayoutError
 from .annotations import annotation_of
@@ -37,7 +41,15 @@ from .shard import Rows
 from .source import Request, Slice
 from .table import SOURCES, ShardTable
 
-__all__ = ["Granularity", "ParamInfo", "SlotMap", "assign_slots", "describe_params", "parent_slots"]
+__all__ = [
+    "Granularity",
+    "ParamInfo",
+    "SlotMap",
+    "assign_slots",
+    "describe_params",
+    "exchange_params",
+    "parent_slots",
+]
 
 _ROUNDING = 1e-6
 """Margin for sums of shares."""
@@ -184,12 +196,58 @@ def describe_params(table: ShardTable, rank: int, spec: Granularity, module: nn.
     return params
 
 
+def exchange_params(
+    comm: Comm, error: BaseException | None, params: Sequence[ParamInfo]
+) -> tuple[list[list[ParamInfo]], int]:
+    """Exchange the descriptions of all ranks.
+
+    Args:
+        comm: the ranks that take part.
+        error: what this rank has run into, or None. All ranks raise it.
+        params: of this rank.
+
+    Returns:
+        The distinct descriptions in the order of the lowest ranks that have them, each with the share of all ranks that
+        have it, and the index of this rank's description. The list is equal on all ranks, except that the description
+        of this rank has the rows that it holds.
+
+    Collectives: those of `exchange_texts`, twice.
+    """
+    # Expert ranks differ in their coordinates only, which are few, and not in their thousands of names.
+    coords = list(dict.fromkeys(param.axis_coords for param in params))
+    numbers = {one: i for i, one in enumerate(coords)}
+    rows = [_encode(param, numbers[param.axis_coords]) for param in params]
+    named = exchange_texts(comm, error, json.dumps(rows, separators=(",", ":")))
+    placed = exchange_texts(comm, None, json.dumps([named.own, coords], separators=(",", ":")))
+    decoded = list(map(json.loads, named.texts))
+    gathered: list[list[ParamInfo]] = []
+    for i, (text, count) in enumerate(zip(placed.texts, placed.counts, strict=True)):
+        number, coords_there = json.loads(text)
+        at = [tuple((axis, tuple(along)) for axis, along in one) for one in coords_there]
+        described = params if i == placed.own else [_decode(row, at) for row in decoded[number]]
+        gathered.append([replace(param, share=param.share * count) for param in described])
+    return gathered, placed.own
+
+
+def _encode(param: ParamInfo, coords: int) -> list[Any]:
+    cut = None if param.cut is None else (param.cut.num_rows, param.cut.piece)
+    flags = param.is_whole, param.tied, param.trains
+    return [param.name, coords, param.shape, param.share, *map(int, flags), cut]
+
+
+def _decode(row: Sequence[Any], coords: Sequence[Any]) -> ParamInfo:
+    name, number, shape, share, is_whole, tied, trains, cut = row
+    # The rows of other ranks do not matter, only their number.
+    rows = None if cut is None else LocalRows(Rows(0, 0), cut[0], tuple(cut[1]))
+    return ParamInfo(name, coords[number], tuple(shape), share, bool(is_whole), bool(tied), rows, bool(trains))
+
+
 def assign_slots(gathered: Sequence[Sequence[ParamInfo]], rank: int, spec: Granularity) -> SlotMap:
     """Compute the slots from the parameters of all ranks.
 
     Args:
-        gathered: parameters of every rank of the communicator, by rank.
-        rank: this rank within the communicator. Only `by_name` depends on it.
+        gathered: parameters of every rank, or the distinct ones, see `exchange_params`.
+        rank: index of this rank's parameters among them. Only `by_name` depends on it.
         spec: granularity of the norms.
 
     Raises:
@@ -241,7 +299,7 @@ def parent_slots(gathered: Sequence[Sequence[ParamInfo]], spec: Granularity) -> 
     """Return, for each slot of per="tensor", the slot of `spec` that it is a part of.
 
     Args:
-        gathered: parameters of every rank of the communicator, by rank.
+        gathered: see `assign_slots`.
         spec: granularity per model or group.
     """
     excluded, num_groups = _matching(spec.exclude, _names(gathered), "exclude"), len(_with_default(spec.groups))

@@ -65,8 +65,8 @@ def attach(
             know; or a clipper was passed together with `on_nonfinite` or `max_skips`. Raised on every rank. In a step:
             see `GradClipper.clip`.
 
-    Collectives: two gathers, so call it on every rank. A step has one all-reduce of a few float64 numbers, in place of
-    those of DeepSpeed's norm and overflow check. Host syncs: one per step, as in DeepSpeed.
+    Collectives: gathers and all-reduces, so call it on every rank. A step has one all-reduce of a few float64 numbers,
+    in place of those of DeepSpeed's norm and overflow check. Host syncs: one per step, as in DeepSpeed.
     """
     comm, errors = world_comm(), FirstError()
     adapter: Adapter | None = None

@@ -56,9 +56,9 @@ def attach(
             precision-aware, Megatron-FSDP); the policy needs names and `model` is missing or incomplete; some ranks
             have a loss scale and others do not. Raised on every rank. In a step: see `GradClipper.clip`.
 
-    Collectives: two gathers, so call it on every rank. A step has one all-reduce of a few float64 numbers over all
-    ranks, in place of those of Megatron's norm and overflow check. Host syncs: in a step the host waits for the
-    gradients once, and then reads a few numbers.
+    Collectives: gathers and all-reduces, so call it on every rank. A step has one all-reduce of a few float64 numbers
+    over all ranks, in place of those of Megatron's norm and overflow check. Host syncs: in a step the host waits for
+    the gradients once, and then reads a few numbers.
     """
     comm, errors = world_comm(), FirstError()
     leaves: list[Any] = []
