@@ -35,7 +35,7 @@ def inventory_of(table: ShardTable, comm: Comm) -> Inventory:
 
 
 def exchange_setup(table: ShardTable, comm: Comm, error: BaseException | None, arguments: str) -> str:
-    """Compare the arguments of a clipper between its ranks, and set the numbers of ranks that hold its parameters.
+    """Compare the arguments of a clipper between its ranks, and set how many ranks hold its parameters.
 
     Args:
         table: of this rank.
@@ -81,7 +81,7 @@ _NO_GRID = "?"
 
 
 def _grid_text(axes: Sequence[Axis], comm: Comm, found: tuple[Grid, Sequence[Sequence[int]]] | None) -> str:
-    """Return a text about the axes of `split_over=`. If it is equal on all ranks, their axes do not contradict."""
+    """Return a text about axes. If it is equal on all ranks, their axes do not contradict each other."""
     if not axes:
         return ""
     if found is None or comm.ranks is None or not set(comm.ranks) <= set(found[0].ranks):
@@ -99,7 +99,7 @@ def _axes_in_grid(
 
 
 def _set_holders(table: ShardTable, comm: Comm, distinct: Distinct, inventories: Sequence[Any]) -> tuple[int, ...]:
-    """Set the numbers of ranks that hold the parameters, from the distinct inventories, and return those of meshes."""
+    """Set how many ranks hold the parameters, and return the number of meshes of each."""
     ranks = global_ranks(comm)
     owners = [ranks[owner] for owner in distinct.owners]
     counts = count_meshes(dict(zip(owners, map(decode_inventory, inventories), strict=True)))
