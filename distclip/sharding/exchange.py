@@ -63,6 +63,7 @@ def exchange_setup(table: ShardTable, comm: Comm, error: BaseException | None, a
             "on_nonfinite, max_skips and replicas on every rank."
         )
     ranks = global_ranks(comm)
+    # Usually every rank can compute the axes of all ranks. Otherwise they travel.
     axes_by_rank: Mapping[int, tuple[Axis, ...]]
     if {text for _, text, _ in decoded} == {grid_text} and grid_text != _NO_GRID:
         axes_by_rank = dict.fromkeys(ranks, ()) if found is None else _axes_in_grid(ranks, table.axes, *found)
@@ -84,6 +85,7 @@ def _grid_text(axes: Sequence[Axis], comm: Comm, found: tuple[Grid, Sequence[Seq
     """Return a text about axes. If it is equal on all ranks, their axes do not contradict each other."""
     if not axes:
         return ""
+    # A grid numbers global ranks, which the members of one process do not have.
     if found is None or comm.ranks is None or not set(comm.ranks) <= set(found[0].ranks):
         return _NO_GRID
     return repr((found[0].digest, [axis.name for axis in axes], found[1]))
@@ -101,6 +103,7 @@ def _axes_in_grid(
 def _set_holders(table: ShardTable, comm: Comm, distinct: Distinct, inventories: Sequence[Any]) -> tuple[int, ...]:
     """Set how many ranks hold the parameters, and return the number of meshes of each."""
     ranks = global_ranks(comm)
+    # Ranks with equal inventories count as one.
     owners = [ranks[owner] for owner in distinct.owners]
     counts = count_meshes(dict(zip(owners, map(decode_inventory, inventories), strict=True)))
     num_meshes = counts[owners[distinct.own]]

@@ -104,7 +104,8 @@ def encode_inventory(inventory: Inventory) -> Any:
 
     Thousands of parameters share one mesh, whose ranks are written once.
     """
-    meshes = {h.members: i for i, h in enumerate(inventory.holdings)}
+    # In the order of the parameters, which is the same on all ranks of a mesh.
+    meshes = dict.fromkeys(h.members for h in inventory.holdings)
     numbers = {members: i for i, members in enumerate(meshes)}
     holdings = [
         [h.name, h.shape, numbers[h.members], h.num_members, h.num_pieces, h.coords] for h in inventory.holdings

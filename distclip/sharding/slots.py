@@ -219,17 +219,20 @@ def exchange_params(
     rows = [_encode(param, numbers[param.axis_coords]) for param in params]
     named = exchange_texts(comm, error, json.dumps(rows, separators=(",", ":")))
     placed = exchange_texts(comm, None, json.dumps([named.own, coords], separators=(",", ":")))
+    # Each text is parsed once, for all ranks that share it.
     decoded = list(map(json.loads, named.texts))
     gathered: list[list[ParamInfo]] = []
     for i, (text, count) in enumerate(zip(placed.texts, placed.counts, strict=True)):
         number, coords_there = json.loads(text)
         at = [tuple((axis, tuple(along)) for axis, along in one) for one in coords_there]
+        # Only the description of this rank has its rows.
         described = params if i == placed.own else [_decode(row, at) for row in decoded[number]]
         gathered.append([replace(param, share=param.share * count) for param in described])
     return gathered, placed.own
 
 
 def _encode(param: ParamInfo, coords: int) -> list[Any]:
+    # A list and not a mapping: the text of thousands of parameters stays short.
     cut = None if param.cut is None else (param.cut.num_rows, param.cut.piece)
     flags = param.is_whole, param.tied, param.trains
     return [param.name, coords, param.shape, param.share, *map(int, flags), cut]
