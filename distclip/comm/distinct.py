@@ -84,12 +84,15 @@ def exchange_texts(comm: Comm, error: BaseException | None, text: str) -> Distin
     is_first = True
     while True:
         # A digest and its complement, so that a maximum of both is the largest and the smallest digest of a bucket.
+        # A rank whose digest was found leaves its bucket to the other ranks.
         buckets = [0.0] * (2 * _BUCKETS)
         if digest not in known:
             bucket = digest % _BUCKETS
             buckets[bucket], buckets[_BUCKETS + bucket] = float(digest + 1), float(_LIMIT - digest)
+        # The lowest rank of each digest that was found before.
         mine = [float(priority) if one == digest else 0.0 for one in known]
         gathered = _reduced(comm, "max", [*head, *buckets, *mine])
+        # An error travels in the first maximum, before any text does.
         if is_first and gathered[0]:
             _raise_together(comm, error, comm.size - int(gathered[0]))
         nonce = [int(value) for value in gathered[1:3]]
@@ -101,12 +104,14 @@ def exchange_texts(comm: Comm, error: BaseException | None, text: str) -> Distin
             # The largest digest of all ranks is the smallest one.
             return Distinct((text,), (0,), (comm.size,), 0, _nonce_text(nonce))
         if not new:
+            # All ranks have found their digests, and the owners have just travelled.
             break
         known |= dict.fromkeys(sorted(new), 0)
         is_first = False
     owners = sorted(comm.size - value for value in known.values())
     order = sorted(known, key=lambda one: -known[one])
     own, is_owner = order.index(digest), comm.rank in owners
+    # Names of parameters repeat each other, so that they become ten times shorter.
     payload = zlib.compress(text.encode(), 6) if is_owner else b""
     lengths = [float(len(payload)) if is_owner and i == own else 0.0 for i in range(len(order))]
     sums = _reduced(comm, "sum", [*(float(i == own) for i in range(len(order))), *lengths])
@@ -148,6 +153,7 @@ def _sum_texts(comm: Comm, sizes: list[int], own: int | None, payload: bytes) ->
         own: index of the text that this rank sends, or None.
         payload: the compressed text of this rank.
     """
+    # Every number is 0 on all ranks except one, so that the sum is exact.
     widths = [-(-size // _BYTES) for size in sizes]
     vector = torch.zeros(sum(widths), dtype=torch.float64)
     factors = 256 ** torch.arange(_BYTES, dtype=torch.int64)

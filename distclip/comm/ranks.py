@@ -130,6 +130,7 @@ def grid_of_lines(rank: int, lines: Sequence[Ranks]) -> Grid | None:
     ends = sorted(steps)
     if not ends or any(two % one for one, two in itertools.pairwise(ends)):
         return None
+    # Grids begin at multiples of their size, as those of all stages of one job do.
     base = rank // ends[-1] * ends[-1] + rank % ends[0]
     shape = tuple(two // one for one, two in itertools.pairwise(ends))[::-1]
     return _regular_grid(shape, base, ends[0])
@@ -172,6 +173,7 @@ def common_grid(axes: Sequence[Axis], rank: int) -> tuple[Grid, tuple[tuple[int,
     ((1, 3), ((0,),))
     """
     root = axes[0].grid if axes else None
+    # The mesh of the caller first: its ranks can be in any order.
     for grid in (root, grid_of_lines(rank, [ascending(axis.ranks) for axis in axes])):
         dims = [None if grid is None else grid.dims_of(rank, axis.ranks) for axis in axes]
         if grid is not None and all(one is not None for one in dims):

@@ -681,6 +681,7 @@ def _verdict(arguments: Mapping[int, Sequence[Any]]) -> dict[str, Any]:
     Args:
         arguments: `Post.arguments` by the first rank that has them.
     """
+    # An error is more useful than the disagreement that may follow from it.
     for rank, (*_, error) in sorted(arguments.items()):
         if error is not None:
             return _failure(rank, *error)
