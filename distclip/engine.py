@@ -58,6 +58,7 @@ from .replicas.rules import Replicas
 from .replicas.unlinked import compare_tensors, is_unlinked
 from .sharding.ddp import ddp_modules, is_joining
 from .sharding.exchange import exchange_layouts, exchange_setup, knows_holders
+from .sharding.members import Members, resolve_groups
 from .sharding.parameters import Named, Parameters, is_frozen
 from .sharding.shard import Shards
 from .sharding.slots import ParamInfo, SlotMap, assign_slots, describe_params, exchange_params, parent_slots
@@ -150,9 +151,9 @@ class Engine:
         Raises:
             ArgumentError, LayoutError, DisagreementError: see `GradClipper`; on every rank.
 
-        Collectives: two small all-reduces, and two more with norms per group, tensor or row. A few more if ranks hold
-            different parameters (see `exchange_texts`). Without `comm`, the ranks find each other through the store of
-            torch.distributed first.
+        Collectives: two small all-reduces, two more with norms per group, tensor or row, and a gather with groups by
+            reference. A few more if ranks hold different parameters (see `exchange_texts`). Without `comm`, the ranks
+            find each other through the store of torch.distributed first.
         """
         errors = errors or FirstError()
         with errors:
@@ -180,6 +181,8 @@ class Engine:
 
         # Slots must be the same on all ranks too, and follow from the parameters of all of them.
         slots, spec = SlotMap(), policy.spec
+        if any(type(pattern) is Members for pattern in spec.groups.values()):
+            spec = replace(spec, groups=resolve_groups(spec.groups, table, comm, errors))
         if spec.per != "model" or spec.exclude or spec.needs_weights:
             params: list[ParamInfo] = []
             with errors:
@@ -193,6 +196,8 @@ class Engine:
         engine = cls(table, comm, policy, slots, on_nonfinite, counter, coverage, replicas)
         if isinstance(parameters, nn.Module) and table.is_complete:
             engine._ddp_modules = ddp_modules(parameters)
+        # The policy has references, and the engine has the names that they stand for on all ranks.
+        engine.spec = spec
         engine.token = token
         if is_derived and replicas != "off" and comm.size == 1 and is_unlinked(table):
             engine._compares_tensors = not compare_tensors("GradClipper", table, may_call_alone=False)

@@ -1,8 +1,9 @@
 """Find what to clip before a step of one of several attached optimizers.
 
 Optimizers that share a loss are clipped together, by their common norm, before the first of them steps. Optimizers that
-step in turn, each after another backward, are clipped one by one. Both look the same to the first optimizer that
-steps, so that its first clip includes all new gradients. It leaves out, from then on, those that were never stepped.
+step in turn, each after another backward, are clipped one by one. Both can look the same to the first optimizer that
+steps, so that its first clip includes all new gradients. It leaves out, from then on, those that were never stepped,
+and those of an optimizer that has stepped while it had no new gradients.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class Turns:
         # Optimizers that were clipped together with another one and have not stepped since, and that other one.
         self._clipped_with: dict[int, int] = {}
         self._skipped: dict[int, bool] = {}
+        # Optimizers whose last clip was of their gradients alone.
+        self._alone: set[int] = set()
 
     def add(self, optimizers: Iterable[Optimizer]) -> None:
         """Add optimizers, on every rank in the same order."""
@@ -85,7 +88,14 @@ class Turns:
         self._clipped_with.pop(own, None)
         if not is_new[own]:
             return None
+        for i, new in enumerate(is_new):
+            # Each of two networks in turn steps while the other has no new gradients.
+            if new and i != own and i in self._alone:
+                self._separate.add((own, i))
         chosen = [i for i, new in enumerate(is_new) if i == own or (new and (own, i) not in self._separate)]
+        self._alone.discard(own)
+        if is_new.count(True) == 1:
+            self._alone.add(own)
         self._clipped_with |= {i: own for i in chosen if i != own}
         return [optimizers[i] for i in chosen]
 

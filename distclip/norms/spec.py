@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from ..errors import ArgumentError
+from ..sharding.members import members_of, name_groups
 
 __all__ = ["NormSpec", "Per", "check_groups", "check_patterns"]
 
@@ -28,7 +29,8 @@ class NormSpec:
     Args:
         norm_type: p of the norm, > 0; `inf` for the largest element.
         per: granularity; every unit of it has a slot in the vector of norms.
-        groups: for per="group", {group name: regular expression that is searched in parameter names}.
+        groups: for per="group", {group name: regular expression that is searched in parameter names}, or (by reference)
+            an optimizer, one of its parameter groups, a module or a list of tensors in place of the expression.
         exclude: a regular expression, or several; parameters with a matching name are measured and never clipped.
         needs_weights: whether the norms of the parameters are measured as well.
         limits: (low, high) of an element; gradients are then searched for elements outside of them. None for no search.
@@ -81,20 +83,28 @@ def check_patterns(argument: str, patterns: Any) -> tuple[str, ...]:
 
 
 def check_groups(groups: Any) -> dict[str, str]:
-    """Return {group name: regular expression} as a dictionary.
+    """Return {group name: regular expression, or members by reference} as a dictionary.
+
+    Args:
+        groups: a mapping, or a list of optimizers or of parameter groups, which get names.
 
     Raises:
-        ArgumentError: it is not a mapping of names to regular expressions.
+        ArgumentError: it is something else.
 
     >>> check_groups({"embedding": "embed"})
     {'embedding': 'embed'}
     """
-    named: dict[Any, Any] = dict(groups) if isinstance(groups, Mapping) else {None: None}
+    named: dict[Any, Any] = {None: None}
+    if isinstance(groups, Mapping):
+        named = dict(groups)
+    elif isinstance(groups, Sequence) and not isinstance(groups, str | bytes):
+        named = name_groups(groups)
+    named = {name: pattern if isinstance(pattern, str) else members_of(pattern) for name, pattern in named.items()}
     for name, pattern in named.items():
         if not (isinstance(name, str) and isinstance(pattern, str) and _is_pattern(pattern)):
             raise ArgumentError(
-                f"groups={groups!r:.120}: expected names of groups and regular expressions. Use "
-                'groups={"embedding": "embed"}.'
+                f"groups={groups!r:.120}: expected names of groups with regular expressions or optimizers. Use "
+                'groups={"embedding": "embed"}, or groups={"adamw": adamw, "muon": muon}.'
             )
     return named
 

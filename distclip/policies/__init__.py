@@ -13,6 +13,7 @@ from .aggc import Band, aggc
 from .autoclip import Percentile, autoclip
 from .bi2clip import BiClip, bi2clip
 from .budget import Budget, budget
+from .by_group import ByGroup
 from .ema import EMA, ema
 from .fixed import Fixed, global_norm, group_norm, per_tensor_norm
 from .lagged import Lagged, lagged
@@ -30,6 +31,7 @@ __all__ = [
     "Band",
     "BiClip",
     "Budget",
+    "ByGroup",
     "Fixed",
     "Lagged",
     "MeanStd",

@@ -14,6 +14,7 @@ from .agc import agc
 from .aggc import aggc
 from .autoclip import autoclip
 from .bi2clip import BiClip
+from .budget import Budget
 from .ema import ema
 from .fixed import Fixed, global_norm, group_norm, per_tensor_norm
 from .median_mad import median_mad
@@ -51,6 +52,10 @@ def describe(policy: Policy) -> str:
         return f"value({policy.high})" if policy.low == -policy.high else f"value({policy.low}, {policy.high})"
     if type(policy) is BiClip:
         return f"bi2clip({policy.low}, {policy.high})"
+    if type(policy) is Budget:
+        usual, known = asdict(Budget()), asdict(policy)
+        changed = [f", {name}={known[name]}" for name in ("decay", "cap") if known[name] != usual[name]]
+        return f"budget({policy.max_norm}{''.join(changed)})"
     if type(policy) is NormPolicy and policy.has_own_rule:
         if policy.groups and type(policy.threshold) is Fixed and isinstance(bounds := policy.threshold.max_norm, tuple):
             pairs = zip(policy.groups.items(), bounds, strict=False)

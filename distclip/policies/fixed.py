@@ -12,6 +12,8 @@ from torch import Tensor
 from ..devices import device_constant
 from ..errors import ArgumentError
 from ..norms.reduce import Totals
+from ..sharding.members import are_references, members_of
+from .by_group import ByGroup
 from .norm_policy import NormPolicy
 from .policy import Rule, State
 from .validation import to_float
@@ -71,7 +73,10 @@ def group_norm(
 
     Args:
         groups: {name: {"pattern": regular expression, "max_norm": bound ≥ 0}}, or {name: (pattern, bound)}. The
-            pattern is searched in parameter names, and the first group that matches takes a parameter.
+            pattern is searched in parameter names, and the first group that matches takes a parameter. In place of a
+            pattern: an optimizer, one of its `param_groups`, a module or a list of tensors. If all groups are such
+            references, there is no "rest". The bound `inf` measures a group and never clips it. In place of a bound: a
+            policy that is a `NormPolicy`, such as `zclip(cap=1.0)`, whose threshold the group gets.
         max_norm: bound of the parameters without a group, ≥ 0.
         norm_type: p of the norm.
 
@@ -96,14 +101,20 @@ def group_norm(
             pattern, bound = (group["pattern"], group["max_norm"]) if isinstance(group, Mapping) else group
         except (KeyError, TypeError, ValueError):
             pattern = bound = None
-        if not isinstance(pattern, str) or isinstance(group, str):
+        pattern = pattern if isinstance(pattern, str) or pattern is None else members_of(pattern)
+        if pattern is None or isinstance(group, str):
             raise ArgumentError(
                 f"groups[{name!r}]={group!r}: a group needs a regular expression and a bound. "
                 f'Use groups={{{name!r}: {{"pattern": "embed", "max_norm": 1.0}}}}.'
             )
         patterns[name] = pattern
         bounds.append(bound)
-    return NormPolicy(Fixed((*bounds, max_norm)), norm_type, per="group", groups=patterns)
+    if not are_references(patterns):
+        bounds.append(max_norm)
+    if not any(isinstance(bound, NormPolicy) for bound in bounds):
+        return NormPolicy(Fixed(tuple(bounds)), norm_type, per="group", groups=patterns)
+    rules = tuple(bound.threshold if isinstance(bound, NormPolicy) else Fixed(bound) for bound in bounds)
+    return NormPolicy(ByGroup(rules), norm_type, per="group", groups=patterns)
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,10 @@ class NormPolicy:
         norm_type: p of the norm: any number > 0, `inf` for the largest element.
         per: granularity, "model", "group", "tensor" or "row" (see `Per`). Every unit of it has a slot.
         groups: for per="group", {name: regular expression that is searched in parameter names}. The first group that
-            matches takes a parameter. All parameters without a match form the last group, "rest".
+            matches takes a parameter. All parameters without a match form the last group, "rest". In place of an
+            expression: an optimizer, one of its `param_groups`, a module or a list of tensors, by reference. A list of
+            optimizers or `param_groups` gives the groups names. If all groups are references, every parameter must be
+            in one of them, and there is no "rest".
         exclude: a regular expression, or several. Parameters with a matching name are measured and never clipped.
         eps: ε, ≥ 0. 0 cuts no norm up to its bound, 1e-6 is torch's.
         restart_after: number of steps after which the rule restarts if it has clipped more than half of them. 0 for

@@ -35,6 +35,7 @@ from ..comm.ranks import Axis
 from ..errors import ArgumentError, LayoutError
 from .annotations import annotation_of
 from .layout import Layout
+from .members import are_references
 from .parameters import check_names, is_frozen, is_position
 from .rows import LocalRows, local_rows
 from .shard import Rows
@@ -271,7 +272,7 @@ def assign_slots(gathered: Sequence[Sequence[ParamInfo]], rank: int, spec: Granu
     if spec.per == "group":
         if spec.groups_are_prefixes:
             _check_prefixes(spec.groups, all_names)
-        else:
+        elif not are_references(spec.groups):
             _matching(spec.groups.values(), all_names, "groups")
         return replace(_slots_of_groups(own, _with_default(spec.groups), _group_finder(spec), excluded), frozen=frozen)
 
@@ -335,6 +336,8 @@ def _slots_of_groups(
 
 def _with_default(groups: Mapping[str, str]) -> Mapping[str, str]:
     """Add a last group for the parameters that match no other pattern."""
+    if are_references(groups):
+        return groups
     return {**groups, "rest": ""} if groups else {"model": ""}
 
 
@@ -342,7 +345,9 @@ def _group_finder(spec: Granularity) -> Callable[[str], int]:
     """Return a function that returns the index of the group of a parameter, by its name."""
     groups = _with_default(spec.groups)
     if not spec.groups_are_prefixes:
-        return lambda name: next(i for i, pattern in enumerate(groups.values()) if re.search(pattern, name))
+        # With references alone, a frozen parameter may be in no group. It has no gradient that would count.
+        last = len(groups) - 1
+        return lambda name: next((i for i, pattern in enumerate(groups.values()) if re.search(pattern, name)), last)
     # Hundreds of groups would take as many searches for each parameter.
     positions = {name: i for i, name in enumerate(groups)}
     return lambda name: positions.get(name.partition("/")[0], len(groups) - 1) if "/" in name else len(groups) - 1

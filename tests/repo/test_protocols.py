@@ -42,6 +42,7 @@ ARGUMENTS: dict[str, set[str]] = {
     "distclip/integrations/torchft.py": {"GradClipper"},
     "distclip/monitor/recorder.py": {"GradClipper"},
     "distclip/policies/custom.py": {"Rule"},
+    "distclip/policies/fixed.py": {"NormPolicy"},
     "distclip/policies/isolated.py": {"Policy"},
     "distclip/policies/lagged.py": {"Budget", "Policy"},
 }

@@ -1,0 +1,151 @@
+"""Name the parameters of a group by reference: those of an optimizer, of a parameter group, or of a module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..comm import Comm
+from ..comm.consensus import FirstError, gather_or_raise
+from ..errors import ArgumentError
+from .parameters import is_frozen
+from .table import ShardTable
+
+__all__ = ["Members", "are_references", "members_of", "name_groups", "resolve_groups"]
+
+
+class Members(str):
+    """Text in place of the pattern of a group whose parameters were passed by reference.
+
+    It is the same on every rank, as the parameters are not. `resolve_groups` replaces it by a pattern of names.
+    """
+
+    params: tuple[Any, ...]
+
+    def __new__(cls, text: str, params: Iterable[Any] = ()) -> Members:
+        """Return the text with the objects that have the parameters."""
+        members = super().__new__(cls, text)
+        members.params = tuple(params)
+        return members
+
+    def __deepcopy__(self, memo: object) -> Members:
+        return self
+
+
+def members_of(given: Any) -> Members | None:
+    """Return the members of a group that was passed by reference, or None for another object.
+
+    Args:
+        given: an optimizer, one of its parameter groups, a module, or an iterable of tensors.
+
+    >>> import torch
+    >>> members_of(torch.optim.SGD([torch.zeros(1)], lr=1.0))
+    'parameters of SGD'
+    """
+    if isinstance(given, str | bytes | Tensor):
+        return None
+    # A module may be iterable too, over modules.
+    if isinstance(given, nn.Module):
+        return Members(f"parameters of {type(given).__name__}", [given])
+    if isinstance(given, Mapping):
+        return Members("parameter group", [given]) if "params" in given else None
+    # Any optimizer, also one that is not of torch.
+    if "param_groups" in dir(given):
+        return Members(f"parameters of {type(given).__name__}", [given])
+    tensors = list(given) if isinstance(given, Iterable) else []
+    if tensors and all(isinstance(tensor, Tensor) for tensor in tensors):
+        return Members(f"{len(tensors)} tensors", [{"params": tensors}])
+    return None
+
+
+def name_groups(groups: Sequence[Any]) -> dict[str, Any]:
+    """Return optimizers or parameter groups of a list by name.
+
+    The name is the key "name" of a parameter group, or that of the class, with a number where it is not unique.
+    """
+    names = []
+    for i, group in enumerate(groups):
+        given = group.get("name") if isinstance(group, Mapping) else type(group).__name__
+        names.append(given if isinstance(given, str) else f"group {i}")
+    return {
+        f"{name} {i}" if names.count(name) > 1 else name: group
+        for i, (name, group) in enumerate(zip(names, groups, strict=True))
+    }
+
+
+def are_references(groups: Mapping[str, str]) -> bool:
+    """Return whether all groups are references. Then there is no group "rest"."""
+    return bool(groups) and all(type(pattern) is Members for pattern in groups.values())
+
+
+def resolve_groups(groups: Mapping[str, str], table: ShardTable, comm: Comm, errors: FirstError) -> dict[str, str]:
+    """Replace references by patterns of the parameters' names on all ranks.
+
+    Args:
+        groups: the same names on every rank.
+        table: parameters of this rank.
+        comm: all ranks concerned.
+        errors: of this rank so far.
+
+    Raises:
+        ArgumentError: two groups have one parameter, a group has none of any rank, or (with references alone) no group
+            has some parameter; on every rank.
+
+    Collectives: one gather.
+    """
+    own: dict[str, list[str]] = {}
+    missing: list[str] = []
+    with errors:
+        own, missing = _own_names(groups, table)
+    gathered = gather_or_raise(comm, errors.error, (own, missing))
+    names = {group: sorted({n for by_group, _ in gathered for n in by_group.get(group, ())}) for group in groups}
+    # The names of all ranks, because a pipeline stage has only some. A name may be in different groups on two ranks.
+    owner: dict[str, str] = {}
+    for group, members in names.items():
+        if type(groups[group]) is Members and not members:
+            raise ArgumentError(
+                f"groups[{group!r}]: {groups[group]} has none of the clipper's parameters. Construct the clipper with "
+                "the parameters that it steps, or leave the group out."
+            )
+        for name in members:
+            if owner.setdefault(name, group) != group:
+                raise ArgumentError(
+                    f"groups: {name} is in {owner[name]!r} and in {group!r}. Pass each parameter in one group."
+                )
+    # With a pattern among the groups, what is in none of them forms "rest".
+    lacking = sorted({name for _, some in gathered for name in some})
+    if are_references(groups) and lacking:
+        raise ArgumentError(
+            f"groups: no group has {', '.join(lacking[:3])}{' …' * (len(lacking) > 3)}. Pass all optimizers, with "
+            "the bound inf for a group that is only measured, or construct the clipper without these parameters."
+        )
+    return {
+        group: Members(f"^(?:{'|'.join(map(re.escape, names[group]))})$") if type(pattern) is Members else pattern
+        for group, pattern in groups.items()
+    }
+
+
+def _own_names(groups: Mapping[str, str], table: ShardTable) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the names of each group by reference, and of trained parameters in none, on this rank."""
+    found: dict[str, list[str]] = {}
+    taken: set[int] = set()
+    for group, pattern in groups.items():
+        if type(pattern) is not Members:
+            continue
+        # By identity, because == compares the elements of tensors.
+        ids = {id(param) for given in pattern.params for param in _params(given)}
+        pairs = list(zip(table.names, table.tensors, strict=True))
+        found[group] = [name for name, tensor in pairs if id(tensor) in ids]
+        taken |= ids
+    pairs = list(zip(table.names, table.tensors, strict=True))
+    return found, [name for name, tensor in pairs if id(tensor) not in taken and not is_frozen(tensor)]
+
+
+def _params(given: Any) -> list[Tensor]:
+    if isinstance(given, nn.Module):
+        return list(given.parameters())
+    groups = [given] if isinstance(given, Mapping) else given.param_groups
+    return [param for group in groups for param in group["params"]]
