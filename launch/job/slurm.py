@@ -20,7 +20,7 @@ def torchrun_variables(environ: Mapping[str, str]) -> dict[str, str]:
         An empty dictionary outside of srun, for a single task, and below torchrun or mpirun.
     """
     started_by_others = {"RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"} & environ.keys()
-    # A batch script is a task too, with the number of tasks of the job. Only srun sets the number of its own tasks.
+    # A batch script is a task too, with the number of tasks of the job. Only srun sets the number of tasks of a step.
     size = environ.get("SLURM_STEP_NUM_TASKS", "1")
     if started_by_others or size == "1" or "SLURM_PROCID" not in environ:
         return {}

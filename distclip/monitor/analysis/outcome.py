@@ -38,6 +38,9 @@ LOST = 0.5
 EXPLOSION = 3.0
 """Factor by which a loss exceeds the first one if training explodes within the first steps."""
 
+EXPLODED = 1000.0
+"""Factor by which a loss exceeds the first one in a run that has exploded."""
+
 STUCK = 0.02
 """Least share of the loss of a blind guess by which a run that is not stuck ends below it."""
 
@@ -183,7 +186,9 @@ def _find_divergence(losses: _Losses, held_out: float, guess: float) -> Iterator
     # A good held-out loss is stronger evidence than the losses of single batches.
     if held_out <= guess * (1 - STUCK):
         return
-    if end > start + max(noise, 1e-3 * abs(start)):
+    # After an explosion even a small rise is one for good.
+    rise = 0.0 if losses.values.max() > EXPLODED * abs(start) else noise
+    if end > start + max(rise, 1e-3 * abs(start)):
         yield f"{went}, above its start."
     if end > guess * (1 - STUCK) and guess > 0 and start >= end - noise:
         yield f"{went}. That is no better than a blind guess, {format_number(guess)}: training is stuck."

@@ -91,4 +91,7 @@ class Context:
         rises = len(recent) > 1 and recent[-1] >= RISE * recent.min()
         # Norms that have risen for longer are no spikes among those around them.
         rises |= len(recent) > 1 and float(np.median(recent)) >= SPIKE_FACTOR * float(np.median(before))
+        losses = self.log.columns.get("loss", before[:0])[max(0, index - WARNING_STEPS) : index]
+        losses = losses[np.isfinite(losses)]
+        rises |= len(losses) > 1 and float(np.median(losses)) > 1.1 * self.outcome.start
         return bool(rises or np.any((self.spikes < index) & (self.spikes >= index - WARNING_STEPS)))
