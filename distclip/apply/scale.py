@@ -50,6 +50,8 @@ def scale_(shards: Shards, coefs: Tensor, foreach: bool | None = None) -> None:
                 _scale_rows(shards[i], info.rows, coefs, skip_ones=True)
             elif on_host[info.slot] != 1.0:
                 by_slot.setdefault(info.slot, []).append(shards.grads[i])
+        if foreach is None and _multiply_each(by_slot, on_host):
+            return
         for slot, grads in by_slot.items():
             _scale_all(grads, coefs[slot], foreach if len(grads) > 1 else False)
     else:
@@ -155,6 +157,19 @@ def _by_kind(grads: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype, b
     for values in map(stored_values, grads):
         groups.setdefault((values.device, values.dtype, type(values) in _PLAIN), []).append(values)
     return groups
+
+
+def _multiply_each(by_slot: dict[int, list[Tensor]], factors: Sequence[float]) -> bool:
+    """Multiply the gradients of many slots in one call, and return whether they could be."""
+    grads = [grad for some in by_slot.values() for grad in some]
+    kinds = {(type(grad), grad.dtype, grad.device, grad.layout) for grad in grads}
+    if len(kinds) != 1 or any(map(Tensor.is_neg, grads)):
+        return False
+    kind, dtype, device, layout = next(iter(kinds))
+    if kind not in _PLAIN or dtype in _HALF_PRECISION or layout is not torch.strided or not host_reads_free(device):
+        return False
+    torch._foreach_mul_(grads, [factors[slot] for slot, some in by_slot.items() for _ in some])
+    return True
 
 
 def _multiply(tensors: list[Tensor], factor: float | Tensor, foreach: bool) -> None:
