@@ -9,6 +9,7 @@ which is written for one kind of device.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ParamSpec, TypeVar, cast
@@ -39,6 +40,7 @@ __all__ = [
     "prefers_foreach",
     "rounds_grad_scale",
     "runs_triton",
+    "simulated_ranks",
 ]
 
 P = ParamSpec("P")
@@ -287,16 +289,36 @@ def is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
-def outside_fake_mode(function: Callable[P, R]) -> Callable[P, R]:
-    """Remove torch's FakeTensorMode during a function, which then computes with real numbers.
+def simulated_ranks() -> frozenset[int] | None:
+    """Return the ranks that torch's LocalTensorMode simulates in this process, or None without it."""
+    module: Any = sys.modules.get("torch.distributed._local_tensor")
+    mode = None if module is None else module.local_tensor_mode()
+    return None if mode is None else mode.ranks
 
-    A tensor that the function returns becomes a fake tensor, which the program can compute with under the mode.
+
+def _local_tensor_mode() -> Any:
+    """Return torch's LocalTensorMode, or None if it is not enabled."""
+    module: Any = sys.modules.get("torch.distributed._local_tensor")
+    return None if module is None else module.enabled_local_tensor_mode()
+
+
+def outside_fake_mode(function: Callable[P, R]) -> Callable[P, R]:
+    """Remove FakeTensorMode or LocalTensorMode during a function, which computes with real numbers.
+
+    A tensor that the function returns becomes a fake or a local tensor, which the program can compute with under the
+    mode.
     """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch._C._len_torch_dispatch_stack() == 0:
             return function(*args, **kwargs)
+        if (simulated := _local_tensor_mode()) is not None:
+            with simulated.disable():
+                result = function(*args, **kwargs)
+                if not isinstance(result, Tensor):
+                    return result
+                return cast("R", simulated.rank_map(lambda _: result.clone()))
         with unset_fake_temporarily() as mode:
             result = function(*args, **kwargs)
             if not isinstance(result, Tensor) or not isinstance(mode, FakeTensorMode):

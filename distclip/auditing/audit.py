@@ -14,9 +14,10 @@ from ..apply.optimizers import as_list
 from ..clipper import GradClipper
 from ..comm import Comm, global_ranks
 from ..comm.consensus import FirstError
-from ..comm.discovery import check_covered, global_rank
+from ..comm.discovery import check_covered, global_rank, is_dry_run
 from ..comm.ranks import Axis, Ranks
 from ..comm.roll_call import call_roll, components
+from ..devices import outside_fake_mode
 from ..sharding.parameters import Parameters
 from ..sharding.split_over import SplitOver, split_axes
 from ..sharding.table import ShardTable, parameter_table
@@ -30,6 +31,7 @@ from .report import Audit, make_report
 __all__ = ["audit"]
 
 
+@outside_fake_mode
 @torch.no_grad()
 def audit(
     model: Parameters | GradClipper,
@@ -76,7 +78,7 @@ def audit(
         table, axes = model.table, model.table.axes
         # An integration can have passed the partitions of an optimizer, which require no gradient.
         all_train = not any(tensor.requires_grad for tensor in table.tensors)
-        if comm is None and not model.comm.covers_holders and model.comm.size > 1:
+        if comm is None and not (model.comm.covers_holders or is_dry_run()) and model.comm.size > 1:
             comm = model.comm
     else:
         module = model if isinstance(model, nn.Module) else None
@@ -108,6 +110,9 @@ def _gather(facts: Facts, comm: Comm | None, patience: float) -> tuple[dict[int,
         return dict(zip(global_ranks(comm), comm.gather_objects(facts), strict=True)), ()
     if not (dist.is_available() and dist.is_initialized()):
         return {0: facts}, ()
+    if is_dry_run():
+        rank = dist.get_rank()
+        return {rank: facts}, tuple(other for other in range(dist.get_world_size()) if other != rank)
     roster = call_roll(facts.spans, patience)
     return dict(zip(roster.ranks, roster.gather(facts), strict=True)), roster.absent
 
@@ -122,12 +127,15 @@ def _conclude(by_rank: Mapping[int, Facts], absent: Ranks, comm: Comm | None) ->
     check_arguments(by_rank, component_of, findings)
     check_names(by_rank, findings)
     instances = find_instances(by_rank, component_of)
-    if not findings.problems:
+    if comm is None and is_dry_run():
+        # No other rank exists, so that no sum over ranks shows what counts how often.
+        findings.note(f"In a dry run only the facts of rank {min(by_rank)} exist, and nothing is compared.")
+    elif not findings.problems:
         # Further checks would only repeat that a layout is unknown.
         compare_values(instances, by_rank, component_of, findings)
         check_counts(instances, by_rank, findings)
     check_memory(by_rank, findings)
     check_optimizers(by_rank, findings)
-    if absent:
+    if absent and not is_dry_run():
         findings.note(f"Ranks {list(absent)} of the job did not call audit, and are not compared.")
     return make_report(instances, by_rank, findings)

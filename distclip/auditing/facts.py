@@ -14,10 +14,12 @@ from torch.distributed import distributed_c10d
 
 from ..comm.consensus import FirstError, wire_of
 from ..comm.ranks import Axis, Ranks
+from ..devices import is_fake
 from ..errors import DistclipError
 from ..sharding.annotations import annotation_of
 from ..sharding.dtensor import is_dtensor
 from ..sharding.layout import Layout
+from ..sharding.local_tensors import ranks_of
 from ..sharding.source import Request, Slice
 from ..sharding.split_over import name_from_description
 from ..sharding.table import SOURCES, ShardTable
@@ -302,7 +304,9 @@ class _Reader:
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """Return the local tensor of a DTensor, or the tensor itself."""
-    return tensor.to_local().detach() if is_dtensor(tensor) else tensor.detach()
+    local = tensor.to_local() if is_dtensor(tensor) else tensor
+    # In LocalTensorMode the program runs as if it were the lowest rank.
+    return next(iter(ranks_of(local).values()), local).detach()
 
 
 def dtensor_box(tensor: DTensor) -> Box | None:
@@ -359,7 +363,8 @@ def _find_twins(named: Sequence[tuple[str, Tensor]]) -> dict[int, str]:
     extents: list[tuple[str, int, int, int]] = []
     for i, (_, tensor) in enumerate(named):
         local = local_tensor(tensor)
-        if local.layout is torch.strided and local.numel() and local.device.type != "meta" and local.is_contiguous():
+        has_memory = local.device.type != "meta" and not is_fake(local)
+        if local.layout is torch.strided and local.numel() and has_memory and local.is_contiguous():
             start = local.data_ptr()
             extents.append((str(local.device), start, i, start + local.numel() * local.element_size()))
     twins: dict[int, str] = {}

@@ -14,6 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ..devices import is_fake
 from ..norms.kernels import power_sums
 
 __all__ = ["Box", "Values", "measure_probe", "read_values", "sum_of_codes"]
@@ -63,7 +64,7 @@ def measure_probe(local: Tensor, box: Box | None, whole: tuple[int, ...]) -> int
 
     Host syncs: one per two million elements.
     """
-    device = torch.device("cpu") if local.device.type == "meta" else local.device
+    device = torch.device("cpu") if local.device.type == "meta" or is_fake(local) else local.device
     dtype = local.dtype if local.dtype in _PROBE_DTYPES else torch.float32
     total = 0
     for first in range(0, local.numel(), _BATCH):
@@ -100,7 +101,7 @@ def read_values(local: Tensor) -> Values:
     >>> read_values(torch.zeros(3)).is_constant
     True
     """
-    if local.device.type == "meta" or local.layout is not torch.strided:
+    if local.device.type == "meta" or is_fake(local) or local.layout is not torch.strided:
         return Values()
     with torch.no_grad():
         flat = local.detach().resolve_conj().resolve_neg().reshape(-1)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import distributed_c10d
 
+from ..devices import simulated_ranks
 from ..errors import ArgumentError, DistclipError, LayoutError, to_wire
 from . import Comm, missing_members
 from .agreement import CallCounter
@@ -26,7 +27,7 @@ from .consensus import FirstError
 from .local import DryRunComm, LocalComm
 from .mpi import mpi_size
 from .process_group import ProcessGroupComm
-from .ranks import Axis, Ranks, ascending
+from .ranks import Axis, Ranks, ascending, component_around
 from .rendezvous import Post, Rendezvous, derive_component
 
 __all__ = [
@@ -139,7 +140,7 @@ def world_comm() -> Comm:
     if not _is_initialized():
         return LocalComm()
     if is_dry_run():
-        return DryRunComm(dist.get_rank(), dist.get_world_size())
+        return DryRunComm(dist.get_rank(), range(dist.get_world_size()))
     ranks = tuple(range(dist.get_world_size()))
     if ranks not in _session().groups:
         # It creates the group, after the ranks have compared how many groups each of them has.
@@ -300,7 +301,10 @@ def _derived(
             _check_ranks(groups)
         return LocalComm()
     if is_dry_run():
-        return DryRunComm(dist.get_rank(), dist.get_world_size())
+        everybody = range(dist.get_world_size())
+        simulated = simulated_ranks()
+        ranks = everybody if simulated is None else component_around(dist.get_rank(), spans, simulated)
+        return DryRunComm(dist.get_rank(), ranks)
     comms = _session().comms
     key = _cache_key(groups, axes)
     if key not in comms:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -43,17 +44,18 @@ class DryRunComm:
 
     Args:
         rank: of this process.
-        size: number of ranks that the program is planned for.
+        ranks: global ranks that the call is planned for.
 
-    >>> DryRunComm(0, 3).gather_objects("a")
+    >>> DryRunComm(0, range(3)).gather_objects("a")
     ['a', 'a', 'a']
     """
 
     device: None = None
     covers_holders = False
 
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size, self.ranks = rank, size, tuple(range(size))
+    def __init__(self, rank: int, ranks: Collection[int]) -> None:
+        self.ranks = tuple(ranks)
+        self.rank, self.size = self.ranks.index(rank), len(self.ranks)
 
     def sum_(self, tensor: Tensor) -> None:
         """Leave `tensor` as it is."""

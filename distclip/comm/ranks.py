@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import math
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ __all__ = [
     "Ranks",
     "ascending",
     "common_grid",
+    "component_around",
     "decode_ranks",
     "digest_of",
     "encode_ranks",
@@ -25,6 +26,7 @@ __all__ = [
     "is_tensor_axis",
     "rank_list",
     "rank_set",
+    "shifted",
 ]
 
 Ranks = tuple[int, ...]
@@ -310,3 +312,43 @@ def decode_ranks(text: str) -> Ranks:
         last, _, step = rest.partition(":")
         ranks.extend(range(int(first), int(last or first) + 1, int(step or 1)))
     return tuple(ranks)
+
+
+def shifted(span: Ranks, ranks: Collection[int]) -> list[Ranks]:
+    """Return shifted copies of a group that contain every rank once, or the group alone.
+
+    >>> shifted((0, 2), range(4))
+    [(0, 2), (1, 3)]
+    """
+    rest, lines, first = set(ranks), list[Ranks](), min(span)
+    for low in sorted(ranks):
+        if low in rest:
+            line = tuple(rank - first + low for rank in span)
+            if not rest.issuperset(line):
+                return [span]
+            rest.difference_update(line)
+            lines.append(line)
+    return lines if span in lines else [span]
+
+
+def component_around(rank: int, spans: Collection[Ranks], ranks: Collection[int]) -> Ranks:
+    """Return the ranks that take part in the call of one rank, if all ranks run one program.
+
+    Args:
+        rank: the rank.
+        spans: ranks of its meshes and axes. The other ranks have the same ones, shifted.
+        ranks: all ranks.
+
+    >>> component_around(0, [(0, 1), (0, 4)], range(8))
+    (0, 1, 4, 5)
+    """
+    lines_of: dict[int, list[Ranks]] = {}
+    for line in (line for span in spans for line in shifted(span, ranks)):
+        for member in line:
+            lines_of.setdefault(member, []).append(line)
+    found, waiting = {rank}, [rank]
+    while waiting:
+        new = {other for line in lines_of.get(waiting.pop(), ()) for other in line} - found
+        found |= new
+        waiting += new
+    return tuple(sorted(found))

@@ -18,12 +18,15 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..comm import Comm
 from ..comm.discovery import is_dry_run
+from ..comm.ranks import Ranks
 from ..devices import has_addresses, is_fake
 from ..errors import LayoutError
+from ..sharding.local_tensors import has_local_tensors, on_all_ranks
 from ..sharding.shard import Shard, Shards, stored_values
 from ..sharding.table import ShardTable
 from .kernels.tensor_table import DTYPES, KERNEL_DEVICES, TensorTable, describe_tensors
@@ -117,9 +120,18 @@ def read_weights(table: ShardTable, comm: Comm | None = None) -> Shards:
     if not _PLAIN.issuperset(map(type, weights.grads)) or any(map(_is_meta, weights.grads)):
         if (nothing := _without_elements(weights, comm)) is not None:
             return nothing
+        if has_local_tensors(weights.grads):
+            weights = on_all_ranks(weights, table.training_tensors(), _component(comm))
         for i, weight in enumerate(weights):
             weights.grads[i] = _as_plain(weight, "parameter", writable=False)
     return weights
+
+
+def _component(comm: Comm | None) -> Ranks | None:
+    """Return the simulated ranks whose shards a call adds up, or None for each rank alone."""
+    if comm is None:
+        return None
+    return (dist.get_rank(),) if comm.ranks is None else tuple(comm.ranks)
 
 
 _is_meta = attrgetter("is_meta")
@@ -192,9 +204,16 @@ def _repair(table: ShardTable, shards: Shards, comm: Comm | None) -> Shards:
     """Copy gradients that share memory, and raise for those that cannot be clipped."""
     if (nothing := _without_elements(shards, comm)) is not None:
         return nothing
+    is_simulated = has_local_tensors(shards.grads)
+    if is_simulated:
+        tensors = table.tensors if table.are_gradients else table.tensors_with_gradient()
+        shards = on_all_ranks(shards, tensors, _component(comm))
+        if _describe(shards):
+            return shards
     descriptions, odd = _sort_by_kind(shards)
     plain = {i: _as_plain(shards[i], "gradient", writable=not table.are_gradients) for i in odd}
-    if not table.are_gradients and (copies := _copies(shards, descriptions, plain)):
+    # The gradient of one simulated rank cannot be replaced.
+    if not table.are_gradients and not is_simulated and (copies := _copies(shards, descriptions, plain)):
         table.replace_gradients(copies)
         # Read again, because the table may keep a gradient elsewhere. The copies are ordinary.
         shards = table.gradients()

@@ -24,9 +24,10 @@ from ..comm.process_group import group_of_name
 from ..comm.ranks import Ranks
 from ..devices import Fact
 from ..errors import LayoutError
+from ..sharding.local_tensors import has_local_tensors, on_all_ranks, sum_on_all_ranks
 from ..sharding.shard import PartialSum, Rows, Shard, Shards
 from ..sharding.table import ShardTable
-from .measure import measure
+from .measure import Partials, measure
 from .message import maximum
 from .reduce import Totals, reduce
 from .spec import NormSpec
@@ -124,6 +125,14 @@ def reduce_partial_grads(
     Collectives: one gather of descriptions over `comm`, one all-reduce of all partial gradients of a dtype over each
     mesh axis, and one all-reduce over `comm` as in `reduce`. Host syncs: one.
     """
+    more_spec = replace(spec, needs_weights=False, limits=None)
+    if has_local_tensors((raw := table.gradients()).grads):
+        # All summands are in this process.
+        own_partial = [i for i, info in enumerate(raw.infos) if info.partial_sums]
+        tensors = table.tensors if table.are_gradients else table.tensors_with_gradient()
+        summed = sum_on_all_ranks(raw.where(own_partial))
+        summed = on_all_ranks(summed, [tensors[i] for i in own_partial], tuple(global_ranks(comm)))
+        return _add(totals, measure(summed, more_spec, device, len(totals.powers)), more_spec, comm)
     this_rank, possible = dist.get_rank(), table.possible_sums()
     partial = {
         shard.name: _PartialGrad(
@@ -164,12 +173,15 @@ def reduce_partial_grads(
     reduced = [
         Shard(b.name, summands[b.name], b.grad.num_replicas, (), table.slot_of(b.name)[0], b.grad.rows) for b in blocks
     ]
-    more_spec = replace(spec, needs_weights=False, limits=None)
-    more = measure(Shards.of(reduced), more_spec, device, len(totals.powers))
+    return _add(totals, measure(Shards.of(reduced), more_spec, device, len(totals.powers)), more_spec, comm)
+
+
+def _add(totals: Totals, more: Partials, spec: NormSpec, comm: Comm) -> Totals:
+    """Add the sums of reduced gradients to totals that lack them."""
     if math.isinf(spec.norm_type):
-        powers = torch.maximum(totals.powers, maximum(more, more_spec, comm)["powers"])
+        powers = torch.maximum(totals.powers, maximum(more, spec, comm)["powers"])
     else:
-        powers = totals.powers + reduce(more, more_spec, comm, read_facts=False).powers
+        powers = totals.powers + reduce(more, spec, comm, read_facts=False).powers
     return replace(totals, powers=powers, has_partial_grads=Fact(False))
 
 

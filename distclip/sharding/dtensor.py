@@ -162,14 +162,28 @@ def _is_full(placement: Placement) -> bool:
     return placement.is_replicate() or placement.is_partial()
 
 
-def dtensor_rows(tensor: DTensor) -> Rows:
+def _coordinates_of(mesh: DeviceMesh, rank: int) -> list[int]:
+    """Return the coordinates of a rank of a mesh."""
+    index, coordinates = mesh_ranks(mesh).index(rank), []
+    for i in reversed(range(mesh.ndim)):
+        index, coordinate = divmod(index, mesh.size(i))
+        coordinates.append(coordinate)
+    return coordinates[::-1]
+
+
+def dtensor_rows(tensor: DTensor, rank: int | None = None, at: int | None = None) -> Rows:
     """Return the rows of a DTensor's local shard.
+
+    Args:
+        tensor: the DTensor.
+        rank: a rank that this process simulates. None for this rank.
+        at: the rank of the mesh that has the coordinates of `rank`.
 
     Raises:
         LayoutError: torch has cut the tensor in another way than expected.
     """
     mesh, (first, count) = tensor.device_mesh, (0, tensor.shape[0])
-    coordinates = mesh.get_coordinate() or ()
+    coordinates: Sequence[int] = (mesh.get_coordinate() if at is None else _coordinates_of(mesh, at)) or ()
     # Strided shards (FSDP2 over tensor parallelism) cut what the other axes have left, whatever their order.
     order = sorted(range(mesh.ndim), key=lambda i: type(tensor.placements[i]).__name__ == "_StridedShard")
     for i in order:
@@ -181,7 +195,10 @@ def dtensor_rows(tensor: DTensor) -> Rows:
         # The coordinate in the mesh, and not the rank in its group: torch sorts the ranks of a group.
         start = min(length * coordinates[i], count)
         first, count = first + start, min(length, count - start)
-    num_local = tensor._local_tensor.shape[0]
+    local: Any = tensor._local_tensor
+    if rank is not None or type(local).__name__ == "LocalTensor":
+        local = local._local_tensors[dist.get_rank() if rank is None else rank]
+    num_local = local.shape[0]
     if num_local != count:
         raise LayoutError(
             f"a DTensor of shape {tuple(tensor.shape)} with placements {tensor.placements} holds {num_local} rows here "

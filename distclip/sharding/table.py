@@ -232,6 +232,10 @@ class ShardTable:
         # Only the gradients are partial. Parameters are replicas.
         return Shards(ShardInfos(replace(info, partial_sums=()) for info in shards.infos), shards.grads)
 
+    def training_tensors(self) -> list[Tensor]:
+        """Return the tensors that `weights` returns the shards of, in the same order."""
+        return self.metadata.training_of(self.tensors)
+
     def local_weights(self, positions: Iterable[int]) -> list[Tensor]:
         """Return the local tensors of the parameters at some positions. Collectives: none. Host syncs: none."""
         tensors = map(self.tensors.__getitem__, positions)
@@ -509,8 +513,12 @@ class TableMetadata:
             return self._shards(tensors, list(tensors), holders)
         if self._weights is None:
             self._weights = self.at(self._training)
-        training = [tensors[i] for i in self._training]
+        training = self.training_of(tensors)
         return self._weights._shards(training, list(training), holders)
+
+    def training_of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the tensors that train."""
+        return list(tensors) if self._training is None else [tensors[i] for i in self._training]
 
     def shards_of_tensors(self, tensors: Sequence[Tensor], holders: Holders) -> Shards:
         """Return this rank's shards of the tensors themselves."""

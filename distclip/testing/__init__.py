@@ -1,4 +1,13 @@
-"""Check random layouts against whole gradients in float64: `python -m distclip.testing --layouts 2000`.
+"""Test distclip, and programs that use it, without processes: simulated worlds, random layouts, explored schedules.
+
+`World` runs a training loop on several ranks within one process, on virtual time, in an order that follows from a seed.
+Ranks can fail, be late, or be killed at any stage of a step.
+
+Command line::
+
+    python -m distclip.testing --layouts 2000
+    python -m distclip.testing --schedules 1000000
+    python -m distclip.testing --exhaustive
 
 A layout is a random set of meshes of one to three axes, over all ranks or some of them, in any order. Parameters on
 them are DTensors, annotated or plain tensors, or have Megatron's attributes. Gradients are sharded, replicated, partial
@@ -11,6 +20,22 @@ the shard of this rank, compute the whole gradient without communication, and co
 
 from .cases import Case, MeshShape, ParamCase, random_case
 from .check import Answer, check_case, find_failure
-from .world import run_seeds
+from .faults import STAGES, InjectedFault
+from .processes import run_seeds
+from .simulation import Run, World, WorldHangs
 
-__all__ = ["Answer", "Case", "MeshShape", "ParamCase", "check_case", "find_failure", "random_case", "run_seeds"]
+__all__ = [
+    "STAGES",
+    "Answer",
+    "Case",
+    "InjectedFault",
+    "MeshShape",
+    "ParamCase",
+    "Run",
+    "World",
+    "WorldHangs",
+    "check_case",
+    "find_failure",
+    "random_case",
+    "run_seeds",
+]

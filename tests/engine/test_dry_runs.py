@@ -107,6 +107,9 @@ def run():
         clipper = distclip.GradClipper(model, policy, split_over=mesh["pp"])
         model(torch.ones(2, 8)).sum().backward()
         clipper.step(optimizer)
+        clipper.clip()
+        # A sum over ranks that do not exist would show parameters that do not count once.
+        assert distclip.audit(clipper, optimizer=optimizer).ok
     distclip.clip_grad_norm_(model, 1.0)
     distclip.clip_grad_norm_(model, 1.0, split_over=mesh["pp"])
 run()

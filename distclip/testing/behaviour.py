@@ -1,0 +1,280 @@
+"""Record the behaviour of a rank as a tree: what it does next, without endy history of replies that it has had.
+
+A rank is deterministic: the same replies lead to the same requests. So the code of distclip runs once for each history,
+and a schedule of known histories only runs no code at all. An unknown reply runs the rank again from its
+beginning, with the replies of the history.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+from torch.distributed import distributed_c10d
+
+from ..comm import discovery, roll_call
+from .backend import present_store, start_rank
+from .faults import Fault
+from .network import Request
+from .simulation import RankThread, simulated_process
+
+__all__ = ["Actor", "Node", "Tree", "explored_process"]
+
+
+class Count:
+    """Number in a reply that the rank has not looked at.
+
+    Each comparison is a request, so that few histories differ.
+
+    Args:
+        ask: makes the requests.
+        index: index among the numbers that the rank was sent.
+        steps: operations on that number so far.
+    """
+
+    def __init__(self, ask: Callable[..., Any], index: int, steps: tuple[tuple[str, int], ...] = ()) -> None:
+        self._ask, self._index, self._steps = ask, index, steps
+
+    def _look(self, operation: str, other: Any = 0) -> Any:
+        return self._ask("look", self._index, self._steps, operation, int(other))
+
+    def __mod__(self, other: int) -> Count:
+        return Count(self._ask, self._index, (*self._steps, ("mod", other)))
+
+    def __floordiv__(self, other: int) -> Count:
+        return Count(self._ask, self._index, (*self._steps, ("floordiv", other)))
+
+    def __sub__(self, other: int) -> Count:
+        return Count(self._ask, self._index, (*self._steps, ("sub", other)))
+
+    def __add__(self, other: int) -> Count:
+        return Count(self._ask, self._index, (*self._steps, ("sub", -other)))
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self._look("eq", other))
+
+    def __ne__(self, other: object) -> bool:
+        return not self._look("eq", other)
+
+    def __lt__(self, other: int) -> bool:
+        return bool(self._look("lt", other))
+
+    def __ge__(self, other: int) -> bool:
+        return not self._look("lt", other)
+
+    def __gt__(self, other: int) -> bool:
+        return bool(self._look("gt", other))
+
+    def __le__(self, other: int) -> bool:
+        return not self._look("gt", other)
+
+    def __bool__(self) -> bool:
+        return not self._look("eq", 0)
+
+    def __int__(self) -> int:
+        return int(self._look("value"))
+
+    __index__ = __hash__ = __int__
+
+    def __str__(self) -> str:
+        return str(int(self))
+
+    def __format__(self, spec: str) -> str:
+        return format(int(self), spec)
+
+
+def look(number: int, steps: Sequence[tuple[str, int]], operation: str, other: int) -> Any:
+    """Return what a rank sees of a number, see `Count`."""
+    for name, operand in steps:
+        number = number % operand if name == "mod" else number // operand if name == "floordiv" else number - operand
+    if operation == "value":
+        return number
+    return number == other if operation == "eq" else number < other if operation == "lt" else number > other
+
+
+class Actor(RankThread):
+    """Rank that can run jobs again and again. It keeps its thread, its process groups and its meshes.
+
+    Args:
+        rank: rank in the world.
+        size: size of the world.
+        prepare: called once in the thread of the rank. Its collectives succeed at once, as if all ranks had come.
+    """
+
+    def __init__(self, rank: int, size: int, prepare: Callable[[], Any]) -> None:
+        super().__init__(rank, size, f"explorer/{rank}", timeout=60.0)
+        self.prepared: Any = None
+        self.parked: Node | None = None
+        self.num_runs = 0
+        self._prepare, self._is_prepared, self._num_counts = prepare, False, 0
+        self._job: Callable[[], Any] = prepare
+        self._kept = self.state
+        self.start(prepare)
+        if self.error is not None:
+            raise self.error
+
+    def begin(self, job: Callable[[], Any], faults: Sequence[Fault]) -> None:
+        """Run a job until its first request."""
+        self.end_job()
+        self.num_runs += 1
+        self.state.reset()
+        self.faults, self.reached, self.stage, self._num_counts = faults, {}, "", 0
+        self.is_killed, self.error, self.result, self._num_refused = False, None, None, 0
+        self._job = job
+        self.resume(None)
+
+    def end_job(self) -> None:
+        """End the job that waits for a reply."""
+        self.parked = None
+        if self.request is not None:
+            self.is_killed = True
+            self.resume(None)
+
+    def ask(self, *request: Any) -> Any:
+        """Make a request, see `RankThread.ask`."""
+        if not self._is_prepared:
+            return _reply_alone(request)
+        reply = super().ask(*request)
+        if request[0] == "add":
+            self._num_counts += 1
+            return Count(self.ask, self._num_counts - 1)
+        return reply
+
+    def _main(self, job: Callable[[], Any]) -> None:
+        self._enter_thread()
+        try:
+            start_rank(self.ask, self.rank, self.size, self.timeout)
+            self.prepared = job()
+        except BaseException as error:
+            self.error = error
+        self.state.keep()
+        self._is_prepared = True
+        while True:
+            self.request = None
+            self._stopped.release()
+            self._go.acquire()
+            try:
+                self.result = self._job()
+            except BaseException as error:
+                self.error = error
+            self.state.unregister_groups()
+
+
+def _reply_alone(request: Request) -> Any:
+    """Return the reply to a request as if all ranks had made the same one."""
+    if request[0] == "meet":
+        return (request[3],) * len(request[1][0])
+    return {"add": 1, "check": True, "now": 0.0, "get": b"", "delete": True}.get(request[0])
+
+
+class Node:
+    """State of a rank after a history of replies: its next request, or its end.
+
+    Args:
+        request: next request. None at the end of the job.
+        parent: state before the last reply.
+        reply: the last reply.
+        result: result of the job, at its end.
+        stage: last stage that the rank has reached.
+    """
+
+    __slots__ = ("children", "id", "kind", "parent", "reply", "request", "result", "stage")
+
+    _num_nodes = 0
+
+    def __init__(self, request: Request | None, parent: Node | None, reply: Any, result: Any, stage: str) -> None:
+        self.request, self.parent, self.reply, self.result, self.stage = request, parent, reply, result, stage
+        self.kind: str = "end" if request is None else request[0]
+        self.children: dict[Any, Node] = {}
+        Node._num_nodes += 1
+        self.id = Node._num_nodes
+
+
+class Tree:
+    """Behaviour of one rank in one scenario.
+
+    Args:
+        actor: runs the rank.
+        job: its job.
+        faults: its faults.
+    """
+
+    def __init__(self, actor: Actor, job: Callable[[], Any], faults: Sequence[Fault]) -> None:
+        self.actor, self.job, self.faults = actor, job, faults
+        self.root = self._begin()
+
+    def child(self, node: Node, reply: Any) -> Node:
+        """Return the state after a reply."""
+        # The rank looks at a number only by further requests.
+        key = None if node.kind == "add" else reply
+        found = node.children.get(key)
+        if found is None:
+            self._return_to(node)
+            self.actor.resume(reply)
+            found = node.children[key] = self._node(node, reply)
+        return found
+
+    def _begin(self) -> Node:
+        self.actor.begin(self.job, self.faults)
+        return self._node(None, None)
+
+    def _node(self, parent: Node | None, reply: Any) -> Node:
+        actor = self.actor
+        result = None
+        if actor.request is None:
+            result = actor.result if actor.error is None else actor.error
+        actor.parked = node = Node(actor.request, parent, reply, result, actor.stage)
+        return node
+
+    def _return_to(self, node: Node) -> None:
+        """Run the rank again up to a state."""
+        if self.actor.parked is node:
+            return
+        replies: list[Any] = []
+        at = node
+        while at.parent is not None:
+            replies.append(at.reply)
+            at = at.parent
+        self.actor.begin(self.job, self.faults)
+        for reply in reversed(replies):
+            self.actor.resume(reply)
+        if self.actor.request != node.request:
+            raise AssertionError(f"rank {self.actor.rank} is not deterministic: {self.actor.request}, {node.request}")
+        self.actor.parked = node
+
+
+@contextmanager
+def explored_process() -> Iterator[None]:
+    """Make the store of each rank one of Python, whose numbers the ranks look at by requests."""
+
+    def prefixed(real: Any) -> Callable[[str, Any], Any]:
+        def make(prefix: str, store: Any) -> Any:
+            own = present_store()
+            return real(prefix, store) if own is None or store is not own else own.prefixed(prefix)
+
+        return make
+
+    get_store = distributed_c10d._get_default_store
+
+    def store_of_rank() -> Any:
+        return present_store() or get_store()
+
+    with ExitStack() as stack:
+        stack.enter_context(simulated_process())
+        for module in (discovery, roll_call):
+            stack.enter_context(mock.patch.object(module, "PrefixStore", prefixed(module.PrefixStore)))
+        stack.enter_context(mock.patch.object(distributed_c10d, "_get_default_store", store_of_rank))
+        # The filters of warnings belong to the process, so that no rank can set its own.
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        logger = logging.getLogger("distclip")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

@@ -1,0 +1,81 @@
+"""Declare the stages of a call at which a simulated rank can fail, and the faults of a world."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from .. import engine, functional
+from ..apply.optimizers import OptimizerSteps
+from ..errors import ArgumentError
+from ..policies import NormPolicy, Value, checked
+
+__all__ = ["STAGES", "Fault", "InjectedFault", "check_stage", "stage_functions"]
+
+_FUNCTIONS: dict[str, tuple[tuple[ModuleType | type, str], ...]] = {
+    "table": (
+        (engine, "parameter_table"),
+        (functional, "cached_table"),
+        (functional, "gradient_table"),
+    ),
+    "rendezvous": ((engine, "resolve_comm"), (functional, "resolve_comm")),
+    "gather": ((engine, "exchange_setup"),),
+    "shards": ((engine, "read_gradients"),),
+    "measure": ((engine, "measure"),),
+    "all_reduce": ((engine, "reduce"),),
+    "decide": (
+        (NormPolicy, "decide"),
+        (Value, "decide"),
+        (checked._CheckedPolicy, "decide"),
+        (functional, "coefficient"),
+    ),
+    "write": ((engine, "scale_"), (functional, "scale_")),
+    "step": ((OptimizerSteps, "advance"),),
+}
+
+STAGES = tuple(_FUNCTIONS)
+"""Names of the stages of `distclip.engine`, in the order of a step.
+
+"table" lists the tensors and their layouts, "rendezvous" finds the ranks, "gather" compares arguments when a clipper is
+made, "shards" reads the gradients, "measure" sums their powers, "all_reduce" adds them up over ranks, "decide" asks the
+policy, "write" scales the gradients, and "step" runs the optimizer.
+"""
+
+
+class InjectedFault(RuntimeError):
+    """The exception of a rank that `World.fail` makes fail."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One fault of one rank.
+
+    Args:
+        rank: the rank.
+        stage: stage at whose beginning the fault happens.
+        call: 1-based index among the times that the rank reaches the stage.
+        error: exception to raise. None kills the rank.
+    """
+
+    rank: int
+    stage: str
+    call: int
+    error: BaseException | None
+
+
+def check_stage(at: str) -> str:
+    """Return the name of a stage.
+
+    Raises:
+        ArgumentError: there is no such stage.
+    """
+    if at not in STAGES:
+        raise ArgumentError(f"at={at!r}: no stage of a step. Use one of {', '.join(STAGES)}.")
+    return at
+
+
+def stage_functions() -> list[tuple[str, ModuleType | type, str, Callable[..., Any]]]:
+    """Return the functions at which the stages begin: (stage, owner, attribute, function)."""
+    return [(stage, owner, name, vars(owner)[name]) for stage, at in _FUNCTIONS.items() for owner, name in at]

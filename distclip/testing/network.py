@@ -1,0 +1,234 @@
+"""Model the messages of a simulated world: a key-value store, collectives and a virtual clock. It runs no rank.
+
+A rank that communicates makes a request and waits for its reply. `Network.perform` returns the reply, or `WAITING` if
+another rank must act first. Every collective is one gather of bytes: all members receive the contributions of all
+members, in the order of the ranks, and each computes its result from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from math import inf
+from typing import Any, Final, TypeAlias
+
+__all__ = ["WAITING", "Failure", "Network", "Request"]
+
+Request: TypeAlias = tuple[Any, ...]
+"""Name of an operation, followed by its arguments."""
+
+
+class _Waiting:
+    def __repr__(self) -> str:
+        return "WAITING"
+
+
+WAITING: Final = _Waiting()
+"""Reply to a request that another rank must act on first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Reply that the rank raises as an exception.
+
+    Args:
+        kind: "timeout" for a message that did not come, "closed" for a peer that died, "mismatch" for ranks in
+            different collectives.
+        text: message of the exception.
+    """
+
+    kind: str
+    text: str
+
+
+class Network:
+    """Store, collectives and clock that all ranks of a world share.
+
+    Args:
+        num_ranks: size of the world.
+
+    Attributes:
+        clock: seconds since the start of the world.
+        dead: ranks that were killed.
+        mismatches: descriptions of the collectives that ranks have entered in different orders.
+
+    >>> network = Network(2)
+    >>> network.perform(0, ("meet", ((0, 1), "pg"), "sum", b"x")), network.perform(1, ("set", "key", b"1"))
+    (WAITING, None)
+    >>> network.perform(1, ("meet", ((0, 1), "pg"), "sum", b"y")), network.ready
+    ((b'x', b'y'), [(0, (b'x', b'y'))])
+    """
+
+    def __init__(self, num_ranks: int) -> None:
+        self.num_ranks, self.clock = num_ranks, 0.0
+        self.values: dict[str, bytes] = {}
+        self.dead: set[int] = set()
+        self.mismatches: list[str] = []
+        # Ranks whose request can be answered now, with the reply. The scheduler empties it.
+        self.ready: list[tuple[int, Any]] = []
+        # Ranks that wait for keys: the keys, and whether the reply is a value.
+        self._waiting_for: dict[int, tuple[tuple[str, ...], bool]] = {}
+        self._deadlines: dict[int, tuple[float, Any]] = {}
+        # By group: contributions by rank, to the collective that its members enter next.
+        self._meetings: dict[Any, dict[int, tuple[str, bytes]]] = {}
+        self._mail: dict[Any, list[bytes]] = {}
+        self._receivers: dict[Any, int] = {}
+
+    def perform(self, rank: int, request: Request) -> Any:
+        """Carry out a request.
+
+        Returns:
+            The reply, a `Failure`, or `WAITING`. Ranks that waited and can go on are in `ready` afterwards.
+        """
+        name = request[0]
+        if name == "meet":
+            return self._meet(rank, *request[1:])
+        if name == "set":
+            self._set(request[1], request[2])
+            return None
+        if name == "add":
+            total = int(self.values.get(request[1], b"0")) + request[2]
+            self._set(request[1], str(total).encode())
+            return total
+        if name == "check":
+            return all(key in self.values for key in request[1])
+        if name in ("get", "wait"):
+            return self._wait(rank, request[1], request[2], with_value=name == "get")
+        if name == "delete":
+            return self.values.pop(request[1], None) is not None
+        if name == "compare_set":
+            return self._compare_set(*request[1:])
+        if name == "append":
+            self._set(request[1], self.values.get(request[1], b"") + request[2])
+            return None
+        if name == "now":
+            return self.clock
+        if name == "sleep":
+            self._deadlines[rank] = self.clock + request[1], None
+            return WAITING
+        if name == "send":
+            return self._send(*request[1:])
+        if name == "receive":
+            return self._receive(rank, request[1])
+        raise AssertionError(f"no operation {request!r:.80}")
+
+    def start_later(self, rank: int, seconds: float) -> None:
+        """Set the time at which a rank starts, in seconds from now."""
+        self._deadlines[rank] = self.clock + seconds, None
+
+    def cancel_deadline(self, rank: int) -> None:
+        """Forget the deadline of a rank."""
+        self._deadlines.pop(rank, None)
+
+    def copy(self) -> Network:
+        """Return a network in the same state."""
+        other = Network(self.num_ranks)
+        other.clock, other.values, other.dead = self.clock, dict(self.values), set(self.dead)
+        other.mismatches, other.ready = list(self.mismatches), list(self.ready)
+        other._waiting_for, other._deadlines = dict(self._waiting_for), dict(self._deadlines)
+        other._meetings = {group: dict(arrived) for group, arrived in self._meetings.items()}
+        other._mail = {line: list(mail) for line, mail in self._mail.items()}
+        other._receivers = dict(self._receivers)
+        return other
+
+    def kill(self, rank: int) -> None:
+        """Remove a rank, so that its collectives fail on the other members."""
+        self.dead.add(rank)
+        self._waiting_for.pop(rank, None)
+        self._deadlines.pop(rank, None)
+        for group, arrived in self._meetings.items():
+            if rank in group[0]:
+                arrived.pop(rank, None)
+                self.ready += [(member, self._closed(group)) for member in arrived]
+                arrived.clear()
+
+    def advance(self, sleepers: Collection[int] = (), stretch: float = 0.0) -> bool:
+        """Move the clock to the next deadline, because no rank can run. Return False if there is none.
+
+        Args:
+            sleepers: ranks that poll the store.
+            stretch: seconds for which all of them sleep at least, so that an eventless minute has few polls.
+        """
+        if not self._deadlines:
+            return False
+        hard = min((at for rank, (at, _) in self._deadlines.items() if rank not in sleepers), default=inf)
+        soft = min((at for rank, (at, _) in self._deadlines.items() if rank in sleepers), default=inf)
+        self.clock = max(self.clock, min(hard, max(soft, self.clock + stretch)))
+        due = [rank for rank, (at, _) in self._deadlines.items() if at <= self.clock]
+        for rank in due:
+            reply = self._deadlines.pop(rank)[1]
+            self._waiting_for.pop(rank, None)
+            self.ready.append((rank, reply))
+        return True
+
+    def _set(self, key: str, value: bytes) -> None:
+        self.values[key] = value
+        if self._waiting_for:
+            for rank in [r for r, (keys, _) in self._waiting_for.items() if key in keys]:
+                keys, with_value = self._waiting_for[rank]
+                if all(one in self.values for one in keys):
+                    del self._waiting_for[rank]
+                    self._deadlines.pop(rank, None)
+                    self.ready.append((rank, self.values[keys[0]] if with_value else None))
+
+    def _wait(self, rank: int, keys: tuple[str, ...], timeout: float, *, with_value: bool) -> Any:
+        if all(key in self.values for key in keys):
+            return self.values[keys[0]] if with_value else None
+        self._waiting_for[rank] = keys, with_value
+        text = f"wait timeout after {timeout * 1000:.0f}ms, keys: {', '.join(keys)}"
+        self._deadlines[rank] = self.clock + timeout, Failure("timeout", text)
+        return WAITING
+
+    def _compare_set(self, key: str, expected: bytes, desired: bytes) -> bytes:
+        present = self.values.get(key)
+        if (present is None and not expected) or present == expected:
+            self._set(key, desired)
+            return desired
+        return expected if present is None else present
+
+    def _meet(self, rank: int, group: tuple[tuple[int, ...], str], kind: str, content: bytes) -> Any:
+        members = group[0]
+        if self.dead and not self.dead.isdisjoint(members):
+            return self._closed(group)
+        arrived = self._meetings.setdefault(group, {})
+        arrived[rank] = kind, content
+        if len(arrived) < len(members):
+            return WAITING
+        reply: Any = tuple([arrived[member][1] for member in members])
+        kinds = {member: arrived[member][0] for member in members}
+        if len(set(kinds.values())) > 1:
+            self.mismatches.append(f"the ranks of one collective have entered {kinds}")
+            reply = Failure("mismatch", f"ranks are in different collectives: {kinds}")
+        self.ready += [(member, reply) for member in arrived if member != rank]
+        arrived.clear()
+        return reply
+
+    def _closed(self, group: tuple[tuple[int, ...], str]) -> Failure:
+        dead = sorted(self.dead.intersection(group[0]))
+        return Failure("closed", f"Connection closed by peer: rank {dead[0]} has ended.")
+
+    def _send(self, line: Any, content: bytes) -> None:
+        self._mail.setdefault(line, []).append(content)
+        if line in self._receivers:
+            self.ready.append((self._receivers.pop(line), self._mail[line].pop(0)))
+
+    def _receive(self, rank: int, line: Any) -> Any:
+        if self._mail.get(line):
+            return self._mail[line].pop(0)
+        self._receivers[line] = rank
+        return WAITING
+
+    def describe(self, ranks: Iterable[int]) -> dict[int, str]:
+        """Describe what each rank waits for."""
+        texts = {}
+        for rank in ranks:
+            met = [group for group, arrived in self._meetings.items() if rank in arrived]
+            if rank in self._waiting_for:
+                texts[rank] = f"waits for the keys {', '.join(self._waiting_for[rank][0])}"
+            elif met:
+                arrived = self._meetings[met[0]]
+                missing = [member for member in met[0][0] if member not in arrived]
+                texts[rank] = f"waits in {arrived[rank][0]} ({met[0][1]}) for ranks {missing}"
+            else:
+                texts[rank] = "waits for a message"
+        return texts

@@ -1,0 +1,18 @@
+"""Run the simulators of torch in separate processes, because they replace the default process group."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.testing import simulated_layouts
+
+
+@pytest.mark.parametrize("num_ranks", [16, 64])
+def test_local_tensor_mode(num_ranks: int) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", simulated_layouts.__name__, str(num_ranks)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.stdout.endswith("ok\n"), done.stderr
