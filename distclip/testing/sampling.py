@@ -15,7 +15,7 @@ from .scenarios import CALLS, CONDITIONS, LAYOUTS, Condition, Scenario, random_s
 
 __all__ = ["SCHEDULES_PER_SCENARIO", "all_scenarios", "explore_all", "sample_in_processes", "scenario_of"]
 
-SCHEDULES_PER_SCENARIO = 4000
+SCHEDULES_PER_SCENARIO = 20_000
 """Number of consecutive seeds that are schedules of one scenario."""
 
 _SIZES = (8,) * 40 + (16,) * 7 + (32,) * 2 + (64,)
