@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from .gpu_model import model_table
 from .machine import machine, versions
 from .race import Options
 from .report import Report
+from .scale import SCALE, Costs, measure_scale
 from .world import default_size
 
 __all__ = ["main"]
@@ -48,9 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         for case in CASES.values():
             terminal.line(f"{case.name:<18} {case.title}")
+        for name in SCALE:
+            terminal.line(f"{name:<18} messages and costs of each rank of large jobs, simulated; --ranks")
         return 0
+    simulated = [name for name in options.cases or () if name in SCALE]
     try:
         _check(options)
+        if simulated:
+            if len(simulated) < len(options.cases):
+                raise BenchError(
+                    f"--cases: {', '.join(simulated)} simulate ranks. Pass other cases in another command."
+                )
+            return _simulate(simulated, options.ranks, terminal.line)
         names = options.cases or default_cases(options.world or default_size(options.device))
         cases = choose_cases(names, options.device)
         report = Report(options.json, machine(options.device), versions())
@@ -82,6 +92,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in ("", *markdown(report.outcomes).splitlines()):
             terminal.line(line)
     return int(failed)
+
+
+def _simulate(cases: Sequence[str], sizes: Sequence[int], print_line: Callable[[str], object]) -> int:
+    """Print the costs of simulated jobs, and return 1 if any rank exceeds its budget."""
+    names = ["ranks", "store ops", "sent", "received", "CPU ms", "peak MB", "all ops", "all MB", "simulated in s"]
+    print_line(f"{'case':<11}{'layout':<17}" + "".join(f"{name:>15}" for name in names))
+    is_within = True
+    for costs in measure_scale(cases, sizes):
+        print_line(_scale_row(costs))
+        is_within = is_within and costs.is_within_budget
+    return int(not is_within)
+
+
+def _scale_row(costs: Costs) -> str:
+    cells: list[object] = [costs.num_ranks, costs.operations, costs.sent, costs.received]
+    cells += [f"{1e3 * costs.cpu_seconds:.1f}", f"{1e-6 * costs.peak_bytes:.1f}", costs.store_operations]
+    cells += [f"{1e-6 * costs.store_bytes:.1f}", f"{costs.wall_seconds:.1f}"]
+    over = "" if costs.is_within_budget else "  over budget"
+    return f"{costs.case:<11}{costs.layout:<17}" + "".join(f"{cell:>15}" for cell in cells) + over
 
 
 def default_cases(world_size: int) -> list[str]:
@@ -143,6 +172,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--list", action="store_true", help="list the cases and exit")
     add("--model", action="store_true", help="print a table of ten GPUs, computed from data sheets, and exit")
     add("--device", choices=["cpu", "cuda"], default="cpu")
+    add(
+        "--ranks",
+        nargs="+",
+        type=int,
+        default=[256, 1024],
+        metavar="N",
+        help="sizes of the simulated jobs of the cases rendezvous and slots (default: 256 1024)",
+    )
     add("--world", type=int, metavar="N", help="number of ranks of the sharded cases (default: 4, or one per GPU)")
     add("--rounds", type=int, default=15, metavar="R", help="number of timed calls of each competitor (default: 15)")
     add(

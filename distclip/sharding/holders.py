@@ -92,9 +92,9 @@ class Inventory:
 
 def coords_of(layout: Layout, axes: Sequence[Axis], rank: int) -> Coords:
     """Return the coordinates along `split_over=` of the ranks that hold a parameter."""
-    members, coords = layout.members | {rank}, []
+    members, coords = layout.members, []
     for axis, split in zip(axes, layout.split, strict=True):
-        along = tuple(i for i, other in enumerate(axis.ranks) if other in members)
+        along = tuple(i for i, other in enumerate(axis.ranks) if other in members or other == rank)
         coords.append(along if split and len(along) < len(axis.ranks) else ())
     return tuple(coords)
 

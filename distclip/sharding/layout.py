@@ -40,14 +40,33 @@ class Layout:
     @property
     def num_members(self) -> int:
         """Number of ranks that the parameter spans: those of the product of its groups."""
-        # A group within another one adds no ranks. Any others cross each other in this rank alone.
-        distinct = {frozenset(ranks) for ranks in self.groups}
-        return math.prod(len(ranks) for ranks in distinct if not any(ranks < other for other in distinct))
+        return _spanned(self.groups)[1]
 
     @property
     def members(self) -> frozenset[int]:
         """Global ranks that the parameter spans."""
-        return frozenset(rank for ranks in self.groups for rank in ranks)
+        return _spanned(self.groups)[0]
+
+
+_spanned_by: dict[tuple[int, ...], tuple[tuple[Ranks, ...], frozenset[int], int]] = {}
+
+
+def _spanned(groups: tuple[Ranks, ...]) -> tuple[frozenset[int], int]:
+    """Return the ranks of some groups, and the number of ranks of their product."""
+    # Thousands of parameters share one mesh, whose ranks can be all of a large job. Comparing tuples reads all of them.
+    key = tuple(map(id, groups))
+    if (entry := _spanned_by.get(key)) is None:
+        # A group within another one adds no ranks. Any others cross each other in this rank alone.
+        distinct = set(map(frozenset, groups))
+        count = math.prod(len(ranks) for ranks in distinct if not any(ranks < other for other in distinct))
+        while len(_spanned_by) >= _MAX_ENTRIES:
+            _spanned_by.pop(next(iter(_spanned_by)), None)
+        # The entry keeps the groups, so that no others get their ids.
+        entry = _spanned_by[key] = groups, frozenset[int]().union(*groups), count
+    return entry[1], entry[2]
+
+
+_MAX_ENTRIES = 512
 
 
 def product(one: Layout, two: Layout) -> Layout:

@@ -466,7 +466,8 @@ def _axis_coords(layout: Layout, axes: Sequence[Axis], rank: int) -> tuple[tuple
     coords = []
     for i, (axis, split, cut) in enumerate(zip(axes, layout.split, layout.cut, strict=True)):
         # A mesh can reach over several coordinates of the axis: the ranks of its mesh hold one parameter.
-        holders = tuple(sorted(axis.ranks.index(r) for r in {*layout.members, rank} if r in axis.ranks))
+        members = layout.members
+        holders = tuple(i for i, other in enumerate(axis.ranks) if other in members or other == rank)
         if split and not cut and len(holders) < len(axis.ranks):
             coords.append((axis.name or f"split_over[{i}]", holders))
     return tuple(coords)

@@ -361,12 +361,13 @@ class TableMetadata:
     @cached_property
     def groups(self) -> frozenset[Ranks]:
         """Rank groups that the tensors span."""
-        return frozenset(ranks for layout in self.layouts for ranks in layout.groups)
+        # Distinct by identity first, because hashing a group reads all of its ranks.
+        return frozenset({id(ranks): ranks for layout in self.layouts for ranks in layout.groups}.values())
 
     @cached_property
     def num_reached(self) -> frozenset[float]:
         """Numbers of ranks that the layouts reach, together with the axes of `split_over=`."""
-        return frozenset(num_reached(layout, self.axes) for layout in set(self.layouts) if layout.groups)
+        return frozenset(num_reached(layout, self.axes) for layout in self.layouts if layout.groups)
 
     @cached_property
     def may_be_partial(self) -> bool:
