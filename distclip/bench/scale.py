@@ -1,7 +1,7 @@
 """Count what each rank of a large job does before its first step: `--cases rendezvous slots --ranks 256 65536`.
 
 All ranks are simulated in this process. In a rendezvous every rank runs (`simulated`). For slots, ranks with the same
-parameters behave alike, so that the lowest one of them runs, and one more that stands for the others.
+parameters do the same, so that the lowest one of them runs, and one more that stands for the others.
 """
 
 from __future__ import annotations

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import atexit
+import logging
+import os
 import time
 import weakref
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import _resolve_process_group
+from torch._C._distributed_c10d import PrefixStore, Store, _resolve_process_group
+from torch.distributed import distributed_c10d
 
 from ..errors import PeerError
 from .ranks import rank_list
 
 __all__ = ["ProcessGroupComm", "group_of_name"]
+
+_log = logging.getLogger("distclip")
+
+_LOG_AFTER = 60.0
+"""Seconds that a rank waits in an all-reduce before it logs which ranks are missing. DISTCLIP_PATIENCE overrides it."""
+
+_GRACE = 2.0
+"""Seconds between the first and the last rank whose patience ends."""
+
+_num_calls: dict[str, list[int]] = {}
+"""Number of all-reduces that this rank has entered over each process group, by the name of the group."""
 
 
 _MAX_KEPT = 2**16
@@ -48,6 +63,9 @@ class ProcessGroupComm:
         self.device = _device(group)
         # What the last collective has sent, which threads of gloo may still hold. None after a gather of objects.
         self.sent: Tensor | None = None
+        self._calls = _num_calls.setdefault(group.group_name, [0])
+        # An accelerator's host does not wait in an all-reduce. There, torch's own watchdog reports.
+        self._log_after = float(os.environ.get("DISTCLIP_PATIENCE", _LOG_AFTER)) if self.device.type == "cpu" else None
         _used.add(self)
 
     def sum_(self, tensor: Tensor) -> None:
@@ -84,8 +102,11 @@ class ProcessGroupComm:
 
     def _all_reduce(self, tensor: Tensor, op: Any) -> None:
         on_device = tensor.to(self.device)
+        self._calls[0] += 1
         try:
-            dist.all_reduce(on_device, op=op, group=self.group)
+            work = dist.all_reduce(on_device, op=op, group=self.group, async_op=True)
+            if work is not None:
+                self._wait(work)
         except RuntimeError as error:
             raise self._lost(error) from error
         self.sent = on_device if on_device.numel() <= _MAX_KEPT else None
@@ -99,6 +120,37 @@ class ProcessGroupComm:
             f"an all-reduce over {rank_list(self.ranks)} failed: {error!s:.300} A rank has ended, or has "
             "left out this call, or has made another one. Make the same calls on every rank."
         )
+
+    def _wait(self, work: dist.Work) -> None:
+        """Wait for an all-reduce. After a while, log which ranks have not entered it."""
+        if self._log_after is None:
+            work.wait()
+            return
+        if self._has_ended(work, self._log_after):
+            return
+        store = PrefixStore(f"distclip/waiting/{self.group.group_name}/{self._calls[0]}", _default_store())
+        store.set(str(self.ranks[self.rank]), "")
+        # One rank logs, once the others have had the time to write that they wait as well.
+        if store.add("num_waiting", 1) == 1 and not self._has_ended(work, _GRACE):
+            missing = [rank for rank in self.ranks if not store.check([str(rank)])]
+            if missing:
+                _log.warning(
+                    "still waiting: %d of %d ranks (%s) have not entered the same all-reduce. They have ended, are "
+                    "stopped or slow, or have left out this call. Look at the log of the first of them.",
+                    *(len(missing), self.size, rank_list(missing)),
+                )
+        work.wait()
+
+    def _has_ended(self, work: dist.Work, seconds: float) -> bool:
+        """Wait for an all-reduce for some time, and return whether it has ended."""
+        try:
+            work.wait(timedelta(seconds=min(seconds, 1e6)))
+        except RuntimeError:
+            # Either the time has passed, or the all-reduce has failed.
+            if work.is_completed():
+                raise
+            return False
+        return True
 
 
 @atexit.register
@@ -117,6 +169,10 @@ def await_gloo() -> None:
             time.sleep(_PATIENCE / 5)
         while comm.sent is not None and comm.sent._use_count() > 1 and time.monotonic() < end:  # type: ignore[attr-defined]
             time.sleep(0.001)
+
+
+def _default_store() -> Store:
+    return distributed_c10d._get_default_store()
 
 
 def group_of_name(name: str) -> dist.ProcessGroup:

@@ -26,6 +26,7 @@ from distclip.bench.competitors import Competitor
 from distclip.bench.gpu_model import GPUS, WORKS, model_rows, seconds_by_unit
 from distclip.bench.race import Options
 from distclip.bench.results import Outcome, Standing, merge
+from distclip.bench.scale import SCALE
 from distclip.bench.table import Terminal, amount, markdown
 from distclip.bench.timing import WARM_UP, Sample, median_ratio, median_seconds, time_interleaved
 
@@ -184,7 +185,7 @@ def test_without_rich(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert listed == list(CASES)
+    assert listed == [*CASES, *SCALE]
     assert set(DEFAULT) <= set(CASES)
 
 
