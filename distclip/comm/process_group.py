@@ -64,8 +64,8 @@ class ProcessGroupComm:
         # What the last collective has sent, which threads of gloo may still hold. None after a gather of objects.
         self.sent: Tensor | None = None
         self._calls = _num_calls.setdefault(group.group_name, [0])
-        # An accelerator's host does not wait in an all-reduce, and torch's own watchdog reports there. Other backends for
-        # the CPU do not wait for a limited time.
+        # An accelerator's host does not wait in an all-reduce, and torch's own watchdog reports there. Backends for the
+        # CPU other than gloo cannot wait for a limited time.
         is_gloo = self.device.type == "cpu" and "gloo" in dist.get_backend(group)
         self._log_after = float(os.environ.get("DISTCLIP_PATIENCE", _LOG_AFTER)) if is_gloo else None
         _used.add(self)
