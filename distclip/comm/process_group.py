@@ -162,15 +162,13 @@ def await_gloo() -> None:
     A thread that drops a tensor while Python shuts down aborts the process (pytorch #190489). It drops it within
     microseconds after the collective, but a process may end sooner.
     """
-    end = time.monotonic() + _PATIENCE
-    for comm in list(_used):
-        if comm.device.type != "cpu":
-            continue
-        # torch's own tensors of a gather of objects cannot be seen from here.
-        if comm.sent is None and time.monotonic() < end:
-            time.sleep(_PATIENCE / 5)
-        while comm.sent is not None and comm.sent._use_count() > 1 and time.monotonic() < end:  # type: ignore[attr-defined]
+    end, last = time.monotonic() + _PATIENCE, [comm.sent for comm in list(_used) if comm.device.type == "cpu"]
+    for sent in last:
+        while sent is not None and sent._use_count() > 1 and time.monotonic() < end:  # type: ignore[attr-defined]
             time.sleep(0.001)
+    # torch's own tensors of a gather of objects cannot be seen from here.
+    if None in last:
+        time.sleep(_PATIENCE / 5)
 
 
 def _default_store() -> Store:

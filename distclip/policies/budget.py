@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..norms.reduce import Totals
 from ..norms.spec import NormSpec
+from .history import zeros
 from .norm_policy import coefficient
 from .policy import Allocation, State, Verdict
 from .validation import FRACTION, NOT_NEGATIVE, convert_fields, is_count
@@ -62,8 +63,7 @@ class Budget:
 
     def init(self, slots: int, device: torch.device) -> State:
         """Return the state before the first step: no shares."""
-        zeros = torch.zeros(slots, dtype=torch.float64, device=device)
-        return {"shares": zeros, "num_seen": zeros.clone()}
+        return {"shares": zeros(slots, device=device), "num_seen": zeros(slots, device=device)}
 
     def decide(self, totals: Totals, state: State) -> tuple[Verdict, State]:
         """Return the verdict on a step whose norms are all known: that of one bound on the whole gradient.
