@@ -97,7 +97,7 @@ def check_groups(groups: Any) -> dict[str, str]:
     named: dict[Any, Any] = {None: None}
     if isinstance(groups, Mapping):
         named = dict(groups)
-    elif isinstance(groups, Sequence) and not isinstance(groups, str | bytes):
+    elif isinstance(groups, Sequence) and not any(isinstance(one, str | bytes) for one in (groups, *groups)):
         named = name_groups(groups)
     named = {name: pattern if isinstance(pattern, str) else members_of(pattern) for name, pattern in named.items()}
     for name, pattern in named.items():

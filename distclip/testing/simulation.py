@@ -99,7 +99,7 @@ class World:
     (5.0, 5.0)
     >>> run = World(2).fail(rank=1, at="measure").run(train)
     >>> run.errors
-    {0: InjectedFault('rank 1: fault at "measure"'), 1: InjectedFault('fault at "measure"')}
+    {0: PeerError('rank 1 failed with InjectedFault: fault at "measure"'), 1: InjectedFault('fault at "measure"')}
     """
 
     num_ranks: int
