@@ -419,12 +419,8 @@ class Engine:
         and with "zero" those of `measure_all_ranks` again.
         Host syncs: on an accelerator one with `must_read`, unless the rule is "propagate" and the policy never skips.
         """
-        # 0. Host reads that the last step postponed: its errors, counts and warnings are due now, on all ranks.
-        self.deferred.raise_due()
-        errors.add(self._late_errors.error)
-        self._late_errors = FirstError()
-        release(self)
-        before = self.trace()
+        # 0. What the last step postponed is due now, on all ranks.
+        before = self._begin_decision(errors)
         step, rule = self.counter.steps + 1, Skip(expected=True) if expect_overflow else self.rule
 
         # 1.-3. This rank's shards, their power sums, and ONE all-reduce. A step in which a rank fails does not count.
@@ -570,6 +566,18 @@ class Engine:
                     "Pass a function that does not raise.",
                     RuntimeWarning,
                 )
+
+    def _begin_decision(self, errors: FirstError) -> _Trace:
+        """Raise and count what the last step postponed, end the hold on what it skipped, and return the trace.
+
+        Args:
+            errors: of this rank; it gets those that the rank had alone behind its last all-reduce.
+        """
+        self.deferred.raise_due()
+        errors.add(self._late_errors.error)
+        self._late_errors = FirstError()
+        release(self)
+        return self.trace()
 
     @contextmanager
     def _raised_late(self) -> Iterator[None]:

@@ -20,7 +20,7 @@ from torch.distributed import distributed_c10d
 from ..errors import PeerError
 from .ranks import rank_list
 
-__all__ = ["ProcessGroupComm", "group_of_name"]
+__all__ = ["ProcessGroupComm", "group_of_name", "patience"]
 
 _log = logging.getLogger("distclip")
 
@@ -67,7 +67,7 @@ class ProcessGroupComm:
         # An accelerator's host does not wait in an all-reduce, and torch's own watchdog reports there. Backends for the
         # CPU other than gloo cannot wait for a limited time.
         is_gloo = self.device.type == "cpu" and "gloo" in dist.get_backend(group)
-        self._log_after = float(os.environ.get("DISTCLIP_PATIENCE", _LOG_AFTER)) if is_gloo else None
+        self._log_after = patience(_LOG_AFTER) if is_gloo else None
         _used.add(self)
 
     def sum_(self, tensor: Tensor) -> None:
@@ -153,6 +153,14 @@ class ProcessGroupComm:
                 raise
             return False
         return True
+
+
+def patience(default: float) -> float:
+    """Return the seconds after which a waiting rank logs which ranks are missing.
+
+    They are the environment variable DISTCLIP_PATIENCE, or the default.
+    """
+    return float(os.environ.get("DISTCLIP_PATIENCE", default))
 
 
 @atexit.register

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 import uuid
 import zlib
@@ -32,9 +31,10 @@ from typing import Any, Protocol
 
 from ..errors import DisagreementError, from_wire, to_wire
 from .consensus import axes_contradiction, describe_axes
+from .process_group import patience
 from .ranks import Axis, Grid, Ranks, ascending, decode_ranks, digest_of, encode_ranks, grid_of_lines, rank_list
 
-__all__ = ["Clock", "Component", "KeyValueStore", "Known", "Post", "Rendezvous", "derive_component", "patience"]
+__all__ = ["Clock", "Component", "KeyValueStore", "Known", "Post", "Rendezvous", "derive_component"]
 
 _log = logging.getLogger("distclip")
 
@@ -77,14 +77,6 @@ class Clock(Protocol):
     def sleep(self, seconds: float, /) -> None:
         """Wait."""
         ...
-
-
-def patience() -> float:
-    """Return the number of seconds after which a waiting rank logs which ranks are missing.
-
-    It is the environment variable DISTCLIP_PATIENCE, or 20.
-    """
-    return float(os.environ.get("DISTCLIP_PATIENCE", "20"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +170,9 @@ _MAX_INLINE = 120
 
 _FIRST_PAUSE, _MAX_PAUSE = 0.002, 0.25
 """Seconds between two looks at the store. Ranks that run in step find each other within the first."""
+
+_LOG_AFTER = 20.0
+"""Seconds that a rank waits for others before it logs which ranks are missing. DISTCLIP_PATIENCE overrides it."""
 
 _SCAN_AFTER = 1.0
 """Seconds after which the first rank of a round looks for ranks of the component that are not in it."""
@@ -336,7 +331,7 @@ class Rendezvous:
         others = [r for ranks in sorted(post.groups, key=len) for r in ranks] + [*known.ranks]
         others = [r for r in dict.fromkeys(others) if r != self._rank]
         start, pause, begin = self._now(), _FIRST_PAUSE, 0
-        log_at = start + patience()
+        log_at = start + patience(_LOG_AFTER)
         while not self._store.check([f"{base}/result"]):
             now = self._now()
             if now >= deadline:
@@ -418,7 +413,7 @@ class Rendezvous:
     def _follow(self, post: Post, leader: int, deadline: float) -> dict[str, Any]:
         """Wait for the result that the leader publishes."""
         give_up_at, pause, since = deadline + _MARGIN, _FIRST_PAUSE, dict[str, float]()
-        log_at = self._now() + patience()
+        log_at = self._now() + patience(_LOG_AFTER)
         while not self._store.check([post.token]):
             now, place = self._now(), self._place(leader)
             if place.found is not None and leader != self._rank:
@@ -450,7 +445,7 @@ class Rendezvous:
         own = self._parse(self._encode(post))
         posts, known, expanded = {self._rank: own}, set(post.neighbours), set(own.groups)
         missing, begin, width = sorted(known - posts.keys()), 0, _WINDOW
-        pause, since, log_at = _FIRST_PAUSE / 10, dict[str, float](), self._now() + patience()
+        pause, since, log_at = _FIRST_PAUSE / 10, dict[str, float](), self._now() + patience(_LOG_AFTER)
         while missing:
             if missing[0] < self._rank:
                 return missing[0]

@@ -11,7 +11,7 @@ import re
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .. import devices
 from ..comm.postings import Posting, posting_of
@@ -51,17 +51,7 @@ def compare_tensors(function: str, table: ShardTable, *, may_call_alone: bool = 
 
     Collectives: none. Host syncs: none.
     """
-    try:
-        posting = posting_of(f"{function} of plain tensors")
-        if posting is None or posting.is_settled:
-            return True
-        text = _compare_tensors(posting, table, may_call_alone)
-    except Exception:
-        # The store may be gone, or refuse. The call itself does not need it.
-        return True
-    if text is not None:
-        warn_user(text, ReplicaWarning)
-    return posting.is_settled
+    return _compare(f"{function} of plain tensors", lambda posting: _compare_tensors(posting, table, may_call_alone))
 
 
 def _compare_tensors(posting: Posting, table: ShardTable, may_call_alone: bool) -> str | None:
@@ -119,16 +109,7 @@ def compare_ddp_gradients(function: str, table: ShardTable, gradients: Shards) -
     """
     if devices.is_capturing():
         return False
-    try:
-        posting = posting_of(f"{function} of gradients of DDP")
-        if posting is None or posting.is_settled:
-            return True
-        text = _compare_gradients(posting, table, gradients)
-    except Exception:
-        return True
-    if text is not None:
-        warn_user(text, ReplicaWarning)
-    return posting.is_settled
+    return _compare(f"{function} of gradients of DDP", lambda posting: _compare_gradients(posting, table, gradients))
 
 
 def _compare_gradients(posting: Posting, table: ShardTable, gradients: Shards) -> str | None:
@@ -166,6 +147,29 @@ def _compare_gradients(posting: Posting, table: ShardTable, gradients: Shards) -
     text = f"first call of a function under DDP: {describe_differences(differences)} {differences[0].cause}"
     posting.settle_different(text)
     return text
+
+
+def _compare(name: str, difference: Callable[[Posting], str | None]) -> bool:
+    """Compare with other ranks by their postings of a name, and warn if this rank differs.
+
+    Args:
+        name: of the postings.
+        difference: returns how this rank differs from the first one that posted, or None.
+
+    Returns:
+        Whether nothing is left to compare in later calls.
+    """
+    try:
+        posting = posting_of(name)
+        if posting is None or posting.is_settled:
+            return True
+        text = difference(posting)
+    except Exception:
+        # The store may be gone, or refuse. The call itself does not need it.
+        return True
+    if text is not None:
+        warn_user(text, ReplicaWarning)
+    return posting.is_settled
 
 
 def _describe(gradients: Shards, records: Sequence[tuple[int, float]], ranks: Ranks) -> list[ReplicaInfo]:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ..apply.grad_scaler import enabled, parameters_of
 from ..apply.optimizers import as_list
-from ..apply.step_gate import hold_still, release
+from ..apply.step_gate import hold_still
 from ..comm.consensus import FirstError
 from ..devices import Fact, as_fact, outside_fake_mode
 from ..engine import Engine
@@ -113,11 +113,7 @@ class IsolatedEngine(Engine):
 
         Collectives: those of `Engine.decide`. Host syncs: on an accelerator one.
         """
-        self.deferred.raise_due()
-        errors.add(self._late_errors.error)
-        self._late_errors = FirstError()
-        release(self)
-        before = self.trace()
+        before = self._begin_decision(errors)
         step = self.counter.steps + 1
         shards, partials, measured, totals = self._measure_all(errors, loss_scale, function)
         self.counter.steps = step

@@ -29,6 +29,9 @@ TAIL = 0.05
 MAX_TAIL = 200
 """Maximum number of steps of the loss at the end."""
 
+MAX_WINDOWS = 5000
+"""Number of windows beyond which running medians are computed for some windows only."""
+
 NUM_ERRORS = 3.0
 """A difference of two losses counts if it exceeds this number of standard errors."""
 
@@ -132,9 +135,15 @@ class _Losses:
 
     @cached_property
     def smooth(self) -> Numbers:
-        """Running medians, (n - width + 1,)."""
-        smooth: Numbers = np.median(sliding_window_view(self.values, min(self.width, len(self.values))), axis=1)
+        """Running medians of every `stride`-th window."""
+        windows = sliding_window_view(self.values, min(self.width, len(self.values)))
+        smooth: Numbers = np.median(windows[:: self.stride], axis=1)
         return smooth
+
+    @property
+    def stride(self) -> int:
+        """Distance of the windows of `smooth`. They overlap in any case in a run of up to a million steps."""
+        return max(1, len(self.values) // MAX_WINDOWS)
 
     @cached_property
     def best(self) -> float:
@@ -162,7 +171,7 @@ class _Losses:
         if not lost.any():
             return None
         worst = int(np.where(lost, self.smooth, -np.inf).argmax())
-        return int(self.steps[worst + self.width // 2]), float(self.smooth[worst])
+        return int(self.steps[worst * self.stride + self.width // 2]), float(self.smooth[worst])
 
 
 def _find_nonfinite_end(log: Log) -> str | None:

@@ -63,6 +63,13 @@ class Context:
         """Verdict on the end of the run."""
         return find_outcome(self.log)
 
+    @property
+    def is_fp16(self) -> bool:
+        """True if the run computed in float16."""
+        precision = str(self.log.header.get("precision", "")).lower()
+        # Without a stated precision, a loss scale indicates fp16.
+        return "scale" in self.log.columns if not precision else "bf" not in precision and "16" in precision
+
     @cached_property
     def regimes(self) -> Regimes:
         """Levels of the norms."""

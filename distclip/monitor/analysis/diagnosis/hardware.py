@@ -61,10 +61,7 @@ def check_hardware(context: Context) -> Iterator[Finding]:
             'code. Compare the ranks\' weights, and use replicas="repair" to train on.',
         )
         return
-    if (
-        "16" in str(log.header.get("precision", "")).replace("bf16", "").replace("bfloat16", "")
-        or "scale" in log.columns
-    ):
+    if context.is_fp16 or "scale" in log.columns:
         return
     events = list(_find_events(context))
     tensors = Counter(name for event in events for name in event.tensors)

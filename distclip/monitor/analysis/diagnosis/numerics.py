@@ -49,14 +49,8 @@ def check_numerics(context: Context) -> Iterator[Finding]:
             f"Non-finite steps: {num_nonfinite:,} of {len(log.steps):,}. None of the {WARNING_STEPS} steps "
             f"before step{'s' * (len(steps) > 1)} {format_list(sorted(steps))} has a norm of at least {SPIKE_FACTOR:g} "
             f"times the norms around it.{culprits}{suffix}",
-            FP16_ADVICE if _is_fp16(log) else GENERAL_ADVICE,
+            FP16_ADVICE if context.is_fp16 else GENERAL_ADVICE,
         )
-
-
-def _is_fp16(log: Log) -> bool:
-    precision = str(log.header.get("precision", "")).lower()
-    # Without a stated precision, a loss scale indicates fp16.
-    return "scale" in log.columns if not precision else "bf" not in precision and "16" in precision
 
 
 def _unexplained_steps(context: Context) -> list[int]:
