@@ -14,9 +14,9 @@ import random
 import sys
 import threading
 import time
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -60,8 +60,10 @@ class Job:
     digests: dict[tuple[int, int], dict[int, tuple[str, float]]] = field(default_factory=lambda: defaultdict(dict))
     """By the number of the quorum, the step and the replica. If all replicas die, the job begins again at step 0."""
     lock: threading.Lock = field(default_factory=threading.Lock)
-    at_end: set[int] = field(default_factory=set)
-    last_step: int | None = None
+    steps_after: Counter[int] = field(default_factory=Counter)
+    """By the replica: steps that it has committed since its start and since the last fault."""
+    over: threading.Event = field(default_factory=threading.Event)
+    error: BaseException | None = None
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -75,19 +77,15 @@ class Job:
             self.faults[fault] += 1
             return fault
 
-    def is_over(self, step: int, replica: int) -> bool:
-        """Return whether a replica must end, which all of them do after the same step."""
-        with self.lock:
-            if self.last_step is None and sum(self.faults.values()) == self.num_faults:
-                # Those that were killed last come back first.
-                self.at_end.add(replica)
-                if len(self.at_end) == NUM_REPLICAS:
-                    self.last_step = step + 3
-            return self.last_step is not None and step >= self.last_step
-
     def record(self, quorum: int, step: int, replica: int, digest: str, coef: float) -> None:
+        """Record what a replica has after a step, and end the job three steps of all replicas after the last fault."""
         with self.lock:
             self.digests[quorum, step][replica] = digest, coef
+            if sum(self.faults.values()) == self.num_faults:
+                self.steps_after[replica] += 1
+                # Nobody ends before all have come this far: those who are left would wait for a quorum.
+                if len(self.steps_after) == NUM_REPLICAS and min(self.steps_after.values()) >= 3:
+                    self.over.set()
 
     def differences(self) -> list[str]:
         """Return the steps after which replicas differed."""
@@ -144,8 +142,8 @@ def train(job: Job, replica: int, attempt: int, lighthouse: str) -> None:
         else:
             attachment = job.attach(optimizer, job.policy(), model)
         generator = torch.Generator().manual_seed(1000 * replica + attempt)
-        while not job.is_over(step := manager.current_step(), replica):
-            fault = job.draw(step)
+        while not job.over.is_set():
+            fault = job.draw(manager.current_step())
             optimizer.zero_grad()
             if fault == "killed before backward":
                 raise KilledError
@@ -180,17 +178,8 @@ def _kill(*_: Any) -> None:
     raise KilledError
 
 
-def is_killed(function: Callable[..., None], *args: Any) -> bool:
-    """Call a function, and return whether its replica was killed."""
-    try:
-        function(*args)
-    except KilledError:
-        return True
-    return False
-
-
 def run(job: Job) -> None:
-    """Train all replicas, and start each again that is killed."""
+    """Train all replicas until the job is over, and start each again that is killed or that its peers kept waiting."""
     from torchft._torchft import LighthouseServer
 
     lighthouse = LighthouseServer(
@@ -198,20 +187,29 @@ def run(job: Job) -> None:
     )
     address = lighthouse.address()
 
-    def keep_alive(replica: int) -> None:
-        for attempt in range(10_000):
-            if is_killed(train, job, replica, attempt, address):
-                with job.lock:
-                    job.at_end.discard(replica)
-            else:
-                return
+    def must_restart(replica: int, attempt: int) -> bool:
+        try:
+            train(job, replica, attempt, address)
+        except (KilledError, TimeoutError):
+            with job.lock:
+                job.steps_after.pop(replica, None)
+            return True
+        except BaseException as error:
+            job.error = error
+            job.over.set()
+        return False
 
-    try:
-        with ThreadPoolExecutor(NUM_REPLICAS) as pool:
-            for future in [pool.submit(keep_alive, replica) for replica in range(NUM_REPLICAS)]:
-                future.result()
-    finally:
-        lighthouse.shutdown()
+    def keep_alive(replica: int) -> None:
+        attempt = 0
+        while must_restart(replica, attempt):
+            attempt += 1
+
+    for replica in range(NUM_REPLICAS):
+        # Threads of replicas may wait for a quorum that never comes, and must not keep the process alive.
+        threading.Thread(target=keep_alive, args=(replica,), daemon=True).start()
+    job.over.wait()
+    if job.error is not None:
+        raise job.error
 
 
 def main() -> None:
@@ -222,7 +220,12 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
     begin, job = time.monotonic(), Job(options.faults, options.seed)
-    run(job)
+    try:
+        run(job)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    job.lock.acquire()  # Replicas may still be in a step.
     sizes = Counter(len(by_replica) for by_replica in job.digests.values())
     print(f"{sum(job.faults.values())} faults in {time.monotonic() - begin:.0f} s: {dict(job.faults)}")
     print(f"{len(job.digests)} committed steps, by number of replicas: {dict(sorted(sizes.items()))}")
