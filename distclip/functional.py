@@ -89,9 +89,10 @@ def clip_grad_norm_(
         LayoutError: parameters of unknown layout (bare FSDP1 parameters).
         DisagreementError: ranks passed different arguments, or call different functions.
         NonFiniteError: see `error_if_nonfinite`.
-        Every rank that takes part raises the error, before any gradient changes. On an accelerator whose host does not
-        wait for the other ranks (see host syncs), the failed rank raises it, and the others leave their gradients
-        unchanged (and raise PeerError with `error_if_nonfinite`).
+
+    Every rank that takes part raises the error, before any gradient changes. On an accelerator whose host does not wait
+    for the other ranks (see host syncs), the failed rank raises it, and the others leave their gradients unchanged (and
+    raise PeerError with `error_if_nonfinite`).
 
     Collectives: one all-reduce of a few float64 numbers over all ranks concerned, for any number of meshes, and another
     one for p = ±inf. None if nothing is sharded (one process, DDP). More only if a gradient is partial, see

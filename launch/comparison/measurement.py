@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import multiprocessing as mp
 import re
@@ -22,11 +23,12 @@ from torch.distributed.tensor import DTensor
 
 import distclip
 
+from .framework import clip_as_frameworks_do
 from .layouts import CASES, LayoutCase, LocalParameters
 
 MAX_NORM = 1.0
 TOLERANCE = 1e-6
-LIBRARIES = ("distclip", "torch")
+LIBRARIES = ("distclip", "torch", "framework")
 HANG_TIMEOUT = 5.0
 """Seconds that the other ranks may need after the first one has finished a call. A rank that needs more hangs."""
 PRELOAD = ["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "rich.table", "distclip"]
@@ -71,6 +73,7 @@ class Row:
     layout: str
     truth: float
     torch: Result
+    framework: Result
     distclip: Result
 
 
@@ -79,8 +82,17 @@ def measure(index: int) -> Row:
     case = CASES[index]
     elements = torch.cat([grad.double().flatten() for grad in case.gradient().values()])
     truth = float(torch.linalg.vector_norm(elements, case.norm_type))
-    with start_ranks(index) as connections:
-        results = {library: combine(receive_all(connections), truth) for library in LIBRARIES}
+    results: dict[str, Result] = {}
+    while len(results) < len(LIBRARIES):
+        remaining = [library for library in LIBRARIES if library not in results]
+        with start_ranks(index) as connections:
+            for library in remaining:
+                for connection in connections:
+                    connection.send(library)
+                results[library] = combine(received := receive_all(connections), truth)
+                # Ranks that hang cannot make another call.
+                if None in received:
+                    break
     return Row(case.name, truth, **results)
 
 
@@ -122,19 +134,20 @@ def format_range(values: list[float], digits: int = 6) -> str:
 
 
 def run_rank(index: int, rank: int, folder: str, connection: Connection) -> None:
-    """Clip with each library and send the results. This is the main function of a rank."""
+    """Clip with each library that the parent names. This is the main function of a rank."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    # DTensor warns if a norm is reduced over two axes of a mesh.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     world_size = CASES[index].num_ranks
     if world_size > 1:
         # The timeout ends ranks whose parent has died.
         rendezvous, timeout = f"file://{folder}/store", timedelta(seconds=60)
         dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size, timeout=timeout)
-    for library in LIBRARIES:
-        connection.send(clip(CASES[index], library))
-    # Wait until the parent kills the rank. A rank that exits could fail a collective of another one.
-    connection.recv()
+    # The parent kills the rank. A rank that exits could fail a collective of another one.
+    while True:
+        connection.send(clip(CASES[index], connection.recv()))
 
 
 def clip(case: LayoutCase, library: str) -> RankResult:
@@ -158,6 +171,8 @@ def call(library: str, local: LocalParameters, norm_type: float) -> Tensor:
     """Call clip_grad_norm_ of a library."""
     if library == "torch":
         return torch.nn.utils.clip_grad_norm_(local.parameters, MAX_NORM, norm_type)
+    if library == "framework":
+        return clip_as_frameworks_do(local, MAX_NORM, norm_type)
     parameters = local.module or local.parameters
     return distclip.clip_grad_norm_(parameters, MAX_NORM, norm_type, split_over=local.split_over)
 

@@ -8,24 +8,25 @@ from rich.text import Text
 
 from .measurement import Row
 
-HEADER = ["layout", "truth (fp64)", "torch reports", "distclip reports", "gradients after torch"]
+HEADER = ["layout", "truth (fp64)", "torch reports", "frameworks report", "distclip reports", "gradients after torch"]
 NOTE = (
     "Four gloo ranks, max_norm=1, every norm read with float(). Under FSDP1, torch gets model.parameters() and "
-    "distclip gets the wrapped module. The last column divides torch's clipped gradients by the correct ones. Within "
+    "distclip gets the wrapped module. Frameworks: FSDP1's own method, otherwise the sum over meshes and stages that "
+    "torchtitan makes. The last column divides torch's clipped gradients by the correct ones. Within "
     "1 % counts as right."
 )
 
 
 def cells(row: Row) -> list[tuple[str, bool]]:
     """Return the text of each cell, and whether its number is wrong."""
-    results = [(result.text, not result.right) for result in (row.torch, row.distclip)]
+    results = [(result.text, not result.right) for result in (row.torch, row.framework, row.distclip)]
     return [(row.layout, False), (f"{row.truth:.6g}", False), *results, (row.torch.gradients, False)]
 
 
 def to_markdown(rows: list[Row]) -> str:
     """Format the table as Markdown. Wrong numbers are bold."""
     lines = [[f"**{text}**" if wrong else text for text, wrong in cells(row)] for row in rows]
-    head = [HEADER, ["---", "--:", "--:", "--:", "---"]]
+    head = [HEADER, ["---", "--:", "--:", "--:", "--:", "---"]]
     return "\n".join([*(f"| {' | '.join(line)} |" for line in head + lines), "", NOTE])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,12 +19,13 @@ import pytest
 import torch.distributed as dist
 from _pytest.mark import ParameterSet
 
+from distclip import NonFiniteWarning
 from tests.commands import output
 from tests.conftest import ROOT
 from tests.ranks import World
 
 README = ROOT / "README.md"
-PAGES = [README, ROOT / ".github" / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, ROOT / ".github" / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCED = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 # Without this line DeepSpeed compiles an operator for shared memory, which takes half a minute.
 DEEPSPEED_PREAMBLE = 'import deepspeed.ops\n\ndeepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False\n'
@@ -41,12 +43,17 @@ def imported_packages(code: str) -> set[str]:
 
 
 def blocks() -> Iterator[ParameterSet]:
-    """Yield (code, number of ranks) of each Python block in the pages and in the integrations' module docstrings."""
+    """Yield (code, number of ranks, files) of each Python block in the pages and in the integrations' docstrings.
+
+    The files are the blocks of the page that have a name, as {name: text}.
+    """
     for page in PAGES:
-        for i, (language, more, code) in enumerate(FENCED.findall(page.read_text(encoding="utf-8"))):
+        fenced = FENCED.findall(page.read_text(encoding="utf-8"))
+        files = {name[1]: code for _, more, code in fenced if (name := re.search(r"file=(\S+)", more))}
+        for i, (language, more, code) in enumerate(fenced):
             if language == "python":
                 ranks = re.search(r"ranks=(\d+)", more)
-                yield pytest.param(code, int(ranks[1]) if ranks else 1, id=f"{page.stem}-{i}")
+                yield pytest.param(code, int(ranks[1]) if ranks else 1, files, id=f"{page.stem}-{i}")
     for module in sorted((ROOT / "distclip" / "integrations").rglob("*.py")):
         text = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
         for i, block in enumerate(re.findall(r"::\n\n((?:    .*\n|\n)+)", text + "\n")):
@@ -54,11 +61,11 @@ def blocks() -> Iterator[ParameterSet]:
             name = module.relative_to(ROOT / "distclip" / "integrations").with_suffix("")
             # Megatron trains on GPUs only, and DeepSpeed needs a launcher.
             if name.parts[0] != "megatron":
-                yield pytest.param(code, 1 + ("deepspeed" in imported_packages(code)), id=f"{name}-{i}")
+                yield pytest.param(code, 1 + ("deepspeed" in imported_packages(code)), {}, id=f"{name}-{i}")
 
 
-def run_on_rank(code: str) -> None:
-    """Run code on a rank of an initialized world.
+def run_on_rank(code: str, folder: str) -> None:
+    """Run code on a rank of an initialized world, in a folder.
 
     torch 2.13 sometimes aborts when a gloo process ends soon after a collective.
     """
@@ -67,17 +74,28 @@ def run_on_rank(code: str) -> None:
             warnings.simplefilter("ignore")
         for name in ("init_process_group", "destroy_process_group"):
             stack.enter_context(mock.patch.object(dist, name))
+        # Later blocks run in the same process.
+        stack.callback(os.chdir, Path.cwd())
+        os.chdir(folder)
+        # A block that shows a warning lets it pass.
+        warnings.simplefilter("ignore", NonFiniteWarning)
         exec(code, {"__name__": "__main__"})
 
 
-@pytest.mark.parametrize(("code", "size"), list(blocks()))
-def test_python_runs(code: str, size: int, ranks: Callable[[int], World], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("code", "size", "files"), list(blocks()))
+def test_python_runs(
+    code: str, size: int, files: dict[str, str], ranks: Callable[[int], World], tmp_path: Path
+) -> None:
     packages = imported_packages(code)
     if missing := sorted(name for name in packages if find_spec(name) is None):
         pytest.skip(f"not installed: {', '.join(missing)}")
-    if size > 1:
-        ranks(size).run(run_on_rank, code=DEEPSPEED_PREAMBLE * ("deepspeed" in packages) + code)
+    if size > 1 or (packages <= {"torch", "distclip", *sys.stdlib_module_names} and "torch.distributed" not in code):
+        # A rank has imported torch already.
+        code = DEEPSPEED_PREAMBLE * ("deepspeed" in packages) + code
+        ranks(size).run(run_on_rank, code=code, folder=str(tmp_path))
         return
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
     script = tmp_path / "block.py"
     script.write_text(code, encoding="utf-8")
     # Frameworks emit warnings that we do not control.
@@ -98,6 +116,30 @@ def test_named_paths_exist(page: Path) -> None:
     assert missing == []
 
 
+def repository() -> str:
+    """Return the address of the repository, from the metadata of the package."""
+    # Python 3.10 has no tomllib.
+    found = re.search(r'^Repository = "(.+)"$', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+def test_links_of_the_readme_work_on_pypi() -> None:
+    """Every link is absolute, names a file of the repository, and is used."""
+    text = README.read_text(encoding="utf-8")
+    patterns = (r"^\[[^]]+\]: (\S+)$", r"\]\(([^)]+)\)", r'(?:src|srcset)="([^"]+)"')
+    links = [link for pattern in patterns for link in re.findall(pattern, text, flags=re.MULTILINE)]
+    raw = repository().replace("github.com", "raw.githubusercontent.com")
+    assert links
+    for link in links:
+        path = re.match(rf"(?:{repository()}/blob|{raw})/main/([^#]+)", link)
+        assert path is not None, link
+        assert (ROOT / path[1]).exists(), link
+    named = set(re.findall(r"^\[([^]]+)\]:", text, flags=re.MULTILINE))
+    used = {(second or first).lower() for first, second in re.findall(r"\[([^]]+)\]\[([^]]*)\]", text)}
+    assert named == used
+
+
 def test_readme_shows_the_two_commands() -> None:
     commands = "".join(code for language, _, code in FENCED.findall(README.read_text()) if language == "bash")
     assert "bash launch/run.sh" in commands
@@ -105,4 +147,29 @@ def test_readme_shows_the_two_commands() -> None:
 
 
 def test_readme_is_short() -> None:
-    assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_table_of_the_readme_is_part_of_the_whole_table() -> None:
+    """The README rounds no number of docs/wrong-norms.md, which is checked against what `launch/truth.py` prints."""
+    whole = {row[0]: row[1:] for row in rows_of(ROOT / "docs" / "wrong-norms.md")}
+    shown = [row for row in rows_of(README) if row[0] in whole]
+    assert len(shown) == 6
+    for layout, *cells in shown:
+        for cell, complete in zip(cells, whole[layout], strict=False):
+            assert complete.startswith(cell), layout
+
+
+def rows_of(page: Path) -> list[list[str]]:
+    """Return the cells of every row of the tables of a page, without bold type."""
+    lines = page.read_text(encoding="utf-8").replace("**", "").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return [row for row in rows if row[0] not in ("layout", "---")]
+
+
+def test_site_builds_without_a_warning() -> None:
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    environ = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(["bash", "docs/build.sh"], cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

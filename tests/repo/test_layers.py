@@ -27,9 +27,9 @@ ROWS = [
 LAUNCH_STAGES = [
     ["job.slurm"],
     ["job.processes", "job.elastic", "job.untrusted", "comparison.layouts"],
-    ["job.devices", "job.data", "comparison.measurement"],
-    ["job.models", "job.mesh", "comparison.table"],
-    ["job.inject", "job.checkpoint", "job.probes"],
+    ["job.devices", "job.data", "comparison.framework"],
+    ["job.models", "job.mesh", "comparison.measurement"],
+    ["job.inject", "job.checkpoint", "job.probes", "comparison.table"],
     ["job.parallel", "job.log", "job.replay"],
     ["job.config", "job.table"],
     ["job.run", "job.terminal"],

@@ -30,8 +30,7 @@ def get_grad_norm_fp32(
     Returns:
         The norm, the same on every rank of the group.
 
-    Raises:
-        See `distclip.clip_grad_norm_`. Raised on every rank of the group.
+    Raises: see `distclip.clip_grad_norm_`, on every rank of the group.
 
     Collectives: one all-reduce of a few float64 numbers over the group and the meshes of DTensors together. The first
     call with a group exchanges the ranks of the group through the store of torch.distributed. Host syncs: one.
