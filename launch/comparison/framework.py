@@ -14,9 +14,10 @@ from .layouts import LocalParameters
 
 
 def clip_as_frameworks_do(local: LocalParameters, max_norm: float, norm_type: float) -> Tensor:
-    """Clip by FSDP1's method where there is one, and otherwise as `torchtitan.distributed.utils.clip_grad_norm_` does.
+    """Clip by FSDP1's method, or in other layouts as torchtitan does.
 
-    torchtitan computes the norm of the experts and of the other parameters separately, and adds the stages by hand.
+    `torchtitan.distributed.utils.clip_grad_norm_` computes the norm of the experts and of the other parameters
+    separately, and adds the stages by hand.
     """
     if isinstance(local.module, FullyShardedDataParallel):
         return local.module.clip_grad_norm_(max_norm, norm_type)

@@ -83,7 +83,7 @@ class Job:
             self.digests[quorum, step][replica] = digest, coef
             if sum(self.faults.values()) == self.num_faults:
                 self.steps_after[replica] += 1
-                # Nobody ends before all have come this far: those who are left would wait for a quorum.
+                # No replica ends before all have come this far. Those that are left would wait for a quorum.
                 if len(self.steps_after) == NUM_REPLICAS and min(self.steps_after.values()) >= 3:
                     self.over.set()
 
