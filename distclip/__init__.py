@@ -41,64 +41,34 @@ Glossary:
 - A trailing underscore marks a function that changes its argument.
 """
 
-from . import policies
-from . import recipes as recipes  # a module, and so not in __all__
-from ._version import __version__
-from .auditing import audit
-from .clipper import GradClipper
-from .comm import Comm, LocalComm, ProcessGroupComm
-from .errors import (
-    ArgumentError,
-    DisagreementError,
-    DistclipError,
-    ExplodedWarmupWarning,
-    FrequentClippingWarning,
-    LayoutError,
-    NonFiniteError,
-    NonFiniteWarning,
-    PeerError,
-    ReplicaError,
-    ReplicaWarning,
-    TooManySkippedSteps,
-    UnclippedStepWarning,
-)
-from .functional import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
-from .nonfinite import Culprit, Incident
-from .outcome import Report
-from .policies import *  # noqa: F403
-from .replicas import ReplicaDifference, ReplicaIncident
-from .sharding import annotate_
+import importlib.util
+import typing
 
-__all__ = [
-    "ArgumentError",
-    "Comm",
-    "Culprit",
-    "DisagreementError",
-    "DistclipError",
-    "ExplodedWarmupWarning",
-    "FrequentClippingWarning",
-    "GradClipper",
-    "Incident",
-    "LayoutError",
-    "LocalComm",
-    "NonFiniteError",
-    "NonFiniteWarning",
-    "PeerError",
-    "ProcessGroupComm",
-    "ReplicaDifference",
-    "ReplicaError",
-    "ReplicaIncident",
-    "ReplicaWarning",
-    "Report",
-    "TooManySkippedSteps",
-    "UnclippedStepWarning",
-    "__version__",
-    "annotate_",
-    "audit",
-    "clip_grad_norm_",
-    "clip_grad_value_",
-    "clip_grads_with_norm_",
-    "get_total_norm",
-]
-# A new policy is exported in distclip.policies only.
-__all__ += policies.__all__
+from ._version import __version__ as __version__
+
+if typing.TYPE_CHECKING:
+    from ._public import *  # noqa: F403
+    from ._public import __all__ as __all__
+    from ._public import recipes as recipes  # a module, and so not in __all__
+    from .policies import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> typing.Any:
+        """Import torch and the public names at the first use of one.
+
+        The command `distclip` needs neither, and starts at once.
+        """
+        module = f"{__name__}.{name}"
+        # An import system asks for a submodule in this way, possibly in the middle of the import of another one.
+        if name != "__all__" and importlib.util.find_spec(module) is not None:
+            return importlib.import_module(module)
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        public = importlib.import_module("._public", __name__)
+        globals().update({each: vars(public)[each] for each in public.__all__}, __all__=public.__all__)
+        if name not in globals():
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return globals()[name]
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__")})

@@ -27,9 +27,9 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-
-import torch
 
 __all__ = [
     "ArgumentError",
@@ -117,8 +117,11 @@ class UnclippedStepWarning(UserWarning):
     """Parameters move by gradients that the clipper has not clipped."""
 
 
-_LIBRARIES = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
-"""Folders whose lines a warning does not point to: those of distclip and torch."""
+@cache
+def _libraries() -> tuple[str, ...]:
+    """Return the folders whose lines a warning does not point to: those of distclip and torch."""
+    torch = find_spec("torch")  # without importing it, because the command of distclip does not need it
+    return tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch and torch.origin) if file)
 
 
 def warn_user(message: str, category: type[Warning]) -> None:
@@ -130,7 +133,7 @@ def warn_user(message: str, category: type[Warning]) -> None:
     """
     # The number of frames in between varies: decorators of torch, hooks of optimizers, our own modules.
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_libraries()):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level + 1)
 

@@ -42,9 +42,9 @@ _PRELOAD = [
     "torch.distributed.pipelining",
     "torch.distributed.tensor.parallel",
     "torch.distributed.tensor.debug",
-    "distclip",
+    "distclip._public",
     # Jobs of tests/launch start from the same server.
-    "distclip.monitor",
+    "distclip.monitor.recorder",
     "hydra",
     "rich.progress",
     "sklearn.datasets",

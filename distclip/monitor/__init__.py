@@ -1,13 +1,36 @@
 """Record the decisions of a clipper at every step, for people to look at.
 
 `Recorder` writes one line per step and passes the numbers to sinks: `tensorboard`, `wandb`, `mlflow`, `trackio`, or any
-function of a dictionary and a step. `UpdateRatio` measures how far a step moves the parameters. Both need only torch.
+function of a dictionary and a step. `Webhook` posts alerts. `UpdateRatio` measures how far a step moves the parameters.
+They need only torch.
 `analysis` draws conclusions from the lines of a run. `dashboard` and the command `distclip` (`report`, `suggest`,
-`diagnose`, `blame`) show them. These need `distclip[report]`.
+`diagnose`, `blame`) show them. These need `distclip[report]`, and do not import torch.
 """
 
-from .recorder import Recorder
-from .sinks import Sink, mlflow, tensorboard, trackio, wandb
-from .update_ratio import UpdateRatio
+from __future__ import annotations
 
-__all__ = ["Recorder", "Sink", "UpdateRatio", "mlflow", "tensorboard", "trackio", "wandb"]
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .alerts import Webhook
+    from .recorder import Recorder
+    from .sinks import Sink, mlflow, tensorboard, trackio, wandb
+    from .update_ratio import UpdateRatio
+
+__all__ = ["Recorder", "Sink", "UpdateRatio", "Webhook", "mlflow", "tensorboard", "trackio", "wandb"]
+
+_MODULES = {"Webhook": "alerts", "Recorder": "recorder", "UpdateRatio": "update_ratio"}
+"""Modules of public names, imported at the first use because they need torch.
+
+All other names are in `sinks`.
+"""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = vars(import_module(f".{_MODULES.get(name, 'sinks')}", __name__))[name]
+    globals()[name] = value
+    return value

@@ -6,35 +6,74 @@ import argparse
 import os
 import sys
 import warnings
+import webbrowser
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..errors import printable
 
 if TYPE_CHECKING:
     from .analysis.log import Log
-    from .terminal import Terminal
 
 __all__ = ["main"]
 
-EXTRA_PACKAGES = {"numpy", "rich", "plotly", "matplotlib", "jinja2"}
+EXTRA_PACKAGES = {"numpy", "rich", "plotly", "matplotlib", "jinja2", "shtab"}
 """Packages that `distclip[report]` installs."""
+
+DIVERGED, FOUND = 3, 4
+"""Exit statuses of `--check`.
+
+The first means that a run diverged, the second that none did, and that one recovered or has a finding."""
+
+EXAMPLES = {
+    "": """\
+  distclip report runs/first --open             one page with all charts, in the browser
+  distclip suggest runs/first                   a bound for the next run
+  distclip diagnose runs --check                problems of all runs below a directory, for a script
+  distclip blame runs/first --json              the samples behind the spikes, for a program
+  distclip --print-completion bash              completion of commands and options, for the shell to evaluate""",
+    "report": """\
+  distclip report runs                          compare all runs below a directory
+  distclip report runs/a runs/b --out ab.html   two runs on a page of another name
+  distclip report runs/first --open --png charts
+                                                show the page in the browser, and write charts for a paper""",
+    "suggest": """\
+  distclip suggest runs/first
+  distclip suggest runs/first --batch 512       for a next run with 512 samples per step
+  distclip suggest runs/first --json | jq .runs[0].max_norm""",
+    "diagnose": """\
+  distclip diagnose runs/a runs/b
+  distclip diagnose runs/first --check || mail -s "run in trouble" me@example.org
+  distclip diagnose runs --json | jq '.runs[] | [.name, .outcome.verdict]'""",
+    "blame": """\
+  distclip blame runs/first
+  distclip blame runs/first --json | jq .runs[0].suspects""",
+}
+"""Examples at the end of the help, by command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Run a command. Without arguments, print the help.
 
     Args:
         arguments: of the command line; None for those of the process.
 
     Returns:
-        The exit status: 0; 1 with a line on stderr if a run cannot be analyzed or a package is missing; 130 if the user
-        interrupted it.
+        The exit status: 0; 1 with a line on stderr if a run cannot be analyzed or a package is missing; with `--check`,
+        3 if a run diverged, and otherwise 4 if a run recovered or has a finding; 130 if the user interrupted it.
     """
-    args = _make_parser().parse_args(arguments)
+    parser = _make_parser()
+    args = parser.parse_args(arguments)
     try:
+        if args.print_completion is not None:
+            print(import_module("shtab").complete(parser, args.print_completion), flush=True)
+            return 0
+        if args.command is None:
+            parser.print_help()
+            return 0
         return _run(args)
     except KeyboardInterrupt:
         return 130
@@ -52,24 +91,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     from .analysis.errors import RunError, UnreadableLinesWarning
     from .analysis.log import read_all
-    from .terminal import Terminal
 
-    command: Callable[[argparse.Namespace, list[Log], Terminal], None] = args.function
+    command: Callable[[argparse.Namespace, list[Log]], None] = args.function
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UnreadableLinesWarning)
             logs = read_all(_select_runs(args))
         for warning in caught:
             _fail(args, str(warning.message))
-        command(args, logs, Terminal())
+        command(args, logs)
+        sys.stdout.flush()
+        return _check(logs) if args.check else 0
     except RunError as error:
         return _fail(args, str(error))
     except OSError as error:
         if error.filename is None:
             raise
         return _fail(args, f"{error.filename} cannot be written: {error.strerror}")
-    sys.stdout.flush()
-    return 0
+
+
+def _check(logs: Sequence[Log]) -> int:
+    """Return the exit status for the worst verdict on a run."""
+    from .analysis.diagnosis import diagnose, find_outcome
+
+    verdicts = {find_outcome(log).verdict for log in logs}
+    if "diverged" in verdicts:
+        return DIVERGED
+    return FOUND if "recovered" in verdicts or any(diagnose(log) for log in logs) else 0
 
 
 def _select_runs(args: argparse.Namespace) -> list[Path]:
@@ -82,60 +130,116 @@ def _select_runs(args: argparse.Namespace) -> list[Path]:
     return runs
 
 
-def _report(args: argparse.Namespace, logs: list[Log], terminal: Terminal) -> None:
+def _report(args: argparse.Namespace, logs: list[Log]) -> None:
     from .dashboard import assess, print_summary, write_page, write_pngs
+    from .json_output import describe_diagnosis
+    from .terminal import Terminal
 
     path = args.out
     if path is None:
         directories = [log.path.parent.resolve() for log in logs]
         path = Path(os.path.relpath(os.path.commonpath(directories))) / "report.html"
-    assessments = assess(logs)
-    print_summary(logs, terminal.console, assessments)
+    assessments, terminal = assess(logs), Terminal()
+    if not args.json:
+        print_summary(logs, terminal.console, assessments)
     write_page(logs, path, assessments)
-    terminal.line(f"page: {path}")
-    if args.png is not None:
-        for png in write_pngs(logs, args.png):
+    if not args.json:
+        terminal.line(f"page: {path}")
+    pngs = write_pngs(logs, args.png) if args.png is not None else []
+    if args.json:
+        described = [
+            describe_diagnosis(log, each.outcome, each.findings) for log, each in zip(logs, assessments, strict=True)
+        ]
+        texts = [{"suggestion": each.text} for each in assessments]
+        _print_document(args, [a | b for a, b in zip(described, texts, strict=True)], page=path, pngs=pngs)
+    else:
+        for png in pngs:
             terminal.line(f"png: {png}")
+    if args.open:
+        webbrowser.open(path.resolve().as_uri())
 
 
-def _suggest(args: argparse.Namespace, logs: list[Log], terminal: Terminal) -> None:
+def _suggest(args: argparse.Namespace, logs: list[Log]) -> None:
     from .analysis.suggest import suggest
+    from .json_output import describe_suggestion
+    from .terminal import Terminal
 
     (log,) = logs
-    terminal.suggestion(log, suggest(log, args.batch))
+    suggestion = suggest(log, args.batch)
+    if args.json:
+        _print_document(args, [describe_suggestion(log, suggestion)])
+    else:
+        Terminal().suggestion(log, suggestion)
 
 
-def _diagnose(args: argparse.Namespace, logs: list[Log], terminal: Terminal) -> None:
-    from .analysis.diagnosis import diagnose
+def _diagnose(args: argparse.Namespace, logs: list[Log]) -> None:
+    from .analysis.diagnosis import diagnose, find_outcome
+    from .json_output import describe_diagnosis
+    from .terminal import Terminal
 
-    terminal.diagnosis([(log, diagnose(log)) for log in logs])
+    if args.json:
+        _print_document(args, [describe_diagnosis(log, find_outcome(log), diagnose(log)) for log in logs])
+    else:
+        Terminal().diagnosis([(log, diagnose(log)) for log in logs])
 
 
-def _blame(args: argparse.Namespace, logs: list[Log], terminal: Terminal) -> None:
+def _blame(args: argparse.Namespace, logs: list[Log]) -> None:
     from .analysis.blame import blame
+    from .json_output import describe_blame
+    from .terminal import Terminal
 
     (log,) = logs
-    terminal.blame(log, blame(log))
+    if args.json:
+        _print_document(args, [describe_blame(log, blame(log))])
+    else:
+        Terminal().blame(log, blame(log))
+
+
+def _print_document(args: argparse.Namespace, runs: list[dict[str, Any]], **further: Any) -> None:
+    from .json_output import format_document
+
+    print(format_document(args.command, runs, further))
 
 
 def _fail(args: argparse.Namespace, text: str) -> int:
-    print(f"distclip {args.command}: {printable(text)}", file=sys.stderr)
+    name = "distclip" if args.command is None else f"distclip {args.command}"
+    print(f"{name}: {printable(text)}", file=sys.stderr)
     return 1
 
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="distclip", description="Analyze the gradient norms that distclip.monitor.Recorder wrote."
+        prog="distclip",
+        description="Analyze the gradient norms that distclip.monitor.Recorder wrote.",
+        epilog=_format_examples(""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"distclip {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument(
+        "--print-completion",
+        choices=("bash", "zsh", "tcsh"),
+        help="print a script that completes commands and options in this shell",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def add_command(name: str, function: Callable[..., None], text: str, several: bool) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=_format_examples(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         run = "directory with a metrics.jsonl, or file of JSON lines"
         if several:
             run += ". A directory of runs stands for all of them"
         command.add_argument("runs", nargs="+" if several else 1, type=Path, metavar="RUN", help=run)
+        command.add_argument("--json", action="store_true", help="print one JSON object, see docs/commands.md")
+        command.add_argument(
+            "--check",
+            action="store_true",
+            help=f"exit with {DIVERGED} if a run diverged, and with {FOUND} if one recovered or has a finding",
+        )
         command.set_defaults(function=function, several=several)
         return command
 
@@ -144,11 +248,16 @@ def _make_parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="PATH", help="path of the page (default: report.html in the runs' directory)"
     )
     report.add_argument("--png", type=Path, metavar="DIR", help="also write the charts as PNG files for papers")
+    report.add_argument("--open", action="store_true", help="open the page in the browser")
     suggest = add_command("suggest", _suggest, "suggest a bound from the norms of a run", several=False)
     suggest.add_argument("--batch", type=_positive, metavar="N", help="number of samples per step in the next run")
     add_command("diagnose", _diagnose, "find problems of runs, with evidence and advice", several=True)
     add_command("blame", _blame, "find the samples, ranks and tensors that spikes have in common", several=False)
     return parser
+
+
+def _format_examples(command: str) -> str:
+    return f"examples:\n{EXAMPLES[command]}"
 
 
 def _positive(text: str) -> int:

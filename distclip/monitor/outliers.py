@@ -82,41 +82,47 @@ class RankDetails:
     Args:
         ids: of its samples.
         power: power sum of all gradients on the rank, with the loss scale in it.
-        largest: name and power sum of its largest gradient; None if it has none.
+        largest: name and power sum of its largest gradient; None if it has none. The name is None if gradients were
+            measured together, so that the sum is not that of a single parameter.
     """
 
     ids: tuple[Any, ...]
     power: float
-    largest: tuple[str, float] | None
+    largest: tuple[str | None, float] | None
 
     @classmethod
-    def of(cls, step: Step) -> RankDetails:
-        """Read the details of a step on this rank. Host syncs: one or two per gradient."""
+    def of(cls, step: Step, parameters: Collection[str]) -> RankDetails:
+        """Read the details of a step on this rank. Host syncs: one or two per gradient.
+
+        Args:
+            step: to describe.
+            parameters: names of this rank's parameters.
+        """
         try:
             ids = tuple(step.read_ids())
         except Exception:
             # A noted tensor was freed. The other ranks gather details of this step, and so must this one.
             ids = ()
-        return cls(ids, step.local_power(), step.largest_gradient())
+        largest: tuple[str | None, float] | None = step.largest_gradient()
+        if largest is not None and largest[0] not in parameters:
+            largest = None, largest[1]
+        return cls(ids, step.local_power(), largest)
 
 
-def merge_details(
-    by_rank: Sequence[RankDetails], ranks: Sequence[int], power_sum: Tensor, parameters: Collection[str]
-) -> dict[str, Any]:
+def merge_details(by_rank: Sequence[RankDetails], ranks: Sequence[int], power_sum: Tensor) -> dict[str, Any]:
     """Merge the details of all ranks into fields of a line.
 
     Args:
         by_rank: details of each rank.
         ranks: numbers of the ranks.
         power_sum: 0-d, of the whole gradient.
-        parameters: names of single parameters. Gradients that were measured together have other names.
 
     Returns:
         The fields `ids` and `worst`, as far as they are known.
 
     >>> import torch
     >>> one, two = RankDetails((7,), 1.0, ("weight", 1.0)), RankDetails((7, 8), 3.0, ("bias", 2.0))
-    >>> merge_details([one, two], [4, 6], torch.tensor(4.0), {"weight", "bias"})
+    >>> merge_details([one, two], [4, 6], torch.tensor(4.0))
     {'ids': [7, 8], 'worst': {'rank': 6, 'tensor': 'bias', 'share': 0.5}}
     """
     fields: dict[str, Any] = {}
@@ -132,7 +138,7 @@ def merge_details(
         name, tensor_power = largest
         fields["worst"] = {
             "rank": ranks[worst] if ranks_differ else None,
-            "tensor": name if name in parameters else None,
+            "tensor": name,
             "share": tensor_power / total if total else None,
         }
     return fields

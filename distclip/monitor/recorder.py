@@ -7,7 +7,7 @@ import copy
 import os
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import index
 from pathlib import Path
 from types import TracebackType
@@ -22,13 +22,14 @@ from ..comm.consensus import FirstError, wire_of
 from ..devices import is_capturing
 from ..errors import ArgumentError, DisagreementError, from_wire, warn_user
 from ..outcome import Outcome
+from .alerts import MIN_RATIO, Alert, to_alerts
 from .jsonl import JsonLines
 from .notes import convert_ids, convert_note, convert_step, describe
-from .outliers import OutlierDetector, RankDetails
+from .outliers import OutlierDetector, RankDetails, merge_details
 from .roster import Entry, Roster
 from .sinks import Sink
 from .step_buffer import Step, read_steps
-from .writer import Writer
+from .writer import Writer, step_number
 
 __all__ = ["Recorder"]
 
@@ -60,6 +61,13 @@ class Recorder:
         per_tensor: whether to record the norm of every parameter's gradient, see `GradClipper.measure_tensors`.
         top: number of most extreme steps whose sample ids, worst rank and worst tensor are recorded, ≥ 0.
         facts: about the run, for the header: {"batch": 512, "precision": "fp16"}.
+        alerts: one function of a dictionary, or the URL of a webhook, or several of them, for steps whose norm is at
+            least three times the running median or not finite. `distclip.monitor.alerts.make_alert` lists the fields.
+            Only those of the rank that writes are used. A webhook never delays training.
+        on_spike: function of a dictionary with `step`, `norm`, `ratio` (NaN if the norm is not finite), `ids` and
+            `worst`, for the same steps. All ranks call it within the same later step, when the recorder writes, so that
+            it may communicate. `every=1` calls it within the spike's own step, before the optimizer. An exception
+            becomes a warning, so that the ranks stay in step.
 
     Raises:
         ArgumentError: an argument is invalid. DisagreementError: an argument differs between ranks. On every rank that
@@ -94,6 +102,8 @@ class Recorder:
         per_tensor: bool = False,
         top: int = 20,
         facts: Mapping[str, Any] | None = None,
+        alerts: Alert | str | Sequence[Alert | str] = (),
+        on_spike: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         if not isinstance(clipper, GradClipper):
             raise ArgumentError(f"clipper={clipper!r:.80}: not a GradClipper. Pass the clipper whose steps to record.")
@@ -104,17 +114,20 @@ class Recorder:
         errors = FirstError()
         lines = None
         all_sinks: tuple[Sink, ...] = ()
+        all_alerts: tuple[Alert, ...] = ()
         options = None
         with errors:
             if directory is not None:
                 self.path = Path(directory) / self.path.name
             every, top = _to_int("every", every, 1), _to_int("top", top, 0)
-            all_sinks = _to_sinks(sinks)
+            all_sinks, all_alerts = _to_sinks(sinks), to_alerts(alerts)
+            if on_spike is not None and not callable(on_spike):
+                raise ArgumentError(f"on_spike={describe(on_spike)}: not a function. Pass a function of a dictionary.")
             if facts is not None and not isinstance(facts, Mapping):
                 raise ArgumentError(f'facts={describe(facts)}: not a dictionary. Use facts={{"batch": 512}}.')
             if _is_writer(clipper):
                 lines = JsonLines(self.path)
-            options = every, bool(per_tensor), top
+            options = every, bool(per_tensor), top, on_spike is not None
         self._roster = Roster(clipper, Entry(options, wire_of(errors.error)))
         if errors.error is not None:
             raise errors.error
@@ -129,10 +142,11 @@ class Recorder:
         elif per_tensor:
             warn_user(f"recorder: per_tensor=True is ignored. {self._describe_peers()}", RuntimeWarning)
         self.every, self._sinks, self._facts = every, all_sinks, facts or {}
+        self._alerts, self._on_spike = all_alerts, on_spike
         self._writer = None
         if lines is not None:
             self._roster.claim_file()
-            self._writer = Writer(clipper, lines, all_sinks, every, self._facts)
+            self._writer = Writer(clipper, lines, all_sinks, every, self._facts, all_alerts)
         self._with_slots = len(clipper.slots) > 1 and clipper.policy.spec.per != "row"
         self._num_slots = len(clipper.slots)
         self._detector = OutlierDetector(top)
@@ -197,12 +211,47 @@ class Recorder:
                 row["loss"] = loss / num_losses
         # The norms are equal on all ranks, so either all ranks enter the gather or none does.
         outliers = self._detector.detect([row["norm"] for row in rows])
-        local = [RankDetails.of(steps[i]) for i, _ in outliers]
+        parameters = set(self._clipper.parameters) if outliers else set()
+        local = [RankDetails.of(steps[i], parameters) for i, _ in outliers]
         details, ranks = [local], global_ranks(comm)[comm.rank : comm.rank + 1]
         if outliers and has_peers:
             details, ranks = comm.gather_objects(local), global_ranks(comm)
+        spikes = self._describe_spikes(steps, rows, outliers, details, ranks) if self._on_spike is not None else []
         if self._writer is not None:
             self._writer.write(steps, rows, outliers, details, ranks)
+        for spike in spikes:
+            self._call_on_spike(spike)
+
+    def _describe_spikes(
+        self,
+        steps: Sequence[Step],
+        rows: Sequence[Mapping[str, Any]],
+        outliers: Sequence[tuple[int, float]],
+        details: Sequence[Sequence[RankDetails]],
+        ranks: Sequence[int],
+    ) -> list[dict[str, Any]]:
+        """Return the fields for `on_spike` of each spike among the outliers. All ranks return the same number."""
+        spikes = []
+        for n, (i, ratio) in enumerate(outliers):
+            if not ratio < MIN_RATIO:
+                number = step_number(rows[i].get("step", steps[i].number), steps[i])
+                merged = merge_details([by_rank[n] for by_rank in details], ranks, steps[i].power_sum)
+                spikes.append(
+                    {"step": number, "norm": rows[i]["norm"], "ratio": ratio, "ids": [], "worst": None} | merged
+                )
+        return spikes
+
+    def _call_on_spike(self, spike: dict[str, Any]) -> None:
+        assert self._on_spike is not None
+        try:
+            with torch.enable_grad():
+                self._on_spike(spike)
+        except Exception as error:
+            warn_user(
+                f"recorder: on_spike raised {type(error).__name__}: {error}. Training continues. To stop it, let the "
+                "function set a flag that the training loop reads.",
+                RuntimeWarning,
+            )
 
     @torch.no_grad()
     def close(self) -> None:
@@ -217,7 +266,8 @@ class Recorder:
             # A copy, because the detectors of the other ranks do not advance here.
             outliers = copy.deepcopy(self._detector).detect([row["norm"] for row in rows])
             comm = self._clipper.comm
-            details = [[RankDetails.of(self._steps[i]) for i, _ in outliers]]
+            parameters = set(self._clipper.parameters)
+            details = [[RankDetails.of(self._steps[i], parameters) for i, _ in outliers]]
             self._writer.write(self._steps, rows, outliers, details, global_ranks(comm)[comm.rank : comm.rank + 1])
         self._writer, self._is_closed = None, True
 
@@ -254,7 +304,9 @@ class Recorder:
             if not self._has_peers:
                 is_first = self._writer is None and global_ranks(comm)[comm.rank] == min(entries)
                 if is_first and not self._is_closed and self._roster.claim_file():
-                    self._writer = Writer(self._clipper, JsonLines(self.path), self._sinks, self.every, self._facts)
+                    self._writer = Writer(
+                        self._clipper, JsonLines(self.path), self._sinks, self.every, self._facts, self._alerts
+                    )
                 warn_user(f"recorder: {self._describe_peers()}", RuntimeWarning)
         return self._has_peers
 
@@ -275,8 +327,8 @@ class Recorder:
         options = {rank: entry.options for rank, entry in self._roster.entries().items()}
         return (
             f"of the ranks {list(global_ranks(self._clipper.comm))}, these have made it with the arguments (every, "
-            f"per_tensor, top): {options}. Losses and samples of other ranks are missing. Construct it on every rank "
-            "with the same arguments."
+            f"per_tensor, top, on_spike): {options}. Losses and samples of other ranks are missing. Construct it on "
+            "every rank with the same arguments."
         )
 
     def _observe(self, outcome: Outcome) -> None:
@@ -307,8 +359,8 @@ def _check_entries(entries: Mapping[int, Entry]) -> None:
     all_options = {entry.options for entry in entries.values()}
     if len(all_options) > 1:
         raise DisagreementError(
-            f"(every, per_tensor, top) of a recorder differ between ranks: {sorted(all_options)}. Pass the same values "
-            "on every rank."
+            f"(every, per_tensor, top, on_spike) of a recorder differ between ranks: {sorted(all_options)}. Pass the "
+            "same values on every rank."
         )
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from .._version import __version__
 from ..clipper import GradClipper
 from ..policies.description import describe
+from .alerts import Alert, make_alert
 from .jsonl import FORMAT, JsonLines
 from .outliers import RankDetails, merge_details
 from .sinks import Sink
 from .step_buffer import VECTORS, Step
 
-__all__ = ["Writer"]
+__all__ = ["Writer", "step_number"]
 
 _FIRST = ("norm", "bound", "coef", "clipped", "finite", "skipped")
 """Fields at the start of a line, for people who read it."""
@@ -35,16 +37,24 @@ class Writer:
         sinks: further destinations.
         every: see `Recorder`.
         facts: for the header.
+        alerts: called about steps that stand out.
     """
 
     def __init__(
-        self, clipper: GradClipper, lines: JsonLines, sinks: Sequence[Sink], every: int, facts: Mapping[str, Any]
+        self,
+        clipper: GradClipper,
+        lines: JsonLines,
+        sinks: Sequence[Sink],
+        every: int,
+        facts: Mapping[str, Any],
+        alerts: Sequence[Alert] = (),
     ) -> None:
         self._clipper = clipper
         # A header goes to the file only.
         self._destinations: list[Destination] = [lines.append]
         self._send([_make_header(clipper, every) | dict(facts)])
         self._destinations += [self._to_sink(sink) for sink in sinks]
+        self._destinations += [_to_alert(alert, lines.path) for alert in alerts]
 
     def write(
         self,
@@ -78,13 +88,12 @@ class Writer:
             fields.setdefault(incident.step, {}).update(incident.as_fields())
         lines: list[dict[str, Any]] = []
         for step, row in zip(steps, rows, strict=True):
-            head = {"step": _step_number(row.pop("step", step.number), step), "time": round(step.time, 3)}
+            head = {"step": step_number(row.pop("step", step.number), step), "time": round(step.time, 3)}
             line = head | {key: row.pop(key) for key in _FIRST if key in row} | _round_vectors(row)
             lines.append(line | fields.get(step.number, {}))
-        parameters = set(self._clipper.parameters)
         for n, (i, ratio) in enumerate(outliers):
             by_rank = [rank_details[n] for rank_details in details]
-            lines[i] |= {"spike": ratio, **merge_details(by_rank, ranks, steps[i].power_sum, parameters)}
+            lines[i] |= {"spike": ratio, **merge_details(by_rank, ranks, steps[i].power_sum)}
         return [line for step, line in zip(steps, lines, strict=True) if not step.is_undone]
 
     def _send(self, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -98,7 +107,16 @@ class Writer:
         return send
 
 
-def _step_number(noted: Any, step: Step) -> int:
+def _to_alert(alert: Alert, path: Path) -> Destination:
+    def send(lines: Sequence[Mapping[str, Any]]) -> None:
+        for line in lines:
+            if (fields := make_alert(line, path)) is not None:
+                alert(fields)
+
+    return send
+
+
+def step_number(noted: Any, step: Step) -> int:
     """Return the number of a step that the user noted, or else the clipper's own."""
     # The host has not seen a tensor on an accelerator before, so that it may be NaN.
     return int(noted) if isinstance(noted, int) or (isinstance(noted, float) and noted.is_integer()) else step.number

@@ -46,7 +46,7 @@ _PRELOAD = [
     "torch.distributed.fsdp",
     "torch.distributed.pipelining",
     "torch.distributed.tensor.parallel",
-    "distclip.monitor",
+    "distclip.monitor.recorder",
     "hydra",
     "rich.progress",
     "sklearn.datasets",

@@ -21,6 +21,7 @@ from distclip.monitor.analysis.blame import blame
 from distclip.monitor.analysis.log import Log, read
 from distclip.monitor.cli import main
 from distclip.monitor.terminal import Terminal
+from tests.commands import output
 from tests.logs import HEADER, make_bad_data_lines, make_launched, make_lines, steady_norms, write_run
 
 ROOT = Path(distclip.__file__).parents[1]
@@ -150,7 +151,6 @@ def test_invalid_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "excerpt"),
     [
-        ([], "COMMAND"),
         (["suggest"], "RUN"),
         (["plot", "x"], "plot"),
         (["suggest", "x", "--batch", "0"], "Pass 1 or more"),
@@ -238,6 +238,88 @@ def test_narrow_terminal(runs: Path) -> None:
     lines = output.getvalue().splitlines()
     assert sum(len(line) > 50 for line in lines) == 2, "the name and the command"
     assert lines[-1].strip() == blame(log).replay
+
+
+def document(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    """Run a command with `--json`. Return the object that it prints, with all fields that docs/commands.md lists."""
+    out = run_command(capsys, *arguments, "--json")
+    assert out.count("\n") == 1
+    content = json.loads(out, parse_constant=lambda name: pytest.fail(name))
+    assert (content["schema"], content["command"], content["distclip"]) == (1, arguments[0], distclip.__version__)
+    text = (ROOT / "docs/commands.md").read_text()
+    for fields in [content, *content["runs"]]:
+        assert all(f"`{field}`" in text for field in fields)
+    return content
+
+
+def test_json(runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (run,) = document(capsys, "suggest", str(runs / "clean"))["runs"]
+    assert run["path"] == str(runs / "clean" / "metrics.jsonl")
+    assert 1.3 <= run["max_norm"] < 1.4
+    assert run["python"] == f"distclip.GradClipper(model, distclip.global_norm({run['max_norm']}))"
+    assert [candidate["name"] for candidate in run["candidates"]] == ["p50", "p75", "p90", "p95", "p99", "max"]
+    bad, clean = document(capsys, "diagnose", str(runs))["runs"]
+    assert clean["findings"] == []
+    assert [finding["rule"] for finding in bad["findings"]] == ["bad data"]
+    assert clean["outcome"]["verdict"] == "healthy"
+    (run,) = document(capsys, "blame", bad_data_run(runs))["runs"]
+    assert run["suspects"][0]["id"] == 137
+    assert run["worst"]["tensor"] == "2.weight"
+    monkeypatch.setattr(dashboard, "write_page", lambda logs, path, assessments: None)
+    content = document(capsys, "report", str(runs), "--out", "page.html")
+    assert content["page"] == "page.html"
+    assert content["pngs"] == []
+    assert content["runs"][1]["suggestion"].startswith("Clip at 1.3")
+    assert "none of 300 norms" in run_failing_command(
+        capsys, "suggest", str(write_run(runs / "nan", HEADER, make_lines([float("nan")] * 300))), "--json"
+    )
+
+
+def test_check(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rising = make_lines(steady_norms(400), lambda step: {"loss": 2.0 + step})
+    diverged = str(write_run(runs / "diverged", HEADER, rising))
+    for command in ("diagnose", "blame"):
+        assert main((command, str(runs / "clean"), "--check")) == 0
+        assert main((command, bad_data_run(runs), "--check")) == 4
+        assert main((command, diverged, "--check")) == 3
+        assert main((command, diverged)) == 0
+    assert main(("diagnose", bad_data_run(runs), diverged, "--check")) == 3
+    assert main(("suggest", str(runs / "clean"), "--check")) == 0
+    capsys.readouterr()
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "examples:\n  distclip report" in capsys.readouterr().out
+    for command in ("report", "suggest", "diagnose", "blame"):
+        with pytest.raises(SystemExit) as caught:
+            main([command, "--help"])
+        assert caught.value.code == 0
+        assert f"examples:\n  distclip {command} " in capsys.readouterr().out
+
+
+def test_open(runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(dashboard, "write_page", lambda logs, path, assessments: None)
+    monkeypatch.setattr(cli.webbrowser, "open", opened.append)
+    run_command(capsys, "report", str(runs / "clean"), "--open")
+    assert opened == [(runs / "clean" / "report.html").as_uri()]
+
+
+def test_completion(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    for shell in ("bash", "zsh", "tcsh"):
+        assert "diagnose" in run_command(capsys, "--print-completion", shell)
+
+
+def test_commands_do_not_import_torch(runs: Path) -> None:
+    code = (
+        "import sys\nfrom distclip.monitor.cli import main\nmain(['diagnose', sys.argv[1]])\nimport distclip.monitor\n"
+        "assert 'torch' not in sys.modules\ndistclip.GradClipper, distclip.monitor.Recorder, distclip.recipes.olmo3\n"
+        "assert 'zclip' in dir(distclip)\nmain(['--version'])"
+    )
+    out = output(sys.executable, "-W", "error", "-c", code, str(runs / "clean"), cwd=ROOT)
+    assert out.splitlines()[-1] == f"distclip {distclip.__version__}"
 
 
 NAMES = {
