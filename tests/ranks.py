@@ -161,6 +161,7 @@ def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
     import torch.distributed as dist
 
     from distclip.comm import discovery
+    from distclip.sharding import cache
 
     _rewrite_asserts_on_rank()
     raise_if_replicas_differ()
@@ -193,8 +194,9 @@ def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
             continue
         try:
             torch.manual_seed(0)
-            # Each job is the first of its program, so that no communicator is known before.
+            # Each job is the first of its program, so that no communicator and no table is known before.
             discovery.forget_all()
+            cache.forget_all()
             answer = (True, job(**kwargs))
         except BaseException:
             answer = (False, traceback.format_exc())
