@@ -7,22 +7,17 @@ use it unless they test the script itself, because it saves four seconds of CPU 
 from __future__ import annotations
 
 import json
-import multiprocessing as mp
 import os
-import runpy
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
+from tests.forks import TIMEOUT, Done, run_forked
 from tests.launch.kills import install_from_environment
 from tests.ranks import raise_if_replicas_differ
 
@@ -30,27 +25,10 @@ ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "launch" / "train.py"
 FILES = {"config.yaml", "metrics.jsonl", "summary.json"}
 """Files of every run."""
-TIMEOUT = 400
-"""Seconds after which a job counts as hung."""
-
 STATEFUL = ["model=lstm", "optim=adam", "clip=adagc", "clip.warmup=2"]
 """Overrides for a run with state in the model, the optimizer and the policy."""
 
-Done = subprocess.CompletedProcess[str]
-
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_PRELOAD = [
-    "torch",
-    "torch._dynamo",
-    "torch.distributed.checkpoint.state_dict",
-    "torch.distributed.fsdp",
-    "torch.distributed.pipelining",
-    "torch.distributed.tensor.parallel",
-    "distclip.monitor.recorder",
-    "hydra",
-    "rich.progress",
-    "sklearn.datasets",
-]
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -104,50 +82,13 @@ def train_again(cwd: Path, store: dist.TCPStore, num_ranks: int, *overrides: str
 
 def run_ranks(cwd: Path, environments: Sequence[Mapping[str, str]], overrides: Sequence[str]) -> Done:
     """Run launch/train.py in a forked process for each environment. If one fails, the others are ended."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    with TemporaryDirectory() as folder:
-        out, err = Path(folder, "out"), Path(folder, "err")
-        processes = [
-            context.Process(
-                target=_run_rank, args=(str(cwd), dict(env), list(overrides), str(out), str(err)), daemon=True
-            )
-            for env in environments
-        ]
-        deadline = time.monotonic() + TIMEOUT
-        try:
-            for process in processes:
-                process.start()
-            running = list(processes)
-            while running and all(process.exitcode in (None, 0) for process in processes):
-                assert wait([process.sentinel for process in running], timeout=deadline - time.monotonic()), "job hangs"
-                running = [process for process in running if process.exitcode is None]
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
-        codes = [process.exitcode for process in processes]
-        # Ranks that were ended have a negative code. The first positive one is that of the job.
-        code = max(codes) or min(codes)
-        return Done([str(TRAIN), *overrides], code, out.read_text("utf-8"), err.read_text("utf-8"))
+    return run_forked(TRAIN, cwd, environments, overrides, before=_prepare_rank)
 
 
-def _run_rank(cwd: str, env: dict[str, str], overrides: list[str], out: str, err: str) -> None:
-    """Run launch/train.py in this process, with its output in files."""
-    for path, stream in ((out, 1), (err, 2)):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, stream)
-        os.close(file)
-    # OMP_NUM_THREADS is read when torch is loaded, which was before the fork.
-    torch.set_num_threads(1)
-    os.environ.clear()
-    os.environ.update(env)
-    os.chdir(cwd)
-    sys.path.insert(0, str(TRAIN.parent))
-    sys.argv = [str(TRAIN), *overrides]
+def _prepare_rank() -> None:
+    """Prepare a rank before it runs the script."""
     install_from_environment()
     raise_if_replicas_differ()
-    runpy.run_path(str(TRAIN), run_name="__main__")
 
 
 def succeed(done: Done) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.jobs import ROOT, Done, read_header, read_rows, run_command, succeed, train
+from tests.forks import Done
+from tests.launch.jobs import ROOT, read_header, read_rows, run_command, succeed, train
 
 # Not in the extra `dev` because it needs half a gigabyte: pip install 'ray[train]'.
 pytest.importorskip("ray.train")

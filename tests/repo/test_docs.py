@@ -20,8 +20,8 @@ import torch.distributed as dist
 from _pytest.mark import ParameterSet
 
 from distclip import NonFiniteWarning
-from tests.commands import output
 from tests.conftest import ROOT
+from tests.forks import run_forked
 from tests.ranks import World
 
 README = ROOT / "README.md"
@@ -99,9 +99,10 @@ def test_python_runs(
     script = tmp_path / "block.py"
     script.write_text(code, encoding="utf-8")
     # Frameworks emit warnings that we do not control.
-    strict = ["-W", "error"] if packages <= {"torch", "distclip", *sys.stdlib_module_names} else []
+    strict = packages <= {"torch", "distclip", *sys.stdlib_module_names}
     environ = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
-    output(sys.executable, *strict, str(script), cwd=tmp_path, env=environ, timeout=300)
+    done = run_forked(script, tmp_path, [environ], strict=strict)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import pytest
+
+from tests.forks import run_forked
 
 pytest.importorskip("hydra")
 ROOT = Path(__file__).parents[3]
@@ -46,16 +47,24 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
         (tmp_path / app).mkdir()
         (tmp_path / app / "user_app.py").write_text(APP.format(first=first))
         (tmp_path / app / "app.yaml").write_text(config)
-    environ = os.environ | {"PYTHONPATH": str(ROOT)}
     if request.param == "checkout":
-        return partial(_run, sys.executable, environ, tmp_path)
-    del environ["PYTHONPATH"]
-    return partial(_run, str(request.getfixturevalue("built").python), environ, tmp_path)
+        return partial(_run_checkout, tmp_path)
+    return partial(_run_wheel, request.getfixturevalue("built").python, tmp_path)
 
 
-def _run(python: str, environ: dict[str, str], folder: Path, app: str, *overrides: str) -> tuple[int, str]:
+OPTIONS = ["hydra.run.dir=.", "hydra.output_subdir=null"]
+
+
+def _run_checkout(folder: Path, app: str, *overrides: str) -> tuple[int, str]:
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = run_forked(folder / app / "user_app.py", folder / app, [environ], [*OPTIONS, *overrides])
+    return done.returncode, done.stdout + done.stderr
+
+
+def _run_wheel(python: Path, folder: Path, app: str, *overrides: str) -> tuple[int, str]:
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [python, "user_app.py", "hydra.run.dir=.", "hydra.output_subdir=null", *overrides],
+        [python, "user_app.py", *OPTIONS, *overrides],
         cwd=folder / app,
         env=environ,
         capture_output=True,
