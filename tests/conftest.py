@@ -70,7 +70,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     pytest.importorskip("build")
     folder = tmp_path_factory.mktemp("built")
     source = folder / "source"
-    for part in ("distclip", "conf"):
+    for part in ("distclip", "conf", "docs", "tests"):
         shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source)

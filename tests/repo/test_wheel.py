@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tarfile
 import zipfile
 from importlib import metadata
@@ -39,7 +40,40 @@ def test_wheel_has_all_files_and_no_others(built: Built) -> None:
         "LICENSE",
         "pyproject.toml",
     }
-    assert sources | {"distclip/norms/kernels/native.c", "distclip/norms/kernels/native_loops.h"} <= members
+    sources |= {f"distclip/norms/kernels/{name}" for name in ("native.c", "native_loops.h", "build_wheel.py")}
+    assert sources | {"docs/index.md", "docs/images/rescue-light.svg", "tests/conftest.py"} <= members
+    assert not any("__pycache__" in name for name in members)
+
+
+def test_wheel_is_for_any_python(built: Built) -> None:
+    tag = built.wheel.stem.split("-")[2:]
+    assert tag[:2] == ["py3", "none"]
+    kernels = [name for name in zipfile.ZipFile(built.wheel).namelist() if name.endswith(".so")]
+    # Without a C compiler there is no kernel, and the wheel is for any platform.
+    assert (kernels, tag[2] == "any") in [(["distclip/norms/kernels/_native.so"], False), ([], True)]
+
+
+def test_wheel_without_a_compiler_is_pure_and_clips(built: Built, tmp_path: Path) -> None:
+    with tarfile.open(built.sdist) as sdist:
+        sdist.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    command = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source))
+    output(*command, env=os.environ | {"CC": "false"})
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == f"distclip-{distclip.__version__}-py3-none-any.whl"
+    code = """
+import torch, distclip
+from distclip.norms.kernels.native_library import load_library
+
+weight = torch.nn.Parameter(torch.zeros(2))
+weight.grad = torch.tensor([3.0, 4.0])
+print(distclip.__file__, load_library(), float(distclip.clip_grad_norm_([weight], 1.0)))
+"""
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    # The environment of the other wheel has no editable install, which would win over the path.
+    clipped = output(str(built.python), "-c", code, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(site)})
+    assert clipped.split() == [str(site / "distclip" / "__init__.py"), "None", "5.0"]
 
 
 def test_importing_loads_torch_only(built: Built, tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""Build wheels for any version of Python, because the kernel has no Python ABI, and an sdist with docs and tests.
+
+pyproject.toml names these commands of setuptools. Nothing of the library imports this module.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
+
+__all__ = ["BuildKernel", "BuildSource", "BuildWheel"]
+
+_FOLDERS = (".ci", ".github", "conf", "docker", "docs", "launch", "tests")
+"""Folders of the repository that the sdist has although the wheel does not."""
+
+
+class BuildKernel(build_ext):
+    """Compile native.c to `_native.so`, a name that every Python finds."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Return the file name without the version of Python."""
+        path = Path(super().get_ext_filename(fullname))
+        return str(path.with_name(path.name.partition(".")[0] + path.suffix))
+
+
+class BuildWheel(bdist_wheel):
+    """Tag the wheel py3-none-PLATFORM, or py3-none-any if it has no kernel.
+
+    It has none with the environment variable DISTCLIP_PURE=1, and without a C compiler.
+    """
+
+    def run(self) -> None:
+        """Build, and inspect what was built before the wheel is written."""
+        if os.environ.get("DISTCLIP_PURE") == "1":
+            self.distribution.ext_modules = []
+        self.run_command("build")
+        self.skip_build = True
+        build_lib = Path(self.get_finalized_command("build").build_lib)
+        self.root_is_pure = not any(build_lib.rglob("_native.*"))
+        if self.root_is_pure:
+            # Otherwise the files would be in a folder of the wheel for a platform.
+            self.distribution.ext_modules = []
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Return the tag (Python, ABI, platform)."""
+        platform = super().get_tag()[2]
+        return "py3", "none", "any" if self.root_is_pure else platform
+
+
+class BuildSource(sdist):
+    """Add the documentation, the tests and the training job to the sdist."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        """Copy the files, and all files of the folders that no program has made."""
+        for folder in _FOLDERS:
+            paths = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
+            files += [str(path) for path in paths if "__pycache__" not in path.parts and str(path) not in files]
+        super().make_release_tree(base_dir, files)
