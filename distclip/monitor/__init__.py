@@ -1,8 +1,8 @@
 """Record the decisions of a clipper at every step, for people to look at.
 
 `Recorder` writes one line per step and passes the numbers to sinks: `tensorboard`, `wandb`, `mlflow`, `trackio`, or any
-function of a dictionary and a step. `Webhook` posts alerts. `UpdateRatio` measures how far a step moves the parameters.
-They need only torch.
+function of a dictionary and a step. `Webhook` posts alerts. `per_sample` measures each sample's part of a gradient, and
+`UpdateRatio` how far a step moves the parameters. They need only torch.
 `analysis` draws conclusions from the lines of a run. `dashboard` and the command `distclip` (`report`, `suggest`,
 `diagnose`, `blame`) show them. These need `distclip[report]`, and do not import torch.
 """
@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .alerts import Webhook
     from .recorder import Recorder
+    from .sample_norms import per_sample
     from .sinks import Sink, mlflow, tensorboard, trackio, wandb
     from .update_ratio import UpdateRatio
 
-__all__ = ["Recorder", "Sink", "UpdateRatio", "Webhook", "mlflow", "tensorboard", "trackio", "wandb"]
+__all__ = ["Recorder", "Sink", "UpdateRatio", "Webhook", "mlflow", "per_sample", "tensorboard", "trackio", "wandb"]
 
-_MODULES = {"Webhook": "alerts", "Recorder": "recorder", "UpdateRatio": "update_ratio"}
+_MODULES = {"Webhook": "alerts", "Recorder": "recorder", "UpdateRatio": "update_ratio", "per_sample": "sample_norms"}
 """Modules of public names, imported at the first use because they need torch.
 
 All other names are in `sinks`.

@@ -39,7 +39,8 @@ EXIT_SECONDS = 3.0
 class Webhook:
     """Posts alerts as JSON to a URL, from a thread.
 
-    Slack, Mattermost and Discord's /slack read the field `text`. A call only queues the alert, so that training never waits. If a post fails, the webhook warns once at a later call.
+    Slack, Mattermost and Discord's /slack read the field `text`. A call only queues the alert, so that training never
+    waits. If a post fails, the webhook warns once at a later call.
 
     Args:
         url: http:// or https://.

@@ -30,7 +30,7 @@ def format_document(command: str, runs: Sequence[Fields], further: Mapping[str, 
         runs: result for each run, in the order of the command line.
         further: fields that do not belong to one run.
 
-    >>> format_document("report", [], {"page": Path("report.html")})[:40]
+    >>> format_document("report", [], {"page": "report.html"})[:40]
     '{"schema": 1, "command": "report", "dist'
     """
     document = {"schema": SCHEMA, "command": command, "distclip": __version__, "runs": runs, **further}
