@@ -27,6 +27,7 @@ from .errors import ArgumentError
 from .nonfinite.culprits import Incident
 from .nonfinite.rules import OnNonFinite
 from .nonfinite.skip_counter import SkipCounter
+from .norms.watch import Watched
 from .outcome import Observer, Outcome, Report
 from .policies import NormPolicy, Policy
 from .policies.description import describe
@@ -272,7 +273,13 @@ class GradClipper:
         self._engine, self.policy = engine, engine.policy
 
     @_disable_dynamo
-    def step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None = None) -> Report:
+    def step(
+        self,
+        optimizer: Optimizer | Iterable[Optimizer],
+        scaler: GradScaler | None = None,
+        *,
+        watch: Watched | None = None,
+    ) -> Report:
         """Clip and step, or skip, on all ranks together. Call it after backward on every rank.
 
         A skipped step leaves parameters, optimizer state, step counters and gradients unchanged. Call `zero_grad()`
@@ -285,6 +292,9 @@ class GradClipper:
             scaler: unscale, clip and check in one pass, and give the scaler the found_inf of all ranks, so that its
                 scale stays equal on them. Call `scaler.update()` once, after all optimizers have stepped. Gradients
                 that `scaler.unscale_` has unscaled are not unscaled again.
+            watch: scalars to add up in the same all-reduce, at most 16: {"loss": loss} for the mean over the ranks that
+                have one, {"tokens": (n, "sum")} or {"slowest": (seconds, "max")}. None where this rank has none. The
+                names are the same on all ranks. A value that is not finite on any rank makes the step non-finite.
 
         Returns:
             The measurements and the decision, as device scalars.
@@ -293,16 +303,24 @@ class GradClipper:
             ArgumentError: an optimizer steps a parameter with a gradient that the clipper does not have (unless
                 `partial`), or the clipper has a gradient that no optimizer steps; an optimizer needs a closure, or has
                 stepped since the last `scaler.update()`; a gradient is float16 with a scaler; on every rank.
-            LayoutError, PeerError, NonFiniteError, TooManySkippedSteps: see `clip`.
+            LayoutError, PeerError, NonFiniteError, TooManySkippedSteps, DisagreementError: see `clip`.
 
         Collectives: those of `clip`; a gather the first time with these optimizers.
         Host syncs: on an accelerator one, as a GradScaler has. None if all optimizers are fused and `on_nonfinite` is
         "skip" or "propagate": the device skips the step, and warnings, counters and `max_skips` follow one step later,
         on all ranks in the same step.
+
+        >>> from distclip import global_norm
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> clipper = GradClipper([("weight", weight)], global_norm(1.0))
+        >>> loss = (weight * torch.tensor([3.0, 4.0])).sum()
+        >>> loss.backward()
+        >>> clipper.step(torch.optim.SGD([weight], lr=1.0), watch={"loss": loss, "tokens": (2, "sum")}).watch
+        {'loss': tensor(0., dtype=torch.float64), 'tokens': tensor(2., dtype=torch.float64)}
         """
         self._is_stepping = True
         try:
-            return self._engine.step(optimizer, scaler).report()
+            return self._engine.step(optimizer, scaler, watch).report()
         finally:
             self._is_stepping = False
 
@@ -314,6 +332,7 @@ class GradClipper:
         *,
         only: Iterable[Tensor] | None = None,
         errors: FirstError | None = None,
+        watch: Watched | None = None,
     ) -> Report:
         """Clip the gradients in place. Call it after backward on every rank, before your own optimizer step.
 
@@ -328,24 +347,28 @@ class GradClipper:
             only: those of the clipper's parameters whose gradients to measure and clip, the same on every rank. None
                 for all.
             errors: errors that this rank has collected already. Every rank raises the first one.
+            watch: see `step`.
 
         Returns:
             The measurements and the decision, as device scalars.
 
         Raises:
-            ArgumentError: see `step`, with a scaler; on every rank.
+            ArgumentError: see `step`, with a scaler; a watched value that is no scalar, or too many of them; on every
+                rank.
+            DisagreementError: the ranks make different calls, or watch different scalars; on every rank.
             LayoutError: the policy cannot clip a gradient; on every rank.
             PeerError: another rank failed, with an exception that is not distclip's, or on an accelerator, where the
                 other ranks may raise it one step later.
             NonFiniteError, TooManySkippedSteps: see `on_nonfinite` and `max_skips`; on every rank, nothing has changed.
 
         Collectives: one all-reduce of a few float64 numbers and one per slot, see `clip_grad_norm_`. A gather on a step
-        that is not finite, and the first time with a scaler.
+        that is not finite, and the first time with a scaler. Another all-reduce the first time with these names of
+        watched scalars.
         Host syncs: one on an accelerator, unless `on_nonfinite="propagate"` and the policy never skips a step, which is
         what a CUDA graph needs; see `clip_grad_norm_`.
         """
         ids = None if only is None else frozenset(map(id, only))
-        return self._engine.clip(optimizer, scaler, errors or FirstError(), ids).report()
+        return self._engine.clip(optimizer, scaler, errors or FirstError(), ids, watch).report()
 
     def discard(self) -> None:
         """Forget the last decision, because the step was not made.
@@ -375,7 +398,7 @@ class GradClipper:
         """
         self._engine.discard()
 
-    def attach(self, *optimizers: Optimizer) -> RemovableHandle:
+    def attach(self, *optimizers: Optimizer, watch: Callable[[], Watched] | None = None) -> RemovableHandle:
         """Clip within every `optimizer.step()`, or after the closure in every `optimizer.step(closure)`.
 
         Several optimizers that share a loss are clipped together, before the first of them steps. Optimizers that step
@@ -386,6 +409,7 @@ class GradClipper:
 
         Args:
             optimizers: the optimizers of the clipper's parameters. All ranks step them in the same order, and as often.
+            watch: returns the scalars to watch, see `step`. It is called before every clip, and after the closure.
 
         Returns:
             A handle; `handle.remove()` detaches.
@@ -415,7 +439,7 @@ class GradClipper:
                 "the next call."
             )
         self._turns.add(optimizers)
-        return _Attached(_Listener(self), self._turns, optimizers)
+        return _Attached(_Listener(self, watch), self._turns, optimizers)
 
     @torch.no_grad()
     def in_backward(self, optimizers: Any) -> InBackward:
@@ -525,7 +549,9 @@ class GradClipper:
             self._engine.undo_observers.append(undo)
 
     @_disable_dynamo
-    def decide(self, loss_scale: float | None = None, errors: FirstError | None = None) -> Outcome:
+    def decide(
+        self, loss_scale: float | None = None, errors: FirstError | None = None, *, watch: Watched | None = None
+    ) -> Outcome:
         """Measure and decide, and leave it to the caller to `write_` the outcome or to skip the step.
 
         For integrations whose optimizers keep gradients elsewhere, see `distclip.extend`.
@@ -534,6 +560,7 @@ class GradClipper:
             loss_scale: factor that the gradients carry. With one, a step that is not finite is skipped without a
                 warning, as with a GradScaler. None if they carry none.
             errors: errors that this rank has collected already. Every rank raises the first one.
+            watch: see `step`.
 
         Returns:
             The outcome. `outcome.skip.read()` tells whether to skip, and `outcome.report()` is for the user.
@@ -546,7 +573,7 @@ class GradClipper:
                 "clipper.clip."
             )
         scale = None if loss_scale is None else torch.tensor(loss_scale, dtype=torch.float64)
-        return self._engine.decide(errors or FirstError(), scale, expect_overflow=scale is not None)
+        return self._engine.decide(errors or FirstError(), scale, expect_overflow=scale is not None, watch=watch)
 
     def write_(self, outcome: Outcome, positions: Sequence[int], grads: Sequence[Tensor]) -> None:
         """Write an outcome into gradients that may be elsewhere than where they were measured.
@@ -698,9 +725,12 @@ class GradClipper:
             "restarts": self._engine.deferred.clip_rate.restarts,
         }
 
-    def _clip_before_step(self, optimizer: Optimizer) -> bool:
+    def _clip_before_step(self, optimizer: Optimizer, watch: Callable[[], Watched] | None) -> bool:
         """Clip before an attached optimizer steps, and return whether to skip its step."""
         engine, turns, errors = self._engine, self._turns, FirstError()
+        watched: Watched | None = None
+        with errors:
+            watched = None if watch is None else watch()
         with errors:
             if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
                 raise ArgumentError(
@@ -726,7 +756,7 @@ class GradClipper:
             if chosen is None:
                 return turns.was_skipped(optimizer)
             only = frozenset(map(id, parameters_of(chosen)))
-        skipped = bool(engine.clip(None, None, errors, only).skip.host)
+        skipped = bool(engine.clip(None, None, errors, only, watched).skip.host)
         if len(turns.optimizers) > 1:
             turns.record(chosen or [], skipped=skipped)
         return skipped
@@ -737,10 +767,11 @@ class _Listener:
 
     Args:
         clipper: the clipper.
+        watch: returns the scalars to watch. None for none.
     """
 
-    def __init__(self, clipper: GradClipper) -> None:
-        self._clipper = clipper
+    def __init__(self, clipper: GradClipper, watch: Callable[[], Watched] | None = None) -> None:
+        self._clipper, self._watch = clipper, watch
         self._watched: list[Tensor | None] | None = None
         self._steps: StepWatch | None = None
 
@@ -749,7 +780,7 @@ class _Listener:
         if self._clipper._is_stepping:
             return False
         self._stop()
-        skipped = self._clipper._clip_before_step(optimizer)
+        skipped = self._clipper._clip_before_step(optimizer, self._watch)
         if not skipped:
             self._watched = self._clipper._engine.coverage.watch([optimizer])
             # Optimizers that are clipped together may decline one by one, and the norm is that of all of them.

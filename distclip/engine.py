@@ -47,6 +47,7 @@ from .norms.reduce import Totals, gather_facts, reduce
 from .norms.replica_sums import add_sums
 from .norms.spec import NormSpec
 from .norms.tensor_norms import TensorNorms
+from .norms.watch import NO_WATCH, Watch
 from .outcome import Observer, Outcome
 from .policies import Policy, State
 from .policies.checked import as_checked
@@ -121,6 +122,9 @@ class Engine:
         self._late_errors = FirstError()
         # Whether ranks that no communicator connects may still tell this one that their tensors differ.
         self._compares_tensors = False
+        # Scalars of the user in the current call, the names and reductions that the ranks have agreed on, and the
+        # number of elements that every message has for them since then.
+        self._watch, self._known_watches, self._watch_length = NO_WATCH, {NO_WATCH.kinds}, 0
         self.token = ""
 
     @classmethod
@@ -221,12 +225,12 @@ class Engine:
         """Number of norms in the all-reduce: those of the policy, or finer ones."""
         return self.slots.total if self.tensor_norms is None else self.tensor_norms.num_measured
 
-    def step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None) -> Outcome:
+    def step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None, watch: Any = None) -> Outcome:
         """Clip and step, or skip, see `GradClipper.step`."""
         with self._undone_on_error():
-            return self._step(optimizer, scaler)
+            return self._step(optimizer, scaler, watch)
 
-    def _step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None) -> Outcome:
+    def _step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None, watch: Any) -> Outcome:
         errors = FirstError()
         optimizers: list[Optimizer] = []
         with errors:
@@ -251,8 +255,9 @@ class Engine:
 
         # Stages 1 to 5.
         must_read = not all_fused or self.rule.needs_host
+        is_scaled, function = state is not None, "GradClipper.step"
         outcome = self.decide(
-            errors, loss_scale, expect_overflow=state is not None, must_read=must_read, function="GradClipper.step"
+            errors, loss_scale, expect_overflow=is_scaled, must_read=must_read, function=function, watch=watch
         )
 
         # 6. Fused optimizers apply one factor themselves, which saves a pass over the gradients if these must be
@@ -295,17 +300,18 @@ class Engine:
         scaler: GradScaler | None,
         errors: FirstError,
         only: frozenset[int] | None = None,
+        watch: Any = None,
     ) -> Outcome:
         """Clip in place, or drop the gradients of a skipped step, see `GradClipper.clip`.
 
         Args:
-            optimizer, scaler, errors: see `GradClipper.clip`.
+            optimizer, scaler, errors, watch: see `GradClipper.clip`.
             only: ids of the parameters whose gradients are clipped. None for all.
         """
         with self._undone_on_error():
             self.table.only = only
             try:
-                return self._clip(optimizer, scaler, errors)
+                return self._clip(optimizer, scaler, errors, watch)
             finally:
                 self.table.only = None
 
@@ -314,6 +320,7 @@ class Engine:
         optimizer: Optimizer | Iterable[Optimizer] | None,
         scaler: GradScaler | None,
         errors: FirstError,
+        watch: Any,
     ) -> Outcome:
         scaler, state, loss_scale = enabled(scaler), None, None
         if scaler is not None:
@@ -329,7 +336,8 @@ class Engine:
                 loss_scale = self.optimizers.loss_scale(optimizers, state, unscale_first=self.spec.limits is not None)
 
         # Stages 1 to 5.
-        outcome = self.decide(errors, loss_scale, expect_overflow=scaler is not None, function="GradClipper.clip")
+        is_scaled, function = scaler is not None, "GradClipper.clip"
+        outcome = self.decide(errors, loss_scale, expect_overflow=is_scaled, function=function, watch=watch)
 
         # 6. Scale in place, or drop the gradients, so that the caller's optimizer.step() changes nothing.
         if state is not None:
@@ -397,6 +405,7 @@ class Engine:
         expect_overflow: bool = False,
         must_read: bool = True,
         function: str = "GradClipper.decide",
+        watch: Any = None,
     ) -> Outcome:
         """Measure, decide, and handle gradients that are not finite.
 
@@ -408,6 +417,7 @@ class Engine:
             expect_overflow: a GradScaler is in use, so that non-finite steps are skipped without a warning.
             must_read: the host must know in this step whether to skip it.
             function: that the user called; the ranks check that it is the same.
+            watch: scalars of the user, see `GradClipper.step`.
 
         Returns:
             The outcome, the same on every rank.
@@ -420,7 +430,7 @@ class Engine:
         Host syncs: on an accelerator one with `must_read`, unless the rule is "propagate" and the policy never skips.
         """
         # 0. What the last step postponed is due now, on all ranks.
-        before = self._begin_decision(errors)
+        before = self._begin_decision(errors, function, loss_scale, watch)
         step, rule = self.counter.steps + 1, Skip(expected=True) if expect_overflow else self.rule
 
         # 1.-3. This rank's shards, their power sums, and ONE all-reduce. A step in which a rank fails does not count.
@@ -445,7 +455,11 @@ class Engine:
         is_counted = False
         if rule.leaves_step_out and (must_read or self.on_host) and not totals.read(totals.finite):
             is_counted = True
-            culprits = gather_culprits(count_nonfinite(shards), self.step_comm)
+            suspects = count_nonfinite(shards) + suspect_nonfinite(totals.watch.local)
+            culprits = gather_culprits(suspects, self.step_comm)
+            if rule is RULES["zero"] and not totals.watch.finite.read():
+                # A loss that is not finite cannot be repaired.
+                rule = RULES["skip"]
             if rule.resolve(step, shards, culprits, self.counter):
                 shards, partials, measured, totals = self._measure(FirstError(), loss_scale, function)
                 is_counted = not totals.read(totals.finite)
@@ -539,13 +553,21 @@ class Engine:
         self, errors: FirstError, loss_scale: Tensor | None, function: str
     ) -> tuple[Shards, Partials, Totals, Totals]:
         """Run stages 1 to 3, and return totals by measured slot and by slot of the policy."""
-        spec, call = self.spec, self._call(function, loss_scale)
+        spec, call = self.spec, self._call(function, loss_scale, self._watch)
         if spec.limits is not None and loss_scale is not None:
             # The gradients carry the loss scale, so the limits must carry it too.
             low, high = spec.limits
             spec = replace(spec, limits=(low * float(loss_scale), high * float(loss_scale)))
         shards, partials, totals = measure_all_ranks(
-            self.table, spec, self.step_comm, errors, call, self.guard, self.num_measured_slots, self.counter.steps
+            self.table,
+            spec,
+            self.step_comm,
+            errors,
+            call,
+            self.guard,
+            self.num_measured_slots,
+            self.counter.steps,
+            self._watch,
         )
         with self._raised_late():
             self.coverage.record_call(len(shards))
@@ -567,16 +589,29 @@ class Engine:
                     RuntimeWarning,
                 )
 
-    def _begin_decision(self, errors: FirstError) -> _Trace:
+    def _begin_decision(self, errors: FirstError, function: str, loss_scale: Tensor | None, watch: Any) -> _Trace:
         """Raise and count what the last step postponed, end the hold on what it skipped, and return the trace.
 
         Args:
             errors: of this rank; it gets those that the rank had alone behind its last all-reduce.
+            function, loss_scale, watch: see `decide`.
+
+        Collectives: one all-reduce the first time with these names of watched scalars.
         """
         self.deferred.raise_due()
         errors.add(self._late_errors.error)
         self._late_errors = FirstError()
         release(self)
+        self._watch = Watch.of(watch, errors)
+        if self.step_comm.size > 1:
+            # A message gets longer only once all ranks know by how much. A rank that has failed makes the call below
+            # all the same, which is as long as this one, so that all ranks raise its error.
+            if errors.error is None and self._watch.kinds not in self._known_watches:
+                new = self._call(f"{function} with new watched scalars", loss_scale, self._watch)
+                self._agree(new, None, errors)
+                self._known_watches.add(self._watch.kinds)
+                self._watch_length = max(self._watch_length, self._watch.num_elements(self.step_comm.size))
+            self._watch = replace(self._watch, length=self._watch_length)
         return self.trace()
 
     @contextmanager
@@ -630,6 +665,7 @@ class Engine:
         if powers is not None:
             partials.powers = powers.to(partials.powers)
         partials.call, partials.failed = call, errors.error is not None
+        partials.watch = Watch(length=self._watch_length)
         totals = reduce(partials, self.spec, self.comm)
         if totals.same_call.host is False:
             totals = gather_facts(totals, partials, self.spec, errors.error, self.comm)
@@ -664,7 +700,7 @@ class Engine:
             self._observe(observe, outcome)
         return outcome
 
-    def _call(self, function: str, loss_scale: Tensor | None) -> Call:
+    def _call(self, function: str, loss_scale: Tensor | None, watch: Watch = NO_WATCH) -> Call:
         """Describe a step to the other ranks, with all that its decision follows from except the gradients."""
         if self.step_comm.size == 1:
             return Call(function, self._calls)
@@ -676,7 +712,12 @@ class Engine:
             state.append(("coefficients of the last step", [self._last_coefs]))
         if self.state:
             state.append(("state of the policy", list(self.state.values())))
-        facts = (("number of steps so far", self.counter.steps), ("has a loss scale", loss_scale is not None))
+        facts: tuple[tuple[str, Any], ...] = (
+            ("number of steps so far", self.counter.steps),
+            ("has a loss scale", loss_scale is not None),
+        )
+        if watch.kinds:
+            facts += (("watch", watch.kinds),)
         return Call(function, self._calls.next(), facts, tuple(state))
 
     def _step_again(self, earlier: _ScalerRound, optimizers: Sequence[Optimizer], state: ScalerState) -> Outcome:
@@ -734,6 +775,7 @@ def measure_all_ranks(
     guard: ReplicaGuard,
     num_slots: int = 1,
     step: int = 0,
+    watch: Watch = NO_WATCH,
 ) -> tuple[Shards, Partials, Totals]:
     """Run stages 1 to 3 of a call: find this rank's shards, measure them, add up over all ranks.
 
@@ -746,6 +788,7 @@ def measure_all_ranks(
         guard: compares replicas.
         num_slots: number of norms.
         step: 1-based index of the clipper call, which selects the parameters to compare.
+        watch: scalars of the user.
 
     Returns:
         The shards and partials of this rank, and the totals.
@@ -798,7 +841,7 @@ def measure_all_ranks(
     read_facts = read_facts or is_mixed(comm)
     if (partials.uncovered or partials.new_layouts) and not read_facts:
         errors.add(_joined_too_late(table))
-    partials.call, partials.failed = call, errors.error is not None
+    partials.call, partials.failed, partials.watch = call, errors.error is not None, watch
     totals = reduce(partials, spec, comm, read_facts=read_facts)
     if not read_facts:
         # The host of this rank may read for free what other hosts do not, and must not act on it.
@@ -820,11 +863,11 @@ def measure_all_ranks(
     if totals.uncovered.host:
         wider = widened(comm, table.groups, table.axes, table.num_reached)
         call = replace(call, counter=call_counter(wider).next())
-        return measure_all_ranks(table, spec, wider, errors, call, guard, num_slots, step)
+        return measure_all_ranks(table, spec, wider, errors, call, guard, num_slots, step, watch)
     if totals.new_layouts.host:
         # The replicas may have been counted wrongly, on any rank.
         exchange_layouts(table, comm)
-        return measure_all_ranks(table, spec, comm, errors, call, guard, num_slots, step)
+        return measure_all_ranks(table, spec, comm, errors, call, guard, num_slots, step, watch)
     if totals.has_partial_grads.host:
         totals = reduce_partial_grads(totals, table, shards, spec, comm, device)
     return shards, partials, totals
@@ -904,8 +947,9 @@ class _DeferredReads:
         Host syncs: none on an accelerator.
         """
         totals, coefs, state = outcome.totals, outcome.coefs, self._engine.state
+        suspects = (*outcome.per_tensor_powers, *totals.watch.local)
         if self._engine.on_host and not state:
-            self._count(outcome.step, totals.finite.read(), outcome.skip.read(), outcome.per_tensor_powers, quiet)
+            self._count(outcome.step, totals.finite.read(), outcome.skip.read(), suspects, quiet)
             return
         if devices.is_capturing():
             # The host takes no part in the replays of a graph.
@@ -918,7 +962,7 @@ class _DeferredReads:
         on_device = (*(fact.on(device) for fact in facts), clipped, restarts, exploded)
         values = torch.stack([value.to(coefs.dtype) for value in on_device])
         values, wait = devices.copy_to_host_async(values)
-        self._unread = _Unread(outcome.step, values, wait, outcome.per_tensor_powers, checksums, quiet)
+        self._unread = _Unread(outcome.step, values, wait, suspects, checksums, quiet)
         if self._engine.on_host:
             self.raise_due()
 

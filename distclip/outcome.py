@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -31,7 +31,8 @@ class Report:
             1 if a policy scaled it up. With one slot it is the coefficient itself; with several it is
             ‖(coefs · norms)‖ / ‖norms‖.
         clipped: 0-d bool, whether the policy changed the gradients.
-        finite: 0-d bool, whether the norm is finite; with on_nonfinite="zero", the norm of the remaining elements.
+        finite: 0-d bool, whether the norm is finite, and every watched scalar of every rank; with on_nonfinite="zero",
+            the norm of the remaining elements.
         skipped: 0-d bool, whether this step leaves parameters and optimizer unchanged. A scheduler that counts
             updates only must be stepped where this is False.
         replicas_differ: 0-d bool, whether replicas of a gradient, or of a parameter that this step compared, differed
@@ -43,6 +44,7 @@ class Report:
         tensor_norms: (parameters,) float64, norm of each parameter's gradient, after `GradClipper.measure_tensors`;
             `GradClipper.tensors` has the names. None without it.
         skips: (slots,) bool, groups that this step leaves unchanged, with isolate=True. None without it.
+        watch: {name: 0-d} of the watched scalars of all ranks. NaN for a mean or a maximum that no rank has.
     """
 
     norm: Tensor
@@ -56,10 +58,11 @@ class Report:
     bounds: Tensor | None = None
     tensor_norms: Tensor | None = None
     skips: Tensor | None = None
+    watch: Mapping[str, Tensor] = field(default_factory=dict)
 
     @outside_fake_mode
     def as_dict(self) -> dict[str, float | bool]:
-        """Return Python numbers for a log: {"norm", "coef", "clipped", "finite", "skipped"}.
+        """Return Python numbers for a log: {"norm", "coef", "clipped", "finite", "skipped"} and the watched scalars.
 
         Collectives: none. Host syncs: one per value. No other method has any.
         """
@@ -69,6 +72,7 @@ class Report:
             "clipped": bool(self.clipped),
             "finite": bool(self.finite),
             "skipped": bool(self.skipped),
+            **{name: float(value) for name, value in self.watch.items()},
         }
 
 
@@ -150,6 +154,7 @@ class Outcome:
             tensor_norms=None if self.tensor_norms is None else self.tensor_norms.per_parameter(self.measured),
             replicas_differ=self.replicas_differ.on(device),
             skips=self.skips,
+            watch=totals.watch.values,
         )
 
 

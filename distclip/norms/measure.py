@@ -25,6 +25,7 @@ from .kernels.torch_ops import identity
 from .limits import any_out_of_limits
 from .replica_sums import ReplicaSums, add_sums, sum_by_group
 from .spec import NormSpec
+from .watch import NO_WATCH, Watch
 
 __all__ = ["Partials", "PerTensorChecksums", "PerTensorPowers", "measure", "sum_by_slot"]
 
@@ -59,6 +60,7 @@ class Partials:
         call: the call that the ranks make.
         replica_sums: checksums of the gradients on this rank that other ranks hold too, by replica group.
         per_tensor_checksums: checksums of these gradients, to find the one that differs.
+        watch: scalars of the user.
     """
 
     powers: Tensor
@@ -74,6 +76,7 @@ class Partials:
     call: Call = _NO_CALL
     replica_sums: ReplicaSums = field(default_factory=dict)
     per_tensor_checksums: tuple[PerTensorChecksums, ...] = ()
+    watch: Watch = NO_WATCH
 
     @classmethod
     def empty(cls, spec: NormSpec, device: torch.device, num_slots: int = 1) -> Partials:

@@ -1,10 +1,11 @@
 """Declare the buffer of the one all-reduce, field by field: what a rank writes, and what all ranks read.
 
-A message has three parts:
+A message has four parts:
 
 1. `FIELDS`: vectors with an element per slot, which are added up, or combined by a maximum for p = ±inf.
-2. `COUNTS`: bools that may well differ between ranks. A sum counts the ranks.
-3. `CHECKS`: summands that add up to exactly 0 in an ordinary step. Where they do not, the host gathers the reason.
+2. `WATCH`: scalars of the user, whose names and number the ranks have agreed on before.
+3. `COUNTS`: bools that may well differ between ranks. A sum counts the ranks.
+4. `CHECKS`: summands that add up to exactly 0 in an ordinary step. Where they do not, the host gathers the reason.
    `FACTS` travel in such a checksum: bools that are equal on all ranks in an ordinary step.
 
 To add one, add a line to the tuple here, an attribute to `Partials` for its writer, and an attribute of the same name
@@ -27,17 +28,20 @@ from ..devices import Fact, as_fact
 from .measure import Partials
 from .replica_sums import weighted_sum
 from .spec import NormSpec
+from .watch import WatchedTotals
 
 __all__ = [
     "CHECKS",
     "COUNTS",
     "FACTS",
     "FIELDS",
+    "WATCH",
     "Check",
     "Count",
     "FactField",
     "Field",
     "Message",
+    "WatchField",
     "all_reduce",
     "check_bits",
     "maximum",
@@ -57,6 +61,21 @@ class Field:
     name: str
     write: Callable[[Partials], Tensor | None]
     included: Callable[[NormSpec], bool] = lambda spec: True
+
+
+@dataclass(frozen=True, slots=True)
+class WatchField:
+    """Scalars of the user, of which all ranks learn the mean, the sum or the maximum.
+
+    Args:
+        name: attribute of `Totals` that they become.
+        write: this rank's numbers. None for no scalars in a job that has never watched any.
+        read: the totals, from the sums of the numbers over ranks.
+    """
+
+    name: str
+    write: Callable[[Partials, Comm], Tensor | None]
+    read: Callable[[Partials, Tensor | None, Comm], WatchedTotals]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +165,13 @@ FIELDS = (
 )
 """Vectors of the message, in order."""
 
+WATCH = WatchField(
+    "watch",
+    lambda partials, comm: partials.watch.write(partials.powers, comm),
+    lambda partials, numbers, comm: partials.watch.read(numbers, comm),
+)
+"""Scalars of the user. They have the numbers that `norms.watch` declares for each kind of scalar."""
+
 COUNTS = (Count("out_of_limits", lambda partials: partials.out_of_limits, lambda spec: spec.limits is not None),)
 """Bools that differ between ranks also in an ordinary step, in order. One number each."""
 
@@ -168,12 +194,14 @@ class Message:
     """The combined message of all ranks.
 
     Args:
+        watch: scalars of the user.
         fields: {name of a field: (slots,) view}. Empty for p = ±inf if the host has read that a check failed.
         counts: {name of a count: whether it holds on some rank}.
         checks: {name of a check: whether its summands add up to 0}. On a CPU all checks have the same value: whether
             all of them do.
     """
 
+    watch: WatchedTotals
     fields: dict[str, Tensor]
     counts: dict[str, Fact]
     checks: dict[str, Fact]
@@ -194,12 +222,13 @@ def all_reduce(partials: Partials, spec: NormSpec, comm: Comm, *, on_host: bool)
     Collectives: one all-reduce over `comm`, and a second one for p = ±inf unless the host has read that a check failed.
     Host syncs: one on an accelerator with `on_host`, otherwise none.
     """
-    vectors, tail = _vectors(partials, spec), _tail(partials, spec, comm)
+    vectors, watched, tail = _vectors(partials, spec), WATCH.write(partials, comm), _tail(partials, spec, comm)
     # Every call begins with a sum, also if it needs a maximum: ranks that passed different p must find out.
     takes_maximum = math.isinf(spec.norm_type)
-    buffer = torch.cat([torch.zeros_like(vectors) if takes_maximum else vectors, tail])
+    head = torch.zeros_like(vectors) if takes_maximum else vectors
+    buffer = torch.cat([head, tail] if watched is None else [head, watched, tail])
     comm.sum_(buffer)
-    tail = buffer[len(vectors) :]
+    tail = buffer[len(buffer) - len(tail) :]
 
     counts = [count.name for count in COUNTS if count.included(spec)]
     checks = [check.name for check in CHECKS]
@@ -207,7 +236,8 @@ def all_reduce(partials: Partials, spec: NormSpec, comm: Comm, *, on_host: bool)
     nonzero = [as_fact(x) for x in ([number != 0 for number in tail.tolist()] if on_host else (tail != 0).unbind())]
     failed = nonzero[len(counts) :]
     passed = [~fact for fact in (failed * len(checks) if len(failed) < len(checks) else failed)]
-    message = Message({}, dict(zip(counts, nonzero, strict=False)), dict(zip(checks, passed, strict=True)))
+    watch = WATCH.read(partials, None if watched is None else buffer[len(head) : len(head) + len(watched)], comm)
+    message = Message(watch, {}, dict(zip(counts, nonzero, strict=False)), dict(zip(checks, passed, strict=True)))
     if not takes_maximum:
         return replace(message, fields=_named(buffer[: len(vectors)], spec))
     if message.checks["call"].host is False:

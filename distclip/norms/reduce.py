@@ -23,9 +23,10 @@ from ..devices import ALWAYS, NEVER, Fact, as_fact
 from ..errors import LayoutError, PeerError
 from .kernels.torch_ops import combine
 from .measure import Partials
-from .message import COUNTS, FACTS, FIELDS, all_reduce, maximum
+from .message import COUNTS, FACTS, FIELDS, WATCH, all_reduce, maximum
 from .replica_sums import any_differ, to_host
 from .spec import NormSpec
+from .watch import NO_WATCHED_TOTALS, WatchedTotals
 
 __all__ = ["Totals", "gather_facts", "reduce"]
 
@@ -49,6 +50,7 @@ class Totals:
         out_of_limits: whether some element of the whole gradient is outside of the policy's limits.
         replicas_differ: whether the replicas of a gradient, or of a parameter of this step's part, differ.
         loss_scale: 0-d, factor of a GradScaler that the gradients carry. Norms are free of it. None for 1.
+        watch: scalars of the user.
     """
 
     powers: Tensor
@@ -63,6 +65,7 @@ class Totals:
     out_of_limits: Fact = NEVER
     replicas_differ: Fact = NEVER
     loss_scale: Tensor | None = None
+    watch: WatchedTotals = NO_WATCHED_TOTALS
 
     @cached_property
     def norms(self) -> Tensor:
@@ -94,6 +97,14 @@ class Totals:
 
     @cached_property
     def finite(self) -> Fact:
+        """Fact that every element and every watched scalar is finite, unless a rank has failed.
+
+        No power sum exceeds float64 then either.
+        """
+        return self.powers_finite & self.watch.finite
+
+    @cached_property
+    def powers_finite(self) -> Fact:
         """Fact that every element is finite and no power sum exceeds float64, unless a rank has failed."""
         if len(self.powers) == 1:
             return Fact(self.powers.isfinite()[0])
@@ -180,13 +191,14 @@ def reduce(partials: Partials, spec: NormSpec, comm: Comm, *, read_facts: bool =
         `Totals`. Where `same_call` does not hold, call `gather_facts` on every rank.
 
     Collectives: one all-reduce over `comm`, of slots + 1 float64 numbers (slots + 2 on an accelerator), `slots` more
-    with the norms of the parameters, one more with limits. For p = ±inf a second one of 2 · slots. None for a single
-    rank.
+    with the norms of the parameters, one more with limits, and two for each watched scalar (ranks + 1 for a maximum).
+    For p = ±inf a second one of 2 · slots. None for a single rank.
     Host syncs: on an accelerator one with `read_facts`, otherwise none.
     """
     if comm.size == 1:
         fields: dict[str, Any] = {field.name: field.write(partials) for field in FIELDS}
         fields |= {count.name: as_fact(count.write(partials)) for count in COUNTS}
+        fields[WATCH.name] = WATCH.read(partials, WATCH.write(partials, comm), comm)
         return Totals(norm_type=spec.norm_type, **fields | _local_facts(partials))
     if not read_facts:
         # A host may only skip the read if all ranks have the same layouts and dtypes, so this rank's dtypes stand for
@@ -197,7 +209,7 @@ def reduce(partials: Partials, spec: NormSpec, comm: Comm, *, read_facts: bool =
     if not read_facts:
         facts["failed"] = ~same_call
     # A maximum is only taken once the ranks agree.
-    fields = dict[str, Any](message.fields or {"powers": partials.powers})
+    fields = dict[str, Any](message.fields or {"powers": partials.powers}, **{WATCH.name: message.watch})
     differ = ~message.checks["replicas"]
     return Totals(
         norm_type=spec.norm_type, same_call=same_call, replicas_differ=differ, **fields | message.counts | facts

@@ -24,6 +24,7 @@ from ..nonfinite.culprits import (
     count_nonfinite,
     describe_culprits,
     gather_culprits,
+    suspect_nonfinite,
     zero_nonfinite_,
 )
 from ..nonfinite.rules import Zero
@@ -59,7 +60,7 @@ class IsolatedEngine(Engine):
             slots[slot].add(id(tensor))
         self._ids_by_slot = slots
 
-    def _step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None) -> Outcome:
+    def _step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None, watch: Any) -> Outcome:
         errors, optimizers = FirstError(), list[Optimizer]()
         with errors:
             optimizers = as_list(optimizer)
@@ -68,7 +69,7 @@ class IsolatedEngine(Engine):
         self.optimizers.compare_first(optimizers, None, errors, are_known=errors.error is None)
         with errors:
             self.coverage.check(optimizers, all_now=True)
-        outcome = self.decide(errors, function="GradClipper.step")
+        outcome = self.decide(errors, function="GradClipper.step", watch=watch)
         skipped = self._skipped_ids(outcome)
         if not outcome.skip.host:
             self.write_(outcome, outcome.shards)
@@ -81,11 +82,15 @@ class IsolatedEngine(Engine):
         return outcome
 
     def _clip(
-        self, optimizer: Optimizer | Iterable[Optimizer] | None, scaler: GradScaler | None, errors: FirstError
+        self,
+        optimizer: Optimizer | Iterable[Optimizer] | None,
+        scaler: GradScaler | None,
+        errors: FirstError,
+        watch: Any,
     ) -> Outcome:
         with errors:
             _refuse_scaler(scaler)
-        outcome = self.decide(errors, function="GradClipper.clip")
+        outcome = self.decide(errors, function="GradClipper.clip", watch=watch)
         skipped = self._skipped_ids(outcome)
         if not outcome.skip.host:
             self.write_(outcome, outcome.shards)
@@ -108,12 +113,13 @@ class IsolatedEngine(Engine):
         expect_overflow: bool = False,
         must_read: bool = True,
         function: str = "GradClipper.decide",
+        watch: Any = None,
     ) -> Outcome:
         """Measure all groups, and decide about each, see `Engine.decide`.
 
         Collectives: those of `Engine.decide`. Host syncs: on an accelerator one.
         """
-        before = self._begin_decision(errors)
+        before = self._begin_decision(errors, function, loss_scale, watch)
         step = self.counter.steps + 1
         shards, partials, measured, totals = self._measure_all(errors, loss_scale, function)
         self.counter.steps = step
@@ -130,11 +136,11 @@ class IsolatedEngine(Engine):
         culprits: dict[int, tuple[Culprit, ...]] = {}
         finite = self._finite(totals)
         if self.rule.leaves_step_out and not bool(finite.all()):
-            culprits = self._gather_culprits(shards)
+            culprits = self._gather_culprits(shards, totals)
             everyone = tuple(culprit for some in culprits.values() for culprit in some)
             if self.on_nonfinite == "raise":
                 self.counter.refuse(step, everyone)
-            if type(self.rule) is Zero and everyone:
+            if type(self.rule) is Zero and everyone and totals.watch.finite.read():
                 zero_nonfinite_(shards)
                 self.counter.record_zeroed(step, everyone)
                 shards, partials, measured, totals = self._measure_all(FirstError(), loss_scale, function)
@@ -203,13 +209,17 @@ class IsolatedEngine(Engine):
     @staticmethod
     def _finite(totals: Totals) -> Tensor:
         finite = totals.powers.isfinite()
-        return finite if totals.weight_powers is None else finite & totals.weight_powers.isfinite()
+        finite = finite if totals.weight_powers is None else finite & totals.weight_powers.isfinite()
+        # A watched scalar belongs to all groups.
+        return finite & totals.watch.finite.read()
 
-    def _gather_culprits(self, shards: Shards) -> dict[int, tuple[Culprit, ...]]:
+    def _gather_culprits(self, shards: Shards, totals: Totals) -> dict[int, tuple[Culprit, ...]]:
         """Gather the non-finite gradients of all ranks, by slot."""
         slots = {name: slot for name, (slot, _) in self.slots.by_name.items()}
         # Other ranks may have parameters that this one does not have, so that the slot travels with the name.
         local = [(f"{slots.get(name, 0)} {name}", nans, infs) for name, nans, infs in count_nonfinite(shards)]
+        for name, nans, infs in suspect_nonfinite(totals.watch.local):
+            local += [(f"{slot} {name}", nans, infs) for slot in range(self.slots.total)]
         by_slot: dict[int, tuple[Culprit, ...]] = {}
         for culprit in gather_culprits(local, self.step_comm):
             slot, _, name = culprit.name.partition(" ")
