@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .errors import ArgumentError, warn_user
 from .policies import Policy, State
+from .policies.norm_policy import WATCH_PREFIX
 from .policies.policy import CheckedPolicy
 from .policies.warmup import KEYS as FIRST_NORMS
 from .sharding.slots import SlotMap
@@ -138,7 +139,7 @@ def unpack_state(state: State, slots: SlotMap, saved: Mapping[str, Mapping[str, 
     loaded: dict[str, list[Tensor]] = {key: [] for key in state}
     for i, name in enumerate(slots.names):
         current = {key: column[i] for key, column in columns.items()}
-        values = _match_first_norms(saved.get(name, current), current)
+        values = _match_optional(saved.get(name, current), current)
         _check_keys(f"state[{name!r}]", values, state)
         for key, column in columns.items():
             value, own = values[key], column[i]
@@ -171,16 +172,20 @@ def unpack_state(state: State, slots: SlotMap, saved: Mapping[str, Mapping[str, 
     return new_state
 
 
-def _match_first_norms(values: Mapping[str, Any], current: Mapping[str, Tensor]) -> Mapping[str, Any]:
-    """Return the values of a slot with the warm-up's norms if the policy keeps them, and without if not.
+def _match_optional(values: Mapping[str, Any], current: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    """Return the values of a slot with those that only some policies of a kind keep if this one does.
 
-    Only a policy without a cap keeps them, and a run may be resumed with another cap. Checkpoints of earlier releases
-    do not have them.
+    Only a policy without a cap keeps the norms of the warm-up, and only one with `watch` keeps those of a scalar. A run
+    may be resumed with another cap or `watch`. Checkpoints of earlier releases do not have them.
     """
     if not isinstance(values, Mapping):
         return values
-    kept = {key: current[key] for key in FIRST_NORMS if key in current}
-    return kept | {key: value for key, value in values.items() if key in current or key not in FIRST_NORMS}
+    kept = {key: value for key, value in current.items() if _is_optional(key)}
+    return kept | {key: value for key, value in values.items() if key in current or not _is_optional(key)}
+
+
+def _is_optional(key: Any) -> bool:
+    return key in FIRST_NORMS or str(key).startswith(WATCH_PREFIX)
 
 
 def unpack_counts(saved: Mapping[str, Any], names: Collection[str]) -> dict[str, int]:

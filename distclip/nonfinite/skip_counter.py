@@ -84,7 +84,7 @@ class SkipCounter:
         Raises:
             TooManySkippedSteps: it is the last of `max_skips` in a row.
         """
-        self._count(step, "the policy skipped this one: its norm is finite and above the bound")
+        self._count(step, "the policy skipped this one: its norm, or a watched scalar, is finite and above the bound")
 
     def record_update(self) -> None:
         """Count a step that was not skipped."""

@@ -29,6 +29,7 @@ def median_mad(
     norm_type: float = 2.0,
     per: Per = "model",
     skip: bool = False,
+    watch: str | None = None,
 ) -> NormPolicy:
     r"""Clip to k robust standard deviations above the median of the last norms, in log space: spikes only.
 
@@ -47,9 +48,11 @@ def median_mad(
         per: granularity (see `NormPolicy`).
         skip: skip steps with a spike instead of scaling them down, for example for a bad sample that comes again every
             epoch. Norms that are only above the cap are scaled down, in warm-up and after it.
+        watch: with skip=True, name of a watched scalar > 0, such as the loss (see `GradClipper.step`). A step in which
+            it is above k robust standard deviations is skipped too.
 
     Raises:
-        ArgumentError: a number outside of its range.
+        ArgumentError: a number outside of its range, or `watch` without skip=True.
 
     Source: the outlier rule of Hampel, "The influence curve and its role in robust estimation", JASA 69, 1974, on
     logarithms.
@@ -57,7 +60,7 @@ def median_mad(
     >>> median_mad(6.0).threshold
     MedianMAD(k=6.0, window=128, warmup=16, floor=0.1, cap=inf)
     """
-    return NormPolicy(MedianMAD(k, window, warmup, cap=cap), norm_type, per, skip=skip)
+    return NormPolicy(MedianMAD(k, window, warmup, cap=cap), norm_type, per, skip=skip, watch=watch)
 
 
 @dataclass(frozen=True, slots=True)

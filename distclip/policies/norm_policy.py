@@ -35,7 +35,10 @@ from .restart import init_window, mask_valid_window, restart_where_stuck, where_
 from .validation import NOT_NEGATIVE, Range, convert_fields, to_float
 from .warmup import LEAST_WARMUP, init_first_norms, mask_valid_first_norms, restart_where_exploded
 
-__all__ = ["NormPolicy", "coefficient"]
+__all__ = ["WATCH_PREFIX", "NormPolicy", "coefficient"]
+
+WATCH_PREFIX = "watch_"
+"""Beginning of the keys of a watched scalar in the state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,8 @@ class NormPolicy:
             threshold's `cap` is scaled down in any case, because a cap that is too low must not stop training.
         isolate: for per="group", decide about each group as if it were trained alone: bound, state, skips and
             non-finite steps are those of the group (see `GradClipper`). Otherwise they are those of the step.
+        watch: with skip=True, name of a watched scalar > 0, such as the loss (see `GradClipper.step`): its values have
+            a history and a bound of their own by the same rule, and a step with a value above it is skipped too.
 
     Raises:
         ArgumentError: an argument outside of its range, something else than a regular expression, or a threshold
@@ -77,7 +82,9 @@ class NormPolicy:
     restart_after: int = 128
     skip: bool = False
     isolate: bool = False
+    watch: str | None = None
     _rule: Rule = field(init=False, repr=False, compare=False)
+    _witness: NormPolicy | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         p = to_float(self.norm_type)
@@ -106,11 +113,24 @@ class NormPolicy:
                 f"groups={self.groups!r}: groups and per='group' need each other, and per={self.per!r}. "
                 'Pass per="group", groups={"embedding": "embed"}, or neither.'
             )
+        if self.watch is not None and not (isinstance(self.watch, str) and self.watch and self.skip):
+            raise ArgumentError(
+                f"watch={self.watch!r:.60} with skip={self.skip}: a spike of a scalar can only skip a step. Pass its "
+                'name with skip=True: watch="loss", skip=True.'
+            )
         if "rest" in self.groups:
             raise ArgumentError(
                 f'groups={self.groups!r}: "rest" is the group of all parameters without a match. Use another name.'
             )
         object.__setattr__(self, "_rule", as_rule(self.threshold))
+        if self.watch is not None and self._rule.needs_weights:
+            raise ArgumentError(
+                f"watch={self.watch!r}: a scalar has no weights, which {self.threshold!r:.80} needs. Use median_mad."
+            )
+        witness = (
+            None if self.watch is None else NormPolicy(self.threshold, restart_after=self.restart_after, skip=True)
+        )
+        object.__setattr__(self, "_witness", witness)
 
     @property
     def spec(self) -> NormSpec:
@@ -129,6 +149,9 @@ class NormPolicy:
             state |= init_window(slots, self.restart_after, device)
         if state and self._watches_warmup:
             state |= init_first_norms(slots, self._rule.unbounded_steps, device)
+        if self._witness is not None:
+            # Each slot has a copy, so that a checkpoint of any layout has it under every name.
+            state |= {WATCH_PREFIX + key: value for key, value in self._witness.init(slots, device).items()}
         return state
 
     def decide(self, totals: Totals, state: State) -> tuple[Verdict, State]:
@@ -148,7 +171,33 @@ class NormPolicy:
             finite: 0-d or (slots,) bool. Elsewhere the state stays as it is.
         """
         with on_one_thread(len(totals.powers), totals.powers.device):
-            return self._decide(totals, state, finite)
+            if self._witness is None:
+                return self._decide(totals, state, finite)
+            own = {key: value for key, value in state.items() if not key.startswith(WATCH_PREFIX)}
+            witness_state = {key[len(WATCH_PREFIX) :]: state[key] for key in state if key not in own}
+            verdict, new_state = self._decide(totals, own, finite)
+            second, new_witness_state = self._witness._decide(self._watched_totals(totals), witness_state, finite)
+            assert verdict.skip is not None
+            assert second.skip is not None
+            new_state = new_state | {WATCH_PREFIX + key: value for key, value in new_witness_state.items()}
+            return replace(verdict, skip=verdict.skip | second.skip), new_state
+
+    def _watched_totals(self, totals: Totals) -> Totals:
+        """Return the value of the watched scalar as the norm of each slot.
+
+        Raises:
+            ArgumentError: the step has no such scalar. All ranks watch the same, so that all of them raise.
+        """
+        if self.watch not in totals.watch.values:
+            raise ArgumentError(
+                f"watch={self.watch!r}: the policy skips steps by this scalar, and the step has none of this name. "
+                f"Pass clipper.step(optimizer, watch={{{self.watch!r}: loss}})."
+            )
+        value = totals.watch.values[self.watch]
+        watched = Totals(value.to(totals.powers).expand(len(totals.powers)), norm_type=1.0)
+        # The rule must find the value where it looks for the norm of the whole gradient.
+        vars(watched)["norm"] = watched.norms[0]
+        return watched
 
     def _decide(self, totals: Totals, state: State, finite: Tensor) -> tuple[Verdict, State]:
         norms, cap = totals.norms, self._rule.cap
@@ -174,6 +223,11 @@ class NormPolicy:
 
     def mask_valid(self, state: State) -> dict[str, Tensor]:
         """Return masks of the values that a loaded state may have, see `Rule.mask_valid`."""
+        if self._witness is not None:
+            own = {key: value for key, value in state.items() if not key.startswith(WATCH_PREFIX)}
+            witness_state = {key[len(WATCH_PREFIX) :]: state[key] for key in state if key not in own}
+            masks = {WATCH_PREFIX + key: mask for key, mask in self._witness.mask_valid(witness_state).items()}
+            return masks | replace(self, watch=None).mask_valid(own)
         window_state = {key: state[key] for key in restart.KEYS if key in state}
         first_norms = {key: state[key] for key in warmup.KEYS if key in state}
         masks = self._rule.mask_valid(_select_rule_state(state))
