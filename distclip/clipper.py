@@ -169,6 +169,7 @@ class GradClipper:
                 "rebind: a clipper with isolate=True has the parameters of its groups. Call remove_group and add_group "
                 "with the new parameters."
             )
+        self._engine.refuse_between("rebind")
         state_dict, old = self.state_dict(), self._engine
         options = old.on_nonfinite, self._counter, flat_grads, old.coverage.partial, old.replicas
         engine = Engine.build(parameters, self.policy, split_over, comm, *options)
@@ -321,6 +322,71 @@ class GradClipper:
         self._is_stepping = True
         try:
             return self._engine.step(optimizer, scaler, watch).report()
+        finally:
+            self._is_stepping = False
+
+    @_disable_dynamo
+    def start(
+        self,
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
+        scaler: GradScaler | None = None,
+        *,
+        watch: Watched | None = None,
+    ) -> None:
+        """Begin a step when the last gradient is ready, which `finish` ends.
+
+        The gradients are measured, and their all-reduce begins. It runs while the program does other work: the metrics
+        of the step, the next batch. `step` is `start` and `finish`. With the inf-norm, `finish` has an all-reduce of
+        its own.
+
+        Args:
+            optimizer: that of `finish`. With it, all ranks raise in this step what is wrong with it on any rank. None
+                checks it in `finish`, where a rank raises alone, and the others in the next step.
+            scaler: that of `finish`. It needs the optimizer.
+            watch: see `step`.
+
+        Raises:
+            ArgumentError: the last step was started and not finished; and see `step`. A rank raises here what the
+                others raise in `finish`.
+            DisagreementError: see `clip`.
+
+        Collectives: one asynchronous all-reduce over process groups and MPI. Any other communicator adds up in a thread
+            if it has no method `start_sum`, see `distclip.comm.start_sum`.
+        Host syncs: see `step`; none before `finish`.
+
+        >>> from distclip import global_norm
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> clipper, optimizer = GradClipper([weight], global_norm(1.0)), torch.optim.SGD([weight], lr=1.0)
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> clipper.start(watch={"loss": 2.0})
+        >>> clipper.finish(optimizer).as_dict()["loss"]
+        2.0
+        """
+        self._engine.start(optimizer, scaler, watch)
+
+    @_disable_dynamo
+    def finish(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None = None) -> Report:
+        """Clip and step, or skip, by the norms that `start` has begun to measure.
+
+        No gradient may be written between the two, and the clipper may not be used otherwise. A rank that raises
+        between them goes on with its next step: that step raises on all ranks, and the ones after it are in order.
+
+        Args:
+            optimizer, scaler: see `step`.
+
+        Returns:
+            The measurements and the decision, as device scalars.
+
+        Raises:
+            ArgumentError: no step was started; on every rank. A gradient was written since `start`; on the ranks where
+                this is so, and nothing has changed there. The others raise `DisagreementError` in the next step.
+            LayoutError, PeerError, NonFiniteError, TooManySkippedSteps, DisagreementError: see `clip`.
+
+        Collectives: see `clip`, except the all-reduce that `start` has begun. Host syncs: see `step`.
+        """
+        self._is_stepping = True
+        try:
+            return self._engine.finish(optimizer, scaler).report()
         finally:
             self._is_stepping = False
 
@@ -510,6 +576,7 @@ class GradClipper:
         >>> clipper.tensors, clipper.clip().tensor_norms
         (('weight', 'bias'), tensor([3., 4.], dtype=torch.float64))
         """
+        self._engine.refuse_between("measure_tensors")
         if self._engine.tensor_norms is None:
             self._engine.measure_tensors()
 
@@ -696,6 +763,7 @@ class GradClipper:
             ArgumentError: another kind of policy or another window; an unknown or missing key; a tensor of another
                 shape or dtype; a value that no step of the policy leads to, such as NaN. Nothing has been loaded then.
         """
+        self._engine.refuse_between("load_state_dict")
         if self._groups is not None or group is not None:
             counts = load_groups(self._isolated("load_state_dict")[1], state_dict, group, self._counts().keys())
             self._counter.steps = counts.get("steps", self._counter.steps)

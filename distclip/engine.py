@@ -1,8 +1,9 @@
 """Run one step: shards -> norms -> policy -> non-finite rule -> gradients and optimizers.
 
 This is the only module that knows all stages. `Engine.decide` is the pipeline up to the decision, in order, and
-`Engine.step` and `Engine.clip` carry the decision out. All decisions follow from totals, which all ranks share bit for
-bit, so that every rank takes the same branch into the same collectives.
+`Engine.step` and `Engine.clip` carry the decision out. A step can be cut in two at its all-reduce: `Engine.start`
+measures and begins it, and `Engine.finish` ends the step. All decisions follow from totals, which all ranks share bit
+for bit, so that every rank takes the same branch into the same collectives.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar, get_args
 
@@ -29,6 +30,7 @@ from .apply.grad_scaler import ScalerState, enabled
 from .apply.optimizers import OptimizerSteps, as_list
 from .apply.scale import clamp_, scale_
 from .apply.step_gate import hold_still, release, undone_on_error
+from .apply.writes import GradientWrites
 from .comm import Comm, LocalComm
 from .comm.agreement import Call, CallCounter
 from .comm.consensus import FirstError
@@ -43,7 +45,7 @@ from .nonfinite.skip_counter import SkipCounter
 from .norms.measure import Partials, PerTensorChecksums, PerTensorPowers, measure
 from .norms.memory import read_gradients, read_weights
 from .norms.partial_grads import reduce_partial_grads
-from .norms.reduce import Totals, gather_facts, reduce
+from .norms.reduce import Totals, gather_facts, reduce, start_reduce
 from .norms.replica_sums import add_sums
 from .norms.spec import NormSpec
 from .norms.tensor_norms import TensorNorms
@@ -125,6 +127,8 @@ class Engine:
         # Scalars of the user in the current call, the names and reductions that the ranks have agreed on, and the
         # number of elements that every message has for them since then.
         self._watch, self._known_watches, self._watch_length = NO_WATCH, {NO_WATCH.kinds}, 0
+        # The step between `start` and `finish`.
+        self.started: _Started | None = None
         self.token = ""
 
     @classmethod
@@ -227,38 +231,109 @@ class Engine:
 
     def step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None, watch: Any = None) -> Outcome:
         """Clip and step, or skip, see `GradClipper.step`."""
-        with self._undone_on_error():
-            return self._step(optimizer, scaler, watch)
+        self.start(optimizer, scaler, watch, overlap=False)
+        return self.finish(None, scaler)
 
-    def _step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None, watch: Any) -> Outcome:
-        errors = FirstError()
-        optimizers: list[Optimizer] = []
-        with errors:
-            optimizers = as_list(optimizer)
+    def start(
+        self,
+        optimizer: Optimizer | Iterable[Optimizer] | None,
+        scaler: GradScaler | None,
+        watch: Any,
+        *,
+        overlap: bool = True,
+        error: Exception | None = None,
+    ) -> None:
+        """Measure, and begin the all-reduce of a step, see `GradClipper.start`.
+
+        Args:
+            optimizer, scaler, watch: see `GradClipper.start`.
+            overlap: return before the all-reduce is complete, and notice what is written until `finish`.
+            error: that this rank has already, for all ranks to raise.
+        """
+        errors = FirstError(error)
+        with self._undone_on_error() as before:
+            self.started = self._start(optimizer, scaler, watch, errors, before, overlap=overlap)
+            if overlap and self.started.decision is not None:
+                self.started.writes = GradientWrites(self.table, self.started.decision.measurement.shards)
+        if errors.error is not None:
+            # The other ranks read in `finish` that this one has failed.
+            self.finish(None, scaler)
+
+    def finish(self, optimizer: Optimizer | Iterable[Optimizer] | None, scaler: GradScaler | None) -> Outcome:
+        """Complete the step that `start` has begun, see `GradClipper.finish`."""
+        started, self.started = self.started, None
+        if started is None:
+            error = ArgumentError("finish: no step was started on this rank. Call clipper.start() after backward.")
+            self.start(None, None, None, error=error)
+            raise error
+        with self._undone_on_error(started.before):
+            return self._finish(started, optimizer, scaler)
+
+    def _start(
+        self,
+        optimizer: Optimizer | Iterable[Optimizer] | None,
+        scaler: GradScaler | None,
+        watch: Any,
+        errors: FirstError,
+        before: _Trace,
+        *,
+        overlap: bool,
+    ) -> _Started:
+        optimizers: list[Optimizer] | None = None
+        if optimizer is not None or not overlap:
+            with errors:
+                optimizers = as_list(optimizer)
+        used, function = optimizers or [], "GradClipper.step"
         scaler, state, loss_scale = enabled(scaler), None, None
+        if scaler is not None and optimizer is None:
+            error = ArgumentError("scaler: it scales by optimizer. Call clipper.start(optimizer, scaler).")
+            errors.add(error)
         # The host need not wait for the norms if the optimizers of all ranks can skip on the device.
-        are_known = errors.error is None and (scaler is None or isinstance(scaler, GradScaler))
-        all_fused = self.optimizers.compare_first(optimizers, scaler, errors, are_known=are_known)
+        all_fused = False
+        if optimizers is not None or scaler is not None:
+            are_known = errors.error is None and (scaler is None or isinstance(scaler, GradScaler))
+            all_fused = self.optimizers.compare_first(used, scaler, errors, are_known=are_known)
         if scaler is not None:
             with errors:
-                state = ScalerState(scaler, optimizers)
+                state = ScalerState(scaler, used)
         if state is not None and self._scaler_round is not None and self._scaler_round.round is state.round:
             # An earlier call since the last scaler.update() has decided about all gradients.
-            return self._step_again(self._scaler_round, optimizers, state)
-        was_scaled = state is not None and len(state.scaled_optimizers()) == len(optimizers)
+            return _Started(before, None, used, state, earlier=self._scaler_round)
+        was_scaled = state is not None and len(state.scaled_optimizers()) == len(used)
         if state is not None:
             with errors:
                 self.coverage.begin_round(state.round)
-                loss_scale = self.optimizers.loss_scale(optimizers, state, unscale_first=self.spec.limits is not None)
-        with errors:
-            self.coverage.check(optimizers, all_now=state is None)
+                loss_scale = self.optimizers.loss_scale(used, state, unscale_first=self.spec.limits is not None)
+        if optimizers is not None:
+            with errors:
+                self.coverage.check(used, all_now=state is None)
 
-        # Stages 1 to 5.
-        must_read = not all_fused or self.rule.needs_host
-        is_scaled, function = state is not None, "GradClipper.step"
-        outcome = self.decide(
-            errors, loss_scale, expect_overflow=is_scaled, must_read=must_read, function=function, watch=watch
+        # Stages 1 and 2, and the beginning of 3.
+        decision = self._start_decision(
+            errors, loss_scale, expect_overflow=state is not None, function=function, watch=watch, overlap=overlap
         )
+        return _Started(
+            before, decision, optimizers, state, loss_scale, errors, all_fused=all_fused, was_scaled=was_scaled
+        )
+
+    def _finish(
+        self, started: _Started, optimizer: Optimizer | Iterable[Optimizer] | None, scaler: GradScaler | None
+    ) -> Outcome:
+        state, loss_scale = started.state, started.loss_scale
+        if started.earlier is not None:
+            assert started.optimizers is not None
+            assert state is not None
+            return self._step_again(started.earlier, started.optimizers, state)
+        assert started.decision is not None
+
+        # The end of stage 3, and stages 4 and 5. What is wrong on this rank alone is raised once it has made all
+        # collectives.
+        errors = FirstError()
+        optimizers, all_fused = self._optimizers_of(started, optimizer, scaler, errors)
+        must_read = not all_fused or self.rule.needs_host
+        outcome = self._finish_decision(started.decision, must_read=must_read)
+        if errors.error is not None:
+            raise errors.error
 
         # 6. Fused optimizers apply one factor themselves, which saves a pass over the gradients if these must be
         # multiplied anyway. With a loss scale it has been checked already that the parameters are the table's.
@@ -287,11 +362,49 @@ class Engine:
                 "decided. With torchft, call distclip.integrations.torchft.attach(optimizer, policy) instead."
             )
         if state is not None:
-            self._scaler_round = _ScalerRound(state.round, outcome.without_gradients(), not fuse, was_scaled)
+            self._scaler_round = _ScalerRound(state.round, outcome.without_gradients(), not fuse, started.was_scaled)
             if outcome.skip.host is False:
                 # A caller may leave the other optimizers out of a step that is skipped.
                 self.coverage.await_others(optimizers)
         return outcome
+
+    def _optimizers_of(
+        self,
+        started: _Started,
+        optimizer: Optimizer | Iterable[Optimizer] | None,
+        scaler: GradScaler | None,
+        errors: FirstError,
+    ) -> tuple[list[Optimizer], bool]:
+        """Return the optimizers of a started step, and whether those of all ranks are fused.
+
+        Args:
+            started: the step.
+            optimizer, scaler: see `GradClipper.finish`.
+            errors: of this rank. It gets what is wrong with the arguments, or was written since `start`.
+        """
+        if started.writes is not None:
+            with errors:
+                started.writes.check()
+        optimizers, all_fused = started.optimizers or [], started.all_fused
+        if started.optimizers is None:
+            with errors:
+                optimizers = as_list(optimizer)
+            # The other ranks raise an error of `start` in the comparison too, if they make one.
+            known = FirstError(started.errors.error or errors.error)
+            with errors:
+                all_fused = self.optimizers.compare_first(optimizers, None, known, are_known=known.error is None)
+            with errors:
+                self.coverage.check(optimizers, all_now=True)
+        with errors:
+            passed = None if optimizer is None else [id(one) for one in as_list(optimizer)]
+            if started.optimizers is not None and passed not in (None, list(map(id, optimizers))):
+                raise ArgumentError("optimizer: start was called with another one. Pass the same to start and finish.")
+            if (enabled(scaler) is None) != (started.state is None):
+                raise ArgumentError(
+                    "scaler: start and finish need the same one, because the norms must be free of its scale. Call "
+                    "clipper.start(optimizer, scaler) and clipper.finish(optimizer, scaler)."
+                )
+        return optimizers, all_fused
 
     @torch.no_grad()
     def clip(
@@ -351,13 +464,52 @@ class Engine:
         return outcome
 
     @contextmanager
-    def _undone_on_error(self) -> Iterator[None]:
-        """Undo what the step within the block has changed, if an exception ends it."""
-        # What is due from the last step is not undone with this one.
-        self.deferred.raise_due()
-        before = self.trace()
-        with undone_on_error(lambda: self.restore(before)):
-            yield
+    def _undone_on_error(self, before: _Trace | None = None) -> Iterator[_Trace]:
+        """Undo what the step within the block has changed, if an exception ends it.
+
+        Args:
+            before: state before the step. None for the state now.
+        """
+        if before is None:
+            # What is due from the last step is not undone with this one.
+            self._abandon()
+            self.deferred.raise_due()
+            before = self.trace()
+        kept = before
+        with undone_on_error(lambda: self.restore(kept)):
+            yield kept
+
+    def _abandon(self) -> None:
+        """Complete a step that was started and never finished, without stepping.
+
+        All ranks raise the error in this call. The other ranks may have finished the step. So this rank makes the
+        collectives of the decision, and goes on from the same state.
+        """
+        started, self.started = self.started, None
+        if started is None or started.decision is None:
+            return
+        with FirstError():
+            self._finish_decision(started.decision, must_read=not started.all_fused or self.rule.needs_host)
+        if self.step_comm.size == 1:
+            self.restore(started.before)
+        self._late_errors.add(
+            ArgumentError(
+                "start: the last step was started on this rank and not finished. Call clipper.finish(optimizer) once "
+                "after each clipper.start()."
+            )
+        )
+
+    def refuse_between(self, function: str) -> None:
+        """Raise if a step was started and not finished.
+
+        Raises:
+            ArgumentError: see above.
+        """
+        if self.started is not None:
+            raise ArgumentError(
+                f"{function}: a step was started, and it would be finished with other state. Call it after "
+                "clipper.finish(optimizer)."
+            )
 
     def trace(self) -> _Trace:
         """Return the state that a step changes, apart from gradients, parameters and optimizers."""
@@ -384,6 +536,7 @@ class Engine:
 
     def discard(self) -> None:
         """Forget the last decision, see `GradClipper.discard`."""
+        self.refuse_between("discard")
         if self._undo is None:
             raise ArgumentError(
                 "discard: there is no decision since the last call of discard, load_state_dict or rebind. Call it once "
@@ -395,8 +548,6 @@ class Engine:
         """Prevent `discard`, because another state has been loaded."""
         self._undo = None
 
-    @outside_fake_mode
-    @torch.no_grad()
     def decide(
         self,
         errors: FirstError,
@@ -429,12 +580,40 @@ class Engine:
         and with "zero" those of `measure_all_ranks` again.
         Host syncs: on an accelerator one with `must_read`, unless the rule is "propagate" and the policy never skips.
         """
+        started = self._start_decision(
+            errors, loss_scale, expect_overflow=expect_overflow, function=function, watch=watch, overlap=False
+        )
+        return self._finish_decision(started, must_read=must_read)
+
+    @outside_fake_mode
+    @torch.no_grad()
+    def _start_decision(
+        self,
+        errors: FirstError,
+        loss_scale: Tensor | None,
+        *,
+        expect_overflow: bool,
+        function: str,
+        watch: Any,
+        overlap: bool,
+    ) -> _StartedDecision:
+        """Run `decide` up to the all-reduce."""
         # 0. What the last step postponed is due now, on all ranks.
         before = self._begin_decision(errors, function, loss_scale, watch)
+        # 1.-3. This rank's shards, their power sums, and the beginning of ONE all-reduce.
+        measurement = self._start_measuring(errors, loss_scale, function, overlap=overlap)
+        return _StartedDecision(before, measurement, loss_scale, function, expect_overflow)
+
+    @outside_fake_mode
+    @torch.no_grad()
+    def _finish_decision(self, started: _StartedDecision, *, must_read: bool) -> Outcome:
+        """Run `decide` from the all-reduce on."""
+        before, expect_overflow = started.before, started.expect_overflow
+        loss_scale, function = started.loss_scale, started.function
         step, rule = self.counter.steps + 1, Skip(expected=True) if expect_overflow else self.rule
 
-        # 1.-3. This rank's shards, their power sums, and ONE all-reduce. A step in which a rank fails does not count.
-        shards, partials, measured, totals = self._measure(errors, loss_scale, function)
+        # 3. The sums over all ranks. A step in which a rank fails does not count.
+        shards, partials, measured, totals = self._finish_measuring(started.measurement)
         self.counter.steps = step
 
         # 5a. Replicas that differ, if the host must know it, or reads it without a sync: warn, repair or raise.
@@ -553,12 +732,17 @@ class Engine:
         self, errors: FirstError, loss_scale: Tensor | None, function: str
     ) -> tuple[Shards, Partials, Totals, Totals]:
         """Run stages 1 to 3, and return totals by measured slot and by slot of the policy."""
+        return self._finish_measuring(self._start_measuring(errors, loss_scale, function, overlap=False))
+
+    def _start_measuring(
+        self, errors: FirstError, loss_scale: Tensor | None, function: str, *, overlap: bool
+    ) -> _Measurement:
         spec, call = self.spec, self._call(function, loss_scale, self._watch)
         if spec.limits is not None and loss_scale is not None:
             # The gradients carry the loss scale, so the limits must carry it too.
             low, high = spec.limits
             spec = replace(spec, limits=(low * float(loss_scale), high * float(loss_scale)))
-        shards, partials, totals = measure_all_ranks(
+        shards, finish = start_measuring(
             self.table,
             spec,
             self.step_comm,
@@ -568,7 +752,13 @@ class Engine:
             self.num_measured_slots,
             self.counter.steps,
             self._watch,
+            overlap=overlap,
         )
+        return _Measurement(shards, finish, loss_scale)
+
+    def _finish_measuring(self, measurement: _Measurement) -> tuple[Shards, Partials, Totals, Totals]:
+        shards, partials, totals = measurement.finish()
+        loss_scale = measurement.loss_scale
         with self._raised_late():
             self.coverage.record_call(len(shards))
         if self._compares_tensors:
@@ -598,6 +788,7 @@ class Engine:
 
         Collectives: one all-reduce the first time with these names of watched scalars.
         """
+        self._abandon()
         self.deferred.raise_due()
         errors.add(self._late_errors.error)
         self._late_errors = FirstError()
@@ -804,6 +995,32 @@ def measure_all_ranks(
     Host syncs: on an accelerator none, or one if ranks may differ in what they have (`split_over`, `comm`, partial
         gradients).
     """
+    _, finish = start_measuring(table, spec, comm, errors, call, guard, num_slots, step, watch, overlap=False)
+    return finish()
+
+
+def start_measuring(
+    table: ShardTable,
+    spec: NormSpec,
+    comm: Comm,
+    errors: FirstError,
+    call: Call,
+    guard: ReplicaGuard,
+    num_slots: int,
+    step: int,
+    watch: Watch,
+    *,
+    overlap: bool,
+) -> tuple[Shards, Callable[[], tuple[Shards, Partials, Totals]]]:
+    """Run stages 1 and 2 of a call, and begin stage 3.
+
+    Args:
+        table, spec, comm, errors, call, guard, num_slots, step, watch: see `measure_all_ranks`.
+        overlap: return before the all-reduce is complete, if the backend can do so.
+
+    Returns:
+        The shards, and a function that completes stage 3 and returns what `measure_all_ranks` does.
+    """
     errors.add(table.error)
     table.world_size = comm.size
 
@@ -842,7 +1059,38 @@ def measure_all_ranks(
     if (partials.uncovered or partials.new_layouts) and not read_facts:
         errors.add(_joined_too_late(table))
     partials.call, partials.failed, partials.watch = call, errors.error is not None, watch
-    totals = reduce(partials, spec, comm, read_facts=read_facts)
+    read_totals = start_reduce(partials, spec, comm, read_facts=read_facts, overlap=overlap)
+
+    def finish() -> tuple[Shards, Partials, Totals]:
+        measured = shards, partials, read_totals()
+        return _attend(measured, table, spec, comm, errors, call, guard, num_slots, step, watch, read_facts=read_facts)
+
+    return shards, finish
+
+
+def _attend(
+    measured: tuple[Shards, Partials, Totals],
+    table: ShardTable,
+    spec: NormSpec,
+    comm: Comm,
+    errors: FirstError,
+    call: Call,
+    guard: ReplicaGuard,
+    num_slots: int,
+    step: int,
+    watch: Watch,
+    *,
+    read_facts: bool,
+) -> tuple[Shards, Partials, Totals]:
+    """Return what was measured, once the ranks are in one ordinary situation.
+
+    Args:
+        measured: shards and partials of this rank, and the totals.
+        table, spec, comm, errors, call, guard, num_slots, step, watch: see `measure_all_ranks`.
+        read_facts: whether the host may read now in what situation the ranks are; the same on all ranks.
+    """
+    shards, partials, totals = measured
+    device = partials.powers.device
     if not read_facts:
         # The host of this rank may read for free what other hosts do not, and must not act on it.
         if errors.error is not None:
@@ -891,6 +1139,67 @@ class _Trace(NamedTuple):
     unread: _Unread | None
     counts: tuple[int, int, int]
     clip_rate: tuple[int, int, deque[float], bool]
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """Shards that are measured, and whose power sums are being added up.
+
+    Args:
+        shards: of this rank.
+        finish: waits for the sums of all ranks.
+        loss_scale: factor that the gradients carry. None for 1.
+    """
+
+    shards: Shards
+    finish: Callable[[], tuple[Shards, Partials, Totals]]
+    loss_scale: Tensor | None
+
+
+@dataclass(frozen=True)
+class _StartedDecision:
+    """Decision that waits for the sums of all ranks.
+
+    Args:
+        before: state before the decision.
+        measurement: of all ranks.
+        loss_scale, function, expect_overflow: see `Engine.decide`.
+    """
+
+    before: _Trace
+    measurement: _Measurement
+    loss_scale: Tensor | None
+    function: str
+    expect_overflow: bool
+
+
+@dataclass
+class _Started:
+    """Step between `start` and `finish`.
+
+    Args:
+        before: state before the step.
+        decision: that waits for the sums of all ranks. None for a step by an earlier decision.
+        optimizers: of this rank. None if `finish` will have them.
+        state: of the GradScaler.
+        loss_scale: factor that the gradients carry. None for 1.
+        errors: of this rank before the all-reduce.
+        earlier: decision of an earlier call since the last `scaler.update()`.
+        all_fused: whether all optimizers of all ranks are fused.
+        was_scaled: whether the gradients carried the loss scale.
+        writes: notices gradients that are written before `finish`. None if nothing can be.
+    """
+
+    before: _Trace
+    decision: _StartedDecision | None
+    optimizers: list[Optimizer] | None
+    state: ScalerState | None
+    loss_scale: Tensor | None = None
+    errors: FirstError = field(default_factory=FirstError)
+    earlier: _ScalerRound | None = None
+    all_fused: bool = False
+    was_scaled: bool = False
+    writes: GradientWrites | None = None
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,10 @@ class Report:
 
     @outside_fake_mode
     def as_dict(self) -> dict[str, float | bool]:
-        """Return Python numbers for a log: {"norm", "coef", "clipped", "finite", "skipped"} and the watched scalars.
+        """Return Python numbers for a log.
+
+        Returns:
+            {"norm", "coef", "clipped", "finite", "skipped"}, and the watched scalars by their names.
 
         Collectives: none. Host syncs: one per value. No other method has any.
         """

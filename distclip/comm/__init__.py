@@ -7,12 +7,14 @@ torch.distributed (`process_group`), MPI (`mpi`), a single process (`LocalComm`)
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from ..devices import host_reads_free
 from .local import LocalComm, threads
 from .mpi import MPIComm
 from .process_group import ProcessGroupComm
@@ -96,7 +98,7 @@ def global_ranks(comm: Comm) -> Sequence[int]:
     return range(comm.size) if comm.ranks is None else comm.ranks
 
 
-def start_sum(comm: Comm, tensor: Tensor) -> tuple[Callable[[], bool], Callable[[], None]]:
+def start_sum(comm: Comm, tensor: Tensor, *, in_thread: bool = False) -> tuple[Callable[[], bool], Callable[[], None]]:
     """Begin to replace `tensor` by its sum over ranks.
 
     It returns before the sum is complete, if the backend can do so. All ranks must begin their sums in the same order.
@@ -104,6 +106,8 @@ def start_sum(comm: Comm, tensor: Tensor) -> tuple[Callable[[], bool], Callable[
     Args:
         comm: the ranks that take part.
         tensor: float64 vector, which must not be touched until the sum is complete.
+        in_thread: let a thread wait for the sum of a backend that cannot begin one and return. No other method of the
+            communicator may be called until the sum is complete.
 
     Returns:
         A function that tells whether the sum is complete, and one that waits for it.
@@ -112,10 +116,35 @@ def start_sum(comm: Comm, tensor: Tensor) -> tuple[Callable[[], bool], Callable[
     >>> is_complete()
     True
     """
-    # A communicator of a caller has no such method. Then the sum is complete at once.
+    # A communicator of a caller may have no such method, or may have replaced `sum_` alone.
     start = getattr(comm, "start_sum", None)
-    if start is not None:
+    classes = type(comm).__mro__
+    replaced = next((cls for cls in classes if {"sum_", "start_sum"} & vars(cls).keys()), None)
+    if start is not None and (replaced is None or "start_sum" in vars(replaced)):
         begun: tuple[Callable[[], bool], Callable[[], None]] = start(tensor)
         return begun
+    if in_thread and comm.size > 1 and host_reads_free(tensor.device):
+        return _sum_in_thread(comm, tensor)
     comm.sum_(tensor)
     return (lambda: True), (lambda: None)
+
+
+def _sum_in_thread(comm: Comm, tensor: Tensor) -> tuple[Callable[[], bool], Callable[[], None]]:
+    """Add up in another thread, see `start_sum`."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            comm.sum_(tensor)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="distclip sum", daemon=True)
+    thread.start()
+
+    def wait() -> None:
+        thread.join()
+        if errors:
+            raise errors[0]
+
+    return (lambda: not thread.is_alive()), wait

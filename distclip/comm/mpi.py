@@ -9,6 +9,7 @@ import ctypes
 import functools
 import os
 import sys
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,24 @@ class MPIComm:
         Collectives: one Allreduce (SUM).
         """
         self._allreduce_(torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor, self._mpi.SUM)
+
+    def start_sum(self, tensor: Tensor) -> tuple[Callable[[], bool], Callable[[], None]]:
+        """Begin a sum, see `distclip.comm.start_sum`. Collectives: one Iallreduce (SUM)."""
+        if tensor.is_cuda:
+            self.sum_(tensor)
+            return (lambda: True), (lambda: None)
+        values = tensor.detach()
+        dtype, mpi_type = self._wire_type(values.dtype)
+        buffer = values.to(dtype).contiguous()
+        memory = self._mpi.buffer.fromaddress(buffer.data_ptr(), buffer.nbytes)
+        request = self.comm.Iallreduce(self._mpi.IN_PLACE, [memory, buffer.numel(), mpi_type], self._mpi.SUM)
+
+        def wait() -> None:
+            request.Wait()
+            if buffer is not values:
+                values.copy_(buffer)
+
+        return request.Test, wait
 
     def max_(self, tensor: Tensor) -> None:
         """Replace `tensor` by its maximum over ranks.

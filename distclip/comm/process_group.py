@@ -81,12 +81,14 @@ class ProcessGroupComm:
     def start_sum(self, tensor: Tensor) -> tuple[Callable[[], bool], Callable[[], None]]:
         """Begin a sum, see `distclip.comm.start_sum`. Collectives: one asynchronous all-reduce."""
         on_device = tensor.to(self.device)
+        self._calls[0] += 1
+        call = self._calls[0]
         work = dist.all_reduce(on_device, group=self.group, async_op=True)
         assert work is not None
 
         def wait() -> None:
             try:
-                work.wait()
+                self._wait(work, call)
             except RuntimeError as error:
                 raise self._lost(error) from error
             self.sent = on_device if on_device.numel() <= _MAX_KEPT else None
@@ -108,7 +110,7 @@ class ProcessGroupComm:
         try:
             work = dist.all_reduce(on_device, op=op, group=self.group, async_op=True)
             if work is not None:
-                self._wait(work)
+                self._wait(work, self._calls[0])
         except RuntimeError as error:
             raise self._lost(error) from error
         self.sent = on_device if on_device.numel() <= _MAX_KEPT else None
@@ -123,14 +125,19 @@ class ProcessGroupComm:
             "left out this call, or has made another one. Make the same calls on every rank."
         )
 
-    def _wait(self, work: dist.Work) -> None:
-        """Wait for an all-reduce. After a while, log which ranks have not entered it."""
+    def _wait(self, work: dist.Work, call: int) -> None:
+        """Wait for an all-reduce. After a while, log which ranks have not entered it.
+
+        Args:
+            work: the all-reduce.
+            call: 1-based index among those of the process group.
+        """
         if self._log_after is None:
             work.wait()
             return
         if self._has_ended(work, self._log_after):
             return
-        store = PrefixStore(f"distclip/waiting/{self.group.group_name}/{self._calls[0]}", _default_store())
+        store = PrefixStore(f"distclip/waiting/{self.group.group_name}/{call}", _default_store())
         store.set(str(self.ranks[self.rank]), "")
         # One rank logs, once the others have had the time to write that they wait as well.
         if store.add("num_waiting", 1) == 1 and not self._has_ended(work, _GRACE):

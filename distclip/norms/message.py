@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import devices
-from ..comm import Comm
+from ..comm import Comm, start_sum
 from ..comm.agreement import zero_sum_weight
 from ..devices import Fact, as_fact
 from .measure import Partials
@@ -42,9 +42,9 @@ __all__ = [
     "Field",
     "Message",
     "WatchField",
-    "all_reduce",
     "check_bits",
     "maximum",
+    "start_all_reduce",
 ]
 
 
@@ -207,17 +207,20 @@ class Message:
     checks: dict[str, Fact]
 
 
-def all_reduce(partials: Partials, spec: NormSpec, comm: Comm, *, on_host: bool) -> Message:
-    """Combine what all ranks have measured.
+def start_all_reduce(
+    partials: Partials, spec: NormSpec, comm: Comm, *, on_host: bool, overlap: bool
+) -> Callable[[], Message]:
+    """Begin to combine what all ranks have measured.
 
     Args:
         partials: of this rank.
         spec: the norm that was measured; its p decides between a sum and a maximum.
         comm: the ranks that take part.
-        on_host: whether the host reads counts and checks now, all of them at once.
+        on_host: whether the host reads counts and checks, all of them at once.
+        overlap: return before the all-reduce is complete, if the backend can do so.
 
     Returns:
-        The combined message, the same bits on every rank.
+        A function that waits and returns the combined message, the same bits on every rank.
 
     Collectives: one all-reduce over `comm`, and a second one for p = ±inf unless the host has read that a check failed.
     Host syncs: one on an accelerator with `on_host`, otherwise none.
@@ -227,19 +230,38 @@ def all_reduce(partials: Partials, spec: NormSpec, comm: Comm, *, on_host: bool)
     takes_maximum = math.isinf(spec.norm_type)
     head = torch.zeros_like(vectors) if takes_maximum else vectors
     buffer = torch.cat([head, tail] if watched is None else [head, watched, tail])
-    comm.sum_(buffer)
-    tail = buffer[len(buffer) - len(tail) :]
+    wait: Callable[[], None] | None = None
+    if overlap:
+        _, wait = start_sum(comm, buffer, in_thread=True)
+    else:
+        comm.sum_(buffer)
 
+    def finish() -> Message:
+        if wait is not None:
+            wait()
+        return _read(buffer, len(head), len(tail), partials, spec, comm, on_host=on_host)
+
+    return finish
+
+
+def _read(
+    buffer: Tensor, num_head: int, num_tail: int, partials: Partials, spec: NormSpec, comm: Comm, *, on_host: bool
+) -> Message:
+    """Return the message in a buffer that the ranks have added up, see `start_all_reduce`."""
+    takes_maximum = math.isinf(spec.norm_type)
+    first_of_tail = len(buffer) - num_tail
+    tail = buffer[first_of_tail:]
     counts = [count.name for count in COUNTS if count.included(spec)]
     checks = [check.name for check in CHECKS]
     # On a device, all numbers are compared by one kernel.
     nonzero = [as_fact(x) for x in ([number != 0 for number in tail.tolist()] if on_host else (tail != 0).unbind())]
     failed = nonzero[len(counts) :]
     passed = [~fact for fact in (failed * len(checks) if len(failed) < len(checks) else failed)]
-    watch = WATCH.read(partials, None if watched is None else buffer[len(head) : len(head) + len(watched)], comm)
+    watched = buffer[num_head:first_of_tail] if first_of_tail > num_head else None
+    watch = WATCH.read(partials, watched, comm)
     message = Message(watch, {}, dict(zip(counts, nonzero, strict=False)), dict(zip(checks, passed, strict=True)))
     if not takes_maximum:
-        return replace(message, fields=_named(buffer[: len(vectors)], spec))
+        return replace(message, fields=_named(buffer[:num_head], spec))
     if message.checks["call"].host is False:
         return message
     return replace(message, fields=maximum(partials, spec, comm))
@@ -249,7 +271,7 @@ def maximum(partials: Partials, spec: NormSpec, comm: Comm) -> dict[str, Tensor]
     """Return the maximum over ranks of every vector: {name of a field: (slots,)}.
 
     Args:
-        partials, spec, comm: see `all_reduce`.
+        partials, spec, comm: see `start_all_reduce`.
 
     Collectives: one all-reduce over `comm`. Host syncs: none.
     """

@@ -8,6 +8,7 @@ partial gradients. No rank has to decide alone whether another collective follow
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -23,12 +24,12 @@ from ..devices import ALWAYS, NEVER, Fact, as_fact
 from ..errors import LayoutError, PeerError
 from .kernels.torch_ops import combine
 from .measure import Partials
-from .message import COUNTS, FACTS, FIELDS, WATCH, all_reduce, maximum
+from .message import COUNTS, FACTS, FIELDS, WATCH, maximum, start_all_reduce
 from .replica_sums import any_differ, to_host
 from .spec import NormSpec
 from .watch import NO_WATCHED_TOTALS, WatchedTotals
 
-__all__ = ["Totals", "gather_facts", "reduce"]
+__all__ = ["Totals", "gather_facts", "reduce", "start_reduce"]
 
 
 # Not frozen, because a frozen dataclass takes three times as long to make, at every step.
@@ -195,25 +196,48 @@ def reduce(partials: Partials, spec: NormSpec, comm: Comm, *, read_facts: bool =
     For p = ±inf a second one of 2 · slots. None for a single rank.
     Host syncs: on an accelerator one with `read_facts`, otherwise none.
     """
+    return start_reduce(partials, spec, comm, read_facts=read_facts, overlap=False)()
+
+
+def start_reduce(
+    partials: Partials, spec: NormSpec, comm: Comm, *, read_facts: bool = True, overlap: bool = True
+) -> Callable[[], Totals]:
+    """Begin what `reduce` does, and return a function that waits and returns its result.
+
+    Args:
+        partials, spec, comm, read_facts: see `reduce`.
+        overlap: return before the all-reduce is complete, if the backend can do so.
+    """
     if comm.size == 1:
-        fields: dict[str, Any] = {field.name: field.write(partials) for field in FIELDS}
-        fields |= {count.name: as_fact(count.write(partials)) for count in COUNTS}
-        fields[WATCH.name] = WATCH.read(partials, WATCH.write(partials, comm), comm)
-        return Totals(norm_type=spec.norm_type, **fields | _local_facts(partials))
+        totals = _local_totals(partials, spec, comm)
+        return lambda: totals
     if not read_facts:
         # A host may only skip the read if all ranks have the same layouts and dtypes, so this rank's dtypes stand for
         # those of all ranks.
         partials = replace(partials, fp64_anywhere=partials.has_fp64)
-    message = all_reduce(partials, spec, comm, on_host=read_facts)
-    facts, same_call = _local_facts(partials), message.checks["call"]
-    if not read_facts:
-        facts["failed"] = ~same_call
-    # A maximum is only taken once the ranks agree.
-    fields = dict[str, Any](message.fields or {"powers": partials.powers}, **{WATCH.name: message.watch})
-    differ = ~message.checks["replicas"]
-    return Totals(
-        norm_type=spec.norm_type, same_call=same_call, replicas_differ=differ, **fields | message.counts | facts
-    )
+    read_message = start_all_reduce(partials, spec, comm, on_host=read_facts, overlap=overlap)
+
+    def finish() -> Totals:
+        message = read_message()
+        facts, same_call = _local_facts(partials), message.checks["call"]
+        if not read_facts:
+            facts["failed"] = ~same_call
+        # A maximum is only taken once the ranks agree.
+        fields = dict[str, Any](message.fields or {"powers": partials.powers}, **{WATCH.name: message.watch})
+        differ = ~message.checks["replicas"]
+        return Totals(
+            norm_type=spec.norm_type, same_call=same_call, replicas_differ=differ, **fields | message.counts | facts
+        )
+
+    return finish
+
+
+def _local_totals(partials: Partials, spec: NormSpec, comm: Comm) -> Totals:
+    """Return the totals of a single rank."""
+    fields: dict[str, Any] = {field.name: field.write(partials) for field in FIELDS}
+    fields |= {count.name: as_fact(count.write(partials)) for count in COUNTS}
+    fields[WATCH.name] = WATCH.read(partials, WATCH.write(partials, comm), comm)
+    return Totals(norm_type=spec.norm_type, **fields | _local_facts(partials))
 
 
 def gather_facts(totals: Totals, partials: Partials, spec: NormSpec, error: BaseException | None, comm: Comm) -> Totals:

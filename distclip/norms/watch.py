@@ -24,7 +24,7 @@ from ..sharding.dtensor import is_dtensor, local_of
 __all__ = ["MAX_WATCHED", "NO_WATCH", "NO_WATCHED_TOTALS", "Reduction", "Watch", "Watched", "WatchedTotals"]
 
 Reduction: TypeAlias = Literal["mean", "sum", "max"]
-"""How the values of all ranks become one."""
+"""Reduction of the values of all ranks to one."""
 
 Watched: TypeAlias = Mapping[str, "Tensor | float | tuple[Tensor | float | None, Reduction] | None"]
 """Scalars of the user: {name: value} for a mean, or {name: (value, reduction)}. None where this rank has no value."""
@@ -99,7 +99,11 @@ class Watch:
         return max(self.length, sum(_KINDS[kind].length(size) for _, kind in self.kinds))
 
     def write(self, like: Tensor, comm: Comm) -> Tensor | None:
-        """Return the part of this rank's message, of the dtype and on the device of `like`. None if it is empty.
+        """Return this rank's part of the message, or None if it is empty.
+
+        Args:
+            like: tensor with the dtype and the device of the message.
+            comm: the ranks that take part.
 
         Host syncs: none, unless a value is on an accelerator and `like` is not.
         """
@@ -109,6 +113,7 @@ class Watch:
         numbers: list[Tensor | float] = []
         for (_, kind), value in zip(self.kinds, self.values, strict=True):
             numbers += _KINDS[kind].write(value, comm)
+        # An earlier call had more scalars, and all messages since then are as long.
         numbers += [0.0] * (num_elements - len(numbers))
         if host_reads_free(like.device):
             return torch.tensor([float(number) for number in numbers], dtype=like.dtype, device=like.device)
@@ -127,6 +132,7 @@ class Watch:
             values[name], is_finite = _KINDS[kind].read(numbers[first : first + length])
             finite.append(is_finite)
             first += length
+        # Only if the step is not finite are the values of each rank looked at, to name the culprit.
         names = tuple(f"watch[{name!r}]" for name, _ in self.kinds)
         own = torch.stack([_on_device_of(numbers, 0.0 if value is None else value) for value in self.values])
         return WatchedTotals(values, as_fact(torch.stack(finite).all()), ((names, own),))
@@ -164,6 +170,7 @@ def _read_mean(numbers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _write_max(value: Tensor | float | None, comm: Comm) -> list[Tensor | float]:
+    # Every rank has a place, where the others write 0. So the sum over ranks has the values side by side.
     row: list[Tensor | float] = [0.0] * comm.size
     row[comm.rank] = -math.inf if value is None else value
     return [*row, float(value is not None)]

@@ -62,8 +62,8 @@ class NormPolicy:
             threshold's `cap` is scaled down in any case, because a cap that is too low must not stop training.
         isolate: for per="group", decide about each group as if it were trained alone: bound, state, skips and
             non-finite steps are those of the group (see `GradClipper`). Otherwise they are those of the step.
-        watch: with skip=True, name of a watched scalar > 0, such as the loss (see `GradClipper.step`): its values have
-            a history and a bound of their own by the same rule, and a step with a value above it is skipped too.
+        watch: with skip=True, name of a watched scalar > 0, such as the loss (see `GradClipper.step`): the same rule
+            keeps a second history for its values, and a step with a value above their bound is skipped too.
 
     Raises:
         ArgumentError: an argument outside of its range, something else than a regular expression, or a threshold
@@ -188,12 +188,12 @@ class NormPolicy:
         Raises:
             ArgumentError: the step has no such scalar. All ranks watch the same, so that all of them raise.
         """
-        if self.watch not in totals.watch.values:
+        value = None if self.watch is None else totals.watch.values.get(self.watch)
+        if value is None:
             raise ArgumentError(
                 f"watch={self.watch!r}: the policy skips steps by this scalar, and the step has none of this name. "
                 f"Pass clipper.step(optimizer, watch={{{self.watch!r}: loss}})."
             )
-        value = totals.watch.values[self.watch]
         watched = Totals(value.to(totals.powers).expand(len(totals.powers)), norm_type=1.0)
         # The rule must find the value where it looks for the norm of the whole gradient.
         vars(watched)["norm"] = watched.norms[0]

@@ -187,6 +187,10 @@ class ShardTable:
         """Return the tensors whose gradients `gradients` returns, in the same order."""
         return [t for t in self.selected() if t.grad is not None or read_main_grad(t) is not None]
 
+    def grad_tensors(self) -> list[Tensor | None]:
+        """Return the `.grad` of every tensor that is read. Collectives: none. Host syncs: none."""
+        return list(map(_grad_of, self.selected()))
+
     def replace_gradients(self, local_grads: Mapping[int, Tensor]) -> None:
         """Replace gradients of parameters by tensors of the same shape.
 

@@ -12,7 +12,6 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from ..apply.grad_scaler import enabled, parameters_of
-from ..apply.optimizers import as_list
 from ..apply.step_gate import hold_still
 from ..comm.consensus import FirstError
 from ..devices import Fact, as_fact, outside_fake_mode
@@ -60,16 +59,30 @@ class IsolatedEngine(Engine):
             slots[slot].add(id(tensor))
         self._ids_by_slot = slots
 
-    def _step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None, watch: Any) -> Outcome:
-        errors, optimizers = FirstError(), list[Optimizer]()
-        with errors:
-            optimizers = as_list(optimizer)
+    def _start(
+        self,
+        optimizer: Optimizer | Iterable[Optimizer] | None,
+        scaler: GradScaler | None,
+        watch: Any,
+        errors: FirstError,
+        before: Any,
+        *,
+        overlap: bool,
+    ) -> Any:
         with errors:
             _refuse_scaler(scaler)
-        self.optimizers.compare_first(optimizers, None, errors, are_known=errors.error is None)
+        return super()._start(optimizer, None, watch, errors, before, overlap=overlap)
+
+    def _finish(
+        self, started: Any, optimizer: Optimizer | Iterable[Optimizer] | None, scaler: GradScaler | None
+    ) -> Outcome:
+        errors = FirstError()
         with errors:
-            self.coverage.check(optimizers, all_now=True)
-        outcome = self.decide(errors, function="GradClipper.step", watch=watch)
+            _refuse_scaler(scaler)
+        optimizers, _ = self._optimizers_of(started, optimizer, None, errors)
+        outcome = self._finish_decision(started.decision, must_read=True)
+        if errors.error is not None:
+            raise errors.error
         skipped = self._skipped_ids(outcome)
         if not outcome.skip.host:
             self.write_(outcome, outcome.shards)
@@ -105,23 +118,16 @@ class IsolatedEngine(Engine):
 
     @outside_fake_mode
     @torch.no_grad()
-    def decide(
-        self,
-        errors: FirstError,
-        loss_scale: Tensor | None = None,
-        *,
-        expect_overflow: bool = False,
-        must_read: bool = True,
-        function: str = "GradClipper.decide",
-        watch: Any = None,
-    ) -> Outcome:
-        """Measure all groups, and decide about each, see `Engine.decide`.
+    def _finish_decision(self, started: Any, *, must_read: bool) -> Outcome:
+        """Decide about each group, see `Engine.decide`.
 
         Collectives: those of `Engine.decide`. Host syncs: on an accelerator one.
         """
-        before = self._begin_decision(errors, function, loss_scale, watch)
+        before, loss_scale, function = started.before, started.loss_scale, started.function
         step = self.counter.steps + 1
-        shards, partials, measured, totals = self._measure_all(errors, loss_scale, function)
+        shards, partials, measured, totals = self._finish_measuring(started.measurement)
+        # An accelerator's host has not read yet whether a rank has failed.
+        totals.read(Fact(True))
         self.counter.steps = step
 
         # Replicas that differ, in all groups together.
@@ -190,11 +196,11 @@ class IsolatedEngine(Engine):
             counter.steps, counter.skipped, counter.in_a_row = mark
 
     @contextmanager
-    def _undone_on_error(self) -> Iterator[None]:
+    def _undone_on_error(self, before: Any = None) -> Iterator[Any]:
         self.is_busy = True
         try:
-            with super()._undone_on_error():
-                yield
+            with super()._undone_on_error(before) as kept:
+                yield kept
         finally:
             self.is_busy = False
 

@@ -200,6 +200,7 @@ def _check_name(name: Any) -> None:
 
 
 def _refuse_within_step(engine: IsolatedEngine, call: str) -> None:
+    engine.refuse_between(call)
     if engine.is_busy:
         raise ArgumentError(
             f"{call}: a step is being made, and it has decided about this group. Call it after the step."

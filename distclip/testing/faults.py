@@ -24,7 +24,7 @@ _FUNCTIONS: dict[str, tuple[tuple[ModuleType | type, str], ...]] = {
     "gather": ((engine, "exchange_setup"),),
     "shards": ((engine, "read_gradients"),),
     "measure": ((engine, "measure"),),
-    "all_reduce": ((engine, "reduce"),),
+    "all_reduce": ((engine, "reduce"), (engine, "start_reduce")),
     "decide": (
         (NormPolicy, "decide"),
         (Value, "decide"),
