@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -44,7 +44,8 @@ class Report:
         tensor_norms: (parameters,) float64, norm of each parameter's gradient, after `GradClipper.measure_tensors`;
             `GradClipper.tensors` has the names. None without it.
         skips: (slots,) bool, groups that this step leaves unchanged, with isolate=True. None without it.
-        watch: {name: 0-d} of the watched scalars of all ranks. NaN for a mean or a maximum that no rank has.
+        watch: {name: 0-d} of the watched scalars of all ranks. NaN for a mean or a maximum that no rank has. None
+            without watched scalars.
     """
 
     norm: Tensor
@@ -58,7 +59,7 @@ class Report:
     bounds: Tensor | None = None
     tensor_norms: Tensor | None = None
     skips: Tensor | None = None
-    watch: Mapping[str, Tensor] = field(default_factory=dict)
+    watch: Mapping[str, Tensor] | None = None
 
     @outside_fake_mode
     def as_dict(self) -> dict[str, float | bool]:
@@ -75,7 +76,7 @@ class Report:
             "clipped": bool(self.clipped),
             "finite": bool(self.finite),
             "skipped": bool(self.skipped),
-            **{name: float(value) for name, value in self.watch.items()},
+            **{name: float(value) for name, value in (self.watch or {}).items()},
         }
 
 
@@ -157,7 +158,7 @@ class Outcome:
             tensor_norms=None if self.tensor_norms is None else self.tensor_norms.per_parameter(self.measured),
             replicas_differ=self.replicas_differ.on(device),
             skips=self.skips,
-            watch=totals.watch.values,
+            watch=totals.watch.values or None,
         )
 
 
