@@ -23,6 +23,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from . import devices
+from .apply.consumed import find_stepped, mark_clipped, warn_of_late_clip, watch_steps_of
 from .apply.coverage import Coverage
 from .apply.declined import watch_steps
 from .apply.fused import supports_grad_scale
@@ -32,7 +33,7 @@ from .apply.scale import clamp_, scale_
 from .apply.step_gate import hold_still, release, undone_on_error
 from .apply.writes import GradientWrites
 from .comm import Comm, LocalComm
-from .comm.agreement import Call, CallCounter
+from .comm.agreement import Call, CallCounter, unequal_calls
 from .comm.consensus import FirstError
 from .comm.discovery import call_counter, global_rank, is_mixed, resolve_comm, uncovered_ranks, widened
 from .comm.distinct import any_rank
@@ -53,6 +54,7 @@ from .norms.watch import NO_WATCH, Watch
 from .outcome import Observer, Outcome
 from .policies import Policy, State
 from .policies.checked import as_checked
+from .policies.fixed import bounds_nothing
 from .policies.restart import ClipRate
 from .replicas import rules as replica_rules
 from .replicas.guard import ReplicaGuard
@@ -122,6 +124,9 @@ class Engine:
         self._ddp_modules: list[weakref.ref[Any]] = []
         # Errors that this rank had alone, behind the all-reduce of its last call.
         self._late_errors = FirstError()
+        self._only_measures = bounds_nothing(policy)
+        if not self._only_measures:
+            watch_steps_of(table)
         # Whether ranks that no communicator connects may still tell this one that their tensors differ.
         self._compares_tensors = False
         # Scalars of the user in the current call, the names and reductions that the ranks have agreed on, and the
@@ -689,6 +694,7 @@ class Engine:
             self.deferred.record(outcome, checksums, quiet=expect_overflow)
         self._last_coefs = coefs
         self._observed_step, self._undo = step, before
+        self._mark_clipped()
         for observe in self.observers:
             self._observe(observe, outcome)
         return outcome
@@ -703,6 +709,11 @@ class Engine:
         scale_(shards, outcome.factors)
         if outcome.limits is not None:
             clamp_(shards, *outcome.limits, magnitudes=self.spec.limits_magnitudes)
+        self._mark_clipped()
+
+    def _mark_clipped(self) -> None:
+        if not self._only_measures:
+            mark_clipped(self.table)
 
     def measure_tensors(self) -> None:
         """Measure the norm of every parameter from now on, in addition to the norms that the policy needs.
@@ -803,6 +814,9 @@ class Engine:
                 self._known_watches.add(self._watch.kinds)
                 self._watch_length = max(self._watch_length, self._watch.num_elements(self.step_comm.size))
             self._watch = replace(self._watch, length=self._watch_length)
+        if not self._only_measures:
+            with errors:
+                warn_of_late_clip(function, self.table, find_stepped(self.table))
         return self.trace()
 
     @contextmanager
@@ -1059,7 +1073,10 @@ def start_measuring(
     if (partials.uncovered or partials.new_layouts) and not read_facts:
         errors.add(_joined_too_late(table))
     partials.call, partials.failed, partials.watch = call, errors.error is not None, watch
-    read_totals = start_reduce(partials, spec, comm, read_facts=read_facts, overlap=overlap)
+    # The ranks of a clipper have compared their policies.
+    read_totals = start_reduce(
+        partials, spec, comm, read_facts=read_facts, overlap=overlap, is_same_norm=not guard.at_once
+    )
 
     def finish() -> tuple[Shards, Partials, Totals]:
         measured = shards, partials, read_totals()
@@ -1095,8 +1112,13 @@ def _attend(
         # The host of this rank may read for free what other hosts do not, and must not act on it.
         if errors.error is not None:
             raise errors.error
+        if totals.same_call.host is False:
+            # Only hosts of ranks that take a maximum have read it.
+            raise unequal_calls(call.function, "this call")
         if guard.at_once:
             totals.replicas_differ = NEVER
+            if not (devices.is_capturing() or totals.powers.is_meta):
+                call.counter.defer(call.function, totals.failed.on(totals.powers.device))
         return shards, partials, totals
     if not totals.needs_attention:
         return shards, partials, totals

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from .apply.consumed import find_stepped, mark_clipped, warn_of_late_clip
 from .apply.scale import clamp_, scale_
 from .comm import Comm, global_ranks
 from .comm.agreement import Call
 from .comm.consensus import FirstError
 from .comm.discovery import call_counter, resolve_comm
 from .comm.ranks import Axis
-from .devices import Fact, accumulation_dtype, device_constant, outside_fake_mode
+from .devices import Fact, accumulation_dtype, device_constant, is_capturing, outside_fake_mode
 from .engine import measure_all_ranks
 from .errors import ArgumentError, NonFiniteError
 from .norms.memory import read_gradients
@@ -91,16 +92,16 @@ def clip_grad_norm_(
         NonFiniteError: see `error_if_nonfinite`.
 
     Every rank that takes part raises the error, before any gradient changes. On an accelerator whose host does not wait
-    for the other ranks (see host syncs), the failed rank raises it, and the others leave their gradients unchanged (and
-    raise PeerError with `error_if_nonfinite`).
+    for the other ranks (see host syncs), the failed rank raises it, and the others leave their gradients unchanged,
+    return NaN, and raise DisagreementError in their next call (PeerError in this one with `error_if_nonfinite`).
 
     Collectives: one all-reduce of a few float64 numbers over all ranks concerned, for any number of meshes, and another
     one for p = ±inf. None if nothing is sharded (one process, DDP). More only if a gradient is partial, see
     `distclip.norms.partial_grads`. The first call with new meshes exchanges their ranks through the store of
     torch.distributed, and creates a process group. Ranks without any compare their tensors,
     or under DDP their gradients, through the store in the first call, without waiting.
-    Host syncs: none on CUDA, except one with `error_if_nonfinite`, `split_over`, `comm` or tensor-parallel replicas,
-    and one in the first call under DDP.
+    Host syncs: none on CUDA, except one with `error_if_nonfinite`, `split_over`, `comm`, p = ±inf or tensor-parallel
+    replicas, and one in the first call under DDP.
 
     Source: Pascanu, Mikolov, Bengio 2013, algorithm 1. The signature and the 1e-6 are those of
     torch.nn.utils.clip_grad_norm_.
@@ -117,10 +118,13 @@ def clip_grad_norm_(
         bound = _checked_bound(max_norm)
     arguments = (("max_norm", bound), ("error_if_nonfinite", bool(error_if_nonfinite)))
     call = "clip_grad_norm_", arguments
-    _, shards, totals = _measure(cached_table, parameters, norm_type, split_over, comm, errors, call)
+    clips = bound < math.inf
+    table, shards, totals = _measure(cached_table, parameters, norm_type, split_over, comm, errors, call, clips=clips)
     _raise_if_nonfinite(totals, error_if_nonfinite)
     coef = coefficient(totals.norms, device_constant((bound,), totals.norms.device, totals.norms.dtype))
     scale_(shards, totals.mask_if_failed(coef), foreach)
+    if clips:
+        mark_clipped(table)
     return totals.as_user_dtype()
 
 
@@ -189,12 +193,16 @@ def clip_grads_with_norm_(
     >>> weight.grad
     tensor([0.3000, 0.4000])
     """
-    bound, shards = _checked_bound(max_norm), _local_shards(parameters)
+    bound = _checked_bound(max_norm)
+    clips = bound < math.inf
+    table, shards = _local_shards(parameters, "clip_grads_with_norm_", clips=clips)
     norm = torch.as_tensor(total_norm)
     # In a dry run the norm is as unknown as the gradients.
     if shards:
         coef = coefficient(norm, device_constant((bound,), norm.device, accumulation_dtype(norm.device)))
         scale_(shards, coef, foreach)
+    if clips:
+        mark_clipped(table)
 
 
 @_disable_dynamo
@@ -223,7 +231,11 @@ def clip_grad_value_(
     tensor([-1.,  2.])
     """
     limits = value(*clip_value) if isinstance(clip_value, tuple) else value(clip_value)
-    clamp_(_local_shards(parameters), limits.low, limits.high, foreach)
+    clips = limits.low > -math.inf or limits.high < math.inf
+    table, shards = _local_shards(parameters, "clip_grad_value_", clips=clips)
+    clamp_(shards, limits.low, limits.high, foreach)
+    if clips:
+        mark_clipped(table)
 
 
 def _measure(
@@ -234,6 +246,8 @@ def _measure(
     comm: Comm | None,
     errors: FirstError,
     call: tuple[str, tuple[tuple[str, Any], ...]],
+    *,
+    clips: bool = False,
 ) -> tuple[ShardTable, Shards, Totals]:
     """Run a call up to its totals. All ranks raise the errors of any rank together.
 
@@ -242,6 +256,7 @@ def _measure(
         tensors, norm_type, split_over, comm: arguments of the call.
         errors: of this rank so far.
         call: name of the function, and further arguments that must be equal on all ranks.
+        clips: whether the function clips the gradients, and does not only measure them.
 
     Collectives, Host syncs: see `measure_all_ranks`.
     """
@@ -260,8 +275,15 @@ def _measure(
     groups = () if table.is_complete else table.groups
     comm = resolve_comm(groups, table.axes, comm, errors, table.num_reached)
     function, arguments = call
+    if clips:
+        with errors:
+            warn_of_late_clip(function, table, find_stepped(table))
     facts = (("norm_type", spec.norm_type), *arguments)
-    counter = call_counter(comm).next()
+    counter = call_counter(comm)
+    if not is_capturing():
+        # What an accelerator's host has not read of the last call.
+        counter.raise_due()
+    counter.next()
     if not axes:
         # All ranks are assumed to hold the same plain tensors. With axes, a gather would be needed to find out.
         rank = global_ranks(comm)[comm.rank]
@@ -307,14 +329,16 @@ def _spec(norm_type: float) -> NormSpec:
     return NormSpec(p)
 
 
-def _local_shards(parameters: Parameters) -> Shards:
+def _local_shards(parameters: Parameters, function: str, *, clips: bool) -> tuple[ShardTable, Shards]:
     """Return this rank's gradients for a function that needs no other rank, and so no layouts."""
     table = local_table(parameters)
+    if clips:
+        warn_of_late_clip(function, table, find_stepped(table))
     table.world_size = 1
     shards = read_gradients(table)
     if not shards:
         warn_if_nothing_trains(parameters, table)
-    return shards
+    return table, shards
 
 
 def _raise_if_nonfinite(totals: Totals, error_if_nonfinite: bool) -> None:

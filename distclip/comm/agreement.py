@@ -8,19 +8,19 @@ over ranks is exactly 0 if the checksums are equal, and the all-reduce gets a si
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..devices import accumulation_dtype, host_reads_free, odd_numbers
+from ..devices import accumulation_dtype, copy_to_host_async, host_reads_free, odd_numbers
 from ..errors import DisagreementError
 from . import Comm, global_ranks
 from .ranks import Ranks, rank_list
 
-__all__ = ["Call", "CallCounter", "checksum_of", "disagreement", "zero_sum_weight"]
+__all__ = ["Call", "CallCounter", "checksum_of", "disagreement", "unequal_calls", "zero_sum_weight"]
 
 _MODULUS = 2**32
 """Checksums are less than this."""
@@ -35,11 +35,40 @@ class CallCounter:
     def __init__(self) -> None:
         self.count = 0
         self.rounded_replicas: frozenset[Ranks] = frozenset()
+        # Function of the last call, whether it has failed, and how to wait for that. None if the host knows it.
+        self._unread: tuple[str, Tensor, Callable[[], None]] | None = None
 
     def next(self) -> CallCounter:
         """Count a call when it is entered, so that an interrupted call counts as well."""
         self.count += 1
         return self
+
+    def defer(self, function: str, failed: Tensor) -> None:
+        """Leave it to the next call to read whether this one has failed.
+
+        Args:
+            function: name of the function, as the user knows it.
+            failed: 0-d bool, on an accelerator.
+
+        Host syncs: none.
+        """
+        self._unread = (function, *copy_to_host_async(failed))
+
+    def raise_due(self) -> None:
+        """Raise if the last call has failed, and the host has not read it.
+
+        Raises:
+            DisagreementError: see above; on every rank that has not raised an error in that call.
+
+        Host syncs: one on an accelerator, for a call that has ended long ago.
+        """
+        unread, self._unread = self._unread, None
+        if unread is None:
+            return
+        function, failed, wait = unread
+        wait()
+        if bool(failed):
+            raise unequal_calls(function, f"call {self.count}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +112,19 @@ class Call:
             shown = ", ".join(f"{number:.9g}" for number in numbers[:4])
             named.append((name, f"{shown} (checksum {int(checksum_of(tensors)):08x})"))
         return {name: value if isinstance(value, str) else repr(value) for name, value in named}
+
+
+def unequal_calls(function: str, which: str) -> DisagreementError:
+    """Return the error of a call that differs between ranks, if they cannot gather how.
+
+    >>> str(unequal_calls("clip_grad_norm_", "this call"))[:72]
+    'clip_grad_norm_: in this call, other ranks passed other arguments (max_n'
+    """
+    return DisagreementError(
+        f"{function}: in {which}, other ranks passed other arguments (max_norm, norm_type, error_if_nonfinite), called "
+        "another function, or failed. Its norm is NaN, and no gradient was changed. Make the same calls with the same "
+        "arguments on every rank."
+    )
 
 
 def zero_sum_weight(rank: int, size: int) -> int:

@@ -195,7 +195,7 @@ class Message:
 
     Args:
         watch: scalars of the user.
-        fields: {name of a field: (slots,) view}. Empty for p = ±inf if the host has read that a check failed.
+        fields: {name of a field: (slots,) view}. Empty for p = ±inf if a check failed, which the host has read.
         counts: {name of a count: whether it holds on some rank}.
         checks: {name of a check: whether its summands add up to 0}. On a CPU all checks have the same value: whether
             all of them do.
@@ -208,7 +208,7 @@ class Message:
 
 
 def start_all_reduce(
-    partials: Partials, spec: NormSpec, comm: Comm, *, on_host: bool, overlap: bool
+    partials: Partials, spec: NormSpec, comm: Comm, *, on_host: bool, overlap: bool, is_same_norm: bool = True
 ) -> Callable[[], Message]:
     """Begin to combine what all ranks have measured.
 
@@ -218,12 +218,13 @@ def start_all_reduce(
         comm: the ranks that take part.
         on_host: whether the host reads counts and checks, all of them at once.
         overlap: return before the all-reduce is complete, if the backend can do so.
+        is_same_norm: whether all ranks are known to measure the same norm.
 
     Returns:
         A function that waits and returns the combined message, the same bits on every rank.
 
-    Collectives: one all-reduce over `comm`, and a second one for p = ±inf unless the host has read that a check failed.
-    Host syncs: one on an accelerator with `on_host`, otherwise none.
+    Collectives: one all-reduce over `comm`, and a second one for p = ±inf unless a check failed.
+    Host syncs: one on an accelerator with `on_host`, or for p = ±inf unless `is_same_norm`. Otherwise none.
     """
     vectors, watched, tail = _vectors(partials, spec), WATCH.write(partials, comm), _tail(partials, spec, comm)
     # Every call begins with a sum, also if it needs a maximum: ranks that passed different p must find out.
@@ -239,13 +240,21 @@ def start_all_reduce(
     def finish() -> Message:
         if wait is not None:
             wait()
-        return _read(buffer, len(head), len(tail), partials, spec, comm, on_host=on_host)
+        return _read(buffer, len(head), len(tail), partials, spec, comm, on_host=on_host, is_same_norm=is_same_norm)
 
     return finish
 
 
 def _read(
-    buffer: Tensor, num_head: int, num_tail: int, partials: Partials, spec: NormSpec, comm: Comm, *, on_host: bool
+    buffer: Tensor,
+    num_head: int,
+    num_tail: int,
+    partials: Partials,
+    spec: NormSpec,
+    comm: Comm,
+    *,
+    on_host: bool,
+    is_same_norm: bool,
 ) -> Message:
     """Return the message in a buffer that the ranks have added up, see `start_all_reduce`."""
     takes_maximum = math.isinf(spec.norm_type)
@@ -262,7 +271,9 @@ def _read(
     message = Message(watch, {}, dict(zip(counts, nonzero, strict=False)), dict(zip(checks, passed, strict=True)))
     if not takes_maximum:
         return replace(message, fields=_named(buffer[:num_head], spec))
-    if message.checks["call"].host is False:
+    # A rank that passed another p enters no maximum, and its host reads nothing, so that this one must.
+    can_read = not is_same_norm and not (tail.is_meta or devices.is_capturing())
+    if (message.checks["call"].read() if can_read else message.checks["call"].host) is False:
         return message
     return replace(message, fields=maximum(partials, spec, comm))
 

@@ -163,6 +163,9 @@ class Totals:
         overflow goes unnoticed, because the host does not read the norm.
         """
         norm = self.norm
+        if self.failed.host is None:
+            # Power sums of different calls have no norm.
+            norm = norm.masked_fill(self.failed.on(norm.device), math.nan)
         overflows = devices.host_reads_free(norm.device) and torch.finfo(torch.float32).max < float(norm) < math.inf
         return norm if self.has_fp64.host or overflows else norm.to(torch.float32)
 
@@ -200,13 +203,20 @@ def reduce(partials: Partials, spec: NormSpec, comm: Comm, *, read_facts: bool =
 
 
 def start_reduce(
-    partials: Partials, spec: NormSpec, comm: Comm, *, read_facts: bool = True, overlap: bool = True
+    partials: Partials,
+    spec: NormSpec,
+    comm: Comm,
+    *,
+    read_facts: bool = True,
+    overlap: bool = True,
+    is_same_norm: bool = True,
 ) -> Callable[[], Totals]:
     """Begin what `reduce` does, and return a function that waits and returns its result.
 
     Args:
         partials, spec, comm, read_facts: see `reduce`.
         overlap: return before the all-reduce is complete, if the backend can do so.
+        is_same_norm: whether all ranks are known to measure the same norm. Otherwise there is a host sync for p = ±inf.
     """
     if comm.size == 1:
         totals = _local_totals(partials, spec, comm)
@@ -215,7 +225,9 @@ def start_reduce(
         # A host may only skip the read if all ranks have the same layouts and dtypes, so this rank's dtypes stand for
         # those of all ranks.
         partials = replace(partials, fp64_anywhere=partials.has_fp64)
-    read_message = start_all_reduce(partials, spec, comm, on_host=read_facts, overlap=overlap)
+    read_message = start_all_reduce(
+        partials, spec, comm, on_host=read_facts, overlap=overlap, is_same_norm=is_same_norm
+    )
 
     def finish() -> Totals:
         message = read_message()

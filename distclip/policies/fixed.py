@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,10 @@ from ..norms.reduce import Totals
 from ..sharding.members import are_references, members_of
 from .by_group import ByGroup
 from .norm_policy import NormPolicy
-from .policy import Rule, State
+from .policy import Policy, Rule, State
 from .validation import to_float
 
-__all__ = ["Fixed", "global_norm", "group_norm", "per_tensor_norm"]
+__all__ = ["Fixed", "bounds_nothing", "global_norm", "group_norm", "per_tensor_norm"]
 
 
 def global_norm(max_norm: float = 1.0, norm_type: float = 2.0) -> NormPolicy:
@@ -115,6 +116,18 @@ def group_norm(
         return NormPolicy(Fixed(tuple(bounds)), norm_type, per="group", groups=patterns)
     rules = tuple(bound.threshold if isinstance(bound, NormPolicy) else Fixed(bound) for bound in bounds)
     return NormPolicy(ByGroup(rules), norm_type, per="group", groups=patterns)
+
+
+def bounds_nothing(policy: Policy) -> bool:
+    """Return whether a policy only measures, because its bounds are constant and infinite.
+
+    >>> bounds_nothing(global_norm(float("inf"))), bounds_nothing(global_norm(1.0))
+    (True, False)
+    """
+    if type(policy) is not NormPolicy or type(policy.threshold) is not Fixed:
+        return False
+    bounds = policy.threshold.max_norm
+    return min(bounds if isinstance(bounds, Sequence) else (bounds,)) == math.inf
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from tests.ranks import on_ranks
 from tests.rig import INF, NAN, assert_same_on_ranks, build_rig, policy_state, to_bytes, training_state
 from tests.sharding.checks import check_layout
 from tests.tables.layouts import LAYOUTS
-from tests.tables.layouts.meshes import mesh_of
+from tests.tables.layouts.meshes import mesh_of, world_mesh
 from tests.tables.layouts.tensors import dtensor_param, random_grad
 
 
@@ -109,6 +109,46 @@ def test_failure_of_one_rank_raises_on_the_other_at_its_next_host_read(how: str,
             with pytest.raises(PeerError, match="another rank failed in step 3"):
                 call()
         assert policy_state(clipper) == state_before
+    dist.barrier()
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("is_first", [True, False], ids=["first use", "later"])
+@pytest.mark.parametrize(
+    ("common", "odd"),
+    [
+        ({"norm_type": 2.0}, {"norm_type": INF}),
+        ({"norm_type": INF}, {"norm_type": 1.0}),
+        ({"norm_type": 2.0}, {"norm_type": 1.0}),
+        ({"max_norm": 1.0}, {"max_norm": 0.5}),
+    ],
+    ids=["2 and inf", "inf and 1", "2 and 1", "bounds"],
+)
+def test_functions_whose_arguments_differ_in_a_later_call(
+    common: dict[str, float], odd: dict[str, float], is_first: bool
+) -> None:
+    """No rank gets a norm, none writes a gradient, and all raise: the ranks that take a maximum at once."""
+    param = dtensor_param(random_grad(6, 4), world_mesh("all"), [Shard(0)])
+    before = param.grad.to_local().clone()
+    own = {"max_norm": 1.0, **(odd if dist.get_rank() else common)}
+
+    def call(**arguments: float) -> torch.Tensor:
+        return distclip.clip_grad_norm_([param], **arguments)  # type: ignore[arg-type]
+
+    with on_an_accelerator():
+        for arguments in [common] if is_first else [common, odd, common]:
+            call(**{**arguments, "max_norm": INF})
+        if own.get("norm_type") == INF:
+            with pytest.raises(distclip.DisagreementError, match="other ranks passed other arguments"):
+                call(**own)
+        else:
+            assert call(**own).isnan()
+            with pytest.raises(distclip.DisagreementError, match="other ranks passed other arguments"):
+                call(**own)
+        assert torch.equal(param.grad.to_local(), before)
+        # All ranks go on together.
+        assert call(max_norm=INF).isfinite()
+        call(max_norm=INF)
     dist.barrier()
 
 

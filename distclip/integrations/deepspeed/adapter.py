@@ -7,6 +7,7 @@ stand-ins for this rank's pieces of the parameters, and applies the decision to 
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...extend import LayoutError, name_tensors, set_layout
+from ...extend import Layout, LayoutError, name_tensors, set_layout
 from ..monkeypatch import MethodPatches
 from .topology import Topology
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from .foreign import Engine
 
 __all__ = ["Adapter", "Decide", "Piece", "Write", "norm_signal"]
+
+Slice: TypeAlias = tuple[tuple[int, ...], int]
+"""Shape of the whole parameter, and index of the first element of a slice in it."""
 
 Decide: TypeAlias = Callable[[], bool]
 """Function that measures and decides, on all ranks together. It returns True if the step must be skipped."""
@@ -72,6 +76,8 @@ class Adapter(ABC):
         self.groups: list[list[Piece]] = []
         """Pieces of this rank, by parameter group of the optimizer."""
         self._num_pieces = 0
+        # Pieces that tensor-parallel ranks may slice at other elements, and their layouts if they do not.
+        self._sliced_together: list[tuple[Piece, Layout, Slice]] = []
         self.find_pieces()
 
     @property
@@ -84,6 +90,31 @@ class Adapter(ABC):
         """Factor that the gradients carry now, or None without loss scaling."""
         dtype = getattr(self.optimizer, "low_precision_dtype", getattr(self.optimizer, "dtype", None))
         return float(self.optimizer.loss_scale) if dtype == torch.float16 else None
+
+    @property
+    def slices(self) -> list[str]:
+        """Digest of the slices of each group that tensor-parallel replicas must cut at the same elements."""
+        by_id = {id(piece): slice for piece, _, slice in self._sliced_together}
+        texts = (
+            [(piece.name, piece.stand_in.numel(), by_id[id(piece)]) for piece in group if id(piece) in by_id]
+            for group in self.groups
+        )
+        return [hashlib.sha256(repr(text).encode()).hexdigest() for text in texts]
+
+    def declare_replicas(self, slices_by_rank: Sequence[list[str]]) -> None:
+        """Declare the replicas of slices.
+
+        This is done in groups that all tensor-parallel ranks of this rank cut at the same elements.
+
+        Args:
+            slices_by_rank: `slices` of every rank of the job.
+        """
+        ranks, own = self.topology.tensor_parallel_ranks, self.slices
+        are_equal = [all(slices_by_rank[rank][i : i + 1] == [slices] for rank in ranks) for i, slices in enumerate(own)]
+        found = {id(piece) for group, same in zip(self.groups, are_equal, strict=True) if same for piece in group}
+        for piece, layout, slice in self._sliced_together:
+            if id(piece) in found:
+                set_layout(piece.stand_in, layout, slice)
 
     @abstractmethod
     def find_pieces(self) -> None:
@@ -122,15 +153,21 @@ class Adapter(ABC):
         # Without weights only the shape is used, so one element is expanded instead of allocating memory.
         stand_in = weights.detach() if self.weights else weights.new_empty(()).expand(weights.shape)
         shape = tuple(getattr(param, "ds_shape", param.shape))
-        layout = self.topology.layout(
-            param, process_group, sliced=start is not None, has_equal_slices=self.slices_alone
-        )
-        set_layout(stand_in, layout, None if start is None else (shape, start))
+        slice = None if start is None else (shape, start)
+
+        def layout_of(*, has_equal_slices: bool) -> Layout:
+            is_sliced = start is not None
+            return self.topology.layout(param, process_group, sliced=is_sliced, has_equal_slices=has_equal_slices)
+
+        set_layout(stand_in, layout_of(has_equal_slices=self.slices_alone), slice)
         if hasattr(param, "partition_dim"):
             stand_in.partition_dim = param.partition_dim  # type: ignore[attr-defined]
         index = self._num_pieces
         self._num_pieces += 1
-        return Piece(self._names.get(id(param)) or f"optimizer.parameters[{index}]", stand_in, index, offset)
+        piece = Piece(self._names.get(id(param)) or f"optimizer.parameters[{index}]", stand_in, index, offset)
+        if slice is not None and not self.slices_alone and self.topology.is_replicated(param):
+            self._sliced_together.append((piece, layout_of(has_equal_slices=True), slice))
+        return piece
 
     @staticmethod
     def set_grad(piece: Piece, grad: Tensor | None) -> None:

@@ -73,8 +73,9 @@ def attach(
     with errors:
         _check(engine, policy, on_nonfinite, max_skips)
         adapter = _make_adapter(engine, policy.policy if isinstance(policy, GradClipper) else policy)
-    gather_or_raise(comm, errors.error, None)
+    slices = gather_or_raise(comm, errors.error, [] if adapter is None else adapter.slices)
     assert adapter is not None
+    adapter.declare_replicas(slices)
     params = [(piece.name, piece.stand_in) for piece in adapter.pieces]
     clipper = bind(policy, params, adapter.topology.split_over, comm, on_nonfinite or "skip", max_skips)
     return Attachment(engine, clipper, adapter)

@@ -45,6 +45,16 @@ class Topology:
         group: dist.ProcessGroup = groups._get_expert_data_parallel_group(name)
         return group
 
+    @property
+    def tensor_parallel_ranks(self) -> tuple[int, ...]:
+        """Global ranks of this rank's tensor-parallel group. Empty without tensor parallelism."""
+        return group_ranks(self.split_over["tp"]) if "tp" in self.split_over else ()
+
+    def is_replicated(self, param: Any) -> bool:
+        """Return whether all tensor-parallel ranks hold the same parameter."""
+        is_split = _is_tensor_parallel(param) or _expert_group_name(param) is not None
+        return "tp" in self.split_over and not is_split
+
     def layout(
         self, param: Any, process_group: dist.ProcessGroup, *, sliced: bool, has_equal_slices: bool = True
     ) -> Layout:
@@ -57,13 +67,13 @@ class Topology:
             has_equal_slices: False if tensor-parallel ranks may slice the parameter at other elements.
         """
         expert = _expert_group_name(param)
-        tensor_parallel = bool(getattr(param, "tensor_model_parallel", getattr(param, "model_parallel", False)))
+        tensor_parallel = _is_tensor_parallel(param)
         split = {f"expert {expert}": expert is not None, "tp": tensor_parallel}
         ranks = group_ranks(process_group)
         # DeepSpeed has averaged the gradients that are not sliced. A tensor-parallel rank computes its replica itself.
         replicas = () if sliced else replica_group(ranks)
-        if "tp" in self.split_over and not (tensor_parallel or expert) and has_equal_slices:
-            replicas += replica_group(group_ranks(self.split_over["tp"]), is_exact=False)
+        if self.is_replicated(param) and has_equal_slices:
+            replicas += replica_group(self.tensor_parallel_ranks, is_exact=False)
         return Layout(
             groups=(ranks,),
             num_pieces=len(ranks) if sliced else 1,
@@ -72,6 +82,10 @@ class Topology:
             counted=not getattr(param, "ds_pipe_replicated", False),
             replicas=replicas,
         )
+
+
+def _is_tensor_parallel(param: Any) -> bool:
+    return bool(getattr(param, "tensor_model_parallel", getattr(param, "model_parallel", False)))
 
 
 def _expert_group_name(param: Any) -> str | None:

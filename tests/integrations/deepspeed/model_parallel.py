@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distclip import ReplicaError
 from distclip.integrations.deepspeed import attach
 from distclip.reference import total_norm
 from tests.integrations.deepspeed.engines import (
@@ -123,18 +124,29 @@ class Columns(nn.Module):
     def __init__(self, index: int) -> None:
         super().__init__()
         self.dense, self.columns = nn.Linear(13, 3), nn.Linear(13, 3, bias=False)
+        self.factor = 1.0
         nn.init.normal_(self.columns.weight, mean=index)
         self.columns.weight.tensor_model_parallel = True  # type: ignore[assignment]
         self.columns.weight.model_parallel = True  # type: ignore[assignment]
         self.columns.weight.partition_dim = 0  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dense(x) + self.columns(x) - self.columns(x).detach()
+        return self.dense(x) * self.factor + self.columns(x) - self.columns(x).detach()
+
+
+def check_replicas(engine: Any, model: Columns, index: int, x: Tensor) -> None:
+    """Check that a replica which one of the tensor-parallel ranks computes otherwise is found in the same step."""
+    model.factor = 1.0 + index
+    backward(engine, x, torch.ones(2, 3), torch.float32)
+    with pytest.raises(ReplicaError, match="the gradient of dense") as raised:
+        engine.step()
+    assert "columns" not in str(raised.value)
 
 
 def check_tensor_parallel(stage: int, policy: Any) -> None:
     """Check that a parameter that is cut along a tensor axis and by ZeRO has one norm and one coefficient."""
     groups, grads = MegatronGroups(), {}
+    index = groups.get_model_parallel_rank()
     updates_by_stage = []
     for current in (0, stage):
         torch.manual_seed(0)
@@ -144,7 +156,6 @@ def check_tensor_parallel(stage: int, policy: Any) -> None:
         x = torch.randn(2, 13, generator=torch.Generator().manual_seed(groups.get_data_parallel_rank()))
         backward(engine, x, torch.ones(2, 3), torch.float32)
         if current == 0:
-            index = groups.get_model_parallel_rank()
             grads = reduced_grads(engine, index, lambda name, param: hasattr(param, "partition_dim"))
             assert len(grads) == 4
         start = {name: param.detach().clone() for name, param in engine.module.named_parameters()}
@@ -162,4 +173,5 @@ def check_tensor_parallel(stage: int, policy: Any) -> None:
             torch.testing.assert_close(report.norms[rows], columns.norm(dim=1), rtol=1e-6, atol=0)
         updates = [(start[name] - param.detach()).norm() for name, param in engine.module.named_parameters()]
         updates_by_stage.append(torch.stack(gather_from_ranks(torch.stack(updates).double())))
+        check_replicas(engine, model, index, x)
     torch.testing.assert_close(updates_by_stage[0], updates_by_stage[1], rtol=1e-4, atol=0)

@@ -1,0 +1,171 @@
+"""Find gradients that an optimizer has stepped before they are clipped.
+
+A program that clips after `optimizer.step()` steps unclipped gradients, and then clips what nothing reads any more. Its
+norms and coefficients look right. So a hook after every step of any optimizer marks a few gradients, unless they were
+clipped before, and a call that clips the very same gradients finds the mark.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ..errors import UnclippedStepWarning, warn_user
+from ..sharding.dtensor import local_of
+from ..sharding.table import ShardTable, TableMetadata
+from .grad_scaler import parameters_of
+from .step_gate import is_of_torch
+
+__all__ = ["find_stepped", "mark_clipped", "warn_of_late_clip", "watch_steps_of"]
+
+_MARK = "_distclip_mark"
+"""Attribute of a gradient: its version when it was clipped or stepped last, and `_CLIPPED`, `_STEPPED` or `_LATE`."""
+
+_CLIPPED, _STEPPED, _LATE = "clipped", "stepped after it was clipped", "stepped and not clipped"
+
+_MAX_SAMPLE = 8
+"""Number of gradients of one call that are looked at."""
+
+_MAX_WATCHED = 64
+"""Number of parameters of all calls whose gradients the hook looks at."""
+
+_watched: dict[int, weakref.ref[Tensor]] = {}
+_warned: set[int] = set()
+_positions: weakref.WeakKeyDictionary[TableMetadata, list[int]] = weakref.WeakKeyDictionary()
+_ids: weakref.WeakKeyDictionary[Optimizer, tuple[tuple[int, int], frozenset[int]]] = weakref.WeakKeyDictionary()
+_handle: Any = None
+
+
+def watch_steps_of(table: ShardTable) -> None:
+    """Watch the steps of some parameters, before the first call. Collectives: none. Host syncs: none."""
+    tensors = [tensor for tensor in table.tensors if tensor.requires_grad]
+    for param in tensors[:: _stride(len(tensors))]:
+        _watch(param)
+
+
+def find_stepped(table: ShardTable) -> list[Tensor]:
+    """Return some parameters whose gradients were stepped and never clipped.
+
+    The steps to come are watched from now on.
+
+    Args:
+        table: of the parameters whose gradients the call clips.
+
+    Collectives: none. Host syncs: none.
+    """
+    sample = _sample(table)
+    for param in sample:
+        _watch(param)
+    return [param for param in sample if _is_late(param.grad)]
+
+
+def mark_clipped(table: ShardTable) -> None:
+    """Mark the gradients of a table, because they have been clipped. Collectives: none. Host syncs: none."""
+    for param in _sample(table):
+        if (version := _version_of(param.grad)) is not None:
+            vars(param.grad)[_MARK] = version, _CLIPPED
+
+
+def warn_of_late_clip(function: str, table: ShardTable, stepped: Sequence[Tensor]) -> None:
+    """Warn if some gradients were stepped before they were clipped.
+
+    Args:
+        function: that the user called.
+        table: of the parameters.
+        stepped: see `find_stepped`.
+    """
+    ids = set(map(id, stepped))
+    if not ids or ids & _warned:
+        return
+    # A wrong order is wrong in every step.
+    _warned.update(ids & _watched.keys())
+    names = [name for name, tensor in zip(table.names, table.tensors, strict=True) if id(tensor) in ids]
+    warn_user(
+        f"{function}: an optimizer has stepped with these gradients already ({', '.join(names[:3])}), so that its step "
+        "was not clipped. Call it between backward() and optimizer.step().",
+        UnclippedStepWarning,
+    )
+
+
+def _sample(table: ShardTable) -> list[Tensor]:
+    """Return a few parameters of a table that have a gradient, mostly the same ones in every call."""
+    tensors, metadata = table.tensors, table.metadata
+    sample = [tensors[i] for i in _positions.get(metadata, ()) if tensors[i].grad is not None]
+    if not sample:
+        with_grad = [i for i, tensor in enumerate(tensors) if tensor.grad is not None]
+        positions = _positions[metadata] = with_grad[:: _stride(len(with_grad))]
+        sample = [tensors[i] for i in positions]
+    return sample if table.only is None else [param for param in sample if id(param) in table.only]
+
+
+def _stride(count: int) -> int:
+    return max(1, -(-count // _MAX_SAMPLE))
+
+
+def _watch(param: Tensor) -> None:
+    global _handle
+    key = id(param)
+    if key in _watched:
+        return
+
+    def forget(_: object) -> None:
+        _watched.pop(key, None)
+        _warned.discard(key)
+
+    _watched[key] = weakref.ref(param, forget)
+    while len(_watched) > _MAX_WATCHED:
+        oldest = next(iter(_watched))
+        _watched.pop(oldest, None)
+        _warned.discard(oldest)
+    if _handle is None:
+        _handle = register_optimizer_step_post_hook(_mark_stepped)
+
+
+@_disable_dynamo
+def _mark_stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Mark the gradients of watched parameters that an optimizer has just stepped."""
+    # The step of an optimizer that shows its parameters in another way must not fail.
+    if not _watched or not vars(optimizer).get("param_groups"):
+        return
+    # Fused kernels write gradients once in their step, and optimizers of other libraries write them as they like.
+    num_writes = math.inf if not is_of_torch(optimizer) else int(bool(optimizer.param_groups[0].get("fused")))
+    ids = _ids_of(optimizer)
+    for key, reference in list(_watched.items()):
+        param = reference() if key in ids else None
+        if param is None or (now := _version_of(param.grad)) is None:
+            continue
+        then, mark = vars(param.grad).get(_MARK, (now, _LATE))
+        if mark == _CLIPPED:
+            mark = _STEPPED if now - then <= num_writes else _LATE
+        elif then != now:
+            mark = _LATE
+        vars(param.grad)[_MARK] = now, mark
+
+
+def _ids_of(optimizer: Optimizer) -> frozenset[int]:
+    """Return the ids of the parameters of an optimizer, which are read again if their number changes."""
+    groups = optimizer.param_groups
+    size = len(groups), len(groups[-1]["params"])
+    known = _ids.get(optimizer)
+    if known is None or known[0] != size:
+        known = _ids[optimizer] = size, frozenset(map(id, parameters_of([optimizer])))
+    return known[1]
+
+
+def _is_late(grad: Tensor | None) -> bool:
+    return grad is not None and vars(grad).get(_MARK) == (_version_of(grad), _LATE)
+
+
+def _version_of(grad: Tensor | None) -> int | None:
+    """Return a number that changes with every write, or None for a gradient without one."""
+    if grad is None:
+        return None
+    local = local_of(grad)
+    return None if local.is_inference() else local._version

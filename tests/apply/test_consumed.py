@@ -1,0 +1,184 @@
+"""Clip after the step that reads the gradients: each function warns of it, and of nothing else."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.optim import SGD, AdamW, Optimizer
+
+import distclip
+from distclip import GradClipper, UnclippedStepWarning
+from tests.ranks import gather_from_ranks, on_ranks
+
+OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
+    "for each": lambda params: SGD(params, lr=0.1, momentum=0.9, foreach=False),
+    "foreach": lambda params: AdamW(params, lr=0.1, foreach=True),
+    # Its kernels write the gradients.
+    "fused": lambda params: AdamW(params, lr=0.1, fused=True),
+}
+
+FUNCTIONS: dict[str, Callable[[list[nn.Parameter], Optimizer], Callable[[], object]]] = {
+    "clip": lambda params, _: GradClipper(params, distclip.global_norm(1.0)).clip,
+    "isolated": lambda params, _: GradClipper(params, distclip.global_norm(1.0), isolate=True).clip,
+    "step": lambda params, optimizer: partial(GradClipper(params, distclip.zclip(cap=1.0)).step, optimizer),
+    "clip_grad_norm_": lambda params, _: lambda: distclip.clip_grad_norm_(params, 1.0),
+    "clip_grad_value_": lambda params, _: lambda: distclip.clip_grad_value_(params, 0.1),
+    "clip_grads_with_norm_": lambda params, _: lambda: distclip.clip_grads_with_norm_(params, 1.0, torch.tensor(9.0)),
+}
+
+MEASURING: dict[str, Callable[[list[nn.Parameter], Optimizer], Callable[[], object]]] = {
+    "clip": lambda params, _: GradClipper(params, distclip.global_norm(math.inf)).clip,
+    "clip_grad_norm_": lambda params, _: lambda: distclip.clip_grad_norm_(params, math.inf),
+    "clip_grad_value_": lambda params, _: lambda: distclip.clip_grad_value_(params, math.inf),
+    "get_total_norm": lambda params, _: lambda: distclip.get_total_norm([p.grad for p in params if p.grad is not None]),
+}
+
+
+def params_of(count: int) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.zeros(2)) for _ in range(count)]
+
+
+def texts_of(run: Callable[[], object]) -> list[str]:
+    """Return the texts of the warnings about unclipped steps. Any other warning is an error."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    assert {warning.category for warning in caught} <= {UnclippedStepWarning}
+    return [str(warning.message) for warning in caught]
+
+
+def train(params: list[nn.Parameter], calls: list[Callable[[], object]], *, set_to_none: bool = True) -> None:
+    """Make three steps, each of a backward and then some calls."""
+    for _ in range(3):
+        for param in params:
+            param.grad = None if set_to_none or param.grad is None else param.grad.zero_()
+        torch.stack([(param + 3).square().sum() for param in params]).sum().backward()
+        for call in calls:
+            call()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_clip_after_the_step_warns_once(function: str, optimizer: str, set_to_none: bool) -> None:
+    params = params_of(20)
+    one = OPTIMIZERS[optimizer](params)
+    call = FUNCTIONS[function](params, one)
+    (text,) = texts_of(lambda: train(params, [one.step, call], set_to_none=set_to_none))
+    assert "an optimizer has stepped with these gradients already" in text
+
+
+@pytest.mark.parametrize("function", MEASURING)
+def test_measurements_after_the_step_are_silent(function: str) -> None:
+    params = params_of(3)
+    one = SGD(params, lr=0.1)
+    call = MEASURING[function](params, one)
+    assert texts_of(lambda: train(params, [one.step, call])) == []
+    # A measurement before the step clips nothing.
+    late = FUNCTIONS["clip_grad_norm_"](params, one)
+    assert len(texts_of(lambda: train(params, [call, one.step, late]))) == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    order=st.lists(st.sampled_from(["clip", "other clip", "step", "backward"]), max_size=6),
+    optimizer=st.sampled_from(sorted(OPTIMIZERS)),
+    set_to_none=st.booleans(),
+)
+def test_a_warning_means_that_a_gradient_was_stepped_unclipped(
+    order: list[str], optimizer: str, set_to_none: bool
+) -> None:
+    """Clip, step and accumulate in any order: exactly a clip of gradients that a step has read unclipped warns."""
+    params = params_of(2)
+    one, other = OPTIMIZERS[optimizer](params), SGD(params_of(1), lr=0.1)
+    clips = {name: GradClipper(params, distclip.global_norm(1.0)).clip for name in ("clip", "other clip")}
+    is_clipped = is_late = expected = False
+
+    def backward() -> None:
+        torch.stack([(param + 3).square().sum() for param in params]).sum().backward()
+
+    texts = texts_of(backward)
+    for event in order:
+        if event == "backward":
+            is_clipped = is_late = False
+            texts += texts_of(backward)
+        elif event == "step":
+            is_late = is_late or not is_clipped
+            texts += texts_of(lambda: (one.step(), other.step()))
+        else:
+            expected = expected or is_late
+            is_clipped, is_late = True, False
+            texts += texts_of(clips[event])
+    assert bool(texts) == expected
+
+
+def test_optimizers_of_other_parameters_and_in_turn_are_silent() -> None:
+    """Two networks in turn, with a clipper each and with one for both."""
+    nets = [params_of(3), params_of(5)]
+    optimizers = [SGD(net, lr=0.1) for net in nets]
+    for clippers in (
+        [GradClipper(net, distclip.global_norm(1.0)) for net in nets],
+        [GradClipper([*nets[0], *nets[1]], distclip.global_norm(1.0), partial=True)] * 2,
+    ):
+        calls = itertools.chain(*((c.clip, one.step) for c, one in zip(clippers, optimizers, strict=True)))
+        assert texts_of(lambda calls=calls: train([*nets[0], *nets[1]], list(calls))) == []
+    only = GradClipper([*nets[0], *nets[1]], distclip.global_norm(1.0))
+    part = lambda: only.clip(only=nets[1])  # noqa: E731
+    assert texts_of(lambda: train([*nets[0], *nets[1]], [optimizers[0].step, part, optimizers[1].step])) == []
+
+
+class Odd(Optimizer):
+    """An optimizer of another library, which writes gradients, and shows no parameters at first."""
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for param in self.param_groups[0]["params"]:
+            if param.grad is not None:
+                param.sub_(param.grad.mul_(0.1).sub_(param.grad.mean()))
+
+
+def test_optimizers_of_other_libraries() -> None:
+    params = params_of(3)
+    one = Odd(params)
+    clip = FUNCTIONS["clip"](params, one)
+    assert texts_of(lambda: train(params, [clip, one.step, clip])) == []
+    assert len(texts_of(lambda: train(params, [one.step, clip]))) == 1
+    empty = Odd(params_of(1))
+    empty.param_groups = []
+    with pytest.raises(IndexError):
+        empty.step()
+
+
+@on_ranks(2)
+def test_warning_that_is_an_error_is_raised_on_all_ranks() -> None:
+    """Rank 1 alone steps before it clips, its gradients are DTensors, and warnings are errors."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    fully_shard(model)
+    one = SGD(model.parameters(), lr=0.1)
+    clipper = GradClipper(model, distclip.global_norm(1.0))
+    model(torch.ones(2, 4)).square().sum().backward()
+    before: list[Tensor] = [param.grad.to_local().clone() for param in model.parameters()]  # type: ignore[union-attr]
+    if dist.get_rank() == 1:
+        one.step()
+    with pytest.raises((UnclippedStepWarning, distclip.DistclipError), match="stepped with these gradients already"):
+        clipper.clip()
+    after = [param.grad.to_local() for param in model.parameters()]  # type: ignore[union-attr]
+    assert all(map(torch.equal, before, after))
+    clipper.clip()
+    assert gather_from_ranks(clipper.steps) == [1, 1]
