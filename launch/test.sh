@@ -3,7 +3,8 @@
 #     bash launch/test.sh
 #     bash launch/test.sh --quick
 #     bash launch/test.sh tests/norms -k norm
-# --quick is `-m quick`, see tests/quick.py. All other arguments go to pytest.
+# --quick is `-m quick`, see tests/quick.py. All other arguments go to pytest. Without any, files of tests run side by
+# side in up to four processes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/setup.sh
@@ -16,4 +17,8 @@ for argument in "$@"; do
         arguments+=("$argument")
     fi
 done
-exec "$PYTHON" -m pytest ${arguments[@]+"${arguments[@]}"}
+if [ "${arguments[*]-}" = "" ] || [ "${arguments[*]}" = "-m quick" ]; then
+    processes=$("$PYTHON" -c 'import os; print(min(4, os.cpu_count() or 1))')
+    arguments+=(--numprocesses "$processes" --dist loadfile --no-loadscope-reorder)
+fi
+exec "$PYTHON" -m pytest "${arguments[@]}"
