@@ -114,7 +114,11 @@ def test_policies_can_be_pickled(policy: Policy) -> None:
     assert copy.spec == policy.spec
 
 
-@pytest.mark.parametrize("threshold", [1.0, None, LastNorm, object(), lambda totals, state: (1.0, state)], ids=str)
+@pytest.mark.parametrize(
+    "threshold",
+    [1.0, None, LastNorm, object(), lambda totals, state: (1.0, state)],
+    ids=["number", "none", "class", "object", "function"],
+)
 def test_other_objects_are_refused(threshold: Any) -> None:
     with pytest.raises(ArgumentError, match=r"^threshold=.*the methods init.*\. Use threshold=") as raised:
         NormPolicy(threshold)

@@ -36,7 +36,9 @@ class ExcludingPolicy:
         return distclip.Verdict(torch.full_like(totals.norms, 0.5)), state
 
 
-@pytest.mark.parametrize("exclude", ["head", ["head"], ("head",), {"head"}, iter(["head"])], ids=str)
+@pytest.mark.parametrize(
+    "exclude", ["head", ["head"], ("head",), {"head"}, iter(["head"])], ids=lambda exclude: type(exclude).__name__
+)
 def test_one_pattern_excludes_what_it_matches(exclude: Any) -> None:
     assert clipped_names(distclip.agc(0.01, exclude=exclude)) == {"embed.weight", "block.weight"}
 
