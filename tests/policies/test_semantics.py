@@ -124,7 +124,7 @@ def test_policy_equals_the_formula(name: str, scale: float) -> None:
 
 
 def test_docs_list_the_same_rules() -> None:
-    rows = re.findall(r"^\| `(.*)` \| `(.*)` \|$", (DOCS / "policies.md").read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(r"^\| `(.*)` \| `(.*)` \|$", (DOCS / "migration.md").read_text(encoding="utf-8"), re.MULTILINE)
     documented = {theirs: eval(here, vars(distclip)) for theirs, here in rows if "optax" in theirs or "keras" in theirs}
     assert {re.sub(r"[(=].*", "", theirs): policy for theirs, policy in documented.items()} == {
         name: rule.ours for name, rule in RULES.items() if "," not in name
