@@ -8,6 +8,7 @@ for bit, so that every rank takes the same branch into the same collectives.
 
 from __future__ import annotations
 
+import functools
 import re
 import weakref
 from collections import deque
@@ -35,11 +36,21 @@ from .apply.writes import GradientWrites
 from .comm import Comm, LocalComm
 from .comm.agreement import Call, CallCounter, unequal_calls
 from .comm.consensus import FirstError
-from .comm.discovery import call_counter, global_rank, is_mixed, resolve_comm, uncovered_ranks, widened
+from .comm.discovery import (
+    call_counter,
+    global_rank,
+    is_mixed,
+    raise_in_first_call,
+    rejoined,
+    resolve_comm,
+    uncovered_ranks,
+    widened,
+)
 from .comm.distinct import any_rank
+from .comm.process_group import MisplacedError
 from .comm.ranks import Axis
 from .devices import ALWAYS, NEVER, Fact, as_fact, device_constant, outside_fake_mode
-from .errors import ArgumentError, LayoutError, PeerError, warn_user
+from .errors import ArgumentError, DisagreementError, LayoutError, PeerError, warn_user
 from .nonfinite.culprits import count_nonfinite, gather_culprits, suspect_nonfinite
 from .nonfinite.rules import RULES, OnNonFinite, Skip
 from .nonfinite.skip_counter import SkipCounter
@@ -179,7 +190,6 @@ class Engine:
             table = parameter_table(parameters, axes, named)
         is_derived = comm is None
         comm = resolve_comm(table.groups, table.axes, comm, errors, table.num_reached)
-        table.world_size = comm.size
 
         # Arguments must be the same on all ranks, and a layout alone may not show which ranks hold a parameter.
         # The address of an object in memory differs between ranks.
@@ -187,9 +197,7 @@ class Engine:
         arguments = re.sub(r" at 0x\w+", "", arguments)
         errors.add(table.error)
         # A communicator of an earlier call may be too small for the meshes of this one.
-        while any_rank(comm, comm.covers_holders and bool(uncovered_ranks(comm, table.groups, table.axes))):
-            comm = widened(comm, table.groups, table.axes, table.num_reached)
-            table.world_size = comm.size
+        comm = _covering(comm, table, errors)
         token = exchange_setup(table, comm, errors.error, arguments)
 
         # Slots must be the same on all ranks too, and follow from the parameters of all of them.
@@ -1073,13 +1081,25 @@ def start_measuring(
     if (partials.uncovered or partials.new_layouts) and not read_facts:
         errors.add(_joined_too_late(table))
     partials.call, partials.failed, partials.watch = call, errors.error is not None, watch
-    # The ranks of a clipper have compared their policies.
-    read_totals = start_reduce(
-        partials, spec, comm, read_facts=read_facts, overlap=overlap, is_same_norm=not guard.at_once
-    )
+
+    def measure_again(misplaced: MisplacedError) -> tuple[Shards, Partials, Totals]:
+        other = _placed(misplaced, errors)
+        same_call = replace(call, counter=call_counter(other).next())
+        return measure_all_ranks(table, spec, other, errors, same_call, guard, num_slots, step, watch)
+
+    try:
+        # The ranks of a clipper have compared their policies.
+        read_totals = start_reduce(
+            partials, spec, comm, read_facts=read_facts, overlap=overlap, is_same_norm=not guard.at_once
+        )
+    except MisplacedError as misplaced:
+        return shards, functools.partial(measure_again, misplaced)
 
     def finish() -> tuple[Shards, Partials, Totals]:
-        measured = shards, partials, read_totals()
+        try:
+            measured = shards, partials, read_totals()
+        except MisplacedError as misplaced:
+            return measure_again(misplaced)
         return _attend(measured, table, spec, comm, errors, call, guard, num_slots, step, watch, read_facts=read_facts)
 
     return shards, finish
@@ -1150,6 +1170,45 @@ def _joined_too_late(table: ShardTable) -> LayoutError:
         "of the ranks. Other ranks without a new mesh do not wait for the answer on an accelerator. Pass "
         "comm=distclip.comm.ProcessGroupComm(torch.distributed.group.WORLD), or make a GradClipper after the change."
     )
+
+
+def _covering(comm: Comm, table: ShardTable, errors: FirstError) -> Comm:
+    """Return a communicator that covers the meshes of all of its ranks: `comm`, or a wider one.
+
+    Args:
+        comm: that the ranks begin with.
+        table: of this rank.
+        errors: get the error of a rank that has begun with a larger communicator than its peers.
+
+    Collectives: a maximum of one number, and those of `widened` if the communicator is too small.
+    """
+    may_widen = comm.covers_holders
+    while True:
+        table.world_size = comm.size
+        try:
+            if not any_rank(comm, may_widen and bool(uncovered_ranks(comm, table.groups, table.axes))):
+                return comm
+            comm = widened(comm, table.groups, table.axes, table.num_reached)
+        except MisplacedError as misplaced:
+            comm, may_widen = _placed(misplaced, comm, errors), misplaced.comm is None
+
+
+def _placed(misplaced: MisplacedError, comm: Comm, errors: FirstError) -> Comm:
+    """Return the communicator to go on with, after this rank has left the group of another one.
+
+    Args:
+        misplaced: of this rank.
+        comm: the communicator that it has left.
+        errors: gets the error that all ranks of a smaller communicator raise, if they wait for this rank.
+    """
+    if misplaced.comm is None and misplaced.first_call is None:
+        return rejoined(comm)
+    error = DisagreementError(str(misplaced))
+    errors.add(error)
+    if misplaced.first_call is not None:
+        raise_in_first_call(misplaced.first_call, errors.error or error)
+    assert misplaced.comm is not None
+    return misplaced.comm
 
 
 class _Trace(NamedTuple):

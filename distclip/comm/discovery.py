@@ -13,7 +13,7 @@ import itertools
 import weakref
 from collections.abc import Collection, Sequence
 from datetime import timedelta
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
@@ -29,6 +29,7 @@ from .mpi import mpi_size
 from .process_group import ProcessGroupComm
 from .ranks import Axis, Ranks, ascending, component_around
 from .rendezvous import Post, Rendezvous, derive_component
+from .waiting import call_to_first_call, is_left, note_left_groups
 
 __all__ = [
     "call_counter",
@@ -41,6 +42,8 @@ __all__ = [
     "job_store",
     "memory_of",
     "posting_store",
+    "raise_in_first_call",
+    "rejoined",
     "resolve_comm",
     "uncovered_ranks",
     "widened",
@@ -107,12 +110,34 @@ def widened(comm: Comm, groups: Collection[Ranks], axes: Sequence[Axis], num_rea
     spans = _spans(groups, axes)
     outside: list[set[Ranks]] = comm.gather_objects({span for span in spans if not set(span) <= set(comm.ranks)})
     key = tuple(comm.ranks), frozenset[Ranks]().union(*outside)
-    if key not in session.wider:
+    if key not in session.wider or session.wider[key].is_left:
         # The ranks of `comm` whose own mesh is no wider take part because `comm` itself is one of the spans.
         session.wider[key] = _rendezvous(groups, axes, None, num_reached, also=tuple(comm.ranks))
     # The next such call begins over `comm` again: a rank whose meshes are the same in both calls cannot distinguish it
     # from one without the mesh.
     return session.wider[key]
+
+
+def rejoined(comm: Comm) -> ProcessGroupComm:
+    """Move a derived communicator to a new process group, after a rank has left the old one.
+
+    Collectives: messages through the store, and a new group. All ranks of the communicator call this, sooner or later.
+    """
+    assert isinstance(comm, ProcessGroupComm), "only a derived communicator can be left"
+    groups = _session().groups
+    if comm.ranks not in groups or is_left(groups[comm.ranks]):
+        _rendezvous([comm.ranks], (), None, ())
+    comm.move_to(groups[comm.ranks], _session().number)
+    return comm
+
+
+def raise_in_first_call(ranks: Ranks, error: BaseException) -> NoReturn:
+    """Raise on all ranks of a first call, which wait for this one.
+
+    Collectives: none, only messages through the store.
+    """
+    _rendezvous([ranks], (), error, ())
+    raise error
 
 
 def is_mixed(comm: Comm) -> bool:
@@ -142,7 +167,7 @@ def world_comm() -> Comm:
     if is_dry_run():
         return DryRunComm(dist.get_rank(), range(dist.get_world_size()))
     ranks = tuple(range(dist.get_world_size()))
-    if ranks not in _session().groups:
+    if ranks not in _session().groups or is_left(_session().groups[ranks]):
         # It creates the group, after the ranks have compared how many groups each of them has.
         _rendezvous([ranks], (), None, ())
     return ProcessGroupComm(_session().groups[ranks])
@@ -266,7 +291,7 @@ class _Session:
         # By the ranks of a component.
         self.groups: dict[Ranks, dist.ProcessGroup] = {}
         self.counters: dict[Ranks, CallCounter] = {}
-        self.rendezvous = Rendezvous(PrefixStore("distclip", _store()), dist.get_rank())
+        self.rendezvous = Rendezvous(PrefixStore("distclip", _store()), dist.get_rank(), call=call_to_first_call)
 
 
 _sessions: list[_Session] = []  # At most one.
@@ -307,13 +332,15 @@ def _derived(
         return DryRunComm(dist.get_rank(), ranks)
     comms = _session().comms
     key = _cache_key(groups, axes)
-    if key not in comms:
+    comm = comms.get(key)
+    if comm is None or comm.is_left:
         with errors:
             _check_ranks(groups)
-        comms[key] = _known(key) or _rendezvous(groups, axes, errors.error, num_reached)
-        if axes:
-            comms.setdefault(_cache_key((), axes), comms[key])
-    return comms[key]
+        comm = comms[key] = _known(key) or _rendezvous(groups, axes, errors.error, num_reached)
+        alone = _cache_key((), axes)
+        if axes and (alone not in comms or comms[alone].is_left):
+            comms[alone] = comm
+    return comm
 
 
 _Key: TypeAlias = tuple[tuple[str, ...], frozenset[Ranks]]
@@ -336,12 +363,13 @@ def _known(key: _Key) -> ProcessGroupComm | None:
     session = _session()
     if axes:
         # The axes are equal on all ranks concerned, also on ranks that hold no parameters.
-        return session.comms.get((axes, frozenset()))
+        comm = session.comms.get((axes, frozenset()))
+        return None if comm is None or comm.is_left else comm
     # Ranks whose meshes were all in an earlier call may begin this call over its communicator.
     earlier = [comm for (old_axes, old), comm in session.comms.items() if not old_axes and old <= spans]
     # And a mesh over all ranks of a communicator, which all of them know, shows that all of them make this call.
     earlier += [comm for comm in (*session.comms.values(), *session.wider.values()) if comm.ranks in spans]
-    return max(earlier, key=lambda comm: comm.size, default=None)
+    return max((comm for comm in earlier if not comm.is_left), key=lambda comm: comm.size, default=None)
 
 
 def _spans(groups: Collection[Ranks], axes: Sequence[Axis]) -> set[Ranks]:
@@ -377,9 +405,12 @@ def _rendezvous(
         if error is not None:
             raise error from None  # With its traceback, which did not travel through the store.
         raise
+    finally:
+        note_left_groups()
     if component.is_mixed:
         _session().mixed.add(component.ranks)
-    return ProcessGroupComm(_process_group(component.ranks, component.num_groups), covers_holders=True)
+    group = _process_group(component.ranks, component.num_groups)
+    return ProcessGroupComm(group, covers_holders=True, session=_session().number)
 
 
 def _process_group(ranks: Ranks, num_groups: int) -> dist.ProcessGroup:
@@ -392,7 +423,9 @@ def _process_group(ranks: Ranks, num_groups: int) -> dist.ProcessGroup:
     # On a process group of the program, a call that one rank leaves out would add the program's own numbers to those of
     # distclip. So distclip has one group for each component, for as long as torch.distributed is initialized.
     groups = _session().groups
-    if ranks not in groups:
+    if ranks not in groups or is_left(groups[ranks]):
+        # Calls over a new group are counted from 1.
+        _session().counters.pop(ranks, None)
         # torch names a group that only its members create after the number of groups that each of them has seen.
         # Members with different numbers would wait for each other under different names, so the numbers are made equal.
         for _ in range(num_groups - _num_groups()):

@@ -9,7 +9,11 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +22,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, DisagreementError
 from .ranks import Ranks
+from .waiting import log_missing, patience
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -26,6 +31,15 @@ __all__ = ["MPIComm", "abort", "abort_on_exception", "mpi_size", "started"]
 
 _WORLD_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 """Environment variables that mpirun sets: Open MPI's, then MPICH's and Intel's."""
+
+_LOG_AFTER = 60.0
+"""Seconds that a rank waits in a collective before it logs which ranks are missing. DISTCLIP_PATIENCE overrides it."""
+
+_GRACE = 2.0
+"""Seconds between the first and the last rank whose patience ends."""
+
+_TAG = 31415
+"""Tag of the messages of waiting ranks."""
 
 _LIBRARIES = ("libmpi.so.40", "libmpi.so.12")
 """File names of MPI libraries: Open MPI, then MPICH and the libraries that are binary compatible with it."""
@@ -86,6 +100,8 @@ class MPIComm:
         self.rank, self.size = comm.rank, comm.size
         self.ranks: Ranks = tuple(comm.group.Translate_ranks(range(comm.size), mpi.COMM_WORLD.group))
         self._cuda_aware = cuda_aware
+        # MPI waits without a limit, so that another thread looks for missing ranks.
+        self._watch = _watch(patience(_LOG_AFTER)) if comm.size > 1 else None
         if abort and comm.size > 1:
             abort_on_exception()
 
@@ -110,7 +126,8 @@ class MPIComm:
         request = self.comm.Iallreduce(self._mpi.IN_PLACE, [memory, buffer.numel(), mpi_type], self._mpi.SUM)
 
         def wait() -> None:
-            request.Wait()
+            with self._watched("all-reduce"):
+                request.Wait()
             if buffer is not values:
                 values.copy_(buffer)
 
@@ -127,7 +144,8 @@ class MPIComm:
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Return every rank's `value`. Collectives: one allgather of pickles."""
-        values: list[Any] = self.comm.allgather(value)
+        with self._watched("gather"):
+            values: list[Any] = self.comm.allgather(value)
         return values
 
     def _allreduce_(self, tensor: Tensor, op: MPI.Op) -> None:
@@ -143,9 +161,13 @@ class MPIComm:
             # MPI does not wait for kernels that have not yet written the memory that it reads.
             torch.cuda.current_stream(buffer.device).synchronize()
         memory = self._mpi.buffer.fromaddress(buffer.data_ptr(), buffer.nbytes)
-        self.comm.Allreduce(self._mpi.IN_PLACE, [memory, buffer.numel(), mpi_type], op)
+        with self._watched("all-reduce"):
+            self.comm.Allreduce(self._mpi.IN_PLACE, [memory, buffer.numel(), mpi_type], op)
         if buffer is not values:
             values.copy_(buffer, non_blocking=buffer.is_pinned())
+
+    def _watched(self, kind: str) -> AbstractContextManager[None]:
+        return nullcontext() if self._watch is None else self._watch.entered(self.comm, kind)
 
     def _wire_type(self, dtype: torch.dtype) -> tuple[torch.dtype, MPI.Datatype]:
         """Return the dtype to convert to before the all-reduce, for torch and for MPI."""
@@ -157,6 +179,92 @@ class MPIComm:
     def _reads_cuda(self) -> bool:
         """True if MPI reads and writes CUDA memory directly."""
         return _is_cuda_aware(self._mpi) if self._cuda_aware is None else self._cuda_aware
+
+
+@dataclass(frozen=True, eq=False)
+class _Entered:
+    """A collective that this rank is in: its communicator, number, name and begin."""
+
+    comm: MPI.Intracomm
+    number: int
+    kind: str
+    begin: float
+
+
+class _Watch:
+    """Thread that logs which ranks are missing in a collective, while the rank itself waits in MPI.
+
+    A rank that has waited for long sends its number of the collective to a few ranks. The lowest of those that waits
+    itself logs which ranks have sent nothing.
+
+    Args:
+        seconds: that a rank waits before the thread does anything.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        # Number of collectives over each communicator, by its handle.
+        self._numbers: dict[int, int] = {}
+        self._present: _Entered | None = None
+        self._lock = threading.Lock()
+        self._sent: list[Any] = []
+        threading.Thread(target=self._run, daemon=True, name="distclip-mpi").start()
+
+    @contextmanager
+    def entered(self, comm: MPI.Intracomm, kind: str) -> Iterator[None]:
+        """Watch the collective in the block."""
+        handle = comm.py2f()
+        number = self._numbers[handle] = self._numbers.get(handle, 0) + 1
+        self._present = _Entered(comm, number, kind, time.monotonic())
+        try:
+            yield
+        finally:
+            # No message is sent after the collective, when the program may end MPI.
+            with self._lock:
+                self._present = None
+
+    def _run(self) -> None:
+        last: _Entered | None = None
+        while True:
+            time.sleep(self._seconds / 4)
+            present = self._present
+            if present is not None and present is not last and time.monotonic() > present.begin + self._seconds:
+                last = present
+                self._report(present)
+
+    def _report(self, present: _Entered) -> None:
+        """Send to other ranks that this one waits. If it is the first of those that log, log who does not."""
+        comm = present.comm
+        # Few messages also among thousands of ranks, and no part of the job has all ranks that log.
+        loggers = [0, *(1 << i for i in range((comm.size - 1).bit_length()))]
+        with self._lock:
+            if self._present is not present:
+                return
+            self._sent = [comm.isend(present.number, rank, _TAG) for rank in loggers if rank != comm.rank]
+        if comm.rank not in loggers:
+            return
+        waiting, end = {comm.rank}, time.monotonic() + _GRACE
+        while time.monotonic() < end:
+            with self._lock:
+                if self._present is not present:
+                    return
+                status = started().Status()
+                while comm.iprobe(tag=_TAG, status=status):
+                    if comm.recv(source=status.Get_source(), tag=_TAG) == present.number:
+                        waiting.add(status.Get_source())
+            time.sleep(_GRACE / 100)
+        missing = [rank for rank in range(comm.size) if rank not in waiting]
+        if missing and min(waiting.intersection(loggers)) == comm.rank:
+            in_world = comm.group.Translate_ranks(missing, started().COMM_WORLD.group)
+            log_missing(present.kind, in_world, comm.size)
+
+
+@functools.cache
+def _watch(seconds: float) -> _Watch | None:
+    """Return the thread that watches all communicators, or None if nothing can be watched."""
+    mpi = started()
+    can_watch = mpi.Query_thread() == mpi.THREAD_MULTIPLE and 0 < seconds < threading.TIMEOUT_MAX
+    return _Watch(seconds) if can_watch else None
 
 
 def started() -> Any:

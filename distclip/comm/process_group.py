@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import atexit
-import logging
-import os
+import ctypes
+import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, Store, _resolve_process_group
-from torch.distributed import distributed_c10d
+from torch._C._distributed_c10d import _resolve_process_group
 
-from ..errors import PeerError
-from .ranks import rank_list
+from ..errors import DisagreementError, PeerError
+from .ranks import Ranks, rank_list
+from .waiting import Meetings, meetings_of, patience, ranks_of_first_call
 
-__all__ = ["ProcessGroupComm", "group_of_name", "patience"]
-
-_log = logging.getLogger("distclip")
+__all__ = ["MisplacedError", "ProcessGroupComm", "group_of_name"]
 
 _LOG_AFTER = 60.0
-"""Seconds that a rank waits in an all-reduce before it logs which ranks are missing. DISTCLIP_PATIENCE overrides it."""
+"""Seconds that a rank waits in a collective before it logs which ranks are missing. DISTCLIP_PATIENCE overrides it."""
 
-_GRACE = 2.0
-"""Seconds between the first and the last rank whose patience ends."""
-
-_num_calls: dict[str, list[int]] = {}
-"""Number of all-reduces that this rank has entered over each process group, by the name of the group."""
-
+_LIMITED = ("gloo", "distclip_simulated")
+"""Backends that can wait for a collective for a limited time."""
 
 _MAX_KEPT = 2**16
 """Number of elements of the largest tensor that is kept until the next collective."""
@@ -41,6 +36,29 @@ _PATIENCE = 0.1
 """Seconds to wait at the exit of the process for threads of gloo."""
 
 _used: weakref.WeakSet[ProcessGroupComm] = weakref.WeakSet()
+
+_derived: weakref.WeakValueDictionary[str, ProcessGroupComm] = weakref.WeakValueDictionary()
+"""Communicators that are derived from layouts, by the name of their meetings."""
+
+
+class MisplacedError(DisagreementError):
+    """This rank has left a group within a collective that cannot end.
+
+    Args:
+        left: global ranks of the group.
+        comm: smaller communicator whose ranks wait for this one. All of them fail together if this rank goes on over it
+            with an error.
+        first_call: global ranks that wait for this one in their first call. They fail likewise.
+
+    Without `comm` and `first_call` another rank has left the group before, so that its ranks need a new one.
+    """
+
+    def __init__(self, left: Ranks, comm: ProcessGroupComm | None = None, first_call: Ranks | None = None) -> None:
+        self.comm, self.first_call = comm, first_call
+        super().__init__(
+            f"this rank has parameters on a mesh of {rank_list(left)}, and some of these ranks make this call without. "
+            "Pass the parameters of a mesh on every rank of it."
+        )
 
 
 class ProcessGroupComm:
@@ -53,9 +71,10 @@ class ProcessGroupComm:
         group: a process group that this rank belongs to.
         covers_holders: True for a group derived from layouts, on which every rank holds parameters, in the same
             layouts.
+        session: number of the initialization of torch.distributed, for a group derived from layouts.
     """
 
-    def __init__(self, group: dist.ProcessGroup, *, covers_holders: bool = False) -> None:
+    def __init__(self, group: dist.ProcessGroup, *, covers_holders: bool = False, session: int = 0) -> None:
         self.group, self.covers_holders = group, covers_holders
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
@@ -63,12 +82,27 @@ class ProcessGroupComm:
         self.device = _device(group)
         # What the last collective has sent, which threads of gloo may still hold. None after a gather of objects.
         self.sent: Tensor | None = None
-        self._calls = _num_calls.setdefault(group.group_name, [0])
+        self._meetings = _meetings_of(group, session)
         # An accelerator's host does not wait in an all-reduce, and torch's own watchdog reports there. Backends for the
         # CPU other than gloo cannot wait for a limited time.
-        is_gloo = self.device.type == "cpu" and "gloo" in dist.get_backend(group)
-        self._log_after = patience(_LOG_AFTER) if is_gloo else None
+        backend = dist.get_backend(group)
+        is_limited = self.device.type == "cpu" and any(one in backend for one in _LIMITED)
+        self._log_after = patience(_LOG_AFTER) if is_limited else None
+        self._is_gloo = is_limited and "gloo" in backend
         _used.add(self)
+        if covers_holders:
+            _derived[self._meetings.name] = self
+
+    @property
+    def is_left(self) -> bool:
+        """True if the group cannot be used any more, because a rank has left it within a collective."""
+        return self._meetings.is_left
+
+    def move_to(self, group: dist.ProcessGroup, session: int) -> None:
+        """Use another process group over the same ranks."""
+        self.group = group
+        self._meetings = _meetings_of(group, session)
+        _derived[self._meetings.name] = self
 
     def sum_(self, tensor: Tensor) -> None:
         """Replace `tensor` by its sum over ranks. Collectives: one all-reduce (SUM)."""
@@ -81,14 +115,13 @@ class ProcessGroupComm:
     def start_sum(self, tensor: Tensor) -> tuple[Callable[[], bool], Callable[[], None]]:
         """Begin a sum, see `distclip.comm.start_sum`. Collectives: one asynchronous all-reduce."""
         on_device = tensor.to(self.device)
-        self._calls[0] += 1
-        call = self._calls[0]
+        number = self._enter()
         work = dist.all_reduce(on_device, group=self.group, async_op=True)
         assert work is not None
 
         def wait() -> None:
             try:
-                self._wait(work, call)
+                self._wait(work, number)
             except RuntimeError as error:
                 raise self._lost(error) from error
             self.sent = on_device if on_device.numel() <= _MAX_KEPT else None
@@ -100,17 +133,22 @@ class ProcessGroupComm:
     def gather_objects(self, value: Any) -> list[Any]:
         """Return every rank's `value`. Collectives: one all_gather_object."""
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        number = self._enter()
+        try:
+            with self._watched("gather", number):
+                dist.all_gather_object(values, value, group=self.group)
+        except RuntimeError as error:
+            raise self._lost(error, "a gather") from error
         self.sent = None
         return values
 
     def _all_reduce(self, tensor: Tensor, op: Any) -> None:
         on_device = tensor.to(self.device)
-        self._calls[0] += 1
+        number = self._enter()
         try:
-            work = dist.all_reduce(on_device, op=op, group=self.group, async_op=True)
+            work = begin_all_reduce(on_device, op, self.group)
             if work is not None:
-                self._wait(work, self._calls[0])
+                self._wait(work, number)
         except RuntimeError as error:
             raise self._lost(error) from error
         self.sent = on_device if on_device.numel() <= _MAX_KEPT else None
@@ -118,56 +156,79 @@ class ProcessGroupComm:
         if on_device is not tensor:
             tensor.copy_(on_device)
 
-    def _lost(self, error: RuntimeError) -> PeerError:
-        """Return the error for an all-reduce that has failed."""
+    def _enter(self) -> int:
+        """Count a collective when it is entered."""
+        if self._meetings.is_left:
+            raise MisplacedError(self.ranks)
+        self._meetings.num_entered += 1
+        return self._meetings.num_entered
+
+    def _lost(self, error: RuntimeError, kind: str = "an all-reduce") -> PeerError:
+        """Return the error for a collective that has failed."""
         return PeerError(
-            f"an all-reduce over {rank_list(self.ranks)} failed: {error!s:.300} A rank has ended, or has "
+            f"{kind} over {rank_list(self.ranks)} failed: {error!s:.300} A rank has ended, or has "
             "left out this call, or has made another one. Make the same calls on every rank."
         )
 
-    def _wait(self, work: dist.Work, call: int) -> None:
+    def _wait(self, work: dist.Work, number: int) -> None:
         """Wait for an all-reduce. After a while, log which ranks have not entered it.
 
-        Args:
-            work: the all-reduce.
-            call: 1-based index among those of the process group.
+        Raises:
+            MisplacedError: the all-reduce cannot end, and this rank has left the group.
         """
         if self._log_after is None:
             work.wait()
             return
-        if self._has_ended(work, self._log_after):
+
+        def has_ended(seconds: float) -> bool:
+            try:
+                work.wait(timedelta(seconds=min(seconds, 1e6)))
+            except RuntimeError:
+                # Either the time has passed, or the all-reduce has failed.
+                if work.is_completed():
+                    raise
+                return False
+            return True
+
+        if has_ended(self._log_after):
             return
-        store = PrefixStore(f"distclip/waiting/{self.group.group_name}/{call}", _default_store())
-        store.set(str(self.ranks[self.rank]), "")
-        # One rank logs, once the others have had the time to write that they wait as well.
-        if store.add("num_waiting", 1) == 1 and not self._has_ended(work, _GRACE):
-            missing = [rank for rank in self.ranks if not store.check([str(rank)])]
-            if missing:
-                _log.warning(
-                    "still waiting: %d of %d ranks (%s) have not entered the same all-reduce. They have ended, are "
-                    "stopped or slow, or have left out this call. Look at the log of the first of them.",
-                    *(len(missing), self.size, rank_list(missing)),
-                )
+        other = self._meetings.wait("all-reduce", number, has_ended, may_leave=self.covers_holders)
+        if other is not None:
+            # The destructor of the group would wait for the all-reduce.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.group))
+            raise MisplacedError(self.ranks, _derived.get(other), ranks_of_first_call(other))
         work.wait()
 
-    def _has_ended(self, work: dist.Work, seconds: float) -> bool:
-        """Wait for an all-reduce for some time, and return whether it has ended."""
+    @contextmanager
+    def _watched(self, kind: str, number: int) -> Iterator[None]:
+        """Log which ranks are missing if the block takes long. Torch gathers objects without a time limit."""
+        if self._log_after is None or not self._is_gloo:
+            yield
+            return
+        is_done = threading.Event()
+
+        def report() -> None:
+            self._meetings.wait(kind, number, is_done.wait, may_leave=False)
+
+        timer = threading.Timer(min(self._log_after, threading.TIMEOUT_MAX), report)
+        timer.daemon = True
+        timer.start()
         try:
-            work.wait(timedelta(seconds=min(seconds, 1e6)))
-        except RuntimeError:
-            # Either the time has passed, or the all-reduce has failed.
-            if work.is_completed():
-                raise
-            return False
-        return True
+            yield
+        finally:
+            is_done.set()
+            timer.cancel()
 
 
-def patience(default: float) -> float:
-    """Return the seconds after which a waiting rank logs which ranks are missing.
+def _meetings_of(group: dist.ProcessGroup, session: int) -> Meetings:
+    ranks = tuple(dist.get_process_group_ranks(group))
+    # Groups of disjoint ranks can have one name.
+    return meetings_of(group, f"{session}/{group.group_name}/{ranks[0]}", ranks, dist.get_rank())
 
-    They are the environment variable DISTCLIP_PATIENCE, or the default.
-    """
-    return float(os.environ.get("DISTCLIP_PATIENCE", default))
+
+def begin_all_reduce(tensor: Tensor, op: Any, group: dist.ProcessGroup) -> Any:
+    """Begin an all-reduce, and return the work to wait for."""
+    return dist.all_reduce(tensor, op=op, group=group, async_op=True)
 
 
 @atexit.register
@@ -184,10 +245,6 @@ def await_gloo() -> None:
     # torch's own tensors of a gather of objects cannot be seen from here.
     if None in last:
         time.sleep(_PATIENCE / 5)
-
-
-def _default_store() -> Store:
-    return distributed_c10d._get_default_store()
 
 
 def group_of_name(name: str) -> dist.ProcessGroup:

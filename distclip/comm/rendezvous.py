@@ -24,15 +24,15 @@ import logging
 import time
 import uuid
 import zlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol
 
 from ..errors import DisagreementError, from_wire, to_wire
 from .consensus import axes_contradiction, describe_axes
-from .process_group import patience
 from .ranks import Axis, Grid, Ranks, ascending, decode_ranks, digest_of, encode_ranks, grid_of_lines, rank_list
+from .waiting import patience
 
 __all__ = ["Clock", "Component", "KeyValueStore", "Known", "Post", "Rendezvous", "derive_component"]
 
@@ -244,12 +244,19 @@ class Rendezvous:
         store: store that all ranks share, and that nothing else uses under the same prefix.
         rank: global rank of this process.
         clock: gives the time, and passes it.
+        call: called with missing ranks and all ranks now and then, because the missing ones may wait elsewhere.
     """
 
-    def __init__(self, store: KeyValueStore, rank: int, clock: Clock = time) -> None:
+    def __init__(
+        self,
+        store: KeyValueStore,
+        rank: int,
+        clock: Clock = time,
+        call: Callable[[Sequence[int], Sequence[int]], None] = lambda missing, ranks: None,
+    ) -> None:
         self._store = store
         self._rank = rank
-        self._clock = clock
+        self._clock, self._call = clock, call
         # Ranks of groups by their text, so that a group is decoded once.
         self._groups: dict[str, frozenset[int]] = {}
 
@@ -331,7 +338,7 @@ class Rendezvous:
         others = [r for ranks in sorted(post.groups, key=len) for r in ranks] + [*known.ranks]
         others = [r for r in dict.fromkeys(others) if r != self._rank]
         start, pause, begin = self._now(), _FIRST_PAUSE, 0
-        log_at = start + patience(_LOG_AFTER)
+        log_at, is_logged = start + patience(_LOG_AFTER), False
         while not self._store.check([f"{base}/result"]):
             now = self._now()
             if now >= deadline:
@@ -345,8 +352,13 @@ class Rendezvous:
                     self._close(base, len(known.ranks), _SEARCH)
                     return
             if now >= log_at:
-                log_at = deadline
-                _log.warning("still waiting: %s", self._describe_round(base, post, known))
+                log_at = now + patience(_LOG_AFTER)
+                missing = self._missing_in_round(base, known)
+                if not is_logged:
+                    is_logged = True
+                    text = _describe_missing(missing, len(known.ranks), {self._rank: post.axes})
+                    _log.warning("still waiting: %s", text)
+                self._call(missing, known.ranks)
             self._clock.sleep(min(pause, deadline - now))
             pause = min(5 * pause, _MAX_PAUSE)
 
@@ -371,9 +383,12 @@ class Rendezvous:
         return _failure(None, *to_wire(DisagreementError(self._describe_round(base, post, known))))
 
     def _describe_round(self, base: str, post: Post, known: Known) -> str:
-        here = _Place(base, len(known.ranks))
-        missing = [r for r in known.ranks if self._place(r) != here]
+        missing = self._missing_in_round(base, known)
         return _describe_missing(missing, len(known.ranks), {self._rank: post.axes})
+
+    def _missing_in_round(self, base: str, known: Known) -> list[int]:
+        here = _Place(base, len(known.ranks))
+        return [r for r in known.ranks if self._place(r) != here]
 
     # ---- Stage 2: compare ----
 
@@ -413,7 +428,7 @@ class Rendezvous:
     def _follow(self, post: Post, leader: int, deadline: float) -> dict[str, Any]:
         """Wait for the result that the leader publishes."""
         give_up_at, pause, since = deadline + _MARGIN, _FIRST_PAUSE, dict[str, float]()
-        log_at = self._now() + patience(_LOG_AFTER)
+        log_at, is_logged = self._now() + patience(_LOG_AFTER), False
         while not self._store.check([post.token]):
             now, place = self._now(), self._place(leader)
             if place.found is not None and leader != self._rank:
@@ -427,11 +442,13 @@ class Rendezvous:
                 return self._read_result(post.token, now + _MARGIN)
             self._send_to_search(place, since)
             if now >= log_at:
-                log_at = give_up_at
+                log_at = now + patience(_LOG_AFTER)
                 # Every rank that follows the missing one is here. One of them logs it.
-                if self._store.add(f"logged/{leader}/{place.round}", 1) == 1:
+                if not is_logged and self._store.add(f"logged/{leader}/{place.round}", 1) == 1:
                     missing_text = _describe_missing([leader], len(post.neighbours), {self._rank: post.axes})
                     _log.warning("still waiting: %s", missing_text)
+                is_logged = True
+                self._call([leader], sorted(post.neighbours))
             self._clock.sleep(pause)
             pause = min(2 * pause, _MAX_PAUSE)
         return self._read_result(post.token, self._now() + _MARGIN)
@@ -445,7 +462,8 @@ class Rendezvous:
         own = self._parse(self._encode(post))
         posts, known, expanded = {self._rank: own}, set(post.neighbours), set(own.groups)
         missing, begin, width = sorted(known - posts.keys()), 0, _WINDOW
-        pause, since, log_at = _FIRST_PAUSE / 10, dict[str, float](), self._now() + patience(_LOG_AFTER)
+        pause, since = _FIRST_PAUSE / 10, dict[str, float]()
+        log_at, is_logged = self._now() + patience(_LOG_AFTER), False
         while missing:
             if missing[0] < self._rank:
                 return missing[0]
@@ -475,8 +493,11 @@ class Rendezvous:
             if (now := self._now()) >= deadline:
                 break
             if now >= log_at:
-                log_at = deadline
-                _log.warning("still waiting: %s", self._describe_search(missing, known, posts))
+                log_at = now + patience(_LOG_AFTER)
+                if not is_logged:
+                    _log.warning("still waiting: %s", self._describe_search(missing, known, posts))
+                is_logged = True
+                self._call(missing, sorted(known))
             if begin >= len(missing):
                 self._clock.sleep(pause)
                 pause, begin = min(2 * pause, _GRACE), 0

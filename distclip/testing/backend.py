@@ -7,6 +7,7 @@ while its rank runs.
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import random
 import threading
@@ -23,7 +24,7 @@ from torch._C._distributed_c10d import Store
 from torch.distributed import distributed_c10d
 from torch.futures import Future
 
-from ..comm import discovery
+from ..comm import discovery, process_group, waiting
 from ..sharding import dtensor, replicas, split_over
 from .network import Failure
 
@@ -157,6 +158,10 @@ class _Group(_ProcessGroup):  # type: ignore[misc]
 
     allreduce_coalesced = allreduce
 
+    def begin_all_reduce(self, tensor: Tensor, op: Any) -> _AllReduce:
+        """Begin an all-reduce that the rank can wait for for a limited time."""
+        return _AllReduce(self._ask, self._key, tensor, op)
+
     def allgather(self, outputs: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor], opts: Any = None) -> Any:
         for parts, tensor in zip(outputs, inputs, strict=True):
             for part, value in zip(parts, self._exchange("all-gather", tensor), strict=True):
@@ -264,6 +269,35 @@ class _Group(_ProcessGroup):  # type: ignore[misc]
     alltoall_base = all_to_all_single
 
 
+class _AllReduce:
+    """Work of an all-reduce. The rank enters it when it waits for the first time."""
+
+    def __init__(self, ask: Ask, key: tuple[tuple[int, ...], str], tensor: Tensor, op: Any) -> None:
+        self._ask, self._key, self._tensor, self._op = ask, key, tensor, op
+        self._has_begun = self._is_completed = False
+
+    def is_completed(self) -> bool:
+        return self._is_completed
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        if self._is_completed:
+            return
+        seconds, tensor = math.inf if timeout is None else timeout.total_seconds(), self._tensor
+        request: tuple[Any, ...] = ("await", self._key, seconds)
+        if not self._has_begun:
+            kind = f"all-reduce ({_op_name(self._op)}) of {tensor.numel()} {str(tensor.dtype)[6:]}"
+            request, self._has_begun = ("meet", self._key, kind, _bytes_of(tensor), seconds), True
+        try:
+            contents = self._ask(*request)
+        except dist.DistStoreError:
+            raise
+        except BaseException:
+            self._is_completed = True
+            raise
+        self._is_completed = True
+        _write(tensor, _reduce([_tensor_of(content, tensor) for content in contents], self._op))
+
+
 def _bytes_of(tensor: Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
@@ -331,6 +365,10 @@ _STATE_OF_A_PROCESS = (
     (discovery, "_sessions"),
     (discovery, "_memory"),
     (discovery, "_numbers"),
+    (waiting, "_meetings"),
+    (waiting, "_by_group"),
+    (waiting, "_called"),
+    (process_group, "_derived"),
     # Equal meshes of two ranks are one key.
     (dtensor, "_sums_of_mesh"),
     (replicas, "_replicas_of_mesh"),

@@ -1,4 +1,4 @@
-"""Record the behaviour of a rank as a tree: what it does next, without endy history of replies that it has had.
+"""Record the behaviour of a rank as a tree: what it does next, for every history of replies that it has had.
 
 A rank is deterministic: the same replies lead to the same requests. So the code of distclip runs once for each history,
 and a schedule of known histories only runs no code at all. An unknown reply runs the rank again from its
@@ -8,6 +8,7 @@ beginning, with the replies of the history.
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,7 @@ from unittest import mock
 
 from torch.distributed import distributed_c10d
 
-from ..comm import discovery, roll_call
+from ..comm import discovery, roll_call, waiting
 from .backend import present_store, start_rank
 from .faults import Fault
 from .network import Request
@@ -265,9 +266,10 @@ def explored_process() -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(simulated_process())
-        for module in (discovery, roll_call):
+        for module in (discovery, roll_call, waiting):
             stack.enter_context(mock.patch.object(module, "PrefixStore", prefixed(module.PrefixStore)))
         stack.enter_context(mock.patch.object(distributed_c10d, "_get_default_store", store_of_rank))
+        stack.enter_context(mock.patch.dict(os.environ, DISTCLIP_PATIENCE="10"))
         # The filters of warnings belong to the process, so that no rank can set its own.
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")

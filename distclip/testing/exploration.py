@@ -299,11 +299,24 @@ class _World:
 
     def _pass_time(self) -> bool:
         """Move the clock, because no rank can run. Return False if no rank waits for a time."""
-        if not self.network.advance(self.sleepers, self.stretch):
+        if not self.network.advance(self.sleepers, self.stretch) and not self._end_failed_ranks():
             return False
         self.stretch = max(0.02, 2 * self.stretch)
         self._deliver()
         return True
+
+    def _end_failed_ranks(self) -> bool:
+        """End the processes of ranks whose program has failed, and return whether it changes anything.
+
+        Ranks that took part in the failed call must have failed without that.
+        """
+        for rank, verdicts in self._ends().items():
+            if rank in self.network.dead or type(verdicts) is not list or verdicts[-1].outcome != "failed":
+                continue
+            component = next(one for one in self.scenario.components(len(verdicts) - 1) if rank in one)
+            if all(self.nodes[other].request is None for other in component.difference(self.network.dead)):
+                self.network.end(rank)
+        return bool(self.network.ready)
 
     def _ends(self) -> dict[int, Any]:
         return {rank: node.result for rank, node in enumerate(self.nodes) if node.request is None}
@@ -356,15 +369,14 @@ class _World:
                 reply = look(self.numbers[rank][request[1]], *request[2:])
             elif kind == "now":
                 reply = network.clock
-            elif kind in ("meet", "sleep"):
+            elif kind in ("meet", "await", "sleep"):
                 self.nodes[rank] = node
                 reply = network.perform(rank, request)
                 if reply is WAITING:
                     if kind == "sleep":
                         self.sleepers[rank], self.looked[rank] = self.looked[rank], frozenset()
                     return
-                if kind == "meet":
-                    reply = _intern(reply)
+                reply = _intern(reply)
             else:
                 self.enabled.append(rank)
                 break

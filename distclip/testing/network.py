@@ -50,6 +50,7 @@ class Network:
     Attributes:
         clock: seconds since the start of the world.
         dead: ranks that were killed.
+        gone: ranks whose connections are closed: those that were killed, or have ended.
         mismatches: descriptions of the collectives that ranks have entered in different orders.
 
     >>> network = Network(2)
@@ -63,6 +64,7 @@ class Network:
         self.num_ranks, self.clock = num_ranks, 0.0
         self.values: dict[str, bytes] = {}
         self.dead: set[int] = set()
+        self.gone: set[int] = set()
         self.mismatches: list[str] = []
         # Ranks whose request can be answered now, with the reply. The scheduler empties it.
         self.ready: list[tuple[int, Any]] = []
@@ -71,6 +73,10 @@ class Network:
         self._deadlines: dict[int, tuple[float, Any]] = {}
         # By group: contributions by rank, to the collective that its members enter next.
         self._meetings: dict[Any, dict[int, tuple[str, bytes]]] = {}
+        # Members of a collective that have looked away from it, because it took long, and the replies for them.
+        self._away: dict[tuple[int, Any], Any] = {}
+        # Members of a collective that wait for a limited time.
+        self._waiting_in: dict[int, Any] = {}
         self._mail: dict[Any, list[bytes]] = {}
         self._receivers: dict[Any, int] = {}
 
@@ -83,6 +89,8 @@ class Network:
         name = request[0]
         if name == "meet":
             return self._meet(rank, *request[1:])
+        if name == "await":
+            return self._await(rank, *request[1:])
         if name == "set":
             self._set(request[1], request[2])
             return None
@@ -123,10 +131,12 @@ class Network:
     def copy(self) -> Network:
         """Return a network in the same state."""
         other = Network(self.num_ranks)
-        other.clock, other.values, other.dead = self.clock, dict(self.values), set(self.dead)
+        other.clock, other.values = self.clock, dict(self.values)
+        other.dead, other.gone = set(self.dead), set(self.gone)
         other.mismatches, other.ready = list(self.mismatches), list(self.ready)
         other._waiting_for, other._deadlines = dict(self._waiting_for), dict(self._deadlines)
         other._meetings = {group: dict(arrived) for group, arrived in self._meetings.items()}
+        other._away, other._waiting_in = dict(self._away), dict(self._waiting_in)
         other._mail = {line: list(mail) for line, mail in self._mail.items()}
         other._receivers = dict(self._receivers)
         return other
@@ -134,13 +144,18 @@ class Network:
     def kill(self, rank: int) -> None:
         """Remove a rank, so that its collectives fail on the other members."""
         self.dead.add(rank)
+        self.end(rank)
+
+    def end(self, rank: int) -> None:
+        """Close the connections of a rank."""
+        self.gone.add(rank)
         self._waiting_for.pop(rank, None)
+        self._waiting_in.pop(rank, None)
         self._deadlines.pop(rank, None)
         for group, arrived in self._meetings.items():
             if rank in group[0]:
                 arrived.pop(rank, None)
-                self.ready += [(member, self._closed(group)) for member in arrived]
-                arrived.clear()
+                self._end_meeting(group, self._closed(group))
 
     def advance(self, sleepers: Collection[int] = (), stretch: float = 0.0) -> bool:
         """Move the clock to the next deadline, because no rank can run. Return False if there is none.
@@ -158,6 +173,8 @@ class Network:
         for rank in due:
             reply = self._deadlines.pop(rank)[1]
             self._waiting_for.pop(rank, None)
+            if rank in self._waiting_in:
+                self._away[rank, self._waiting_in.pop(rank)] = WAITING
             self.ready.append((rank, reply))
         return True
 
@@ -186,26 +203,50 @@ class Network:
             return desired
         return expected if present is None else present
 
-    def _meet(self, rank: int, group: tuple[tuple[int, ...], str], kind: str, content: bytes) -> Any:
+    def _meet(
+        self, rank: int, group: tuple[tuple[int, ...], str], kind: str, content: bytes, seconds: float = inf
+    ) -> Any:
         members = group[0]
-        if self.dead and not self.dead.isdisjoint(members):
+        if self.gone and not self.gone.isdisjoint(members):
             return self._closed(group)
         arrived = self._meetings.setdefault(group, {})
         arrived[rank] = kind, content
         if len(arrived) < len(members):
-            return WAITING
+            return self._wait_for_members(rank, group, seconds)
         reply: Any = tuple([arrived[member][1] for member in members])
         kinds = {member: arrived[member][0] for member in members}
         if len(set(kinds.values())) > 1:
             self.mismatches.append(f"the ranks of one collective have entered {kinds}")
             reply = Failure("mismatch", f"ranks are in different collectives: {kinds}")
-        self.ready += [(member, reply) for member in arrived if member != rank]
-        arrived.clear()
+        del arrived[rank]
+        self._end_meeting(group, reply)
         return reply
 
+    def _await(self, rank: int, group: tuple[tuple[int, ...], str], seconds: float) -> Any:
+        reply = self._away.pop((rank, group))
+        return self._wait_for_members(rank, group, seconds) if reply is WAITING else reply
+
+    def _wait_for_members(self, rank: int, group: tuple[tuple[int, ...], str], seconds: float) -> Any:
+        if seconds < inf:
+            self._deadlines[rank] = self.clock + seconds, Failure("timeout", "Operation timed out!")
+            self._waiting_in[rank] = group
+        return WAITING
+
+    def _end_meeting(self, group: tuple[tuple[int, ...], str], reply: Any) -> None:
+        """Give the ranks that have arrived their reply."""
+        arrived = self._meetings[group]
+        for member in arrived:
+            if (member, group) in self._away:
+                self._away[member, group] = reply
+                continue
+            if self._waiting_in.pop(member, None) is not None:
+                self._deadlines.pop(member, None)
+            self.ready.append((member, reply))
+        arrived.clear()
+
     def _closed(self, group: tuple[tuple[int, ...], str]) -> Failure:
-        dead = sorted(self.dead.intersection(group[0]))
-        return Failure("closed", f"Connection closed by peer: rank {dead[0]} has ended.")
+        gone = sorted(self.gone.intersection(group[0]))
+        return Failure("closed", f"Connection closed by peer: rank {gone[0]} has ended.")
 
     def _send(self, line: Any, content: bytes) -> None:
         self._mail.setdefault(line, []).append(content)

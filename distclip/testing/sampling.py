@@ -74,7 +74,7 @@ def all_scenarios(num_ranks: int = 3, every_rank: bool = True) -> list[Scenario]
     """Return every call, in every layout, with every condition, of every rank or of rank 1 alone.
 
     >>> len(all_scenarios()), len(all_scenarios(every_rank=False))
-    (279, 99)
+    (306, 108)
     """
     scenarios = [Scenario(num_ranks, (one,)) for one in itertools.product(CALLS, LAYOUTS)]
     ranks = range(num_ranks) if every_rank else (1,)

@@ -46,6 +46,7 @@ CONDITIONS = (
     "different arguments",
     "different split_over",
     "wider mesh",
+    "wider mesh on all ranks",
     "Partial gradients",
     "NaN",
     "dies",
@@ -107,17 +108,18 @@ class Scenario:
         return next((int(one.at) for one in self.conditions if (one.name, one.rank) == ("dies", rank)), None)
 
     def is_wide(self, rank: int, call: int) -> bool:
-        """Return whether a rank has a wider mesh: one rank in the first call, all in a later one."""
-        return any(
-            one.name == "wider mesh" and one.call == call and (call or one.rank == rank) for one in self.conditions
-        )
+        """Return whether a rank has a parameter on a mesh of all ranks, in addition to its other one."""
+        return self.has("wider mesh", rank, call) or self._all_are_wide(call)
 
     def components(self, call: int) -> list[set[int]]:
         """Return the ranks that must reach the same verdict in a call."""
         everybody, half = set(range(self.num_ranks)), self.num_ranks // 2
-        # In the first call a single rank has the wider mesh, a mistake that the ranks of the narrower mesh notice.
-        is_whole = self.calls[call][1] != "halves" or (call > 0 and self.is_wide(0, call))
+        # A single rank with a wider mesh is a mistake that the ranks of the narrower mesh notice.
+        is_whole = self.calls[call][1] != "halves" or self._all_are_wide(call)
         return [everybody] if is_whole else [{*range(half)}, {*range(half, self.num_ranks)}]
+
+    def _all_are_wide(self, call: int) -> bool:
+        return any((one.name, one.call) == ("wider mesh on all ranks", call) for one in self.conditions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +147,12 @@ def random_scenario(seed: int, num_ranks: int) -> Scenario:
     """
     rng = random.Random(f"{seed}/{num_ranks}")
     calls = tuple((rng.choice(CALLS), rng.choice(LAYOUTS)) for _ in range(rng.choice((1, 2, 2, 3))))
-    conditions = []
+    conditions: list[Condition] = []
     for _ in range(rng.choice((0, 1, 1, 2))):
         name, call = rng.choice(CONDITIONS), rng.randrange(len(calls))
+        if name == "wider mesh":
+            # The ranks of the wider mesh take their next call for this one.
+            call, conditions = len(calls) - 1, [one for one in conditions if one.name != name]
         at = float(rng.randrange(40)) if name == "dies" else rng.choice((0.5, 5.0, 100.0))
         conditions.append(Condition(name, rng.randrange(num_ranks), call, at))
     return Scenario(num_ranks, calls, tuple(conditions))

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch._C import _distributed_c10d
 from torch.distributed import device_mesh, get_backend
 
+from ..comm import process_group
 from ..errors import ArgumentError
 from .backend import RankState, exception_of, gather_objects, start_rank
 from .faults import Fault, InjectedFault, check_stage, stage_functions
@@ -357,7 +358,9 @@ def simulated_process() -> Iterator[None]:
         stack.enter_context(on_rank(time, "time", now))
         stack.enter_context(on_rank(time, "monotonic", now))
         stack.enter_context(on_rank(time, "sleep", lambda rank, seconds: rank.ask("sleep", seconds)))
-        stack.enter_context(on_rank(os, "urandom", lambda rank, n: rank.state.random.randbytes(n)))
+        # The module `secrets` takes its bytes from `random`.
+        for module, name in ((os, "urandom"), (random, "_urandom")):
+            stack.enter_context(on_rank(module, name, lambda rank, n: rank.state.random.randbytes(n)))
         hook = sys.excepthook
         # Equal meshes of two ranks must not be one key of torch's caches. Torch has a rule for threaded ranks.
         stack.enter_context(
@@ -366,6 +369,8 @@ def simulated_process() -> Iterator[None]:
         stack.enter_context(
             on_rank(dist, "all_gather_object", lambda _, *args, **named: gather_objects(*args, **named))
         )
+        begin = lambda _, tensor, op, group: group.begin_all_reduce(tensor, op)  # noqa: E731
+        stack.enter_context(on_rank(process_group, "begin_all_reduce", begin))
         # C++ has one registry of process groups, or one for each thread.
         registry: Any = _distributed_c10d
         registry._set_thread_isolation_mode(True)

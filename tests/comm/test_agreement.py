@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distclip
 from distclip import ArgumentError, DisagreementError, DistclipError, GradClipper, PeerError
-from distclip.comm import ProcessGroupComm, process_group, threads
+from distclip.comm import threads
 from distclip.comm.agreement import Call, CallCounter, disagreement, zero_sum_weight
 from distclip.comm.consensus import FirstError
 from distclip.comm.discovery import resolve_comm, world_comm
@@ -357,26 +357,3 @@ def test_ranks_with_inputs_left_clip_alone_in_a_join() -> None:
             right = float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
             assert float(clipper.step(optimizer).norm) == pytest.approx(right, rel=1e-6)
             assert float(distclip.clip_grad_norm_(model, float("inf"))) == pytest.approx(0.5, rel=1e-5)
-
-
-@on_ranks(4)
-def test_one_rank_logs_who_is_missing_in_an_all_reduce() -> None:
-    assert dist.group.WORLD is not None
-    with mock.patch.dict("os.environ", DISTCLIP_PATIENCE="0.05"):
-        comm, store = ProcessGroupComm(dist.group.WORLD), distributed_c10d._get_default_store()
-    messages: list[str] = []
-
-    def log(message: str, *args: object) -> None:
-        messages.append(message % args)
-        store.set("logged", "")
-
-    if comm.rank == 2:
-        # Late, until another rank has logged so.
-        store.wait(["logged"])
-    total = torch.ones(1, dtype=torch.float64)
-    with mock.patch.object(process_group, "_GRACE", 1.0), mock.patch.object(process_group._log, "warning", log):
-        comm.sum_(total)
-    assert total.item() == 4
-    by_rank = gather_from_ranks(messages)
-    assert sum(map(len, by_rank)) == 1
-    assert "1 of 4 ranks (rank 2) have not entered the same all-reduce" in str(by_rank)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 
+from distclip.comm import waiting
 from distclip.testing.exploration import Explorer
 from distclip.testing.sampling import SCHEDULES_PER_SCENARIO, all_scenarios, sample_in_processes, scenario_of
 from distclip.testing.scenarios import Condition, Scenario
@@ -18,6 +21,15 @@ SEQUENCES = [
     Scenario(3, (("scaler", "halves"), ("function", "stages")), (Condition("late", 1, 0, 5.0),)),
 ]
 
+# One rank alone has a parameter on a mesh that earlier calls have spanned.
+ALONE_ON_A_WIDER_MESH = [
+    Scenario(
+        4, (*((call, layout) for layout in earlier), (call, "halves")), (Condition("wider mesh", 3, len(earlier)),)
+    )
+    for call in ("function", "clipper")
+    for earlier in (("shards",), ("shards", "halves"))
+]
+
 
 def test_no_interleaving_breaks_an_invariant() -> None:
     with Explorer() as explorer:
@@ -25,6 +37,15 @@ def test_no_interleaving_breaks_an_invariant() -> None:
             found = explorer.exhaust(scenario, max_states=1000)
             assert not found.findings, str(found.findings[0])
             assert found.schedules > 1
+
+
+@pytest.mark.parametrize("scenario", ALONE_ON_A_WIDER_MESH, ids=lambda one: f"{one.calls[0][0]}-{len(one.calls)}")
+def test_rank_alone_on_a_wider_mesh_fails_with_its_peers(scenario: Scenario) -> None:
+    with Explorer() as explorer:
+        found = explorer.sample(scenario, range(20))
+        assert not found.findings, str(found.findings[0])
+        with mock.patch.object(waiting, "_call"):
+            assert explorer.sample(scenario, range(20)).findings
 
 
 def test_random_schedules_of_many_ranks() -> None:

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 import distclip
 from distclip import ArgumentError, GradClipper, LayoutError
+from distclip.comm import mpi, waiting
 from distclip.comm.mpi import MPIComm
 from tests.integrations.mpi import failure_cases
 from tests.integrations.mpi.model import (
@@ -54,6 +56,27 @@ POLICIES = {
 
 
 # --- the communicator ---
+
+
+def case_one_rank_logs_who_is_missing() -> None:
+    """The last rank comes after another one has logged that it is missing."""
+    last = world().size - 1
+    for kind in ("all-reduce", "gather"):
+        messages = []
+
+        def log(message: str, *args: object, messages: list[str] = messages) -> None:
+            messages.append(message % args)
+            world().comm.send(None, last, tag=1)
+
+        with mock.patch.dict(os.environ, DISTCLIP_PATIENCE="0.05"), mock.patch.object(mpi, "_GRACE", 0.5):
+            comm = MPIComm()
+            if comm.rank == last:
+                comm.comm.recv(tag=1)
+            with mock.patch.object(waiting._log, "warning", log):
+                _ = comm.sum_(torch.ones(1)) if kind == "all-reduce" else comm.gather_objects(1)
+        by_rank = comm.comm.allgather(messages)
+        assert sum(map(len, by_rank)) == 1, by_rank
+        assert f"1 of {last + 1} ranks (rank {last}) have not entered the same {kind}" in str(by_rank)
 
 
 def case_any_tensor_is_summed() -> None:

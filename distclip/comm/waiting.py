@@ -1,0 +1,226 @@
+"""Find out who is missing in a collective that does not end, and whether it can end at all.
+
+A rank that has waited for a while writes into the store in which collective it waits. One rank of the collective logs
+which ranks have not written that they wait in it as well.
+
+Ranks that wait for each other in two collectives would wait without end: one rank alone has a parameter on a wider
+mesh, and waits for all ranks, while its peers wait for it in a collective of fewer ranks. The ranks of the smaller
+group then call it. It leaves the larger group for good, and raises with them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Callable, Sequence
+
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed import distributed_c10d
+
+from .ranks import Ranks, decode_ranks, encode_ranks, rank_list
+
+__all__ = [
+    "Meetings",
+    "call_to_first_call",
+    "is_left",
+    "log_missing",
+    "meetings_of",
+    "note_left_groups",
+    "patience",
+    "ranks_of_first_call",
+]
+
+_log = logging.getLogger("distclip")
+
+_GRACE = 2.0
+"""Seconds between the first and the last rank whose patience ends."""
+
+_NUM_LOOKS = 12
+"""Number of times that a waiting rank looks at the store. Each pause is twice the one before: more than two hours."""
+
+_FIRST_CALL = "first call of "
+
+_MAX_CALLED = 8
+"""Number of missing ranks that a waiting rank looks for in other collectives."""
+
+
+class Meetings:
+    """Collectives of one process group, in the order in which this rank enters them.
+
+    Args:
+        name: of the group, equal on all of its ranks and different from that of other groups.
+        ranks: global ranks of the group.
+        here: global rank of this process.
+
+    Attributes:
+        num_entered: number of collectives that this rank has entered.
+        is_left: whether this rank has left the group, or has found that another one has. It enters no collective then.
+    """
+
+    def __init__(self, name: str, ranks: Ranks, here: int) -> None:
+        self.name, self.ranks, self.here = name, ranks, here
+        self.num_entered, self.is_left = 0, False
+
+    def wait(self, kind: str, number: int, has_ended: Callable[[float], bool], *, may_leave: bool) -> str | None:
+        """Wait for a collective that has taken long, and log who is missing.
+
+        Args:
+            kind: name of the collective, for the log.
+            number: 1-based index of the collective.
+            has_ended: waits for some seconds, and returns whether the collective has ended.
+            may_leave: whether the rank may leave the group.
+
+        Returns:
+            None once the collective has ended, or after many looks. Otherwise this rank has left the group: the result
+            is the name of a group whose ranks wait for this one, the `first_call` in which they wait, or "" if another
+            rank has left before.
+        """
+        store = self._post(number)
+        is_first = store.add(f"{self._key(number)}/num_waiting", 1) == 1
+        # One rank logs, once the others have had the time to write that they wait as well.
+        missing: Sequence[int] = self.ranks
+        for i in range(_NUM_LOOKS):
+            if has_ended(_GRACE * 2**i):
+                note_left_groups()
+                return None
+            if is_first:
+                missing = [rank for rank in missing if not store.check([f"{self._key(number)}/{rank}"])]
+                store.set(f"{self._key(number)}/missing", encode_ranks(missing))
+                if missing and i == 0:
+                    log_missing(kind, missing, len(self.ranks))
+            if may_leave:
+                self._call_missing(store, number)
+                other = self._called_by(store, number)
+                # The ranks of a call that cannot end are called within the first looks.
+                if other is None and i > 1 and store.check([f"left/{self.name}"]):
+                    other = ""
+                if other is not None:
+                    store.set(f"left/{self.name}", "")
+                    self.is_left = True
+                    return other
+        return None
+
+    def _key(self, number: int) -> str:
+        return f"{self.name}/{number}"
+
+    def _post(self, number: int) -> Store:
+        store = _store()
+        store.set(f"{self._key(number)}/{self.here}", "")
+        store.set(f"at/{self.here}", f"{number} {len(self.ranks)} {self.name}")
+        return store
+
+    def _call_missing(self, store: Store, number: int) -> None:
+        """Call missing ranks that wait in a larger group, for a collective that this rank has not entered."""
+        if not store.check([f"{self._key(number)}/missing"]):
+            return
+        missing = decode_ranks(store.get(f"{self._key(number)}/missing").decode())
+        # Two ranks that wait for each other both see so. The order decides which of them leaves.
+        _call(store, missing, f"{number} {self.name}", above=(len(self.ranks), self.name))
+
+    def _called_by(self, store: Store, number: int) -> str | None:
+        """Return the name of the group whose ranks have called this one, and wait for it."""
+        key = f"call/{self._key(number)}/{self.here}"
+        if not store.check([key]):
+            return None
+        its_number, name = store.get(key).decode().split(" ", 1)
+        if name.startswith(_FIRST_CALL):
+            return name
+        its = _meetings.get(name)
+        return name if its is not None and its.num_entered < int(its_number) else None
+
+
+def log_missing(kind: str, missing: Sequence[int], size: int) -> None:
+    """Log which ranks are missing in a collective.
+
+    Args:
+        kind: name of the collective.
+        missing: global ranks.
+        size: number of ranks of the collective.
+    """
+    _log.warning(
+        "still waiting: %d of %d ranks (%s) have not entered the same %s. They have ended, are stopped or slow, or "
+        "have left out this call. Look at the log of the first of them.",
+        *(len(missing), size, rank_list(missing), kind),
+    )
+
+
+def call_to_first_call(missing: Sequence[int], ranks: Sequence[int]) -> None:
+    """Call missing ranks that wait in a collective, because this rank waits for them in a first call.
+
+    Args:
+        missing: global ranks.
+        ranks: global ranks of the first call.
+    """
+    _call(_store(), missing, f"0 {_FIRST_CALL}{encode_ranks(ranks)}")
+
+
+def ranks_of_first_call(name: str) -> Ranks | None:
+    """Return the ranks of the first call that has called this rank, or None for the name of a group."""
+    return decode_ranks(name.removeprefix(_FIRST_CALL)) if name.startswith(_FIRST_CALL) else None
+
+
+def _call(store: Store, missing: Sequence[int], call: str, above: tuple[int, str] = (0, "")) -> None:
+    """Call missing ranks that wait in a collective which this rank has not entered.
+
+    Args:
+        store: of all ranks.
+        missing: global ranks.
+        call: number and name of what they are called to.
+        above: (size, name) that their group must exceed.
+    """
+    for rank in missing[:_MAX_CALLED]:
+        if not store.check([f"at/{rank}"]):
+            continue
+        number, size, name = store.get(f"at/{rank}").decode().split(" ", 2)
+        its = _meetings.get(name)
+        # Ranks of a group that has been left find so themselves.
+        may_come = its is not None and not its.is_left and its.num_entered < int(number)
+        if may_come and (int(size), name) > above:
+            store.set(f"call/{name}/{number}/{rank}", call)
+            _called.add(name)
+
+
+def note_left_groups() -> None:
+    """Note which groups have been left by a rank that this one has called, and that has come."""
+    if _called:
+        store = _store()
+        for name in list(_called):
+            if store.check([f"left/{name}"]):
+                _called.discard(name)
+                if (meetings := _meetings.get(name)) is not None:
+                    meetings.is_left = True
+
+
+_meetings: weakref.WeakValueDictionary[str, Meetings] = weakref.WeakValueDictionary()
+"""Groups of this rank by name, as long as a communicator uses them."""
+
+_called: set[str] = set()
+"""Names of groups of which this rank has called another one."""
+
+_by_group: weakref.WeakKeyDictionary[object, Meetings] = weakref.WeakKeyDictionary()
+
+
+def meetings_of(group: object, name: str, ranks: Ranks, here: int) -> Meetings:
+    """Return the meetings of a process group, which all communicators over it share."""
+    if group not in _by_group:
+        _by_group[group] = _meetings[name] = Meetings(name, ranks, here)
+    return _by_group[group]
+
+
+def is_left(group: object) -> bool:
+    """Return whether a process group cannot be used any more, because a rank has left it."""
+    meetings = _by_group.get(group)
+    return meetings is not None and meetings.is_left
+
+
+def patience(default: float) -> float:
+    """Return the seconds after which a waiting rank logs which ranks are missing.
+
+    They are the environment variable DISTCLIP_PATIENCE, or the default.
+    """
+    return float(os.environ.get("DISTCLIP_PATIENCE", default))
+
+
+def _store() -> Store:
+    return PrefixStore("distclip/waiting", distributed_c10d._get_default_store())

@@ -1,0 +1,89 @@
+"""Ranks that wait for each other log who is missing, and raise together where no collective can end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import distributed_c10d
+from torch.distributed.tensor import Shard, distribute_tensor
+
+import distclip
+from distclip import DisagreementError, GradClipper
+from distclip.comm import ProcessGroupComm, waiting
+from tests.ranks import gather_from_ranks, on_ranks
+from tests.tables.layouts.meshes import world_mesh
+
+
+@contextmanager
+def impatient(patience: str = "0.05", grace: float = 0.1) -> Iterator[None]:
+    with mock.patch.dict("os.environ", DISTCLIP_PATIENCE=patience), mock.patch.object(waiting, "_GRACE", grace):
+        yield
+
+
+@on_ranks(4)
+@pytest.mark.parametrize("kind", ["all-reduce", "gather"])
+def test_one_rank_logs_who_is_missing(kind: str) -> None:
+    assert dist.group.WORLD is not None
+    with impatient(grace=1.0):
+        comm, store = ProcessGroupComm(dist.group.WORLD), distributed_c10d._get_default_store()
+        messages: list[str] = []
+
+        def log(message: str, *args: object) -> None:
+            messages.append(message % args)
+            store.set(f"logged {kind}", "")
+
+        if comm.rank == 2:
+            # Late, until another rank has logged so.
+            store.wait([f"logged {kind}"])
+        with mock.patch.object(waiting._log, "warning", log):
+            if kind == "gather":
+                assert comm.gather_objects(comm.rank) == [0, 1, 2, 3]
+            else:
+                comm.sum_(total := torch.ones(1, dtype=torch.float64))
+                assert total.item() == 4
+    by_rank = gather_from_ranks(messages)
+    assert sum(map(len, by_rank)) == 1
+    assert f"1 of 4 ranks (rank 2) have not entered the same {kind}" in str(by_rank)
+
+
+def sharded(mesh: str) -> nn.Parameter:
+    """Return a parameter on a mesh of all ranks, or of the half of this one, with a gradient of ones."""
+    on = world_mesh("all") if mesh == "all" else world_mesh("outer", "half")["half"]
+    param = nn.Parameter(distribute_tensor(torch.zeros(8), on, [Shard(0)], src_data_rank=None))
+    param.grad = distribute_tensor(torch.ones(8), on, [Shard(0)], src_data_rank=None)
+    return param
+
+
+@on_ranks(4)
+@pytest.mark.parametrize("call", ["function", "clipper"])
+@pytest.mark.parametrize("halves_are_known", [False, True])
+def test_rank_that_waits_in_a_wider_call_than_its_peers(call: str, halves_are_known: bool) -> None:
+    """All ranks of the narrower call raise, and later calls of all ranks work."""
+    wide, half, rank = sharded("all"), sharded("half"), dist.get_rank()
+
+    def make(params: list[nn.Parameter]) -> float:
+        if call == "function":
+            return float(distclip.clip_grad_norm_(params, 10.0))
+        return float(GradClipper(params, distclip.global_norm(10.0)).clip().norm)
+
+    with impatient():
+        make([wide])
+        if halves_are_known:
+            make([half])
+        error = ""
+        try:
+            make([half, wide] if rank == 1 else [half])
+        except DisagreementError as raised:
+            error = str(raised)
+        errors = gather_from_ranks(error)
+        assert all("a mesh of ranks 0, 1, 2, 3" in text for text in errors[:2]), errors
+        assert errors[2:] == ["", ""]
+        for params in ([wide], [half], [half, wide]):
+            assert len(set(gather_from_ranks(make(params)))) == 1
+        assert make([wide]) == pytest.approx(8**0.5)
