@@ -8,7 +8,6 @@ for bit, so that every rank takes the same branch into the same collectives.
 
 from __future__ import annotations
 
-import functools
 import re
 import weakref
 from collections import deque
@@ -1093,7 +1092,8 @@ def start_measuring(
             partials, spec, comm, read_facts=read_facts, overlap=overlap, is_same_norm=not guard.at_once
         )
     except MisplacedError as misplaced:
-        return shards, functools.partial(measure_again, misplaced)
+        measured_again = measure_again(misplaced)
+        return shards, lambda: measured_again
 
     def finish() -> tuple[Shards, Partials, Totals]:
         try:
@@ -1190,19 +1190,18 @@ def _covering(comm: Comm, table: ShardTable, errors: FirstError) -> Comm:
                 return comm
             comm = widened(comm, table.groups, table.axes, table.num_reached)
         except MisplacedError as misplaced:
-            comm, may_widen = _placed(misplaced, comm, errors), misplaced.comm is None
+            comm, may_widen = _placed(misplaced, errors), misplaced.comm is None
 
 
-def _placed(misplaced: MisplacedError, comm: Comm, errors: FirstError) -> Comm:
+def _placed(misplaced: MisplacedError, errors: FirstError) -> Comm:
     """Return the communicator to go on with, after this rank has left the group of another one.
 
     Args:
         misplaced: of this rank.
-        comm: the communicator that it has left.
         errors: gets the error that all ranks of a smaller communicator raise, if they wait for this rank.
     """
     if misplaced.comm is None and misplaced.first_call is None:
-        return rejoined(comm)
+        return rejoined(misplaced.left)
     error = DisagreementError(str(misplaced))
     errors.add(error)
     if misplaced.first_call is not None:

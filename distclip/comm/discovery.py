@@ -118,12 +118,11 @@ def widened(comm: Comm, groups: Collection[Ranks], axes: Sequence[Axis], num_rea
     return session.wider[key]
 
 
-def rejoined(comm: Comm) -> ProcessGroupComm:
+def rejoined(comm: ProcessGroupComm) -> ProcessGroupComm:
     """Move a derived communicator to a new process group, after a rank has left the old one.
 
     Collectives: messages through the store, and a new group. All ranks of the communicator call this, sooner or later.
     """
-    assert isinstance(comm, ProcessGroupComm), "only a derived communicator can be left"
     groups = _session().groups
     if comm.ranks not in groups or is_left(groups[comm.ranks]):
         _rendezvous([comm.ranks], (), None, ())

@@ -45,7 +45,7 @@ class MisplacedError(DisagreementError):
     """This rank has left a group within a collective that cannot end.
 
     Args:
-        left: global ranks of the group.
+        left: communicator over the group.
         comm: smaller communicator whose ranks wait for this one. All of them fail together if this rank goes on over it
             with an error.
         first_call: global ranks that wait for this one in their first call. They fail likewise.
@@ -53,11 +53,13 @@ class MisplacedError(DisagreementError):
     Without `comm` and `first_call` another rank has left the group before, so that its ranks need a new one.
     """
 
-    def __init__(self, left: Ranks, comm: ProcessGroupComm | None = None, first_call: Ranks | None = None) -> None:
-        self.comm, self.first_call = comm, first_call
+    def __init__(
+        self, left: ProcessGroupComm, comm: ProcessGroupComm | None = None, first_call: Ranks | None = None
+    ) -> None:
+        self.left, self.comm, self.first_call = left, comm, first_call
         super().__init__(
-            f"this rank has parameters on a mesh of {rank_list(left)}, and some of these ranks make this call without. "
-            "Pass the parameters of a mesh on every rank of it."
+            f"this rank has parameters on a mesh of {rank_list(left.ranks)}, and some of these ranks make this call "
+            "without. Pass the parameters of a mesh on every rank of it."
         )
 
 
@@ -159,7 +161,7 @@ class ProcessGroupComm:
     def _enter(self) -> int:
         """Count a collective when it is entered."""
         if self._meetings.is_left:
-            raise MisplacedError(self.ranks)
+            raise MisplacedError(self)
         self._meetings.num_entered += 1
         return self._meetings.num_entered
 
@@ -196,7 +198,7 @@ class ProcessGroupComm:
         if other is not None:
             # The destructor of the group would wait for the all-reduce.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.group))
-            raise MisplacedError(self.ranks, _derived.get(other), ranks_of_first_call(other))
+            raise MisplacedError(self, _derived.get(other), ranks_of_first_call(other))
         work.wait()
 
     @contextmanager
