@@ -137,7 +137,8 @@ def _mark_stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     # Fused kernels write gradients once in their step, and optimizers of other libraries write them as they like.
     num_writes = math.inf if not is_of_torch(optimizer) else int(bool(optimizer.param_groups[0].get("fused")))
     ids = _ids_of(optimizer)
-    for key, reference in list(_watched.items()):
+    # A copy is made at once. A list of the items allocates, so that the garbage collector can remove entries meanwhile.
+    for key, reference in _watched.copy().items():
         param = reference() if key in ids else None
         if param is None or (now := _version_of(param.grad)) is None:
             continue

@@ -246,7 +246,7 @@ def release(owner: Any) -> None:
 
 
 def _hold(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-    for key, (reference, _) in list(_held.items()):
+    for key, (reference, _) in _held.copy().items():
         if reference() is None:
             del _held[key]
     if is_of_torch(optimizer) or _closure_in(args[1:], kwargs) or "param_groups" not in vars(optimizer):
