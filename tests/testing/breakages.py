@@ -39,12 +39,12 @@ def an_error_is_raised_before_the_all_reduce() -> Patch:
 
 @breakage("function", "stages", ("raises while measuring", 1))
 def an_error_does_not_travel_in_the_all_reduce() -> Patch:
-    real = reduce.reduce
+    real = reduce.start_reduce
 
     def without_error(partials: Partials, *args: Any, **kwargs: Any) -> Any:
         return real(dataclasses.replace(partials, failed=False), *args, **kwargs)
 
-    return mock.patch.object(engine, "reduce", without_error)
+    return mock.patch.object(engine, "start_reduce", without_error)
 
 
 @breakage("function", "stages", ("different arguments", 1))
@@ -64,14 +64,14 @@ def only_the_failed_rank_gathers_the_reason() -> Patch:
 
 @breakage("function", "stages", ("no gradients", 1))
 def a_rank_without_gradients_leaves_the_all_reduce_out() -> Patch:
-    real = engine.reduce
+    real = engine.start_reduce
 
     def skipping(partials: Partials, spec: Any, comm: Any, **kwargs: Any) -> Any:
         if float(partials.powers.sum()) == 0:
             return real(partials, spec, engine.LocalComm(), **kwargs)
         return real(partials, spec, comm, **kwargs)
 
-    return mock.patch.object(engine, "reduce", skipping)
+    return mock.patch.object(engine, "start_reduce", skipping)
 
 
 @breakage("clipper", "stages", ("NaN", 1))
