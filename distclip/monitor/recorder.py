@@ -23,6 +23,7 @@ from ..devices import is_capturing
 from ..errors import ArgumentError, DisagreementError, from_wire, warn_user
 from ..outcome import Outcome
 from .alerts import MIN_RATIO, Alert, to_alerts
+from .examine import BatchFunction, Examiner, judge, with_ids, write_examination
 from .jsonl import JsonLines
 from .notes import convert_ids, convert_note, convert_step, describe
 from .outliers import OutlierDetector, RankDetails, merge_details
@@ -68,6 +69,11 @@ class Recorder:
             `worst`, for the same steps. All ranks call it within the same later step, when the recorder writes, so that
             it may communicate. `every=1` calls it within the spike's own step, before the optimizer. An exception
             becomes a warning, so that the ranks stay in step.
+        examine: function of the number of a step that runs the forward pass of this rank's batch of that step again,
+            and returns the loss, as the training loop computed it. For the first outliers of the run it is called
+            within their step. The result is in spikes/STEP.json: sample, numerics, hardware or optimizer state. On an
+            accelerator, each step waits for its norm until `examine_limit` outliers were replayed.
+        examine_limit: maximum number of outliers to replay, ≥ 0.
 
     Raises:
         ArgumentError: an argument is invalid. DisagreementError: an argument differs between ranks. On every rank that
@@ -104,6 +110,8 @@ class Recorder:
         facts: Mapping[str, Any] | None = None,
         alerts: Alert | str | Sequence[Alert | str] = (),
         on_spike: Callable[[dict[str, Any]], None] | None = None,
+        examine: BatchFunction | None = None,
+        examine_limit: int = 3,
     ) -> None:
         if not isinstance(clipper, GradClipper):
             raise ArgumentError(f"clipper={clipper!r:.80}: not a GradClipper. Pass the clipper whose steps to record.")
@@ -127,7 +135,12 @@ class Recorder:
                 raise ArgumentError(f'facts={describe(facts)}: not a dictionary. Use facts={{"batch": 512}}.')
             if _is_writer(clipper):
                 lines = JsonLines(self.path)
-            options = every, bool(per_tensor), top, on_spike is not None
+            if examine is not None and not callable(examine):
+                raise ArgumentError(
+                    f"examine={describe(examine)}: not a function. Pass one that returns a step's loss."
+                )
+            examine_limit = 0 if examine is None else _to_int("examine_limit", examine_limit, 0)
+            options = every, bool(per_tensor), top, on_spike is not None, examine_limit
         self._roster = Roster(clipper, Entry(options, wire_of(errors.error)))
         if errors.error is not None:
             raise errors.error
@@ -143,6 +156,7 @@ class Recorder:
             warn_user(f"recorder: per_tensor=True is ignored. {self._describe_peers()}", RuntimeWarning)
         self.every, self._sinks, self._facts = every, all_sinks, facts or {}
         self._alerts, self._on_spike = all_alerts, on_spike
+        self._examiner = None if examine is None else Examiner(clipper, examine, examine_limit)
         self._writer = None
         if lines is not None:
             self._roster.claim_file()
@@ -216,6 +230,8 @@ class Recorder:
         details, ranks = [local], global_ranks(comm)[comm.rank : comm.rank + 1]
         if outliers and has_peers:
             details, ranks = comm.gather_objects(local), global_ranks(comm)
+        if self._examiner is not None and self._examiner.pending:
+            self._write_examinations(steps, has_peers)
         spikes = self._describe_spikes(steps, rows, outliers, details, ranks) if self._on_spike is not None else []
         if self._writer is not None:
             self._writer.write(steps, rows, outliers, details, ranks)
@@ -240,6 +256,28 @@ class Recorder:
                     {"step": number, "norm": rows[i]["norm"], "ratio": ratio, "ids": [], "worst": None} | merged
                 )
         return spikes
+
+    def _write_examinations(self, steps: Sequence[Step], has_peers: bool) -> None:
+        """Write the results of the replays since the last write. All ranks have made the same ones."""
+        assert self._examiner is not None
+        comm = self._clipper.comm
+        pending, self._examiner.pending = self._examiner.pending, {}
+        ids = {step.number: step for step in steps if step.number in pending}
+        local = {
+            number: with_ids(one, ids[number].read_ids() if number in ids else ()) for number, one in pending.items()
+        }
+        by_rank, ranks = [local], global_ranks(comm)[comm.rank : comm.rank + 1]
+        if has_peers:
+            by_rank, ranks = comm.gather_objects(local), global_ranks(comm)
+        if self._writer is None:
+            return
+        differ = {incident.step for incident in self._clipper.incidents if incident.as_fields().get("replicas")}
+        try:
+            for number in local:
+                document = judge([examinations[number] for examinations in by_rank], ranks, number in differ)
+                write_examination(document, self.path.parent)
+        except Exception as error:
+            warn_user(f"recorder: the result of examine= is lost: {type(error).__name__}: {error}", RuntimeWarning)
 
     def _call_on_spike(self, spike: dict[str, Any]) -> None:
         assert self._on_spike is not None
@@ -327,8 +365,8 @@ class Recorder:
         options = {rank: entry.options for rank, entry in self._roster.entries().items()}
         return (
             f"of the ranks {list(global_ranks(self._clipper.comm))}, these have made it with the arguments (every, "
-            f"per_tensor, top, on_spike): {options}. Losses and samples of other ranks are missing. Construct it on "
-            "every rank with the same arguments."
+            f"per_tensor, top, on_spike, examine_limit): {options}. Losses and samples of other ranks are missing. "
+            "Construct it on every rank with the same arguments."
         )
 
     def _observe(self, outcome: Outcome) -> None:
@@ -339,6 +377,12 @@ class Recorder:
         # Groups may have been added or removed since the header was written, which names the slots.
         with_slots = self._with_slots and len(outcome.coefs) == self._num_slots
         self._steps.append(Step.of(outcome, with_slots))
+        if self._examiner is not None:
+            self._examiner.observe(outcome, self._may_replay)
+
+    def _may_replay(self) -> bool:
+        """Return whether all ranks replay the last step, or this rank is alone."""
+        return self._clipper.comm.size == 1 or self._find_peers(self._steps[-1:])
 
     def _undo(self, last: int) -> None:
         # The step stays in the list, because the number of steps decides when all ranks communicate.
@@ -359,8 +403,8 @@ def _check_entries(entries: Mapping[int, Entry]) -> None:
     all_options = {entry.options for entry in entries.values()}
     if len(all_options) > 1:
         raise DisagreementError(
-            f"(every, per_tensor, top, on_spike) of a recorder differ between ranks: {sorted(all_options)}. Pass the "
-            "same values on every rank."
+            "(every, per_tensor, top, on_spike, examine_limit) of a recorder differ between ranks: "
+            f"{sorted(all_options)}. Pass the same values on every rank."
         )
 
 

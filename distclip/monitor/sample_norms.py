@@ -15,7 +15,7 @@ from ..functional import get_total_norm
 from ..sharding.dtensor import is_dtensor
 from .ghost_norms import RULES, Use, squared_norms
 
-__all__ = ["PerSample", "per_sample", "without_autocast"]
+__all__ = ["PerSample", "Precision", "per_sample", "without_autocast"]
 
 
 class PerSample:
@@ -106,10 +106,12 @@ class PerSample:
         if self._handles:
             raise ArgumentError("per_sample: the block was entered twice. Make one for each block.")
         self._squares, self._uses, self._num_uses = {}, {}, {}
-        self._batch_size, self._position_squares = self._given, None
+        self._batch_size, self._position_squares, self._first_input = self._given, None, None
         for name, parameter in self._model.named_parameters():
             self._names[id(parameter)] = _plain(name)
-        self._handles = [self._model.register_forward_pre_hook(self._read_inputs, with_kwargs=True)]
+        self._handles = [
+            self._model.register_forward_pre_hook(lambda _, *inputs: self.read_inputs(inputs), with_kwargs=True)
+        ]
         for module in self._model.modules():
             rule = next((rule for kind, rule in RULES.items() if isinstance(module, kind)), None)
             # Of a sharded layer, the names are those of the parameters outside of its forward pass.
@@ -134,9 +136,14 @@ class PerSample:
             self._squares[name] = squared_norms(uses)
         self._uses = {}
 
-    def _read_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        first = next(_tensors((args, kwargs)), None)
-        if first is None or first.ndim == 0:
+    def read_inputs(self, inputs: Any) -> None:
+        """Take the number of samples and of positions from the first tensor in the inputs, once.
+
+        Args:
+            inputs: nested lists, tuples and dictionaries with tensors.
+        """
+        first = next(_tensors(inputs), None)
+        if first is None or first.ndim == 0 or self._first_input is not None:
             return
         self._first_input = _whole(first.detach())
         if self._given is None:
@@ -225,18 +232,32 @@ def per_sample(model: nn.Module, batch_size: int | None = None) -> PerSample:
     return PerSample(model, batch_size)
 
 
+class Precision:
+    """Use of autocast within a block."""
+
+    def __init__(self) -> None:
+        self.used_autocast = False
+        """True if the program entered an enabled `torch.autocast`."""
+
+
 @contextmanager
-def without_autocast() -> Iterator[None]:
-    """Disable `torch.autocast` within the block, also where the program enters it there."""
-    enter = torch.autocast.__enter__
+def without_autocast(*, only_watch: bool = False) -> Iterator[Precision]:
+    """Disable `torch.autocast` within the block, also where the program enters it there.
+
+    Args:
+        only_watch: leave autocast as it is, and only find out whether it is used.
+    """
+    enter, precision = torch.autocast.__enter__, Precision()
 
     def enter_disabled(self: Any) -> Any:
-        self._enabled = False
+        precision.used_autocast |= bool(self._enabled)
+        if not only_watch:
+            self._enabled = False
         return enter(self)  # type: ignore[no-untyped-call]
 
     torch.autocast.__enter__ = enter_disabled  # type: ignore[method-assign]
     try:
-        yield
+        yield precision
     finally:
         torch.autocast.__enter__ = enter  # type: ignore[method-assign]
 

@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from contextlib import nullcontext
 from itertools import islice
 
 import torch
@@ -17,6 +18,7 @@ from .log import RunLog, Summary
 from .models.recurrent import reset_states
 from .parallel.base import ParallelModel, StepConfig
 from .processes import RANK, WORLD_SIZE, gather, mean_over_ranks
+from .replay import record_samples
 from .run import Run
 from .terminal import Terminal
 
@@ -81,7 +83,11 @@ def train(run: Run, log: RunLog, terminal: Terminal) -> Summary | None:
             if batch.starts_pass:
                 reset_states(model.module)
             optimizer.zero_grad()
-            loss = model.forward_backward(*to_rank(batch))
+            samples = model.measure_samples() if step == cfg.replay else None
+            with samples or nullcontext():
+                loss = model.forward_backward(*to_rank(batch))
+            if samples is not None:
+                record_samples(samples, step, batch, ranks.local_rows(torch.arange(len(batch.x))), directory)
             if corrupt is not None:
                 corrupt(step)
             run.probe.before_clipping()

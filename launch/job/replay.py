@@ -3,20 +3,31 @@
 `launch/train.py resume=RUN replay=STEP` uses the settings of that run, with the changes that the command line makes.
 """
 
+import json
 import math
 from itertools import islice
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from distclip.monitor.analysis.errors import RunError
 from distclip.monitor.analysis.log import read
+from distclip.monitor.examine import write_examination
+from distclip.monitor.sample_norms import PerSample
 
 from .checkpoint import list_checkpoints
-from .data import Data
+from .data import Batch, Data
+from .processes import RANK, gather
 from .untrusted import read_config
+
+# A sample with so many times the median part of the gradient is named as the cause.
+SAMPLE_FACTOR = 4.0
+
+NUM_SAMPLES = 10
 
 # Relative. Other layouts sum in another order. The bits are equal in an equal layout.
 TOLERANCE = 1e-3
@@ -78,13 +89,66 @@ def compare(cfg: DictConfig, data: Data, directory: Path) -> str:
     ids = next(islice(data.train(cfg.seed), step - 1, None)).ids.tolist()
     batch = f"batch number {ids[0]} of its pass" if len(ids) == 1 else f"samples {str(ids)[1:-1]}"
     if is_close(old_norm, new_norm):
-        return f"{numbers} The norm is the same: the cause is the batch ({batch}) or the state before it, not a fault"
+        sample = _describe_sample(directory / "spikes" / f"{step}.json")
+        cause = f"the cause is the batch ({batch}) or the state before it, not a fault"
+        return f"{numbers} The norm is the same: {cause}{sample}"
     # An equal loss shows that the forward pass was correct.
     where = "after the forward pass" if is_close(old_loss, new_loss) else "in this step or since the checkpoint"
     return (
         f"{numbers} The norm differs: the cause was a transient fault (hardware, a race, an injected error) {where}, "
         f"not the batch ({batch})"
     )
+
+
+def record_samples(samples: PerSample, step: int, batch: Batch, rows: Tensor, directory: Path) -> None:
+    """Write each sample's part of the gradient to spikes/STEP.json. All ranks call it.
+
+    Args:
+        samples: of this rank.
+        batch: of all ranks.
+        rows: of the batch that this rank has.
+        directory: run directory of the repetition.
+    """
+    local = [
+        {
+            "row": int(row),
+            "id": batch.ids[row].item() if len(batch.ids) == len(batch.x) else None,
+            "norm": norm,
+            "position": samples.position(i),
+            "token": samples.token(i),
+        }
+        for i, (row, norm) in enumerate(zip(rows, samples.norms.tolist(), strict=True))
+    ]
+    # Tensor-parallel ranks have the same rows.
+    by_row = {sample["row"]: sample for part in gather(local) for sample in part}
+    if RANK == 0:
+        listed = sorted(by_row.values(), key=_norm_of, reverse=True)
+        content = {"step": step, "median_sample_norm": median(map(_norm_of, listed)), "samples": listed[:NUM_SAMPLES]}
+        write_examination(content, directory)
+
+
+def _norm_of(sample: dict[str, float]) -> float:
+    norm = sample["norm"]
+    return norm if math.isfinite(norm) else math.inf
+
+
+def _describe_sample(path: Path) -> str:
+    """Return a sentence about the sample with the largest part, or nothing without measurements."""
+    if not path.exists():
+        return ""
+    content = json.loads(path.read_text())
+    worst, usual = content["samples"][0], content["median_sample_norm"]
+    name = f"row {worst['row']} of the batch" if worst["id"] is None else f"sample {worst['id']}"
+    if worst["position"] is not None:
+        name += f" (position {worst['position']}" + (
+            f", token {worst['token']})" if worst["token"] is not None else ")"
+        )
+    if worst["norm"] is None:
+        return f". The part of {name} in the gradient is not finite"
+    ratio = worst["norm"] / usual if usual else math.inf
+    if ratio < SAMPLE_FACTOR:
+        return f". No sample stands out: the largest part, of {name}, is {ratio:.2g} times the median part"
+    return f". The largest part of the gradient is that of {name}, {ratio:.3g} times the median part"
 
 
 def is_close(old: float, new: float) -> bool:

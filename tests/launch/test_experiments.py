@@ -65,6 +65,7 @@ def test_replay_distinguishes_a_fault_from_bad_data(tmp_path: Path) -> None:
     assert "after the forward pass, not the batch (samples " in fault
     assert data.startswith("step 39: norm ")
     assert "The norm is the same: the cause is the batch (samples " in data
+    assert "The largest part of the gradient is that of sample " in data
     words = data.replace(",", "").replace(";", "").split()
     old, new = words[words.index("norm") + 1], words[words.index("norm") + 3]
     # The bits are the same.

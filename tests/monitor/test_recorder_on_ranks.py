@@ -211,7 +211,7 @@ def test_invalid_arguments_raise_on_all_ranks() -> None:
     rank, folder = dist.get_rank(), make_shared_folder()
     rig = build_rig("fsdp2")
     clipper = rig.clipper(distclip.global_norm(0.5))
-    with pytest.raises(DisagreementError, match=r"\(every, per_tensor, top, on_spike\) of a recorder differ"):
+    with pytest.raises(DisagreementError, match=r"\(every, .*\) of a recorder differ"):
         Recorder(clipper, folder, every=10 + rank)
     with pytest.raises(ArgumentError, match="every=0"):
         Recorder(clipper, folder, every=10 if rank else 0)

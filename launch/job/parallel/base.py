@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 import distclip
 from distclip import Comm, GradClipper, Policy, Report
 from distclip.auditing import Audit
+from distclip.monitor.sample_norms import PerSample, per_sample
 
 from ..checkpoint import ShardedState, TrainingState
 from ..data import Criterion
@@ -88,6 +89,10 @@ class ParallelModel:
         loss = self.criterion(self.forward(x), y)
         self.backward(loss)
         return loss.detach()
+
+    def measure_samples(self) -> PerSample | None:
+        """Return what measures each sample's part of the gradient, or None if the layout does not allow it."""
+        return per_sample(self.module)
 
     @torch.no_grad()
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor | None:

@@ -26,6 +26,9 @@ class PipelineModel(ParallelModel):
     def forward_backward(self, x: Tensor, y: Tensor) -> Tensor | None:
         return self._run(self.schedule.step, x, y)
 
+    def measure_samples(self) -> None:
+        """Return None, because a stage runs several micro-batches."""
+
     @torch.no_grad()
     def evaluate(self, x: Tensor, y: Tensor) -> Tensor | None:
         return self._run(self.schedule.eval, x, y)

@@ -13,11 +13,13 @@ from .divergence import check_divergence
 from .dominant_tensor import check_dominant_tensor
 from .hardware import check_hardware
 from .numerics import check_numerics
+from .replays import check_replays
 from .warm_up import check_warm_up
 
 __all__ = ["Finding", "Outcome", "diagnose", "find_outcome"]
 
 RULES: Sequence[Callable[[Context], Iterator[Finding]]] = (
+    check_replays,
     check_hardware,
     check_bad_data,
     check_numerics,

@@ -20,6 +20,9 @@ from .runs import LINES, find_runs, name_runs
 
 __all__ = ["Log", "read", "read_all"]
 
+MAX_REPLAYS = 100
+"""Maximum number of replays that are read."""
+
 
 @dataclass(frozen=True)
 class Log:
@@ -51,6 +54,7 @@ class Log:
         sessions: in order, one per header.
         is_launched: whether launch/train.py made the run, so that its overrides apply.
         checkpoints: steps of the checkpoints in the run's directory, increasing.
+        replays: contents of spikes/STEP.json, which `Recorder(examine=...)` wrote, in order of steps.
     """
 
     name: str
@@ -76,6 +80,7 @@ class Log:
     sessions: tuple[Session, ...] = ()
     is_launched: bool = False
     checkpoints: tuple[int, ...] = ()
+    replays: tuple[Mapping[str, Any], ...] = ()
 
 
 def read(path: Path, name: str | None = None) -> Log:
@@ -125,6 +130,7 @@ def read(path: Path, name: str | None = None) -> Log:
         sessions=tuple(parser.sessions),
         is_launched=_is_launched(file.parent),
         checkpoints=_find_checkpoints(file.parent),
+        replays=_read_replays(file.parent),
     )
 
 
@@ -150,6 +156,18 @@ def _is_launched(directory: Path) -> bool:
 def _find_checkpoints(directory: Path) -> tuple[int, ...]:
     steps = [path.name.removeprefix("step_") for path in directory.glob("checkpoints/step_*")]
     return tuple(sorted(int(step) for step in steps if step.isdecimal()))
+
+
+def _read_replays(directory: Path) -> tuple[Mapping[str, Any], ...]:
+    replays = []
+    for path in sorted(directory.glob("spikes/*.json"))[:MAX_REPLAYS]:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(content, dict) and isinstance(content.get("step"), int):
+            replays.append(content)
+    return tuple(sorted(replays, key=lambda content: content["step"]))
 
 
 def _read_summary(directory: Path) -> Mapping[str, Any] | None:
