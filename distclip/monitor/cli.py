@@ -43,6 +43,8 @@ EXAMPLES = {
     "suggest": """\
   distclip suggest runs/first
   distclip suggest runs/first --batch 512       for a next run with 512 samples per step
+  distclip suggest trainer_state.json           a log of another tool
+  distclip suggest log.csv --norm gnorm --loss train_loss
   distclip suggest runs/first --json | jq .runs[0].max_norm""",
     "diagnose": """\
   distclip diagnose runs/a runs/b
@@ -90,13 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from .analysis.errors import RunError, UnreadableLinesWarning
-    from .analysis.log import read_all
+    from .analysis.log import Keys, read_all
 
     command: Callable[[argparse.Namespace, list[Log]], None] = args.function
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UnreadableLinesWarning)
-            logs = read_all(_select_runs(args))
+            logs = read_all(_select_runs(args), Keys(args.norm, args.loss))
         for warning in caught:
             _fail(args, str(warning.message))
         command(args, logs)
@@ -230,7 +232,7 @@ def _make_parser() -> argparse.ArgumentParser:
             epilog=_format_examples(name),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        run = "directory with a metrics.jsonl, or file of JSON lines"
+        run = "directory with a metrics.jsonl, or a log of TensorBoard, W&B, transformers, Lightning, CSV or JSON"
         if several:
             run += ". A directory of runs stands for all of them"
         command.add_argument("runs", nargs="+" if several else 1, type=Path, metavar="RUN", help=run)
@@ -240,6 +242,8 @@ def _make_parser() -> argparse.ArgumentParser:
             action="store_true",
             help=f"exit with {DIVERGED} if a run diverged, and with {FOUND} if one recovered or has a finding",
         )
+        command.add_argument("--norm", metavar="KEY", help="column of the gradient norm in a log of another tool")
+        command.add_argument("--loss", metavar="KEY", help="column of the training loss in such a log")
         command.set_defaults(function=function, several=several)
         return command
 

@@ -100,10 +100,11 @@ def _describe_run(log: Log) -> Fields:
         "steps": len(log.steps),
         "first_step": int(log.steps[0]),
         "last_step": int(log.steps[-1]),
-        "clip_rate": float(log.clipped.mean()),
+        "clip_rate": log.clip_rate,
         "nonfinite": int((~log.finite).sum()),
         "skipped": int(log.skipped.sum()),
         "unreadable_lines": log.unreadable,
+        "unknown": log.unknown,
     }
 
 

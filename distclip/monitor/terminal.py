@@ -52,6 +52,7 @@ class Terminal(Screen):
             self.sentence(_describe_current(suggestion.current))
         for note in suggestion.notes:
             self.sentence(note)
+        self._unknown(log, "")
         for caution in suggestion.cautions:
             self.sentence(caution, "yellow", "Caution: ", "  ")
         self.line()
@@ -77,11 +78,13 @@ class Terminal(Screen):
                     self.line(f"      {finding.command}", "bold")
             if not findings:
                 self.line("  no findings")
+            self._unknown(log)
 
     def blame(self, log: Log, blame: Blame) -> None:
         """Print the properties that the spikes have in common, and the next step."""
         self.line(log.name, "bold")
         self.sentence(blame.text)
+        self._unknown(log, "")
         if blame.suspects:
             self.console.print(_suspect_table(blame))
         for kind, counts in (("rank", blame.ranks), ("tensor", blame.tensors)):
@@ -99,6 +102,11 @@ class Terminal(Screen):
             if blame.culprits:
                 names = format_list([str(culprit) for culprit in blame.culprits], 8)
                 self.sentence(f"Not finite there: {names}.", indent="  ")
+
+    def _unknown(self, log: Log, indent: str = "  ") -> None:
+        """Print what the log of another tool does not contain."""
+        for sentence in log.unknown:
+            self.sentence(sentence, "dim", indent, indent)
 
 
 def _candidate_table(suggestion: Suggestion) -> Table:
@@ -149,6 +157,6 @@ def _suspect_table(blame: Blame) -> Table:
 
 def _describe_steps(log: Log) -> str:
     num_nonfinite = int((~log.finite).sum())
-    clip_rate = format_percent(float(log.clipped.mean()))
+    clipped = "" if log.unknown else f", {format_percent(log.clip_rate)} clipped"
     nonfinite = f", {num_nonfinite:,} not finite" if num_nonfinite else ""
-    return f"{pluralize(len(log.steps), 'step')}, {clip_rate} clipped{nonfinite}"
+    return f"{pluralize(len(log.steps), 'step')}{clipped}{nonfinite}"

@@ -75,7 +75,7 @@ def group_findings(assessments: Sequence[Assessment]) -> list[SharedFinding]:
 
 def _assess_run(log: Log) -> Assessment:
     outcome, findings = find_outcome(log), tuple(diagnose(log))
-    clip_rate = format_percent(float(log.clipped.mean()))
+    clip_rate = format_percent(log.clip_rate)
     try:
         suggestion = suggest(log)
     except RunError as error:

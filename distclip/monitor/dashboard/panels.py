@@ -107,8 +107,9 @@ def make_panels(logs: Sequence[Log]) -> tuple[list[Panel], list[str]]:
     if any(log.clipped.any() for log in logs):
         panels.append(_column_panel("coef", "coefficient", [log.coefs for log in logs], logs, buckets, height=120))
         panels.append(_clip_rate_panel(logs, buckets))
-    else:
+    elif not all(log.unknown for log in logs):
         notes.append("No step was clipped.")
+    notes += [f"{_prefix(log, logs)}{sentence}" for log in logs for sentence in log.unknown]
     losses = [_column(log, "loss") for log in logs]
     if any(np.isfinite(loss).any() for loss in losses):
         panels.append(_column_panel("loss", "loss", losses, logs, buckets, height=210))
@@ -126,6 +127,10 @@ def make_panels(logs: Sequence[Log]) -> tuple[list[Panel], list[str]]:
     if without_values := [name for name in names if name not in with_values]:
         notes.append(f"Columns without a finite number: {format_list(without_values, 20)}.")
     return panels, notes
+
+
+def _prefix(log: Log, logs: Sequence[Log]) -> str:
+    return f"{printable(log.name)}: " if len(logs) > 1 else ""
 
 
 def _column(log: Log, name: str) -> Numbers:

@@ -81,7 +81,7 @@ def print_summary(logs: Sequence[Log], console: Console, assessments: Sequence[A
             stop += 1
         console.print(_make_table(rows, styles, start, stop))
         start = stop
-    for style, assessment in zip(styles, assessments, strict=True):
+    for log, style, assessment in zip(logs, styles, assessments, strict=True):
         prefix = f"{style.name}: " if len(styles) > 1 else ""
         for finding in assessment.findings:
             text = Text.assemble((prefix, "dim"), (printable(finding.title), "bold"))
@@ -89,6 +89,8 @@ def print_summary(logs: Sequence[Log], console: Console, assessments: Sequence[A
             console.print(text, soft_wrap=True, highlight=False)
         if not assessment.findings:
             console.print(Text(f"{prefix}no findings."), soft_wrap=True, highlight=False)
+        for sentence in log.unknown:
+            console.print(Text(f"{prefix}{printable(sentence)}", "dim"), soft_wrap=True, highlight=False)
         if assessment.bound == MISSING:
             console.print(Text(f"{prefix}{printable(assessment.text)}", "dim"), soft_wrap=True, highlight=False)
 
@@ -133,12 +135,12 @@ def _bound(log: Log) -> str:
 
 
 def _clip_rate(log: Log) -> str:
-    return format_percent(float(log.clipped.mean())) if len(log.clipped) else MISSING
+    return format_percent(log.clip_rate)
 
 
 def _mean_coef(log: Log) -> str:
     finite = log.coefs[np.isfinite(log.coefs) & log.finite]
-    return format_number(float(finite.mean())) if len(finite) else MISSING
+    return format_number(float(finite.mean())) if len(finite) and not log.unknown else MISSING
 
 
 def _last_loss(log: Log) -> str:
@@ -183,7 +185,7 @@ CELLS: dict[str, Callable[[Log], str]] = {
     "bound": _bound,
     "clip rate": _clip_rate,
     "mean coefficient": _mean_coef,
-    "skipped": lambda log: _count(int(log.skipped.sum()), len(log.steps)),
+    "skipped": lambda log: MISSING if log.unknown else _count(int(log.skipped.sum()), len(log.steps)),
     "not finite": lambda log: _count(int((~log.finite).sum()), len(log.steps)),
     "loss, last": _last_loss,
     "loss, lowest": _lowest_loss,

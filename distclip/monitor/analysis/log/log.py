@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UnreadableLinesWarning
+from ..errors import RunError, UnreadableLinesWarning
 from ..spikes import Culprit, Difference, Spike
 from ..statistics import Numbers
+from .foreign import EVENTS, Keys, convert, find_file, is_foreign, read_rows
 from .reader import LineReader, LogParser, Session
 from .runs import LINES, find_runs, name_runs
 
 __all__ = ["Log", "read", "read_all"]
+
+_ANY = Keys()
 
 MAX_REPLAYS = 100
 """Maximum number of replays that are read."""
@@ -54,6 +58,7 @@ class Log:
         sessions: in order, one per header.
         is_launched: whether launch/train.py made the run, so that its overrides apply.
         checkpoints: steps of the checkpoints in the run's directory, increasing.
+        unknown: sentences about facts that the log of another tool does not contain; empty for a recorder's log.
         replays: contents of spikes/STEP.json, which `Recorder(examine=...)` wrote, in order of steps.
     """
 
@@ -80,24 +85,43 @@ class Log:
     sessions: tuple[Session, ...] = ()
     is_launched: bool = False
     checkpoints: tuple[int, ...] = ()
+    unknown: tuple[str, ...] = ()
     replays: tuple[Mapping[str, Any], ...] = ()
 
+    @property
+    def clip_rate(self) -> float:
+        """Share of the clipped steps, 0 to 1. NaN if the log does not tell which steps were clipped."""
+        return float(self.clipped.mean()) if len(self.steps) and not self.unknown else float("nan")
 
-def read(path: Path, name: str | None = None) -> Log:
-    """Read the lines of a run. Unreadable lines are ignored with a warning.
+
+def read(path: Path, name: str | None = None, keys: Keys = _ANY) -> Log:
+    """Read the lines of a run, or a log of another tool. Unreadable lines are ignored with a warning.
 
     Args:
-        path: of the run's directory, or of the file of lines.
+        path: of the run's directory, or of the file.
         name: that distinguishes the run from others; None for the name of the directory.
+        keys: names of the columns in a log of another tool.
 
     Raises:
         RunError: the file has no norms.
     """
-    file = path / LINES if path.is_dir() else path
+    file = path
+    if path.is_dir():
+        file = path / LINES if (path / LINES).is_file() else find_file(path) or path / LINES
     reader, parser = LineReader(file), LogParser()
-    for block in reader:
-        parser.add(block)
-    parser.check(reader)
+    unknown: tuple[str, ...] = ()
+    if keys != _ANY or is_foreign(file):
+        unknown = _read_foreign(file, keys, parser)
+        if file.is_dir():
+            file = min(file.glob(EVENTS))
+    else:
+        for block in reader:
+            parser.add(block)
+        if not parser.columns.steps and not parser.invalid and parser.other_keys:
+            with suppress(RunError):
+                # JSON lines of another tool, if they have columns with the usual names.
+                unknown = _read_foreign(file, keys, parser)
+        parser.check(reader)
     if reader.unreadable:
         first = reader.unreadable[0]
         many = f"{len(reader.unreadable)} lines cannot be read and were ignored, the first is line {first}"
@@ -130,18 +154,32 @@ def read(path: Path, name: str | None = None) -> Log:
         sessions=tuple(parser.sessions),
         is_launched=_is_launched(file.parent),
         checkpoints=_find_checkpoints(file.parent),
+        unknown=unknown,
         replays=_read_replays(file.parent),
     )
 
 
-def read_all(paths: str | Path | Sequence[str | Path]) -> list[Log]:
+def _read_foreign(file: Path, keys: Keys, parser: LogParser) -> tuple[str, ...]:
+    """Parse a log of another tool, and return sentences about facts that it does not contain."""
+    lines, unknown = convert(read_rows(file), keys, file)
+    if not lines:
+        raise RunError(f"{file} has no step with a number in the column of the norm")
+    parser.add(lines)
+    return unknown
+
+
+def read_all(paths: str | Path | Sequence[str | Path], keys: Keys = _ANY) -> list[Log]:
     """Read all runs at these paths, with names that distinguish them.
+
+    Args:
+        paths: see `find_runs`.
+        keys: names of the columns in logs of other tools.
 
     Raises:
         RunError: there is no run at one of the paths, or a run has no norms.
     """
     runs = find_runs(paths)
-    return [read(run, name) for run, name in zip(runs, name_runs(runs), strict=True)]
+    return [read(run, name, keys) for run, name in zip(runs, name_runs(runs), strict=True)]
 
 
 def _is_launched(directory: Path) -> bool:

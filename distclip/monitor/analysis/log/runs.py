@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..errors import RunError
+from .foreign import find_file
 
 __all__ = ["LINES", "find_runs", "name_runs"]
 
 LINES = "metrics.jsonl"
-"""Name of the file that makes a directory a run."""
+"""Name of a recorder's file, which makes a directory a run."""
 
 MAX_DEPTH = 3
 """Number of levels below a directory that are searched. Hydra's multirun uses two, named runs use three."""
@@ -21,8 +22,8 @@ def find_runs(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     """Find the runs at these paths.
 
     Args:
-        paths: one path, or several. Directories with a `metrics.jsonl`, files of JSON lines, or directories that
-            contain such directories up to three levels below.
+        paths: one path, or several. Directories with a `metrics.jsonl` or a log of another tool, files of JSON lines,
+            or directories that contain such directories up to three levels below.
 
     Returns:
         Directories and files in the order given. The runs below one directory are sorted, and no run comes twice.
@@ -65,14 +66,15 @@ def _runs_at(path: Path) -> list[Path]:
     if not runs:
         some = ", ".join(content[:5]) + (", …" if len(content) > 5 else "")
         raise RunError(
-            f"{path} is not a run: neither it nor a directory up to {MAX_DEPTH} levels below has a {LINES} "
+            f"{path} is not a run: neither it nor a directory up to {MAX_DEPTH} levels below has a {LINES}, or a log "
+            "of TensorBoard, transformers or Lightning "
             f"(it contains {some or 'nothing'})"
         )
     return runs
 
 
 def _runs_below(directory: Path, depth: int) -> Iterator[Path]:
-    if (directory / LINES).is_file():
+    if (directory / LINES).is_file() or find_file(directory) is not None:
         yield directory
     elif depth:
         for entry in directory.iterdir():
