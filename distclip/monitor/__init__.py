@@ -2,7 +2,8 @@
 
 `Recorder` writes one line per step and passes the numbers to sinks: `tensorboard`, `wandb`, `mlflow`, `trackio`, or any
 function of a dictionary and a step. `Webhook` posts alerts. `per_sample` measures each sample's part of a gradient, and
-`UpdateRatio` how far a step moves the parameters. They need only torch.
+`UpdateRatio` how far a step moves the parameters, `UpdateRms` whether Adam's second moments are too old. They need only
+torch.
 `analysis` draws conclusions from the lines of a run. `dashboard` and the command `distclip` (`report`, `suggest`,
 `diagnose`, `blame`) show them. These need `distclip[report]`, and do not import torch.
 """
@@ -17,10 +18,28 @@ if TYPE_CHECKING:
     from .sample_norms import per_sample
     from .sinks import Sink, mlflow, tensorboard, trackio, wandb
     from .update_ratio import UpdateRatio
+    from .update_rms import UpdateRms
 
-__all__ = ["Recorder", "Sink", "UpdateRatio", "Webhook", "mlflow", "per_sample", "tensorboard", "trackio", "wandb"]
+__all__ = [
+    "Recorder",
+    "Sink",
+    "UpdateRatio",
+    "UpdateRms",
+    "Webhook",
+    "mlflow",
+    "per_sample",
+    "tensorboard",
+    "trackio",
+    "wandb",
+]
 
-_MODULES = {"Webhook": "alerts", "Recorder": "recorder", "UpdateRatio": "update_ratio", "per_sample": "sample_norms"}
+_MODULES = {
+    "Recorder": "recorder",
+    "UpdateRatio": "update_ratio",
+    "UpdateRms": "update_rms",
+    "Webhook": "alerts",
+    "per_sample": "sample_norms",
+}
 """Modules of public names, imported at the first use because they need torch.
 
 All other names are in `sinks`.

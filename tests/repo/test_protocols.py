@@ -41,6 +41,7 @@ ARGUMENTS: dict[str, set[str]] = {
     "distclip/integrations/deepspeed/native_clipping.py": {"Fixed", "NormPolicy"},
     "distclip/integrations/torchft.py": {"GradClipper"},
     "distclip/monitor/recorder.py": {"GradClipper"},
+    "distclip/monitor/update_rms.py": {"GradClipper", "Optimizer"},
     "distclip/policies/custom.py": {"Rule"},
     "distclip/policies/fixed.py": {"NormPolicy"},
     "distclip/policies/isolated.py": {"Policy"},
