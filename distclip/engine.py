@@ -219,8 +219,8 @@ class Engine:
         # The policy has references, and the engine has the names that they stand for on all ranks.
         engine.spec = spec
         engine.token = token
-        if is_derived and replicas != "off" and comm.size == 1 and is_unlinked(table):
-            engine._compares_tensors = not compare_tensors("GradClipper", table, may_call_alone=False)
+        if is_derived and replicas != "off" and not table.is_complete and is_unlinked(table, comm):
+            engine._compares_tensors = not compare_tensors("GradClipper", table, comm, may_call_alone=False)
         return engine
 
     @cached_property
@@ -780,7 +780,7 @@ class Engine:
         with self._raised_late():
             self.coverage.record_call(len(shards))
         if self._compares_tensors:
-            self._compares_tensors = not compare_tensors("GradClipper", self.table, may_call_alone=False)
+            self._compares_tensors = not compare_tensors("GradClipper", self.table, self.comm, may_call_alone=False)
         if loss_scale is not None:
             totals = replace(totals, loss_scale=loss_scale)
         return shards, partials, totals, totals if self.tensor_norms is None else self.tensor_norms.for_policy(totals)

@@ -297,12 +297,12 @@ def _measure(
     if totals.replicas_differ.host:
         guard.resolve(counter.count, shards, comm)
         counter.rounded_replicas = guard.rounded
-    if is_derived and comm.size == 1 and not table.metadata.was_compared:
-        # No communicator connects this rank, and later calls need not look for others either.
+    if is_derived and not table.metadata.was_compared:
+        # No communicator connects this rank with all others, and later calls need not look for them either.
         if table.is_complete:
             table.metadata.was_compared = compare_ddp_gradients(function, table, shards)
-        elif is_unlinked(table):
-            table.metadata.was_compared = compare_tensors(function, table)
+        elif is_unlinked(table, comm):
+            table.metadata.was_compared = compare_tensors(function, table, comm)
     if not shards:
         warn_if_nothing_trains(tensors, table)
     return table, shards, totals

@@ -1,7 +1,8 @@
-"""Compare ranks that measure alone: nothing shows that they share a model, or DDP gives each of them all gradients.
+"""Compare ranks that no communicator connects: nothing shows that they share a model, or DDP gives each all gradients.
 
-No communicator connects such ranks, and a rank may call when others do not. So what they compare goes through the store
-of torch.distributed, in the first calls only, and no rank waits for another one.
+Such ranks have plain tensors, or DTensors on meshes of a part of the job, and pass no `split_over=`. A rank may call
+when others do not. So what they compare goes through the store of torch.distributed, in the first calls only, and no
+rank waits for another one.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from .. import devices
+from ..comm import Comm
+from ..comm.discovery import job_size
 from ..comm.postings import Posting, posting_of
 from ..comm.ranks import Ranks
 from ..errors import ReplicaWarning, warn_user
 from ..norms.kernels import checksums, power_sums
+from ..sharding.annotations import whole_shape
 from ..sharding.shard import Shards
 from ..sharding.table import ShardTable
 from .compare import ReplicaInfo, compare_replicas
@@ -33,17 +37,22 @@ _RECORD = struct.Struct("<Id")
 """A checksum and a power sum."""
 
 
-def is_unlinked(table: ShardTable) -> bool:
-    """Return whether this rank measures alone: it has plain tensors only, and passes no `split_over=`."""
-    return bool(table.tensors) and not table.axes and all(len(ranks) == 1 for ranks in table.groups)
+def is_unlinked(table: ShardTable, comm: Comm) -> bool:
+    """Return whether nothing connects this rank with some ranks of the job, no mesh and no `split_over=`.
+
+    Args:
+        table: of this rank.
+        comm: derived from it.
+    """
+    return bool(table.tensors) and not table.axes and comm.size < job_size()
 
 
-def compare_tensors(function: str, table: ShardTable, *, may_call_alone: bool = True) -> bool:
-    """Compare names and shapes of plain tensors with those of other ranks, and warn if they differ.
+def compare_tensors(function: str, table: ShardTable, comm: Comm, *, may_call_alone: bool = True) -> bool:
+    """Compare names and shapes of whole tensors with those of other ranks, and warn if they differ.
 
     Args:
         function: that the user called; only calls of the same function are compared.
-        table: of this rank, see `is_unlinked`.
+        table, comm: of this rank, see `is_unlinked`.
         may_call_alone: whether a rank may also pass a part of its tensors when other ranks do not call, to log a norm.
 
     Returns:
@@ -51,18 +60,17 @@ def compare_tensors(function: str, table: ShardTable, *, may_call_alone: bool = 
 
     Collectives: none. Host syncs: none.
     """
-    return _compare(f"{function} of plain tensors", lambda posting: _compare_tensors(posting, table, may_call_alone))
+    return _compare(
+        f"{function} of unlinked tensors", lambda posting: _compare_tensors(posting, table, comm, may_call_alone)
+    )
 
 
-def _compare_tensors(posting: Posting, table: ShardTable, may_call_alone: bool) -> str | None:
+def _compare_tensors(posting: Posting, table: ShardTable, comm: Comm, may_call_alone: bool) -> str | None:
     """Return how this rank differs from the first one that posted, or None."""
     reads, is_first_call = posting.begin_call(), posting.num_calls == 1
     if posting.is_settled or not (is_first_call or may_call_alone or reads):
         return None
-    named = [
-        f"{'' if _NUMBERED.match(name) else f'{name} '}{tuple(tensor.shape)}"
-        for name, tensor in zip(table.names, table.tensors, strict=True)
-    ]
+    named = _describe_tensors(table, comm)
     entries = sorted(f"{zlib.crc32(text.encode()):08x}" for text in named)
     digest = f"{zlib.crc32(''.join(entries).encode()):08x}"
     if is_first_call:
@@ -73,7 +81,9 @@ def _compare_tensors(posting: Posting, table: ShardTable, may_call_alone: bool) 
 
     rank, first = posting.other
     other_entries = first.split(" ")
-    if entries == other_entries or posting.has_entry(rank, digest):
+    # The ranks of one communicator have compared more than this.
+    is_linked = comm.ranks is not None and rank in comm.ranks
+    if is_linked or entries == other_entries or posting.has_entry(rank, digest):
         posting.settle_equal()
         return None
     more, fewer = Counter(entries) - Counter(other_entries), Counter(other_entries) - Counter(entries)
@@ -82,14 +92,26 @@ def _compare_tensors(posting: Posting, table: ShardTable, may_call_alone: bool) 
         return None
     only = [text for text in named if f"{zlib.crc32(text.encode()):08x}" in more]
     example = f"{only[0]} is among them on rank {posting.rank} only" if only else f"rank {rank} has more of them"
+    others = "distclip.LocalComm()" if comm.size == 1 else "distclip.ProcessGroupComm(group) with the ranks of a model"
     text = (
-        f"parameters: ranks {min(rank, posting.rank)} and {max(rank, posting.rank)} pass different plain tensors "
-        f"({example}) and no split_over=, so that each rank clips by another norm. Pass the axis along "
-        'which ranks hold different parameters, as in split_over=mesh["pp"], or annotate_ the parameters. If the ranks '
-        "train different models, pass comm=distclip.LocalComm()."
+        f"parameters: ranks {min(rank, posting.rank)} and {max(rank, posting.rank)} pass different tensors "
+        f"({example}) and no split_over=, and no mesh of a DTensor connects them, so that they clip by different norms. "
+        'Pass the axis along which ranks hold different parameters, as in split_over=mesh["pp"], or annotate_ the '
+        f"parameters. If the ranks train different models, pass comm={others}."
     )
     posting.settle_different(text)
     return text
+
+
+def _describe_tensors(table: ShardTable, comm: Comm) -> list[str]:
+    """Describe tensors by their names, unless these are numbers, and the shapes of the whole tensors."""
+    entries = []
+    for name, tensor, layout in zip(table.names, table.tensors, table.layouts, strict=True):
+        # What the ranks of one communicator have in addition to their meshes, they have exchanged.
+        if comm.size == 1 or layout.groups:
+            shape = whole_shape(tensor, layout) if layout.groups else tuple(tensor.shape)
+            entries.append(f"{'' if _NUMBERED.match(name) else f'{name} '}{shape}")
+    return entries
 
 
 def compare_ddp_gradients(function: str, table: ShardTable, gradients: Shards) -> bool:

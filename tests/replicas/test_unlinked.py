@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import distclip
@@ -17,7 +18,8 @@ from distclip import GradClipper, ReplicaWarning, global_norm
 from tests.ranks import gather_from_ranks, on_ranks
 from tests.replicas.flips import flip
 from tests.tables.layouts.data_parallel import backward, mlp
-from tests.tables.layouts.tensors import plain_param, random_grad
+from tests.tables.layouts.meshes import group_of, world_mesh
+from tests.tables.layouts.tensors import dtensor_param, plain_param, random_grad
 
 
 def warnings_of(call: Callable[[], object]) -> list[str]:
@@ -118,6 +120,73 @@ def test_ranks_with_a_communicator_of_their_own_are_not_compared() -> None:
         GradClipper(params, global_norm(1.0), replicas="off")
 
     assert in_turn(calls) == [[], []]
+
+
+# ---- DTensors on meshes that reach a part of the ranks ----
+
+
+def in_groups(call: Callable[[], object]) -> list[int]:
+    """Call on ranks 0 and 1, then on ranks 2 and 3, and return the number of warnings in each of these groups."""
+    found: list[str] = []
+    for group in ((0, 1), (2, 3)):
+        if dist.get_rank() in group:
+            found = warnings_of(call)
+        dist.barrier()
+    assert all("split_over=" in text for text in found)
+    counts = [len(texts) for texts in gather_from_ranks(found)]
+    return [sum(counts[:2]), sum(counts[2:])]
+
+
+def stage_tensors(*shapes: tuple[int, ...], of: str = "dtensor") -> list[torch.Tensor]:
+    """Return tensors that ranks 0 and 1 share, and ranks 2 and 3: DTensors, or plain tensors with an annotation."""
+    mesh = world_mesh("pp", "dp")["dp"]
+    grads = [random_grad(*shape) for shape in shapes]
+    if of == "dtensor":
+        return [dtensor_param(grad, mesh, [Shard(0)]) for grad in grads]
+    rank = mesh.get_local_rank()
+    return [distclip.annotate_(plain_param(grad.tensor_split(2)[rank]), mesh, [Shard(0)]) for grad in grads]
+
+
+@on_ranks(4)
+@pytest.mark.parametrize("of", ["dtensor", "annotated"])
+@pytest.mark.parametrize("function", [*CALLS, "GradClipper"])
+def test_stages_with_meshes_of_their_own_warn(function: str, of: str) -> None:
+    """Shard each stage over its own ranks, and forget `split_over`: the ranks of a stage find each other only."""
+    stage = dist.get_rank() // 2
+    params = stage_tensors((5, 3), (3, 2 + stage), of=of)
+    if function == "GradClipper":
+        clippers: list[GradClipper] = []
+        assert in_groups(lambda: clippers.append(GradClipper(params, global_norm(1.0)))) == [0, 2]
+        # The rank that came first reads what the others have found.
+        assert in_groups(lambda: [clippers[0].clip() for _ in range(3)]) == [1, 0]
+    elif (function, of) != ("get_total_norm", "annotated"):
+        call = CALLS[function](params)
+        assert [in_groups(call) for _ in range(3)] == [[0, 2], [1, 0], [0, 0]]
+
+
+@on_ranks(4)
+def test_some_ranks_with_dtensors_and_others_with_plain_tensors() -> None:
+    shapes = [(5, 3), (3, 2)]
+    params = stage_tensors(*shapes) if dist.get_rank() < 2 else tensors(*shapes)
+    call = CALLS["clip_grad_norm_"](params)
+    assert [in_groups(call) for _ in range(3)] == [[0, 0]] * 3
+    other = stage_tensors((7, 3)) if dist.get_rank() < 2 else tensors((2, 3))
+    assert in_groups(lambda: GradClipper(other, global_norm(1.0))) == [0, 2]
+
+
+@on_ranks(4)
+def test_models_with_meshes_of_their_own_that_are_equal_are_silent() -> None:
+    """Train one model on two halves of the job, whose ranks have uneven shards, and then two models."""
+    params = [*stage_tensors((5, 3), (3, 2)), *stage_tensors((5,), of="annotated")]
+    group = [group_of(0, 1), group_of(2, 3)][dist.get_rank() // 2]
+    other = stage_tensors((4 + dist.get_rank() // 2,))
+
+    def calls() -> None:
+        distclip.clip_grad_norm_(params, 1e9)
+        GradClipper(params, global_norm(1.0)).clip()
+        distclip.clip_grad_norm_(other, 1e9, comm=distclip.ProcessGroupComm(group))
+
+    assert [in_groups(calls) for _ in range(3)] == [[0, 0]] * 3
 
 
 def no_call(*args: Any, **kwargs: Any) -> None:
