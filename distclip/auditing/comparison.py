@@ -499,7 +499,9 @@ class _Comparison:
             lambda *pair: True,
             patterns,
         )
-        group = axis.code("pp") if axis and axis.name else f"torch.distributed.new_group({sorted(holders)})"
+        # The program may have other meshes, whose axes have nothing to do with stages.
+        is_known = axis is not None and any(re.search(pattern, axis.name) for pattern in patterns if axis.name)
+        group = axis.code("pp") if axis and is_known else f"torch.distributed.new_group({sorted(holders)})"
         line = f"distclip.annotate_({parameter_code(one.name)}, {group}, [Replicate()])"
         same = f"{names} {_be([one.name] if one.name == two.name else [one.name, two.name])} equal on {on_ranks(ranks)}"
         if same_seed_explains(a, b) or (_are_clones(one.name, two.name) and not _started_apart(a, b)):

@@ -95,9 +95,9 @@ def _compare_tensors(posting: Posting, table: ShardTable, comm: Comm, may_call_a
     others = "distclip.LocalComm()" if comm.size == 1 else "distclip.ProcessGroupComm(group) with the ranks of a model"
     text = (
         f"parameters: ranks {min(rank, posting.rank)} and {max(rank, posting.rank)} pass different tensors "
-        f"({example}) and no split_over=, and no mesh of a DTensor connects them, so that they clip by different norms. "
-        'Pass the axis along which ranks hold different parameters, as in split_over=mesh["pp"], or annotate_ the '
-        f"parameters. If the ranks train different models, pass comm={others}."
+        f"({example}) and no split_over=, and no mesh connects them, so that they clip by different norms. Pass the "
+        'axis along which ranks hold different parameters, as in split_over=mesh["pp"], or annotate_ the parameters. '
+        f"If the ranks train different models, pass comm={others}."
     )
     posting.settle_different(text)
     return text

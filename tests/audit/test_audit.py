@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.debug import CommDebugMode
@@ -60,6 +61,18 @@ def test_mistakes_are_named(name: str) -> None:
     with pytest.raises(distclip.LayoutError, match=mistake.kind):
         report.raise_if_wrong()
     assert gather_from_ranks(text) == [text] * dist.get_world_size()
+
+
+@on_ranks(4)
+def test_meshes_of_other_parts_of_the_program_change_no_suggestion() -> None:
+    """Hold the tied ends alone on an axis of a mesh that has nothing to do with the model."""
+    meshes = [DeviceMesh("cpu", torch.tensor([[0, 3], [1, 2]]), mesh_dim_names=("a", "b"))]
+    for name, mistake in MISTAKES.items():
+        if mistake.num_ranks == 4:
+            description = mistake.build()
+            text = "\n".join(map(str, distclip.audit(description.model, **description.options).problems))
+            assert all(word in text for word in mistake.words), f"{name}:\n{text}"
+    assert meshes
 
 
 @pytest.mark.parametrize(("name", "num_ranks"), [(name, num_ranks) for name, (_, num_ranks) in RIGHT.items()])
