@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +43,32 @@ from .sharding.table import ShardTable
 from .tenants import GroupCounts, Groups, IsolatedEngine, group_state_dict, load_groups
 
 __all__ = ["GradClipper"]
+
+
+InitT = TypeVar("InitT", bound=Callable[..., None])
+
+
+def _explain_arguments(init: InitT) -> InitT:
+    """Run a constructor without gradients, and explain the arguments of torch's function if it gets them."""
+
+    @wraps(init)
+    def wrapper(self: GradClipper, *args: Any, **kwargs: Any) -> None:
+        if not kwargs.keys().isdisjoint({"max_norm", "norm_type", "clip_value", "foreach"}):
+            given = ", ".join(f"{name}={value!r:.40}" for name, value in kwargs.items() if name != "parameters")
+            policy = f"value({kwargs['clip_value']!r})" if "clip_value" in kwargs else "global_norm(1.0)"
+            if "max_norm" in kwargs:
+                p = f", norm_type={kwargs['norm_type']!r}" if kwargs.get("norm_type", 2) != 2 else ""
+                policy = f"global_norm({kwargs['max_norm']!r}{p})"
+            raise ArgumentError(
+                f"GradClipper({given}): a clipper takes a policy, which has the bound. Use GradClipper(model, "
+                f"distclip.{policy})."
+            )
+        if "policy" not in kwargs and len(args) < 2:
+            raise ArgumentError("GradClipper: no policy. Use GradClipper(model, distclip.global_norm(1.0)).")
+        with torch.no_grad():
+            init(self, *args, **kwargs)
+
+    return wrapper  # type: ignore[return-value]
 
 
 class GradClipper:
@@ -93,7 +121,7 @@ class GradClipper:
     tensor([-0.6000, -0.8000])
     """
 
-    @torch.no_grad()
+    @_explain_arguments
     def __init__(
         self,
         parameters: Parameters,
@@ -138,6 +166,18 @@ class GradClipper:
 
     def __repr__(self) -> str:
         return f"GradClipper({self.describe()})"
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "GradClipper: cannot be pickled, because it belongs to the tensors and the process groups of its process. "
+            "Save state_dict(), and construct a clipper with the same policy in each process."
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GradClipper:
+        # A model and its clipper can be copied together, within their process.
+        clipper = memo[id(self)] = object.__new__(type(self))
+        clipper.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return clipper
 
     @torch.no_grad()
     def rebind(

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple, TypeVar, get_args
 
 import torch
@@ -120,11 +120,14 @@ class Engine:
         self.observers: list[Observer] = []
         self.undo_observers: list[Callable[[int], None]] = []
         self._observed_step = 0
+        # All ranks emit the same warnings, and one of them prints them.
+        counter.prints = comm.rank == 0
         self.deferred = _DeferredReads(self)
         self.coverage = coverage
         self.optimizers = OptimizerSteps(table, comm, self.agree, lambda: self.on_host, coverage)
         self.replicas = replicas
         self.guard = ReplicaGuard(table, replica_rules.RULES[replicas], ReplicaLog())
+        self.guard.log.prints = counter.prints
         self._calls = CallCounter()
         # Coefficients of the last step, which the ranks compare in the next one.
         self._last_coefs: Tensor | None = None
@@ -1323,7 +1326,7 @@ class _DeferredReads:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._unread: _Unread | None = None
-        self.clip_rate = ClipRate(warn_user)
+        self.clip_rate = ClipRate(partial(warn_user, is_printed=engine.counter.prints))
 
     def record(self, outcome: Outcome, checksums: tuple[PerTensorChecksums, ...] | None, *, quiet: bool) -> None:
         """Count a step that the host does not know to be non-finite.

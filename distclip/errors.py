@@ -27,9 +27,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
+from types import FunctionType
 
 __all__ = [
     "ArgumentError",
@@ -117,25 +116,50 @@ class UnclippedStepWarning(UserWarning):
     """Parameters move by gradients that the clipper has not clipped."""
 
 
-@cache
-def _libraries() -> tuple[str, ...]:
-    """Return the folders whose lines a warning does not point to: those of distclip and torch."""
-    torch = find_spec("torch")  # without importing it, because the command of distclip does not need it
-    return tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch and torch.origin) if file)
+_FRAMEWORKS = (
+    *("torch", "accelerate", "deepspeed", "keras", "lightning", "pytorch_lightning", "lightning_fabric"),
+    *("megatron", "ray", "torchft", "torchtitan", "transformers"),
+)
+"""Packages whose lines a warning does not point to."""
 
 
-def warn_user(message: str, category: type[Warning]) -> None:
+def _is_user_code(file: str) -> bool:
+    """Return whether a file is neither of distclip nor of a framework that has called it."""
+    modules = (sys.modules[name] for name in _FRAMEWORKS if name in sys.modules)
+    folders = [str(Path(__file__).parent), *(path for module in modules for path in vars(module).get("__path__", ()))]
+    return not file.startswith(tuple(f"{folder}{os.sep}" for folder in folders))
+
+
+def warn_user(message: str, category: type[Warning], *, is_printed: bool = True) -> None:
     """Warn, and point to the line of the user's program that called into distclip.
 
     Args:
         message: text of the warning.
         category: class of the warning.
+        is_printed: False on the ranks whose stderr need not show a warning that all ranks emit. Filters and
+            `warnings.catch_warnings` work as on the others, so that a warning that is an error is one on all ranks.
     """
     # The number of frames in between varies: decorators of torch, hooks of optimizers, our own modules.
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_libraries()):
+    while frame.f_back is not None and not _is_user_code(frame.f_code.co_filename):
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level + 1)
+    if is_printed or not _prints_warnings():
+        warnings.warn(message, category, stacklevel=level + 1)
+        return
+    show = warnings.showwarning
+    warnings.showwarning = lambda *args, **kwargs: None
+    try:
+        warnings.warn(message, category, stacklevel=level + 1)
+    finally:
+        warnings.showwarning = show
+
+
+def _prints_warnings() -> bool:
+    """Return whether warnings go to stderr: no program records them, or passes them on to a logger."""
+    # `catch_warnings(record=True)` replaces the first function, and `logging.captureWarnings` the second one.
+    show_message, show = vars(warnings).get("_showwarnmsg_impl"), vars(warnings).get("_showwarning_orig")
+    is_default = isinstance(show_message, FunctionType) and show_message.__name__ == "_showwarnmsg_impl"
+    return is_default and warnings.showwarning is show
 
 
 _SHARED = {kind.__name__: kind for kind in (ArgumentError, LayoutError, DisagreementError)}

@@ -4,7 +4,15 @@
 # $PYTHON, or the python on the PATH. On several machines: deepspeed --hostfile hosts --no_local_rank launch/train.py ...
 set -euo pipefail
 launch=$(dirname "${BASH_SOURCE[0]}")
-python=$(command -v "${PYTHON:-python}")
+if ! python=$(command -v "${PYTHON:-python}"); then
+    echo "deepspeed.sh: there is no ${PYTHON:-python}. Set PYTHON to the interpreter of an environment with" \
+        "distclip[train,deepspeed]" >&2
+    exit 1
+fi
+if ! "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("deepspeed") is None)'; then
+    echo "deepspeed.sh: $python has no DeepSpeed. Use $python -m pip install -e '.[train,deepspeed]', or set PYTHON" >&2
+    exit 1
+fi
 # shellcheck source=launch/ranks.sh
 source "$launch/ranks.sh"
 case " $* " in

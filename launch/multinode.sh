@@ -5,10 +5,15 @@
 # Each machine must have an environment with distclip[train]: $PYTHON, or the python on the PATH.
 set -euo pipefail
 launch=$(dirname "${BASH_SOURCE[0]}")
+if [ -z "${HEAD:-}" ]; then
+    echo "multinode.sh: HEAD is not set. Choose one machine, and start this on each with the host name of that one:" \
+        "HEAD=$(hostname) bash launch/multinode.sh" >&2
+    exit 1
+fi
 # Several containers on one machine may each be a node, so a rank gets one thread by default.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # shellcheck source=launch/ranks.sh
 source "$launch/ranks.sh"
 exec "${PYTHON:-python}" -m torch.distributed.run --nnodes="${NNODES:-2}" --nproc-per-node="$NPROC" \
-    --rdzv-backend=c10d --rdzv-endpoint="${HEAD:?set it to the host name of one node}:${PORT:-29500}" \
+    --rdzv-backend=c10d --rdzv-endpoint="$HEAD:${PORT:-29500}" \
     --rdzv-id="${RUN_ID:-distclip}" "$launch/train.py" "$@"

@@ -10,9 +10,14 @@ import runpy
 import sys
 from pathlib import Path
 
-import ray
-from ray.train import ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+try:
+    import ray
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"ray_train.py: {error.name} is not installed. Use {sys.executable} -m pip install 'ray[train]'"
+    ) from None
 
 TRAIN = Path(__file__).resolve().with_name("train.py")
 

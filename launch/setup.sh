@@ -18,12 +18,21 @@ if [ ! -x "$PYTHON" ] || [ "$(cat "$setup_stamp" 2>/dev/null)" != "$setup_key" ]
         exit 1
     fi
     echo "setup: installing distclip[$1] and its dependencies into $setup_venv (once, takes a few minutes)" >&2
+    if [ "$setup_venv" != "$setup_root/.venv" ]; then
+        echo "setup: that is your active environment. To use $setup_root/.venv instead, interrupt this and run deactivate" >&2
+    fi
     "$PYTHON" -m pip --version >/dev/null 2>&1 || "$setup_base" -m venv "$setup_venv"
     setup_packages=(-e "${setup_root}[$1]")
-    # The newest torch comes with gigabytes of CUDA libraries, which are of no use without a GPU.
-    if ! "$PYTHON" -c 'import torch' 2>/dev/null && ! nvidia-smi -L >/dev/null 2>&1; then
+    # A torch that is installed stays as it is. The newest one comes with gigabytes of CUDA libraries, which are of no use
+    # without a GPU.
+    if setup_torch=$("$PYTHON" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null); then
+        setup_packages+=("torch==$setup_torch")
+    elif ! nvidia-smi -L >/dev/null 2>&1; then
         setup_packages+=(torch==2.13.0)
     fi
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check "${setup_packages[@]}"
+    # One line for each package, so that slow downloads are not mistaken for a hang.
+    PYTHONUNBUFFERED=1 "$PYTHON" -m pip install --disable-pip-version-check --progress-bar off "${setup_packages[@]}" |
+        sed -u -n -e 's/^ *Downloading \([^ /]*\/\)*/setup: downloading /p' -e 's/^Collecting \([^ ]*\).*/setup: \1/p' \
+            -e 's/^Installing collected packages.*/setup: installing the packages/p' >&2
     echo "$setup_key" >"$setup_stamp"
 fi

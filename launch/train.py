@@ -1,5 +1,6 @@
 """Train a model and clip its gradients: `torchrun ... launch/train.py [Hydra overrides]`, or `mpirun ...`."""
 
+import contextlib
 import sys
 import traceback
 from pathlib import Path
@@ -28,6 +29,15 @@ def folder(name: str) -> str:
     return name.replace(" ", "_")
 
 
+def remove_if_empty(directory: Path) -> None:
+    """Remove the directory that Hydra has made for a job, and `outputs` around it, if nothing is in them."""
+    with contextlib.suppress(OSError):
+        if not Path.cwd().is_relative_to(directory):
+            directory.rmdir()
+            if directory.parent == Path.cwd() / "outputs":
+                directory.parent.rmdir()
+
+
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(cfg: DictConfig) -> None:
     """Train the runs of one job one after the other, and print their results."""
@@ -35,12 +45,16 @@ def main(cfg: DictConfig) -> None:
     hydra_cfg = HydraConfig.get()
     is_multirun = hydra_cfg.mode == RunMode.MULTIRUN
     shared = JOB_DIRECTORY / str(hydra_cfg.job.num) if JOB_DIRECTORY and is_multirun else JOB_DIRECTORY
-    runs = {}
-    for name, run_cfg in run_configs(cfg).items():
-        run_directory = shared / folder(name) if shared else None
-        is_restart = ATTEMPT is not None and str(run_directory) in ATTEMPT.started
-        runs[name] = build_run(run_cfg, run_directory, is_restart=is_restart)
     output = Path(hydra_cfg.runtime.output_dir)
+    runs = {}
+    try:
+        for name, run_cfg in run_configs(cfg).items():
+            run_directory = shared / folder(name) if shared else None
+            is_restart = ATTEMPT is not None and str(run_directory) in ATTEMPT.started
+            runs[name] = build_run(run_cfg, run_directory, is_restart=is_restart)
+    except SystemExit:
+        remove_if_empty(output)
+        raise
     directory = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
     terminal = Terminal(RANK)
     terminal.title(f"{headline()}, {WORLD_SIZE} rank(s)")

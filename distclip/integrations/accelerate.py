@@ -35,7 +35,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import partial, wraps
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,8 @@ from .deferred import DeferredClipper, OnBind
 from .monkeypatch import MethodPatches
 
 __all__ = ["Attachment", "attach", "detach"]
+
+AcceleratorT = TypeVar("AcceleratorT")
 
 
 def attach(
@@ -110,7 +112,7 @@ def attach(
     )
 
 
-def patch(accelerator: Any, policy: Policy, **options: Any) -> Any:
+def patch(accelerator: AcceleratorT, policy: Policy, **options: Any) -> AcceleratorT:
     """Call `attach`, and return the accelerator. It is the name that `attach` had before version 0.1.
 
     Args:

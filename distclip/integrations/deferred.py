@@ -47,6 +47,11 @@ class DeferredClipper:
         self._on_nonfinite, self._max_skips = on_nonfinite, max_skips
         self._pending_state: dict[str, Any] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the arguments and the clipper's state, without the clipper, which belongs to its process."""
+        absent = {"clipper": None, "report": None, "found_inf": None, "_pending_state": self.state_dict()}
+        return {**self.__dict__, **absent}
+
     def bind(self, parameters: Parameters, comm: Comm | None = None) -> GradClipper:
         """Construct the clipper over these parameters, or rebind it to them. Rebinding keeps the state.
 

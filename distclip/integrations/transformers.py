@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -37,6 +37,8 @@ from .attachment import detach
 from .deferred import DeferredClipper, OnBind
 
 __all__ = ["Attachment", "attach", "detach"]
+
+TrainerT = TypeVar("TrainerT")
 
 _FILE = "distclip.pt"
 
@@ -82,7 +84,7 @@ def attach(
     return Attachment(trainer, DeferredClipper(policy, split_over, on_nonfinite, max_skips, on_bind))
 
 
-def patch(trainer: Any, policy: Policy, **options: Any) -> Any:
+def patch(trainer: TrainerT, policy: Policy, **options: Any) -> TrainerT:
     """Call `attach`, and return the Trainer. It is the name that `attach` had before version 0.1.
 
     Args:

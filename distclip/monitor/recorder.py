@@ -309,6 +309,12 @@ class Recorder:
             self._writer.write(self._steps, rows, outliers, details, global_ranks(comm)[comm.rank : comm.rank + 1])
         self._writer, self._is_closed = None, True
 
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "Recorder: cannot be pickled, because it has an open file and a clipper. Construct it in the process that "
+            "trains. In Lightning pass on_bind=functools.partial(Recorder, directory=...) to GradientClipping."
+        )
+
     def __enter__(self) -> Recorder:
         return self
 

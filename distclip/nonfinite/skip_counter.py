@@ -26,6 +26,8 @@ class SkipCounter:
         self.in_a_row = 0
         """Number of steps skipped since the last one that was not."""
         self.incidents: deque[Incident] = deque(maxlen=100)
+        self.prints = True
+        """Whether this rank prints warnings. They are the same on all ranks of the clipper."""
 
     def refuse(self, step: int, culprits: tuple[Culprit, ...]) -> None:
         """Raise for a step that is not finite.
@@ -42,7 +44,8 @@ class SkipCounter:
     def record_zeroed(self, step: int, culprits: tuple[Culprit, ...]) -> None:
         """Warn that elements of a step were set to zero."""
         self.incidents.append(Incident(step, "zero", culprits))
-        warn_user(f"step {step}: {describe_culprits(culprits)}. They were set to zero.", NonFiniteWarning)
+        text = f"step {step}: {describe_culprits(culprits)}. They were set to zero."
+        warn_user(text, NonFiniteWarning, is_printed=self.prints)
 
     def record_skip(self, step: int, culprits: tuple[Culprit, ...], *, expected: bool) -> None:
         """Count a step that was skipped because it is not finite.
@@ -60,7 +63,9 @@ class SkipCounter:
         self._count(step, reason)
         if not expected:
             warn_user(
-                f"step {step} was skipped ({self.skipped} in total): {describe_culprits(culprits)}.", NonFiniteWarning
+                f"step {step} was skipped ({self.skipped} in total): {describe_culprits(culprits)}.",
+                NonFiniteWarning,
+                is_printed=self.prints,
             )
 
     def record_skipped_tensors(self, step: int, culprits: tuple[Culprit, ...]) -> None:
@@ -76,6 +81,7 @@ class SkipCounter:
             f"step {step} skipped parameters ({self.skipped} such steps in total): {described}. The other parameters "
             "were stepped.",
             NonFiniteWarning,
+            is_printed=self.prints,
         )
 
     def record_policy_skip(self, step: int) -> None:

@@ -41,6 +41,8 @@ class ReplicaLog:
 
     def __init__(self) -> None:
         self.incidents: deque[ReplicaIncident] = deque(maxlen=100)
+        self.prints = True
+        """Whether this rank prints warnings. They are the same on all ranks of the clipper."""
         self._count = 0
 
     def warn(self, step: int, differences: tuple[ReplicaDifference, ...]) -> None:
@@ -49,7 +51,8 @@ class ReplicaLog:
         # Replicas that have diverged once differ in most of the later steps too.
         if self._count & (self._count - 1) == 0:
             often = f" This is step {self._count} of that kind." if self._count > 1 else ""
-            warn_user(f"step {step}: {describe_differences(differences)} {differences[0].cause}{often}", ReplicaWarning)
+            text = f"step {step}: {describe_differences(differences)} {differences[0].cause}{often}"
+            warn_user(text, ReplicaWarning, is_printed=self.prints)
 
     def record_repair(self, step: int, differences: tuple[ReplicaDifference, ...]) -> None:
         """Record a step whose replicas are overwritten by those of the majority, and warn."""
@@ -57,6 +60,7 @@ class ReplicaLog:
         warn_user(
             f"step {step}: {describe_differences(differences)} They were overwritten by those of the majority.",
             ReplicaWarning,
+            is_printed=self.prints,
         )
 
     def refuse(self, step: int, differences: tuple[ReplicaDifference, ...], reason: str = "") -> None:

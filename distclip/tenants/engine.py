@@ -261,6 +261,7 @@ class IsolatedEngine(Engine):
                         f"step {step} was skipped in group {name!r} ({counter.skipped} in total): "
                         f"{describe_culprits(found)}.",
                         NonFiniteWarning,
+                        is_printed=self.counter.prints,
                     )
             except TooManySkippedSteps as error:
                 # The other groups make their step first.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +14,7 @@ from distclip import ArgumentError, Comm, LayoutError, LocalComm
 from distclip.comm import global_ranks, threads
 from distclip.comm.consensus import FirstError
 from distclip.comm.discovery import global_rank, resolve_comm, uncovered_ranks
+from distclip.comm.mpi import MPIComm
 from distclip.comm.ranks import Axis
 from distclip.sharding import split_axes
 
@@ -73,3 +77,16 @@ def test_ranks_outside_of_a_communicator_are_an_error_for_all_ranks() -> None:
 def test_global_rank_is_that_of_the_communicator() -> None:
     assert global_rank(FourRanks()) == 4
     assert global_rank(LocalComm()) == 0
+
+
+def test_mpi_that_is_missing_is_named() -> None:
+    class WithoutLibrary:
+        """Raises what mpi4py raises where it finds no MPI."""
+
+        @property
+        def MPI(self) -> None:
+            raise RuntimeError("cannot load MPI library\nlibmpi.so: cannot open")
+
+    for module, message in ((None, r"mpi4py is not installed. Use pip install"), (WithoutLibrary(), "module load")):
+        with mock.patch.dict(sys.modules, {"mpi4py": module}), pytest.raises(ImportError, match=message):
+            MPIComm()

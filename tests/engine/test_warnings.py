@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import distclip
-from distclip import GradClipper
+from distclip import GradClipper, NonFiniteWarning
+from tests.ranks import on_ranks
 
 
 def case(policy: object) -> tuple[torch.nn.Parameter, torch.optim.Optimizer, GradClipper]:
@@ -70,3 +74,31 @@ def test_warning_points_to_the_callers_line(way: Callable[[object], None], polic
     assert warning.filename == __file__
     first = way.__code__.co_firstlineno
     assert first < warning.lineno < first + 10
+
+
+def step_with_nan(rank: int) -> None:
+    """Make a step in which only one rank has a NaN."""
+    weight = torch.nn.Parameter(torch.zeros(2))
+    clipper = GradClipper([("weight", weight)], distclip.global_norm(1.0), split_over=dist.group.WORLD)
+    weight.grad = torch.tensor([1.0, float("nan") if dist.get_rank() == rank else 2.0])
+    clipper.step(torch.optim.SGD([weight], lr=0.1))
+
+
+@on_ranks(2)
+def test_one_rank_prints_a_warning_of_all_ranks() -> None:
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()) as printed:
+        warnings.simplefilter("always")
+        step_with_nan(rank=1)
+    assert printed.getvalue().count("NonFiniteWarning: step 1 was skipped") == (1 if dist.get_rank() == 0 else 0)
+
+
+@on_ranks(2)
+def test_all_ranks_record_a_warning_or_raise_it() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step_with_nan(rank=0)
+    assert [warning.category for warning in caught] == [NonFiniteWarning]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(NonFiniteWarning):
+            step_with_nan(rank=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from distclip import GradClipper, LocalComm, Policy, adagc, autoclip, global_norm, group_norm, zclip
 from job.checkpoint import check_policy
 from job.run import build_run
-from tests.launch.jobs import ROOT, environment, run_ranks
+from tests.launch.jobs import ROOT, environment, run_command, run_ranks
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,26 @@ def test_rejects_before_a_process_group_starts(tmp_path: Path, world_size: int, 
     assert done.returncode == 1
     assert message in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_start_leaves_no_directory(tmp_path: Path) -> None:
+    done = run_ranks(tmp_path, [environment(RANK="0", WORLD_SIZE="1")], ["steps=0"])
+    assert (done.returncode, done.stderr.strip()) == (1, "steps=0: too small. Use 1 or more")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "variables", "message"),
+    [
+        (["bash", "launch/multinode.sh"], {}, "HEAD is not set"),
+        (["bash", "launch/deepspeed.sh"], {"PYTHON": "no-python"}, "there is no no-python"),
+        ([sys.executable, "-S", "launch/ray_train.py"], {}, "ray is not installed"),
+    ],
+)
+def test_launchers_name_what_is_missing(command: list[str], variables: dict[str, str], message: str) -> None:
+    done = run_command(ROOT, *command, **{"HEAD": "", "PYTHONPATH": "", **variables})
+    assert done.returncode == 1
+    assert message in done.stderr
 
 
 def test_angle_needs_whole_gradients() -> None:

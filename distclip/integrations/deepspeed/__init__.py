@@ -1,5 +1,8 @@
 """Clip the gradients of a DeepSpeed engine by any policy, inside `engine.step()`.
 
+Start it with `torchrun --nproc-per-node 2 example.py`, or with `deepspeed example.py`. Without a launcher DeepSpeed
+looks for MPI, and fails with "No module named 'mpi4py'".
+
 ::
 
     import deepspeed

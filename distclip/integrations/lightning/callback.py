@@ -23,15 +23,15 @@ from ..attachment import check_policy
 from ..deferred import DeferredClipper, OnBind
 
 if TYPE_CHECKING:
-    # A stand-in with the same methods for both of Lightning's packages.
-    class Callback: ...
+    # Both of Lightning's packages have a class Callback. Type checkers see the one of `lightning`.
+    from lightning.pytorch import Callback
 else:
     from .base_callback import Callback
 
 __all__ = ["GradientClipping"]
 
 
-class GradientClipping(Callback):
+class GradientClipping(Callback):  # type: ignore[misc, unused-ignore]
     """Clip between backward and step of Lightning's Trainer.
 
     It works under any strategy and precision plugin except DeepSpeed's.
@@ -86,6 +86,10 @@ class GradientClipping(Callback):
         self._deferred: list[DeferredClipper] = [self._make_deferred()]
         self._last_index = 0
         self._had_backward = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the arguments and the clippers' states. The Trainer lends its callbacks methods of the module."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
 
     @property
     def clipper(self) -> GradClipper | None:
@@ -147,7 +151,9 @@ class GradientClipping(Callback):
         if self._log is not None:
             prefix = self._log if len(self._deferred) == 1 else f"{self._log}{self._last_index}/"
             numbers = {"norm": report.norm, "coef": report.coef, "clipped": report.clipped, "skipped": report.skipped}
-            pl_module.log_dict({f"{prefix}{name}": number.float() for name, number in numbers.items()})
+            # Lightning would look for the batch size in the batch, and refuses some batches. Steps have equal weights.
+            values = {f"{prefix}{name}": number.float() for name, number in numbers.items()}
+            pl_module.log_dict(values, batch_size=1)
 
     def _deferred_at(self, i: int) -> DeferredClipper:
         while len(self._deferred) <= i:

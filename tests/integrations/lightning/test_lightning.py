@@ -382,3 +382,31 @@ def test_callback_can_be_pickled() -> None:
     other = pickle.loads(pickle.dumps(callback))
     assert other.state_dict() == callback.state_dict()
     assert other.clippers == [None, None]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trainer_can_be_pickled_after_training(tmp_path: Path) -> None:
+    """The copy has the policy's state, and continues. Lightning cannot find the size of batches of such a module."""
+    from lightning.pytorch import LightningModule, Trainer
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(2, 1)
+
+        def training_step(self, dataloader_iter: Any) -> Tensor:
+            next(dataloader_iter)
+            return self.net(torch.ones(4, 2)).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    callback = GradientClipping(distclip.zclip(cap=5.0))
+    trainer = Trainer(max_steps=2, callbacks=[callback], default_root_dir=tmp_path, **options)
+    trainer.fit(Module(), [["no tensor"]] * 2)
+    assert "grad/norm" in trainer.callback_metrics
+    copy = pickle.loads(pickle.dumps(callback))
+    assert copy.clippers == [None]
+    Trainer(max_steps=1, callbacks=[copy], default_root_dir=tmp_path, **options).fit(Module(), [["no tensor"]])
+    assert copy.clipper.steps == 3
