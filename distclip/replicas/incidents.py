@@ -42,7 +42,7 @@ class ReplicaLog:
     def __init__(self) -> None:
         self.incidents: deque[ReplicaIncident] = deque(maxlen=100)
         self.prints = True
-        """Whether this rank prints warnings. They are the same on all ranks of the clipper."""
+        """True on the rank that prints warnings, which all ranks of the clipper emit."""
         self._count = 0
 
     def warn(self, step: int, differences: tuple[ReplicaDifference, ...]) -> None:

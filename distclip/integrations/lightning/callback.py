@@ -88,7 +88,8 @@ class GradientClipping(Callback):  # type: ignore[misc, unused-ignore]
         self._had_backward = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the arguments and the clippers' states. The Trainer lends its callbacks methods of the module."""
+        """Return the arguments and the clippers' states."""
+        # The Trainer lends these methods of the module to its callbacks.
         return {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
 
     @property
