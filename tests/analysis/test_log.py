@@ -282,6 +282,26 @@ def test_find_and_name_runs(tmp_path: Path) -> None:
     assert name_runs([tmp_path / "b"]) == ["b"]
 
 
+UUIDS = ["48cbc915-507b-42ab-8639-90f32013c56a", "90f32013-507b-42ab-8639-48cbc91556aa"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (
+            ["01-04_48cbc915-507b-42ab-8639-90f32013c56a/a", "01-05_90f32013-507b-42ab-8639-48cbc91556aa/a"],
+            ["01-04", "01-05"],
+        ),
+        (["x/seed_0/run", "x/seed_1/run"], ["seed_0", "seed_1"]),
+        (["x/a/run", "x/a/other", "x/b/run"], ["a/run", "a/other", "b/run"]),
+        (UUIDS, None),
+        ([f"v_{uuid}" for uuid in UUIDS], None),
+    ],
+)
+def test_short_names(tmp_path: Path, paths: list[str], names: list[str] | None) -> None:
+    assert name_runs([tmp_path / path for path in paths]) == (names or paths)
+
+
 def test_find_runs_without_a_run(tmp_path: Path) -> None:
     write_lines(tmp_path / "d" / "config.yaml", "x")
     (tmp_path / "d" / "sub").mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from plotly.offline import get_plotlyjs
 from rich.console import Console
 
 from distclip.monitor.analysis.log import Log
+from distclip.monitor.analysis.spikes import Spike
 from distclip.monitor.dashboard import assess, print_summary, write_page, write_pngs
 from distclip.monitor.dashboard.charts import draw_curves, draw_heat_map, draw_histograms
 from distclip.monitor.dashboard.downsample import bucket_peaks, downsample, sample_evenly
@@ -374,3 +376,36 @@ def test_printed_summary() -> None:
         line for line in render_summary([replace(make_full_log(bound=1e-2), name="x")]).splitlines() if ": " in line
     ]
     assert any(re.search("clip", line, re.IGNORECASE) for line in findings), "a clip rate of 100 % is a finding"
+
+
+def test_spikes_are_sorted_by_size_and_folded(tmp_path: Path) -> None:
+    """Non-finite steps come first, then the largest spikes of all runs. Ten are visible."""
+    spikes = [tuple(Spike(10 * i + 3, 3.0, 2.0 + (7 * i) % 13 + run / 2) for i in range(1, 13)) for run in range(2)]
+    logs = [replace(make_full_log(name=f"run {run}"), spikes=spikes[run]) for run in range(2)]
+    rows, _ = make_spike_rows(logs)
+    ratios = [float(row.ratio.removesuffix(" x")) for row in rows if row.ratio != "-"]
+    assert ratios == sorted(ratios, reverse=True)
+    assert [row.norm for row in rows].index("3") == 2
+    write_page(logs, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    head, _, tail = text[text.index('<section id="spikes">') :].partition("<details>")
+    assert head.count("<tr>") == 1 + 10
+    assert f"<summary>{len(rows) - 10} smaller ones</summary>" in tail
+    assert tail.count("<tr>") == 1 + len(rows) - 10
+
+
+@pytest.mark.parametrize("num_runs", [1, 2, 6])
+def test_one_label_for_all_panels(num_runs: int) -> None:
+    logs = [make_full_log(name=f"run {run}", seed=run) for run in range(num_runs)]
+    figure = draw_curves(make_panels(logs)[0], assign_styles([log.name for log in logs]))
+    unified = num_runs < 5
+    assert (figure.layout.hovermode, figure.layout.hoversubplots) == (
+        ("x unified", "axis") if unified else ("closest", None)
+    )
+    labels = [trace.hovertemplate for trace in figure.data if trace.hovertemplate]
+    assert all(label.startswith("step %{x:,d}: ") != unified for label in labels)
+    linear, logarithmic = (button.args[0] for button in figure.layout.updatemenus[0].buttons)
+    assert linear["xaxis.range"] == list(figure.layout.xaxis.range)
+    low, high = logarithmic["xaxis.range"]
+    assert -0.1 < low < 0
+    assert math.log10(400) < high < math.log10(400) + 0.1

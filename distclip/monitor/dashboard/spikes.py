@@ -44,8 +44,13 @@ class SpikeRow:
 
 
 def make_spike_rows(logs: Sequence[Log]) -> tuple[list[SpikeRow], list[str]]:
-    """Return the rows, sorted by run and step, and notes about steps that are not shown."""
-    rows, notes = [], []
+    """Return the rows and notes about steps that are not shown.
+
+    Steps that are not finite come first, in their order, and then the others by the ratio to the median, in descending
+    order.
+    """
+    rows: list[tuple[float, SpikeRow]] = []
+    notes = []
     for run, log in enumerate(logs):
         culprits: dict[int, list[Culprit]] = {}
         for culprit in log.culprits:
@@ -56,8 +61,10 @@ def make_spike_rows(logs: Sequence[Log]) -> tuple[list[SpikeRow], list[str]]:
         finite = [spike for spike in log.spikes if spike.step not in nonfinite]
         finite.sort(key=lambda spike: np.nan_to_num(spike.ratio, nan=0.0), reverse=True)
         shown = sorted(nonfinite)[:MAX_STEPS] + [spike.step for spike in finite[:MAX_STEPS]]
+        sizes = dict.fromkeys(nonfinite, math.inf) | {spike.step: spike.ratio for spike in finite}
         rows += [
-            _make_row(run, step, spikes.get(step), culprits.get(step, ()), step in nonfinite) for step in sorted(shown)
+            (sizes[step], _make_row(run, step, spikes.get(step), culprits.get(step, ()), step in nonfinite))
+            for step in shown
         ]
         if len(nonfinite) + len(finite) > len(shown):
             parts = []
@@ -66,7 +73,8 @@ def make_spike_rows(logs: Sequence[Log]) -> tuple[list[SpikeRow], list[str]]:
             if finite:
                 parts.append(f"the {min(MAX_STEPS, len(finite))} largest of {len(finite):,} spikes")
             notes.append(f"{printable(log.name)}: the table shows {' and '.join(parts)}.")
-    return rows, notes
+    rows.sort(key=lambda pair: np.nan_to_num(pair[0], nan=0.0, posinf=np.inf), reverse=True)
+    return [row for _, row in rows], notes
 
 
 def _make_row(run: int, step: int, spike: Spike | None, culprits: Sequence[Culprit], nonfinite: bool) -> SpikeRow:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,6 +14,9 @@ __all__ = ["LINES", "find_runs", "name_runs"]
 
 LINES = "metrics.jsonl"
 """Name of a recorder's file, which makes a directory a run."""
+
+UUID = re.compile(r"[_-]?[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+"""Identifier in the name of a directory, with the separator before it."""
 
 MAX_DEPTH = 3
 """Number of levels below a directory that are searched. Hydra's multirun uses two, named runs use three."""
@@ -41,11 +45,22 @@ def find_runs(paths: str | Path | Sequence[str | Path]) -> list[Path]:
 def name_runs(runs: Sequence[Path]) -> list[str]:
     """Return short, distinct names of runs.
 
-    The names are the paths below the common directory. A single run has the name of its directory.
+    The names are the paths below the common directory, without UUIDs and without last parts that all of them share, if
+    they stay distinct. A single run has the name of its directory.
     """
     directories = [_directory(run.resolve()) for run in runs]
     common = Path(os.path.commonpath(directories)) if len(directories) > 1 else directories[0].parent
-    return [path.name if path == common else str(path.relative_to(common)) for path in directories]
+    names = [path.name if path == common else str(path.relative_to(common)) for path in directories]
+    names = _if_distinct([UUID.sub("", name) for name in names], names)
+    parts = [name.split("/") for name in names]
+    while len(names) > 1 and min(map(len, parts)) > 1 and len({part[-1] for part in parts}) == 1:
+        parts = [part[:-1] for part in parts]
+    return _if_distinct(["/".join(part) for part in parts], names)
+
+
+def _if_distinct(shorter: list[str], names: list[str]) -> list[str]:
+    """Return shorter names, unless one is empty or two are equal that were not."""
+    return shorter if all(shorter) and len(set(shorter)) == len(set(names)) else names
 
 
 def _directory(run: Path) -> Path:

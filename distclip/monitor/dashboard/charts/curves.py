@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ from ..panels import Curve, Markers, Panel
 from .style import apply_style, escape_text, hover_name, log_ticks
 
 __all__ = ["draw_curves"]
+
+MAX_UNIFIED = 4
+"""Maximum number of runs for one label with the values of all panels at a step, which would fill the screen."""
 
 GAP = 26
 """Distance between panels in pixels."""
@@ -46,15 +50,58 @@ def draw_curves(panels: Sequence[Panel], runs: Sequence[Style]) -> Any:
     last = f"y{len(panels)}" if len(panels) > 1 else "y"
     apply_style(figure, height, sum(style.first for style in runs), runs)
     ends = [float(curve.steps[i]) for curve in panels[0].curves if len(curve.steps) for i in (0, -1)] or [0.0]
-    figure.update_xaxes(title_text="step", anchor=last, tickformat=",d", range=_with_margin(min(ends), max(ends)))
-    figure.update_layout(hovermode="closest")
+    linear = _with_margin(min(ends), max(ends))
+    figure.update_xaxes(title_text="step", anchor=last, tickformat=",d", range=linear)
+    if len(runs) <= MAX_UNIFIED:
+        figure.update_layout(hovermode="x unified", hoversubplots="axis")
+    else:
+        figure.update_layout(hovermode="closest")
+    if max(ends) > 1:
+        figure.update_layout(updatemenus=[_scale_switch(linear, max(1.0, min(ends)), max(ends))])
     return figure
+
+
+def _scale_switch(linear: list[float], low: float, high: float) -> dict[str, Any]:
+    """Return buttons that make the axis of the steps linear or logarithmic."""
+    # Plotly keeps the range when the type changes, in other units.
+    margin = 0.012 * math.log10(high / low) + 0.01
+    logarithmic = [math.log10(low) - margin, math.log10(high) + margin]
+    # Labels at 1, 2 and 5, or one label per decade.
+    ticks = "D2" if high / low < 1e3 else 1
+    keys = ("xaxis.type", "xaxis.range", "xaxis.dtick")
+    return {
+        "type": "buttons",
+        "direction": "right",
+        "buttons": [
+            {"label": kind, "method": "relayout", "args": [dict(zip(keys, values, strict=True))]}
+            for kind, *values in (("linear", "linear", linear, None), ("log", "log", logarithmic, ticks))
+        ],
+        "x": 1,
+        "xanchor": "right",
+        "y": 0,
+        "yanchor": "top",
+        "pad": {"t": 22},
+        "showactive": False,
+        "bgcolor": "rgba(0,0,0,0)",
+        "bordercolor": GREY,
+        "font": {"size": 11},
+    }
 
 
 def _with_margin(low: float, high: float) -> list[float]:
     """Extend a range so that markers at its ends are visible."""
     margin = max(0.012 * (high - low), 0.5)
     return [low - margin, high + margin]
+
+
+def _step(runs: Sequence[Style]) -> str:
+    """Return the beginning of a label, which has the step unless the label of all panels has it."""
+    return "" if len(runs) <= MAX_UNIFIED else "step %{x:,d}: "
+
+
+def _short(panel: Panel) -> str:
+    """Return the title of a panel for a label, on one line."""
+    return escape_text(shorten(panel.title.replace("<br>", " "), 30))
 
 
 def _curve_trace(curve: Curve, panel: Panel, runs: Sequence[Style], axis: str, legend: bool) -> Any:
@@ -70,7 +117,7 @@ def _curve_trace(curve: Curve, panel: Panel, runs: Sequence[Style], axis: str, l
         showlegend=legend and style.first and len(runs) > 1,
         line={"color": style.colour, "width": 1.3 if len(runs) < 9 else 1, "dash": "dot" if style.dashed else "solid"},
         opacity=(1 if len(runs) < 9 else 0.65) * (1 if curve.trend is None else 0.4),
-        hovertemplate=f"step %{{x:,d}}: %{{y:.4~g}}<extra>{hover_name(style, runs)}</extra>",
+        hovertemplate=f"{_step(runs)}{_short(panel)} %{{y:.4~g}}<extra>{hover_name(style, runs)}</extra>",
         meta=panel.key,
     )
 
@@ -86,7 +133,7 @@ def _trend_trace(trend: Curve, panel: Panel, runs: Sequence[Style], axis: str, l
         legendgroup=escape_text(style.group),
         showlegend=legend and style.first and len(runs) > 1,
         line={"color": style.colour, "width": 1.6},
-        hovertemplate=f"around step %{{x:,d}}: median %{{y:.4~g}}<extra>{hover_name(style, runs)}</extra>",
+        hovertemplate=f"{_step(runs)}{_short(panel)}, median %{{y:.4~g}}<extra>{hover_name(style, runs)}</extra>",
         meta=f"{panel.key} trend",
     )
 
@@ -104,7 +151,7 @@ def _bound_trace(curve: Curve, runs: Sequence[Style], axis: str) -> Any:
         legendgroup=group,
         showlegend=not own,
         line={"color": colour, "width": 1.5, "dash": "dash"},
-        hovertemplate="bound at step %{x:,d}: %{y:.4~g}<extra></extra>",
+        hovertemplate=f"{_step(runs)}bound %{{y:.4~g}}<extra></extra>",
         meta="bound",
     )
 
@@ -123,7 +170,7 @@ def _markers_trace(markers: Markers, runs: Sequence[Style], axis: str) -> Any:
         showlegend=single,
         text=markers.texts,
         marker=_symbol(markers.kind, colour),
-        hovertemplate=f"step %{{x:,d}}: %{{text}}<extra>{hover_name(style, runs)}</extra>",
+        hovertemplate=f"{_step(runs)}%{{text}}<extra>{hover_name(style, runs)}</extra>",
         meta=markers.kind,
     )
 
