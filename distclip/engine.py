@@ -11,11 +11,11 @@ from __future__ import annotations
 import re
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple, TypeVar, get_args
+from typing import Any, NamedTuple, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -80,11 +80,16 @@ from .sharding.slots import ParamInfo, SlotMap, assign_slots, describe_params, e
 from .sharding.split_over import SplitOver, split_axes
 from .sharding.table import ShardTable, parameter_table, warn_if_nothing_trains
 
-__all__ = ["Engine", "measure_all_ranks"]
+__all__ = ["Engine", "begin", "measure_all_ranks", "run"]
 
 _NO_SHARDS = Shards.of(())
 
 EngineT = TypeVar("EngineT", bound="Engine")
+T = TypeVar("T")
+SentT = TypeVar("SentT")
+
+_Passed: TypeAlias = "tuple[Optimizer | Iterable[Optimizer] | None, GradScaler | None]"
+"""Arguments of `Engine.finish`."""
 
 
 class Engine:
@@ -246,8 +251,10 @@ class Engine:
 
     def step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None, watch: Any = None) -> Outcome:
         """Clip and step, or skip, see `GradClipper.step`."""
-        self.start(optimizer, scaler, watch, overlap=False)
-        return self.finish(None, scaler)
+        with self._undone_on_error():
+            stages = self._step(optimizer, scaler, watch, FirstError(), overlap=False)
+            begin(stages)
+            return complete(stages, (None, scaler))
 
     def start(
         self,
@@ -255,21 +262,19 @@ class Engine:
         scaler: GradScaler | None,
         watch: Any,
         *,
-        overlap: bool = True,
         error: Exception | None = None,
     ) -> None:
         """Measure, and begin the all-reduce of a step, see `GradClipper.start`.
 
         Args:
             optimizer, scaler, watch: see `GradClipper.start`.
-            overlap: return before the all-reduce is complete, and notice what is written until `finish`.
             error: that this rank has already, for all ranks to raise.
         """
         errors = FirstError(error)
         with self._undone_on_error() as before:
-            self.started = self._start(optimizer, scaler, watch, errors, before, overlap=overlap)
-            if overlap and self.started.decision is not None:
-                self.started.writes = GradientWrites(self.table, self.started.decision.measurement.shards)
+            stages = self._step(optimizer, scaler, watch, errors, overlap=True)
+            begin(stages)
+            self.started = _Started(stages, before)
         if errors.error is not None:
             # The other ranks read in `finish` that this one has failed.
             self.finish(None, scaler)
@@ -282,18 +287,26 @@ class Engine:
             self.start(None, None, None, error=error)
             raise error
         with self._undone_on_error(started.before):
-            return self._finish(started, optimizer, scaler)
+            return complete(started.stages, (optimizer, scaler))
 
-    def _start(
+    def _step(
         self,
         optimizer: Optimizer | Iterable[Optimizer] | None,
         scaler: GradScaler | None,
         watch: Any,
         errors: FirstError,
-        before: _Trace,
         *,
         overlap: bool,
-    ) -> _Started:
+    ) -> Generator[None, _Passed | None, Outcome]:
+        """Run all stages of a step, and yield once the all-reduce has begun.
+
+        It is sent the arguments of `finish`, or None to complete the collectives and step nothing.
+
+        Args:
+            optimizer, scaler, watch: of `start`.
+            errors: of this rank so far.
+            overlap: yield before the all-reduce is complete, and refuse gradients that are written until then.
+        """
         optimizers: list[Optimizer] | None = None
         if optimizer is not None or not overlap:
             with errors:
@@ -311,9 +324,11 @@ class Engine:
         if scaler is not None:
             with errors:
                 state = ScalerState(scaler, used)
-        if state is not None and self._scaler_round is not None and self._scaler_round.round is state.round:
+        earlier = self._scaler_round
+        if state is not None and earlier is not None and earlier.round is state.round:
             # An earlier call since the last scaler.update() has decided about all gradients.
-            return _Started(before, None, used, state, earlier=self._scaler_round)
+            passed = yield
+            return earlier.outcome if passed is None else self._step_again(earlier, used, state)
         was_scaled = state is not None and len(state.scaled_optimizers()) == len(used)
         if state is not None:
             with errors:
@@ -324,40 +339,81 @@ class Engine:
                 self.coverage.check(used, all_now=state is None)
 
         # Stages 1 and 2, and the beginning of 3.
-        decision = self._start_decision(
+        decision = self._decide(
             errors, loss_scale, expect_overflow=state is not None, function=function, watch=watch, overlap=overlap
         )
-        return _Started(
-            before, decision, optimizers, state, loss_scale, errors, all_fused=all_fused, was_scaled=was_scaled
-        )
-
-    def _finish(
-        self, started: _Started, optimizer: Optimizer | Iterable[Optimizer] | None, scaler: GradScaler | None
-    ) -> Outcome:
-        state, loss_scale = started.state, started.loss_scale
-        if started.earlier is not None:
-            assert started.optimizers is not None
-            assert state is not None
-            return self._step_again(started.earlier, started.optimizers, state)
-        assert started.decision is not None
+        shards = _begin_decision(decision)
+        writes = GradientWrites(self.table, shards) if overlap else None
+        passed = yield
+        if passed is None:
+            return _finish_decision(decision, must_read=not all_fused or self.rule.needs_host)
 
         # The end of stage 3, and stages 4 and 5. What is wrong on this rank alone is raised once it has made all
         # collectives.
-        errors = FirstError()
-        optimizers, all_fused = self._optimizers_of(started, optimizer, scaler, errors)
-        must_read = not all_fused or self.rule.needs_host
-        outcome = self._finish_decision(started.decision, must_read=must_read)
-        if errors.error is not None:
-            raise errors.error
+        late = FirstError()
+        if writes is not None:
+            with late:
+                writes.check()
+        if optimizers is None:
+            optimizers, all_fused = self._compare_last(passed, errors, late)
+        with late:
+            _check_passed(passed, optimizers, has_scaler=state is not None)
+        outcome = _finish_decision(decision, must_read=not all_fused or self.rule.needs_host)
+        if late.error is not None:
+            raise late.error
 
-        # 6. Fused optimizers apply one factor themselves, which saves a pass over the gradients if these must be
+        # 6. Write and step, or skip.
+        return self._carry_out(outcome, optimizers, state, is_scaled=loss_scale is not None, was_scaled=was_scaled)
+
+    def _compare_last(self, passed: _Passed, errors: FirstError, late: FirstError) -> tuple[list[Optimizer], bool]:
+        """Compare the optimizers of `finish` with those of the other ranks, because `start` had none.
+
+        Args:
+            passed: arguments of `finish`.
+            errors: of this rank before the all-reduce.
+            late: errors of this rank since then; it gets further ones.
+
+        Returns:
+            The optimizers, and whether those of all ranks are fused.
+        """
+        optimizers: list[Optimizer] = []
+        all_fused = False
+        with late:
+            optimizers = as_list(passed[0])
+        # The other ranks raise an error of `start` in the comparison too, if they make one.
+        known = FirstError(errors.error or late.error)
+        with late:
+            all_fused = self.optimizers.compare_first(optimizers, None, known, are_known=known.error is None)
+        with late:
+            self.coverage.check(optimizers, all_now=True)
+        return optimizers, all_fused
+
+    def _carry_out(
+        self,
+        outcome: Outcome,
+        optimizers: list[Optimizer],
+        state: ScalerState | None,
+        *,
+        is_scaled: bool,
+        was_scaled: bool,
+    ) -> Outcome:
+        """Write the decision of a step into gradients, and step the optimizers.
+
+        Args:
+            outcome: the decision.
+            optimizers: of this rank.
+            state: of the GradScaler.
+            is_scaled: whether the gradients carry a loss scale.
+            was_scaled: whether those of all these optimizers do.
+        """
+        # Fused optimizers apply one factor themselves, which saves a pass over the gradients if these must be
         # multiplied anyway. With a loss scale it has been checked already that the parameters are the table's.
         fuse = (
-            (loss_scale is not None or outcome.skip.host is None)
+            (is_scaled or outcome.skip.host is None)
             and outcome.limits is None
             and len(outcome.coefs) == 1
             and all(map(supports_grad_scale, optimizers))
-            and (loss_scale is not None or self.coverage.owns(optimizers))
+            and (is_scaled or self.coverage.owns(optimizers))
         )
         if not fuse and not outcome.skip.host:
             self.write_(outcome, outcome.shards)
@@ -377,49 +433,11 @@ class Engine:
                 "decided. With torchft, call distclip.integrations.torchft.attach(optimizer, policy) instead."
             )
         if state is not None:
-            self._scaler_round = _ScalerRound(state.round, outcome.without_gradients(), not fuse, started.was_scaled)
+            self._scaler_round = _ScalerRound(state.round, outcome.without_gradients(), not fuse, was_scaled)
             if outcome.skip.host is False:
                 # A caller may leave the other optimizers out of a step that is skipped.
                 self.coverage.await_others(optimizers)
         return outcome
-
-    def _optimizers_of(
-        self,
-        started: _Started,
-        optimizer: Optimizer | Iterable[Optimizer] | None,
-        scaler: GradScaler | None,
-        errors: FirstError,
-    ) -> tuple[list[Optimizer], bool]:
-        """Return the optimizers of a started step, and whether those of all ranks are fused.
-
-        Args:
-            started: the step.
-            optimizer, scaler: see `GradClipper.finish`.
-            errors: of this rank. It gets what is wrong with the arguments, or was written since `start`.
-        """
-        if started.writes is not None:
-            with errors:
-                started.writes.check()
-        optimizers, all_fused = started.optimizers or [], started.all_fused
-        if started.optimizers is None:
-            with errors:
-                optimizers = as_list(optimizer)
-            # The other ranks raise an error of `start` in the comparison too, if they make one.
-            known = FirstError(started.errors.error or errors.error)
-            with errors:
-                all_fused = self.optimizers.compare_first(optimizers, None, known, are_known=known.error is None)
-            with errors:
-                self.coverage.check(optimizers, all_now=True)
-        with errors:
-            passed = None if optimizer is None else [id(one) for one in as_list(optimizer)]
-            if started.optimizers is not None and passed not in (None, list(map(id, optimizers))):
-                raise ArgumentError("optimizer: start was called with another one. Pass the same to start and finish.")
-            if (enabled(scaler) is None) != (started.state is None):
-                raise ArgumentError(
-                    "scaler: start and finish need the same one, because the norms must be free of its scale. Call "
-                    "clipper.start(optimizer, scaler) and clipper.finish(optimizer, scaler)."
-                )
-        return optimizers, all_fused
 
     @torch.no_grad()
     def clip(
@@ -501,10 +519,10 @@ class Engine:
         collectives of the decision, and goes on from the same state.
         """
         started, self.started = self.started, None
-        if started is None or started.decision is None:
+        if started is None:
             return
         with FirstError():
-            self._finish_decision(started.decision, must_read=not started.all_fused or self.rule.needs_host)
+            complete(started.stages, None)
         if self.step_comm.size == 1:
             self.restore(started.before)
         self._late_errors.add(
@@ -595,14 +613,13 @@ class Engine:
         and with "zero" those of `measure_all_ranks` again.
         Host syncs: on an accelerator one with `must_read`, unless the rule is "propagate" and the policy never skips.
         """
-        started = self._start_decision(
+        decision = self._decide(
             errors, loss_scale, expect_overflow=expect_overflow, function=function, watch=watch, overlap=False
         )
-        return self._finish_decision(started, must_read=must_read)
+        _begin_decision(decision)
+        return _finish_decision(decision, must_read=must_read)
 
-    @outside_fake_mode
-    @torch.no_grad()
-    def _start_decision(
+    def _decide(
         self,
         errors: FirstError,
         loss_scale: Tensor | None,
@@ -611,24 +628,23 @@ class Engine:
         function: str,
         watch: Any,
         overlap: bool,
-    ) -> _StartedDecision:
-        """Run `decide` up to the all-reduce."""
-        # 0. What the last step postponed is due now, on all ranks.
-        before = self._begin_decision(errors, function, loss_scale, watch)
-        # 1.-3. This rank's shards, their power sums, and the beginning of ONE all-reduce.
-        measurement = self._start_measuring(errors, loss_scale, function, overlap=overlap)
-        return _StartedDecision(before, measurement, loss_scale, function, expect_overflow)
+    ) -> Generator[Shards, bool, Outcome]:
+        """Run the stages of `decide`, and yield this rank's shards once the all-reduce has begun.
 
-    @outside_fake_mode
-    @torch.no_grad()
-    def _finish_decision(self, started: _StartedDecision, *, must_read: bool) -> Outcome:
-        """Run `decide` from the all-reduce on."""
-        before, expect_overflow = started.before, started.expect_overflow
-        loss_scale, function = started.loss_scale, started.function
+        It is sent whether the host must know in this step whether to skip it.
+
+        Args:
+            errors, loss_scale, expect_overflow, function, watch: see `decide`.
+            overlap: yield before the all-reduce is complete.
+        """
+        # 0. What the last step postponed is due now, on all ranks.
+        before = self._prepare(errors, function, loss_scale, watch)
         step, rule = self.counter.steps + 1, Skip(expected=True) if expect_overflow else self.rule
 
-        # 3. The sums over all ranks. A step in which a rank fails does not count.
-        shards, partials, measured, totals = self._finish_measuring(started.measurement)
+        # 1.-3. This rank's shards, their power sums, and ONE all-reduce. A step in which a rank fails does not count.
+        measuring = self._start_measuring(errors, loss_scale, function, overlap=overlap)
+        must_read = yield begin(measuring)
+        shards, partials, measured, totals = self._finish_measuring(measuring, loss_scale)
         self.counter.steps = step
 
         # 5a. Replicas that differ, if the host must know it, or reads it without a sync: warn, repair or raise.
@@ -753,17 +769,19 @@ class Engine:
         self, errors: FirstError, loss_scale: Tensor | None, function: str
     ) -> tuple[Shards, Partials, Totals, Totals]:
         """Run stages 1 to 3, and return totals by measured slot and by slot of the policy."""
-        return self._finish_measuring(self._start_measuring(errors, loss_scale, function, overlap=False))
+        measuring = self._start_measuring(errors, loss_scale, function, overlap=False)
+        begin(measuring)
+        return self._finish_measuring(measuring, loss_scale)
 
     def _start_measuring(
         self, errors: FirstError, loss_scale: Tensor | None, function: str, *, overlap: bool
-    ) -> _Measurement:
+    ) -> Measuring:
         spec, call = self.spec, self._call(function, loss_scale, self._watch)
         if spec.limits is not None and loss_scale is not None:
             # The gradients carry the loss scale, so the limits must carry it too.
             low, high = spec.limits
             spec = replace(spec, limits=(low * float(loss_scale), high * float(loss_scale)))
-        shards, finish = start_measuring(
+        return measure_all_ranks(
             self.table,
             spec,
             self.step_comm,
@@ -775,11 +793,11 @@ class Engine:
             self._watch,
             overlap=overlap,
         )
-        return _Measurement(shards, finish, loss_scale)
 
-    def _finish_measuring(self, measurement: _Measurement) -> tuple[Shards, Partials, Totals, Totals]:
-        shards, partials, totals = measurement.finish()
-        loss_scale = measurement.loss_scale
+    def _finish_measuring(
+        self, measuring: Measuring, loss_scale: Tensor | None
+    ) -> tuple[Shards, Partials, Totals, Totals]:
+        shards, partials, totals = complete(measuring, None)
         with self._raised_late():
             self.coverage.record_call(len(shards))
         if self._compares_tensors:
@@ -800,7 +818,7 @@ class Engine:
                     RuntimeWarning,
                 )
 
-    def _begin_decision(self, errors: FirstError, function: str, loss_scale: Tensor | None, watch: Any) -> _Trace:
+    def _prepare(self, errors: FirstError, function: str, loss_scale: Tensor | None, watch: Any) -> _Trace:
         """Raise and count what the last step postponed, end the hold on what it skipped, and return the trace.
 
         Args:
@@ -981,6 +999,90 @@ class Engine:
         return device_constant(self.slots.excluded_by_slot, device, torch.bool)
 
 
+# A step can be cut in two where its all-reduce has begun, so stages that contain it are generators with one `yield`.
+
+
+def run(stages: Generator[Any, None, T]) -> T:
+    """Run stages from their beginning to their end, and return their result."""
+    begin(stages)
+    return complete(stages, None)
+
+
+def begin(stages: Generator[T, Any, Any]) -> T:
+    """Run stages to their `yield`, and return what they yield."""
+    try:
+        return next(stages)
+    except RuntimeError as error:
+        _raise_own(error)
+        raise
+
+
+def complete(stages: Generator[Any, SentT, T], sent: SentT) -> T:
+    """Run stages from their `yield` to their end.
+
+    Args:
+        stages: that have come to their `yield`.
+        sent: value of the `yield`.
+
+    Returns:
+        The result of the stages.
+    """
+    try:
+        stages.send(sent)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    except RuntimeError as error:
+        _raise_own(error)
+        raise
+    raise AssertionError("stages have one yield")
+
+
+def _raise_own(error: RuntimeError) -> None:
+    """Raise the StopIteration of a user's function, if Python has replaced it within a generator."""
+    if isinstance(error.__cause__, StopIteration):
+        raise error.__cause__ from None
+
+
+@outside_fake_mode
+@torch.no_grad()
+def _begin_decision(decision: Generator[Shards, bool, Outcome]) -> Shards:
+    """Run `Engine._decide` until the all-reduce has begun, and return this rank's shards."""
+    return begin(decision)
+
+
+@outside_fake_mode
+@torch.no_grad()
+def _finish_decision(decision: Generator[Shards, bool, Outcome], *, must_read: bool) -> Outcome:
+    """Run `Engine._decide` from the all-reduce to its end."""
+    return complete(decision, must_read)
+
+
+def _check_passed(passed: _Passed, optimizers: list[Optimizer], *, has_scaler: bool) -> None:
+    """Raise unless the arguments of `finish` fit those of `start`.
+
+    Args:
+        passed: arguments of `finish`.
+        optimizers: of the step.
+        has_scaler: whether `start` had an enabled one.
+
+    Raises:
+        ArgumentError: see above.
+    """
+    optimizer, scaler = passed
+    if optimizer is not None and list(map(id, as_list(optimizer))) != list(map(id, optimizers)):
+        raise ArgumentError("optimizer: start was called with another one. Pass the same to start and finish.")
+    if (enabled(scaler) is not None) != has_scaler:
+        raise ArgumentError(
+            "scaler: start and finish need the same one, because the norms must be free of its scale. Call "
+            "clipper.start(optimizer, scaler) and clipper.finish(optimizer, scaler)."
+        )
+
+
+Measuring: TypeAlias = Generator[Shards, None, tuple[Shards, Partials, Totals]]
+"""Stages 1 to 3 of a call, cut where the all-reduce has begun."""
+
+
 def measure_all_ranks(
     table: ShardTable,
     spec: NormSpec,
@@ -991,7 +1093,9 @@ def measure_all_ranks(
     num_slots: int = 1,
     step: int = 0,
     watch: Watch = NO_WATCH,
-) -> tuple[Shards, Partials, Totals]:
+    *,
+    overlap: bool = False,
+) -> Measuring:
     """Run stages 1 to 3 of a call: find this rank's shards, measure them, add up over all ranks.
 
     Args:
@@ -1004,6 +1108,10 @@ def measure_all_ranks(
         num_slots: number of norms.
         step: 1-based index of the clipper call, which selects the parameters to compare.
         watch: scalars of the user.
+        overlap: yield before the all-reduce is complete, if the backend can do so.
+
+    Yields:
+        The shards of this rank, once the all-reduce has begun.
 
     Returns:
         The shards and partials of this rank, and the totals.
@@ -1018,32 +1126,6 @@ def measure_all_ranks(
         layouts and all of them again, or all of them again over a wider communicator.
     Host syncs: on an accelerator none, or one if ranks may differ in what they have (`split_over`, `comm`, partial
         gradients).
-    """
-    _, finish = start_measuring(table, spec, comm, errors, call, guard, num_slots, step, watch, overlap=False)
-    return finish()
-
-
-def start_measuring(
-    table: ShardTable,
-    spec: NormSpec,
-    comm: Comm,
-    errors: FirstError,
-    call: Call,
-    guard: ReplicaGuard,
-    num_slots: int,
-    step: int,
-    watch: Watch,
-    *,
-    overlap: bool,
-) -> tuple[Shards, Callable[[], tuple[Shards, Partials, Totals]]]:
-    """Run stages 1 and 2 of a call, and begin stage 3.
-
-    Args:
-        table, spec, comm, errors, call, guard, num_slots, step, watch: see `measure_all_ranks`.
-        overlap: return before the all-reduce is complete, if the backend can do so.
-
-    Returns:
-        The shards, and a function that completes stage 3 and returns what `measure_all_ranks` does.
     """
     errors.add(table.error)
     table.world_size = comm.size
@@ -1087,8 +1169,9 @@ def start_measuring(
     def measure_again(misplaced: MisplacedError) -> tuple[Shards, Partials, Totals]:
         other = _placed(misplaced, errors)
         same_call = replace(call, counter=call_counter(other).next())
-        return measure_all_ranks(table, spec, other, errors, same_call, guard, num_slots, step, watch)
+        return run(measure_all_ranks(table, spec, other, errors, same_call, guard, num_slots, step, watch))
 
+    measured_again = None
     try:
         # The ranks of a clipper have compared their policies.
         read_totals = start_reduce(
@@ -1096,41 +1179,14 @@ def start_measuring(
         )
     except MisplacedError as misplaced:
         measured_again = measure_again(misplaced)
-        return shards, lambda: measured_again
-
-    def finish() -> tuple[Shards, Partials, Totals]:
+    yield shards
+    if measured_again is None:
         try:
-            measured = shards, partials, read_totals()
+            totals = read_totals()
         except MisplacedError as misplaced:
-            return measure_again(misplaced)
-        return _attend(measured, table, spec, comm, errors, call, guard, num_slots, step, watch, read_facts=read_facts)
-
-    return shards, finish
-
-
-def _attend(
-    measured: tuple[Shards, Partials, Totals],
-    table: ShardTable,
-    spec: NormSpec,
-    comm: Comm,
-    errors: FirstError,
-    call: Call,
-    guard: ReplicaGuard,
-    num_slots: int,
-    step: int,
-    watch: Watch,
-    *,
-    read_facts: bool,
-) -> tuple[Shards, Partials, Totals]:
-    """Return what was measured, once the ranks are in one ordinary situation.
-
-    Args:
-        measured: shards and partials of this rank, and the totals.
-        table, spec, comm, errors, call, guard, num_slots, step, watch: see `measure_all_ranks`.
-        read_facts: whether the host may read now in what situation the ranks are; the same on all ranks.
-    """
-    shards, partials, totals = measured
-    device = partials.powers.device
+            measured_again = measure_again(misplaced)
+    if measured_again is not None:
+        return measured_again
     if not read_facts:
         # The host of this rank may read for free what other hosts do not, and must not act on it.
         if errors.error is not None:
@@ -1156,11 +1212,11 @@ def _attend(
     if totals.uncovered.host:
         wider = widened(comm, table.groups, table.axes, table.num_reached)
         call = replace(call, counter=call_counter(wider).next())
-        return measure_all_ranks(table, spec, wider, errors, call, guard, num_slots, step, watch)
+        return run(measure_all_ranks(table, spec, wider, errors, call, guard, num_slots, step, watch))
     if totals.new_layouts.host:
         # The replicas may have been counted wrongly, on any rank.
         exchange_layouts(table, comm)
-        return measure_all_ranks(table, spec, comm, errors, call, guard, num_slots, step, watch)
+        return run(measure_all_ranks(table, spec, comm, errors, call, guard, num_slots, step, watch))
     if totals.has_partial_grads.host:
         totals = reduce_partial_grads(totals, table, shards, spec, comm, device)
     return shards, partials, totals
@@ -1224,65 +1280,16 @@ class _Trace(NamedTuple):
     clip_rate: tuple[int, int, deque[float], bool]
 
 
-@dataclass(frozen=True)
-class _Measurement:
-    """Shards that are measured, and whose power sums are being added up.
-
-    Args:
-        shards: of this rank.
-        finish: waits for the sums of all ranks.
-        loss_scale: factor that the gradients carry. None for 1.
-    """
-
-    shards: Shards
-    finish: Callable[[], tuple[Shards, Partials, Totals]]
-    loss_scale: Tensor | None
-
-
-@dataclass(frozen=True)
-class _StartedDecision:
-    """Decision that waits for the sums of all ranks.
-
-    Args:
-        before: state before the decision.
-        measurement: of all ranks.
-        loss_scale, function, expect_overflow: see `Engine.decide`.
-    """
-
-    before: _Trace
-    measurement: _Measurement
-    loss_scale: Tensor | None
-    function: str
-    expect_overflow: bool
-
-
-@dataclass
-class _Started:
+class _Started(NamedTuple):
     """Step between `start` and `finish`.
 
     Args:
+        stages: of the step, which have begun the all-reduce.
         before: state before the step.
-        decision: that waits for the sums of all ranks. None for a step by an earlier decision.
-        optimizers: of this rank. None if `finish` will have them.
-        state: of the GradScaler.
-        loss_scale: factor that the gradients carry. None for 1.
-        errors: of this rank before the all-reduce.
-        earlier: decision of an earlier call since the last `scaler.update()`.
-        all_fused: whether all optimizers of all ranks are fused.
-        was_scaled: whether the gradients carried the loss scale.
-        writes: notices gradients that are written before `finish`. None if nothing can be.
     """
 
+    stages: Generator[None, _Passed | None, Outcome]
     before: _Trace
-    decision: _StartedDecision | None
-    optimizers: list[Optimizer] | None
-    state: ScalerState | None
-    loss_scale: Tensor | None = None
-    errors: FirstError = field(default_factory=FirstError)
-    earlier: _ScalerRound | None = None
-    all_fused: bool = False
-    was_scaled: bool = False
-    writes: GradientWrites | None = None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from .comm.consensus import FirstError
 from .comm.discovery import call_counter, resolve_comm
 from .comm.ranks import Axis
 from .devices import Fact, accumulation_dtype, device_constant, is_capturing, outside_fake_mode
-from .engine import measure_all_ranks
+from .engine import measure_all_ranks, run
 from .errors import ArgumentError, NonFiniteError
 from .norms.memory import read_gradients
 from .norms.reduce import Totals
@@ -293,7 +293,7 @@ def _measure(
     guard = ReplicaGuard(
         table, REPLICA_RULES["warn"], _REPLICA_LOG, counter.rounded_replicas, at_once=True, reads_now=is_first
     )
-    shards, _, totals = measure_all_ranks(table, spec, comm, errors, Call(function, counter, facts), guard)
+    shards, _, totals = run(measure_all_ranks(table, spec, comm, errors, Call(function, counter, facts), guard))
     if totals.replicas_differ.host:
         guard.resolve(counter.count, shards, comm)
         counter.rounded_replicas = guard.rounded

@@ -13,12 +13,17 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.ranks import World, raise_if_replicas_differ, rewrite_asserts, worlds
 
 # Before the first import of Triton, whose kernels run in an interpreter on CPU tensors if there is no GPU.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# The same cases in every run, with any load of the machine.
+settings.register_profile("tests", deadline=None, database=None, derandomize=True)
+settings.load_profile("tests")
+
 # Before the first import of such a module.
 rewrite_asserts()
 

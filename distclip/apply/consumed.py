@@ -7,21 +7,19 @@ clipped before, and a call that clips the very same gradients finds the mark.
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..errors import UnclippedStepWarning, warn_user
 from ..sharding.dtensor import local_of
 from ..sharding.table import ShardTable, TableMetadata
 from .grad_scaler import parameters_of
-from .step_gate import is_of_torch
 
 __all__ = ["find_stepped", "mark_clipped", "warn_of_late_clip", "watch_steps_of"]
 
@@ -40,7 +38,9 @@ _watched: dict[int, weakref.ref[Tensor]] = {}
 _warned: set[int] = set()
 _positions: weakref.WeakKeyDictionary[TableMetadata, list[int]] = weakref.WeakKeyDictionary()
 _ids: weakref.WeakKeyDictionary[Optimizer, tuple[tuple[int, int], frozenset[int]]] = weakref.WeakKeyDictionary()
-_handle: Any = None
+_before: dict[int, int] = {}
+"""Versions of gradients before the step that is being made."""
+_handles: list[Any] = []
 
 
 def watch_steps_of(table: ShardTable) -> None:
@@ -110,7 +110,6 @@ def _stride(count: int) -> int:
 
 
 def _watch(param: Tensor) -> None:
-    global _handle
     key = id(param)
     if key in _watched:
         return
@@ -124,30 +123,42 @@ def _watch(param: Tensor) -> None:
         oldest = next(iter(_watched))
         _watched.pop(oldest, None)
         _warned.discard(oldest)
-    if _handle is None:
-        _handle = register_optimizer_step_post_hook(_mark_stepped)
+    if not _handles:
+        _handles.append(register_optimizer_step_pre_hook(_remember_versions))
+        _handles.append(register_optimizer_step_post_hook(_mark_stepped))
+
+
+@_disable_dynamo
+def _remember_versions(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Remember the versions of gradients before a step, in which some optimizers write gradients."""
+    _before.update((key, version) for key, _, version in _gradients_of(optimizer))
 
 
 @_disable_dynamo
 def _mark_stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Mark the gradients of watched parameters that an optimizer has just stepped."""
+    for key, grad, now in _gradients_of(optimizer):
+        before = _before.pop(key, now)
+        then, mark = vars(grad).get(_MARK, (before, _LATE))
+        # An attached clipper clips after `_remember_versions`.
+        if then < before:
+            mark = _LATE
+        elif mark == _CLIPPED:
+            mark = _STEPPED
+        vars(grad)[_MARK] = now, mark
+
+
+def _gradients_of(optimizer: Optimizer) -> Iterator[tuple[int, Tensor, int]]:
+    """Yield the id of each watched parameter of an optimizer, its gradient, and the gradient's version."""
     # The step of an optimizer that shows its parameters in another way must not fail.
     if not _watched or not vars(optimizer).get("param_groups"):
         return
-    # Fused kernels write gradients once in their step, and optimizers of other libraries write them as they like.
-    num_writes = math.inf if not is_of_torch(optimizer) else int(bool(optimizer.param_groups[0].get("fused")))
     ids = _ids_of(optimizer)
     # A copy is made at once. A list of the items allocates, so that the garbage collector can remove entries meanwhile.
     for key, reference in _watched.copy().items():
         param = reference() if key in ids else None
-        if param is None or (now := _version_of(param.grad)) is None:
-            continue
-        then, mark = vars(param.grad).get(_MARK, (now, _LATE))
-        if mark == _CLIPPED:
-            mark = _STEPPED if now - then <= num_writes else _LATE
-        elif then != now:
-            mark = _LATE
-        vars(param.grad)[_MARK] = now, mark
+        if param is not None and param.grad is not None and (version := _version_of(param.grad)) is not None:
+            yield key, param.grad, version
 
 
 def _ids_of(optimizer: Optimizer) -> frozenset[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from ..apply.grad_scaler import enabled, parameters_of
 from ..apply.step_gate import hold_still
 from ..comm.consensus import FirstError
-from ..devices import Fact, as_fact, outside_fake_mode
-from ..engine import Engine
+from ..devices import Fact, as_fact
+from ..engine import Engine, begin
 from ..errors import ArgumentError, NonFiniteWarning, TooManySkippedSteps, warn_user
 from ..nonfinite.culprits import (
     Culprit,
@@ -59,30 +59,20 @@ class IsolatedEngine(Engine):
             slots[slot].add(id(tensor))
         self._ids_by_slot = slots
 
-    def _start(
+    def _step(
         self,
         optimizer: Optimizer | Iterable[Optimizer] | None,
         scaler: GradScaler | None,
         watch: Any,
         errors: FirstError,
-        before: Any,
         *,
         overlap: bool,
-    ) -> Any:
+    ) -> Generator[None, Any, Outcome]:
         with errors:
             _refuse_scaler(scaler)
-        return super()._start(optimizer, None, watch, errors, before, overlap=overlap)
+        return super()._step(optimizer, None, watch, errors, overlap=overlap)
 
-    def _finish(
-        self, started: Any, optimizer: Optimizer | Iterable[Optimizer] | None, scaler: GradScaler | None
-    ) -> Outcome:
-        errors = FirstError()
-        with errors:
-            _refuse_scaler(scaler)
-        optimizers, _ = self._optimizers_of(started, optimizer, None, errors)
-        outcome = self._finish_decision(started.decision, must_read=True)
-        if errors.error is not None:
-            raise errors.error
+    def _carry_out(self, outcome: Outcome, optimizers: list[Optimizer], *_: Any, **__: Any) -> Outcome:
         skipped = self._skipped_ids(outcome)
         if not outcome.skip.host:
             self.write_(outcome, outcome.shards)
@@ -116,16 +106,25 @@ class IsolatedEngine(Engine):
         self._raise_too_many()
         return outcome
 
-    @outside_fake_mode
-    @torch.no_grad()
-    def _finish_decision(self, started: Any, *, must_read: bool) -> Outcome:
+    def _decide(
+        self,
+        errors: FirstError,
+        loss_scale: Tensor | None,
+        *,
+        expect_overflow: bool,
+        function: str,
+        watch: Any,
+        overlap: bool,
+    ) -> Generator[Shards, bool, Outcome]:
         """Decide about each group, see `Engine.decide`.
 
         Collectives: those of `Engine.decide`. Host syncs: on an accelerator one.
         """
-        before, loss_scale, function = started.before, started.loss_scale, started.function
+        before = self._prepare(errors, function, loss_scale, watch)
         step = self.counter.steps + 1
-        shards, partials, measured, totals = self._finish_measuring(started.measurement)
+        measuring = self._start_measuring(errors, loss_scale, function, overlap=overlap)
+        yield begin(measuring)
+        shards, partials, measured, totals = self._finish_measuring(measuring, loss_scale)
         # An accelerator's host has not read yet whether a rank has failed.
         totals.read(Fact(True))
         self.counter.steps = step

@@ -117,7 +117,7 @@ def test_nonfinite_norms_are_ignored() -> None:
     assert find_regimes(make_log([])).steady == ()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.floats(0, 1e300) | st.just(float("nan")), min_size=1, max_size=300))
 def test_segments_cover_all_finite_norms(norms: list[float]) -> None:
     regimes = find_regimes(make_log(norms))

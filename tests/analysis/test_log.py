@@ -165,7 +165,7 @@ def value(row: dict[str, Any], key: str) -> float:
     return found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(rows=st.lists(PIECES, max_size=25), num_cut=st.integers(0, 40), block=st.sampled_from([1, 7, 64, 1 << 20]))
 def test_reads_like_the_slow_reader(
     rows: list[Any], num_cut: int, block: int, tmp_path_factory: pytest.TempPathFactory

@@ -91,7 +91,7 @@ def test_measurements_after_the_step_are_silent(function: str) -> None:
     assert len(texts_of(lambda: train(params, [call, one.step, late]))) == 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     order=st.lists(st.sampled_from(["clip", "other clip", "step", "backward"]), max_size=6),
     optimizer=st.sampled_from(sorted(OPTIMIZERS)),

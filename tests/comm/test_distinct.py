@@ -49,7 +49,7 @@ def on_threads(size: int, function: Callable[[Any], Any]) -> list[Any]:
         return list(pool.map(function, comms))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.text(max_size=9), min_size=1, max_size=4), st.lists(st.integers(0, 3), min_size=1, max_size=7))
 def test_distinct_texts_of_all_ranks(choices: list[str], numbers: list[int]) -> None:
     texts = [choices[number % len(choices)] for number in numbers]

@@ -60,7 +60,7 @@ numbers = st.one_of(st.floats(-1e6, 1e6), st.just(NAN))
 
 
 @given(st.lists(numbers, min_size=1, max_size=200), st.integers(1, 8), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_downsampling_keeps_extremes(values: list[float], buckets: int, data: st.DataObject) -> None:
     keep = data.draw(st.lists(st.integers(0, len(values) - 1), max_size=5))
     column = np.array(values)
@@ -79,7 +79,7 @@ def test_downsampling_keeps_extremes(values: list[float], buckets: int, data: st
 
 
 @given(st.lists(st.tuples(numbers, st.booleans()), min_size=1, max_size=200), st.integers(1, 40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_peaks_represent_all_marked_steps(steps: list[tuple[float, bool]], buckets: int) -> None:
     values, marked = np.array([v for v, _ in steps]), np.array([m for _, m in steps])
     finite = marked & np.isfinite(values)

@@ -24,7 +24,7 @@ from distclip.sharding.shard import Shard, Shards
 CPU = torch.device("cpu")
 
 # All runs have the same examples, and none depends on the speed of the machine.
-many = settings(deadline=None, database=None, derandomize=True, max_examples=100)
+many = settings(max_examples=100)
 some = settings(many, max_examples=30)
 
 RANGES: dict[torch.dtype, tuple[int, int]] = {

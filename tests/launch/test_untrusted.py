@@ -153,7 +153,7 @@ def test_refuses_what_could_run_code(run: Path, attack: Callable[[Path], None]) 
     assert not Path(MARK).exists()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_bytes_as_metadata(data: st.DataObject) -> None:
     whole = pickle.dumps(Metadata({}, storage_data={}))

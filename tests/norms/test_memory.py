@@ -129,7 +129,7 @@ def views_of_one_buffer(draw: st.DrawFn) -> list[tuple[list[int], list[int], int
     return views
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(views_of_one_buffer(), st.sampled_from(["model", "tensor"]))
 def test_any_views_of_one_buffer(views: list[tuple[list[int], list[int], int]], per: str) -> None:
     buffer = torch.arange(1.0, 49.0)

@@ -31,7 +31,7 @@ def test_weights_add_up_to_zero_and_keep_sums_exact(world_size: int, num_replica
     assert sum(weight for weight in weights if weight > 0) * (world_size // size) * (2**32 - 1) < 2**51
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     checksums=st.lists(st.integers(0, 2**32 - 1), min_size=2, max_size=12),
     seed=st.integers(0, 1000),

@@ -16,7 +16,7 @@ from distclip.norms.reduce import Totals
 
 __all__ = ["many", "totals", "traces"]
 
-many = settings(deadline=None, database=None, derandomize=True, max_examples=25)
+many = settings(max_examples=25)
 
 EVENTS = {"spike": 50.0, "dip": 0.01, "zero": 0.0, "level": 5.0, "late": 0.0, "nan": nan, "inf": inf}
 """Factors of a norm, or the norm itself if it is not finite. Those are last, so that nothing changes them."""
