@@ -33,10 +33,11 @@ from .norms.watch import Watched
 from .outcome import Observer, Outcome, Report
 from .policies import NormPolicy, Policy
 from .policies.description import describe
+from .policies.validation import check_flags
 from .replicas.incidents import ReplicaIncident
 from .replicas.rules import Replicas
 from .sharding.description import describe_layouts
-from .sharding.parameters import Parameters
+from .sharding.parameters import Parameters, name_tensors
 from .sharding.shard import Shards
 from .sharding.split_over import SplitOver
 from .sharding.table import ShardTable
@@ -141,11 +142,14 @@ class GradClipper:
         self._groups: Groups | None = None
         options = (on_nonfinite, self._counter, flat_grads, partial, replicas)
         self._engine: Engine
-        if isolate or (type(policy) is NormPolicy and policy.isolate):
+        errors = FirstError()
+        with errors:
+            check_flags(isolate=isolate)
+        if (isolate and errors.error is None) or (type(policy) is NormPolicy and policy.isolate):
             self._groups = Groups(parameters, policy, split_over, comm, options)
             self._use(self._groups.build())
         else:
-            self._engine = Engine.build(parameters, policy, split_over, comm, *options)
+            self._engine = Engine.build(parameters, policy, split_over, comm, *options, errors=errors)
         self._turns = Turns()
         self._is_stepping = False
         self._in_backward: InBackward | None = None
@@ -436,7 +440,7 @@ class GradClipper:
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
         scaler: GradScaler | None = None,
         *,
-        only: Iterable[Tensor] | None = None,
+        only: Parameters | None = None,
         errors: FirstError | None = None,
         watch: Watched | None = None,
     ) -> Report:
@@ -450,8 +454,8 @@ class GradClipper:
             optimizer: the optimizer that `scaler` will step, or several. Not needed without a scaler.
             scaler: unscale in the same pass, unless `scaler.unscale_` has, and give the scaler the found_inf of all
                 ranks. The caller still calls `scaler.step(optimizer)` and `scaler.update()`.
-            only: those of the clipper's parameters whose gradients to measure and clip, the same on every rank. None
-                for all.
+            only: those of the clipper's parameters whose gradients to measure and clip, as for `parameters`, the same
+                on every rank. None for all.
             errors: errors that this rank has collected already. Every rank raises the first one.
             watch: see `step`.
 
@@ -473,8 +477,11 @@ class GradClipper:
         Host syncs: one on an accelerator, unless `on_nonfinite="propagate"` and the policy never skips a step, which is
         what a CUDA graph needs; see `clip_grad_norm_`.
         """
-        ids = None if only is None else frozenset(map(id, only))
-        return self._engine.clip(optimizer, scaler, errors or FirstError(), ids, watch).report()
+        errors, ids = errors or FirstError(), None
+        if only is not None:
+            with errors:
+                ids = self._ids_of(only)
+        return self._engine.clip(optimizer, scaler, errors, ids, watch).report()
 
     def discard(self) -> None:
         """Forget the last decision, because the step was not made.
@@ -832,6 +839,21 @@ class GradClipper:
             "in_a_row": counter.in_a_row,
             "restarts": self._engine.deferred.clip_rate.restarts,
         }
+
+    def _ids_of(self, only: Parameters) -> frozenset[int]:
+        """Return the ids of some of the clipper's parameters.
+
+        Raises:
+            ArgumentError: one of them is not the clipper's.
+        """
+        known = set(map(id, self._engine.table.tensors))
+        named = name_tensors(only, "only")
+        if foreign := [name for name, tensor in named if id(tensor) not in known]:
+            raise ArgumentError(
+                f"only: {foreign[0]} is not a parameter of the clipper. Pass some of the parameters that it was "
+                "constructed with."
+            )
+        return frozenset(id(tensor) for _, tensor in named)
 
     def _clip_before_step(self, optimizer: Optimizer, watch: Callable[[], Watched] | None) -> bool:
         """Clip before an attached optimizer steps, and return whether to skip its step."""

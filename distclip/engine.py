@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import weakref
+import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -66,11 +67,13 @@ from .policies import Policy, State
 from .policies.checked import as_checked
 from .policies.fixed import bounds_nothing
 from .policies.restart import ClipRate
+from .policies.validation import check_flags
 from .replicas import rules as replica_rules
 from .replicas.guard import ReplicaGuard
 from .replicas.incidents import ReplicaLog
 from .replicas.rules import Replicas
 from .replicas.unlinked import compare_tensors, is_unlinked
+from .sharding.annotations import whole_shape
 from .sharding.ddp import ddp_modules, is_joining
 from .sharding.exchange import exchange_layouts, exchange_setup, knows_holders
 from .sharding.members import Members, resolve_groups
@@ -189,6 +192,7 @@ class Engine:
         errors = errors or FirstError()
         with errors:
             _check_arguments(policy, on_nonfinite, counter.max_skips, replicas)
+            check_flags(flat_grads=flat_grads, partial=partial)
         axes: tuple[Axis, ...] = ()
         with errors:
             axes = split_axes(split_over, comm)
@@ -951,7 +955,17 @@ class Engine:
         )
         if watch.kinds:
             facts += (("watch", watch.kinds),)
+        if self.table.only is not None:
+            facts += (("only", self._selection()),)
         return Call(function, self._calls.next(), facts, tuple(state))
+
+    def _selection(self) -> str:
+        """Describe which of the parameters that all ranks hold a call clips."""
+        only, table = self.table.only or frozenset(), self.table
+        selected = [(t, layout) for t, layout in zip(table.tensors, table.layouts, strict=True) if id(t) in only]
+        # A rank may have other parameters that no other rank has. Names can be numbers.
+        shapes = sorted(whole_shape(t, layout) for t, layout in selected if layout.num_members == self.comm.size)
+        return f"{len(shapes)} of the parameters of all ranks ({zlib.crc32(repr(shapes).encode()):08x})"
 
     def _step_again(self, earlier: _ScalerRound, optimizers: Sequence[Optimizer], state: ScalerState) -> Outcome:
         """Step further optimizers by the decision of an earlier call since the last `scaler.update()`."""
@@ -1433,7 +1447,7 @@ def _check_arguments(policy: Any, on_nonfinite: Any, max_skips: Any, replicas: A
         raise ArgumentError(f"on_nonfinite={on_nonfinite!r}: unknown. Use one of {', '.join(get_args(OnNonFinite))}.")
     if replicas not in get_args(Replicas):
         raise ArgumentError(f"replicas={replicas!r}: unknown. Use one of {', '.join(get_args(Replicas))}.")
-    if max_skips is not None and (not isinstance(max_skips, int) or max_skips < 1):
+    if max_skips is not None and (not isinstance(max_skips, int) or max_skips is True or max_skips < 1):
         raise ArgumentError(
             f"max_skips={max_skips!r}: not a number of steps ≥ 1. Pass how many skipped steps in a row are too many, "
             "or None."

@@ -27,7 +27,7 @@ from .norms.memory import read_gradients
 from .norms.reduce import Totals
 from .norms.spec import NormSpec
 from .policies.norm_policy import coefficient
-from .policies.validation import to_float
+from .policies.validation import check_flags, to_float
 from .policies.value import value
 from .replicas.guard import ReplicaGuard
 from .replicas.incidents import ReplicaLog
@@ -116,6 +116,7 @@ def clip_grad_norm_(
     errors, bound = FirstError(), math.inf
     with errors:
         bound = _checked_bound(max_norm)
+        check_flags(error_if_nonfinite=error_if_nonfinite)
     arguments = (("max_norm", bound), ("error_if_nonfinite", bool(error_if_nonfinite)))
     call = "clip_grad_norm_", arguments
     clips = bound < math.inf
@@ -160,8 +161,11 @@ def get_total_norm(
     >>> get_total_norm([torch.tensor([3.0]), torch.tensor([4.0], dtype=torch.bfloat16)])
     tensor(5.)
     """
+    errors = FirstError()
+    with errors:
+        check_flags(error_if_nonfinite=error_if_nonfinite)
     call = "get_total_norm", (("error_if_nonfinite", bool(error_if_nonfinite)),)
-    _, _, totals = _measure(gradient_table, tensors, norm_type, split_over, comm, FirstError(), call)
+    _, _, totals = _measure(gradient_table, tensors, norm_type, split_over, comm, errors, call)
     _raise_if_nonfinite(totals, error_if_nonfinite)
     return totals.as_user_dtype()
 

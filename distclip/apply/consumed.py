@@ -19,12 +19,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ..errors import UnclippedStepWarning, warn_user
 from ..sharding.dtensor import local_of
 from ..sharding.table import ShardTable, TableMetadata
-from .grad_scaler import parameters_of
 
 __all__ = ["find_stepped", "mark_clipped", "warn_of_late_clip", "watch_steps_of"]
 
 _MARK = "_distclip_mark"
 """Attribute of a gradient: its version when it was clipped or stepped last, and `_CLIPPED`, `_STEPPED` or `_LATE`."""
+
+_WARNED = "_distclip_warned"
+"""Attribute of a parameter that a warning has named."""
 
 _CLIPPED, _STEPPED, _LATE = "clipped", "stepped after it was clipped", "stepped and not clipped"
 
@@ -34,10 +36,14 @@ _MAX_SAMPLE = 8
 _MAX_WATCHED = 64
 """Number of parameters of all calls whose gradients the hook looks at."""
 
-_watched: dict[int, weakref.ref[Tensor]] = {}
-_warned: set[int] = set()
+# Ids only: torch.utils.swap_tensors refuses a tensor with weak references. The number counts changes.
+_watched: dict[int, None] = {}
+_num_changes = 0
 _positions: weakref.WeakKeyDictionary[TableMetadata, list[int]] = weakref.WeakKeyDictionary()
-_ids: weakref.WeakKeyDictionary[Optimizer, tuple[tuple[int, int], frozenset[int]]] = weakref.WeakKeyDictionary()
+# Places of watched parameters in an optimizer, (group, index), and what they were found for.
+_places: weakref.WeakKeyDictionary[Optimizer, tuple[tuple[int, int, int], list[tuple[int, int]]]] = (
+    weakref.WeakKeyDictionary()
+)
 _before: dict[int, int] = {}
 """Versions of gradients before the step that is being made."""
 _handles: list[Any] = []
@@ -81,11 +87,11 @@ def warn_of_late_clip(function: str, table: ShardTable, stepped: Sequence[Tensor
         table: of the parameters.
         stepped: see `find_stepped`.
     """
-    ids = set(map(id, stepped))
-    if not ids or ids & _warned:
-        return
     # A wrong order is wrong in every step.
-    _warned.update(ids & _watched.keys())
+    if not stepped or any(vars(param).get(_WARNED) for param in stepped):
+        return
+    vars(stepped[0])[_WARNED] = True
+    ids = set(map(id, stepped))
     names = [name for name, tensor in zip(table.names, table.tensors, strict=True) if id(tensor) in ids]
     warn_user(
         f"{function}: an optimizer has stepped with these gradients already ({', '.join(names[:3])}), so that its step "
@@ -110,19 +116,13 @@ def _stride(count: int) -> int:
 
 
 def _watch(param: Tensor) -> None:
-    key = id(param)
-    if key in _watched:
+    global _num_changes
+    if id(param) in _watched:
         return
-
-    def forget(_: object) -> None:
-        _watched.pop(key, None)
-        _warned.discard(key)
-
-    _watched[key] = weakref.ref(param, forget)
+    _watched[id(param)] = None
+    _num_changes += 1
     while len(_watched) > _MAX_WATCHED:
-        oldest = next(iter(_watched))
-        _watched.pop(oldest, None)
-        _warned.discard(oldest)
+        _watched.pop(next(iter(_watched)), None)
     if not _handles:
         _handles.append(register_optimizer_step_pre_hook(_remember_versions))
         _handles.append(register_optimizer_step_post_hook(_mark_stepped))
@@ -153,21 +153,22 @@ def _gradients_of(optimizer: Optimizer) -> Iterator[tuple[int, Tensor, int]]:
     # The step of an optimizer that shows its parameters in another way must not fail.
     if not _watched or not vars(optimizer).get("param_groups"):
         return
-    ids = _ids_of(optimizer)
-    # A copy is made at once. A list of the items allocates, so that the garbage collector can remove entries meanwhile.
-    for key, reference in _watched.copy().items():
-        param = reference() if key in ids else None
+    for group, index in _places_of(optimizer):
+        # A step can be made without some parameters, which are put back behind it.
+        params = optimizer.param_groups[group]["params"]
+        param = params[index] if index < len(params) and id(params[index]) in _watched else None
         if param is not None and param.grad is not None and (version := _version_of(param.grad)) is not None:
-            yield key, param.grad, version
+            yield id(param), param.grad, version
 
 
-def _ids_of(optimizer: Optimizer) -> frozenset[int]:
-    """Return the ids of the parameters of an optimizer, which are read again if their number changes."""
+def _places_of(optimizer: Optimizer) -> list[tuple[int, int]]:
+    """Return where an optimizer has watched parameters. They are searched again if their number changes."""
     groups = optimizer.param_groups
-    size = len(groups), len(groups[-1]["params"])
-    known = _ids.get(optimizer)
-    if known is None or known[0] != size:
-        known = _ids[optimizer] = size, frozenset(map(id, parameters_of([optimizer])))
+    key = len(groups), sum(len(group["params"]) for group in groups[:1] + groups[-1:]), _num_changes
+    known = _places.get(optimizer)
+    if known is None or known[0] != key:
+        pairs = ((i, j, param) for i, group in enumerate(groups) for j, param in enumerate(group["params"]))
+        known = _places[optimizer] = key, [(i, j) for i, j, param in pairs if id(param) in _watched]
     return known[1]
 
 

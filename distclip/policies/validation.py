@@ -17,6 +17,7 @@ __all__ = [
     "NOT_NEGATIVE",
     "POSITIVE",
     "Range",
+    "check_flags",
     "convert_fields",
     "is_count",
     "is_size",
@@ -101,3 +102,18 @@ def convert_fields(instance: Any, **allowed: Range) -> None:
         if number not in numbers:
             raise ArgumentError(f"{name}={value!r}: expected {numbers}. Use {name}={defaults[name]}, for example.")
         object.__setattr__(instance, name, int(number) if numbers.whole else number)
+
+
+def check_flags(**flags: Any) -> None:
+    """Raise if a flag is text, of which any but the empty one counts as true.
+
+    Raises:
+        ArgumentError: see above.
+
+    >>> check_flags(partial="no")
+    Traceback (most recent call last):
+    distclip.errors.ArgumentError: partial='no': text is not a flag. Pass True or False.
+    """
+    for name, flag in flags.items():
+        if isinstance(flag, str | bytes):
+            raise ArgumentError(f"{name}={flag!r:.40}: text is not a flag. Pass True or False.")

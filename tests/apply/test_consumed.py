@@ -164,6 +164,21 @@ def test_optimizers_of_other_libraries() -> None:
         empty.step()
 
 
+def test_watched_parameters_can_be_swapped_and_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch swaps the contents of parameters in conversions, unless anything refers to them weakly."""
+    model = nn.Linear(2, 2)
+    one, clip = SGD(model.parameters(), lr=0.1), GradClipper(model, distclip.global_norm(1.0)).clip
+    params = list(model.parameters())
+    assert texts_of(lambda: train(params, [clip, one.step])) == []
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    model.zero_grad()
+    model.double()
+    assert len(texts_of(lambda: train(params, [one.step, clip]))) == 1
+    # Fewer parameters than the hook has seen.
+    one.param_groups[0]["params"].pop()
+    one.step()
+
+
 @on_ranks(2)
 def test_warning_that_is_an_error_is_raised_on_all_ranks() -> None:
     """Rank 1 alone steps before it clips, its gradients are DTensors, and warnings are errors."""

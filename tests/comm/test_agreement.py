@@ -205,6 +205,22 @@ def test_state_that_was_loaded_on_one_rank_is_found_in_the_next_step(key: str) -
 
 
 @on_ranks(2, 4)
+@pytest.mark.parametrize("odd", ["all", "other", "invalid"])
+def test_selection_that_differs_on_one_rank(odd: str) -> None:
+    """Measure a parameter of 8 x 4 elements on most ranks. Each rank also has another plain parameter."""
+    mesh, wide = world_mesh("all"), sharded_param()
+    narrow = nn.Parameter(distribute_tensor(torch.zeros(8, 2), mesh, [Shard(0)], src_data_rank=None))
+    own = nn.Parameter(torch.zeros(1 + dist.get_rank()))
+    clipper = GradClipper([("w", wide), ("n", narrow), ("own", own)], distclip.global_norm(1.0), split_over=mesh)
+    only: Any = {"all": None, "other": [narrow], "invalid": "w"}[odd] if dist.get_rank() == ODD else [wide, own]
+    kind = ArgumentError if odd == "invalid" else DisagreementError
+    check_all_raise(lambda: clipper.clip(only=only), "only", kind=kind)
+    # A rank may pass what it alone has, or nothing of it.
+    norms = gather_from_ranks(float(clipper.clip(only=[wide, own] if dist.get_rank() else [("w", wide)]).norm))
+    assert len(set(norms)) == 1
+
+
+@on_ranks(2, 4)
 def test_step_on_one_rank_and_clip_on_another() -> None:
     param = sharded_param()
     clipper, optimizer = GradClipper([("w", param)], distclip.global_norm(1.0)), torch.optim.SGD([param], lr=0.1)

@@ -64,6 +64,26 @@ def test_invalid_arguments_raise_on_all_ranks(only: int | None, first: bool) -> 
 
 
 @on_ranks(4)
+@pytest.mark.parametrize("only", [None, 2])
+def test_text_in_place_of_a_flag_raises_on_all_ranks(only: int | None) -> None:
+    """Pass text such as "no", which counts as true, on one rank or on all."""
+    param, mesh = stage_parameter()
+    text: Any = "no" if only in (None, dist.get_rank()) else False
+    for flag in ("partial", "flat_grads", "isolate"):
+        assert_raises_on_ranks(
+            lambda flag=flag: GradClipper([param], distclip.global_norm(), split_over=mesh["pp"], **{flag: text}),
+            ArgumentError,
+            f"{flag}='no': text is not a flag",
+        )
+    assert_raises_on_ranks(
+        lambda: distclip.clip_grad_norm_([param], 1.0, error_if_nonfinite=text, split_over=mesh["pp"]),
+        ArgumentError,
+        "error_if_nonfinite='no'",
+        unchanged=param.grad.to_local(),
+    )
+
+
+@on_ranks(4)
 def test_different_split_over_raises_on_all_ranks() -> None:
     param, mesh = stage_parameter()
     rank = dist.get_rank()
