@@ -31,12 +31,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..extend import ArgumentError, OnNonFinite, Policy, SplitOver
-from . import accelerate
-from .attachment import detach
+from ..extend import ArgumentError, GradClipper, OnNonFinite, Policy, Report, SplitOver
+from . import accelerate, deepspeed
+from . import attachment as base
+from .attachment import check_not_attached, check_policy, detach
 from .deferred import DeferredClipper, OnBind
+from .monkeypatch import MethodPatches
 
-__all__ = ["Attachment", "attach", "detach"]
+__all__ = ["Attachment", "DeepSpeedAttachment", "attach", "detach"]
 
 TrainerT = TypeVar("TrainerT")
 
@@ -51,7 +53,7 @@ def attach(
     max_skips: int | None = None,
     split_over: SplitOver = None,
     on_bind: OnBind | None = None,
-) -> Attachment:
+) -> Attachment | DeepSpeedAttachment:
     """Clip in a Trainer, or in a class that derives from it, by a policy.
 
     Works with everything that `accelerate.attach` works with, gradient accumulation and fp16. `max_grad_norm` is
@@ -59,6 +61,9 @@ def attach(
     norm before clipping, without the loss scale. The logs also get `grad_coef`, and `grad_skipped`, the number of
     skipped steps so far. A skipped step changes neither the model nor the optimizer nor the scheduler. Checkpoints
     have the policy's state in a file `distclip.pt`.
+
+    Under DeepSpeed (`TrainingArguments(deepspeed=...)`, ZeRO 0 to 3) the policy is attached to the engine when training
+    starts, see `distclip.integrations.deepspeed.attach`, and `gradient_clipping` of its config is ignored too.
 
     Args:
         trainer: a Trainer of transformers, before `train`.
@@ -80,6 +85,12 @@ def attach(
             f"trainer={type(trainer).__name__}: expected a Trainer of transformers ≥ 5.18. In your own loop call "
             "distclip.integrations.accelerate.attach(accelerator, policy)."
         )
+    if trainer.is_deepspeed_enabled:
+        if split_over is not None:
+            raise ArgumentError("attach: split_over is not for DeepSpeed, whose process groups are known. Omit it.")
+        check_policy(policy, "attach")
+        check_not_attached(trainer)
+        return DeepSpeedAttachment(trainer, policy, on_nonfinite, max_skips, on_bind)
     accelerate.check(trainer.accelerator, policy)
     return Attachment(trainer, DeferredClipper(policy, split_over, on_nonfinite, max_skips, on_bind))
 
@@ -104,33 +115,102 @@ class Attachment(accelerate.Attachment):
 
     def __init__(self, trainer: Any, deferred: DeferredClipper) -> None:
         super().__init__(trainer.accelerator, deferred, None, [trainer.accelerator, trainer])
-        trainer_save, trainer_load, trainer_log = (
-            trainer._save_optimizer_and_scheduler,
-            trainer._load_optimizer_and_scheduler,
-            trainer.log,
-        )
-
-        @wraps(trainer_save)
-        def save(output_dir: str) -> None:
-            trainer_save(output_dir)
-            state = self.state_dict()
-            if trainer.args.should_save:
-                torch.save(state, Path(output_dir) / _FILE)
-
-        @wraps(trainer_load)
-        def load(checkpoint: str | None) -> None:
-            trainer_load(checkpoint)
-            if checkpoint is not None and (file := Path(checkpoint) / _FILE).exists():
-                self.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-
-        @wraps(trainer_log)
-        def log(logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-            if "grad_norm" in logs and self.clipper is not None and self.report is not None:
-                logs = {**logs, "grad_coef": float(self.report.coef), "grad_skipped": self.clipper.skipped}
-            trainer_log(logs, *args, **kwargs)
-
         # With several meshes the Trainer would clip by another function than accelerator.clip_grad_norm_.
         self._patches.replace(trainer, "_has_mixed_mesh_grads", lambda model: False)
-        self._patches.replace(trainer, "_save_optimizer_and_scheduler", save)
-        self._patches.replace(trainer, "_load_optimizer_and_scheduler", load)
-        self._patches.replace(trainer, "log", log)
+        _patch_trainer(self, self._patches, trainer)
+
+
+class DeepSpeedAttachment(base.Attachment):
+    """A policy that decides the steps of a Trainer under DeepSpeed.
+
+    The Trainer makes its engine when training starts. The policy is attached to it then.
+
+    Args:
+        trainer: the Trainer.
+        policy: the policy.
+        on_nonfinite, max_skips, on_bind: see `attach`.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        policy: Policy,
+        on_nonfinite: OnNonFinite,
+        max_skips: int | None,
+        on_bind: OnBind | None,
+    ) -> None:
+        accelerator = trainer.accelerator
+        super().__init__([accelerator, trainer], None)
+        self._engine: Any = None
+        self._of_engine: base.Attachment | None = None
+        self._pending_state: dict[str, Any] = {}
+        prepare = accelerator._prepare_deepspeed
+
+        @wraps(prepare)
+        def prepare_and_attach(*args: Any, **kwargs: Any) -> Any:
+            prepared = prepare(*args, **kwargs)
+            wrapper = accelerator.deepspeed_engine_wrapped
+            if wrapper is not None and wrapper.engine is not self._engine and wrapper.engine.optimizer is not None:
+                self._engine, clipper = wrapper.engine, self.clipper
+                if clipper is not None:
+                    self._of_engine = deepspeed.attach(self._engine, clipper)
+                else:
+                    options: dict[str, Any] = {"on_nonfinite": on_nonfinite, "max_skips": max_skips}
+                    self._of_engine = deepspeed.attach(self._engine, policy, **options)
+                    self.load_state_dict(self._pending_state)
+                    if on_bind is not None and self.clipper is not None:
+                        on_bind(self.clipper)
+            return prepared
+
+        self._patches.replace(accelerator, "_prepare_deepspeed", prepare_and_attach)
+        _patch_trainer(self, self._patches, trainer)
+
+    @property
+    def clipper(self) -> GradClipper | None:
+        """Clipper of the engine, or None before training starts."""
+        return None if self._of_engine is None else self._of_engine.clipper
+
+    @property
+    def report(self) -> Report | None:
+        """Report of the last step, or None before the first step."""
+        return None if self._of_engine is None else self._of_engine.report
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the policy's state, now or when training starts. Collectives: none."""
+        self._pending_state = state_dict
+        super().load_state_dict(state_dict)
+
+    def detach(self) -> None:
+        """Restore DeepSpeed's own clipping."""
+        super().detach()
+        if self._of_engine is not None:
+            self._of_engine.detach()
+
+
+def _patch_trainer(attachment: base.Attachment, patches: MethodPatches, trainer: Any) -> None:
+    """Add the policy's state to the checkpoints of a Trainer, and the coefficient to its logs."""
+    trainer_save, trainer_load = trainer._save_optimizer_and_scheduler, trainer._load_optimizer_and_scheduler
+    trainer_log = trainer.log
+
+    @wraps(trainer_save)
+    def save(output_dir: str) -> None:
+        trainer_save(output_dir)
+        state = attachment.state_dict()
+        if trainer.args.should_save:
+            torch.save(state, Path(output_dir) / _FILE)
+
+    @wraps(trainer_load)
+    def load(checkpoint: str | None) -> None:
+        trainer_load(checkpoint)
+        if checkpoint is not None and (file := Path(checkpoint) / _FILE).exists():
+            attachment.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+
+    @wraps(trainer_log)
+    def log(logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        if "grad_norm" in logs and attachment.clipper is not None and attachment.report is not None:
+            logs = {**logs, "grad_coef": float(attachment.report.coef), "grad_skipped": attachment.clipper.skipped}
+        trainer_log(logs, *args, **kwargs)
+
+    patches.replace(trainer, "_save_optimizer_and_scheduler", save)
+    patches.replace(trainer, "_load_optimizer_and_scheduler", load)
+    patches.replace(trainer, "log", log)
