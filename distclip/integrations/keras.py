@@ -1,4 +1,4 @@
-"""Clip in an optimizer of Keras 3 on torch, by any policy, in `fit` and in a loop of your own.
+"""Clip in an optimizer of Keras 3 on torch, by any policy, in `fit` and in a custom loop.
 
 ::
 
@@ -131,7 +131,7 @@ class Attachment(base.Attachment):
         """Clip in place, and return the gradients, in place of the optimizer's own method."""
         clipper = self._bound()
         params = [variable.value for variable in self._variables]
-        # Accumulated gradients and those of a loop of your own are not in `.grad`.
+        # Accumulated gradients and those of a custom loop are not in `.grad`.
         before = [param.grad for param in params]
         for param, grad in zip(params, grads, strict=True):
             param.grad = None if grad is None else grad.detach()
