@@ -42,7 +42,7 @@ def attach(
     split_over: SplitOver = None,
     comm: Comm | None = None,
 ) -> Attachment:
-    """Clip in every update of a Keras optimizer, in place of its own clipping.
+    """Clip in every update of a Keras optimizer, in place of Keras's clipping.
 
     The policy replaces `clipnorm`, `clipvalue` and `global_clipnorm`, also if they are set. With
     `gradient_accumulation_steps` it clips the mean of the gradients once per update. A skipped step changes neither the
@@ -128,7 +128,7 @@ class Attachment(base.Attachment):
         super().load_state_dict(state_dict)
 
     def _clip(self, grads: list[Tensor | None]) -> list[Tensor | None]:
-        """Clip in place, and return the gradients, in place of the optimizer's own method."""
+        """Clip in place, and return the gradients, in place of the optimizer's method."""
         clipper = self._bound()
         params = [variable.value for variable in self._variables]
         # Accumulated gradients and those of a custom loop are not in `.grad`.
