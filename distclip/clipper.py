@@ -886,9 +886,13 @@ class GradClipper:
             if chosen is None:
                 return turns.was_skipped(optimizer)
             only = frozenset(map(id, parameters_of(chosen)))
+        if turns.end_decision() and engine.can_discard:
+            self.discard()
         skipped = bool(engine.clip(None, None, errors, only, watched).skip.host)
         if len(turns.optimizers) > 1:
             turns.record(chosen or [], skipped=skipped)
+        if not skipped:
+            turns.begin_decision(chosen or [])
         return skipped
 
 
@@ -913,14 +917,15 @@ class _Listener:
         skipped = self._clipper._clip_before_step(optimizer, self._watch)
         if not skipped:
             self._watched = self._clipper._engine.coverage.watch([optimizer])
-            # Optimizers that are clipped together may decline one by one, and the norm is that of all of them.
-            self._steps = watch_steps([optimizer]) if len(self._clipper._turns.optimizers) == 1 else None
+            self._steps = watch_steps([optimizer])
         return skipped
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Warn if the optimizer has stepped with other gradients."""
         self._clipper._engine.coverage.check_kept(self._watched, [optimizer])
-        if self._steps is not None and self._steps.all_declined():
+        declined = self._steps is not None and self._steps.all_declined()
+        if self._clipper._turns.end_step(optimizer, declined=declined):
+            # The ranks have decided together, and the optimizers have declined together.
             self._clipper.discard()
         self._stop()
 

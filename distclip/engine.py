@@ -571,6 +571,11 @@ class Engine:
             for undo in self.undo_observers:
                 undo(counter.steps)
 
+    @property
+    def can_discard(self) -> bool:
+        """True if there is a decision to forget, see `discard`."""
+        return self._undo is not None
+
     def discard(self) -> None:
         """Forget the last decision, see `GradClipper.discard`."""
         self.refuse_between("discard")

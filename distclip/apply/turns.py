@@ -42,6 +42,8 @@ class Turns:
         self._skipped: dict[int, bool] = {}
         # Optimizers whose last clip was of their gradients alone.
         self._alone: set[int] = set()
+        # Optimizers that the last decision is for, and those of them that have declined. None once one has stepped.
+        self._deciding: tuple[set[int], set[int]] | None = None
 
     def add(self, optimizers: Iterable[Optimizer]) -> None:
         """Add optimizers, on every rank in the same order."""
@@ -107,6 +109,32 @@ class Turns:
                 self._skipped[i] = skipped
         for grad in _gradients(optimizers):
             vars(grad)[_SEEN] = _version(grad)
+
+    def begin_decision(self, optimizers: Sequence[Optimizer]) -> None:
+        """Begin to note which of these optimizers make the step that has been decided."""
+        ids = set(map(id, optimizers))
+        self._deciding = {i for i, one in enumerate(self.optimizers) if id(one) in ids}, set()
+
+    def end_step(self, optimizer: Optimizer, *, declined: bool) -> bool:
+        """Note whether an optimizer has made its step.
+
+        Returns:
+            Whether the last decision has no effect, because all optimizers that it is for have declined their steps.
+        """
+        if self._deciding is None or not declined:
+            self._deciding = None
+            return False
+        decided, have_declined = self._deciding
+        have_declined.add(self.index(optimizer))
+        if decided <= have_declined:
+            self._deciding = None
+            return True
+        return False
+
+    def end_decision(self) -> bool:
+        """End the last decision. Return whether some optimizers have declined, and no other one has stepped since."""
+        deciding, self._deciding = self._deciding, None
+        return deciding is not None and bool(deciding[1])
 
     def was_skipped(self, optimizer: Optimizer) -> bool:
         """Return whether the last decision about the gradients of an optimizer skipped its step."""

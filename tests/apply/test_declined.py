@@ -119,6 +119,69 @@ def test_declined_step_leaves_no_trace(wrap: Callable[[Any], Any], way: str) -> 
             assert loop.state() == plain.state()
 
 
+class TwoOptimizers:
+    """A training loop with two attached optimizers that may decline, of the weight and of the bias."""
+
+    def __init__(self) -> None:
+        self.model = nn.Linear(3, 2)
+        nn.init.ones_(self.model.weight)
+        nn.init.ones_(self.model.bias)
+        self.optimizers = [Wrapper(torch.optim.SGD([param], lr=0.1)) for param in self.model.parameters()]
+        self.clipper = GradClipper(self.model, distclip.ema(warmup=1, cap=1e9))
+        self.clipper.attach(*self.optimizers)
+
+    def step(self, scale: float, *agree: bool | None, losses: int = 1) -> None:
+        """Step the optimizers, after one loss or one each. None leaves an optimizer out."""
+        for i, (optimizer, agrees) in enumerate(zip(self.optimizers, agree, strict=True)):
+            if i < losses:
+                self.model.zero_grad()
+                out = torch.nn.functional.linear(torch.ones(4, 3), *map(self._only(i, losses), self.model.parameters()))
+                (out.sum() * scale).backward()
+            if agrees is not None:
+                optimizer.agrees = agrees
+                optimizer.step()
+
+    def _only(self, i: int, losses: int) -> Callable[[nn.Parameter], torch.Tensor]:
+        own = list(self.model.parameters())[i]
+        return lambda param: param if losses == 1 or param is own else param.detach()
+
+    state = Loop.state
+
+
+@pytest.mark.filterwarnings("ignore::distclip.FrequentClippingWarning", "ignore::distclip.UnclippedStepWarning")
+@pytest.mark.parametrize("losses", [1, 2])
+def test_step_that_several_optimizers_decline(losses: int) -> None:
+    plain, loop = TwoOptimizers(), TwoOptimizers()
+    for scale in SCALES:
+        loop.step(1e3 * scale, False, False, losses=losses)
+        for one in (plain, loop):
+            one.step(scale, True, True, losses=losses)
+        assert loop.state() == plain.state()
+
+
+def test_step_that_one_optimizer_declines_and_the_other_leaves_out() -> None:
+    loop = TwoOptimizers()
+    loop.step(1.0, False, None)
+    # From here on the optimizers look as if they stepped in turn, so that each has its decision.
+    loop.step(1.0, True, True)
+    assert loop.clipper.steps == 2
+
+
+@pytest.mark.filterwarnings("ignore::distclip.FrequentClippingWarning", "ignore::distclip.UnclippedStepWarning")
+@pytest.mark.parametrize("agree", [(False, True), (True, False)])
+def test_step_that_one_of_several_optimizers_declines(agree: tuple[bool, bool]) -> None:
+    """The norm is that of both, so that the decision holds if either makes its step."""
+    loop = TwoOptimizers()
+    for scale in SCALES:
+        loop.step(scale, *agree)
+    assert loop.clipper.steps == len(SCALES)
+    # In turn, each decision is about one optimizer.
+    loop = TwoOptimizers()
+    for scale in SCALES:
+        loop.step(scale, *agree, losses=2)
+    assert loop.clipper.steps == len(SCALES)
+
+
 @pytest.mark.filterwarnings("ignore::distclip.NonFiniteWarning")
 def test_discard_after_a_skipped_step() -> None:
     plain, loop = (Loop(distclip.ema(), Wrapper, "clip") for _ in range(2))
