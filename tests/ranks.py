@@ -19,7 +19,6 @@ import inspect
 import multiprocessing as mp
 import os
 import sys
-import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -155,7 +154,7 @@ def _rewrite_asserts_on_rank() -> None:
     util._reprcompare = compare
 
 
-def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
+def _serve(rank: int, size: int, port: int, connection: Connection) -> None:
     """Join the process group of a world and run jobs until the connection closes."""
     import torch
     import torch.distributed as dist
@@ -176,13 +175,9 @@ def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
     # Torch 2.12 warns even where check_invariants= is passed.
     warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=TIMEOUT),
-    )
+    # Ranks that wait for a key of a file would poll it, and keep each other from writing it on a busy machine.
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=TIMEOUT))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT))
     while True:
         try:
             job, kwargs = connection.recv()
@@ -211,7 +206,7 @@ class World:
         self.size = size
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._store: Any = None
 
     def run(self, job: Callable[..., Any], *, timeout: float = 1.5 * TIMEOUT, **kwargs: Any) -> list[Any]:
         """Call `job(**kwargs)` on every rank and return what the ranks returned, in order.
@@ -258,20 +253,18 @@ class World:
         for process in self._processes:
             process.kill()
             process.join()
-        if self._folder is not None:
-            with contextlib.suppress(OSError):
-                self._folder.cleanup()
-        self._processes, self._connections, self._folder = [], [], None
+        self._processes, self._connections, self._store = [], [], None
 
     def _start(self) -> None:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(_PRELOAD)
-        self._folder = tempfile.TemporaryDirectory()
+        import torch.distributed as dist
+
+        # The system picks the port.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(self.size):
             here, there = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, self.size, str(Path(self._folder.name)), there), daemon=True
-            )
+            process = context.Process(target=_serve, args=(rank, self.size, self._store.port, there), daemon=True)
             process.start()
             there.close()
             self._processes.append(process)

@@ -16,6 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import distclip
 from distclip import DisagreementError, GradClipper
 from distclip.comm import ProcessGroupComm, waiting
+from distclip.comm.waiting import Meetings
 from tests.ranks import gather_from_ranks, on_ranks
 from tests.tables.layouts.meshes import world_mesh
 
@@ -30,7 +31,15 @@ def impatient(patience: str = "0.05", grace: float = 0.1) -> Iterator[None]:
 @pytest.mark.parametrize("kind", ["all-reduce", "gather"])
 def test_one_rank_logs_who_is_missing(kind: str) -> None:
     assert dist.group.WORLD is not None
-    with impatient(grace=1.0):
+    post = Meetings._post
+
+    def post_together(self: Meetings, number: int) -> dist.Store:
+        """Write that this rank waits, and wait until all ranks but the late one have, however busy the machine is."""
+        waiting_store = post(self, number)
+        waiting_store.wait([f"{self._key(number)}/{rank}" for rank in (0, 1, 3)])
+        return waiting_store
+
+    with impatient(), mock.patch.object(Meetings, "_post", post_together):
         comm, store = ProcessGroupComm(dist.group.WORLD), distributed_c10d._get_default_store()
         messages: list[str] = []
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -76,7 +77,10 @@ def case_one_rank_logs_who_is_missing() -> None:
                 _ = comm.sum_(torch.ones(1)) if kind == "all-reduce" else comm.gather_objects(1)
         by_rank = comm.comm.allgather(messages)
         assert sum(map(len, by_rank)) == 1, by_rank
-        assert f"1 of {last + 1} ranks (rank {last}) have not entered the same {kind}" in str(by_rank)
+        # On a busy machine other ranks can be missing as well.
+        assert re.search(
+            rf"of {last + 1} ranks \(ranks? [0-9, ]*{last}\) have not entered the same {kind}", str(by_rank)
+        )
 
 
 def case_any_tensor_is_summed() -> None:
