@@ -45,6 +45,7 @@ from .comm.discovery import (
     resolve_comm,
     uncovered_ranks,
     widened,
+    widens_as_before,
 )
 from .comm.distinct import any_rank
 from .comm.process_group import MisplacedError
@@ -1171,6 +1172,7 @@ def measure_all_ranks(
         partials = Partials.empty(spec, device, num_slots)
     # A cached communicator may be too small for a mesh that this rank uses for the first time.
     partials.uncovered = comm.covers_holders and bool(uncovered_ranks(comm, table.groups, table.axes))
+    partials.widens_anew = partials.uncovered and not widens_as_before(comm, table.groups, table.axes)
     partials.new_layouts = not knows
     partials.fp64_anywhere = table.fp64_anywhere(partials.has_fp64)
 
@@ -1222,14 +1224,16 @@ def measure_all_ranks(
         return shards, partials, totals
 
     # The rare paths. Every rank has read the same check, so every rank is here.
-    if totals.same_call.host is False:
+    are_alike = totals.same_call.host is not False
+    if not are_alike:
         totals = gather_facts(totals, partials, spec, errors.error, comm)
         table.remember_fp64(partials.has_fp64, anywhere=totals.has_fp64.read())
     if errors.error is not None:
         # Every rank has an error.
         raise errors.error
     if totals.uncovered.host:
-        wider = widened(comm, table.groups, table.axes, table.num_reached)
+        as_before = are_alike and not partials.widens_anew
+        wider = widened(comm, table.groups, table.axes, table.num_reached, as_before=as_before)
         call = replace(call, counter=call_counter(wider).next())
         return run(measure_all_ranks(table, spec, wider, errors, call, guard, num_slots, step, watch))
     if totals.new_layouts.host:

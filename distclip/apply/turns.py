@@ -132,7 +132,7 @@ class Turns:
         return False
 
     def end_decision(self) -> bool:
-        """End the last decision. Return whether some optimizers have declined, and no other one has stepped since."""
+        """End the last decision, and return whether optimizers have declined it and none has stepped."""
         deciding, self._deciding = self._deciding, None
         return deciding is not None and bool(deciding[1])
 

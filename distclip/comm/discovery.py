@@ -47,6 +47,7 @@ __all__ = [
     "resolve_comm",
     "uncovered_ranks",
     "widened",
+    "widens_as_before",
     "world_comm",
 ]
 
@@ -96,26 +97,48 @@ def resolve_comm(
     return derived
 
 
-def widened(comm: Comm, groups: Collection[Ranks], axes: Sequence[Axis], num_reached: Collection[float] = ()) -> Comm:
+def widened(
+    comm: Comm,
+    groups: Collection[Ranks],
+    axes: Sequence[Axis],
+    num_reached: Collection[float] = (),
+    *,
+    as_before: bool = False,
+) -> Comm:
     """Derive a wider communicator, after a rank came with a mesh that `comm` does not cover.
 
     Args:
         comm: derived communicator that is too small. All of its ranks call this together.
         groups, axes, num_reached: of this rank; see `resolve_comm`.
+        as_before: whether `widens_as_before` holds on all ranks of `comm`.
 
-    Collectives: a gather over `comm`, and those of `resolve_comm`.
+    Collectives: none if it is as before. Otherwise a gather over `comm`, and those of `resolve_comm`.
     """
     assert comm.ranks is not None, "only a derived communicator can be widened"
     session = _session()
-    spans = _spans(groups, axes)
-    outside: list[set[Ranks]] = comm.gather_objects({span for span in spans if not set(span) <= set(comm.ranks)})
+    if as_before:
+        return session.last_wider[tuple(comm.ranks)][1]
+    outside: list[frozenset[Ranks]] = comm.gather_objects(_outside(comm, groups, axes))
     key = tuple(comm.ranks), frozenset[Ranks]().union(*outside)
     if key not in session.wider or session.wider[key].is_left:
         # The ranks of `comm` whose own mesh is no wider take part because `comm` itself is one of the spans.
         session.wider[key] = _rendezvous(groups, axes, None, num_reached, also=tuple(comm.ranks))
     # The next such call begins over `comm` again: a rank whose meshes are the same in both calls cannot distinguish it
     # from one without the mesh.
+    session.last_wider[tuple(comm.ranks)] = _outside(comm, groups, axes), session.wider[key]
     return session.wider[key]
+
+
+def widens_as_before(comm: Comm, groups: Collection[Ranks], axes: Sequence[Axis]) -> bool:
+    """Return whether this rank has the same meshes outside of a communicator as when it was widened last."""
+    last = None if comm.ranks is None else _session().last_wider.get(tuple(comm.ranks))
+    return last is not None and not last[1].is_left and last[0] == _outside(comm, groups, axes)
+
+
+def _outside(comm: Comm, groups: Collection[Ranks], axes: Sequence[Axis]) -> frozenset[Ranks]:
+    """Return the meshes and axes that a communicator does not cover."""
+    assert comm.ranks is not None, "only a derived communicator can be widened"
+    return frozenset(span for span in _spans(groups, axes) if not set(span) <= set(comm.ranks))
 
 
 def rejoined(comm: ProcessGroupComm) -> ProcessGroupComm:
@@ -270,7 +293,14 @@ def forget_all() -> None:
     _num_forgotten += 1
     for session in _sessions:
         # The process groups stay: each costs several threads, until torch.distributed is destroyed.
-        for cache in (session.comms, session.wider, session.mixed, session.memory, session.counters):
+        for cache in (
+            session.comms,
+            session.wider,
+            session.last_wider,
+            session.mixed,
+            session.memory,
+            session.counters,
+        ):
             cache.clear()
 
 
@@ -285,6 +315,8 @@ class _Session:
         self.comms: dict[_Key, ProcessGroupComm] = {}
         # By the ranks of a narrower communicator, and the meshes that it does not cover.
         self.wider: dict[tuple[Ranks, frozenset[Ranks]], ProcessGroupComm] = {}
+        # By the ranks of a narrower communicator: the meshes of this rank outside of it, and the last wider one.
+        self.last_wider: dict[Ranks, tuple[frozenset[Ranks], ProcessGroupComm]] = {}
         self.mixed: set[Ranks] = set()
         self.memory: dict[Ranks, dict[str, Any]] = {}
         # By the ranks of a component.

@@ -55,6 +55,7 @@ class Partials:
         fp64_anywhere: `has_fp64` of any rank, if an earlier call with the same `has_fp64` on this rank has gathered it.
         failed: whether this rank has an error that all ranks must raise.
         uncovered: whether parameters of this rank are on ranks that the communicator does not reach.
+        widens_anew: whether this rank has other meshes outside of the communicator than when it was widened last.
         new_layouts: whether this rank has layouts that the ranks have not exchanged yet.
         per_tensor_powers: the power sums of every gradient on this rank alone, to find the non-finite ones.
         call: the call that the ranks make.
@@ -71,6 +72,7 @@ class Partials:
     fp64_anywhere: bool | None = None
     failed: bool = False
     uncovered: bool = False
+    widens_anew: bool = False
     new_layouts: bool = False
     per_tensor_powers: tuple[PerTensorPowers, ...] = ()
     call: Call = _NO_CALL

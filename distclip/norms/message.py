@@ -178,6 +178,7 @@ COUNTS = (Count("out_of_limits", lambda partials: partials.out_of_limits, lambda
 FACTS = (
     FactField("failed", lambda partials: partials.failed),
     FactField("uncovered", lambda partials: partials.uncovered),
+    FactField("widens_anew", lambda partials: partials.widens_anew),
     FactField("new_layouts", lambda partials: partials.new_layouts),
     FactField("has_partial_grads", lambda partials: partials.has_partial_grads),
     # Pipeline stages may have different dtypes, so that the ranks would gather this in every step.

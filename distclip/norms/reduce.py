@@ -45,6 +45,7 @@ class Totals:
             they do not, the other facts are those of this rank until `gather_facts`.
         failed: whether some rank has failed, or made another call.
         uncovered: whether some rank has parameters on ranks that the communicator does not reach.
+        widens_anew: whether some rank has other meshes outside of the communicator than when it was widened last.
         new_layouts: whether some rank has layouts that the ranks have not exchanged, so that a replica may count twice.
         has_partial_grads: whether some rank has partial gradients, which are missing from `powers`.
         has_fp64: whether some gradient is float64.
@@ -60,6 +61,7 @@ class Totals:
     same_call: Fact = ALWAYS
     failed: Fact = NEVER
     uncovered: Fact = NEVER
+    widens_anew: Fact = NEVER
     new_layouts: Fact = NEVER
     has_partial_grads: Fact = NEVER
     has_fp64: Fact = NEVER
