@@ -285,6 +285,9 @@ def test_check(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main((command, diverged)) == 0
     assert main(("diagnose", bad_data_run(runs), diverged, "--check")) == 3
     assert main(("suggest", str(runs / "clean"), "--check")) == 0
+    assert main(("suggest", diverged, "--check")) == 3, "there is no bound"
+    assert main(("suggest", diverged)) == 1
+    assert main(("suggest", str(runs / "nowhere"), "--check")) == 1
     capsys.readouterr()
 
 

@@ -26,7 +26,7 @@ ROWS = [
 
 LAUNCH_STAGES = [
     ["job.slurm"],
-    ["job.processes", "job.elastic", "job.untrusted", "comparison.layouts"],
+    ["job.processes", "job.elastic", "job.untrusted", "comparison.layouts", "comparison.policies"],
     ["job.devices", "job.data", "comparison.framework"],
     ["job.models", "job.mesh", "comparison.measurement"],
     ["job.inject", "job.checkpoint", "job.probes", "comparison.table"],

@@ -1,0 +1,74 @@
+"""Train every experiment under every policy with three seeds, and print the held-out losses as Markdown tables.
+
+`python launch/comparison/policies.py` makes all runs, which takes hours. `--experiments`, `--policies` and `--seeds`
+select some of them. A run of `rescue` takes about 15 s of one core. Runs that `--out` has already are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+EXPERIMENTS = ("rescue", "lstm", "gpt", "regression", "bad_label")
+"""Experiments whose result is a held-out loss. The others measure something else."""
+
+POLICIES = tuple(sorted(path.stem for path in (ROOT / "conf/clip").glob("*.yaml")))
+
+
+def main() -> None:
+    """Train what is missing, and print one table per experiment."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS)
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("outputs/policies"))
+    options = parser.parse_args()
+    for experiment in options.experiments:
+        rows = []
+        for policy in options.policies:
+            runs = [train(options.out, experiment, policy, seed) for seed in options.seeds]
+            rows.append([f"`{policy}`", *(describe(run) for run in runs)])
+        head = ["policy", *(f"seed {seed}" for seed in options.seeds)]
+        print(f"\n{experiment}: held-out loss, and share of clipped steps\n")
+        print(to_markdown([head, *rows]), flush=True)
+
+
+def train(directory: Path, experiment: str, policy: str, seed: int) -> dict[str, float | None] | None:
+    """Return the summary of a run, or None if training stopped with an error."""
+    run = (directory / experiment / policy / f"seed_{seed}").resolve()
+    if not (run / "summary.json").exists():
+        settings = [f"experiment={experiment}", "compare=null", f"clip={policy}", f"seed={seed}", "parallel=single"]
+        command = [sys.executable, str(ROOT / "launch/train.py"), *settings, "log=quiet", f"hydra.run.dir={run}"]
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    try:
+        summary: dict[str, float | None] = json.loads((run / "summary.json").read_text())
+    except FileNotFoundError:
+        return None
+    return summary
+
+
+def describe(summary: dict[str, float | None] | None) -> str:
+    """Return the loss and the clip rate. A loss above that of a blind guess has no further meaning."""
+    if summary is None:
+        return "stopped"
+    loss, guess, clip_rate = (summary.get(key) for key in ("held_out", "guess", "clip_rate"))
+    if loss is None or not math.isfinite(loss):
+        return "not finite"
+    text = f"> {guess:.3g}" if guess is not None and loss > guess else f"{loss:.3g}"
+    return text if clip_rate is None else f"{text} ({100 * clip_rate:.0f} %)"
+
+
+def to_markdown(rows: list[list[str]]) -> str:
+    """Return a table whose first row is its head."""
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|---|" + "--:|" * (len(rows[0]) - 1), *body])
+
+
+if __name__ == "__main__":
+    main()
