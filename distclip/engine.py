@@ -420,7 +420,9 @@ class Engine:
             and all(map(supports_grad_scale, optimizers))
             and (is_scaled or self.coverage.owns(optimizers))
         )
-        if not fuse and not outcome.skip.host:
+        if fuse:
+            self._mark_clipped()
+        elif not outcome.skip.host:
             self.write_(outcome, outcome.shards)
         watched = self.coverage.watch(optimizers)
         steps = None if outcome.skip.host or state is not None else watch_steps(optimizers)
@@ -730,7 +732,6 @@ class Engine:
             self.deferred.record(outcome, checksums, quiet=expect_overflow)
         self._last_coefs = coefs
         self._observed_step, self._undo = step, before
-        self._mark_clipped()
         for observe in self.observers:
             self._observe(observe, outcome)
         return outcome

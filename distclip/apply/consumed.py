@@ -30,7 +30,7 @@ _WARNED = "_distclip_warned"
 
 _CLIPPED, _STEPPED, _LATE = "clipped", "stepped after it was clipped", "stepped and not clipped"
 
-_MAX_SAMPLE = 8
+_MAX_SAMPLE = 4
 """Number of gradients of one call that are looked at."""
 
 _MAX_WATCHED = 64
@@ -117,10 +117,11 @@ def _stride(count: int) -> int:
 
 def _watch(param: Tensor) -> None:
     global _num_changes
-    if id(param) in _watched:
-        return
-    _watched[id(param)] = None
-    _num_changes += 1
+    key = id(param)
+    # The id can be that of a tensor that is gone, and about to be removed with it.
+    _num_changes += key not in _watched
+    _watched.pop(key, None)
+    _watched[key] = None
     while len(_watched) > _MAX_WATCHED:
         _watched.pop(next(iter(_watched)), None)
     if not _handles:

@@ -178,7 +178,6 @@ class IsolatedEngine(Engine):
         )
         self._last_coefs, self._undo = coefs, before
         self._observed_step = step
-        self._mark_clipped()
         for observe in self.observers:
             self._observe(observe, outcome)
         return outcome
