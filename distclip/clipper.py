@@ -24,8 +24,12 @@ from .backward import InBackward
 from .checkpoint import VERSION, check_state_dict, pack_state, policy_kind, unpack_counts, unpack_state, upgrade
 from .comm import Comm
 from .comm.consensus import FirstError
+from .devices import outside_fake_mode
 from .engine import Engine
-from .errors import ArgumentError
+from .errors import ArgumentError, DistclipError
+from .graphs import GraphPlan, is_tracing, leave_graph, reason_against_clip, reason_against_step
+from .graphs import clip as clip_in_graph
+from .graphs import step as step_in_graph
 from .nonfinite.culprits import Incident
 from .nonfinite.rules import OnNonFinite
 from .nonfinite.skip_counter import SkipCounter
@@ -140,6 +144,8 @@ class GradClipper:
         self.policy = policy
         self._counter = SkipCounter(max_skips)
         self._groups: Groups | None = None
+        self._plan: GraphPlan | None = None
+        self._reasons: list[str] = []
         options = (on_nonfinite, self._counter, flat_grads, partial, replicas)
         self._engine: Engine
         errors = FirstError()
@@ -153,6 +159,7 @@ class GradClipper:
         self._turns = Turns()
         self._is_stepping = False
         self._in_backward: InBackward | None = None
+        self._plan_graphs()
 
     def describe(self) -> str:
         """Return the policy, and how this rank's tensors are spread over the ranks, in one line.
@@ -224,6 +231,7 @@ class GradClipper:
             engine.measure_tensors()
         self._engine = engine
         self.load_state_dict(state_dict)
+        self._plan_graphs()
 
     @torch.no_grad()
     def add_group(self, name: str, parameters: Parameters, policy: Policy | None = None) -> None:
@@ -317,7 +325,6 @@ class GradClipper:
     def _use(self, engine: IsolatedEngine) -> None:
         self._engine, self.policy = engine, engine.policy
 
-    @_disable_dynamo
     def step(
         self,
         optimizer: Optimizer | Iterable[Optimizer],
@@ -363,6 +370,18 @@ class GradClipper:
         >>> clipper.step(torch.optim.SGD([weight], lr=1.0), watch={"loss": loss, "tokens": (2, "sum")}).watch
         {'loss': tensor(0., dtype=torch.float64), 'tokens': tensor(2., dtype=torch.float64)}
         """
+        if is_tracing():
+            reason = reason_against_clip(self._plan, self._reasons) or reason_against_step(optimizer, scaler)
+            if reason is None and self._plan is not None:
+                return step_in_graph(self._engine, self._plan, optimizer, watch)
+            leave_graph(f"GradClipper.step: {reason}")
+        return self._step(optimizer, scaler, watch)
+
+    @_disable_dynamo
+    def _step(
+        self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None, watch: Watched | None
+    ) -> Report:
+        self._count_graphs()
         self._is_stepping = True
         try:
             return self._engine.step(optimizer, scaler, watch).report()
@@ -406,6 +425,7 @@ class GradClipper:
         >>> clipper.finish(optimizer).as_dict()["loss"]
         2.0
         """
+        self._count_graphs()
         self._engine.start(optimizer, scaler, watch)
 
     @_disable_dynamo
@@ -434,7 +454,6 @@ class GradClipper:
         finally:
             self._is_stepping = False
 
-    @_disable_dynamo
     def clip(
         self,
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
@@ -477,6 +496,25 @@ class GradClipper:
         Host syncs: one on an accelerator, unless `on_nonfinite="propagate"` and the policy never skips a step, which is
         what a CUDA graph needs; see `clip_grad_norm_`.
         """
+        if is_tracing():
+            reason = reason_against_clip(self._plan, self._reasons)
+            if scaler is not None or only is not None or errors is not None:
+                reason = "inside a graph it takes no scaler, only= and errors="
+            if reason is None and self._plan is not None:
+                return clip_in_graph(self._engine, self._plan, watch)
+            leave_graph(f"GradClipper.clip: {reason}")
+        return self._clip(optimizer, scaler, only, errors, watch)
+
+    @_disable_dynamo
+    def _clip(
+        self,
+        optimizer: Optimizer | Iterable[Optimizer] | None,
+        scaler: GradScaler | None,
+        only: Parameters | None,
+        errors: FirstError | None,
+        watch: Watched | None,
+    ) -> Report:
+        self._count_graphs()
         errors, ids = errors or FirstError(), None
         if only is not None:
             with errors:
@@ -626,6 +664,7 @@ class GradClipper:
         self._engine.refuse_between("measure_tensors")
         if self._engine.tensor_norms is None:
             self._engine.measure_tensors()
+            self._plan_graphs()
 
     def agree(self, function: str) -> None:
         """Check that every rank of the clipper calls a function now that is about to communicate.
@@ -661,6 +700,52 @@ class GradClipper:
         self._engine.observers.append(observer)
         if undo is not None:
             self._engine.undo_observers.append(undo)
+        self._plan_graphs()
+
+    def capturable(self) -> bool | list[str]:
+        """Return True if a step can be a graph, or the reasons why not.
+
+        A graph of `torch.compile(fullgraph=True)` or of `make_fx` has the whole call of `clip` or `step`: norms, one
+        functional all-reduce, the policy and its state, the non-finite check, the skip and the counters. `step` needs a
+        fused AdamW, Adam or SGD that has made one step. In a graph the ranks compare neither their calls nor replicas,
+        no warning is given, and `clip` sets the gradients of a skipped step to 0.
+
+        Returns:
+            True, or a list of reasons, each with what to change.
+
+        Collectives: none. Host syncs: none.
+
+        >>> from distclip import global_norm
+        >>> GradClipper(torch.nn.Linear(2, 1), global_norm(1.0)).capturable()
+        True
+        >>> GradClipper(torch.nn.Linear(2, 1), global_norm(1.0), on_nonfinite="raise").capturable()
+        ['on_nonfinite="raise" needs the host in the same step: use "skip" or "propagate"']
+        """
+        self._plan_graphs()
+        return self._reasons or True
+
+    @outside_fake_mode
+    def _plan_graphs(self) -> None:
+        """Find out what a graph needs, and why a step cannot be one."""
+        self._count_graphs()
+        self._plan = None
+        self._reasons = ["isolated groups skip steps one by one, which the host decides"]
+        if self._groups is not None:
+            return
+        try:
+            self._plan = GraphPlan(self._engine)
+            self._reasons = self._plan.reasons(self._engine)
+        except DistclipError as error:
+            # A step outside of a graph raises it on all ranks.
+            self._reasons = [str(error)]
+
+    def _count_graphs(self) -> None:
+        """Count the steps that graphs have made."""
+        if self._plan is None or not self._plan.has_run:
+            return
+        counter, (steps, skipped, in_a_row) = self._counter, self._plan.take_counts()
+        counter.in_a_row = in_a_row + (counter.in_a_row if in_a_row == steps else 0)
+        counter.steps, counter.skipped = counter.steps + steps, counter.skipped + skipped
 
     @_disable_dynamo
     def decide(
@@ -753,7 +838,8 @@ class GradClipper:
 
     @property
     def steps(self) -> int:
-        """Number of calls of `clip`, `step` and `decide` so far."""
+        """Number of calls of `clip`, `step` and `decide` so far, those in graphs included."""
+        self._count_graphs()
         return self._counter.steps
 
     @property
@@ -764,6 +850,7 @@ class GradClipper:
     @property
     def skipped(self) -> int:
         """Number of skipped steps, as far as the host has read them (see `step`)."""
+        self._count_graphs()
         return self._counter.skipped
 
     def state_dict(self, group: str | None = None) -> dict[str, Any]:
@@ -781,6 +868,7 @@ class GradClipper:
 
         Host syncs: one per tensor.
         """
+        self._count_graphs()
         self._engine.deferred.raise_due()
         if group is not None:
             return group_state_dict(self._isolated("state_dict")[1], group)
@@ -811,6 +899,7 @@ class GradClipper:
                 shape or dtype; a value that no step of the policy leads to, such as NaN. Nothing has been loaded then.
         """
         self._engine.refuse_between("load_state_dict")
+        self._count_graphs()
         if self._groups is not None or group is not None:
             counts = load_groups(self._isolated("load_state_dict")[1], state_dict, group, self._counts().keys())
             self._counter.steps = counts.get("steps", self._counter.steps)

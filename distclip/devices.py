@@ -33,6 +33,7 @@ __all__ = [
     "host_reads_free",
     "is_capturing",
     "is_fake",
+    "is_tracing",
     "move",
     "odd_numbers",
     "on_one_thread",
@@ -215,10 +216,25 @@ def current_device(device: torch.device) -> AbstractContextManager[object]:
 def host_reads_free(device: torch.device) -> bool:
     """Return whether the host reads a tensor of this device without waiting for queued work.
 
+    In a graph it never does, because the graph is the same for all numbers.
+
     >>> host_reads_free(torch.device("cpu")), host_reads_free(torch.device("cuda"))
     (True, False)
     """
-    return device.type == "cpu"
+    return device.type == "cpu" and not is_tracing()
+
+
+def is_tracing() -> bool:
+    """Return whether torch.compile, make_fx or torch.export traces this code into a graph.
+
+    >>> is_tracing()
+    False
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def prefers_foreach(device: torch.device) -> bool:
@@ -366,6 +382,9 @@ def device_constant(numbers: tuple[float, ...], device: torch.device, dtype: tor
     >>> device_constant((1.0, 2.0), torch.device("cpu"))
     tensor([1., 2.])
     """
+    if is_tracing() and dtype is not None:
+        # A kernel writes each number, because the capture of a CUDA graph allows no copy from the host.
+        return torch.stack([torch.full((), number, dtype=dtype, device=device) for number in numbers])
     if torch._C._len_torch_dispatch_stack() > 0:
         return torch.tensor(numbers, dtype=dtype, device=device)
     return _cached_constant(numbers, device, dtype)

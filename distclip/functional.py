@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from .apply.consumed import find_stepped, mark_clipped, warn_of_late_clip
 from .apply.scale import clamp_, scale_
@@ -23,6 +22,8 @@ from .comm.ranks import Axis
 from .devices import Fact, accumulation_dtype, device_constant, is_capturing, outside_fake_mode
 from .engine import measure_all_ranks, run
 from .errors import ArgumentError, NonFiniteError
+from .graphs import functional as graph
+from .graphs import in_graph
 from .norms.memory import read_gradients
 from .norms.reduce import Totals
 from .norms.spec import NormSpec
@@ -47,7 +48,7 @@ _EUCLIDEAN = NormSpec()
 _REPLICA_LOG = ReplicaLog()
 
 
-@_disable_dynamo
+@in_graph(graph.clip_grad_norm_, graph.reason_against_norm)
 @outside_fake_mode
 @torch.no_grad()
 def clip_grad_norm_(
@@ -129,7 +130,7 @@ def clip_grad_norm_(
     return totals.as_user_dtype()
 
 
-@_disable_dynamo
+@in_graph(graph.get_total_norm, graph.reason_against_norm)
 @outside_fake_mode
 @torch.no_grad()
 def get_total_norm(
@@ -170,7 +171,7 @@ def get_total_norm(
     return totals.as_user_dtype()
 
 
-@_disable_dynamo
+@in_graph(graph.clip_grads_with_norm_, graph.reason_against_bound)
 @outside_fake_mode
 @torch.no_grad()
 def clip_grads_with_norm_(
@@ -209,7 +210,7 @@ def clip_grads_with_norm_(
         mark_clipped(table)
 
 
-@_disable_dynamo
+@in_graph(graph.clip_grad_value_, graph.reason_against_limits)
 @outside_fake_mode
 @torch.no_grad()
 def clip_grad_value_(

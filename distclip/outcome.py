@@ -16,7 +16,7 @@ from .norms.reduce import Totals
 from .norms.tensor_norms import TensorNorms
 from .sharding.shard import Shards
 
-__all__ = ["Observer", "Outcome", "Report"]
+__all__ = ["Observer", "Outcome", "Report", "make_report"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +160,35 @@ class Outcome:
             skips=self.skips,
             watch=totals.watch.values or None,
         )
+
+
+def make_report(
+    totals: Totals, coefs: Tensor, bounds: Tensor | None, skip: Tensor, finite: Tensor, *, has_fp64: bool
+) -> Report:
+    """Return the report of a step in a graph, where the host knows nothing.
+
+    Args:
+        totals, coefs, bounds: see `Outcome`.
+        skip: 0-d bool, whether the step leaves everything unchanged.
+        finite: 0-d bool, whether the norm and all watched scalars are finite.
+        has_fp64: whether some gradient is float64.
+    """
+    has_one_slot = len(coefs) == 1
+    clipped = coefs.ne(1.0).any()
+    if totals.out_of_limits.host is not False:
+        clipped = clipped | (totals.out_of_limits.on(coefs.device) & ~skip)
+    return Report(
+        norm=totals.norm if has_fp64 else totals.norm.to(torch.float32),
+        coef=coefs[0] if has_one_slot else _overall_coef(totals.norms, coefs, totals.norm_type),
+        clipped=clipped,
+        finite=finite,
+        skipped=skip,
+        replicas_differ=torch.zeros_like(skip),
+        norms=totals.norms,
+        coefs=coefs,
+        bounds=bounds,
+        watch=totals.watch.values,
+    )
 
 
 Observer: TypeAlias = Callable[[Outcome], None]

@@ -29,7 +29,7 @@ from .replica_sums import any_differ, to_host
 from .spec import NormSpec
 from .watch import NO_WATCHED_TOTALS, WatchedTotals
 
-__all__ = ["Totals", "gather_facts", "reduce", "start_reduce"]
+__all__ = ["Totals", "gather_facts", "reduce", "root", "start_reduce"]
 
 
 # Not frozen, because a frozen dataclass takes three times as long to make, at every step.
@@ -79,14 +79,14 @@ class Totals:
         >>> Totals(torch.tensor([25.0, 1.0])).norms
         tensor([5., 1.])
         """
-        return self._unscaled(_root(self.powers, self.norm_type))
+        return self._unscaled(root(self.powers, self.norm_type))
 
     @cached_property
     def norm(self) -> Tensor:
         """Norm of the whole gradient, all slots together, 0-d float64."""
         if len(self.powers) == 1:
             return self.norms[0]
-        return self._unscaled(_root(combine(self.powers, self.norm_type), self.norm_type))
+        return self._unscaled(root(combine(self.powers, self.norm_type), self.norm_type))
 
     @cached_property
     def weight_norms(self) -> Tensor:
@@ -96,7 +96,7 @@ class Totals:
                 "weight_norms: the norms of the parameters were not measured. Set needs_weights=True in the policy's "
                 "NormSpec, or in the threshold."
             )
-        return _root(self.weight_powers, self.norm_type)
+        return root(self.weight_powers, self.norm_type)
 
     @cached_property
     def finite(self) -> Fact:
@@ -175,7 +175,7 @@ class Totals:
         return norm if self.loss_scale is None else norm / self.loss_scale.to(norm)
 
 
-def _root(power_sum: Tensor, norm_type: float) -> Tensor:
+def root(power_sum: Tensor, norm_type: float) -> Tensor:
     """Return the p-th root of power sums."""
     if norm_type == -math.inf:
         return -power_sum

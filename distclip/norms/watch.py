@@ -10,14 +10,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from ..comm import Comm
 from ..comm.consensus import FirstError
-from ..devices import ALWAYS, Fact, as_fact, host_reads_free, is_fake
+from ..devices import ALWAYS, Fact, as_fact, host_reads_free, is_fake, is_tracing
 from ..errors import ArgumentError
 from ..sharding.dtensor import is_dtensor, local_of
 
@@ -36,6 +35,20 @@ _RESERVED = ("norm", "coef", "clipped", "finite", "skipped")
 """Keys of `Report.as_dict`."""
 
 _EXAMPLE = 'Use watch={"loss": loss, "tokens": (num_tokens, "sum"), "slowest": (seconds, "max")}.'
+
+
+class Position(Protocol):
+    """Position of a rank among those of a call. A `Comm` is one."""
+
+    @property
+    def rank(self) -> int:
+        """Index of this rank, 0 ≤ rank < size."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,17 +101,28 @@ class Watch:
         if not watch:
             return NO_WATCH
         with errors:
-            # Sorted, because the order of a dictionary may differ between ranks.
-            pairs = sorted(_checked_names(watch).items())
-            scalars = [(name, *_checked_scalar(name, value)) for name, value in pairs]
-            return cls(tuple((name, kind) for name, kind, _ in scalars), [value for _, _, value in scalars])
+            return cls.checked(watch)
         return NO_WATCH
+
+    @classmethod
+    def checked(cls, watch: Any) -> Watch:
+        """Return the scalars that a user passed.
+
+        Raises:
+            ArgumentError: for an argument of another kind.
+        """
+        if not watch:
+            return NO_WATCH
+        # Sorted, because the order of a dictionary may differ between ranks.
+        checked = _checked_names(watch)
+        scalars = [(name, *_checked_scalar(name, checked[name])) for name in sorted(checked)]
+        return cls(tuple((name, kind) for name, kind, _ in scalars), [value for _, _, value in scalars])
 
     def num_elements(self, size: int) -> int:
         """Return the number of elements in the message of a number of ranks."""
         return max(self.length, sum(_KINDS[kind].length(size) for _, kind in self.kinds))
 
-    def write(self, like: Tensor, comm: Comm) -> Tensor | None:
+    def write(self, like: Tensor, comm: Position) -> Tensor | None:
         """Return this rank's part of the message, or None if it is empty.
 
         Args:
@@ -119,7 +143,7 @@ class Watch:
             return torch.tensor([float(number) for number in numbers], dtype=like.dtype, device=like.device)
         return torch.stack([_on_device_of(like, number) for number in numbers])
 
-    def read(self, numbers: Tensor | None, comm: Comm) -> WatchedTotals:
+    def read(self, numbers: Tensor | None, comm: Position) -> WatchedTotals:
         """Return the totals from the part of the combined message that `write` has written.
 
         Host syncs: none on an accelerator.
@@ -153,11 +177,11 @@ class _Kind:
     """
 
     length: Callable[[int], int]
-    write: Callable[[Tensor | float | None, Comm], list[Tensor | float]]
+    write: Callable[[Tensor | float | None, Position], list[Tensor | float]]
     read: Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def _write_sum(value: Tensor | float | None, comm: Comm) -> list[Tensor | float]:
+def _write_sum(value: Tensor | float | None, comm: Position) -> list[Tensor | float]:
     return [0.0, 0.0] if value is None else [value, 1.0]
 
 
@@ -169,7 +193,7 @@ def _read_mean(numbers: Tensor) -> tuple[Tensor, Tensor]:
     return numbers[0] / numbers[1], numbers[0].isfinite()
 
 
-def _write_max(value: Tensor | float | None, comm: Comm) -> list[Tensor | float]:
+def _write_max(value: Tensor | float | None, comm: Position) -> list[Tensor | float]:
     # Every rank has a place, where the others write 0. So the sum over ranks has the values side by side.
     row: list[Tensor | float] = [0.0] * comm.size
     row[comm.rank] = -math.inf if value is None else value
@@ -238,7 +262,7 @@ def _checked_scalar(name: str, value: Any) -> tuple[Reduction, Tensor | float | 
                 )
             value = local_of(value)
         # Under FakeTensorMode a rank has no number.
-        return kind, None if is_fake(value) else value.detach().reshape(())
+        return kind, None if is_fake(value) and not is_tracing() else value.detach().reshape(())
     if value is None:
         return kind, None
     if not isinstance(value, Real):

@@ -194,9 +194,11 @@ class NormPolicy:
                 f"watch={self.watch!r}: the policy skips steps by this scalar, and the step has none of this name. "
                 f"Pass clipper.step(optimizer, watch={{{self.watch!r}: loss}})."
             )
-        watched = Totals(value.to(totals.powers).expand(len(totals.powers)), norm_type=1.0)
+        watched = replace(
+            totals, powers=value.to(totals.powers).expand(len(totals.powers)), norm_type=1.0, loss_scale=None
+        )
         # The rule must find the value where it looks for the norm of the whole gradient.
-        vars(watched)["norm"] = watched.norms[0]
+        watched.norms, watched.norm = watched.powers, watched.powers[0]
         return watched
 
     def _decide(self, totals: Totals, state: State, finite: Tensor) -> tuple[Verdict, State]:

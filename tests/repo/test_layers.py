@@ -17,7 +17,7 @@ ROWS = [
     ["recipes", "nonfinite", "replicas", "apply"],
     ["outcome", "checkpoint"],
     ["engine"],
-    ["backward", "tenants"],
+    ["backward", "tenants", "graphs"],
     ["functional", "clipper"],
     ["auditing", "extend", "_public", "__init__"],
     ["monitor", "integrations", "bench", "testing"],

@@ -36,6 +36,7 @@ ARGUMENTS: dict[str, set[str]] = {
     "distclip/auditing/audit.py": {"GradClipper"},
     "distclip/backward/in_backward.py": {"BackwardPolicy"},
     "distclip/engine.py": {"Policy"},
+    "distclip/graphs/step.py": {"Optimizer"},
     "distclip/integrations/attachment.py": {"Attachment", "GradClipper", "Policy"},
     "distclip/integrations/deepspeed/attachment.py": {"GradClipper"},
     "distclip/integrations/deepspeed/native_clipping.py": {"Fixed", "NormPolicy"},
