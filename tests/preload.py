@@ -43,8 +43,8 @@ class Preloader:
         """Return the world of `size` ranks. Jobs of another `kind` get other processes."""
         return self._worlds.setdefault((size, kind), PreloadedWorld(size, self))
 
-    def fork(self, size: int, folder: str) -> list[int]:
-        """Fork ranks that connect to a socket in `folder`, and return their process ids."""
+    def fork(self, size: int, folder: str, port: int) -> list[int]:
+        """Fork ranks that connect to a socket in `folder` and a store at `port`, and return their process ids."""
         if self._process is None:
             self._connection, there = mp.Pipe()
             self._process = mp.get_context("forkserver").Process(
@@ -52,7 +52,7 @@ class Preloader:
             )
             self._process.start()
             there.close()
-        self._connection.send((size, folder))
+        self._connection.send((size, folder, port))
         pids: list[int] = self._connection.recv()
         return pids
 
@@ -73,9 +73,12 @@ class PreloadedWorld(ranks.World):
         self._preloader = preloader
 
     def _start(self) -> None:
-        self._folder = tempfile.TemporaryDirectory()
-        with Listener(_socket_in(self._folder.name), "AF_UNIX", backlog=self.size) as listener:
-            pids = self._preloader.fork(self.size, self._folder.name)
+        self._store = ranks.new_store()
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Listener(_socket_in(folder), "AF_UNIX", backlog=self.size) as listener,
+        ):
+            pids = self._preloader.fork(self.size, folder, self._store.port)
             by_rank = {}
             for _ in range(self.size):
                 connection = listener.accept()
@@ -103,7 +106,7 @@ def _socket_in(folder: str) -> str:
 
 
 def _fork_on_request(modules: Sequence[str], connection: Connection) -> None:
-    """Import modules, and then fork ranks for every (size, folder) that is received."""
+    """Import modules, and then fork ranks for every (size, folder, port) that is received."""
     # This process does not wait for the ranks, so the kernel must reap them.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
@@ -117,7 +120,7 @@ def _fork_on_request(modules: Sequence[str], connection: Connection) -> None:
     gc.freeze()
     while True:
         try:
-            size, folder = connection.recv()
+            size, folder, port = connection.recv()
         except EOFError:
             return
         pids = []
@@ -125,12 +128,12 @@ def _fork_on_request(modules: Sequence[str], connection: Connection) -> None:
             pid = os.fork()
             if pid == 0:
                 connection.close()
-                _run_rank(rank, size, folder)
+                _run_rank(rank, size, folder, port)
             pids.append(pid)
         connection.send(pids)
 
 
-def _run_rank(rank: int, size: int, folder: str) -> None:
+def _run_rank(rank: int, size: int, folder: str, port: int) -> None:
     """Run jobs until the test session closes the connection. It does not return."""
     try:
         # Frameworks start and await processes too.
@@ -139,7 +142,7 @@ def _run_rank(rank: int, size: int, folder: str) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         with Client(_socket_in(folder), "AF_UNIX") as connection:
             connection.send(rank)
-            ranks._serve(rank, size, folder, connection)
+            ranks._serve(rank, size, port, connection)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -258,10 +258,7 @@ class World:
     def _start(self) -> None:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(_PRELOAD)
-        import torch.distributed as dist
-
-        # The system picks the port.
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store = new_store()
         for rank in range(self.size):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.size, self._store.port, there), daemon=True)
@@ -269,6 +266,14 @@ class World:
             there.close()
             self._processes.append(process)
             self._connections.append(here)
+
+
+def new_store() -> Any:
+    """Return a store in this process, which the ranks of a world share."""
+    import torch.distributed as dist
+
+    # The system picks the port.
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 @contextlib.contextmanager

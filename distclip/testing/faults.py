@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from .. import engine, functional
+from .. import functional
 from ..apply.optimizers import OptimizerSteps
+from ..engine import engine, measuring
 from ..errors import ArgumentError
 from ..policies import NormPolicy, Value, checked
 
@@ -22,9 +23,9 @@ _FUNCTIONS: dict[str, tuple[tuple[ModuleType | type, str], ...]] = {
     ),
     "rendezvous": ((engine, "resolve_comm"), (functional, "resolve_comm")),
     "gather": ((engine, "exchange_setup"),),
-    "shards": ((engine, "read_gradients"),),
-    "measure": ((engine, "measure"),),
-    "all_reduce": ((engine, "reduce"), (engine, "start_reduce")),
+    "shards": ((measuring, "read_gradients"),),
+    "measure": ((measuring, "measure"),),
+    "all_reduce": ((engine, "reduce"), (measuring, "start_reduce")),
     "decide": (
         (NormPolicy, "decide"),
         (Value, "decide"),

@@ -35,7 +35,7 @@ ARGUMENTS: dict[str, set[str]] = {
     "distclip/apply/declined.py": {"Optimizer"},
     "distclip/auditing/audit.py": {"GradClipper"},
     "distclip/backward/in_backward.py": {"BackwardPolicy"},
-    "distclip/engine.py": {"Policy"},
+    "distclip/engine/engine.py": {"Policy"},
     "distclip/graphs/step.py": {"Optimizer"},
     "distclip/integrations/attachment.py": {"Attachment", "GradClipper", "Policy"},
     "distclip/integrations/deepspeed/attachment.py": {"GradClipper"},
@@ -50,7 +50,7 @@ ARGUMENTS: dict[str, set[str]] = {
 }
 """Classes that a module may test for with isinstance, because it checks the argument of a caller."""
 
-DENSE = ("distclip/engine.py", "distclip/sharding/", "distclip/norms/", "distclip/comm/")
+DENSE = ("distclip/engine/", "distclip/sharding/", "distclip/norms/", "distclip/comm/")
 """Parts of the library whose lines most often need a reason."""
 
 COMMENTS_PER_100_LINES = 6

@@ -9,9 +9,9 @@ from unittest import mock
 
 import torch
 
-from distclip import engine
-from distclip.comm import consensus, rendezvous
+from distclip.comm import LocalComm, consensus, rendezvous
 from distclip.comm.process_group import ProcessGroupComm
+from distclip.engine import engine, measuring
 from distclip.norms import message, reduce
 from distclip.norms.measure import Partials
 from distclip.testing.scenarios import Condition, Scenario
@@ -44,7 +44,7 @@ def an_error_does_not_travel_in_the_all_reduce() -> Patch:
     def without_error(partials: Partials, *args: Any, **kwargs: Any) -> Any:
         return real(dataclasses.replace(partials, failed=False), *args, **kwargs)
 
-    return mock.patch.object(engine, "start_reduce", without_error)
+    return mock.patch.object(measuring, "start_reduce", without_error)
 
 
 @breakage("function", "stages", ("different arguments", 1))
@@ -54,24 +54,24 @@ def arguments_are_not_compared() -> Patch:
 
 @breakage("function", "stages", ("raises while measuring", 1))
 def only_the_failed_rank_gathers_the_reason() -> Patch:
-    real = engine.gather_facts
+    real = measuring.gather_facts
 
     def alone(totals: Any, partials: Any, spec: Any, error: Any, comm: Any) -> Any:
         return real(totals, partials, spec, error, comm) if error is not None else totals
 
-    return mock.patch.object(engine, "gather_facts", alone)
+    return mock.patch.object(measuring, "gather_facts", alone)
 
 
 @breakage("function", "stages", ("no gradients", 1))
 def a_rank_without_gradients_leaves_the_all_reduce_out() -> Patch:
-    real = engine.start_reduce
+    real = measuring.start_reduce
 
     def skipping(partials: Partials, spec: Any, comm: Any, **kwargs: Any) -> Any:
         if float(partials.powers.sum()) == 0:
-            return real(partials, spec, engine.LocalComm(), **kwargs)
+            return real(partials, spec, LocalComm(), **kwargs)
         return real(partials, spec, comm, **kwargs)
 
-    return mock.patch.object(engine, "start_reduce", skipping)
+    return mock.patch.object(measuring, "start_reduce", skipping)
 
 
 @breakage("clipper", "stages", ("NaN", 1))
@@ -82,7 +82,7 @@ def only_the_rank_with_a_nan_gathers_culprits() -> Patch:
 
 @breakage("function", "stages", ("raises while measuring", 1))
 def gradients_are_written_before_the_check() -> Patch:
-    real = engine.measure
+    real = measuring.measure
 
     def writing(shards: Any, *args: Any, **kwargs: Any) -> Any:
         partials = real(shards, *args, **kwargs)
@@ -90,30 +90,30 @@ def gradients_are_written_before_the_check() -> Patch:
             grad.mul_(0.5)
         return partials
 
-    return mock.patch.object(engine, "measure", writing)
+    return mock.patch.object(measuring, "measure", writing)
 
 
 @breakage("function", "shards", ("Partial gradients", 1))
 def only_the_rank_with_a_partial_gradient_sums_it() -> Patch:
-    real = engine.reduce_partial_grads
+    real = measuring.reduce_partial_grads
 
     def alone(totals: Any, table: Any, shards: Any, *args: Any) -> Any:
         own = any(info.partial_sums for info in shards.infos)
         return real(totals, table, shards, *args) if own else totals
 
-    return mock.patch.object(engine, "reduce_partial_grads", alone)
+    return mock.patch.object(measuring, "reduce_partial_grads", alone)
 
 
 @breakage("clipper", "stages", ("raises before measuring", 2))
 def a_rank_raises_its_error_without_the_gather() -> Patch:
-    real = engine.gather_facts
+    real = measuring.gather_facts
 
     def raising(totals: Any, partials: Any, spec: Any, error: Any, comm: Any) -> Any:
         if error is not None:
             raise error
         return real(totals, partials, spec, error, comm)
 
-    return mock.patch.object(engine, "gather_facts", raising)
+    return mock.patch.object(measuring, "gather_facts", raising)
 
 
 @breakage("function", "stages")

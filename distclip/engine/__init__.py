@@ -1,0 +1,11 @@
+"""Run the stages of a call in order: shards, norms, policy, non-finite rule, gradients and optimizers.
+
+`engine` has the steps of a clipper, `measuring` the stages up to the sums over all ranks, which functions share, and
+`stages` cuts a step in two at its all-reduce.
+"""
+
+from .engine import Engine
+from .measuring import measure_all_ranks
+from .stages import begin, run
+
+__all__ = ["Engine", "begin", "measure_all_ranks", "run"]
