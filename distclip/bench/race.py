@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..errors import UnclippedStepWarning
 from .competitors import Competitor, Setup
 from .counters import count
 from .results import Standing
@@ -70,7 +72,10 @@ def _try(competitor: Competitor) -> str | None:
     """Call a competitor once, untimed. Return its error, with which it is excluded from the case."""
     competitor.prepare()
     try:
-        competitor.call()
+        with warnings.catch_warnings():
+            # Competitors step the same gradients in turn. This warning is emitted once.
+            warnings.simplefilter("ignore", UnclippedStepWarning)
+            competitor.call()
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return None

@@ -250,6 +250,7 @@ def test_tables_with_and_without_rich() -> None:
 
 def test_without_rich_the_table_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report_module, "find_spec", lambda name: None)
+    monkeypatch.setenv("COLUMNS", "100")
     report = distclip.audit(nn.Linear(2, 2))
     assert str(report) == report.to_text(plain=True)
 

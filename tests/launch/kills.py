@@ -41,7 +41,7 @@ def install(stage: str, number: int) -> None:
 
     from distclip.comm.mpi import MPIComm
     from distclip.comm.process_group import ProcessGroupComm
-    from distclip.engine import Engine
+    from distclip.engine import engine
     from distclip.monitor.jsonl import JsonLines
     from job.parallel.base import ParallelModel
 
@@ -63,12 +63,12 @@ def install(stage: str, number: int) -> None:
         case "forward":
             replace(ParallelModel, "forward_backward")
         case "before the all-reduce":
-            replace(Engine, "decide")
+            replace(engine, "_begin_decision")
         case "in the all-reduce":
             ProcessGroupComm._all_reduce = at_call(number, all_reduce, ProcessGroupComm._all_reduce)  # type: ignore[method-assign]
             replace(MPIComm, "sum_")
         case "after the all-reduce":
-            replace(Engine, "decide", before=False)
+            replace(engine, "_finish_decision", before=False)
         case "log":
             replace(JsonLines, "append")
         case "checkpoint":
