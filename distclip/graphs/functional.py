@@ -16,7 +16,7 @@ from ..sharding.parameters import Parameters
 from ..sharding.split_over import SplitOver
 from . import ops
 from .optimizers import local_tensors
-from .step import all_reduce
+from .step import all_reduce, maximum
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
 
@@ -155,13 +155,13 @@ def _total_norm(tensors: list[Any], norm_type: float) -> Tensor:
         shares.append(sums[i] if is_maximum else sums[i] / num_replicas)
     stacked = torch.stack(shares)
     total = stacked.amax() if is_maximum else stacked.sum()
-    # A maximum over ranks may drop a NaN, so that NaN travels in a second number.
-    message = torch.stack([total.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf), total.isnan().to(total)])
-    message = message if is_maximum else total.view(1)
-    for axis in range(mesh.ndim):
-        message = all_reduce(message, "max" if is_maximum else "sum", mesh.get_group(axis).group_name)
-    total = torch.where(message[1] > 0, math.nan, message[0]) if is_maximum else message[0]
-    return root(total, p)
+    groups = [mesh.get_group(axis).group_name for axis in range(mesh.ndim)]
+    message = total.view(1)
+    if is_maximum:
+        return root(maximum(message, groups)[0], p)
+    for group in groups:
+        message = all_reduce(message, "sum", group)
+    return root(message[0], p)
 
 
 def _coefficient(norm: Tensor, max_norm: float) -> Tensor:

@@ -7,7 +7,7 @@ counters are written in place, so that the next replay of the graph goes on from
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from .optimizers import local_tensors, reason_against_optimizer
 from .optimizers import step_ as step_optimizer_
 from .plan import GraphPlan
 
-__all__ = ["all_reduce", "clip", "reason_against_clip", "reason_against_step", "step"]
+__all__ = ["all_reduce", "clip", "maximum", "reason_against_clip", "reason_against_step", "step"]
 
 
 @torch.no_grad()
@@ -240,13 +240,24 @@ def _add_over_ranks(
         if beyond is not None:
             beyond = buffer[-1] > 0
     if is_maximum:
-        # NaN travels in a second half, see `norms.message.maximum`.
-        nan = vectors.isnan()
-        halves = torch.cat([vectors.masked_fill(nan, -math.inf), nan.to(vectors.dtype)])
-        halves = all_reduce(halves, "max", plan.group_name)
-        n = len(vectors)
-        vectors = halves[:n].masked_fill(halves[n:] > 0, math.nan)
+        vectors = maximum(vectors, [plan.group_name])
     return vectors, numbers, beyond
+
+
+def maximum(values: Tensor, group_names: Sequence[str]) -> Tensor:
+    """Return the maximum of values over the ranks of several groups, one after the other.
+
+    Args:
+        values: (n,), of this rank.
+        group_names: of process groups.
+    """
+    # A maximum over ranks may drop a NaN, so that NaN travels in a second half, see `norms.message.maximum`.
+    nan = values.isnan()
+    halves = torch.cat([values.masked_fill(nan, -math.inf), nan.to(values.dtype)])
+    for name in group_names:
+        halves = all_reduce(halves, "max", name)
+    n = len(values)
+    return halves[:n].masked_fill(halves[n:] > 0, math.nan)
 
 
 def all_reduce(tensor: Tensor, op: str, group_name: str) -> Tensor:
