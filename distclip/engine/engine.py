@@ -15,8 +15,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from typing import Any, NamedTuple, TypeAlias, TypeVar, get_args
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,11 +42,11 @@ from ..comm.discovery import (
 )
 from ..comm.ranks import Axis
 from ..devices import ALWAYS, NEVER, Fact, as_fact, device_constant, outside_fake_mode
-from ..errors import ArgumentError, PeerError, warn_user
+from ..errors import ArgumentError, warn_user
 from ..nonfinite.culprits import count_nonfinite, gather_culprits, suspect_nonfinite
 from ..nonfinite.rules import RULES, OnNonFinite, Skip
 from ..nonfinite.skip_counter import SkipCounter
-from ..norms.measure import Partials, PerTensorChecksums, PerTensorPowers
+from ..norms.measure import Partials
 from ..norms.reduce import Totals, gather_facts, reduce
 from ..norms.spec import NormSpec
 from ..norms.tensor_norms import TensorNorms
@@ -55,7 +55,6 @@ from ..outcome import Observer, Outcome
 from ..policies import Policy, State
 from ..policies.checked import as_checked
 from ..policies.fixed import bounds_nothing
-from ..policies.restart import ClipRate
 from ..policies.validation import check_flags
 from ..replicas import rules as replica_rules
 from ..replicas.guard import ReplicaGuard
@@ -71,15 +70,14 @@ from ..sharding.shard import Shards
 from ..sharding.slots import ParamInfo, SlotMap, assign_slots, describe_params, exchange_params, parent_slots
 from ..sharding.split_over import SplitOver, split_axes
 from ..sharding.table import ShardTable, parameter_table, warn_if_nothing_trains
+from .arguments import Passed, check_arguments, check_passed
+from .deferred import DeferredReads, Unread
 from .measuring import NO_SHARDS, Measuring, covering, measure_all_ranks
 from .stages import begin, complete
 
 __all__ = ["Engine"]
 
 EngineT = TypeVar("EngineT", bound="Engine")
-
-_Passed: TypeAlias = "tuple[Optimizer | Iterable[Optimizer] | None, GradScaler | None]"
-"""Arguments of `Engine.finish`."""
 
 
 class Engine:
@@ -117,7 +115,7 @@ class Engine:
         self._observed_step = 0
         # All ranks emit the same warnings, and one of them prints them.
         counter.prints = comm.rank == 0
-        self.deferred = _DeferredReads(self)
+        self.deferred = DeferredReads(self)
         self.coverage = coverage
         self.optimizers = OptimizerSteps(table, comm, self.agree, lambda: self.on_host, coverage)
         self.replicas = replicas
@@ -178,7 +176,7 @@ class Engine:
         """
         errors = errors or FirstError()
         with errors:
-            _check_arguments(policy, on_nonfinite, counter.max_skips, replicas)
+            check_arguments(policy, on_nonfinite, counter.max_skips, replicas)
             check_flags(flat_grads=flat_grads, partial=partial)
         axes: tuple[Axis, ...] = ()
         with errors:
@@ -288,7 +286,7 @@ class Engine:
         errors: FirstError,
         *,
         overlap: bool,
-    ) -> Generator[None, _Passed | None, Outcome]:
+    ) -> Generator[None, Passed | None, Outcome]:
         """Run all stages of a step, and yield once the all-reduce has begun.
 
         It is sent the arguments of `finish`, or None to complete the collectives and step nothing.
@@ -348,7 +346,7 @@ class Engine:
         if optimizers is None:
             optimizers, all_fused = self._compare_last(passed, errors, late)
         with late:
-            _check_passed(passed, optimizers, has_scaler=state is not None)
+            check_passed(passed, optimizers, has_scaler=state is not None)
         outcome = _finish_decision(decision, must_read=not all_fused or self.rule.needs_host)
         if late.error is not None:
             raise late.error
@@ -356,7 +354,7 @@ class Engine:
         # 6. Write and step, or skip.
         return self._carry_out(outcome, optimizers, state, is_scaled=loss_scale is not None, was_scaled=was_scaled)
 
-    def _compare_last(self, passed: _Passed, errors: FirstError, late: FirstError) -> tuple[list[Optimizer], bool]:
+    def _compare_last(self, passed: Passed, errors: FirstError, late: FirstError) -> tuple[list[Optimizer], bool]:
         """Compare the optimizers of `finish` with those of the other ranks, because `start` had none.
 
         Args:
@@ -542,12 +540,12 @@ class Engine:
         counter, deferred = self.counter, self.deferred
         counts = counter.steps, counter.skipped, counter.in_a_row
         clip_rate = deferred.clip_rate.trace()
-        return _Trace(self.state, self._last_coefs, self._scaler_round, deferred._unread, counts, clip_rate)
+        return _Trace(self.state, self._last_coefs, self._scaler_round, deferred.unread, counts, clip_rate)
 
     def restore(self, before: _Trace) -> None:
         """Restore the trace from before a step that an exception has ended, or that was not made."""
         self.state, self._last_coefs, self._scaler_round = before.state, before.last_coefs, before.scaler_round
-        self.deferred._unread = before.unread
+        self.deferred.unread = before.unread
         self.deferred.clip_rate.restore(before.clip_rate)
         self._undo = None
         counter = self.counter
@@ -1020,34 +1018,13 @@ def _finish_decision(decision: Generator[Shards, bool, Outcome], *, must_read: b
     return complete(decision, must_read)
 
 
-def _check_passed(passed: _Passed, optimizers: list[Optimizer], *, has_scaler: bool) -> None:
-    """Raise unless the arguments of `finish` fit those of `start`.
-
-    Args:
-        passed: arguments of `finish`.
-        optimizers: of the step.
-        has_scaler: whether `start` had an enabled one.
-
-    Raises:
-        ArgumentError: see above.
-    """
-    optimizer, scaler = passed
-    if optimizer is not None and list(map(id, as_list(optimizer))) != list(map(id, optimizers)):
-        raise ArgumentError("optimizer: start was called with another one. Pass the same to start and finish.")
-    if (enabled(scaler) is not None) != has_scaler:
-        raise ArgumentError(
-            "scaler: start and finish need the same one, because the norms must be free of its scale. Call "
-            "clipper.start(optimizer, scaler) and clipper.finish(optimizer, scaler)."
-        )
-
-
 class _Trace(NamedTuple):
     """State that a step changes, apart from gradients, parameters and optimizers."""
 
     state: State
     last_coefs: Tensor | None
     scaler_round: _ScalerRound | None
-    unread: _Unread | None
+    unread: Unread | None
     counts: tuple[int, int, int]
     clip_rate: tuple[int, int, deque[float], bool]
 
@@ -1060,7 +1037,7 @@ class _Started(NamedTuple):
         before: state before the step.
     """
 
-    stages: Generator[None, _Passed | None, Outcome]
+    stages: Generator[None, Passed | None, Outcome]
     before: _Trace
 
 
@@ -1079,134 +1056,3 @@ class _ScalerRound:
     outcome: Outcome
     written: bool
     was_scaled: bool
-
-
-@dataclass(frozen=True)
-class _Unread:
-    """Device values of a step whose host read is deferred to the next step, to avoid a sync."""
-
-    step: int
-    values: Tensor
-    wait: Callable[[], None]
-    per_tensor_powers: tuple[PerTensorPowers, ...]
-    per_tensor_checksums: tuple[PerTensorChecksums, ...] | None
-    quiet: bool
-
-
-class _DeferredReads:
-    """Count a step and warn about it, at once or during the next step.
-
-    A step is counted at once if the host reads its values without a sync.
-
-    Args:
-        engine: whose steps they are.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._unread: _Unread | None = None
-        self.clip_rate = ClipRate(partial(warn_user, is_printed=engine.counter.prints))
-
-    def record(self, outcome: Outcome, checksums: tuple[PerTensorChecksums, ...] | None, *, quiet: bool) -> None:
-        """Count a step that the host does not know to be non-finite.
-
-        Args:
-            outcome: of the step.
-            checksums: of the gradients, if the host has yet to read whether replicas differ. Otherwise None.
-            quiet: do not warn of a non-finite step.
-
-        Host syncs: none on an accelerator.
-        """
-        totals, coefs, state = outcome.totals, outcome.coefs, self._engine.state
-        suspects = (*outcome.per_tensor_powers, *totals.watch.local)
-        if self._engine.on_host and not state:
-            self._count(outcome.step, totals.finite.read(), outcome.skip.read(), suspects, quiet)
-            return
-        if devices.is_capturing():
-            # The host takes no part in the replays of a graph.
-            return
-        device = coefs.device
-        clipped = ((coefs < 1) | outcome.skip.on(device)).to(coefs.dtype).mean() * bool(state)
-        restarts = state["restarts"].sum() if "restarts" in state else coefs.new_zeros(())
-        exploded = state["exploded_warmups"].sum() if "exploded_warmups" in state else coefs.new_zeros(())
-        facts = (totals.failed, totals.finite, outcome.skip, outcome.replicas_differ)
-        on_device = (*(fact.on(device) for fact in facts), clipped, restarts, exploded)
-        values = torch.stack([value.to(coefs.dtype) for value in on_device])
-        values, wait = devices.copy_to_host_async(values)
-        self._unread = _Unread(outcome.step, values, wait, suspects, checksums, quiet)
-        if self._engine.on_host:
-            self.raise_due()
-
-    def raise_due(self) -> None:
-        """Read what the host has not read of the last step.
-
-        Raises:
-            TooManySkippedSteps: on every rank.
-            PeerError: a rank failed in the last step; on all other ranks.
-
-        Host syncs: one on an accelerator, for a step that has ended long ago.
-        """
-        unread = self._unread
-        if unread is None or devices.is_capturing():
-            return
-        self._unread = None
-        unread.wait()
-        failed, finite, skipped, differ, clipped, restarts, exploded = unread.values.tolist()
-        if failed:
-            # The failed rank has not counted the step either.
-            self._engine.counter.steps = unread.step - 1
-            raise PeerError(
-                f"another rank failed in step {unread.step}, or made another call; its own traceback has the reason. "
-                "This rank changed no gradient in that step."
-            )
-        if differ and unread.per_tensor_checksums is not None:
-            self._engine.guard.resolve_late(unread.step, unread.per_tensor_checksums, self._engine.step_comm)
-        if finite:
-            self.clip_rate.record(unread.step, clipped, int(restarts), int(exploded))
-        self._count(unread.step, bool(finite), bool(skipped), unread.per_tensor_powers, unread.quiet)
-
-    def _count(
-        self,
-        step: int,
-        finite: bool,
-        skipped: bool,
-        per_tensor_powers: tuple[PerTensorPowers, ...],
-        quiet: bool,
-    ) -> None:
-        counter, engine = self._engine.counter, self._engine
-        if finite and skipped:
-            counter.record_policy_skip(step)
-        elif finite:
-            counter.record_update()
-        elif engine.rule.leaves_step_out or quiet:
-            culprits = gather_culprits(suspect_nonfinite(per_tensor_powers), engine.step_comm)
-            counter.record_skip(step, culprits, expected=quiet)
-
-
-def _check_arguments(policy: Any, on_nonfinite: Any, max_skips: Any, replicas: Any) -> None:
-    """Raise unless the arguments of a clipper are valid.
-
-    Raises:
-        ArgumentError: see above.
-    """
-    if isinstance(policy, type) or not isinstance(policy, Policy):
-        raise ArgumentError(
-            f"policy={policy!r:.80}: not a policy. Pass distclip.global_norm(1.0), distclip.value(0.5) or another one."
-        )
-    if type(policy.spec) is not NormSpec:
-        raise ArgumentError(
-            f"policy={policy!r:.80}: its spec is {policy.spec!r:.60}. Return a distclip.policies.NormSpec."
-        )
-    if not policy.spec.norm_type > 0:
-        raise ArgumentError(
-            f"norm_type={policy.spec.norm_type}: a norm of order <= 0 hides NaN and Inf. Use a p above 0, or inf."
-        )
-    if on_nonfinite not in get_args(OnNonFinite):
-        raise ArgumentError(f"on_nonfinite={on_nonfinite!r}: unknown. Use one of {', '.join(get_args(OnNonFinite))}.")
-    if replicas not in get_args(Replicas):
-        raise ArgumentError(f"replicas={replicas!r}: unknown. Use one of {', '.join(get_args(Replicas))}.")
-    if max_skips is not None and (not isinstance(max_skips, int) or max_skips is True or max_skips < 1):
-        raise ArgumentError(
-            f"max_skips={max_skips!r}: not a number of steps ≥ 1. Pass how many skipped steps in a row are too many, "
-            "or None."
-        )

@@ -75,7 +75,7 @@ def agreement(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def drop_deferred_reads(clipper: GradClipper) -> None:
     """Drop the host reads that are due, as if they had found nothing."""
-    clipper._engine.deferred._unread = None
+    clipper._engine.deferred.unread = None
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ ARGUMENTS: dict[str, set[str]] = {
     "distclip/apply/declined.py": {"Optimizer"},
     "distclip/auditing/audit.py": {"GradClipper"},
     "distclip/backward/in_backward.py": {"BackwardPolicy"},
-    "distclip/engine/engine.py": {"Policy"},
+    "distclip/engine/arguments.py": {"Policy"},
     "distclip/graphs/step.py": {"Optimizer"},
     "distclip/integrations/attachment.py": {"Attachment", "GradClipper", "Policy"},
     "distclip/integrations/deepspeed/attachment.py": {"GradClipper"},

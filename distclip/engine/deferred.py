@@ -1,0 +1,144 @@
+"""Read numbers of a step on the host one step late, so that no step waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .. import devices
+from ..comm import Comm
+from ..errors import PeerError, warn_user
+from ..nonfinite.culprits import gather_culprits, suspect_nonfinite
+from ..nonfinite.rules import NonFiniteRule
+from ..nonfinite.skip_counter import SkipCounter
+from ..norms.measure import PerTensorChecksums, PerTensorPowers
+from ..outcome import Outcome
+from ..policies import State
+from ..policies.restart import ClipRate
+from ..replicas.guard import ReplicaGuard
+
+__all__ = ["DeferredReads", "Unread"]
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Device values of a step whose host read is deferred to the next step, to avoid a sync."""
+
+    step: int
+    values: Tensor
+    wait: Callable[[], None]
+    per_tensor_powers: tuple[PerTensorPowers, ...]
+    per_tensor_checksums: tuple[PerTensorChecksums, ...] | None
+    quiet: bool
+
+
+class CountsSteps(Protocol):
+    """Engine, as far as its steps are counted here."""
+
+    state: State
+    counter: SkipCounter
+    guard: ReplicaGuard
+    rule: NonFiniteRule
+
+    @property
+    def on_host(self) -> bool:
+        """True if the host reads totals without a sync."""
+
+    @property
+    def step_comm(self) -> Comm:
+        """Communicator of a step."""
+
+
+class DeferredReads:
+    """Count a step and warn about it, at once or during the next step.
+
+    A step is counted at once if the host reads its values without a sync.
+
+    Args:
+        engine: whose steps they are.
+    """
+
+    def __init__(self, engine: CountsSteps) -> None:
+        self._engine = engine
+        self.unread: Unread | None = None
+        self.clip_rate = ClipRate(partial(warn_user, is_printed=engine.counter.prints))
+
+    def record(self, outcome: Outcome, checksums: tuple[PerTensorChecksums, ...] | None, *, quiet: bool) -> None:
+        """Count a step that the host does not know to be non-finite.
+
+        Args:
+            outcome: of the step.
+            checksums: of the gradients, if the host has yet to read whether replicas differ. Otherwise None.
+            quiet: do not warn of a non-finite step.
+
+        Host syncs: none on an accelerator.
+        """
+        totals, coefs, state = outcome.totals, outcome.coefs, self._engine.state
+        suspects = (*outcome.per_tensor_powers, *totals.watch.local)
+        if self._engine.on_host and not state:
+            self._count(outcome.step, totals.finite.read(), outcome.skip.read(), suspects, quiet)
+            return
+        if devices.is_capturing():
+            # The host takes no part in the replays of a graph.
+            return
+        device = coefs.device
+        clipped = ((coefs < 1) | outcome.skip.on(device)).to(coefs.dtype).mean() * bool(state)
+        restarts = state["restarts"].sum() if "restarts" in state else coefs.new_zeros(())
+        exploded = state["exploded_warmups"].sum() if "exploded_warmups" in state else coefs.new_zeros(())
+        facts = (totals.failed, totals.finite, outcome.skip, outcome.replicas_differ)
+        on_device = (*(fact.on(device) for fact in facts), clipped, restarts, exploded)
+        values = torch.stack([value.to(coefs.dtype) for value in on_device])
+        values, wait = devices.copy_to_host_async(values)
+        self.unread = Unread(outcome.step, values, wait, suspects, checksums, quiet)
+        if self._engine.on_host:
+            self.raise_due()
+
+    def raise_due(self) -> None:
+        """Read what the host has not read of the last step.
+
+        Raises:
+            TooManySkippedSteps: on every rank.
+            PeerError: a rank failed in the last step; on all other ranks.
+
+        Host syncs: one on an accelerator, for a step that has ended long ago.
+        """
+        unread = self.unread
+        if unread is None or devices.is_capturing():
+            return
+        self.unread = None
+        unread.wait()
+        failed, finite, skipped, differ, clipped, restarts, exploded = unread.values.tolist()
+        if failed:
+            # The failed rank has not counted the step either.
+            self._engine.counter.steps = unread.step - 1
+            raise PeerError(
+                f"another rank failed in step {unread.step}, or made another call; its own traceback has the reason. "
+                "This rank changed no gradient in that step."
+            )
+        if differ and unread.per_tensor_checksums is not None:
+            self._engine.guard.resolve_late(unread.step, unread.per_tensor_checksums, self._engine.step_comm)
+        if finite:
+            self.clip_rate.record(unread.step, clipped, int(restarts), int(exploded))
+        self._count(unread.step, bool(finite), bool(skipped), unread.per_tensor_powers, unread.quiet)
+
+    def _count(
+        self,
+        step: int,
+        finite: bool,
+        skipped: bool,
+        per_tensor_powers: tuple[PerTensorPowers, ...],
+        quiet: bool,
+    ) -> None:
+        counter, engine = self._engine.counter, self._engine
+        if finite and skipped:
+            counter.record_policy_skip(step)
+        elif finite:
+            counter.record_update()
+        elif engine.rule.leaves_step_out or quiet:
+            culprits = gather_culprits(suspect_nonfinite(per_tensor_powers), engine.step_comm)
+            counter.record_skip(step, culprits, expected=quiet)
