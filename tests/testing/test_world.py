@@ -95,12 +95,11 @@ def test_a_fault_in_the_second_step() -> None:
 def test_time_is_virtual() -> None:
     def job() -> float:
         begin = time.monotonic()
-        time.sleep(3600.0 * dist.get_rank())
+        time.sleep(0.25 * dist.get_rank())
         return time.monotonic() - begin
 
-    begin = time.monotonic()
-    assert World(2).run(job).results == (0.0, 3600.0)
-    assert time.monotonic() - begin < 60
+    # A real clock never shows these durations exactly.
+    assert World(2).run(job).results == (0.0, 0.25)
 
 
 def test_a_missing_rank_is_named() -> None:
