@@ -229,6 +229,8 @@ class GradClipper:
         engine.deferred.clip_rate = old.deferred.clip_rate
         if old.tensor_norms is not None:
             engine.measure_tensors()
+        if old.spec.moment_eps is not None and engine.spec.moment_eps is None:
+            engine.measure_updates()
         self._engine = engine
         self.load_state_dict(state_dict)
         self._plan_graphs()
@@ -666,6 +668,39 @@ class GradClipper:
             self._engine.measure_tensors()
             self._plan_graphs()
 
+    @torch.no_grad()
+    def measure_updates(self) -> None:
+        """Compare gradients with Adam's second moments from now on, with any policy, in the same all-reduce.
+
+        `outcome.totals.update_rms` has the root mean square of each slot for observers, see `update_clip`. It is NaN
+        in a step whose optimizer is not known, such as `clip()` without one. Call it on every rank.
+
+        Raises:
+            ArgumentError: the policy is per row, has an inf-norm, or isolates groups; on every rank.
+
+        Collectives: one all-reduce of the size of a step's. A step has two numbers more for each slot.
+
+        >>> from distclip import global_norm
+        >>> weight = torch.nn.Parameter(torch.zeros(1))
+        >>> clipper, optimizer = GradClipper([weight], global_norm(1e3)), torch.optim.AdamW([weight], betas=(0.9, 0.99))
+        >>> clipper.measure_updates()
+        >>> clipper.observe(lambda outcome: print(outcome.totals.update_rms))
+        >>> for size in (1.0, 1.0, 10.0):
+        ...     weight.grad = torch.tensor([size])
+        ...     report = clipper.step(optimizer)
+        tensor([nan], dtype=torch.float64)
+        tensor([1.], dtype=torch.float64)
+        tensor([1.6990], dtype=torch.float64)
+        """
+        self._engine.refuse_between("measure_updates")
+        if self._groups is not None:
+            raise ArgumentError(
+                "measure_updates: groups with isolate=True are decided about alone. Use a clipper without isolate=True."
+            )
+        if self._engine.spec.moment_eps is None:
+            self._engine.measure_updates()
+            self._plan_graphs()
+
     def agree(self, function: str) -> None:
         """Check that every rank of the clipper calls a function now that is about to communicate.
 
@@ -977,7 +1012,7 @@ class GradClipper:
             only = frozenset(map(id, parameters_of(chosen)))
         if turns.end_decision() and engine.can_discard:
             self.discard()
-        skipped = bool(engine.clip(None, None, errors, only, watched).skip.host)
+        skipped = bool(engine.clip(chosen, None, errors, only, watched).skip.host)
         if len(turns.optimizers) > 1:
             turns.record(chosen or [], skipped=skipped)
         if not skipped:

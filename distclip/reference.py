@@ -28,6 +28,7 @@ __all__ = [
     "mean_std_bounds",
     "median_mad_bounds",
     "total_norm",
+    "update_rms",
     "zclip_bounds",
 ]
 
@@ -76,6 +77,29 @@ def agc_bound(weight_norm: float, ratio: float = 0.01, eps: float = 1e-3) -> flo
     0.02
     """
     return ratio * max(weight_norm, eps)
+
+
+def update_rms(grad: Tensor, moment: Tensor, beta: float, step: int, eps: float = 1e-8) -> float:
+    r"""Compute the root mean square of a gradient divided by the square roots of Adam's second moments.
+
+    .. math:: \sqrt{\mathrm{mean} \frac{g^2}{\max(\hat v, eps^2)}}, \quad
+        \hat v = \frac{\beta_2 v + (1 - \beta_2) g^2}{1 - \beta_2^t}
+
+    Args:
+        grad: the whole gradient of a tensor.
+        moment: v before this step, `exp_avg_sq` of torch.
+        beta: β2.
+        step: t, 1-based index of this step.
+        eps: least square root of a moment.
+
+    Source: Wortsman et al. 2023, arXiv 2304.13013, algorithm 2.
+
+    >>> update_rms(torch.tensor([2.0]), torch.tensor([0.0]), 0.9, 1)
+    1.0
+    """
+    squares = grad.double().square()
+    current = (beta * moment.double() + (1 - beta) * squares) / (1 - beta**step)
+    return float((squares / current.clamp(min=eps**2)).mean().sqrt())
 
 
 def autoclip_bounds(

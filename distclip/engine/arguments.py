@@ -61,6 +61,11 @@ def check_arguments(policy: Any, on_nonfinite: Any, max_skips: Any, replicas: An
         raise ArgumentError(
             f"norm_type={policy.spec.norm_type}: a norm of order <= 0 hides NaN and Inf. Use a p above 0, or inf."
         )
+    if policy.spec.moment_eps is not None and (policy.spec.per == "row" or policy.spec.norm_type != 2):
+        raise ArgumentError(
+            f"policy={policy!r:.120}: second moments are compared by model, group or tensor, with Euclidean norms. Use "
+            'per="tensor" and norm_type=2.0.'
+        )
     if on_nonfinite not in get_args(OnNonFinite):
         raise ArgumentError(f"on_nonfinite={on_nonfinite!r}: unknown. Use one of {', '.join(get_args(OnNonFinite))}.")
     if replicas not in get_args(Replicas):

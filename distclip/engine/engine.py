@@ -8,6 +8,7 @@ for bit, so that every rank takes the same branch into the same collectives.
 
 from __future__ import annotations
 
+import math
 import re
 import weakref
 import zlib
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from .. import devices
 from ..apply.consumed import find_stepped, mark_clipped, warn_of_late_clip, watch_steps_of
@@ -32,6 +34,7 @@ from ..apply.grad_scaler import ScalerState, enabled
 from ..apply.optimizers import OptimizerSteps, as_list
 from ..apply.scale import clamp_, scale_
 from ..apply.step_gate import hold_still, release, undone_on_error
+from ..apply.updates import ScaledUpdates, scale_next_step
 from ..apply.writes import GradientWrites
 from ..comm import Comm, LocalComm
 from ..comm.agreement import Call, CallCounter
@@ -47,6 +50,7 @@ from ..nonfinite.culprits import count_nonfinite, gather_culprits, suspect_nonfi
 from ..nonfinite.rules import RULES, OnNonFinite, Skip
 from ..nonfinite.skip_counter import SkipCounter
 from ..norms.measure import Partials
+from ..norms.moments import SecondMoments
 from ..norms.reduce import Totals, gather_facts, reduce
 from ..norms.spec import NormSpec
 from ..norms.tensor_norms import TensorNorms
@@ -137,6 +141,11 @@ class Engine:
         self._compares_tensors = False
         # Scalars of the user in the current call, the names and reductions that the ranks have agreed on, and the
         # number of elements that every message has for them since then.
+        # Optimizers that are about to step, which are read if the spec has `moment_eps`. None if they are not known.
+        self._about_to_step: Sequence[Optimizer] | None = None
+        # Whether coefficients multiply what the step adds to parameters, and not the gradients.
+        self._scales_updates = policy.spec.moment_eps is not None
+        self._next_steps: Sequence[RemovableHandle] = ()
         self._watch, self._known_watches, self._watch_length = NO_WATCH, {NO_WATCH.kinds}, 0
         # The step between `start` and `finish`.
         self.started: _Started | None = None
@@ -301,6 +310,7 @@ class Engine:
             with errors:
                 optimizers = as_list(optimizer)
         used, function = optimizers or [], "GradClipper.step"
+        self._about_to_step = optimizers
         scaler, state, loss_scale = enabled(scaler), None, None
         if scaler is not None and optimizer is None:
             error = ArgumentError("scaler: it scales by optimizer. Call clipper.start(optimizer, scaler).")
@@ -397,20 +407,24 @@ class Engine:
         """
         # Fused optimizers apply one factor themselves, which saves a pass over the gradients if these must be
         # multiplied anyway. With a loss scale it has been checked already that the parameters are the table's.
+        written = self._written(outcome)
         fuse = (
             (is_scaled or outcome.skip.host is None)
             and outcome.limits is None
-            and len(outcome.coefs) == 1
+            and len(written.coefs) == 1
             and all(map(supports_grad_scale, optimizers))
             and (is_scaled or self.coverage.owns(optimizers))
         )
         if fuse:
             self._mark_clipped()
         elif not outcome.skip.host:
-            self.write_(outcome, outcome.shards)
+            self.write_(written, outcome.shards)
         watched = self.coverage.watch(optimizers)
         steps = None if outcome.skip.host or state is not None else watch_steps(optimizers)
-        self._advance(optimizers, outcome, state, fuse)
+        updates = self._scaled_updates(outcome, optimizers)
+        self._advance(optimizers, written, state, fuse)
+        if updates is not None:
+            updates.apply_()
         if not outcome.skip.host:
             with self._raised_late():
                 self.coverage.check_kept(watched, optimizers)
@@ -429,6 +443,23 @@ class Engine:
                 # A caller may leave the other optimizers out of a step that is skipped.
                 self.coverage.await_others(optimizers)
         return outcome
+
+    def _written(self, outcome: Outcome) -> Outcome:
+        """Return the outcome with the coefficients that multiply gradients."""
+        return replace(outcome, coefs=torch.ones_like(outcome.coefs[:1])) if self._scales_updates else outcome
+
+    def _scaled_updates(self, outcome: Outcome, optimizers: Sequence[Optimizer]) -> ScaledUpdates | None:
+        """Return what scales the movements of a step that is about to be made, if the policy does."""
+        if not self._scales_updates or outcome.skip.host:
+            return None
+        coefs = outcome.coefs if self.tensor_norms is None else self.tensor_norms.expand(outcome.coefs)
+        slots = [info.slot for info in self.table.metadata.infos(self.table.holders)]
+        return ScaledUpdates(self.table.tensors, slots, coefs, optimizers)
+
+    def _forget_next_steps(self) -> None:
+        for handle in self._next_steps:
+            handle.remove()
+        self._next_steps = ()
 
     @torch.no_grad()
     def clip(
@@ -460,6 +491,11 @@ class Engine:
         watch: Any,
     ) -> Outcome:
         scaler, state, loss_scale = enabled(scaler), None, None
+        self._about_to_step = None
+        self._forget_next_steps()
+        if self.spec.moment_eps is not None and optimizer is not None:
+            with errors:
+                self._about_to_step = as_list(optimizer)
         if scaler is not None:
             optimizers: list[Optimizer] = []
             invalid = FirstError()
@@ -480,7 +516,10 @@ class Engine:
         if state is not None:
             state.set_found_inf(outcome.overflow.on(outcome.coefs.device).to(torch.float32))
         if not outcome.skip.host:
-            self.write_(outcome, outcome.shards)
+            self.write_(self._written(outcome), outcome.shards)
+            if self._about_to_step is not None:
+                pairs = [(one, self._scaled_updates(outcome, [one])) for one in self._about_to_step]
+                self._next_steps = scale_next_step([(one, scaled) for one, scaled in pairs if scaled is not None])
         else:
             # Nor may an optimizer move by what it remembers of earlier gradients.
             self.table.drop_gradients()
@@ -548,6 +587,7 @@ class Engine:
         self.deferred.unread = before.unread
         self.deferred.clip_rate.restore(before.clip_rate)
         self._undo = None
+        self._forget_next_steps()
         counter = self.counter
         was_observed = self._observed_step > before.counts[0]
         counter.steps, counter.skipped, counter.in_a_row = before.counts
@@ -760,6 +800,18 @@ class Engine:
         self.table.assign_slots(finer.by_name, finer.frozen)
         self.tensor_norms = TensorNorms(finer.names, parents, None, finer.total, slots.total)
 
+    def measure_updates(self) -> None:
+        """Compare gradients with the optimizer's second moments from now on, see `GradClipper.measure_updates`."""
+        errors = FirstError(self.table.error)
+        with errors:
+            if self.spec.per == "row" or math.isinf(self.spec.norm_type):
+                raise ArgumentError(
+                    f"measure_updates: the policy has per={self.spec.per!r} and norm_type={self.spec.norm_type}. Use a "
+                    "policy per model, group or tensor with norm_type=2.0."
+                )
+        self.agree("GradClipper.measure_updates", errors)
+        self.spec = replace(self.spec, moment_eps=1e-8)
+
     def _measure(
         self, errors: FirstError, loss_scale: Tensor | None, function: str
     ) -> tuple[Shards, Partials, Totals, Totals]:
@@ -776,6 +828,17 @@ class Engine:
             # The gradients carry the loss scale, so the limits must carry it too.
             low, high = spec.limits
             spec = replace(spec, limits=(low * float(loss_scale), high * float(loss_scale)))
+        moments = None
+        if spec.moment_eps is not None and self.policy.spec.moment_eps is not None and self._about_to_step is None:
+            errors.add(
+                ArgumentError(
+                    f"{function}: the policy reads the second moments of the optimizer that is about to step. Use "
+                    "clipper.step(optimizer), clipper.start(optimizer), clipper.attach(optimizer), or "
+                    "clipper.clip(optimizer)."
+                )
+            )
+        elif spec.moment_eps is not None:
+            moments = SecondMoments(self._about_to_step or (), spec.moment_eps, loss_scale)
         return measure_all_ranks(
             self.table,
             spec,
@@ -786,6 +849,7 @@ class Engine:
             self.num_measured_slots,
             self.counter.steps,
             self._watch,
+            moments=moments,
             overlap=overlap,
         )
 
@@ -969,8 +1033,11 @@ class Engine:
         if not earlier.written and not fuse and not outcome.skip.host:
             # The earlier call has left the factor to the kernels of the optimizers that it stepped.
             with torch.no_grad():
-                scale_(self.optimizers.shards_of(optimizers), outcome.factors)
-        self._advance(optimizers, outcome, state, fuse)
+                scale_(self.optimizers.shards_of(optimizers), self._written(outcome).factors)
+        updates = self._scaled_updates(outcome, optimizers)
+        self._advance(optimizers, self._written(outcome), state, fuse)
+        if updates is not None:
+            updates.apply_()
         return outcome
 
     def _check_again(self, earlier: _ScalerRound, optimizers: Sequence[Optimizer], state: ScalerState) -> None:

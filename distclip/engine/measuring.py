@@ -26,8 +26,9 @@ from ..comm.distinct import any_rank
 from ..comm.process_group import MisplacedError
 from ..devices import NEVER
 from ..errors import DisagreementError, LayoutError
-from ..norms.measure import Partials, measure
+from ..norms.measure import Partials, measure, measure_updates
 from ..norms.memory import read_gradients, read_weights
+from ..norms.moments import SecondMoments
 from ..norms.partial_grads import reduce_partial_grads
 from ..norms.reduce import Totals, gather_facts, start_reduce
 from ..norms.replica_sums import add_sums
@@ -58,6 +59,7 @@ def measure_all_ranks(
     step: int = 0,
     watch: Watch = NO_WATCH,
     *,
+    moments: SecondMoments | None = None,
     overlap: bool = False,
 ) -> Measuring:
     """Run stages 1 to 3 of a call: find this rank's shards, measure them, add up over all ranks.
@@ -72,6 +74,7 @@ def measure_all_ranks(
         num_slots: number of norms.
         step: 1-based index of the clipper call, which selects the parameters to compare.
         watch: scalars of the user.
+        moments: of the optimizers that are about to step, if the spec has `moment_eps`.
         overlap: yield before the all-reduce is complete, if the backend can do so.
 
     Yields:
@@ -110,6 +113,9 @@ def measure_all_ranks(
         with errors:
             compares = guard.rule.compares and comm.size > 1
             partials = measure(shards, spec, device, num_slots, weights, guard.rounded if compares else None)
+            if moments is not None:
+                tensors = table.tensors_with_gradient() if shards.grads else ()
+                measure_updates(partials, shards, tensors, moments, device)
             if compares:
                 partials.replica_sums = add_sums(partials.replica_sums, guard.parameter_sums(step))
     if partials is None:
@@ -134,7 +140,9 @@ def measure_all_ranks(
     def measure_again(misplaced: MisplacedError) -> tuple[Shards, Partials, Totals]:
         other = _placed(misplaced, errors)
         same_call = replace(call, counter=call_counter(other).next())
-        return run(measure_all_ranks(table, spec, other, errors, same_call, guard, num_slots, step, watch))
+        return run(
+            measure_all_ranks(table, spec, other, errors, same_call, guard, num_slots, step, watch, moments=moments)
+        )
 
     measured_again = None
     try:
@@ -179,11 +187,11 @@ def measure_all_ranks(
         as_before = are_alike and not partials.widens_anew
         wider = widened(comm, table.groups, table.axes, table.num_reached, as_before=as_before)
         call = replace(call, counter=call_counter(wider).next())
-        return run(measure_all_ranks(table, spec, wider, errors, call, guard, num_slots, step, watch))
+        return run(measure_all_ranks(table, spec, wider, errors, call, guard, num_slots, step, watch, moments=moments))
     if totals.new_layouts.host:
         # The replicas may have been counted wrongly, on any rank.
         exchange_layouts(table, comm)
-        return run(measure_all_ranks(table, spec, comm, errors, call, guard, num_slots, step, watch))
+        return run(measure_all_ranks(table, spec, comm, errors, call, guard, num_slots, step, watch, moments=moments))
     if totals.has_partial_grads.host:
         totals = reduce_partial_grads(totals, table, shards, spec, comm, device)
     return shards, partials, totals

@@ -86,6 +86,7 @@ class GraphPlan:
             "the policy is not one of distclip's, and may read numbers on the host": not (
                 type(policy) is Value or (type(policy) is NormPolicy and policy.has_own_rule)
             ),
+            "the policy or a recorder compares gradients with second moments": engine.spec.moment_eps is not None,
             "measure_tensors is on": engine.tensor_norms is not None,
             "observers, such as a Recorder, run on the host": bool(engine.observers),
             "max_skips raises on the host": engine.counter.max_skips is not None,

@@ -23,11 +23,12 @@ from ..sharding.shard import ShardInfos, Shards
 from .kernels import checksums, power_sums, powers_by_row
 from .kernels.torch_ops import identity
 from .limits import any_out_of_limits
+from .moments import SecondMoments, sum_ratios
 from .replica_sums import ReplicaSums, add_sums, sum_by_group
 from .spec import NormSpec
 from .watch import NO_WATCH, Watch
 
-__all__ = ["Partials", "PerTensorChecksums", "PerTensorPowers", "measure", "sum_by_slot"]
+__all__ = ["Partials", "PerTensorChecksums", "PerTensorPowers", "measure", "measure_updates", "sum_by_slot"]
 
 PerTensorPowers: TypeAlias = tuple[tuple[str, ...], Tensor]
 """Parameter names with the power sums of their local gradients: (names,), or (1, rows) of a single parameter."""
@@ -49,6 +50,8 @@ class Partials:
         powers: (slots,) float64 on the gradients' device, Σ|g|^p / num_replicas, or max|g| for p = inf (−min|g| for
             −inf).
         weight_powers: (slots,), the same of the parameters. None unless the policy needs it.
+        update_powers: (slots,), Σ g² / max(v, ε²) / num_replicas, see `moments`. None unless the spec has `moment_eps`.
+        update_counts: (slots,), number of elements with second moments, each divided by its number of replicas.
         out_of_limits: whether some element is outside of the policy's limits; a 0-d bool on an accelerator.
         has_partial_grads: whether some gradient is partial, and therefore missing from `powers`.
         has_fp64: whether some gradient is float64 or complex128.
@@ -66,6 +69,8 @@ class Partials:
 
     powers: Tensor
     weight_powers: Tensor | None = None
+    update_powers: Tensor | None = None
+    update_counts: Tensor | None = None
     out_of_limits: Tensor | bool = False
     has_partial_grads: bool = False
     has_fp64: bool = False
@@ -84,7 +89,36 @@ class Partials:
     def empty(cls, spec: NormSpec, device: torch.device, num_slots: int = 1) -> Partials:
         """Return the contribution of a rank that has no gradient, or that has failed."""
         nothing = identity(spec.norm_type, device).repeat(num_slots)
-        return cls(nothing, nothing if spec.needs_weights else None)
+        none = identity(2.0, device).repeat(num_slots) if spec.moment_eps is not None else None
+        return cls(nothing, nothing if spec.needs_weights else None, none, none)
+
+
+def measure_updates(
+    partials: Partials, shards: Shards, tensors: Sequence[Tensor], moments: SecondMoments, device: torch.device
+) -> None:
+    """Add this rank's comparison with second moments to its partials.
+
+    Args:
+        partials: of this rank.
+        shards: the gradients of this rank.
+        tensors: the parameter of each.
+        moments: of the optimizers that are about to step.
+        device: of the partials.
+
+    Raises, Collectives, Host syncs: see `sum_ratios`.
+    """
+    num_slots = len(partials.powers)
+    partials.update_powers = partials.update_counts = identity(2.0, device).repeat(num_slots)
+    sums, numels = sum_ratios(shards, tensors, moments)
+    if not sums:
+        return
+    infos, pairs = shards.infos, torch.stack([one.to(device) for one in sums])
+    counts = device_constant(tuple(numels), device, pairs.dtype)
+    if infos.num_replicas:
+        replicas = device_constant(infos.num_replicas, device, pairs.dtype)
+        pairs, counts = pairs / replicas, counts / replicas
+    partials.update_powers = sum_by_slot(pairs, infos, 2.0, num_slots)
+    partials.update_counts = sum_by_slot(counts, infos, 2.0, num_slots)
 
 
 def measure(
@@ -132,7 +166,14 @@ def measure(
         weight_powers = _powers_by_slot(weights, spec.norm_type, device, num_slots, None)[0]
     # Only shards that are not measured as whole tensors can be partial, and there are few of them.
     has_partial_grads = any(shards[i].partial_sums for i in shards.infos.whole[2])
-    partials = Partials(powers, weight_powers, out_of_limits, has_partial_grads, has_fp64, per_tensor_powers=per_tensor)
+    partials = Partials(
+        powers,
+        weight_powers,
+        out_of_limits=out_of_limits,
+        has_partial_grads=has_partial_grads,
+        has_fp64=has_fp64,
+        per_tensor_powers=per_tensor,
+    )
     for infos, sums, words in replicas:
         partials.replica_sums = add_sums(partials.replica_sums, sum_by_group(words, infos, sums, rounded or ()))
     partials.per_tensor_checksums = replicas

@@ -162,6 +162,8 @@ def check_bits(dtype: torch.dtype, size: int) -> int:
 FIELDS = (
     Field("powers", lambda partials: partials.powers),
     Field("weight_powers", lambda partials: partials.weight_powers, lambda spec: spec.needs_weights),
+    Field("update_powers", lambda partials: partials.update_powers, lambda spec: spec.moment_eps is not None),
+    Field("update_counts", lambda partials: partials.update_counts, lambda spec: spec.moment_eps is not None),
 )
 """Vectors of the message, in order."""
 

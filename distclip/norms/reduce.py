@@ -41,6 +41,8 @@ class Totals:
         powers: (slots,) float64, Σ|g|^p of the whole gradient of each slot, or its max|g| (−min|g| for p = −inf).
         norm_type: p.
         weight_powers: (slots,) float64, the same of the parameters. None unless the policy needs it.
+        update_powers: (slots,), Σ g² / max(v, ε²) with Adam's second moments v, for `update_rms`. None likewise.
+        update_counts: (slots,), number of elements with second moments.
         same_call: whether all ranks make one call, in one situation. An accelerator's host may not have read it. If
             they do not, the other facts are those of this rank until `gather_facts`.
         failed: whether some rank has failed, or made another call.
@@ -58,6 +60,8 @@ class Totals:
     powers: Tensor
     norm_type: float = 2.0
     weight_powers: Tensor | None = None
+    update_powers: Tensor | None = None
+    update_counts: Tensor | None = None
     same_call: Fact = ALWAYS
     failed: Fact = NEVER
     uncovered: Fact = NEVER
@@ -97,6 +101,19 @@ class Totals:
                 "NormSpec, or in the threshold."
             )
         return root(self.weight_powers, self.norm_type)
+
+    @cached_property
+    def update_rms(self) -> Tensor:
+        """Root mean square of g / √v of each slot, (slots,) float64, for a policy whose spec has `moment_eps`.
+
+        NaN for a slot without second moments.
+        """
+        if self.update_powers is None or self.update_counts is None:
+            raise AttributeError(
+                "update_rms: the gradients were not compared with second moments. Set moment_eps=1e-8 in the policy's "
+                "NormSpec, or call clipper.measure_updates()."
+            )
+        return (self.update_powers / self.update_counts).sqrt()
 
     @cached_property
     def finite(self) -> Fact:

@@ -33,6 +33,8 @@ class NormSpec:
             an optimizer, one of its parameter groups, a module or a list of tensors in place of the expression.
         exclude: a regular expression, or several; parameters with a matching name are measured and never clipped.
         needs_weights: whether the norms of the parameters are measured as well.
+        moment_eps: ε of Σ g² / max(v, ε²) with the second moments v of the optimizer, which is measured as well, see
+            `distclip.norms.moments`. None to leave it out.
         limits: (low, high) of an element; gradients are then searched for elements outside of them. None for no search.
         groups_are_prefixes: the names of groups are those of parameters up to the first "/", and patterns are not used.
         limits_magnitudes: whether `limits` bound the magnitudes of elements, except those of zeros.
@@ -52,6 +54,7 @@ class NormSpec:
     limits: tuple[float, float] | None = None
     limits_magnitudes: bool = False
     groups_are_prefixes: bool = False
+    moment_eps: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", check_groups(self.groups))

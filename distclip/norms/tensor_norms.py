@@ -52,11 +52,25 @@ class TensorNorms:
         """Return the totals by slot of the policy. Collectives: none. Host syncs: none."""
         if self.policy_slots is None:
             return measured
-        weight_powers = measured.weight_powers
+        index, num_slots = self.policy_slots, self.num_policy_slots
+        weight_powers, update_powers, update_counts = (
+            measured.weight_powers,
+            measured.update_powers,
+            measured.update_counts,
+        )
         if weight_powers is not None:
-            weight_powers = self._sum(weight_powers, self.policy_slots, measured, self.num_policy_slots)
-        powers = self._sum(measured.powers, self.policy_slots, measured, self.num_policy_slots)
-        return replace(measured, powers=powers, weight_powers=weight_powers)
+            weight_powers = self._sum(weight_powers, index, measured, num_slots)
+        if update_powers is not None and update_counts is not None:
+            update_powers, update_counts = (
+                sum_by_slot(vector, index, 2.0, num_slots) for vector in (update_powers, update_counts)
+            )
+        return replace(
+            measured,
+            powers=self._sum(measured.powers, index, measured, num_slots),
+            weight_powers=weight_powers,
+            update_powers=update_powers,
+            update_counts=update_counts,
+        )
 
     def per_parameter(self, measured: Totals) -> Tensor:
         """Return the norm of every parameter, (parameters,) float64. Collectives: none. Host syncs: none."""

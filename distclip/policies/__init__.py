@@ -22,6 +22,7 @@ from .median_mad import MedianMAD, median_mad
 from .norm_policy import NormPolicy
 from .policy import Policy, Rule, Threshold, Verdict
 from .policy import State as State  # the type of a state, which `distclip` does not export
+from .update_clip import UpdateRule, update_clip
 from .value import Value, value
 from .zclip import ZScore, zclip
 
@@ -43,6 +44,7 @@ __all__ = [
     "RelativeToWeight",
     "Rule",
     "Threshold",
+    "UpdateRule",
     "Value",
     "Verdict",
     "ZScore",
@@ -58,6 +60,7 @@ __all__ = [
     "lagged",
     "median_mad",
     "per_tensor_norm",
+    "update_clip",
     "value",
     "zclip",
 ]

@@ -33,9 +33,10 @@ class ByGroup(Rule):
         if not self.thresholds:
             raise ArgumentError("thresholds=(): no threshold. Use ByGroup((distclip.Fixed(1.0), distclip.ZScore())).")
         for threshold in self.thresholds:
-            if as_rule(threshold).needs_weights:
+            if as_rule(threshold).needs_weights or as_rule(threshold).moment_eps is not None:
                 raise ArgumentError(
-                    f"thresholds: {threshold!r:.80} needs the norms of parameters. Use distclip.agc for all parameters."
+                    f"thresholds: {threshold!r:.80} needs more than the norms of gradients. Use distclip.agc or "
+                    "distclip.update_clip for all parameters."
                 )
 
     def init(self, slots: int, device: torch.device) -> State:

@@ -55,6 +55,12 @@ class _CustomRule(Rule):
                 raise ArgumentError(f"{name}={number!r:.60}: expected {allowed}. Use {name}=1.0, for example.")
             vars(self)[name] = to_float(number)
 
+    @property
+    def moment_eps(self) -> float | None:
+        """Least square root of a second moment, if the threshold has a member of this name."""
+        eps = getattr(self._threshold, "moment_eps", None)
+        return None if eps is None else float(eps)
+
     def init(self, slots: int, device: torch.device) -> State:
         """Return the threshold's state before the first step."""
         return check_first_state(f"threshold={self._threshold!r:.80}", self._threshold.init(slots, device), slots)

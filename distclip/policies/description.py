@@ -20,6 +20,7 @@ from .fixed import Fixed, global_norm, group_norm, per_tensor_norm
 from .median_mad import median_mad
 from .norm_policy import NormPolicy
 from .policy import Policy
+from .update_clip import update_clip
 from .value import Value
 from .zclip import zclip
 
@@ -35,6 +36,7 @@ _PRESETS: Sequence[Callable[..., NormPolicy]] = (
     aggc,
     ema,
     median_mad,
+    update_clip,
 )
 
 

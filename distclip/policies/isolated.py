@@ -226,6 +226,11 @@ def check_group_policy(name: str, policy: Any, norm_type: float | None) -> None:
             f"policy={policy!r:.80}: not a policy for the group {name!r}. Pass distclip.global_norm(1.0), for example."
         )
     spec = policy.spec
+    if spec.moment_eps is not None:
+        raise ArgumentError(
+            f"policy={policy!r:.120}: the group {name!r} is decided about alone, and the policy reads the optimizer. "
+            "Use update_clip without isolate=True."
+        )
     if spec.per != "model" or spec.exclude or spec.limits is not None:
         kind = f"per={spec.per!r}" if spec.per != "model" else "exclude=" if spec.exclude else "limits of elements"
         raise ArgumentError(

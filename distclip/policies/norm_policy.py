@@ -123,9 +123,10 @@ class NormPolicy:
                 f'groups={self.groups!r}: "rest" is the group of all parameters without a match. Use another name.'
             )
         object.__setattr__(self, "_rule", as_rule(self.threshold))
-        if self.watch is not None and self._rule.needs_weights:
+        if self.watch is not None and (self._rule.needs_weights or self._rule.moment_eps is not None):
             raise ArgumentError(
-                f"watch={self.watch!r}: a scalar has no weights, which {self.threshold!r:.80} needs. Use median_mad."
+                f"watch={self.watch!r}: a scalar has no weights and moments, which {self.threshold!r:.80} needs. "
+                "Use median_mad."
             )
         witness = (
             None if self.watch is None else NormPolicy(self.threshold, restart_after=self.restart_after, skip=True)
@@ -135,7 +136,10 @@ class NormPolicy:
     @property
     def spec(self) -> NormSpec:
         """Norms that the policy needs."""
-        return NormSpec(self.norm_type, self.per, self.groups, self.exclude, self._rule.needs_weights)
+        rule = self._rule
+        return NormSpec(
+            self.norm_type, self.per, self.groups, self.exclude, rule.needs_weights, moment_eps=rule.moment_eps
+        )
 
     @property
     def has_own_rule(self) -> bool:

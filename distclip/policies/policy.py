@@ -157,6 +157,11 @@ class Rule(Threshold):
     max_coef: float = 1.0
 
     @property
+    def moment_eps(self) -> float | None:
+        """Least square root of a second moment, for a rule that reads `totals.update_rms`. None for any other."""
+        return None
+
+    @property
     def unbounded_steps(self) -> int:
         """Number of first norms to which only the cap applies. `restart` is implemented if it is not 0."""
         return 0

@@ -52,6 +52,7 @@ class PolicyRow:
         variants: rules at the edges of their arguments.
         capped: makes the policy with cap=2.0 and arguments that clip no norm of 1.
         restarts: whether the rule restarts if it clips most steps.
+        needs_optimizer: whether the policy reads the optimizer, so that `clip()` without one is refused.
     """
 
     make: Callable[[], Policy]
@@ -63,6 +64,7 @@ class PolicyRow:
     variants: dict[str, Variant] = field(default_factory=dict)
     capped: Callable[[], NormPolicy] | None = None
     restarts: bool = False
+    needs_optimizer: bool = False
 
     def fitted(self, oracle: Oracle) -> tuple[NormPolicy, Bound]:
         """Return a policy that clips the gradients of the oracle, and its bound."""
@@ -137,6 +139,8 @@ POLICIES: dict[str, PolicyRow] = {
         per="row",
         on_all_layouts=True,
     ),
+    # It has tests of its own on layouts, because its oracle needs an optimizer.
+    "update_clip": PolicyRow(make=lambda: distclip.update_clip(1.5), per="tensor", needs_optimizer=True),
     "autoclip": PolicyRow(
         make=lambda: distclip.autoclip(10),
         small=lambda **options: distclip.autoclip(40, window=4, **options),

@@ -1,0 +1,133 @@
+r"""Compare this rank's gradients with Adam's second moments, for the root mean square of a step's update.
+
+.. math:: \sum_i \frac{g_i^2}{\max(\hat v_i, \varepsilon^2)}, \qquad
+    \hat v = \frac{\beta_2 v + (1 - \beta_2) g^2}{1 - \beta_2^t}
+
+The moments are those that the optimizer is about to divide by, with this step's gradient in them. So a ratio is at most
+1 / (1 - β2), also for a row of an embedding whose moments have decayed to 0. Sums and numbers of elements are both
+divided by the number of replicas. So a rank that has no moments of its shard, because another replica steps it, changes
+no mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .. import devices
+from ..errors import ArgumentError, LayoutError
+from ..sharding.dtensor import local_of
+from ..sharding.shard import Shards
+
+__all__ = ["SecondMoments", "sum_ratios"]
+
+_Moment = tuple[Tensor, float, Any]
+"""Second moments of one parameter with a bias, β2, and the number of steps that they have seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class SecondMoments:
+    """Optimizers that are about to step, whose second moments gradients are compared with.
+
+    Args:
+        optimizers: of this rank.
+        eps: ε, > 0.
+        loss_scale: 0-d, factor that the gradients carry. None for 1.
+    """
+
+    optimizers: Sequence[Optimizer]
+    eps: float
+    loss_scale: Tensor | None = None
+
+
+def sum_ratios(shards: Shards, tensors: Sequence[Tensor], moments: SecondMoments) -> tuple[list[Tensor], list[float]]:
+    """Sum g² / v of each shard, see above.
+
+    Args:
+        shards: the gradients of this rank.
+        tensors: the parameter of each.
+        moments: of the optimizers that step these parameters.
+
+    Returns:
+        0-d sums in the accumulation dtype, and the number of elements of each. Both are 0 for a parameter without
+        second moments, before its first step for example.
+
+    Raises:
+        ArgumentError: an optimizer has a state without second moments.
+        LayoutError: a gradient is partial or sparse.
+
+    Collectives: none. Host syncs: none.
+    """
+    known = _find_moments(moments.optimizers)
+    sums: list[Tensor] = []
+    counts: list[float] = []
+    for info, grad, tensor in zip(shards.infos, shards.grads, tensors, strict=True):
+        moment = known.get(id(tensor))
+        values = torch.view_as_real(grad) if grad.is_complex() else grad
+        if moment is None or not grad.numel() or _as_real(moment[0]).shape != values.shape:
+            sums.append(torch.zeros((), dtype=devices.accumulation_dtype(grad.device), device=grad.device))
+            counts.append(0.0)
+            continue
+        if info.partial_sums or grad.layout is not torch.strided:
+            kind = "partial" if info.partial_sums else "sparse"
+            raise LayoutError(
+                f"{info.name} has a {kind} gradient, which cannot be compared with second moments. Use a policy that "
+                "needs norms alone, such as distclip.per_tensor_norm(1.0)."
+            )
+        sums.append(_sum_ratios(values, moment, moments))
+        counts.append(float(values.numel()))
+    return sums, counts
+
+
+def _sum_ratios(grad: Tensor, moment: _Moment, moments: SecondMoments) -> Tensor:
+    second, beta, step = moment
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    squares = grad.to(dtype)
+    if moments.loss_scale is not None:
+        squares = squares / moments.loss_scale.to(squares)
+    squares = squares.square()
+    # The optimizer divides by these moments in this step.
+    current = torch.lerp(squares, _as_real(second).to(dtype), beta) / _debias(beta, step, grad.device)
+    ratios = squares / current.clamp_(min=moments.eps**2)
+    return ratios.sum(dtype=devices.accumulation_dtype(grad.device))
+
+
+def _debias(beta: float, step: Any, device: torch.device) -> Any:
+    """Return 1 - β2^t for the step that is about to be made."""
+    if not isinstance(step, Tensor) or devices.host_reads_free(step.device):
+        return -math.expm1((float(step) + 1) * math.log(beta)) if beta > 0 else 1.0
+    # In float32, 1 - β2^t would lose digits.
+    return -torch.expm1((step.to(device, torch.float32) + 1) * math.log(beta)) if beta > 0 else 1.0
+
+
+def _find_moments(optimizers: Iterable[Optimizer]) -> dict[int, _Moment]:
+    """Return the second moments of this rank, by the identity of their parameter."""
+    moments: dict[int, _Moment] = {}
+    for optimizer in optimizers:
+        # ZeroRedundancyOptimizer steps the parameters of this rank by another optimizer, which has the state.
+        inner: Any = getattr(optimizer, "optim", optimizer)
+        state: Any = inner.state or optimizer.state
+        num_found = 0
+        for group in inner.param_groups:
+            beta = float(group.get("betas", (0.0, 0.0))[1])
+            for parameter in group["params"]:
+                values = state.get(parameter)
+                if values and isinstance(second := values.get("exp_avg_sq"), Tensor):
+                    num_found += 1
+                    moments[id(parameter)] = local_of(second), beta, values.get("step", 0)
+        if state and not num_found:
+            raise ArgumentError(
+                f"optimizer: {type(inner).__name__} has no second moments (exp_avg_sq), which the gradients are to be "
+                "compared with. Use Adam or AdamW, or another policy."
+            )
+    return moments
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

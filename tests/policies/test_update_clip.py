@@ -1,0 +1,210 @@
+"""Update clipping against StableAdamW in float64 on whole tensors, in layouts and in every way to step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor.debug import CommDebugMode
+
+import distclip
+from distclip import ArgumentError, GradClipper, reference, update_clip
+from tests.ranks import gather_from_ranks, on_ranks
+from tests.rig import build_rig
+
+LR, BETAS, EPS, DECAY = 0.01, (0.9, 0.95), 1e-8, 0.1
+FACTORS = (1.0, 0.5, 1.0, 30.0, 1.0)
+"""Sizes of the gradients, step by step."""
+
+
+class StableAdamW:
+    """The algorithm of the paper on one whole tensor, in float64."""
+
+    def __init__(self, weight: Tensor, max_rms: float = 1.0) -> None:
+        self.weight, self.max_rms = weight.detach().double().clone(), max_rms
+        self.first, self.second, self.steps = torch.zeros_like(self.weight), torch.zeros_like(self.weight), 0
+
+    def step(self, grad: Tensor) -> float:
+        """Step, and return the coefficient of the learning rate."""
+        grad, (beta1, beta2) = grad.double(), BETAS
+        self.steps += 1
+        rms = reference.update_rms(grad, self.second, beta2, self.steps)
+        coef = min(1.0, self.max_rms / rms) if rms and self.steps > 1 else 1.0
+        self.first = beta1 * self.first + (1 - beta1) * grad
+        self.second = beta2 * self.second + (1 - beta2) * grad.square()
+        root = (self.second / (1 - beta2**self.steps)).sqrt() + EPS
+        self.weight -= coef * LR * (DECAY * self.weight + self.first / (1 - beta1**self.steps) / root)
+        return coef
+
+
+def adamw(params: Any, **options: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(params, LR, BETAS, EPS, DECAY, **options)
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "tp", "megatron", "zero"])
+def test_layouts(name: str) -> None:
+    rig = build_rig("ddp" if name == "zero" else name)
+    params = [param for _, param in rig.named]
+    options = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY, "foreach": False}
+    optimizer: Any = adamw(params, foreach=False)
+    if name == "zero":
+        optimizer = ZeroRedundancyOptimizer(params, torch.optim.AdamW, **options)
+    clipper = rig.clipper(update_clip(1.0))
+    whole = rig.gather_whole(lambda param: param)
+    # A tagged tensor is one tensor in pieces, which have the same coefficient.
+    tensors = {key.split("@")[0]: [k for k in whole if k.split("@")[0] == key.split("@")[0]] for key in whole}
+    twins = {key: StableAdamW(torch.cat([whole[k] for k in keys])) for key, keys in tensors.items()}
+    for step, factor in enumerate(FACTORS):
+        rig.fill(step, factor)
+        grads = rig.gather_whole(lambda param: param.grad)
+        with CommDebugMode() as counter:
+            report = clipper.step(optimizer)
+        expected = {key: twin.step(torch.cat([grads[k] for k in tensors[key]])) for key, twin in twins.items()}
+        if step > 1 and name != "zero":
+            assert counter.get_total_counts() == 1
+        for slot, coef in zip(clipper.slots, report.coefs, strict=True):
+            assert float(coef) == pytest.approx(expected[slot], rel=1e-5), slot
+        assert len(set(gather_from_ranks(report.coefs.numpy().tobytes()))) == 1
+        assert float(report.coefs.min()) < 0.5 or factor < 30
+        after = rig.gather_whole(lambda param: param)
+        for key, twin in twins.items():
+            torch.testing.assert_close(torch.cat([after[k] for k in tensors[key]]), twin.weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["step", "finish", "attach", "clip", "fused", "scaler", "closure", "measured"])
+def test_ways_to_step(way: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    optimizer, twins = adamw(model.parameters(), fused=way == "fused"), {}
+    twins = {name: StableAdamW(param, 1.5) for name, param in model.named_parameters()}
+    clipper = GradClipper(model, update_clip(1.5))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if way == "scaler" else None
+    if way in ("attach", "closure"):
+        clipper.attach(optimizer)
+    if way == "measured":
+        clipper.measure_tensors()
+    for step, factor in enumerate(FACTORS):
+        inputs = torch.randn(6, 5, generator=torch.Generator().manual_seed(step)) * factor
+
+        def backward(inputs: Tensor = inputs) -> Tensor:
+            optimizer.zero_grad()
+            loss = model(inputs).square().mean()
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            return loss
+
+        if way != "closure":
+            backward()
+        if way == "finish":
+            clipper.start(optimizer)
+            clipper.finish(optimizer)
+        elif way == "clip":
+            clipper.clip(optimizer)
+            clipper.clip(optimizer)  # without a step in between, only the last one holds
+            optimizer.step()
+        elif way in ("attach", "closure"):
+            optimizer.step(backward if way == "closure" else None)  # type: ignore[call-overload]
+        else:
+            clipper.step(optimizer, scaler)
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        if scaler is not None:
+            scaler.update()
+        for name, param in model.named_parameters():
+            assert param.grad is not None
+            unscaled = 1.0 if scale == 1.0 or float(param.grad.abs().max()) < 100 else scale
+            twins[name].step(param.grad / unscaled)
+            torch.testing.assert_close(param.detach().double(), twins[name].weight, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_that_return_do_not_dominate_a_tensor() -> None:
+    table = nn.Parameter(torch.ones(100, 4))
+    optimizer, clipper = adamw([table]), GradClipper([("table", table)], update_clip())
+    for _ in range(20):
+        table.grad = torch.ones(100, 4)
+        table.grad[0] = 0.0
+        clipper.step(optimizer)
+    table.grad = torch.ones(100, 4)
+    assert float(clipper.step(optimizer).coefs) > 0.9
+
+
+def test_skip_and_exclude() -> None:
+    weight, bias = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    named = [("weight", weight), ("bias", bias)]
+    policy = distclip.NormPolicy(update_clip(1.5).threshold, per="tensor", exclude="bias", skip=True)
+    optimizer, clipper = adamw([weight, bias]), GradClipper(named, policy)
+    for factor in (1.0, 1.0, 1.0, 100.0):
+        before = weight.detach().clone(), bias.detach().clone()
+        for _, param in named:
+            param.grad = factor * torch.ones(4)
+        report = clipper.step(optimizer)
+        assert bool(report.skipped) == (factor == 100.0)
+        assert torch.equal(bias.detach(), before[1]) == (factor == 100.0)
+    clipper = GradClipper(named, update_clip(1.5, exclude="bias"))
+    coefs = dict(zip(clipper.slots, clipper.step(optimizer).coefs.tolist(), strict=True))
+    assert coefs["bias"] == 1.0 > coefs["weight"]
+
+
+def test_squares_beyond_float32_do_not_move_a_tensor() -> None:
+    weight = nn.Parameter(torch.ones(4))
+    optimizer, clipper = adamw([weight]), GradClipper([weight], update_clip())
+    for size in (1.0, 1e30):
+        before = weight.detach().clone()
+        weight.grad = size * torch.ones(4)
+        clipper.step(optimizer)
+    assert torch.equal(weight.detach(), before)
+
+
+def _of(policy: Any, **options: Any) -> GradClipper:
+    weight = nn.Parameter(torch.ones(4, 2))
+    weight.grad = torch.ones(4, 2)
+    return GradClipper([("weight", weight)], policy, **options)
+
+
+REFUSED: dict[str, tuple[str, Any]] = {
+    "clip without the optimizer": ("clipper.step", lambda: _of(update_clip()).clip()),
+    "start without the optimizer": ("clipper.start", lambda: _of(update_clip()).start()),
+    "rows": ('per="tensor"', lambda: update_clip(per="row")),
+    "a number": ("max_rms=0", lambda: update_clip(0.0)),
+    "isolated groups": ("isolate", lambda: _of(update_clip(per="model"), isolate=True)),
+    "lagged": ("more than", lambda: distclip.lagged(update_clip())),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    match, make = REFUSED[name]
+    with pytest.raises(ArgumentError, match=match):
+        make()
+
+
+def test_optimizer_without_second_moments_is_refused() -> None:
+    weight = nn.Parameter(torch.ones(4))
+    optimizer, clipper = torch.optim.SGD([weight], 0.1, momentum=0.9), GradClipper([weight], update_clip())
+    weight.grad = torch.ones(4)
+    clipper.step(optimizer)
+    with pytest.raises(ArgumentError, match="SGD has no second moments"):
+        clipper.step(optimizer)
+    assert clipper.capturable() != True  # noqa: E712
+
+
+@on_ranks(2)
+def test_observed_rms_with_any_policy() -> None:
+    """Measure updates next to a policy that clips gradients, and refuse together what one rank passes."""
+    rig = build_rig("fsdp2")
+    clipper = rig.clipper(distclip.global_norm(1e6))
+    clipper.measure_tensors()
+    clipper.measure_updates()
+    found: list[Tensor] = []
+    clipper.observe(lambda outcome: found.append(outcome.measured.update_rms))
+    optimizer = rig.optimizer("adamw")
+    for step, factor in enumerate((1.0, 1.0, 1.0, 20.0)):
+        rig.fill(step, factor)
+        clipper.step(optimizer)
+    assert len(found[0]) == len(clipper.tensors)
+    assert bool(found[0].isnan().all())
+    assert float(found[2].max()) < 2 < 1.8 * float(found[3].min())
+    assert math.isnan(float(found[0][0]))
