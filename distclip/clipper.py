@@ -672,8 +672,8 @@ class GradClipper:
     def measure_updates(self) -> None:
         """Compare gradients with Adam's second moments from now on, with any policy, in the same all-reduce.
 
-        `outcome.totals.update_rms` has the root mean square of each slot for observers, see `update_clip`. It is NaN
-        in a step whose optimizer is not known, such as `clip()` without one. Call it on every rank.
+        `Report.update_rms` has the root mean square of g / √v, see `update_clip`. It is NaN in a step whose optimizer
+        is not known, such as `clip()` without one. Call it on every rank.
 
         Raises:
             ArgumentError: the policy is per row, has an inf-norm, or isolates groups; on every rank.
@@ -684,13 +684,12 @@ class GradClipper:
         >>> weight = torch.nn.Parameter(torch.zeros(1))
         >>> clipper, optimizer = GradClipper([weight], global_norm(1e3)), torch.optim.AdamW([weight], betas=(0.9, 0.99))
         >>> clipper.measure_updates()
-        >>> clipper.observe(lambda outcome: print(outcome.totals.update_rms))
         >>> for size in (1.0, 1.0, 10.0):
         ...     weight.grad = torch.tensor([size])
-        ...     report = clipper.step(optimizer)
-        tensor([nan], dtype=torch.float64)
-        tensor([1.], dtype=torch.float64)
-        tensor([1.6990], dtype=torch.float64)
+        ...     print(round(float(clipper.step(optimizer).update_rms), 1))
+        nan
+        1.0
+        1.7
         """
         self._engine.refuse_between("measure_updates")
         if self._groups is not None:

@@ -801,7 +801,7 @@ class Engine:
         self.tensor_norms = TensorNorms(finer.names, parents, None, finer.total, slots.total)
 
     def measure_updates(self) -> None:
-        """Compare gradients with the optimizer's second moments from now on, see `GradClipper.measure_updates`."""
+        """Compare gradients with second moments from now on, see `GradClipper.measure_updates`."""
         errors = FirstError(self.table.error)
         with errors:
             if self.spec.per == "row" or math.isinf(self.spec.norm_type):
@@ -838,7 +838,8 @@ class Engine:
                 )
             )
         elif spec.moment_eps is not None:
-            moments = SecondMoments(self._about_to_step or (), spec.moment_eps, loss_scale)
+            is_alone = self.step_comm.size == 1
+            moments = SecondMoments(self._about_to_step or (), spec.moment_eps, loss_scale, is_alone)
         return measure_all_ranks(
             self.table,
             spec,

@@ -107,6 +107,7 @@ def measure_updates(
 
     Raises, Collectives, Host syncs: see `sum_ratios`.
     """
+    # They are written before anything can fail, because the message has room for them on every rank.
     num_slots = len(partials.powers)
     partials.update_powers = partials.update_counts = identity(2.0, device).repeat(num_slots)
     sums, numels = sum_ratios(shards, tensors, moments)
@@ -114,6 +115,7 @@ def measure_updates(
         return
     infos, pairs = shards.infos, torch.stack([one.to(device) for one in sums])
     counts = device_constant(tuple(numels), device, pairs.dtype)
+    # Both of them, so that it does not matter which of the replicas have moments.
     if infos.num_replicas:
         replicas = device_constant(infos.num_replicas, device, pairs.dtype)
         pairs, counts = pairs / replicas, counts / replicas

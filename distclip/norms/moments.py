@@ -12,7 +12,7 @@ no mean.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,11 +39,13 @@ class SecondMoments:
         optimizers: of this rank.
         eps: ε, > 0.
         loss_scale: 0-d, factor that the gradients carry. None for 1.
+        is_alone: whether no other rank adds its moments.
     """
 
     optimizers: Sequence[Optimizer]
     eps: float
     loss_scale: Tensor | None = None
+    is_alone: bool = False
 
 
 def sum_ratios(shards: Shards, tensors: Sequence[Tensor], moments: SecondMoments) -> tuple[list[Tensor], list[float]]:
@@ -64,13 +66,16 @@ def sum_ratios(shards: Shards, tensors: Sequence[Tensor], moments: SecondMoments
 
     Collectives: none. Host syncs: none.
     """
-    known = _find_moments(moments.optimizers)
+    # The order is that of the shards, whose slots and numbers of replicas follow.
+    known = _find_moments(moments)
     sums: list[Tensor] = []
     counts: list[float] = []
     for info, grad, tensor in zip(shards.infos, shards.grads, tensors, strict=True):
         moment = known.get(id(tensor))
         values = torch.view_as_real(grad) if grad.is_complex() else grad
+        # The moment of a tensor that stands for several has another shape, and no slot.
         if moment is None or not grad.numel() or _as_real(moment[0]).shape != values.shape:
+            # A summand for every shard, so that these numbers are in the same order in every step.
             sums.append(torch.zeros((), dtype=devices.accumulation_dtype(grad.device), device=grad.device))
             counts.append(0.0)
             continue
@@ -87,6 +92,7 @@ def sum_ratios(shards: Shards, tensors: Sequence[Tensor], moments: SecondMoments
 
 def _sum_ratios(grad: Tensor, moment: _Moment, moments: SecondMoments) -> Tensor:
     second, beta, step = moment
+    # The squares of float16 gradients overflow float16.
     dtype = torch.promote_types(grad.dtype, torch.float32)
     squares = grad.to(dtype)
     if moments.loss_scale is not None:
@@ -94,8 +100,8 @@ def _sum_ratios(grad: Tensor, moment: _Moment, moments: SecondMoments) -> Tensor
     squares = squares.square()
     # The optimizer divides by these moments in this step.
     current = torch.lerp(squares, _as_real(second).to(dtype), beta) / _debias(beta, step, grad.device)
-    ratios = squares / current.clamp_(min=moments.eps**2)
-    return ratios.sum(dtype=devices.accumulation_dtype(grad.device))
+    total: Tensor = (squares / current.clamp_(min=moments.eps**2)).sum(dtype=devices.accumulation_dtype(grad.device))
+    return total
 
 
 def _debias(beta: float, step: Any, device: torch.device) -> Any:
@@ -106,12 +112,19 @@ def _debias(beta: float, step: Any, device: torch.device) -> Any:
     return -torch.expm1((step.to(device, torch.float32) + 1) * math.log(beta)) if beta > 0 else 1.0
 
 
-def _find_moments(optimizers: Iterable[Optimizer]) -> dict[int, _Moment]:
+def _find_moments(known: SecondMoments) -> dict[int, _Moment]:
     """Return the second moments of this rank, by the identity of their parameter."""
     moments: dict[int, _Moment] = {}
-    for optimizer in optimizers:
+    for optimizer in known.optimizers:
         # ZeroRedundancyOptimizer steps the parameters of this rank by another optimizer, which has the state.
         inner: Any = getattr(optimizer, "optim", optimizer)
+        if known.is_alone and inner is not optimizer and getattr(optimizer, "world_size", 1) > 1:
+            raise ArgumentError(
+                f"optimizer: {type(optimizer).__name__} keeps the second moments of some parameters on other ranks, "
+                "with which this clipper does not communicate. Pass it the DistributedDataParallel module, or "
+                "comm=distclip.ProcessGroupComm(torch.distributed.group.WORLD)."
+            )
+        # An optimizer has no state before its first step.
         state: Any = inner.state or optimizer.state
         num_found = 0
         for group in inner.param_groups:
@@ -121,10 +134,11 @@ def _find_moments(optimizers: Iterable[Optimizer]) -> dict[int, _Moment]:
                 if values and isinstance(second := values.get("exp_avg_sq"), Tensor):
                     num_found += 1
                     moments[id(parameter)] = local_of(second), beta, values.get("step", 0)
+        # Some parameters of an optimizer may never have had a gradient, but not all.
         if state and not num_found:
             raise ArgumentError(
-                f"optimizer: {type(inner).__name__} has no second moments (exp_avg_sq), which the gradients are to be "
-                "compared with. Use Adam or AdamW, or another policy."
+                f"optimizer: {type(inner).__name__} has no second moments (exp_avg_sq), with which "
+                "gradients are compared. Use Adam or AdamW, or another policy."
             )
     return moments
 

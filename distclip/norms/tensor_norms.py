@@ -53,6 +53,7 @@ class TensorNorms:
         if self.policy_slots is None:
             return measured
         index, num_slots = self.policy_slots, self.num_policy_slots
+        # Each is a vector of sums, or of maxima, and so is the coarser one.
         weight_powers, update_powers, update_counts = (
             measured.weight_powers,
             measured.update_powers,

@@ -62,7 +62,7 @@ def update_clip(
     UpdateRule(max_rms=1.0, eps=1e-08)
     """
     if per == "row":
-        raise ArgumentError('per="row": rows of a tensor have no RMS of their own. Use per="tensor".')
+        raise ArgumentError('per="row": there is no RMS for a row. Use per="tensor".')
     return NormPolicy(UpdateRule(max_rms, eps), per=per, groups=groups or {}, exclude=exclude)
 
 

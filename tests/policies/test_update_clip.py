@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
 from distclip import ArgumentError, GradClipper, reference, update_clip
 from tests.ranks import gather_from_ranks, on_ranks
-from tests.rig import build_rig
+from tests.rig import Rig, build_rig
+from tests.tables.layouts.data_parallel import mlp
 
 LR, BETAS, EPS, DECAY = 0.01, (0.9, 0.95), 1e-8, 0.1
 FACTORS = (1.0, 0.5, 1.0, 30.0, 1.0)
@@ -48,13 +48,16 @@ def adamw(params: Any, **options: Any) -> torch.optim.AdamW:
 @on_ranks(2)
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "tp", "megatron", "zero"])
 def test_layouts(name: str) -> None:
-    rig = build_rig("ddp" if name == "zero" else name)
+    rig, module = build_rig("fsdp2" if name in ("ddp", "zero") else name), None
+    if name in ("ddp", "zero"):
+        module = nn.parallel.DistributedDataParallel(mlp(8, 6, 4))
+        rig = Rig(list(module.module.named_parameters()), "2.weight")
     params = [param for _, param in rig.named]
     options = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY, "foreach": False}
     optimizer: Any = adamw(params, foreach=False)
     if name == "zero":
-        optimizer = ZeroRedundancyOptimizer(params, torch.optim.AdamW, **options)
-    clipper = rig.clipper(update_clip(1.0))
+        optimizer = _zero(params, **options)
+    clipper = rig.clipper(update_clip(1.0)) if module is None else GradClipper(module, update_clip(1.0))
     whole = rig.gather_whole(lambda param: param)
     # A tagged tensor is one tensor in pieces, which have the same coefficient.
     tensors = {key.split("@")[0]: [k for k in whole if k.split("@")[0] == key.split("@")[0]] for key in whole}
@@ -65,15 +68,35 @@ def test_layouts(name: str) -> None:
         with CommDebugMode() as counter:
             report = clipper.step(optimizer)
         expected = {key: twin.step(torch.cat([grads[k] for k in tensors[key]])) for key, twin in twins.items()}
-        if step > 1 and name != "zero":
-            assert counter.get_total_counts() == 1
+        # The optimizer of ZeRO broadcasts parameters.
+        assert counter.get_total_counts() == 1 or step == 0 or name == "zero"
         for slot, coef in zip(clipper.slots, report.coefs, strict=True):
-            assert float(coef) == pytest.approx(expected[slot], rel=1e-5), slot
+            assert float(coef) == pytest.approx(expected[slot.removeprefix("module.")], rel=1e-5)
         assert len(set(gather_from_ranks(report.coefs.numpy().tobytes()))) == 1
-        assert float(report.coefs.min()) < 0.5 or factor < 30
+        assert float(report.coefs.max()) < 0.6 or factor < 30
         after = rig.gather_whole(lambda param: param)
         for key, twin in twins.items():
             torch.testing.assert_close(torch.cat([after[k] for k in tensors[key]]), twin.weight, rtol=1e-5, atol=1e-6)
+
+
+@on_ranks(2)
+def test_zero_needs_a_clipper_of_all_ranks() -> None:
+    """Refuse a clipper of plain tensors, which adds nothing up, with moments that are spread over ranks."""
+    params = list(mlp(8, 6, 4).parameters())
+    optimizer: Any = _zero(params)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    clipper = GradClipper(params, update_clip(per="model"))
+    with pytest.raises(ArgumentError, match="DistributedDataParallel"):
+        clipper.step(optimizer)
+
+
+def _zero(params: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+    with warnings.catch_warnings():
+        # The package compiles functions that it deprecates itself.
+        warnings.simplefilter("ignore")
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+    return ZeroRedundancyOptimizer(params, torch.optim.AdamW, **options)
 
 
 @pytest.mark.parametrize("way", ["step", "finish", "attach", "clip", "fused", "scaler", "closure", "measured"])
@@ -189,22 +212,3 @@ def test_optimizer_without_second_moments_is_refused() -> None:
     with pytest.raises(ArgumentError, match="SGD has no second moments"):
         clipper.step(optimizer)
     assert clipper.capturable() != True  # noqa: E712
-
-
-@on_ranks(2)
-def test_observed_rms_with_any_policy() -> None:
-    """Measure updates next to a policy that clips gradients, and refuse together what one rank passes."""
-    rig = build_rig("fsdp2")
-    clipper = rig.clipper(distclip.global_norm(1e6))
-    clipper.measure_tensors()
-    clipper.measure_updates()
-    found: list[Tensor] = []
-    clipper.observe(lambda outcome: found.append(outcome.measured.update_rms))
-    optimizer = rig.optimizer("adamw")
-    for step, factor in enumerate((1.0, 1.0, 1.0, 20.0)):
-        rig.fill(step, factor)
-        clipper.step(optimizer)
-    assert len(found[0]) == len(clipper.tensors)
-    assert bool(found[0].isnan().all())
-    assert float(found[2].max()) < 2 < 1.8 * float(found[3].min())
-    assert math.isnan(float(found[0][0]))

@@ -139,7 +139,7 @@ POLICIES: dict[str, PolicyRow] = {
         per="row",
         on_all_layouts=True,
     ),
-    # It has tests of its own on layouts, because its oracle needs an optimizer.
+    # tests/policies/test_update_clip.py runs it on layouts, because its oracle needs an optimizer.
     "update_clip": PolicyRow(make=lambda: distclip.update_clip(1.5), per="tensor", needs_optimizer=True),
     "autoclip": PolicyRow(
         make=lambda: distclip.autoclip(10),
