@@ -43,6 +43,9 @@ class Report:
             has no bounds.
         tensor_norms: (parameters,) float64, norm of each parameter's gradient, after `GradClipper.measure_tensors`;
             `GradClipper.tensors` has the names. None without it.
+        update_rms: root mean square of g / √v with Adam's second moments v, with `update_clip` or after
+            `GradClipper.measure_updates`: (parameters,) after `measure_tensors`, otherwise (slots,). NaN without second
+            moments. Its square is the mean of g² / v. None without it.
         skips: (slots,) bool, groups that this step leaves unchanged, with isolate=True. None without it.
         watch: {name: 0-d} of the watched scalars of all ranks. NaN for a mean or a maximum that no rank has. None
             without watched scalars.
@@ -58,6 +61,7 @@ class Report:
     coefs: Tensor
     bounds: Tensor | None = None
     tensor_norms: Tensor | None = None
+    update_rms: Tensor | None = None
     skips: Tensor | None = None
     watch: Mapping[str, Tensor] | None = None
 
@@ -156,6 +160,7 @@ class Outcome:
             coefs=coefs,
             bounds=self.bounds,
             tensor_norms=None if self.tensor_norms is None else self.tensor_norms.per_parameter(self.measured),
+            update_rms=None if self.measured.update_powers is None else self.measured.update_rms,
             replicas_differ=self.replicas_differ.on(device),
             skips=self.skips,
             watch=totals.watch.values or None,

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from ..errors import ArgumentError
-from .jsonl import finite
+from .jsonl import UPDATE_RMS_ALARM, finite
 from .notes import describe
 
 __all__ = ["MIN_RATIO", "Alert", "Webhook", "make_alert", "to_alerts"]
@@ -111,16 +111,18 @@ def to_alerts(alerts: Any) -> tuple[Alert, ...]:
     return tuple(listed)
 
 
-def make_alert(line: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
+def make_alert(line: Mapping[str, Any], path: Path, names: Sequence[str] = ()) -> dict[str, Any] | None:
     """Return an alert about the line of a step, or None if the step does not deserve one.
 
     Args:
         line: of a step: see `distclip.monitor.jsonl`.
         path: of the file of the run.
+        names: of the slots or tensors that `update_slot` counts.
 
     Returns:
-        `kind` ("nonfinite", "replicas" or "spike"), `step`, `norm`, `run` and `text`, and as far as they are known
-        `ratio` to the running median, `loss`, `ids`, `worst`, `culprits` and `replicas`.
+        `kind` ("nonfinite", "replicas", "spike" or "update"), `step`, `norm`, `run` and `text`, and as far as known
+        `ratio` to the running median, `loss`, `ids`, `worst`, `culprits`, `replicas`, and of an update `rms` and
+        `tensor`.
 
     >>> make_alert({"step": 7, "norm": 9.0, "spike": 6.0, "loss": 2.5}, Path("run/metrics.jsonl"))["text"]
     'run: the gradient norm of step 7 is 9, 6 times the median'
@@ -131,7 +133,7 @@ def make_alert(line: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
     if line.get("replicas"):
         kind, text = "replicas", f"replicas of {len(line['replicas'])} tensors differ between ranks at step {step}"
     elif ratio is None or not (math.isnan(ratio) or ratio >= MIN_RATIO):
-        return None
+        return _make_update_alert(line, run, names)
     elif math.isnan(ratio):
         kind, text = "nonfinite", f"the gradient norm of step {step} is not finite"
     else:
@@ -140,6 +142,19 @@ def make_alert(line: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
     fields = {"ratio": ratio, "ids": _first(line.get("ids"))}
     fields |= {key: line.get(key) for key in ("loss", "worst", "culprits", "replicas")}
     return alert | {key: value for key, value in fields.items() if value is not None}
+
+
+def _make_update_alert(line: Mapping[str, Any], run: str, names: Sequence[str]) -> dict[str, Any] | None:
+    rms = line.get("update_rms", math.nan)
+    if rms is None or not rms >= UPDATE_RMS_ALARM:
+        return None
+    slot = line.get("update_slot", -1)
+    tensor = names[int(slot)] if 0 <= slot < len(names) else None
+    of = "" if tensor is None else f" of {tensor}"
+    text = f"gradients{of} at step {line['step']} are {rms:.3g} times the roots of Adam's second moments"
+    alert = {"kind": "update", "step": line["step"], "norm": line.get("norm"), "run": run, "rms": rms}
+    alert |= {key: value for key, value in (("tensor", tensor), ("loss", line.get("loss"))) if value is not None}
+    return alert | {"text": f"{run}: {text}. The loss may rise within a few steps"}
 
 
 def _first(ids: Sequence[Any] | None) -> Sequence[Any] | None:

@@ -1,8 +1,9 @@
-"""Run the command `distclip`, which has the subcommands `report`, `suggest`, `diagnose` and `blame`."""
+"""Run the command `distclip` with its subcommands: see `EXAMPLES`."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import warnings
@@ -23,6 +24,9 @@ __all__ = ["main"]
 EXTRA_PACKAGES = {"numpy", "rich", "plotly", "matplotlib", "jinja2", "shtab"}
 """Packages that `distclip[report]` installs."""
 
+SERVER_PACKAGES = {"starlette", "uvicorn"}
+"""Packages that `distclip[serve]` installs as well."""
+
 DIVERGED, FOUND = 3, 4
 """Exit statuses of `--check`.
 
@@ -34,6 +38,8 @@ EXAMPLES = {
   distclip suggest runs/first                   a bound for the next run
   distclip diagnose runs --check                problems of all runs below a directory, for a script
   distclip blame runs/first --json              the samples behind the spikes, for a program
+  distclip watch runs/first                     a running job in the terminal
+  distclip serve runs                           running jobs in the browser
   distclip --print-completion bash              completion of commands and options, for the shell to evaluate""",
     "report": """\
   distclip report runs                          compare all runs below a directory
@@ -53,6 +59,16 @@ EXAMPLES = {
     "blame": """\
   distclip blame runs/first
   distclip blame runs/first --json | jq .runs[0].suspects""",
+    "watch": """\
+  distclip watch runs/first                     until the run ends, or Ctrl-C
+  distclip watch runs/first --once              as it is now
+  distclip watch runs/first --check && distclip report runs/first
+  distclip watch runs/first --json | jq .new_alarms""",
+    "serve": """\
+  distclip serve runs/first --open              in the browser
+  distclip serve runs --port 8080               all runs below a directory, on a fixed port
+  ssh -L 8080:localhost:8080 login distclip serve runs --port 8080
+                                                on a cluster, for a browser elsewhere""",
 }
 """Examples at the end of the help, by command."""
 
@@ -85,9 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing not in EXTRA_PACKAGES:
+        if missing not in EXTRA_PACKAGES | SERVER_PACKAGES:
             raise
-        return _fail(args, f"{missing} is not installed. Use pip install 'distclip[report]'")
+        extra = "serve" if missing in SERVER_PACKAGES else "report"
+        return _fail(args, f"{missing} is not installed. Use pip install 'distclip[{extra}]'")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -99,9 +116,11 @@ def _run(args: argparse.Namespace) -> int:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UnreadableLinesWarning)
-            logs = read_all(_select_runs(args), Keys(args.norm, args.loss))
+            if not args.follows:
+                logs = read_all(_select_runs(args), Keys(args.norm, args.loss))
         for warning in caught:
             _fail(args, str(warning.message))
+        # A command that follows runs reads them itself, and adds what it has read last.
         command(args, logs)
         sys.stdout.flush()
         return _check(logs) if args.check else 0
@@ -200,6 +219,28 @@ def _blame(args: argparse.Namespace, logs: list[Log]) -> None:
         Terminal().blame(log, blame(log))
 
 
+def _watch(args: argparse.Namespace, logs: list[Log]) -> None:
+    from .analysis.log import Keys
+    from .live.follow import Follower
+    from .live.watch import watch
+    from .terminal import Terminal
+
+    (run,) = _select_runs(args)
+    follower = Follower(run, Keys(args.norm, args.loss))
+    watch(follower, Terminal(), once=args.once, as_json=args.json, interval=args.interval)
+    if follower.log is not None:
+        logs.append(follower.log)
+
+
+def _serve(args: argparse.Namespace, logs: list[Log]) -> None:
+    from .analysis.log import Keys
+    from .live.serve import serve
+    from .terminal import Terminal
+
+    keys = Keys(args.norm, args.loss)
+    serve(args.runs, keys, Terminal(), host=args.host, port=args.port, in_browser=args.open)
+
+
 def _print_document(args: argparse.Namespace, runs: list[dict[str, Any]], **further: Any) -> None:
     from .json_output import format_document
 
@@ -239,15 +280,16 @@ def _make_parser() -> argparse.ArgumentParser:
         if several:
             run += ". A directory of runs stands for all of them"
         command.add_argument("runs", nargs="+" if several else 1, type=Path, metavar="RUN", help=run)
-        command.add_argument("--json", action="store_true", help="print one JSON object, see docs/commands.md")
-        command.add_argument(
-            "--check",
-            action="store_true",
-            help=f"exit with {DIVERGED} if a run diverged, and with {FOUND} if one recovered or has a finding",
-        )
+        if name != "serve":
+            command.add_argument("--json", action="store_true", help="print one JSON object, see docs/commands.md")
+            command.add_argument(
+                "--check",
+                action="store_true",
+                help=f"exit with {DIVERGED} if a run diverged, and with {FOUND} if one recovered or has a finding",
+            )
         command.add_argument("--norm", metavar="KEY", help="column of the gradient norm in a log of another tool")
         command.add_argument("--loss", metavar="KEY", help="column of the training loss in such a log")
-        command.set_defaults(function=function, several=several)
+        command.set_defaults(function=function, several=several, follows=name in ("watch", "serve"), check=False)
         return command
 
     report = add_command("report", _report, "write an HTML page that compares runs", several=True)
@@ -260,6 +302,19 @@ def _make_parser() -> argparse.ArgumentParser:
     suggest.add_argument("--batch", type=_positive, metavar="N", help="number of samples per step in the next run")
     add_command("diagnose", _diagnose, "find problems of runs, with evidence and advice", several=True)
     add_command("blame", _blame, "find the samples, ranks and tensors that spikes have in common", several=False)
+    watch = add_command("watch", _watch, "show a running job in the terminal until it ends", several=False)
+    watch.add_argument("--once", action="store_true", help="show the run as it is now, and exit")
+    watch.add_argument(
+        "--interval",
+        type=_seconds,
+        default=2.0,
+        metavar="S",
+        help="seconds between two looks at the files (default: 2)",
+    )
+    serve = add_command("serve", _serve, "serve the report of running jobs to a browser on this machine", several=True)
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
+    serve.add_argument("--port", type=_port, default=0, metavar="N", help="port to listen on (default: 0, a free one)")
+    serve.add_argument("--open", action="store_true", help="open the page in the browser")
     return parser
 
 
@@ -270,4 +325,20 @@ def _format_examples(command: str) -> str:
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: not a positive integer. Pass 1 or more.")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: not a number of seconds above 0. Pass 2, for example.")
+    return seconds
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text}: not a port. Pass a number from 1 to 65535, or 0 for a free one.")
     return int(text)

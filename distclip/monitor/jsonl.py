@@ -22,6 +22,8 @@ it invalidates all earlier lines with the same or a larger step.
 - `clipped`, `finite`, `skipped`: true or false.
 - `scale`: loss scale, if there is one.
 - `loss`, `lr` and other noted numbers. A loss is the mean over the ranks that noted one.
+- `update_rms`: with `Recorder(updates=True)`, the largest root mean square of g / √v with Adam's second moments v.
+  `update_slot`: index of its slot, or of its tensor if `tensor_norms` are recorded.
 - `norms`: by slot, if there are several slots and they are not rows. `tensor_norms`: by tensor.
 - `nonfinite`: number of elements that were NaN or infinite. `culprits`: the parameters and ranks that hold them.
 - `replicas`: tensors whose replicas differed between ranks, if any did. Each has the `kind` ("gradient" or
@@ -41,10 +43,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FORMAT", "JsonLines", "finite"]
+__all__ = ["FORMAT", "MIN_BETWEEN_UPDATES", "UPDATE_RMS_ALARM", "JsonLines", "finite"]
 
 FORMAT = 1
 """Version of the format. It increases if a reader of old lines would misread new ones."""
+
+UPDATE_RMS_ALARM = 3.0
+"""Minimum `update_rms` for an alarm that Adam's second moments are too old."""
+
+MIN_BETWEEN_UPDATES = 50
+"""Minimum number of steps without such an `update_rms` before the next alarm about it."""
 
 
 class JsonLines:

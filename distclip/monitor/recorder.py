@@ -25,6 +25,7 @@ from ..outcome import Outcome
 from .alerts import MIN_RATIO, Alert, to_alerts
 from .examine import BatchFunction, Examiner, judge, with_ids, write_examination
 from .jsonl import JsonLines
+from .live.marker import mark_ended, mark_running
 from .notes import convert_ids, convert_note, convert_step, describe
 from .outliers import OutlierDetector, RankDetails, merge_details
 from .roster import Entry, Roster
@@ -74,6 +75,8 @@ class Recorder:
             within their step. The result is in spikes/STEP.json: sample, numerics, hardware or optimizer state. On an
             accelerator, each step waits for its norm until `examine_limit` outliers were replayed.
         examine_limit: maximum number of outliers to replay, ≥ 0.
+        updates: whether to compare gradients with Adam's second moments, see `GradClipper.measure_updates`. Lines have
+            the largest RMS of a step, and `alerts` are called from 3.0 on, mostly before the loss rises.
 
     Raises:
         ArgumentError: an argument is invalid. DisagreementError: an argument differs between ranks. On every rank that
@@ -112,6 +115,7 @@ class Recorder:
         on_spike: Callable[[dict[str, Any]], None] | None = None,
         examine: BatchFunction | None = None,
         examine_limit: int = 3,
+        updates: bool = False,
     ) -> None:
         if not isinstance(clipper, GradClipper):
             raise ArgumentError(f"clipper={clipper!r:.80}: not a GradClipper. Pass the clipper whose steps to record.")
@@ -140,12 +144,12 @@ class Recorder:
                     f"examine={describe(examine)}: not a function. Pass one that returns a step's loss."
                 )
             examine_limit = 0 if examine is None else _to_int("examine_limit", examine_limit, 0)
-            options = every, bool(per_tensor), top, on_spike is not None, examine_limit
+            options = every, bool(per_tensor), top, on_spike is not None, examine_limit, bool(updates)
         self._roster = Roster(clipper, Entry(options, wire_of(errors.error)))
         if errors.error is not None:
             raise errors.error
         # The program must not wait here for ranks without a recorder, which may wait for this one elsewhere.
-        is_complete = self._roster.is_complete(_LONG_PATIENCE if per_tensor else _PATIENCE)
+        is_complete = self._roster.is_complete(_LONG_PATIENCE if per_tensor or updates else _PATIENCE)
         if is_complete:
             _check_entries(self._roster.entries())
         self._has_peers = True if is_complete else None
@@ -154,12 +158,17 @@ class Recorder:
             clipper.measure_tensors()
         elif per_tensor:
             warn_user(f"recorder: per_tensor=True is ignored. {self._describe_peers()}", RuntimeWarning)
+        if updates and self._roster.decide(is_complete):
+            clipper.measure_updates()
+        elif updates:
+            warn_user(f"recorder: updates=True is ignored. {self._describe_peers()}", RuntimeWarning)
         self.every, self._sinks, self._facts = every, all_sinks, facts or {}
         self._alerts, self._on_spike = all_alerts, on_spike
         self._examiner = None if examine is None else Examiner(clipper, examine, examine_limit)
         self._writer = None
         if lines is not None:
             self._roster.claim_file()
+            mark_running(self.path.parent)
             self._writer = Writer(clipper, lines, all_sinks, every, self._facts, all_alerts)
         self._with_slots = len(clipper.slots) > 1 and clipper.policy.spec.per != "row"
         self._num_slots = len(clipper.slots)
@@ -307,6 +316,8 @@ class Recorder:
             parameters = set(self._clipper.parameters)
             details = [[RankDetails.of(self._steps[i], parameters) for i, _ in outliers]]
             self._writer.write(self._steps, rows, outliers, details, global_ranks(comm)[comm.rank : comm.rank + 1])
+        if self._writer is not None:
+            mark_ended(self.path.parent)
         self._writer, self._is_closed = None, True
 
     def __getstate__(self) -> Any:
@@ -348,6 +359,7 @@ class Recorder:
             if not self._has_peers:
                 is_first = self._writer is None and global_ranks(comm)[comm.rank] == min(entries)
                 if is_first and not self._is_closed and self._roster.claim_file():
+                    mark_running(self.path.parent)
                     self._writer = Writer(
                         self._clipper, JsonLines(self.path), self._sinks, self.every, self._facts, self._alerts
                     )
@@ -371,8 +383,8 @@ class Recorder:
         options = {rank: entry.options for rank, entry in self._roster.entries().items()}
         return (
             f"of the ranks {list(global_ranks(self._clipper.comm))}, these have made it with the arguments (every, "
-            f"per_tensor, top, on_spike, examine_limit): {options}. Losses and samples of other ranks are missing. "
-            "Construct it on every rank with the same arguments."
+            f"per_tensor, top, on_spike, examine_limit, updates): {options}. Losses and samples of other ranks are "
+            "missing. Construct it on every rank with the same arguments."
         )
 
     def _observe(self, outcome: Outcome) -> None:
@@ -409,7 +421,7 @@ def _check_entries(entries: Mapping[int, Entry]) -> None:
     all_options = {entry.options for entry in entries.values()}
     if len(all_options) > 1:
         raise DisagreementError(
-            "(every, per_tensor, top, on_spike, examine_limit) of a recorder differ between ranks: "
+            "(every, per_tensor, top, on_spike, examine_limit, updates) of a recorder differ between ranks: "
             f"{sorted(all_options)}. Pass the same values on every rank."
         )
 

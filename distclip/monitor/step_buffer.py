@@ -71,6 +71,12 @@ class Step:
             numbers["norms"] = report.norms
         if report.tensor_norms is not None:
             numbers["tensor_norms"] = report.tensor_norms
+        if report.update_rms is not None:
+            # One number for a line, and the slot or tensor that it is of.
+            known = report.update_rms.nan_to_num(-1.0)
+            largest, index = known.max(0)
+            numbers["update_rms"] = largest.where(largest >= 0, torch.nan)
+            numbers["update_slot"] = index
         power_sum = combine(totals.powers, totals.norm_type)
         return cls(outcome.step, numbers, power_sum, outcome.per_tensor_powers)
 

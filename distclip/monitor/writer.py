@@ -12,7 +12,7 @@ from .._version import __version__
 from ..clipper import GradClipper
 from ..policies.description import describe
 from .alerts import Alert, make_alert
-from .jsonl import FORMAT, JsonLines
+from .jsonl import FORMAT, MIN_BETWEEN_UPDATES, JsonLines
 from .outliers import RankDetails, merge_details
 from .sinks import Sink
 from .step_buffer import VECTORS, Step
@@ -54,7 +54,7 @@ class Writer:
         self._destinations: list[Destination] = [lines.append]
         self._send([_make_header(clipper, every) | dict(facts)])
         self._destinations += [self._to_sink(sink) for sink in sinks]
-        self._destinations += [_to_alert(alert, lines.path) for alert in alerts]
+        self._destinations += [_to_alert(alert, lines.path, clipper) for alert in alerts]
 
     def write(
         self,
@@ -107,10 +107,19 @@ class Writer:
         return send
 
 
-def _to_alert(alert: Alert, path: Path) -> Destination:
+def _to_alert(alert: Alert, path: Path, clipper: GradClipper) -> Destination:
+    last_update = -MIN_BETWEEN_UPDATES
+
     def send(lines: Sequence[Mapping[str, Any]]) -> None:
+        nonlocal last_update
         for line in lines:
-            if (fields := make_alert(line, path)) is not None:
+            fields = make_alert(line, path, clipper.tensors or clipper.slots)
+            if fields is not None and fields["kind"] == "update":
+                # Moments that are too old stay so for a while, which is one alert.
+                is_new = abs(line["step"] - last_update) >= MIN_BETWEEN_UPDATES
+                last_update = line["step"]
+                fields = fields if is_new else None
+            if fields is not None:
                 alert(fields)
 
     return send

@@ -26,8 +26,15 @@ ROWS = [
 
 LAUNCH_STAGES = [
     ["job.slurm"],
-    ["job.processes", "job.elastic", "job.untrusted", "comparison.layouts", "comparison.policies"],
-    ["job.devices", "job.data", "comparison.framework"],
+    [
+        "job.processes",
+        "job.elastic",
+        "job.untrusted",
+        "comparison.layouts",
+        "comparison.policies",
+        "comparison.adam_spikes",
+    ],
+    ["job.devices", "job.data", "comparison.framework", "comparison.adam_spikes", "comparison.incidents"],
     ["job.models", "job.mesh", "comparison.measurement"],
     ["job.inject", "job.checkpoint", "job.probes", "comparison.table"],
     ["job.parallel", "job.log", "job.replay"],
@@ -64,6 +71,7 @@ EXTRAS = {
     "integrations": {"mpi4py", "deepspeed", "hydra", "omegaconf", "lightning", "megatron", "pytorch_lightning"},
     "_console": {"rich"},
     "monitor": {"numpy", "rich", "plotly", "jinja2", "markupsafe", "matplotlib", "tensorboard"}
+    | {"starlette", "uvicorn"}
     | {"wandb", "mlflow", "trackio"},
 }
 """Packages other than torch that a stage may import."""

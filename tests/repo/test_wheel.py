@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_wheel_has_all_files_and_no_others(built: Built) -> None:
-    suffixes = {".py", ".yaml", ".css", ".html", ".md", ".typed"}
+    suffixes = {".py", ".yaml", ".css", ".html", ".js", ".md", ".typed"}
     expected = {f"distclip/{p.relative_to(ROOT / 'distclip')}" for p in (ROOT / "distclip").rglob("*")}
     expected |= {f"distclip/conf/{p.relative_to(ROOT / 'conf')}" for p in (ROOT / "conf").rglob("*")}
     expected = {name for name in expected if Path(name).suffix in suffixes or Path(name).name == "py.typed"}
@@ -100,7 +100,7 @@ def test_extra_all_includes_every_user_extra(built: Built) -> None:
     distribution = metadata.PathDistribution(zipfile.Path(built.wheel, f"distclip-{distclip.__version__}.dist-info/"))
     extras = set(distribution.metadata.get_all("Provides-Extra") or ())
     user_extras = extras - {"all", "dev", "docs"}
-    assert {"bench", "deepspeed", "hf", "keras", "lightning", "mpi", "report", "train"} == user_extras
+    assert {"bench", "deepspeed", "hf", "keras", "lightning", "mpi", "report", "serve", "train"} == user_extras
     assert f'distclip[{",".join(sorted(user_extras))}]; extra == "all"' in text
 
 

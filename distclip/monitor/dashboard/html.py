@@ -26,7 +26,7 @@ from .spikes import make_spike_rows
 from .summary import make_summary
 from .tensors import make_heat_maps
 
-__all__ = ["write_page"]
+__all__ = ["Live", "render_page", "write_page"]
 
 CONFIG = {
     "displaylogo": False,
@@ -39,18 +39,42 @@ CONFIG = {
 
 
 @dataclass(frozen=True)
+class Live:
+    """Addresses of a page that follows running jobs, relative to its own.
+
+    Args:
+        plotly: of plotly.js.
+        script: of the script that looks for changes.
+    """
+
+    plotly: str
+    script: str
+
+
+@dataclass(frozen=True)
 class Chart:
     """A figure of the page.
 
     Args:
-        div: HTML of the figure.
+        name: id of its element.
+        figure: of plotly.
         run: style of the run, for a figure with its own heading; None for a figure of all runs.
         title: of the figure.
     """
 
-    div: Markup
+    name: str
+    figure: Any
     run: Style | None = None
     title: str = ""
+
+    @property
+    def div(self) -> Markup:
+        """HTML of the figure. The JSON has neither < nor >, so it cannot end the script."""
+        return Markup(
+            plotly.io.to_html(
+                self.figure, config=CONFIG, include_plotlyjs=False, full_html=False, div_id=self.name, validate=False
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -78,7 +102,25 @@ def write_page(logs: Sequence[Log], path: Path, assessments: Sequence[Assessment
         path: of the file, in an existing directory.
         assessments: of the logs, if the caller has them; computing them takes seconds for a long run.
     """
+    path.write_text(render_page(logs, assessments)[0], encoding="utf-8", errors="replace")
+
+
+def render_page(
+    logs: Sequence[Log], assessments: Sequence[Assessment] | None = None, live: Live | None = None
+) -> tuple[str, dict[str, str]]:
+    """Return the page, and its figures as JSON by the id of their element.
+
+    Args:
+        logs, assessments: see `write_page`.
+        live: of a page that follows running jobs. None for a page that needs no other file.
+    """
     runs, assessments = assign_styles([log.name for log in logs]), assessments or assess(logs)
+    sections = [section for section in _make_sections(logs, runs) if section.charts or section.notes]
+    charts = [chart for section in sections for chart in section.charts]
+    if live is not None:
+        for chart in charts:
+            # What the user has zoomed stays when the figure gets other data.
+            chart.figure.update_layout(uirevision="live")
     spikes, spike_notes = make_spike_rows(logs)
     environment = Environment(
         loader=PackageLoader(__package__, "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -88,19 +130,20 @@ def write_page(logs: Sequence[Log], path: Path, assessments: Sequence[Assessment
         title="Gradient norms: " + format_list((run.name for run in runs), 3),
         subtitle=_subtitle(logs),
         style=Markup(style),
-        plotly=Markup(get_plotlyjs()),
+        plotly=None if live is not None else Markup(get_plotlyjs()),
+        live=live,
         runs=runs,
         summary=make_summary(logs, assessments),
         findings=group_findings(assessments),
         without_findings=[run for run, assessment in zip(runs, assessments, strict=True) if not assessment.findings],
         assessments=list(zip(runs, assessments, strict=True)),
-        sections=[section for section in _make_sections(logs, runs) if section.charts or section.notes],
+        sections=sections,
         spikes=spikes,
         spike_notes=spike_notes,
         has_culprits=any(row.culprits for row in spikes),
         version=__version__,
     )
-    path.write_text(html, encoding="utf-8", errors="replace")
+    return html, {} if live is None else {chart.name: chart.figure.to_json() for chart in charts}
 
 
 def _subtitle(logs: Sequence[Log]) -> str:
@@ -117,10 +160,10 @@ def _make_sections(logs: Sequence[Log], runs: Sequence[Style]) -> list[Section]:
     histograms = make_histograms(logs)
     heat_maps, tensor_notes = make_heat_maps(logs)
     own_charts, own_notes = _make_own_charts(logs, runs)
-    curves = [Chart(_render(draw_curves(panels, runs), "curves-chart"))]
-    distribution = [Chart(_render(draw_histograms(histograms, runs), "distribution-chart"))] if histograms else []
+    curves = [Chart("curves-chart", draw_curves(panels, runs))]
+    distribution = [Chart("distribution-chart", draw_histograms(histograms, runs))] if histograms else []
     tensors = [
-        Chart(_render(draw_heat_map(heat_map), f"tensors-chart-{i}"), runs[heat_map.run] if len(runs) > 1 else None)
+        Chart(f"tensors-chart-{i}", draw_heat_map(heat_map), runs[heat_map.run] if len(runs) > 1 else None)
         for i, heat_map in enumerate(heat_maps)
     ]
     if heat_maps and heat_maps[0].num_hidden:
@@ -149,7 +192,7 @@ def _make_own_charts(logs: Sequence[Log], runs: Sequence[Style]) -> tuple[list[C
                 reason = printable(str(error).splitlines()[0])
                 notes.append(f"{printable(path)} is not a figure in plotly's JSON format: {reason}")
             else:
-                charts.append(Chart(_render(figure, f"own-chart-{len(charts)}"), run, printable(path.stem)))
+                charts.append(Chart(f"own-chart-{len(charts)}", figure, run, printable(path.stem)))
     return charts, notes
 
 
@@ -164,10 +207,3 @@ def _read_figure(path: Path) -> Any:
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
         raise ValueError('it has no list "data"')
     return go.Figure({key: content[key] for key in ("data", "layout", "frames") if key in content}, skip_invalid=True)
-
-
-def _render(figure: Any, name: str) -> Markup:
-    """Render a figure as a div with a script. The JSON has neither < nor >, so it cannot end the script."""
-    return Markup(
-        plotly.io.to_html(figure, config=CONFIG, include_plotlyjs=False, full_html=False, div_id=name, validate=False)
-    )

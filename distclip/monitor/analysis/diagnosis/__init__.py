@@ -13,6 +13,7 @@ from .divergence import check_divergence
 from .dominant_tensor import check_dominant_tensor
 from .hardware import check_hardware
 from .numerics import check_numerics
+from .old_moments import check_old_moments
 from .replays import check_replays
 from .warm_up import check_warm_up
 
@@ -23,6 +24,7 @@ RULES: Sequence[Callable[[Context], Iterator[Finding]]] = (
     check_hardware,
     check_bad_data,
     check_numerics,
+    check_old_moments,
     check_divergence,
     check_warm_up,
     check_clip_rate,

@@ -32,7 +32,8 @@ class Finding:
     """One problem of a run.
 
     Args:
-        rule: "replay", "hardware", "bad data", "numerics", "divergence", "warm-up", "clip rate" or "dominant tensor".
+        rule: "replay", "hardware", "bad data", "numerics", "old moments", "divergence", "warm-up", "clip rate" or
+            "dominant tensor".
         title: the problem in a few words.
         evidence: the numbers that show it.
         advice: the remedy.

@@ -1,0 +1,59 @@
+"""Find steps that Adam took with second moments that were too old for the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ..alarms import find_update_alarms, find_update_tensor
+from ..formatting import format_list, format_number, pluralize
+from .context import Context, Finding
+
+__all__ = ["check_old_moments"]
+
+WITHIN = 16
+"""Number of steps after an alarm in which a rise of the loss is its consequence."""
+
+BEFORE = 128
+"""Number of steps before an alarm whose losses are the usual ones."""
+
+DEVIATIONS = 6.0
+"""Number of standard deviations above the mean at which a loss is unusual."""
+
+
+def check_old_moments(context: Context) -> Iterator[Finding]:
+    """Find steps that Adam took with second moments that were too old for the gradients."""
+    log = context.log
+    if not (alarms := find_update_alarms(log)):
+        return
+    rms = log.columns["update_rms"]
+    worst = max(alarms, key=lambda index: float(rms[index]))
+    of = find_update_tensor(log, worst)
+    followed = [index for index in alarms if _rises_after(context, index)]
+    evidence = (
+        f"At {pluralize(len(alarms), 'time')} gradients were at least 3 times the roots of Adam's second moments, "
+        f"first at step {log.steps[alarms[0]]:,}, most at step {log.steps[worst]:,} "
+        f"({format_number(float(rms[worst]))} times{of and ', in '}{of})."
+    )
+    if "loss" in log.columns:
+        steps = format_list([f"{log.steps[index]:,}" for index in followed])
+        evidence += f" The loss rose within {WITHIN} steps of {steps}." if followed else " The loss did not rise then."
+    yield Finding(
+        "old moments",
+        "Adam's second moments were too old for the gradients",
+        evidence,
+        "Use distclip.update_clip(), which shortens such steps, or a lower beta2, such as 0.95. Check what changes "
+        "in the data at these steps, and parameters that had no gradient before.",
+    )
+
+
+def _rises_after(context: Context, index: int) -> bool:
+    losses = context.log.columns.get("loss")
+    if losses is None:
+        return False
+    usual = losses[max(0, index - BEFORE) : index + 1]
+    usual, after = usual[np.isfinite(usual)], losses[index + 1 : index + 1 + WITHIN]
+    if len(usual) < 2:
+        return False
+    return bool(np.any(after > usual.mean() + DEVIATIONS * usual.std()))
