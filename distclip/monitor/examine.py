@@ -36,6 +36,15 @@ NUMERICS_FACTOR = 2.0
 DATA_FACTOR = 4.0
 """Minimum ratio of the largest part of a sample to the median part, if the sample is the cause."""
 
+ALL_FACTOR = 2.0
+"""Minimum ratio of the norm that median samples would have to the usual norm, if all samples are larger than usual."""
+
+ONE_FACTOR = 16.0
+"""Minimum ratio of the largest part to the median part, if the sample is the cause although all parts are large.
+
+Through a batch norm a sample has an effect on the gradients of the others.
+"""
+
 NUM_SAMPLES = 10
 """Number of samples that a file lists."""
 
@@ -298,7 +307,13 @@ def judge(by_rank: Sequence[Examination], ranks: Sequence[int], replicas_differ:
     if not math.isfinite(worst.norm) and math.isfinite(median):
         evidence = f"{where} has a part of the gradient that is not finite. The median sample has {median:.3g}."
         return document | {"verdict": "data", "evidence": evidence} | fields
-    if worst.norm >= DATA_FACTOR * median or worst.norm > rest:
+    # Where one sample is the cause, the parts of the others are usual. Where parameters are, all are larger, and differ
+    # more than usual.
+    usual = first.norm / first.ratio
+    median_norm = median * math.sqrt(document["num_samples"]) / len(by_rank)
+    are_all_large = median_norm >= ALL_FACTOR * usual
+    is_one = worst.norm >= DATA_FACTOR * median or worst.norm > rest
+    if worst.norm >= ONE_FACTOR * median if are_all_large else is_one:
         evidence = f"{where} has a part of the gradient of norm {worst.norm:.3g}. The median sample has {median:.3g}."
         return document | {"verdict": "data", "evidence": evidence} | fields
     evidence = (

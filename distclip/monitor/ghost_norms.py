@@ -19,10 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..devices import host_reads_free
+
 __all__ = ["RULES", "Use", "squared_norms"]
 
 MAX_GRAM = 1 << 24
-"""Maximum number of elements of a block of products of positions."""
+"""Maximum number of elements of a block of products."""
+
+MIN_NORM, MAX_NORM = 1e-8, 1e8
+"""Norms of positions whose fourth powers and sums are exact enough in float32."""
 
 
 class Use(ABC):
@@ -60,20 +65,22 @@ class Outer(Use):
     """
 
     def __init__(self, left: Tensor, right: Tensor) -> None:
-        (self.left, one), (self.right, other) = _normalize(left), _normalize(right)
+        (self.left, one, self._left_norms), (self.right, other, self._right_norms) = _scale(left), _scale(right)
         self.scale = one * other
 
     def squares(self) -> Tensor:
         """Return the squared norms."""
         positions, rows, columns = self.left.shape[1], self.left.shape[2], self.right.shape[2]
         if positions * (rows + columns) > rows * columns and positions > 1:
-            return torch.stack([self.gradient(i).square().sum() for i in range(len(self.left))])
+            block = max(1, MAX_GRAM // (rows * columns))
+            samples = [slice(start, start + block) for start in range(0, len(self.left), block)]
+            return torch.cat([_dot(g := self.left[part].mT @ self.right[part], g) for part in samples])
         total = self.left.new_zeros(len(self.left))
         block = max(1, MAX_GRAM // max(1, len(self.left) * positions))
         for start in range(0, positions, block):
             part = slice(start, start + block)
             products = self.left[:, part] @ self.left.transpose(1, 2)
-            total += (products * (self.right[:, part] @ self.right.transpose(1, 2))).sum((1, 2))
+            total += _dot(products, self.right[:, part] @ self.right.transpose(1, 2))
         return total.clamp(min=0)
 
     def gradient(self, sample: int) -> Tensor:
@@ -82,7 +89,7 @@ class Outer(Use):
 
     def position_squares(self) -> Tensor:
         """Return the squared norm of each outer product."""
-        return self.left.square().sum(2) * self.right.square().sum(2)
+        return (self._left_norms * self._right_norms).square()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return the factors with the scale."""
@@ -99,7 +106,7 @@ class Rows(Use):
     """
 
     def __init__(self, ids: Tensor, grads: Tensor, num_rows: int) -> None:
-        self.grads, self.scale = _normalize(grads)
+        self.grads, self.scale, self._norms = _scale(grads)
         self.ids, self.num_rows = ids, num_rows
 
     def squares(self) -> Tensor:
@@ -117,7 +124,7 @@ class Rows(Use):
 
     def position_squares(self) -> Tensor:
         """Return the squared norm of each output gradient."""
-        return self.grads.square().sum(2)
+        return self._norms.square()
 
 
 class Vectors(Use):
@@ -128,11 +135,12 @@ class Vectors(Use):
     """
 
     def __init__(self, values: Tensor) -> None:
-        self.values, self.scale = _normalize(values)
+        # They are few, so that squares in float64 need no scale.
+        self.values, self.scale = values, values.new_ones(len(values))
 
     def squares(self) -> Tensor:
         """Return the squared norms."""
-        return self.values.square().sum(1)
+        return self.values.double().square().sum(1)
 
     def gradient(self, sample: int) -> Tensor:
         """Return the gradient of one sample."""
@@ -283,6 +291,31 @@ It returns a use of each parameter by its name in the layer."""
 def _positions(values: Tensor, num_samples: int) -> Tensor:
     """Return values as (samples, positions, features)."""
     return values.reshape(num_samples, -1, values.shape[-1])
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    """Return the sum of the products of all elements, by index along the first dim."""
+    # Without a tensor of the products.
+    return torch.bmm(one.flatten(1).unsqueeze(1), other.flatten(1).unsqueeze(2)).flatten()
+
+
+def _scale(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Divide the samples by a number if squares of their elements could overflow or vanish.
+
+    Args:
+        values: (samples, positions, elements).
+
+    Returns:
+        The result, the (samples,) divisors, and the (samples, positions) norms of the result.
+    """
+    norms = torch.linalg.vector_norm(values, dim=2)
+    if host_reads_free(values.device) and values.numel():
+        low, high = norms.amax(1).aminmax()
+        # Reading all elements twice more takes longer than the products.
+        if float(low) > MIN_NORM and float(high) < MAX_NORM:
+            return values, values.new_ones(len(values)), norms
+    values, divisor = _normalize(values)
+    return values, divisor, torch.linalg.vector_norm(values, dim=2)
 
 
 def _normalize(values: Tensor) -> tuple[Tensor, Tensor]:

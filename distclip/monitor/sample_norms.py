@@ -42,7 +42,7 @@ class PerSample:
         self._num_uses: dict[str, int] = {}
         self._uses: dict[str, list[Use]] = {}
         self._squares: dict[str, Tensor] = {}
-        self._position_squares: Tensor | None = None
+        self._position_parts: list[tuple[Tensor, Tensor]] = []
 
     @property
     def by_tensor(self) -> Mapping[str, Tensor]:
@@ -73,8 +73,10 @@ class PerSample:
 
         Host syncs: one.
         """
-        squares = self._position_squares
-        return None if squares is None else int(squares[sample].nan_to_num(torch.inf, torch.inf).argmax())
+        if not self._position_parts:
+            return None
+        squares = torch.stack([part[sample].double() * scale[sample] ** 2 for part, scale in self._position_parts])
+        return int(squares.sum(0).nan_to_num(torch.inf, torch.inf).argmax())
 
     def token(self, sample: int) -> int | None:
         """Return the input at that position, if the inputs are integers. Host syncs: two."""
@@ -106,7 +108,7 @@ class PerSample:
         if self._handles:
             raise ArgumentError("per_sample: the block was entered twice. Make one for each block.")
         self._squares, self._uses, self._num_uses = {}, {}, {}
-        self._batch_size, self._position_squares, self._first_input = self._given, None, None
+        self._batch_size, self._position_parts, self._first_input = self._given, [], None
         for name, parameter in self._model.named_parameters():
             self._names[id(parameter)] = _plain(name)
         self._handles = [
@@ -186,9 +188,8 @@ class PerSample:
             use = uses[key]
             squares = use.position_squares()
             if squares is not None and tuple(squares.shape[1:]) == self._positions:
-                squares = squares.double() * use.scale.double().square()[:, None]
-                before = self._position_squares
-                self._position_squares = squares if before is None else before + squares
+                # They are added up for `position`, which is called for few samples.
+                self._position_parts.append((squares, use.scale.double()))
             if self._num_uses[name] == 1:
                 self._squares[name] = squared_norms([use])
             else:

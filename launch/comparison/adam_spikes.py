@@ -1,0 +1,206 @@
+"""Induce spikes of Adam on small models, and count how many are announced, and how many update_clip prevents.
+
+A spike of Adam is a rise of the loss because the second moments are too old for the gradients, which then make too
+large a step. Each seed trains a model, and from its state on one of three things changes, none of which changes the
+loss by itself:
+
+- rows: of an embedding return after a pause, so that their moments have decayed to a millionth.
+- feature: inputs that were 0 so far have values, on weights that are 0.
+- task: the loss of a second head counts fully, after a thousandth.
+
+A spike is a loss above mean + 6 standard deviations of the last 128 steps, at the earliest one step after the change.
+It is announced if the largest RMS of g / sqrt(v) reaches the alarm of `distclip.monitor` at an earlier step. It is
+prevented if the same steps with `distclip.update_clip()` have no such loss. All other steps are healthy: an alarm there
+is false.
+
+`python -m launch.comparison.adam_spikes --seeds 80` takes 5 minutes of one core. `--seeds 4` shows how it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import distclip
+from distclip.monitor.jsonl import UPDATE_RMS_ALARM
+
+KINDS = ("rows", "feature", "task")
+
+WARM_UP, AFTER, WINDOW, SKIPPED = 400, 40, 128, 100
+"""Steps before and after the change, steps of the usual loss, and first steps that do not count as healthy."""
+
+NUM_ROWS, NUM_FEATURES, WIDTH, NUM_OUTPUTS, BATCH, BAG = 64, 64, 64, 8, 32, 8
+
+
+class Net(nn.Module):
+    """Bags of rows and features in, two heads out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.EmbeddingBag(NUM_ROWS, NUM_FEATURES, mode="sum")
+        nn.init.normal_(self.embedding.weight, std=0.2)
+        self.first, self.second = nn.Linear(2 * NUM_FEATURES, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.main, self.other = nn.Linear(WIDTH, NUM_OUTPUTS), nn.Linear(WIDTH, NUM_OUTPUTS)
+
+    def forward(self, rows: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.tanh(self.first(torch.cat([self.embedding(rows), features], 1)))
+        hidden = torch.tanh(self.second(hidden))
+        return self.main(hidden), self.other(hidden)
+
+
+@dataclass
+class Training:
+    """A model in training.
+
+    Args:
+        kind: of the change.
+        noise: standard deviation of the targets around those of the teacher.
+    """
+
+    kind: str
+    seed: int
+    lr: float
+    noise: float
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(self.seed)
+        self.teacher, self.model = Net(), Net()
+        if self.kind == "feature":
+            with torch.no_grad():
+                for net in (self.teacher, self.model):
+                    net.first.weight[:, 3 * NUM_FEATURES // 2 :] = 0
+        self.optimizer = torch.optim.Adam(self.model.parameters(), self.lr)
+        self.generator = torch.Generator().manual_seed(self.seed)
+        self.has_changed = False
+
+    def change(self) -> None:
+        """Change what the seed is about."""
+        self.has_changed = True
+        if self.kind == "rows":
+            state = self.optimizer.state[self.model.embedding.weight]
+            # The same as a pause of 13,800 steps of rows without a gradient.
+            state["exp_avg_sq"][8:] *= 1e-6
+            state["exp_avg"][8:] = 0
+
+    def run(self, clipper: distclip.GradClipper, steps: int) -> Iterator[tuple[float, float]]:
+        """Train, and yield the loss and the largest RMS of each step."""
+        found: list[Tensor] = []
+        clipper.observe(lambda outcome: found.append(outcome.measured.update_rms.nan_to_num().max()))
+        for _ in range(steps):
+            rows = torch.randint(0, NUM_ROWS, (BATCH, BAG), generator=self.generator)
+            features = torch.randn(BATCH, NUM_FEATURES, generator=self.generator).abs()
+            if self.kind == "feature" and not self.has_changed:
+                features[:, NUM_FEATURES // 2 :] = 0
+            with torch.no_grad():
+                targets = [
+                    target + self.noise * torch.randn(target.shape, generator=self.generator)
+                    for target in self.teacher(rows, features)
+                ]
+            main, other = (
+                (output - target).square().mean()
+                for output, target in zip(self.model(rows, features), targets, strict=True)
+            )
+            self.optimizer.zero_grad()
+            (main + (1.0 if self.has_changed or self.kind != "task" else 1e-3) * other).backward()
+            clipper.step(self.optimizer)
+            yield float(main.detach() + other.detach()), float(found.pop())
+
+    def clipper(self, *, prevents: bool) -> distclip.GradClipper:
+        """Return a clipper that scales updates, or one that only measures them."""
+        if prevents:
+            return distclip.GradClipper(self.model, distclip.update_clip())
+        clipper = distclip.GradClipper(self.model, distclip.global_norm(float("inf")))
+        clipper.measure_tensors()
+        clipper.measure_updates()
+        return clipper
+
+
+@dataclass
+class Result:
+    """Result of one seed.
+
+    Args:
+        spike: first step after the change with a spike, 0-based. None without one.
+        alarm: first step with an alarm, likewise.
+        prevented: whether there is no spike with update_clip.
+        sizes: largest loss after the change, relative to the usual one, without and with update_clip.
+        false_alarms: number of healthy steps with an alarm.
+        healthy: number of healthy steps.
+        largest: largest RMS of a healthy step.
+    """
+
+    spike: int | None
+    alarm: int | None
+    prevented: bool
+    sizes: tuple[float, float]
+    false_alarms: int
+    healthy: int
+    largest: float
+
+
+def measure(kind: str, seed: int, lr: float, noise: float) -> Result:
+    """Train one seed up to the change, and on from there with and without update_clip."""
+    training = Training(kind, seed, lr, noise)
+    losses, sizes = zip(*training.run(training.clipper(prevents=False), WARM_UP), strict=True)
+    healthy = torch.tensor(sizes[SKIPPED:])
+    usual = torch.tensor(losses[-WINDOW:])
+    bound = float(usual.mean() + 6 * usual.std())
+    after: list[tuple[list[float], list[float]]] = []
+    for prevents in (False, True):
+        branch = copy.copy(training)
+        branch.model, branch.optimizer = copy.deepcopy((training.model, training.optimizer))
+        branch.generator = torch.Generator().set_state(training.generator.get_state())
+        branch.change()
+        numbers = list(branch.run(branch.clipper(prevents=prevents), AFTER))
+        after.append(([loss for loss, _ in numbers], [rms for _, rms in numbers]))
+    spikes = [next((i for i, loss in enumerate(losses) if loss > bound), None) for losses, _ in after]
+    return Result(
+        spikes[0],
+        next((i for i, rms in enumerate(after[0][1]) if rms >= UPDATE_RMS_ALARM), None),
+        spikes[1] is None,
+        (max(after[0][0]) / float(usual.mean()), max(after[1][0]) / float(usual.mean())),
+        int((healthy >= UPDATE_RMS_ALARM).sum()),
+        len(healthy),
+        float(healthy.max()),
+    )
+
+
+def main() -> None:
+    """Print a table with a row for each kind."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=80, help="seeds of each kind (default: 80)")
+    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--noise", type=float, default=0.02)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"alarm at an RMS of {UPDATE_RMS_ALARM}, lr {options.lr}, noise {options.noise}\n")
+    print("| change | seeds | spikes | announced | prevented | median size | with update_clip | false alarms | steps |")
+    print("|---|" + "--:|" * 8)
+    everything: list[Result] = []
+    for kind in KINDS:
+        results = [measure(kind, seed, options.lr, options.noise) for seed in range(options.seeds)]
+        everything += results
+        print(describe(kind, results), flush=True)
+    print(describe("all", everything))
+    print(f"\nLargest RMS of a healthy step: {max(result.largest for result in everything):.2f}")
+
+
+def describe(name: str, results: list[Result]) -> str:
+    """Return a row of the table."""
+    # A loss that is unusual in the step of the change itself is no consequence of a step.
+    spikes = [result for result in results if result.spike]
+    announced = [r for r in spikes if r.alarm is not None and r.spike is not None and r.alarm < r.spike]
+    prevented = sum(result.prevented for result in spikes)
+    sizes = [f"{torch.tensor([r.sizes[i] for r in spikes]).median():.1f}" if spikes else "-" for i in (0, 1)]
+    cells = [name, len(results), len(spikes), len(announced), prevented, *sizes]
+    cells += [sum(r.false_alarms for r in results), sum(r.healthy for r in results)]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Make incidents of six kinds, and count how often one replay names the right cause and the right sample.
+
+Each run trains a small network for 40 steps with `Recorder(examine=...)`, and something happens in one step:
+
+- label: the target of a sample is a hundred to ten thousand times as large as usual.
+- input: the features of a sample are.
+- mask: a sample has one position that counts a hundredfold, as if all other positions were masked.
+- numerics: the activations overflow float16, and not float32.
+- hardware: an element of a gradient has a flipped bit of its exponent.
+- optimizer: an optimizer step a thousand times too large has left the parameters elsewhere.
+
+An incident that is no outlier of the norm is not replayed, and counts as wrong. The table has the number of incidents,
+of right causes, and of right samples where the cause is a sample.
+
+`python -m launch.comparison.incidents --incidents 300` takes 2 minutes of one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import struct
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import distclip
+from distclip.monitor import Recorder
+
+KINDS = {
+    "label": "data",
+    "input": "data",
+    "mask": "data",
+    "numerics": "numerics",
+    "hardware": "hardware",
+    "optimizer": "optimizer state",
+}
+"""Right cause of each kind."""
+
+STEPS, SAMPLES, POSITIONS, FEATURES, CLASSES = 40, 16, 12, 8, 6
+
+
+class Sequences(nn.Module):
+    """Embedding, two layers with a norm, and a head, for the kinds with tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(CLASSES, 16), nn.LayerNorm(16)
+        self.up, self.down, self.head = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, CLASSES)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        inputs = self.embedding(tokens)
+        outputs: Tensor = self.head(inputs + self.down(torch.relu(self.up(self.norm(inputs)))))
+        return outputs
+
+
+@dataclass
+class Incident:
+    """An incident and what a replay found.
+
+    Args:
+        kind: one of `KINDS`.
+        verdict: cause that the replay named. Empty if there was no replay.
+        is_right: whether it is the right one.
+        is_right_sample: whether it named the right sample. None for a kind without one.
+    """
+
+    kind: str
+    verdict: str
+    is_right: bool
+    is_right_sample: bool | None
+
+
+def make_incident(kind: str, seed: int, directory: Path) -> Incident:
+    """Train a network with one incident, and read the result of its replay."""
+    torch.manual_seed(seed)
+    draw = random.Random(seed)
+    step, sample, size = draw.randrange(25, STEPS - 2), draw.randrange(SAMPLES), 10 ** draw.uniform(2, 4)
+    model = Sequences() if kind == "mask" else nn.Sequential(nn.Linear(FEATURES, 24), nn.ReLU(), nn.Linear(24, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    clipper = distclip.GradClipper(model, distclip.global_norm(1.0))
+    loss_of = make_loss(kind, model, seed, step, sample, size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Recorder(clipper, directory, every=10, examine=loss_of) as recorder:
+            for number in range(1, STEPS + 1):
+                if kind == "optimizer" and number == step:
+                    # The parameters of a step that was far too large.
+                    with torch.no_grad():
+                        for parameter in model.parameters():
+                            parameter.add_(torch.randn_like(parameter), alpha=size / 20)
+                optimizer.zero_grad()
+                loss = loss_of(number)
+                loss.backward()  # type: ignore[no-untyped-call]
+                if kind == "hardware" and number == step:
+                    set_bit(model, draw)
+                clipper.step(optimizer)
+                recorder.note(loss=loss, ids=range(SAMPLES * number, SAMPLES * (number + 1)))
+    found: dict[str, Any] = {}
+    path = directory / "spikes" / f"{step}.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+    verdict = str(found.get("verdict", ""))
+    is_right_sample = None
+    if KINDS[kind] == "data":
+        named = found.get("sample") or {}
+        is_right_sample = (named.get("index"), named.get("id")) == (sample, SAMPLES * step + sample)
+    return Incident(kind, verdict, verdict == KINDS[kind], is_right_sample)
+
+
+def make_loss(kind: str, model: nn.Module, seed: int, step: int, sample: int, size: float) -> Callable[[int], Tensor]:
+    """Return the function of a step that computes its loss, with the incident in its data."""
+
+    def of_sequences(number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(1000 * seed + number)
+        tokens = torch.randint(0, CLASSES, (SAMPLES, POSITIONS + 1), generator=generator)
+        weights = torch.full((SAMPLES, POSITIONS), 1.0 / POSITIONS)
+        if number == step:
+            weights[sample, int(torch.randint(0, POSITIONS, (), generator=generator))] = 100.0
+        targets = tokens[:, 1:].flatten()
+        losses = nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), targets, reduction="none")
+        return (losses * weights.flatten()).sum() / SAMPLES
+
+    def of_vectors(number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(1000 * seed + number)
+        inputs = torch.randn(SAMPLES, FEATURES, generator=generator)
+        targets = inputs.sum(1, keepdim=True) + 0.1 * torch.randn(SAMPLES, 1, generator=generator)
+        if number == step and kind == "label":
+            targets[sample] = size
+        if number == step and kind == "input":
+            inputs[sample] *= size
+        if kind != "numerics":
+            loss: Tensor = nn.functional.mse_loss(model(inputs), targets)
+            return loss
+        assert isinstance(model, nn.Sequential)
+        with torch.autocast("cpu", torch.float16):
+            hidden = model[0](inputs) * (1e5 * size if number == step else 1.0)
+            hidden = torch.tanh(hidden / hidden.norm())
+            return nn.functional.mse_loss(model[2](hidden).float(), targets)
+
+    return of_sequences if kind == "mask" else of_vectors
+
+
+def set_bit(model: nn.Module, draw: random.Random) -> None:
+    """Set a bit of the exponent of an element of a gradient, which makes the element larger."""
+    grads = [parameter.grad.view(-1) for parameter in model.parameters() if parameter.grad is not None]
+    grad = draw.choice(grads)
+    index = draw.randrange(len(grad))
+    (bits,) = struct.unpack("<I", struct.pack("<f", float(grad[index]) or 1e-3))
+    # The highest bit of the exponent is 0 for all numbers below 2.
+    zeros = [bit for bit in (30, 29, 28, 27) if not bits >> bit & 1]
+    (value,) = struct.unpack("<f", struct.pack("<I", bits | 1 << zeros[0]))
+    grad[index] = value
+
+
+def main() -> None:
+    """Print a table with a row for each kind."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--incidents", type=int, default=300, metavar="N", help="of all kinds together (default: 300)")
+    number = parser.parse_args().incidents
+    torch.set_num_threads(1)
+    print("| incident | number | right cause | right sample | other verdicts |\n|---|--:|--:|--:|---|")
+    everything: list[Incident] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for i, kind in enumerate(KINDS):
+            seeds = range(number // len(KINDS) + (i < number % len(KINDS)))
+            incidents = [make_incident(kind, seed, Path(folder) / f"{kind}{seed}") for seed in seeds]
+            everything += incidents
+            print(describe(kind, incidents), flush=True)
+    print(describe("all", everything))
+
+
+def describe(name: str, incidents: list[Incident]) -> str:
+    """Return a row of the table."""
+    wrong = sorted({incident.verdict or "no replay" for incident in incidents if not incident.is_right})
+    samples = [incident.is_right_sample for incident in incidents if incident.is_right_sample is not None]
+    right_samples = f"{sum(samples)} of {len(samples)}" if samples else ""
+    cells = [name, len(incidents), sum(one.is_right for one in incidents), right_samples, ", ".join(wrong)]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+if __name__ == "__main__":
+    main()
