@@ -12,7 +12,8 @@ Each run trains a small network for 40 steps with `Recorder(examine=...)`, and s
 An incident that is no outlier of the norm is not replayed, and counts as wrong. The table has the number of incidents,
 of right causes, and of right samples where the cause is a sample.
 
-`python -m launch.comparison.incidents --incidents 300` takes 2 minutes of one core.
+`python -m launch.comparison.incidents` takes a minute of one core. With `--cost` it measures how much longer
+`per_sample` makes a forward and backward pass of two small transformers.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 import struct
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 import distclip
-from distclip.monitor import Recorder
+from distclip.monitor import Recorder, per_sample
 
 KINDS = {
     "label": "data",
@@ -59,6 +63,22 @@ class Sequences(nn.Module):
         inputs = self.embedding(tokens)
         outputs: Tensor = self.head(inputs + self.down(torch.relu(self.up(self.norm(inputs)))))
         return outputs
+
+
+class Block(nn.Module):
+    """A layer of a transformer, whose parts are modules with a rule of `per_sample`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
+        self.inputs, self.outputs = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.inputs(self.norms[0](x)).chunk(3, -1)
+        x = x + self.outputs(nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True))
+        output: Tensor = x + self.down(torch.relu(self.up(self.norms[1](x))))
+        return output
 
 
 @dataclass
@@ -164,8 +184,14 @@ def main() -> None:
     """Print a table with a row for each kind."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--incidents", type=int, default=300, metavar="N", help="of all kinds together (default: 300)")
-    number = parser.parse_args().incidents
+    parser.add_argument("--cost", action="store_true", help="measure the cost of per_sample instead")
+    options = parser.parse_args()
+    number = options.incidents
     torch.set_num_threads(1)
+    if options.cost:
+        for width, positions in ((64, 32), (256, 128)):
+            print(f"width {width}, {positions} positions: {measure_cost(width, positions):.2f} x")
+        return
     print("| incident | number | right cause | right sample | other verdicts |\n|---|--:|--:|--:|---|")
     everything: list[Incident] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -175,6 +201,21 @@ def main() -> None:
             everything += incidents
             print(describe(kind, incidents), flush=True)
     print(describe("all", everything))
+
+
+def measure_cost(width: int, positions: int) -> float:
+    """Return the time of a pass within `per_sample`, relative to one without: the medians of 15 passes."""
+    model = nn.Sequential(nn.Embedding(96, width), Block(width), Block(width), nn.Linear(width, 96))
+    tokens = torch.randint(0, 96, (16, positions))
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(15):
+        for measured, passes in times.items():
+            begin = time.thread_time()
+            with per_sample(model) if measured else nullcontext():
+                nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+            passes.append(time.thread_time() - begin)
+    plain, measured_time = (statistics.median(passes) for passes in times.values())
+    return measured_time / plain
 
 
 def describe(name: str, incidents: list[Incident]) -> str:

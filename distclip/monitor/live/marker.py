@@ -40,9 +40,8 @@ def is_running(directory: Path) -> bool | None:
     if "ended" in known:
         return False
     pid = known.get("pid")
-    is_here = known.get("host") == socket.gethostname() and isinstance(pid, int) and pid > 0
-    # On Windows, signal 0 is not a question.
-    if not is_here or os.name == "nt":
+    # On Windows, signal 0 ends a process.
+    if known.get("host") != socket.gethostname() or not isinstance(pid, int) or pid <= 0 or os.name == "nt":
         return True
     try:
         os.kill(pid, 0)
