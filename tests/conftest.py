@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import sys
@@ -20,6 +21,10 @@ from tests.ranks import World, raise_if_replicas_differ, rewrite_asserts, worlds
 # Before the first import of Triton, whose kernels run in an interpreter on CPU tensors if there is no GPU.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# Processes that run tests side by side take all cores. Threads of torch that wait for each other would take most of the
+# time.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 # The same cases in every run, with any load of the machine.
 settings.register_profile("tests", deadline=None, database=None, derandomize=True)
 settings.load_profile("tests")
@@ -73,7 +78,20 @@ class Built(NamedTuple):
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """Build the sdist from tracked kinds of files and the wheel from the sdist, and install the wheel."""
     pytest.importorskip("build")
-    folder = tmp_path_factory.mktemp("built")
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return _build(tmp_path_factory.mktemp("built"))
+    # Processes that run tests side by side share the files.
+    folder = tmp_path_factory.getbasetemp().parent / "built"
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            folder.mkdir()
+            _build(folder)
+    return _files_in(folder)
+
+
+def _build(folder: Path) -> Built:
+    """Build and install in a folder."""
     source = folder / "source"
     for part in ("distclip", "conf", "docs", "tests"):
         shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
@@ -81,10 +99,16 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         shutil.copy(ROOT / file, source)
     output(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(source))
     venv.create(folder / "venv", with_pip=False, symlinks=True)
-    python = folder / "venv" / "bin" / "python"
-    (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
-    output(sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel))
+    files = _files_in(folder)
+    pip = (sys.executable, "-m", "pip", "--python", str(files.python))
+    output(*pip, "install", "--no-deps", "--no-index", str(files.wheel))
     # Dependencies are those of the tests. A path file does not run the hook of the editable install.
-    site = output(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    site = output(str(files.python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     (Path(site) / "needed.pth").write_text(sysconfig.get_path("purelib"))
-    return Built(sdist, wheel, python)
+    return files
+
+
+def _files_in(folder: Path) -> Built:
+    """Return the files that `_build` has made in a folder."""
+    (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
+    return Built(sdist, wheel, folder / "venv" / "bin" / "python")

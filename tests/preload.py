@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import ranks
+from tests.forks import forkserver
 
 _PR_SET_PDEATHSIG = 1
 
@@ -47,9 +48,7 @@ class Preloader:
         """Fork ranks that connect to a socket in `folder` and a store at `port`, and return their process ids."""
         if self._process is None:
             self._connection, there = mp.Pipe()
-            self._process = mp.get_context("forkserver").Process(
-                target=_fork_on_request, args=(self._modules, there), daemon=True
-            )
+            self._process = forkserver().Process(target=_fork_on_request, args=(self._modules, there), daemon=True)
             self._process.start()
             there.close()
         self._connection.send((size, folder, port))

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import multiprocessing as mp
 import os
 import sys
 import traceback
@@ -30,24 +29,10 @@ from typing import Any
 
 import pytest
 
+from tests.forks import forkserver
+
 TIMEOUT = 60.0
 """Seconds after which a collective gives up. A job counts as hung a little later."""
-
-_PRELOAD = [
-    "pytest",
-    "torch",
-    "torch._dynamo",
-    "torch.distributed.fsdp",
-    "torch.distributed.pipelining",
-    "torch.distributed.tensor.parallel",
-    "torch.distributed.tensor.debug",
-    "distclip._public",
-    # Jobs of tests/launch start from the same server.
-    "distclip.monitor.recorder",
-    "hydra",
-    "rich.progress",
-    "sklearn.datasets",
-]
 
 
 class RankError(AssertionError):
@@ -256,8 +241,7 @@ class World:
         self._processes, self._connections, self._store = [], [], None
 
     def _start(self) -> None:
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOAD)
+        context = forkserver()
         self._store = new_store()
         for rank in range(self.size):
             here, there = context.Pipe()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import multiprocessing as mp
 import os
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 import distclip
 from distclip import GradClipper
 from distclip.monitor import Recorder
+from tests.forks import forkserver
 
 NUM_RANKS = 2
 WARM_UP = 5
@@ -108,7 +108,7 @@ def run_rank(rank: int, num_cycles: int, port: int, folder: str, results: Any) -
 
 def run(num_cycles: int) -> dict[int, list[Counts]]:
     """Return the counts of each rank."""
-    context = mp.get_context("forkserver")
+    context = forkserver()
     results = context.Queue()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.forks import Done
+from tests.frameworks import skip_without
 from tests.launch.jobs import ROOT, read_header, read_rows, run_command, succeed, train
 
 # Not in the extra `dev` because it needs half a gigabyte: pip install 'ray[train]'.
-pytest.importorskip("ray.train")
+skip_without("ray")
 
 
 def train_on_ray(cwd: Path, *overrides: str) -> Done:

@@ -15,6 +15,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
 from distclip.integrations.accelerate import attach
+from tests.frameworks import skip_without
 from tests.integrations.accelerate.integration import (
     LOSS_SCALE,
     Accelerate,
@@ -39,7 +40,7 @@ from tests.integrations.one_process import (
 )
 from tests.ranks import gather_from_ranks, on_ranks, replicas_may_differ
 
-pytest.importorskip("accelerate", reason="Accelerate is not installed: pip install 'distclip[hf]'")
+skip_without("accelerate", reason="Accelerate is not installed: pip install 'distclip[hf]'")
 
 KINDS = ["ddp", "fsdp2"]
 """FSDP1 does not start on a CPU, because Accelerate passes it a device that it refuses."""

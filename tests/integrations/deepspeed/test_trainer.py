@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import distclip
+from tests.frameworks import skip_without
 from tests.integrations.one_process import framework_environment
 from tests.ranks import on_ranks
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'distclip[deepspeed]'")
-pytest.importorskip("transformers", reason="transformers is not installed: pip install 'distclip[hf]'")
+skip_without("deepspeed", reason="DeepSpeed is not installed: pip install 'distclip[deepspeed]'")
+skip_without("transformers", reason="transformers is not installed: pip install 'distclip[hf]'")
 
 
 def build_trainer(folder: Path, stage: int, **options: Any) -> Any:

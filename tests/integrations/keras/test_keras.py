@@ -6,16 +6,17 @@ import os
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import distclip
+from distclip.integrations.keras import attach, detach
+from tests.frameworks import skip_without
+
+skip_without("keras", reason="Keras is not installed: pip install 'distclip[keras]'")
+# Read at the first import of Keras, in a test.
 os.environ["KERAS_BACKEND"] = "torch"
-keras = pytest.importorskip("keras", minversion="3.8", reason="Keras is not installed: pip install 'distclip[keras]'")
-
-import numpy as np  # noqa: E402
-
-import distclip  # noqa: E402
-from distclip.integrations.keras import attach, detach  # noqa: E402
 
 # NumPy warns about torch's tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -30,6 +31,8 @@ CLIPPING = {
 
 
 def build_model(**options: Any) -> Any:
+    import keras
+
     keras.utils.set_random_seed(0)
     layers = [keras.layers.Input((4,)), keras.layers.Dense(8, activation="tanh"), keras.layers.Dense(1)]
     model = keras.Sequential(layers)
@@ -99,6 +102,8 @@ def test_state_continues_and_detach_restores() -> None:
 
 
 def test_invalid_input() -> None:
+    import keras
+
     optimizer = keras.optimizers.SGD(0.1)
     with pytest.raises(distclip.ArgumentError, match=r"not an optimizer of Keras 3. Pass model.optimizer"):
         attach(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), distclip.global_norm(1.0))

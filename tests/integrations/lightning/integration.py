@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import distclip
-from distclip.integrations.lightning import GradientClipping
+from distclip.integrations import lightning as integration
 from tests.integrations.one_process import (
     NUM_ROWS,
     NUM_STEPS,
@@ -124,7 +124,7 @@ class Lightning(TrainingLoop):
         poisoned_step: int | None = None,
         on_nonfinite: Any = "skip",
     ) -> Run:
-        clipping = GradientClipping(policy, on_nonfinite=on_nonfinite)
+        clipping = integration.GradientClipping(policy, on_nonfinite=on_nonfinite)
         module = build_module(sharded=setting == "fsdp2", poisoned_step=poisoned_step)
         build_trainer(setting, [clipping], num_micro_batches).fit(module, build_loader(num_micro_batches))
         return Run(module.norms, [bare(params) for params in module.params], clipping)
@@ -133,7 +133,7 @@ class Lightning(TrainingLoop):
         """Stop after an epoch and resume with the same bits."""
 
         def run(num_epochs: int, path: str | None = None) -> tuple[Any, Any, Any]:
-            clipping = GradientClipping(distclip.zclip(cap=1.0, warmup=1))
+            clipping = integration.GradientClipping(distclip.zclip(cap=1.0, warmup=1))
             module = build_module(sharded=setting == "fsdp2")
             if path is not None:
                 module.params = [{}] * NUM_STEPS
@@ -155,7 +155,7 @@ class Lightning(TrainingLoop):
 
     def invalid_input(self, setting: str) -> None:
         def fit(bound: float | None) -> None:
-            clipping = GradientClipping(distclip.global_norm(1.0))
+            clipping = integration.GradientClipping(distclip.global_norm(1.0))
             build_trainer(setting, [clipping], gradient_clip_val=bound).fit(build_module(), build_loader())
 
         with framework_environment():
@@ -165,14 +165,14 @@ class Lightning(TrainingLoop):
             on_one_rank = 0.7 if dist.get_rank() == 1 else None
             errors = gather_from_ranks(error_of(lambda: fit(on_one_rank)))
             assert all("clipped twice" in error for error in errors)
-            error = error_of(lambda: GradientClipping(1.0))  # type: ignore[arg-type]
+            error = error_of(lambda: integration.GradientClipping(1.0))  # type: ignore[arg-type]
             assert error.startswith("ArgumentError: GradientClipping: policy=1.0: expected a policy")
 
     def detach(self, setting: str) -> None:
         """Remove the callback from a Trainer. The module trains like one that never had it."""
         with framework_environment():
             modules = []
-            for clipping in ([GradientClipping(distclip.global_norm(1e-6))], []):
+            for clipping in ([integration.GradientClipping(distclip.global_norm(1e-6))], []):
                 trainer = build_trainer(setting, clipping)
                 trainer.callbacks = [callback for callback in trainer.callbacks if callback not in clipping]
                 modules.append(build_module(sharded=setting == "fsdp2"))

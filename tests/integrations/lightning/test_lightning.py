@@ -15,8 +15,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
-from distclip.integrations.lightning import GradientClipping, clip_gradients
+from distclip.integrations import lightning as integration
+from distclip.integrations.lightning import clip_gradients
 from distclip.monitor import Recorder
+from tests.frameworks import skip_without
 from tests.integrations.lightning.integration import (
     Lightning,
     bare,
@@ -42,7 +44,7 @@ from tests.integrations.one_process import (
 )
 from tests.ranks import gather_from_ranks, on_ranks, replicas_may_differ
 
-pytest.importorskip("lightning", reason="Lightning is not installed: pip install 'distclip[lightning]'")
+skip_without("lightning", reason="Lightning is not installed: pip install 'distclip[lightning]'")
 
 KINDS = ["ddp", "fsdp", "fsdp2"]
 
@@ -105,13 +107,13 @@ def test_fp16_is_unscaled_once_and_skips_an_overflow(fused: bool) -> None:
     policy = distclip.global_norm(0.5)
     with framework_environment():
         plugin, scaler = build_fp16_plugin()
-        clipping, module = GradientClipping(policy), build_module(optimizer=adamw)
+        clipping, module = integration.GradientClipping(policy), build_module(optimizer=adamw)
         build_trainer("ddp", [clipping], plugins=[plugin]).fit(module, build_loader())
         check_run(bare(module.params[-1]), module.norms, policy, fp16=True, optimizer=adamw)
         assert scaler.get_scale() == 1024
         assert not scaler._per_optimizer_states
 
-        clipping, module = GradientClipping(policy), build_module(optimizer=adamw, poisoned_step=OUTLIER)
+        clipping, module = integration.GradientClipping(policy), build_module(optimizer=adamw, poisoned_step=OUTLIER)
         with replicas_may_differ():
             build_trainer("ddp", [clipping], plugins=[plugin]).fit(module, build_loader())
     check_equal_on_ranks(scaler.get_scale(), clipping.clipper.skipped)
@@ -162,7 +164,7 @@ def test_each_of_two_optimizers_has_a_norm() -> None:
         assert max(before) > 0.1
 
     with framework_environment():
-        clipping = GradientClipping(distclip.zclip(cap=0.1))
+        clipping = integration.GradientClipping(distclip.zclip(cap=0.1))
         build_trainer("ddp", [clipping]).fit(build_pair(norms_of, check), build_loader())
         assert [clipper.parameters for clipper in clipping.clippers if clipper is not None] == [
             ("net.first.weight", "net.first.bias"),
@@ -174,7 +176,7 @@ def test_each_of_two_optimizers_has_a_norm() -> None:
 @on_ranks(2, fixture="ranks")
 def test_two_optimizers_skip_a_nan_that_one_rank_has_after_the_all_reduce() -> None:
     with framework_environment(), replicas_may_differ():
-        clipping = GradientClipping(distclip.global_norm(0.1))
+        clipping = integration.GradientClipping(distclip.global_norm(0.1))
         module = build_pair(lambda net, batch_idx: poison(net.last) if batch_idx == 1 else None)
         build_trainer("ddp", [clipping]).fit(module, build_loader())
     clippers: list[Any] = clipping.clippers
@@ -187,7 +189,7 @@ def test_two_optimizers_skip_a_nan_that_one_rank_has_after_the_all_reduce() -> N
 def test_one_all_reduce_per_step(kind: str) -> None:
     counts: list[dict[str, int]] = []
 
-    class Counting(GradientClipping):
+    class Counting(integration.GradientClipping):
         def on_before_optimizer_step(self, *args: Any) -> None:
             with CommDebugMode() as counter:
                 super().on_before_optimizer_step(*args)
@@ -209,7 +211,7 @@ def test_training_step_without_a_loss(fused: bool) -> None:
         module = build_module(optimizer=lambda params: torch.optim.AdamW(params, lr=0.02, fused=fused))
         step = module.training_step
         module.training_step = lambda batch, batch_idx: None if batch_idx == 1 else step(batch, batch_idx)
-        clipping = GradientClipping(distclip.global_norm(0.5))
+        clipping = integration.GradientClipping(distclip.global_norm(0.5))
         build_trainer("one process", [clipping], plugins=[plugin]).fit(module, build_loader())
     assert clipping.clipper is not None
     assert clipping.clipper.skipped == 0
@@ -222,7 +224,7 @@ def test_training_step_without_a_loss(fused: bool) -> None:
 def test_recorder_is_attached_by_on_bind(tmp_path: Path) -> None:
     with framework_environment():
         recorders: list[Recorder] = []
-        clipping = GradientClipping(
+        clipping = integration.GradientClipping(
             distclip.global_norm(0.5), on_bind=lambda clipper: recorders.append(Recorder(clipper, tmp_path, every=2))
         )
         build_trainer("fsdp2", [clipping]).fit(build_module(sharded=True), build_loader())
@@ -252,7 +254,7 @@ def test_clips_as_lightning_itself_under_ddp() -> None:
         return full_params(model)
 
     with framework_environment():
-        clipping = GradientClipping(distclip.global_norm(0.3))
+        clipping = integration.GradientClipping(distclip.global_norm(0.3))
         by_distclip, by_lightning, unclipped = train([clipping]), train([], gradient_clip_val=0.3), train([])
     assert clipping.report is not None
     assert not bitwise_equal(by_lightning, unclipped)
@@ -356,9 +358,11 @@ def test_docstring_example_of_the_callback() -> None:
     with framework_environment():
         names: dict[str, Any] = {"distclip": distclip, "FSDPStrategy": lambda: "fsdp"}
         names["Trainer"] = lambda *, strategy, callbacks: build_trainer(strategy, callbacks)
-        exec(example_in(GradientClipping), names)
+        exec(example_in(integration.GradientClipping), names)
         names["trainer"].fit(build_module(), build_loader())
-    (clipping,) = (callback for callback in names["trainer"].callbacks if isinstance(callback, GradientClipping))
+    (clipping,) = (
+        callback for callback in names["trainer"].callbacks if isinstance(callback, integration.GradientClipping)
+    )
     assert clipping.report is not None
 
 
@@ -377,7 +381,7 @@ def test_docstring_example_of_fabric() -> None:
 
 def test_callback_can_be_pickled() -> None:
     """Strategies that start processes pickle the Trainer with its callbacks, before it has a model."""
-    callback = GradientClipping(distclip.zclip(cap=5.0), on_nonfinite="raise", max_skips=3)
+    callback = integration.GradientClipping(distclip.zclip(cap=5.0), on_nonfinite="raise", max_skips=3)
     callback.load_state_dict({"0": {}, "1": {}})
     other = pickle.loads(pickle.dumps(callback))
     assert other.state_dict() == callback.state_dict()
@@ -402,7 +406,7 @@ def test_trainer_can_be_pickled_after_training(tmp_path: Path) -> None:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    callback = GradientClipping(distclip.zclip(cap=5.0))
+    callback = integration.GradientClipping(distclip.zclip(cap=5.0))
     trainer = Trainer(max_steps=2, callbacks=[callback], default_root_dir=tmp_path, **options)
     trainer.fit(Module(), [["no tensor"]] * 2)
     assert "grad/norm" in trainer.callback_metrics

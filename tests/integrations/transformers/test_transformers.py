@@ -11,6 +11,7 @@ from torch import Tensor
 
 import distclip
 from distclip.integrations.transformers import attach
+from tests.frameworks import skip_without
 from tests.integrations.accelerate.integration import reset_state
 from tests.integrations.one_process import (
     NUM_STEPS,
@@ -24,8 +25,8 @@ from tests.integrations.one_process import (
 from tests.integrations.transformers.integration import Transformers, build_trainer, check_kind, norms_in
 from tests.ranks import on_ranks, replicas_may_differ
 
-pytest.importorskip("transformers", reason="transformers is not installed: pip install 'distclip[hf]'")
-pytest.importorskip("accelerate", reason="Accelerate is not installed: pip install 'distclip[hf]'")
+skip_without("transformers", reason="transformers is not installed: pip install 'distclip[hf]'")
+skip_without("accelerate", reason="Accelerate is not installed: pip install 'distclip[hf]'")
 
 KINDS = ["ddp", "fsdp2", "tp"]
 """With "tp" only the first layer is sharded, and the Trainer treats DTensors and plain gradients separately."""
