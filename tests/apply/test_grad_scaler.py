@@ -138,8 +138,9 @@ MIXES: list[tuple[tuple[str, ...], bool]] = [
 TRAINING = [
     (name, num_ranks, kinds, together)
     for name, num_ranks in RIG_CASES
-    for kinds, together in (MIXES if num_ranks == 4 else MIXES[3:4])
+    for kinds, together in (MIXES if (name, num_ranks) in (("fsdp2", 2), ("stages_fsdp2", 4)) else MIXES[3:4])
 ]
+"""Every mix in two rigs, and one mix in every rig."""
 
 
 @pytest.mark.parametrize(("name", "num_ranks", "kinds", "together"), TRAINING)

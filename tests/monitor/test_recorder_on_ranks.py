@@ -53,9 +53,15 @@ def whole_norms(rig: Rig, step: int, p: float) -> Tensor:
     return torch.stack(norms).sort().values
 
 
+@pytest.mark.parametrize(
+    ("name", "num_ranks", "policy"),
+    [
+        (*case, policy)
+        for case in RIG_CASES
+        for policy in (POLICIES if case in (("fsdp2", 2), ("megatron", 4), ("stages_fsdp2", 4)) else ("groups", "rows"))
+    ],
+)
 @on_ranks()
-@pytest.mark.parametrize("policy", POLICIES)
-@each_rig
 def test_tensor_norms_with_any_policy(name: str, policy: str) -> None:
     """Per-tensor norms do not change the policy's decision, and equal the norms of the whole gradients."""
     plain, measured = build_rig(name), build_rig(name)

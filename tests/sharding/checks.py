@@ -17,8 +17,8 @@ from distclip import reference
 from distclip.sharding import name_tensors
 from tests.tables.layouts import LAYOUTS, Case
 
-LAYOUT_CASES = [(name, size) for name, row in LAYOUTS.items() for size in row.worlds]
-"""(name, number of ranks) of all layouts, for `@on_ranks()`."""
+LAYOUT_CASES = [(name, size) for name, row in LAYOUTS.items() for size in row.worlds if size in (1, max(row.worlds))]
+"""(name, number of ranks) of all layouts, for `@on_ranks()`. Policies run on two ranks."""
 
 
 def stored(grad: Tensor) -> Tensor:
@@ -49,7 +49,8 @@ def check_layout(name: str) -> None:
     gathers_once = case.gathers_once
     for norm_type in row.norms:
         expected = reference.total_norm(case.whole, norm_type)
-        for fraction in (0.5, 2.0):
+        # The order of the norm has no part in the decision to write.
+        for fraction in (0.5, 2.0) if norm_type == row.norms[0] else (0.5,):
             where = f"{name}, p={norm_type}, {fraction} x"
             writes = [stored(g)._version for g in grads]
             with CommDebugMode() as counter:
