@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "launch" / "train.py"
 FILES = {"config.yaml", "metrics.jsonl", "summary.json"}
 """Files of every run."""
-STATEFUL = ["model=lstm", "optim=adam", "clip=adagc", "clip.warmup=2"]
+STATEFUL = ["model=lstm", "data.length=10", "optim=adam", "clip=adagc", "clip.warmup=2"]
 """Overrides for a run with state in the model, the optimizer and the policy."""
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.frameworks import skip_without
 from tests.launch.jobs import ROOT, STATEFUL, compare, read_rows, read_summary, run_command, succeed, train
 
-pytest.importorskip("deepspeed")
+skip_without("deepspeed")
 
 MLP = ["model=mlp", "data=digits", "optim=adam"]
 RUNS = {
     "whole": [*STATEFUL, "steps=6"],
     "stopped": [*STATEFUL, "steps=5", "checkpoint.every=3"],
     **{f"bf16 {n}": [*MLP, f"parallel=zero{n}", "precision=bf16"] for n in range(4)},
-    **{f"fp16 {n}": [*MLP, f"parallel=zero{n}", "precision=fp16", "precision.init_scale=256"] for n in range(4)},
+    **{f"fp16 {n}": [*MLP, f"parallel=zero{n}", "precision=fp16", "precision.init_scale=256"] for n in (0, 2)},
     "overflow": [*MLP, "precision=fp16", "precision.init_scale=1e12"],
     "nan": ["parallel=zero3", "inject=one_nan", "inject.step=2", "inject.rank=1"],
     "spike": ["parallel=zero1", "inject=spike", "inject.step=2"],
@@ -56,9 +57,9 @@ def test_rejects_another_layout(job: Path, tmp_path: Path, num_ranks: int, paral
     assert message in done.stderr
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_agrees_between_stages(job: Path, precision: str) -> None:
-    first, *others = (read_rows(job / f"{precision}_{stage}") for stage in range(4))
+@pytest.mark.parametrize(("precision", "stages"), [("bf16", (0, 1, 2, 3)), ("fp16", (0, 2))])
+def test_half_precision_agrees_between_stages(job: Path, precision: str, stages: tuple[int, ...]) -> None:
+    first, *others = (read_rows(job / f"{precision}_{stage}") for stage in stages)
     assert first[-1]["loss"] < first[0]["loss"]
     for rows in others:
         for row, expected in zip(rows, first, strict=True):

@@ -81,7 +81,7 @@ def test_mounts_a_policy(run: Run, app: str) -> None:
     assert output.startswith("['trainer'] 0.1 NormPolicy(threshold=Fixed(max_norm=0.25)")
 
 
-@pytest.mark.parametrize(("run", "app"), [("checkout", "register"), ("wheel", "searchpath")], indirect=["run"])
+@pytest.mark.parametrize(("run", "app"), [("checkout", "register")], indirect=["run"])
 def test_default_policy_is_the_apps(run: Run, app: str) -> None:
     status, output = run(app, "trainer.clip.cap=1.0")
     assert status == 0, output
@@ -97,7 +97,7 @@ TYPOS = {
 """Words of the message for each wrong override."""
 
 
-@pytest.mark.parametrize(("run", "app"), [("checkout", "searchpath"), ("wheel", "register")], indirect=["run"])
+@pytest.mark.parametrize(("run", "app"), [("checkout", "searchpath")], indirect=["run"])
 def test_typos_are_refused(run: Run, app: str) -> None:
     with ThreadPoolExecutor(2) as pool:
         for (status, output), words in zip(pool.map(partial(run, app), TYPOS), TYPOS.values(), strict=True):
