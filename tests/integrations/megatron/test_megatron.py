@@ -18,6 +18,7 @@ from distclip import PeerError, reference
 from distclip.integrations import megatron as integration
 from distclip.integrations.megatron import attach
 from distclip.integrations.megatron.parameters import share_names
+from tests.frameworks import skip_without
 from tests.integrations.megatron.gpt import check_gpt
 from tests.integrations.megatron.integration import (
     Megatron,
@@ -45,16 +46,19 @@ from tests.integrations.megatron.model import (
 )
 from tests.ranks import gather_from_ranks, on_ranks, replicas_may_differ
 
-pytest.importorskip("megatron.core")
+skip_without("megatron.core")
 
 POLICIES = [
     distclip.global_norm(1.0),
-    distclip.global_norm(0.5, math.inf),
     distclip.value(0.5),
     distclip.per_tensor_norm(0.2),
     distclip.agc(0.02, exclude=["norm"]),
     # The last stage's name of the tied parameter does not match.
     distclip.group_norm({"in": (r"^(tied|up)\.", 0.05), "norms": ("norm", 0.1)}, 0.3),
+]
+"""One of each granularity, for all settings."""
+MORE_POLICIES = [
+    distclip.global_norm(0.5, math.inf),
     distclip.zclip(cap=30.0, warmup=2),
     distclip.adagc(1.04, warmup=1),
 ]
@@ -90,7 +94,12 @@ def test_steps_as_one_process(name: str) -> None:
     Megatron().steps_under_policies(SETTINGS[name][1], POLICIES)
 
 
-@on_ranks_of(*SETTINGS)
+@on_ranks_of(*SOME)
+def test_steps_under_more_policies_as_one_process(name: str) -> None:
+    Megatron().steps_under_policies(SETTINGS[name][1], MORE_POLICIES)
+
+
+@on_ranks_of(*SOME, "data parallel", "distributed fp16", "two stages")
 def test_nonfinite_on_one_rank(name: str) -> None:
     Megatron().nonfinite_on_one_rank(SETTINGS[name][1])
 
