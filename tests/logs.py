@@ -74,6 +74,12 @@ def write_run(directory: Path, *parts: Mapping[str, Any] | Sequence[Any]) -> Pat
     return directory
 
 
+def append(run: Path, *lines: Mapping[str, Any], text: str = "") -> None:
+    """Append lines to the file of a run, and text that need not be a whole line."""
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(_replace_nan(line), allow_nan=False) + "\n" for line in lines) + text)
+
+
 def make_launched(directory: Path, checkpoint: int | None = 1) -> Path:
     """Make a run directory look like one of launch/train.py, with a checkpoint at a step."""
     text = "clip: {}\nparallel: {}\ncheckpoint: {}\nreplay: null\n"
