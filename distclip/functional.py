@@ -48,7 +48,7 @@ _EUCLIDEAN = NormSpec()
 _REPLICA_LOG = ReplicaLog()
 
 
-@in_graph(graph.clip_grad_norm_, graph.reason_against_norm)
+@in_graph(graph.clip_grad_norm_, graph.reason_against_clip)
 @outside_fake_mode
 @torch.no_grad()
 def clip_grad_norm_(

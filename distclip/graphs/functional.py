@@ -77,28 +77,45 @@ def clip_grad_value_(
         ops.clamp_(local_tensors(grads), low, high, False)
 
 
-def reason_against_norm(
+def reason_against_clip(
     parameters: Any,
-    *arguments: Any,
-    error_if_nonfinite: bool = False,
-    split_over: SplitOver = None,
-    comm: Comm | None = None,
-    **others: Any,
+    max_norm: Any,
+    norm_type: Any = 2.0,
+    error_if_nonfinite: Any = False,
+    foreach: Any = None,
+    *,
+    split_over: Any = None,
+    comm: Any = None,
 ) -> str | None:
-    """Return the reason why a call that measures cannot be in a graph, or None."""
-    if error_if_nonfinite or True in arguments[1:3]:
+    """Return the reason why a call of `clip_grad_norm_` cannot be in a graph, or None."""
+    return _reason_against_bound(max_norm) or reason_against_norm(
+        parameters, norm_type, error_if_nonfinite, foreach, split_over=split_over, comm=comm
+    )
+
+
+def reason_against_norm(
+    tensors: Any,
+    norm_type: Any = 2.0,
+    error_if_nonfinite: Any = False,
+    foreach: Any = None,
+    *,
+    split_over: Any = None,
+    comm: Any = None,
+) -> str | None:
+    """Return the reason why a call of `get_total_norm` cannot be in a graph, or None."""
+    if error_if_nonfinite:
         return "error_if_nonfinite=True needs the host: check the norm that is returned"
     if split_over is not None or comm is not None:
         return "split_over= and comm= need the other ranks while the graph is traced: use GradClipper"
-    sharded: list[Any] = [tensor for tensor in _tensors(parameters) if is_dtensor(tensor)]
+    # Comparisons make guards of a number that changes between calls, which torch.compile keeps as a symbol.
+    if not isinstance(norm_type, int | float) or not (norm_type >= 0 or norm_type < 0):
+        return "norm_type: not a number that the graph can contain"
+    sharded: list[Any] = [tensor for tensor in _tensors(tensors) if is_dtensor(tensor)]
     for tensor in sharded:
         both: tuple[Any, Any] = (tensor, tensor.grad)
         for one in both:
             if one is not None and (one.device_mesh != sharded[0].device_mesh or _is_partial(one)):
                 return "DTensors on several meshes, or in Partial placement: use GradClipper"
-    bounds = [bound for bound in (*arguments[:1], others.get("max_norm")) if isinstance(bound, int | float)]
-    if any(not bound >= 0 for bound in bounds):
-        return "max_norm: not a number ≥ 0"
     return None
 
 
@@ -106,9 +123,14 @@ def _is_partial(tensor: Any) -> bool:
     return any(placement.is_partial() for placement in tensor.placements)
 
 
-def reason_against_bound(parameters: Any, max_norm: Any, *arguments: Any, **others: Any) -> str | None:
+def reason_against_bound(parameters: Any, max_norm: Any, total_norm: Any, foreach: Any = None) -> str | None:
     """Return the reason why a call of `clip_grads_with_norm_` cannot be in a graph, or None."""
-    return None if max_norm >= 0 else "max_norm: not a number ≥ 0"
+    return _reason_against_bound(max_norm)
+
+
+def _reason_against_bound(max_norm: Any) -> str | None:
+    is_bound = isinstance(max_norm, int | float) and max_norm >= 0
+    return None if is_bound else "max_norm: not a number ≥ 0 that the graph can contain"
 
 
 def reason_against_limits(parameters: Any, clip_value: Any, *arguments: Any, **others: Any) -> str | None:

@@ -228,8 +228,13 @@ def test_the_function_of_torch_on_ranks_is_a_graph(backend: str) -> None:
         model, inputs = model_on_ranks("fsdp2")
         model(inputs).square().sum().backward()
         params = list(model.parameters())
-        clip = compiled(distclip.clip_grad_norm_, backend) if is_graph else distclip.clip_grad_norm_
-        norms = [float(clip(params, 0.1)), float(clip(params, 0.01, float("inf")))]
+        clip, measure = distclip.clip_grad_norm_, distclip.get_total_norm
+        if is_graph:
+            clip, measure = compiled(clip, backend), compiled(measure, backend)
+        # All arguments by position, as torch's own callers pass them: p is not a bound, and foreach no flag of errors.
+        grads = [param.grad for param in params]
+        norms = [float(measure(grads, p, False, True)) for p in (2.0, float("inf"), -float("inf"))]
+        norms += [float(clip(params, 0.1, 1.0, False, True)), float(clip(params, 0.01, float("inf")))]
         results.append((norms, values_of([param.grad for param in params])))
     assert results[0] == results[1]
 
