@@ -356,7 +356,8 @@ class GradClipper:
         Raises:
             ArgumentError: an optimizer steps a parameter with a gradient that the clipper does not have (unless
                 `partial`), or the clipper has a gradient that no optimizer steps; an optimizer needs a closure, or has
-                stepped since the last `scaler.update()`; a gradient is float16 with a scaler; on every rank.
+                stepped since the last `scaler.update()`; a gradient is float16 with a scaler; it is called in a hook
+                within backward; on every rank.
             LayoutError, PeerError, NonFiniteError, TooManySkippedSteps, DisagreementError: see `clip`.
 
         Collectives: those of `clip`; a gather the first time with these optimizers.
@@ -386,7 +387,7 @@ class GradClipper:
         self._count_graphs()
         self._is_stepping = True
         try:
-            return self._engine.step(optimizer, scaler, watch).report()
+            return self._engine.step(optimizer, scaler, watch, error=_step_within_backward()).report()
         finally:
             self._is_stepping = False
 
@@ -796,15 +797,11 @@ class GradClipper:
             watch: see `step`.
 
         Returns:
-            The outcome. `outcome.skip.read()` tells whether to skip, and `outcome.report()` is for the user.
+            The outcome. `outcome.skip.read()` tells whether to skip, and `outcome.report()` is for the user. With
+            isolate=True it tells whether all groups skip, and `skipped_parameters` has what some of them skip.
 
         Raises, Collectives, Host syncs: see `clip`.
         """
-        if self._groups is not None:
-            raise ArgumentError(
-                "decide: with isolate=True some groups may skip a step that others make. Use clipper.step, or "
-                "clipper.clip."
-            )
         scale = None if loss_scale is None else torch.tensor(loss_scale, dtype=torch.float64)
         return self._engine.decide(errors or FirstError(), scale, expect_overflow=scale is not None, watch=watch)
 
@@ -814,11 +811,43 @@ class GradClipper:
         Args:
             outcome: of `decide`, not skipped.
             positions: index of each gradient's parameter among those of the clipper.
-            grads: local gradients of the shape that was measured, of any floating dtype.
+            grads: local gradients of the shape that was measured, of any floating dtype. Those of a group that skips
+                the step, with isolate=True, become 0.
 
         Collectives: none. Host syncs: none.
         """
         self._engine.write_(outcome, self._engine.table.shards_at(positions, grads))
+        if outcome.skips is not None:
+            skipped = set(self.skipped_parameters(outcome))
+            for position, grad in zip(positions, grads, strict=True):
+                if self._engine.table.names[position] in skipped:
+                    grad.zero_()
+
+    def skipped_parameters(self, outcome: Outcome) -> tuple[str, ...]:
+        """Return the names of this rank's parameters that a step must leave as they are.
+
+        An optimizer that remembers earlier gradients would move them also by a gradient of 0.
+
+        Args:
+            outcome: of `decide`.
+
+        Collectives: none. Host syncs: one on an accelerator, unless the host has read whether to skip the step.
+
+        >>> from distclip import global_norm
+        >>> clipper = GradClipper([], global_norm(1.0), isolate=True)
+        >>> alice, bob = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+        >>> clipper.add_groups({"alice": [alice], "bob": [bob]})
+        >>> alice.grad, bob.grad = torch.ones(1), torch.tensor([float("inf")])
+        >>> clipper.skipped_parameters(clipper.decide(loss_scale=8.0))
+        ('bob/parameters[0]',)
+        """
+        names = self._engine.table.names
+        if self._groups is None:
+            return tuple(names) if outcome.skip.read() else ()
+        skipped = self._isolated("skipped_parameters")[1].skipped_ids(outcome)
+        return tuple(
+            name for name, tensor in zip(names, self._engine.table.tensors, strict=True) if id(tensor) in skipped
+        )
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -1017,6 +1046,18 @@ class GradClipper:
         if not skipped:
             turns.begin_decision(chosen or [])
         return skipped
+
+
+def _step_within_backward() -> ArgumentError | None:
+    """Return the error for a step in a hook of backward, when other gradients do not exist yet, or None."""
+    # Callbacks at the end of a backward belong to no node, and may step.
+    if torch._C._current_graph_task_id() == -1 or torch._C._current_autograd_node() is None:
+        return None
+    return ArgumentError(
+        "step: it was called in a hook within backward, before the norm of all gradients can be known. Call "
+        "clipper.in_backward(optimizers) with the policy distclip.budget or distclip.lagged instead, or step after "
+        "backward."
+    )
 
 
 class _Listener:

@@ -34,6 +34,7 @@ __all__ = [
     "is_capturing",
     "is_fake",
     "is_tracing",
+    "lacks_real_tensors",
     "move",
     "odd_numbers",
     "on_one_thread",
@@ -232,9 +233,28 @@ def is_tracing() -> bool:
     """
     if torch.compiler.is_dynamo_compiling():
         return True
-    if torch._C._len_torch_dispatch_stack() == 0:
+    if _len_stack() > 0 and torch._C._get_dispatch_mode(_PROXY) is not None:
+        return True
+    # torch.export(strict=False) and make_fx(pre_dispatch=True) trace above torch's autograd, by another stack.
+    return _is_key_included(_PRE_DISPATCH) and _mode_above_autograd(_PROXY) is not None
+
+
+# Names without a module, because each step asks many times.
+_len_stack, _is_key_included = torch._C._len_torch_dispatch_stack, torch._C._dispatch_tls_is_dispatch_key_included
+_mode_above_autograd: Callable[[Any], Any] = torch._ops._get_dispatch_mode_pre_dispatch
+_PROXY, _PRE_DISPATCH = torch._C._TorchDispatchModeKey.PROXY, torch._C.DispatchKey.PreDispatch
+
+
+def lacks_real_tensors() -> bool:
+    """Return whether a graph is traced from fake tensors, among which the state of a clipper cannot be.
+
+    >>> lacks_real_tensors()
+    False
+    """
+    if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() == 0:
         return False
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    mode: Any = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return mode is not None and not mode.allow_non_fake_inputs
 
 
 def prefers_foreach(device: torch.device) -> bool:

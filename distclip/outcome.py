@@ -123,6 +123,9 @@ class Outcome:
         """Factors of the gradients, (measured slots,) or (1,): the coefficients without the loss scale."""
         scale = self.totals.loss_scale
         factors = self.coefs if scale is None else self.coefs / scale.to(self.coefs)
+        if self.skips is not None and scale is not None:
+            # A group that is skipped keeps its gradients, and their scale.
+            factors = torch.where(self.skips, 1.0, factors)
         if self.skip.host is None:
             # The device skips the step, without the host knowing.
             factors = self.skip.select(torch.ones_like(factors), factors)

@@ -107,11 +107,13 @@ class ScalerState:
                 "compute under torch.autocast."
             )
 
-    def set_found_inf(self, found_inf: Tensor) -> None:
+    def set_found_inf(self, found_inf: Tensor, *, elsewhere: Tensor | None = None) -> None:
         """Give the scaler the result of all ranks, so that `update` changes the scale equally on each.
 
         Args:
-            found_inf: 0-d float32, 1.0 if a gradient of any rank is not finite, otherwise 0.0.
+            found_inf: 0-d float32, 1.0 if a gradient of any rank is not finite, otherwise 0.0. With 1.0 the scaler
+                skips the step of these optimizers.
+            elsewhere: likewise, of gradients that lower the scale, and skip no step of these optimizers. None for none.
         """
         # A rank without optimizers has a record too, because `update` needs the found_inf of every step.
         records = self._records() or [self.scaler._per_optimizer_states[_NO_OPTIMIZER]]
@@ -119,6 +121,9 @@ class ScalerState:
             own = found_inf.detach().clone()
             record["found_inf_per_device"] = {own.device: own}
             record["stage"] = OptState.UNSCALED
+        if elsewhere is not None:
+            record = self.scaler._per_optimizer_states[_NO_OPTIMIZER]
+            record["found_inf_per_device"] = {elsewhere.device: elsewhere.detach().clone()}
 
     def mark_stepped(self) -> None:
         """Record that the optimizers have stepped, or skipped the step."""

@@ -41,6 +41,10 @@ def as_list(optimizer: Any) -> list[Optimizer]:
     return optimizers
 
 
+def _step(optimizer: Optimizer) -> None:
+    optimizer.step()
+
+
 class OptimizerSteps:
     """Step the optimizers of the parameters in a table.
 
@@ -168,6 +172,7 @@ class OptimizerSteps:
         overflow: Fact,
         state: ScalerState | None,
         fuse: bool,
+        step: Callable[[Optimizer], object] = _step,
     ) -> None:
         """Step the optimizers, or skip the step.
 
@@ -178,6 +183,7 @@ class OptimizerSteps:
             overflow: whether a gradient of any rank is not finite.
             state: of the scaler, if there is one.
             fuse: let the optimizers' kernels apply the factor.
+            step: steps one optimizer, where no kernel decides about the step.
 
         Collectives: none.
         Host syncs: one on an accelerator if the host has not read `skip` and an optimizer is not fused.
@@ -204,7 +210,7 @@ class OptimizerSteps:
                         with fused_step([optimizer], None, skip.on(factors.device).to(torch.float32)):
                             optimizer.step()
                     elif not skip.read():
-                        optimizer.step()
+                        step(optimizer)
                     num_stepped += 1
         except BaseException:
             if state is not None:

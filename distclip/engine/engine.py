@@ -247,10 +247,22 @@ class Engine:
         """Number of norms in the all-reduce: those of the policy, or finer ones."""
         return self.slots.total if self.tensor_norms is None else self.tensor_norms.num_measured
 
-    def step(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None, watch: Any = None) -> Outcome:
-        """Clip and step, or skip, see `GradClipper.step`."""
+    def step(
+        self,
+        optimizer: Optimizer | Iterable[Optimizer],
+        scaler: GradScaler | None,
+        watch: Any = None,
+        *,
+        error: Exception | None = None,
+    ) -> Outcome:
+        """Clip and step, or skip, see `GradClipper.step`.
+
+        Args:
+            optimizer, scaler, watch: see `GradClipper.step`.
+            error: that this rank has already, for all ranks to raise.
+        """
         with self._undone_on_error():
-            stages = self._step(optimizer, scaler, watch, FirstError(), overlap=False)
+            stages = self._step(optimizer, scaler, watch, FirstError(error), overlap=False)
             begin(stages)
             return complete(stages, (None, scaler))
 
@@ -438,10 +450,7 @@ class Engine:
                 "decided. With torchft, call distclip.integrations.torchft.attach(optimizer, policy) instead."
             )
         if state is not None:
-            self._scaler_round = _ScalerRound(state.round, outcome.without_gradients(), not fuse, was_scaled)
-            if outcome.skip.host is False:
-                # A caller may leave the other optimizers out of a step that is skipped.
-                self.coverage.await_others(optimizers)
+            self._end_call(outcome, optimizers, state, written=not fuse, was_scaled=was_scaled)
         return outcome
 
     def _written(self, outcome: Outcome) -> Outcome:
@@ -460,6 +469,20 @@ class Engine:
         for handle in self._next_steps:
             handle.remove()
         self._next_steps = ()
+
+    def _end_call(
+        self, outcome: Outcome, optimizers: list[Optimizer], state: ScalerState, *, written: bool, was_scaled: bool
+    ) -> None:
+        """Keep the decision for optimizers of the GradScaler's round that step in other calls.
+
+        Args:
+            outcome, optimizers, state, was_scaled: see `_carry_out`.
+            written: whether the gradients have been multiplied already.
+        """
+        self._scaler_round = _ScalerRound(state.round, outcome.without_gradients(), written, was_scaled)
+        if outcome.skip.host is False:
+            # A caller may leave the other optimizers out of a step that is skipped.
+            self.coverage.await_others(optimizers)
 
     @torch.no_grad()
     def clip(
@@ -513,6 +536,16 @@ class Engine:
         outcome = self.decide(errors, loss_scale, expect_overflow=is_scaled, function=function, watch=watch)
 
         # 6. Scale in place, or drop the gradients, so that the caller's optimizer.step() changes nothing.
+        self._write_or_drop(outcome, state)
+        return outcome
+
+    def _write_or_drop(self, outcome: Outcome, state: ScalerState | None) -> None:
+        """Write the decision of `clip` into gradients, or drop those of a skipped step.
+
+        Args:
+            outcome: the decision.
+            state: of the GradScaler.
+        """
         if state is not None:
             state.set_found_inf(outcome.overflow.on(outcome.coefs.device).to(torch.float32))
         if not outcome.skip.host:
@@ -524,7 +557,6 @@ class Engine:
             # Nor may an optimizer move by what it remembers of earlier gradients.
             self.table.drop_gradients()
             hold_still(self, self.table.selected())
-        return outcome
 
     @contextmanager
     def _undone_on_error(self, before: _Trace | None = None) -> Iterator[_Trace]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..devices import Fact, accumulation_dtype
+from ..devices import Fact, accumulation_dtype, lacks_real_tensors
 from ..engine import Engine
 from ..norms.reduce import Totals, root
 from ..norms.watch import Watch, WatchedTotals
@@ -71,6 +71,13 @@ def reason_against_clip(plan: GraphPlan | None, reasons: list[str]) -> str | Non
     """
     if plan is None or reasons:
         return f"it cannot be a graph, because {reasons[0]}"
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+        return "torch.export with strict=False replaces the parameters that the clipper has: pass strict=True"
+    if lacks_real_tensors():
+        return (
+            "the state of the clipper is in real tensors, and the graph is traced from fake ones: pass "
+            'tracing_mode="real" to make_fx, or _allow_non_fake_inputs=True'
+        )
     if all(param.grad is None for param in plan.params):
         return "no parameter has a gradient: call backward before"
     for i, param in enumerate(plan.params):

@@ -8,8 +8,11 @@ matter as much, and are not here.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
-from ..policies import MeanStd, NormPolicy, global_norm
+from ..errors import ArgumentError
+from ..policies import MeanStd, NormPolicy, global_norm, group_norm
 
 __all__ = ["glm5", "kimi_k2", "llama3", "nanogpt", "olmo3"]
 
@@ -30,12 +33,19 @@ def olmo3() -> NormPolicy:
     return NormPolicy(MeanStd(cap=1.0), eps=1e-6, skip=True)
 
 
-def glm5() -> NormPolicy:
+def glm5(groups: Mapping[str, Any] | None = None) -> NormPolicy:
     """Clip the parameters that AdamW steps to a norm of 1, and leave those that Muon steps as they are.
 
     Muon orthogonalizes its update, so that the length of its gradients has no effect. The norm is that of AdamW's
-    parameters alone. The policy does not know which these are, so make the clipper of them:
+    parameters alone. Name them by `groups`, or make a clipper of them alone:
     `GradClipper(adamw_params, recipes.glm5(), partial=True)`.
+
+    Args:
+        groups: {"adamw": its optimizer, "muon": its optimizer}, or patterns or parameters as for `group_norm`. The
+            group "adamw" is clipped, and the norms of the others are in the report. None for one group of all.
+
+    Raises:
+        ArgumentError: no group has the name "adamw"; see also `group_norm`.
 
     Source: InternLM, xtuner, pull request 2001, "Add GLM-5.2 MuonSplit and AdamW-only gradient clipping", 2026, and
     the default max_grad_norm=1.0 of `xtuner/v1/config/optim.py`. There AdamW steps embeddings, the head, and all
@@ -44,8 +54,18 @@ def glm5() -> NormPolicy:
 
     >>> glm5().threshold
     Fixed(max_norm=1.0)
+    >>> glm5(groups={"adamw": "embed|head|norm"}).threshold
+    Fixed(max_norm=(1.0, inf))
     """
-    return global_norm(1.0)
+    if groups is None:
+        return global_norm(1.0)
+    if not isinstance(groups, Mapping) or "adamw" not in groups:
+        raise ArgumentError(
+            f'groups={groups!r:.80}: no group "adamw", which the recipe clips. Use groups={{"adamw": adamw, "muon": '
+            "muon}, with the two optimizers."
+        )
+    bounds = {name: (members, 1.0 if name == "adamw" else math.inf) for name, members in groups.items()}
+    return group_norm(bounds, max_norm=math.inf)
 
 
 def kimi_k2() -> NormPolicy:

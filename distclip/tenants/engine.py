@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +12,12 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from ..apply.grad_scaler import enabled, parameters_of
+from ..apply.grad_scaler import ScalerState, parameters_of
 from ..apply.step_gate import hold_still
 from ..comm.consensus import FirstError
 from ..devices import Fact, as_fact
 from ..engine import Engine, begin
-from ..errors import ArgumentError, NonFiniteWarning, TooManySkippedSteps, warn_user
+from ..errors import NonFiniteWarning, TooManySkippedSteps, warn_user
 from ..nonfinite.culprits import (
     Culprit,
     Incident,
@@ -26,7 +27,7 @@ from ..nonfinite.culprits import (
     suspect_nonfinite,
     zero_nonfinite_,
 )
-from ..nonfinite.rules import Zero
+from ..nonfinite.rules import Skip, Zero
 from ..nonfinite.skip_counter import SkipCounter
 from ..norms.measure import Partials
 from ..norms.reduce import Totals
@@ -59,30 +60,36 @@ class IsolatedEngine(Engine):
             slots[slot].add(id(tensor))
         self._ids_by_slot = slots
 
-    def _step(
+    def _carry_out(
         self,
-        optimizer: Optimizer | Iterable[Optimizer] | None,
-        scaler: GradScaler | None,
-        watch: Any,
-        errors: FirstError,
+        outcome: Outcome,
+        optimizers: list[Optimizer],
+        state: ScalerState | None,
         *,
-        overlap: bool,
-    ) -> Generator[None, Any, Outcome]:
-        with errors:
-            _refuse_scaler(scaler)
-        return super()._step(optimizer, None, watch, errors, overlap=overlap)
-
-    def _carry_out(self, outcome: Outcome, optimizers: list[Optimizer], *_: Any, **__: Any) -> Outcome:
-        skipped = self._skipped_ids(outcome)
+        is_scaled: bool,
+        was_scaled: bool,
+    ) -> Outcome:
+        """Write the decision into the gradients, and step the groups that do not skip, see `Engine`."""
         if not outcome.skip.host:
             self.write_(outcome, outcome.shards)
-            watched = None if skipped else self.coverage.watch(optimizers)
-            for one in optimizers:
-                _step_without(one, skipped)
+        watched = None if outcome.skip.host or self.skipped_ids(outcome) else self.coverage.watch(optimizers)
+        self._advance(optimizers, outcome, state, fuse=False)
+        if not outcome.skip.host:
             with self._raised_late():
                 self.coverage.check_kept(watched, optimizers)
+        if state is not None:
+            self._end_call(outcome, optimizers, state, written=True, was_scaled=was_scaled)
         self._raise_too_many()
         return outcome
+
+    def _advance(
+        self, optimizers: Sequence[Optimizer], outcome: Outcome, state: ScalerState | None, fuse: bool
+    ) -> None:
+        # The scale follows the overflow of any group, as the scale of several optimizers follows that of any of them.
+        step, overflow = partial(_step_without, skipped=self.skipped_ids(outcome)), outcome.overflow
+        self.optimizers.advance(
+            optimizers, outcome.coefs, outcome.skip, overflow=overflow, state=state, fuse=False, step=step
+        )
 
     def _clip(
         self,
@@ -91,20 +98,28 @@ class IsolatedEngine(Engine):
         errors: FirstError,
         watch: Any,
     ) -> Outcome:
-        with errors:
-            _refuse_scaler(scaler)
-        outcome = self.decide(errors, function="GradClipper.clip", watch=watch)
-        skipped = self._skipped_ids(outcome)
+        outcome = super()._clip(optimizer, scaler, errors, watch)
+        self._raise_too_many()
+        return outcome
+
+    def _write_or_drop(self, outcome: Outcome, state: ScalerState | None) -> None:
+        if state is not None:
+            # The caller's `scaler.step` makes the step of the groups that are finite.
+            overflow = outcome.overflow.on(outcome.coefs.device).to(torch.float32)
+            state.set_found_inf(overflow * outcome.skip.read(), elsewhere=overflow)
         if not outcome.skip.host:
             self.write_(outcome, outcome.shards)
-        if skipped:
+        if skipped := self.skipped_ids(outcome):
             # An optimizer's step must not move what is skipped, nor by what it remembers of earlier gradients.
             selected = skipped if self.table.only is None else skipped & self.table.only
             self.table.only = frozenset(selected)
             self.table.drop_gradients()
             hold_still(self, self.table.selected())
+
+    def _prepare(self, errors: FirstError, function: str, loss_scale: Tensor | None, watch: Any) -> Any:
+        # The caller of `decide` has stepped the other groups since then.
         self._raise_too_many()
-        return outcome
+        return super()._prepare(errors, function, loss_scale, watch)
 
     def _decide(
         self,
@@ -121,7 +136,7 @@ class IsolatedEngine(Engine):
         Collectives: those of `Engine.decide`. Host syncs: on an accelerator one.
         """
         before = self._prepare(errors, function, loss_scale, watch)
-        step = self.counter.steps + 1
+        step, rule = self.counter.steps + 1, Skip(expected=True) if expect_overflow else self.rule
         measuring = self._start_measuring(errors, loss_scale, function, overlap=overlap)
         yield begin(measuring)
         shards, partials, measured, totals = self._finish_measuring(measuring, loss_scale)
@@ -140,12 +155,12 @@ class IsolatedEngine(Engine):
         # Groups that are not finite. All ranks read the same norms, and so enter the same collectives.
         culprits: dict[int, tuple[Culprit, ...]] = {}
         finite = self._finite(totals)
-        if self.rule.leaves_step_out and not bool(finite.all()):
+        if rule.leaves_step_out and not bool(finite.all()):
             culprits = self._gather_culprits(shards, totals)
             everyone = tuple(culprit for some in culprits.values() for culprit in some)
-            if self.on_nonfinite == "raise":
+            if self.on_nonfinite == "raise" and not expect_overflow:
                 self.counter.refuse(step, everyone)
-            if type(self.rule) is Zero and everyone and totals.watch.finite.read():
+            if type(rule) is Zero and everyone and totals.watch.finite.read():
                 zero_nonfinite_(shards)
                 self.counter.record_zeroed(step, everyone)
                 shards, partials, measured, totals = self._measure_all(FirstError(), loss_scale, function)
@@ -154,12 +169,12 @@ class IsolatedEngine(Engine):
         # The policies decide about norms that all ranks share.
         device = totals.powers.device
         state = {key: value.to(device) for key, value in self.state.items()}
-        usable = finite if self.rule.leaves_step_out else torch.ones_like(finite)
+        usable = finite if rule.leaves_step_out else torch.ones_like(finite)
         verdicts, self.state = self.policy.decide_each(totals, state, finite, usable)
         skips = (verdicts.skips & finite) | ~usable
         coefs = torch.where(skips, 1.0, verdicts.coefs)
         present = (totals.norms > 0) | ~finite
-        all_skipped = self._count(step, finite, skips, present, culprits)
+        all_skipped = self._count(step, finite, skips, present, culprits, quiet=expect_overflow)
 
         outcome = Outcome(
             step,
@@ -193,6 +208,7 @@ class IsolatedEngine(Engine):
         for name, mark in self._marks.items():
             counter = self.counters[name]
             counter.steps, counter.skipped, counter.in_a_row = mark
+        self._due = []
 
     @contextmanager
     def _undone_on_error(self, before: Any = None) -> Iterator[Any]:
@@ -233,7 +249,14 @@ class IsolatedEngine(Engine):
         return by_slot
 
     def _count(
-        self, step: int, finite: Tensor, skips: Tensor, present: Tensor, culprits: dict[int, tuple[Culprit, ...]]
+        self,
+        step: int,
+        finite: Tensor,
+        skips: Tensor,
+        present: Tensor,
+        culprits: dict[int, tuple[Culprit, ...]],
+        *,
+        quiet: bool,
     ) -> bool:
         """Count the step in every group that has a gradient, and return whether all of them skip it."""
         flags = torch.stack([finite, skips, present]).tolist()
@@ -255,6 +278,8 @@ class IsolatedEngine(Engine):
                     found = culprits.get(slot, ())
                     self.counter.incidents.append(Incident(step, "skip", found))
                     counter.record_skip(step, found, expected=True)
+                    if quiet:
+                        continue
                     warn_user(
                         f"step {step} was skipped in group {name!r} ({counter.skipped} in total): "
                         f"{describe_culprits(found)}.",
@@ -269,7 +294,7 @@ class IsolatedEngine(Engine):
         self.counter.in_a_row = self.counter.in_a_row + 1 if all_skipped else 0
         return all_skipped
 
-    def _skipped_ids(self, outcome: Outcome) -> frozenset[int]:
+    def skipped_ids(self, outcome: Outcome) -> frozenset[int]:
         """Return the ids of this rank's parameters in groups that skip the step."""
         assert outcome.skips is not None
         ids = (self._ids_by_slot[slot] for slot, skipped in enumerate(outcome.skips.tolist()) if skipped)
@@ -279,14 +304,6 @@ class IsolatedEngine(Engine):
         due, self._due = self._due, []
         if due:
             raise due[0]
-
-
-def _refuse_scaler(scaler: Any) -> None:
-    if enabled(scaler) is not None:
-        raise ArgumentError(
-            "scaler: groups with isolate=True cannot share a loss scale, because one group that overflows would lower "
-            "it for all. Train in bfloat16 or float32, without a GradScaler."
-        )
 
 
 def _step_without(optimizer: Optimizer, skipped: frozenset[int]) -> None:

@@ -285,6 +285,31 @@ def test_refuses_steps_within_backward() -> None:
     assert_raises_on_ranks(loss.backward, ArgumentError, "within backward", unchanged=model.weight.data)
 
 
+@on_ranks(1, 2)
+@pytest.mark.parametrize("all_ranks", [True, False])
+def test_step_refuses_to_run_in_a_hook(all_ranks: bool) -> None:
+    """Step in a hook of one parameter, on all ranks or on one, and in the callback at the end of backward."""
+    model = nn.Linear(4, 4)
+    optimizer = SGD(model.parameters(), lr=1.0)
+    clipper = GradClipper(model, distclip.global_norm(1.0), split_over=dist.group.WORLD)
+    in_hook = all_ranks or dist.get_rank() == 0
+    where = "hook" if in_hook else "callback"
+
+    def on_gradient(_: Any) -> None:
+        if where == "hook":
+            clipper.step(optimizer)
+        elif where == "callback":
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: clipper.step(optimizer))
+
+    model.weight.register_post_accumulate_grad_hook(on_gradient)
+    loss = model(torch.ones(4, 4)).sum()
+    assert_raises_on_ranks(loss.backward, ArgumentError, "clipper.in_backward", unchanged=model.weight.data)
+    where = "callback"
+    optimizer.zero_grad()
+    model(torch.ones(4, 4)).sum().backward()
+    assert clipper.steps == 1
+
+
 class Players:
     """Two networks with an optimizer each, and a clipper attached to both.
 
@@ -325,20 +350,22 @@ def test_optimizers_in_turn(set_to_none: bool, zero_all: bool) -> None:
         assert players.num_steps == turn + 1
 
 
-def test_leftover_gradients_of_another_network_do_not_count() -> None:
+@pytest.mark.parametrize("first", ["discriminator", "generator"])
+def test_leftover_gradients_of_another_network_do_not_count(first: str) -> None:
     """Train a generator through a discriminator, which then has gradients that it discards."""
     players, lengths = Players(), []
-    for _ in range(4):
-        players.optimizers[1].zero_grad()
-        (50 * players.two.sum()).backward()
-        lengths.append(players.step(1))
-        players.optimizers[0].zero_grad()
-        (50 * (players.one + players.two).sum()).backward()
-        lengths.append(players.step(0))
-    assert max(lengths) <= 1 + 1e-5
-    # The first time nothing shows that the other gradient will not be stepped.
-    assert lengths[0] == pytest.approx(1.0, abs=1e-5)
-    assert lengths[2:] == pytest.approx([1.0] * 6, abs=1e-5)
+    for turn in range(8):
+        if (turn % 2 == 0) == (first == "discriminator"):
+            players.optimizers[1].zero_grad()
+            (50 * players.two.sum()).backward()
+            lengths.append(players.step(1))
+        else:
+            players.optimizers[0].zero_grad()
+            (50 * (players.one + players.two).sum()).backward()
+            lengths.append(players.step(0))
+    # The first time nothing shows that the other gradient will not be stepped, so that the step is too short.
+    assert lengths[0] == pytest.approx(1.0 if first == "discriminator" else 0.5**0.5, abs=1e-5)
+    assert lengths[1:] == pytest.approx([1.0] * 7, abs=1e-5)
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])

@@ -193,6 +193,40 @@ def test_forward_backward_and_step_are_one_graph(policy: str, optimizer: str, ba
     )
 
 
+def test_inductor_differs_by_rounding() -> None:
+    """Compile forward, backward and step by inductor, whose kernels of the model round differently than torch's.
+
+    This shows from the second step on, also if the model alone is compiled, or if torch clips.
+    """
+    results = []
+    for is_graph in (False, True):
+        model, inputs = make_model(), torch.ones(3, 4)
+        optimizer = OPTIMIZERS["adamw"](model.parameters())
+        clipper = GradClipper(model, distclip.global_norm(0.1))
+
+        def step(
+            factor: Tensor, model: Any = model, inputs: Any = inputs, clipper: Any = clipper, optimizer: Any = optimizer
+        ) -> Any:
+            loss = model(inputs).square().mean() * factor
+            loss.backward()
+            return clipper.step(optimizer, watch={"loss": loss.detach()})
+
+        # The first step makes the state of the optimizer, which the graph needs.
+        steps = [step] + 5 * [compiled(step, "inductor") if is_graph else step]
+        numbers: list[Tensor] = []
+        for call, factor in zip(steps, (1.0, 1.0, NAN, 1.0, 50.0, 1.0), strict=True):
+            optimizer.zero_grad()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                report = call(torch.tensor(factor))
+            numbers += [report.norm.double(), report.coef, report.skipped.double(), report.watch["loss"].double()]
+        state = [value for one in optimizer.state.values() for value in one.values()]
+        tensors = [torch.stack(numbers), *model.parameters(), *state]
+        results.append([tensor.detach().double() for tensor in tensors])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
 def model_on_ranks(kind: str) -> tuple[nn.Module, Tensor]:
     """Return a model over all ranks, and the input of this rank."""
     if kind == "ddp":
@@ -258,6 +292,84 @@ def test_what_a_graph_contains(function: str) -> None:
     assert not [target for target in targets if ".item" in target or "_local_scalar_dense" in target]
     norm = graph(*(4 * grad for grad in grads))
     assert float(norm) == pytest.approx(2.0 * sum(param.numel() for param in params) ** 0.5)
+
+
+class Clip(nn.Module):
+    """Give tensors their gradients, and call one of the functions of torch."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, *grads: Tensor) -> list[Tensor]:
+        tensors = [torch.empty_like(grad) for grad in grads]
+        for tensor, grad in zip(tensors, grads, strict=True):
+            tensor.grad = grad.clone()
+        norm = grads[0].sum()
+        if self.name == "clip_grad_norm_":
+            norm = distclip.clip_grad_norm_(tensors, 0.5, 3.0, False, None)
+        elif self.name == "get_total_norm":
+            norm = distclip.get_total_norm([tensor.grad for tensor in tensors], -float("inf"))  # type: ignore[arg-type]
+        elif self.name == "clip_grads_with_norm_":
+            distclip.clip_grads_with_norm_(tensors, 0.5, norm.double())
+        else:
+            distclip.clip_grad_value_(tensors, 0.1)
+        return [norm, *(tensor.grad for tensor in tensors)]  # type: ignore[list-item]
+
+
+def traced(way: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> Any:
+    """Return the graph of a module, which one of torch's tracers has found."""
+    if way.startswith("export"):
+        return torch.export.export(module, arguments, strict=way == "export strict").module()
+    mode, _, above_autograd = way.partition(" ")
+    return make_fx(module, tracing_mode=mode, pre_dispatch=bool(above_autograd))(*arguments)
+
+
+@pytest.mark.parametrize("way", ["real", "fake", "symbolic", "real before autograd", "export", "export strict"])
+def test_the_functions_of_torch_are_graphs_of_every_tracer(way: str) -> None:
+    seen = tuple(torch.full((3, 2), value) for value in (0.5, 0.25))
+    other = tuple(torch.arange(6.0).view(3, 2) + 1 + i for i in range(2))
+    names = ("clip_grad_norm_", "get_total_norm", "clip_grads_with_norm_", "clip_grad_value_")
+    # The strict way is slow, and it is that of torch.compile, which has tests of all four.
+    for name in names[:1] if way == "export strict" else names:
+        module = Clip(name)
+        found, expected = traced(way, module, seen)(*other), module(*other)
+        assert all(map(torch.equal, found, expected)), name
+
+
+@pytest.mark.parametrize("way", ["real", "fake", "symbolic", "real before autograd", "export", "export strict"])
+def test_a_clipper_is_a_graph_of_real_tensors_or_refuses(way: str) -> None:
+    """Trace `clip` with a policy that has state, whose numbers go on from one call of the graph to the next."""
+
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = make_model()
+            # A list, because torch.export looks for tensors in the attributes of a module.
+            self.clippers = [GradClipper(self.model, distclip.ema(1.5, cap=1.0))]
+
+        def forward(self, *grads: Tensor) -> Tensor:
+            for param, grad in zip(self.model.parameters(), grads, strict=True):
+                param.grad = grad.clone()
+            return self.clippers[0].clip().coefs.clone()
+
+    sides = Step(), Step()
+    grads = tuple(torch.ones_like(param) for param in sides[0].model.parameters())
+    reasons = {"fake": "real tensors", "symbolic": "real tensors", "export": "strict=True"}
+    if way in reasons:
+        with pytest.raises(ArgumentError, match=reasons[way]):
+            traced(way, sides[1], grads)
+        return
+    with warnings.catch_warnings():
+        # torch names the attributes that the graph changes.
+        warnings.filterwarnings("ignore", "While compiling, we found certain side effects")
+        graph = traced(way, sides[1], grads)
+    # A tracer of real tensors has run the step once, and torch.export has not.
+    if not way.startswith("export"):
+        sides[0](*grads)
+    for factor in (2.0, 0.01, 5.0):
+        several = tuple(grad * factor for grad in grads)
+        assert torch.equal(graph(*several), sides[0](*several))
 
 
 def test_reasons_against_a_graph() -> None:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from distclip import GradClipper, NormPolicy, recipes, reference, zclip
+from distclip import ArgumentError, GradClipper, NormPolicy, recipes, reference, zclip
 from tests.policies.norms import totals
 
 CPU = torch.device("cpu")
@@ -92,3 +93,16 @@ def test_published_statistics_of_zclip_are_those_of_its_code() -> None:
 def test_unknown_statistics_raise() -> None:
     with pytest.raises(ValueError, match=r"statistics='raw'.*Use one of capped, published"):
         zclip(statistics="raw")  # type: ignore[arg-type]
+
+
+def test_glm5_clips_the_group_of_adamw_alone() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(4, 2), "matrix": nn.Linear(2, 2, bias=False)})
+    adamw, muon = (torch.optim.SGD(model[name].parameters(), lr=1.0) for name in ("embed", "matrix"))
+    clipper = GradClipper(model, recipes.glm5(groups={"adamw": adamw, "muon": muon}))
+    for param in model.parameters():
+        param.grad = torch.full_like(param, 4.0)
+    report = clipper.step([adamw, muon])
+    assert dict(zip(clipper.slots, report.norms.tolist(), strict=True)) == pytest.approx({"adamw": 128**0.5, "muon": 8})
+    assert report.coefs.tolist() == pytest.approx([128**-0.5, 1.0], rel=1e-5)
+    with pytest.raises(ArgumentError, match="adamw"):
+        recipes.glm5(groups={"muon": muon})
