@@ -41,6 +41,7 @@ from ..nonfinite.culprits import Culprit, describe_culprits, gather_culprits
 from ..outcome import Outcome, Report
 from ..policies.policy import Allocation, BackwardPolicy
 from ..sharding.fsdp1 import is_flattened
+from ..sharding.fsdp2 import before_reduction, param_groups
 from ..sharding.megatron import read_main_grad
 from ..sharding.shard import Shards
 from .owners import Owners
@@ -138,6 +139,8 @@ class InBackward:
             if tensor.requires_grad and id(tensor) not in averaged:
                 self._handles.append(tensor.register_post_accumulate_grad_hook(self._on_gradient))  # type: ignore[no-untyped-call]
         self._averaged, self._is_removed = averaged, False
+        groups = param_groups({id(tensor) for tensor in engine.table.tensors if tensor.requires_grad})
+        self._undo = [before_reduction(group, self._before_reduction) for group in groups]
         for module in modules:
             _register_comm_hook(module, partial(self._on_bucket, weakref.ref(module)))
 
@@ -165,7 +168,9 @@ class InBackward:
             handle.remove()
         for gate in self._gates:
             gate.listeners.remove(self)
-        self._handles, self._gates, self._is_removed = [], [], True
+        for undo in self._undo:
+            undo()
+        self._handles, self._gates, self._undo, self._is_removed = [], [], [], True
 
     @property
     def is_removed(self) -> bool:
@@ -362,6 +367,20 @@ class InBackward:
                 with backward.errors:
                     shards = self._read(backward, message.unit)
                     self._decide(backward, message.unit, shards, powers)
+
+    @torch.no_grad()
+    def _before_reduction(self) -> None:
+        """Step the unit before, so that its shards are free when FSDP2 makes those of another one.
+
+        The sum of its norms had the time of the backward of that other unit.
+        """
+        backward = self._backward
+        if backward is None or torch._C._current_graph_task_id() not in backward.tasks:
+            return
+        # A rank that has no gradient for a unit of another kind may be waiting for this rank in the reduction.
+        if all(message.unit is not None and message.unit.is_managed for message in backward.pending):
+            with backward.errors:
+                self._receive(backward, wait=True)
 
     def _read(self, backward: _Backward, unit: Unit) -> Shards:
         """Return the gradients of a unit that have been measured already."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["GPT", "Tiny", "gpt_shapes"]
+__all__ = ["GPT", "Adapters", "Tiny", "gpt_shapes"]
 
 HEADS = 12
 
@@ -86,3 +86,22 @@ class Tiny(nn.Module):
         for pair in self.pairs:
             x = pair(x)
         return x
+
+
+class Adapters(nn.Module):
+    """A frozen layer, and LoRA adapters of rank 8 that are trained together.
+
+    Args:
+        count: number of adapters.
+        width: of the layer.
+    """
+
+    def __init__(self, count: int, width: int = 512) -> None:
+        super().__init__()
+        self.base = nn.Linear(width, width).requires_grad_(requires_grad=False)
+        self.adapters = nn.ModuleDict(
+            {
+                f"tenant{i}": nn.Sequential(nn.Linear(width, 8, bias=False), nn.Linear(8, width, bias=False))
+                for i in range(count)
+            }
+        )

@@ -681,6 +681,9 @@ class Engine:
         and with "zero" those of `measure_all_ranks` again.
         Host syncs: on an accelerator one with `must_read`, unless the rule is "propagate" and the policy never skips.
         """
+        # Those of `step` and `clip` have done so before they took their trace.
+        self._abandon()
+        self.deferred.raise_due()
         decision = self._decide(
             errors, loss_scale, expect_overflow=expect_overflow, function=function, watch=watch, overlap=False
         )
@@ -786,8 +789,16 @@ class Engine:
             # All ranks agree whether anything is left to do.
             checksums = None if is_resolved or differ.host is False else partials.per_tensor_checksums
             self.deferred.record(outcome, checksums, quiet=expect_overflow)
-        self._last_coefs = coefs
-        self._observed_step, self._undo = step, before
+        return self._publish(outcome, before)
+
+    def _publish(self, outcome: Outcome, before: _Trace | None) -> Outcome:
+        """Keep a decision for the next step and for `discard`, and call the observers.
+
+        Args:
+            outcome: the decision.
+            before: state before the step. None if the step cannot be discarded.
+        """
+        self._last_coefs, self._observed_step, self._undo = outcome.coefs, outcome.step, before
         for observe in self.observers:
             self._observe(observe, outcome)
         return outcome
@@ -911,7 +922,7 @@ class Engine:
                 )
 
     def _prepare(self, errors: FirstError, function: str, loss_scale: Tensor | None, watch: Any) -> _Trace:
-        """Raise and count what the last step postponed, end the hold on what it skipped, and return the trace.
+        """Raise the late errors of the last step, end the hold on what it skipped, and return the trace.
 
         Args:
             errors: of this rank; it gets those that the rank had alone behind its last all-reduce.
@@ -919,8 +930,6 @@ class Engine:
 
         Collectives: one all-reduce the first time with these names of watched scalars.
         """
-        self._abandon()
-        self.deferred.raise_due()
         errors.add(self._late_errors.error)
         self._late_errors = FirstError()
         release(self)
@@ -1020,10 +1029,7 @@ class Engine:
         outcome = Outcome(
             step, totals, coefs, NEVER, ~totals.finite, None, None, NO_SHARDS, (), measured, self.tensor_norms
         )
-        self._last_coefs, self._observed_step = coefs, step
-        for observe in self.observers:
-            self._observe(observe, outcome)
-        return outcome
+        return self._publish(outcome, None)
 
     def _call(self, function: str, loss_scale: Tensor | None, watch: Watch = NO_WATCH) -> Call:
         """Describe a step to the other ranks, with all that its decision follows from except the gradients."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..comm import Comm
 from ..devices import accumulation_dtype
+from ..norms.kernels.torch_ops import combine
 from ..norms.reduce import root
 from ..sharding.dtensor import is_dtensor
 from ..sharding.parameters import Parameters
@@ -164,8 +165,7 @@ def _total_norm(tensors: list[Any], norm_type: float) -> Tensor:
     sums = ops.power_sums(local_tensors(tensors), p)
     is_maximum = p in (math.inf, -math.inf)
     if not any(is_dtensor(tensor) for tensor in tensors):
-        total = sums.amax() if is_maximum else sums.sum()
-        return root(total, p)
+        return root(combine(sums, p), p)
     mesh = next(tensor.device_mesh for tensor in tensors if is_dtensor(tensor))
     shares = []
     for i, tensor in enumerate(tensors):
@@ -175,10 +175,8 @@ def _total_norm(tensors: list[Any], norm_type: float) -> Tensor:
                 if placement.is_shard():
                     num_replicas //= mesh.size(axis)
         shares.append(sums[i] if is_maximum else sums[i] / num_replicas)
-    stacked = torch.stack(shares)
-    total = stacked.amax() if is_maximum else stacked.sum()
     groups = [mesh.get_group(axis).group_name for axis in range(mesh.ndim)]
-    message = total.view(1)
+    message = combine(torch.stack(shares), p).view(1)
     if is_maximum:
         return root(maximum(message, groups)[0], p)
     for group in groups:

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..apply.optimizers import as_list
 from ..devices import Fact, accumulation_dtype, lacks_real_tensors
 from ..engine import Engine
+from ..norms.kernels.torch_ops import combine
 from ..norms.reduce import Totals, root
 from ..norms.watch import Watch, WatchedTotals
 from ..outcome import Report, make_report
@@ -57,7 +59,7 @@ def step(engine: Engine, plan: GraphPlan, optimizer: Optimizer | Iterable[Optimi
     report, factors, skip, limits = _decide(engine, plan, positions, grads, watch)
     _write_(plan, grads, factors, limits)
     found_inf = skip.to(torch.float32)
-    for one in _as_list(optimizer):
+    for one in as_list(optimizer):
         step_optimizer_(one, found_inf)
     return report
 
@@ -92,14 +94,10 @@ def reason_against_step(optimizer: Any, scaler: Any) -> str | None:
     """Return the reason why these arguments of `step` cannot be in a graph, or None."""
     if scaler is not None:
         return "the host reads the found_inf of a GradScaler: train in bfloat16 without one"
-    for one in _as_list(optimizer):
+    for one in as_list(optimizer):
         if (reason := reason_against_optimizer(one)) is not None:
             return reason
     return None
-
-
-def _as_list(optimizer: Any) -> list[Optimizer]:
-    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
 
 
 def _gradients(plan: GraphPlan) -> tuple[list[int], list[Tensor]]:
@@ -182,16 +180,12 @@ def _measure(plan: GraphPlan, positions: list[int], grads: list[Tensor], watch: 
         totals.out_of_limits = Fact(beyond.to(grads[0].device))
     # Likewise no property that is computed once.
     totals.norms = root(powers, plan.norm_type)
-    totals.norm = totals.norms[0] if plan.num_slots == 1 else root(_combine(powers, plan.norm_type), plan.norm_type)
+    totals.norm = totals.norms[0] if plan.num_slots == 1 else root(combine(powers, plan.norm_type), plan.norm_type)
     if totals.weight_powers is not None:
         totals.weight_norms = root(totals.weight_powers, plan.norm_type)
     totals.powers_finite = Fact(powers.isfinite().all())
     totals.finite = totals.powers_finite & scalars.finite
     return totals
-
-
-def _combine(powers: Tensor, norm_type: float) -> Tensor:
-    return powers.amax() if norm_type in (math.inf, -math.inf) else powers.sum()
 
 
 def _is_beyond(grad: Tensor, low: float, high: float, magnitudes: bool) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import LayoutError
 from .source import LayoutReader, Request, Source
 
-__all__ = ["FSDP2Source", "param_groups"]
+__all__ = ["FSDP2Source", "before_reduction", "param_groups"]
 
 
 class FSDP2Source(Source):
@@ -40,6 +40,31 @@ class FSDP2Source(Source):
                     )
 
         return (check,)
+
+
+def before_reduction(group: Any, function: Callable[[], None]) -> Callable[[], None]:
+    """Call a function before FSDP2 reduces gradients of a group, when their shards do not exist yet.
+
+    Args:
+        group: of `param_groups`.
+        function: that is called, in every backward on all ranks at the same point.
+
+    Returns:
+        A function that ends this.
+    """
+    original = group.post_backward
+
+    def post_backward(*arguments: Any) -> None:
+        function()
+        original(*arguments)
+
+    group.post_backward = post_backward
+
+    def restore() -> None:
+        if vars(group).get("post_backward") is post_backward:
+            group.post_backward = original
+
+    return restore
 
 
 def param_groups(ids: set[int]) -> list[Any]:

@@ -191,11 +191,7 @@ class IsolatedEngine(Engine):
             differ,
             skips,
         )
-        self._last_coefs, self._undo = coefs, before
-        self._observed_step = step
-        for observe in self.observers:
-            self._observe(observe, outcome)
-        return outcome
+        return self._publish(outcome, before)
 
     def trace(self) -> Any:
         """Return the state that a step changes, see `Engine.trace`."""

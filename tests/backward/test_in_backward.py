@@ -436,6 +436,36 @@ def test_layouts_step_as_one_process(kind: str) -> None:
 
 
 @on_ranks(2)
+def test_live_gradients_are_those_of_one_unit() -> None:
+    """Count the shards of gradients that are alive, each time that FSDP2 has made those of a unit."""
+    model = make_model(depth=4)
+    mesh = init_device_mesh("cpu", (2,))
+    for block in model:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    alive: dict[int, tuple[Any, int]] = {}
+    peak = largest = 0
+
+    def count(param: Any) -> None:
+        nonlocal peak, largest
+        # FSDP2 makes the shards of a unit in one storage.
+        storage = param.grad.to_local().untyped_storage()
+        alive[storage._cdata] = weakref.ref(storage), storage.nbytes()
+        largest = max(largest, storage.nbytes())
+        peak = max(peak, sum(size for reference, size in alive.values() if reference() is not None))
+
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(count)
+    handle = GradClipper(model, distclip.budget(BOUND)).in_backward(AdamW(model.parameters(), lr=1e-3))
+    for x, factor in batches(3):
+        loss_of(model, x.chunk(2)[dist.get_rank()], factor).backward()
+    assert largest <= peak <= 1.2 * largest
+    handle.remove()
+    loss_of(model, x.chunk(2)[dist.get_rank()], factor).backward()
+    assert peak > 2 * largest, "the test counts nothing"
+
+
+@on_ranks(2)
 @pytest.mark.parametrize("kind", ["fsdp2", "ddp", "tp"])
 def test_one_rank_makes_all_skip_the_tensor(kind: str) -> None:
     model, shares = spread(kind)

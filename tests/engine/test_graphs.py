@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 
 import distclip
 from distclip import ArgumentError, GradClipper
@@ -227,6 +228,23 @@ def test_inductor_differs_by_rounding() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
+class Gather(nn.Module):
+    """Gather a parameter in forward, and average and scatter its gradient in backward."""
+
+    def forward(self, param: Any) -> Tensor:
+        whole: Tensor = param.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial("avg")])
+        return whole
+
+
+def simple_fsdp(model: nn.Module, mesh: Any) -> nn.Module:
+    """Shard parameters by a parametrization, as torchtitan's experiment simple_fsdp does, without hooks."""
+    for module in list(model.modules()):
+        for name, param in list(module.named_parameters(recurse=False)):
+            module.register_parameter(name, nn.Parameter(distribute_tensor(param.data, mesh, [Shard(0)])))
+            parametrize.register_parametrization(module, name, Gather(), unsafe=True)
+    return model
+
+
 def model_on_ranks(kind: str) -> tuple[nn.Module, Tensor]:
     """Return a model over all ranks, and the input of this rank."""
     if kind == "ddp":
@@ -235,6 +253,8 @@ def model_on_ranks(kind: str) -> tuple[nn.Module, Tensor]:
         model = make_model()
         fully_shard(model, mesh=world_mesh("dp")["dp"])
         return model, torch.ones(3, 4) * (1 + dist.get_rank())
+    if kind == "simple_fsdp":
+        return simple_fsdp(make_model(), world_mesh("dp")["dp"]), torch.ones(3, 4) * (1 + dist.get_rank())
     mesh = world_mesh("dp", "tp")
     block = parallelize_module(Block(), mesh["tp"], PLAN)
     parallelize_module(block.norm, mesh["tp"], _Replicated())
@@ -251,6 +271,14 @@ def test_step_on_ranks_is_a_graph(kind: str, backend: str) -> None:
     options: dict[str, Any] = {"replicas": "warn", "with_backward": False}
     make = functools.partial(model_on_ranks, kind)
     assert_steps_are_equal(make, OPTIMIZERS["adamw"], POLICIES["median_mad"], backend, **options)
+
+
+@on_ranks(2)
+def test_forward_backward_and_step_on_ranks_are_one_graph() -> None:
+    torch._dynamo.reset()
+    make = functools.partial(model_on_ranks, "simple_fsdp")
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        assert_steps_are_equal(make, OPTIMIZERS["adamw"], POLICIES["median_mad"], "aot_eager", replicas="warn")
 
 
 @on_ranks(2)

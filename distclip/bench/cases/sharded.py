@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,9 +18,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import distclip
 
-from ..competitors import Bound, Setup, clipper, drop_ins
+from ..competitors import Bound, Competitor, Setup, clipper, drop_ins
 from ..errors import BenchError
-from ..models import GPT, Tiny
+from ..models import GPT, Adapters, Tiny
 from ..race import Options, race
 from ..results import Outcome, Standing, merge
 from ..timing import Sample
@@ -38,6 +39,7 @@ class ShardedCase:
         build: makes the model on this rank and runs backward.
         divisor: number that the world size must be a multiple of.
         devices: types of devices that the case runs on.
+        contest: makes what is compared. None for functions with the signature of torch, and a `GradClipper`.
     """
 
     name: str
@@ -45,6 +47,7 @@ class ShardedCase:
     build: Callable[[Options], nn.Module]
     divisor: int = 1
     devices: Sequence[str] = ("cpu", "cuda")
+    contest: Callable[[Any], list[Competitor]] | None = None
 
     def measure(self, options: Options, advance: Callable[[], object]) -> Outcome:
         """Start a world, count costs and time the competitors in it. Call `advance` after each round.
@@ -134,13 +137,38 @@ def gpt(options: Options) -> nn.Module:
     return model
 
 
+def adapters(options: Options) -> nn.Module:
+    """Shard a frozen layer and 256 adapters, each a unit of FSDP2, and give the adapters gradients."""
+    model = Adapters(max(2, round(256 * options.scale))).to(options.device)
+    for part in (model.base, *model.adapters.values()):
+        fully_shard(part)
+    for parameter in model.adapters.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    return model
+
+
+def tenants(model: Adapters) -> list[Competitor]:
+    """Return clippers of all adapters as one group, and of each as a group that is isolated."""
+    isolated = distclip.GradClipper(model, distclip.global_norm(1e9), isolate=True)
+    isolated.add_groups(dict(model.adapters.items()))
+    return [
+        clipper(model.adapters, distclip.global_norm(1e9), "one group"),
+        Competitor("isolated groups", lambda: isolated.clip().norm, own=True),
+    ]
+
+
 def _race_on_rank(name: str, options: Options, advance: Callable[[], object]) -> Outcome:
     """Run a sharded case on one rank."""
     case = SHARDED[name]
     torch.manual_seed(options.seed)
     model = case.build(options)
     parameters = list(model.parameters())
-    competitors = [*drop_ins(parameters, Bound(parameters), options.against), clipper(model, distclip.global_norm(1e9))]
+    contest = case.contest if isinstance(case, ShardedCase) else None
+    competitors = (
+        contest(model)
+        if contest is not None
+        else [*drop_ins(parameters, Bound(parameters), options.against), clipper(model, distclip.global_norm(1e9))]
+    )
     setup = Setup(parameters, competitors)
     standings = race(setup, options, advance, dist.barrier, _first_error)
     return _outcome(case, setup, standings)
@@ -187,6 +215,7 @@ _ALL: list[ShardedCase | FirstCalls] = [
     ShardedCase("fsdp2_gpt2", "GPT-2's 148 parameters, 124 M elements, fp32, under FSDP2", gpt),
     ShardedCase("fsdp2_tp_100", f"100 {_TP}", partial(tiny, count=100, tensor_parallel=True), divisor=2),
     ShardedCase("fsdp2_tp_500", f"500 {_TP}", partial(tiny, count=500, tensor_parallel=True), divisor=2),
+    ShardedCase("tenants", "256 adapters of a frozen layer under FSDP2", adapters, contest=tenants),
     FirstCalls("first_call", f"the first call in a new world; 100 {_FSDP2}", partial(tiny, count=100)),
 ]
 

@@ -175,7 +175,8 @@ def row_index(grad: Tensor) -> Tensor:
 
 def combine(values: Tensor, norm_type: float) -> Tensor:
     """Combine the power sums of several pieces, (n,), into one."""
-    return values.amax() if math.isinf(norm_type) else values.sum()
+    # Not by math.isinf, which torch.compile does not trace for a number that changes between calls.
+    return values.amax() if norm_type in (math.inf, -math.inf) else values.sum()
 
 
 def identity(norm_type: float, device: torch.device) -> Tensor:
