@@ -65,6 +65,7 @@ class GraphPlan:
     def reasons(self, engine: Engine) -> list[str]:
         """Return the reasons why a step of the clipper cannot be a graph. Collectives: none. Host syncs: none."""
         policy: Any = engine.policy
+        spec = engine.spec
         devices = {param.device for param in self.params}
         found = {
             f'on_nonfinite="{engine.on_nonfinite}" needs the host in the same step: use "skip" or "propagate"': (
@@ -82,6 +83,8 @@ class GraphPlan:
             "the parameters are on several devices": len(devices) > 1,
             "this rank has no parameters": not self.params,
             'norms per row (per="row") are not implemented in graphs': self.has_rows,
+            "the policy reads the moments of optimizers, which is not implemented in graphs": spec.moment_eps
+            is not None,
             "a gradient is annotated as partial, and must be added up first": self.has_partial_sums,
             "the policy is not one of distclip's, and may read numbers on the host": not (
                 type(policy) is Value or (type(policy) is NormPolicy and policy.has_own_rule)

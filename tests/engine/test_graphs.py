@@ -415,6 +415,7 @@ def test_reasons_against_a_graph() -> None:
     clipper = GradClipper(model, distclip.global_norm(1.0))
     clipper.observe(lambda outcome: None)
     assert "observers" in clipper.capturable()[0]  # type: ignore[index]
+    assert "moments" in GradClipper(model, distclip.update_clip(1.0)).capturable()[0]  # type: ignore[index]
     assert "per row" in GradClipper(model, distclip.agc(0.1)).capturable()[0]  # type: ignore[index]
     model(torch.ones(3, 4)).sum().backward()
     with pytest.raises(Exception, match="observers"):

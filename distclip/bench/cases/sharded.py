@@ -39,7 +39,6 @@ class ShardedCase:
         build: makes the model on this rank and runs backward.
         divisor: number that the world size must be a multiple of.
         devices: types of devices that the case runs on.
-        contest: makes what is compared. None for functions with the signature of torch, and a `GradClipper`.
     """
 
     name: str
@@ -47,7 +46,6 @@ class ShardedCase:
     build: Callable[[Options], nn.Module]
     divisor: int = 1
     devices: Sequence[str] = ("cpu", "cuda")
-    contest: Callable[[Any], list[Competitor]] | None = None
 
     def measure(self, options: Options, advance: Callable[[], object]) -> Outcome:
         """Start a world, count costs and time the competitors in it. Call `advance` after each round.
@@ -163,12 +161,13 @@ def _race_on_rank(name: str, options: Options, advance: Callable[[], object]) ->
     torch.manual_seed(options.seed)
     model = case.build(options)
     parameters = list(model.parameters())
-    contest = case.contest if isinstance(case, ShardedCase) else None
-    competitors = (
-        contest(model)
-        if contest is not None
-        else [*drop_ins(parameters, Bound(parameters), options.against), clipper(model, distclip.global_norm(1e9))]
-    )
+    if name in _CONTESTS:
+        competitors = _CONTESTS[name](model)
+    else:
+        competitors = [
+            *drop_ins(parameters, Bound(parameters), options.against),
+            clipper(model, distclip.global_norm(1e9)),
+        ]
     setup = Setup(parameters, competitors)
     standings = race(setup, options, advance, dist.barrier, _first_error)
     return _outcome(case, setup, standings)
@@ -215,9 +214,12 @@ _ALL: list[ShardedCase | FirstCalls] = [
     ShardedCase("fsdp2_gpt2", "GPT-2's 148 parameters, 124 M elements, fp32, under FSDP2", gpt),
     ShardedCase("fsdp2_tp_100", f"100 {_TP}", partial(tiny, count=100, tensor_parallel=True), divisor=2),
     ShardedCase("fsdp2_tp_500", f"500 {_TP}", partial(tiny, count=500, tensor_parallel=True), divisor=2),
-    ShardedCase("tenants", "256 adapters of a frozen layer under FSDP2", adapters, contest=tenants),
+    ShardedCase("tenants", "256 adapters of a frozen layer under FSDP2", adapters),
     FirstCalls("first_call", f"the first call in a new world; 100 {_FSDP2}", partial(tiny, count=100)),
 ]
+
+_CONTESTS: dict[str, Callable[[Any], list[Competitor]]] = {"tenants": tenants}
+"""Competitors of a case, other than functions with the signature of torch and a `GradClipper`."""
 
 SHARDED = {case.name: case for case in _ALL}
 """Sharded cases by name."""
