@@ -83,8 +83,7 @@ class GraphPlan:
             "the parameters are on several devices": len(devices) > 1,
             "this rank has no parameters": not self.params,
             'norms per row (per="row") are not implemented in graphs': self.has_rows,
-            "the policy reads the moments of optimizers, which is not implemented in graphs": spec.moment_eps
-            is not None,
+            "the policy reads moments of optimizers, which no graph does yet": spec.moment_eps is not None,
             "a gradient is annotated as partial, and must be added up first": self.has_partial_sums,
             "the policy is not one of distclip's, and may read numbers on the host": not (
                 type(policy) is Value or (type(policy) is NormPolicy and policy.has_own_rule)

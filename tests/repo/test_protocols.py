@@ -38,7 +38,6 @@ ARGUMENTS: dict[str, set[str]] = {
     "distclip/auditing/audit.py": {"GradClipper"},
     "distclip/backward/in_backward.py": {"BackwardPolicy"},
     "distclip/engine/arguments.py": {"Policy"},
-    "distclip/graphs/step.py": {"Optimizer"},
     "distclip/integrations/attachment.py": {"Attachment", "GradClipper", "Policy"},
     "distclip/integrations/deepspeed/attachment.py": {"GradClipper"},
     "distclip/integrations/deepspeed/native_clipping.py": {"Fixed", "NormPolicy"},
