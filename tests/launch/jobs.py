@@ -23,7 +23,7 @@ from tests.ranks import raise_if_replicas_differ
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "launch" / "train.py"
-FILES = {"config.yaml", "metrics.jsonl", "summary.json"}
+FILES = {"config.yaml", "metrics.jsonl", "recorder.json", "summary.json"}
 """Files of every run."""
 STATEFUL = ["model=lstm", "data.length=10", "optim=adam", "clip=adagc", "clip.warmup=2"]
 """Overrides for a run with state in the model, the optimizer and the policy."""

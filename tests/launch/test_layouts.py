@@ -9,14 +9,21 @@ import pytest
 
 from tests.launch.jobs import FILES, Job, compare, list_files, succeed, torchrun, train
 
-MODELS = {"rnn": [], "gpt": ["model=gpt"], "mlp": ["model=mlp", "data=digits"]}
+MODELS = {
+    "rnn": ["data.length=10"],
+    "gpt": ["model=gpt", "model.layers=2", "data.length=10"],
+    "mlp": ["model=mlp", "data=digits"],
+}
 ZERO = ["zero0", "zero2", "zero3"] if find_spec("deepspeed") else []
 TWO_RANKS = ["ddp", "fsdp1", "fsdp2", "hsdp", "tp", "fsdp2_tp", "pp", *ZERO]
 # Layouts with two axes.
 FOUR_RANKS = ["hsdp", "fsdp2_tp", "pp"]
 STEPS = 5
-# All models in each layout, in one job.
-OVERRIDES = [compare(MODELS), f"steps={STEPS}", "data.held_out=0.02", "log.every=2"]
+OVERRIDES = [f"steps={STEPS}", "data.held_out=0.02", "log.every=2"]
+# All models in each layout that cuts them in its own way, and one in the others. All are runs of one job.
+ON_TWO = [(parallel, model) for parallel in ("ddp", "tp", "fsdp2_tp", "pp") for model in MODELS]
+ON_TWO += [(parallel, "gpt") for parallel in TWO_RANKS if parallel not in ("ddp", "tp", "fsdp2_tp", "pp")]
+ON_FOUR = ("gpt", "mlp")
 
 
 def find_job(cwd: Path, out: str) -> Job:
@@ -28,42 +35,43 @@ def find_job(cwd: Path, out: str) -> Job:
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Job:
     cwd = tmp_path_factory.mktemp("single")
-    return find_job(cwd, succeed(train(cwd, 1, "parallel=single", *OVERRIDES)))
+    return find_job(cwd, succeed(train(cwd, 1, "parallel=single", compare(MODELS), *OVERRIDES)))
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Job:
     cwd = tmp_path_factory.mktemp("two")
-    return find_job(cwd, succeed(torchrun(cwd, 2, "-m", f"parallel={','.join(TWO_RANKS)}", *OVERRIDES)))
+    runs = {f"{parallel}-{model}": [f"parallel={parallel}", *MODELS[model]] for parallel, model in ON_TWO}
+    return find_job(cwd, succeed(torchrun(cwd, 2, compare(runs), *OVERRIDES)))
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Job:
     cwd = tmp_path_factory.mktemp("four")
-    return find_job(cwd, succeed(train(cwd, 4, "-m", f"parallel={','.join(FOUR_RANKS)}", *OVERRIDES)))
+    runs = compare({model: MODELS[model] for model in ON_FOUR})
+    return find_job(cwd, succeed(train(cwd, 4, "-m", f"parallel={','.join(FOUR_RANKS)}", runs, *OVERRIDES)))
 
 
-def assert_equal_runs(single: Job, job: Job, number: int, model: str) -> None:
-    """Compare the run of a model in job `number` of a multirun with the run in one process."""
-    rows, expected = job.rows(f"{number}/{model}"), single.rows(model)
+def assert_equal_runs(single: Job, job: Job, run: str, model: str) -> None:
+    """Compare a run with that of the same model in one process."""
+    rows, expected = job.rows(run), single.rows(model)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     for row, expected_row in zip(rows, expected, strict=True):
         assert row.keys() == expected_row.keys()
         assert row == pytest.approx(expected_row, rel=1e-4, abs=1e-5)
-    held_out = job.summary(f"{number}/{model}")["held_out"]
+    held_out = job.summary(run)["held_out"]
     assert held_out == pytest.approx(single.summary(model)["held_out"], rel=1e-4)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("parallel", TWO_RANKS)
+@pytest.mark.parametrize(("parallel", "model"), ON_TWO)
 def test_two_ranks_train_as_one_process(single: Job, two: Job, parallel: str, model: str) -> None:
-    assert_equal_runs(single, two, TWO_RANKS.index(parallel), model)
+    assert_equal_runs(single, two, f"{parallel}-{model}", model)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ON_FOUR)
 @pytest.mark.parametrize("parallel", FOUR_RANKS)
 def test_four_ranks_train_as_one_process(single: Job, four: Job, parallel: str, model: str) -> None:
-    assert_equal_runs(single, four, FOUR_RANKS.index(parallel), model)
+    assert_equal_runs(single, four, f"{FOUR_RANKS.index(parallel)}/{model}", model)
 
 
 @pytest.mark.quick
@@ -75,17 +83,18 @@ def test_losses_fall_and_norms_are_clipped(single: Job) -> None:
     assert any(row["clipped"] for model in MODELS for row in single.rows(model))
 
 
-def test_only_rank_0_writes(single: Job, two: Job) -> None:
-    assert single.files() == {f"{model}/{file}" for model in MODELS for file in FILES}
-    runs = {f"{n}/{model}/{file}" for n in range(len(TWO_RANKS)) for model in MODELS for file in FILES}
-    assert two.files() == runs | {"multirun.yaml"}
-    assert two.out.count("held-out loss") == len(TWO_RANKS)
+def test_only_rank_0_writes(two: Job, four: Job) -> None:
+    assert two.files() == {f"{parallel}-{model}/{file}" for parallel, model in ON_TWO for file in FILES}
+    assert two.out.count("run directory: ") == 1
+    runs = {f"{n}/{model}/{file}" for n in range(len(FOUR_RANKS)) for model in ON_FOUR for file in FILES}
+    assert four.files() == runs | {"multirun.yaml"}
+    assert four.out.count("held-out loss") == len(FOUR_RANKS)
 
 
 def test_pipe_gets_no_progress_bar(two: Job) -> None:
     assert "\r" not in two.out
     assert "\x1b" not in two.out
-    assert two.out.count(f"step {STEPS}/{STEPS}") == len(TWO_RANKS) * len(MODELS)
+    assert two.out.count(f"step {STEPS}/{STEPS}") == len(ON_TWO)
 
 
 def test_invalid_settings_end_all_ranks(tmp_path: Path) -> None:
