@@ -196,7 +196,6 @@ POLICIES: dict[str, PolicyRow] = {
         small=lambda **options: distclip.ema(1.7, 1.1, 0.9, 0.6, warmup=2, **options),
         twin=lambda norms, _: reference.ema_bounds(norms, 1.7, 1.1, 0.9, 0.6, 2),
         per="row",
-        on_all_layouts=True,
         variants={
             "": Variant(EMA(2.0, 1.1, 0.9, 0.7, 5), lambda n, _: reference.ema_bounds(n, 2.0, 1.1, 0.9, 0.7, 5)),
             "capped": Variant(
