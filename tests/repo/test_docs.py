@@ -168,6 +168,7 @@ def rows_of(page: Path) -> list[list[str]]:
     return [row for row in rows if row[0] not in ("layout", "---")]
 
 
+@pytest.mark.slow
 def test_site_builds_without_a_warning() -> None:
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings")
