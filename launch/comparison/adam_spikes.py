@@ -13,7 +13,7 @@ It is announced if the largest RMS of g / sqrt(v) reaches the alarm of `distclip
 prevented if the same steps with `distclip.update_clip()` have no such loss. All other steps are healthy: an alarm there
 is false.
 
-`python -m launch.comparison.adam_spikes` takes 10 minutes of one core. `--seeds 2` shows how it works.
+`python -m launch.comparison.adam_spikes` takes 7 minutes of one core. `--seeds 2` shows how it works.
 """
 
 from __future__ import annotations
