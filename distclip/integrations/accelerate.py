@@ -130,6 +130,15 @@ def check(accelerator: Any, policy: Policy) -> None:
     """
     check_policy(policy, "attach")
     check_not_attached(accelerator)
+    check_kind(accelerator)
+
+
+def check_kind(accelerator: Any) -> None:
+    """Raise if an accelerator leaves its steps to another library.
+
+    Raises:
+        ArgumentError: it does.
+    """
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind in ("DEEPSPEED", "MEGATRON_LM", "XLA"):
         raise ArgumentError(
@@ -150,23 +159,14 @@ class Attachment(base.Attachment):
 
     def __init__(self, accelerator: Any, deferred: DeferredClipper, comm: Comm | None, owners: Sequence[Any]) -> None:
         super().__init__(owners, None)
-        self._accelerator, self._deferred, self._comm = accelerator, deferred, comm
-        self._step_patches = MethodPatches()
+        self._deferred, self._comm = deferred, comm
+        self._accelerator_patches, self._step_patches = MethodPatches(), MethodPatches()
         self._models: list[Any] = []
         self._optimizers: list[Any] = []
         self._params: list[tuple[str, Tensor]] = []
         self._by_model: list[set[int]] = []
         self._skips: dict[int, bool] = {}
-        original = accelerator.clip_grad_norm_
-
-        @wraps(original)
-        def clip_grad_norm_(
-            _: Any, parameters: Iterable[Tensor] | Tensor, max_norm: Any = None, norm_type: Any = 2
-        ) -> Tensor | None:
-            return self._clip(parameters)
-
-        self._patches.replace(accelerator, "clip_grad_norm_", MethodType(clip_grad_norm_, accelerator))
-        accelerator.register_for_checkpointing(self)
+        self._use(accelerator)
 
     @property
     def clipper(self) -> GradClipper | None:
@@ -189,7 +189,52 @@ class Attachment(base.Attachment):
     def detach(self) -> None:
         """Restore the accelerator's own clipping, and remove the policy's state from its checkpoints."""
         super().detach()
+        self._leave()
+
+    def move(self, accelerator: Any, next_params: Iterable[Tensor]) -> None:
+        """Clip in another accelerator, which replaces the one so far.
+
+        Call it on every rank. Collectives: none.
+
+        Args:
+            accelerator: the new accelerator.
+            next_params: the parameters of the model that trains next. The policy's state is kept if it is the same
+                model. Another model starts with a new clipper and without history.
+
+        Raises:
+            ArgumentError: the new accelerator cannot be attached to, see `attach`.
+        """
+        check_kind(accelerator)
+        self._replace_owner(self._accelerator, accelerator)
+        self._leave()
+        self._use(accelerator)
+        known_ids = {id(param) for _, param in self._params}
+        if known_ids.isdisjoint(map(id, next_params)):
+            # The old model must not stay alive.
+            self._models, self._params, self._by_model = [], [], []
+            if self.clipper is not None:
+                self._deferred.restart()
+
+    def _use(self, accelerator: Any) -> None:
+        """Replace the clipping of an accelerator, and add the policy's state to its checkpoints."""
+        self._accelerator = accelerator
+        original = accelerator.clip_grad_norm_
+
+        @wraps(original)
+        def clip_grad_norm_(
+            _: Any, parameters: Iterable[Tensor] | Tensor, max_norm: Any = None, norm_type: Any = 2
+        ) -> Tensor | None:
+            return self._clip(parameters)
+
+        self._accelerator_patches.replace(accelerator, "clip_grad_norm_", MethodType(clip_grad_norm_, accelerator))
+        accelerator.register_for_checkpointing(self)
+
+    def _leave(self) -> None:
+        """Undo `_use`, and restore the steps of the optimizers."""
+        self._accelerator_patches.restore()
         self._step_patches.restore()
+        self._optimizers = []
+        self._skips.clear()
         custom_objects = self._accelerator._custom_objects
         custom_objects[:] = [registered for registered in custom_objects if registered is not self]
 

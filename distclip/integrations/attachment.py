@@ -41,7 +41,7 @@ class Attachment:
     """
 
     def __init__(self, owners: Sequence[Any], clipper: GradClipper | None) -> None:
-        self._owners, self._clipper = owners, clipper
+        self._owners, self._clipper = list(owners), clipper
         self._patches = MethodPatches()
         self._report: Report | None = None
         self._outcome: Outcome | None = None
@@ -77,6 +77,18 @@ class Attachment:
         for owner in self._owners:
             if vars(owner).get(_ATTRIBUTE) is self:
                 delattr(owner, _ATTRIBUTE)
+
+    def _replace_owner(self, old: Any, new: Any) -> None:
+        """Attach to an object that the framework uses in place of an old one.
+
+        Raises:
+            ArgumentError: the new object has another attachment.
+        """
+        check_not_attached(new)
+        self._owners[[owner is old for owner in self._owners].index(True)] = new
+        if vars(old).get(_ATTRIBUTE) is self:
+            delattr(old, _ATTRIBUTE)
+        setattr(new, _ATTRIBUTE, self)
 
     # The methods below are for frameworks that measure and write at two moments of a step. Only this class and
     # `DeferredClipper` read an Outcome.

@@ -81,6 +81,10 @@ class DeferredClipper:
             self._on_bind(clipper)
         return clipper
 
+    def restart(self) -> None:
+        """Forget the clipper and its state. The next `bind` constructs another clipper, without history."""
+        self.clipper, self.report, self.skipped, self.found_inf, self._pending_state = None, None, False, None, {}
+
     def clip(
         self,
         optimizers: Any,

@@ -25,6 +25,7 @@ Tested under DDP, FSDP2 and tensor parallelism, on CPUs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -64,6 +65,9 @@ def attach(
 
     Under DeepSpeed (`TrainingArguments(deepspeed=...)`, ZeRO 0 to 3) the policy is attached to the engine when training
     starts, see `distclip.integrations.deepspeed.attach`, and `gradient_clipping` of its config is ignored too.
+
+    If the Trainer makes another Accelerator, as each trial of `hyperparameter_search` does, the policy goes with it. A
+    trial has a new model, and so it starts with a new clipper, without the history of the trial before.
 
     Args:
         trainer: a Trainer of transformers, before `train`.
@@ -118,6 +122,11 @@ class Attachment(accelerate.Attachment):
         # With several meshes the Trainer would clip by another function than accelerator.clip_grad_norm_.
         self._patches.replace(trainer, "_has_mixed_mesh_grads", lambda model: False)
         _patch_trainer(self, self._patches, trainer)
+        _follow_accelerators(self._patches, trainer, self._follow)
+
+    def _follow(self, trainer: Any) -> None:
+        if trainer.accelerator is not self._accelerator:
+            self.move(trainer.accelerator, trainer.model.parameters())
 
 
 class DeepSpeedAttachment(base.Attachment):
@@ -139,11 +148,21 @@ class DeepSpeedAttachment(base.Attachment):
         max_skips: int | None,
         on_bind: OnBind | None,
     ) -> None:
-        accelerator = trainer.accelerator
-        super().__init__([accelerator, trainer], None)
+        super().__init__([trainer.accelerator, trainer], None)
+        self._policy, self._on_bind = policy, on_bind
+        self._options: dict[str, Any] = {"on_nonfinite": on_nonfinite, "max_skips": max_skips}
+        self._accelerator_patches = MethodPatches()
         self._engine: Any = None
+        self._model: Any = None
         self._of_engine: base.Attachment | None = None
         self._pending_state: dict[str, Any] = {}
+        self._use(trainer)
+        _patch_trainer(self, self._patches, trainer)
+        _follow_accelerators(self._patches, trainer, self._follow)
+
+    def _use(self, trainer: Any) -> None:
+        """Attach to each engine that the Trainer's present accelerator makes."""
+        self._accelerator = accelerator = trainer.accelerator
         prepare = accelerator._prepare_deepspeed
 
         @wraps(prepare)
@@ -151,19 +170,30 @@ class DeepSpeedAttachment(base.Attachment):
             prepared = prepare(*args, **kwargs)
             wrapper = accelerator.deepspeed_engine_wrapped
             if wrapper is not None and wrapper.engine is not self._engine and wrapper.engine.optimizer is not None:
-                self._engine, clipper = wrapper.engine, self.clipper
-                if clipper is not None:
-                    self._of_engine = deepspeed.attach(self._engine, clipper)
-                else:
-                    options: dict[str, Any] = {"on_nonfinite": on_nonfinite, "max_skips": max_skips}
-                    self._of_engine = deepspeed.attach(self._engine, policy, **options)
-                    self.load_state_dict(self._pending_state)
-                    if on_bind is not None and self.clipper is not None:
-                        on_bind(self.clipper)
+                self._attach_to_engine(wrapper.engine, trainer.model)
             return prepared
 
-        self._patches.replace(accelerator, "_prepare_deepspeed", prepare_and_attach)
-        _patch_trainer(self, self._patches, trainer)
+        self._accelerator_patches.replace(accelerator, "_prepare_deepspeed", prepare_and_attach)
+
+    def _attach_to_engine(self, engine: Any, model: Any) -> None:
+        self._engine, self._model, clipper = engine, model, self.clipper
+        if clipper is not None:
+            self._of_engine = deepspeed.attach(engine, clipper)
+            return
+        self._of_engine = deepspeed.attach(engine, self._policy, **self._options)
+        self.load_state_dict(self._pending_state)
+        if self._on_bind is not None and self.clipper is not None:
+            self._on_bind(self.clipper)
+
+    def _follow(self, trainer: Any) -> None:
+        if trainer.accelerator is self._accelerator:
+            return
+        self._replace_owner(self._accelerator, trainer.accelerator)
+        self._accelerator_patches.restore()
+        if self._of_engine is not None and trainer.model is not self._model:
+            self._of_engine, self._pending_state = None, {}
+        self._engine = self._model = None
+        self._use(trainer)
 
     @property
     def clipper(self) -> GradClipper | None:
@@ -183,6 +213,7 @@ class DeepSpeedAttachment(base.Attachment):
     def detach(self) -> None:
         """Restore DeepSpeed's own clipping."""
         super().detach()
+        self._accelerator_patches.restore()
         if self._of_engine is not None:
             self._of_engine.detach()
 
@@ -214,3 +245,22 @@ def _patch_trainer(attachment: base.Attachment, patches: MethodPatches, trainer:
     patches.replace(trainer, "_save_optimizer_and_scheduler", save)
     patches.replace(trainer, "_load_optimizer_and_scheduler", load)
     patches.replace(trainer, "log", log)
+
+
+def _follow_accelerators(patches: MethodPatches, trainer: Any, follow: Callable[[Any], None]) -> None:
+    """Call `follow` with the Trainer wherever it may have made another accelerator."""
+    create, inner_training_loop = trainer.create_accelerator_and_postprocess, trainer._inner_training_loop
+
+    @wraps(create)
+    def create_and_follow() -> None:
+        create()
+        follow(trainer)
+
+    @wraps(inner_training_loop)
+    def train(*args: Any, **kwargs: Any) -> Any:
+        # A class that derives from the Trainer may have assigned an accelerator.
+        follow(trainer)
+        return inner_training_loop(*args, **kwargs)
+
+    patches.replace(trainer, "create_accelerator_and_postprocess", create_and_follow)
+    patches.replace(trainer, "_inner_training_loop", train)

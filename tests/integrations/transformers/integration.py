@@ -50,6 +50,13 @@ class Model(Net):
         return {"loss": mse(super().forward(x), y)}
 
 
+def build_model() -> Model:
+    """Build the net of `build_net` as a model."""
+    model = Model()
+    model.load_state_dict(build_net().state_dict())
+    return model
+
+
 def parallelize_first_layer(model: Any) -> None:
     """Shard the first layer only, so that some gradients are DTensors and others are plain tensors."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
@@ -127,8 +134,7 @@ def build_trainer(
     if kind != "ddp":
         assert args.device.type == "cpu"
         claim_devices()
-    model = Model()
-    model.load_state_dict(build_net().state_dict())
+    model = build_model()
     if kind == "tp":
         parallelize_first_layer(model)
     trainer: Any = PoisonedTrainer(

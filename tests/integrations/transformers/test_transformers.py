@@ -10,19 +10,20 @@ import torch
 from torch import Tensor
 
 import distclip
-from distclip.integrations.transformers import attach
+from distclip.integrations.transformers import attach, detach
 from tests.frameworks import skip_without
 from tests.integrations.accelerate.integration import reset_state
 from tests.integrations.one_process import (
     NUM_STEPS,
     OUTLIER,
     POLICIES,
+    bitwise_equal,
     check_equal_on_ranks,
     check_run,
     framework_environment,
     full_params,
 )
-from tests.integrations.transformers.integration import Transformers, build_trainer, check_kind, norms_in
+from tests.integrations.transformers.integration import Transformers, build_model, build_trainer, check_kind, norms_in
 from tests.ranks import on_ranks, replicas_may_differ
 
 skip_without("transformers", reason="transformers is not installed: pip install 'distclip[hf]'")
@@ -132,6 +133,52 @@ def test_second_train_keeps_the_state(tmp_path: Path) -> None:
         trainer.train()
         trainer.train()
         assert int(attachment.state_dict()["counts"]["steps"]) == 2 * NUM_STEPS
+
+
+@on_ranks(2, fixture="ranks")
+@pytest.mark.parametrize("made_by", ["trial", "call", "assignment"])
+def test_policy_goes_with_another_accelerator(tmp_path: Path, made_by: str) -> None:
+    """Each trial of `hyperparameter_search` makes an Accelerator and a model, as do calls and classes that derive."""
+    from accelerate import Accelerator
+    from transformers.trainer_utils import HPSearchBackend
+
+    policy, clippers = distclip.zclip(cap=0.01, warmup=1), list[Any]()
+    with framework_environment():
+        trainer = build_trainer(str(tmp_path))
+        attachment = attach(trainer, policy, on_bind=clippers.append)
+        first = trainer.accelerator
+        trainer.train()
+        params, norms = trainer.params[-1], norms_in(trainer)
+        if made_by == "trial":
+            trainer.hp_search_backend = HPSearchBackend.WANDB  # its trials are dictionaries
+            trainer.model_init = lambda trial=None: build_model()
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                # It refuses a dictionary unless wandb is installed.
+                monkeypatch.setattr("transformers.integrations.hp_params", dict)
+                trainer.train(trial={"weight_decay": 0.0})
+        elif made_by == "call":
+            trainer.create_accelerator_and_postprocess()
+            trainer.train()
+        else:
+            trainer.accelerator = Accelerator(cpu=True)
+            trainer.train()
+        second = trainer.accelerator
+        assert second is not first
+        assert second.distclip is trainer.distclip is attachment
+        assert not hasattr(first, "distclip")
+        assert not first._custom_objects
+        logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+        assert [entry["grad_coef"] for entry in logs] == pytest.approx([0.01 / entry["grad_norm"] for entry in logs])
+        if made_by == "trial":
+            # A trial repeats the first training, without its history.
+            assert norms_in(trainer) == norms
+            assert bitwise_equal(trainer.params[-1], params)
+            assert [clipper.steps for clipper in clippers] == [NUM_STEPS] * 2
+        else:
+            assert [clipper.steps for clipper in clippers] == [2 * NUM_STEPS]
+        detach(trainer)
+        assert not any(hasattr(owner, "distclip") for owner in (second, trainer))
+        assert second.clip_grad_norm_.__func__ is Accelerator.clip_grad_norm_
 
 
 @on_ranks(2, fixture="ranks")
