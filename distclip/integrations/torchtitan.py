@@ -1,6 +1,19 @@
-"""Replace torchtitan's `clip_grad_norm_`.
+"""Clip in torchtitan's Trainer by any policy, or replace its `clip_grad_norm_`.
 
-::
+Without an edited file, in a module of the user, here my_run.py::
+
+    from torchtitan.models.llama3.config_registry import llama3_debugmodel
+
+    from distclip import zclip
+    from distclip.integrations.torchtitan import clipped
+
+    def llama3_zclip():
+        return clipped(llama3_debugmodel(), zclip(cap=1.0))
+
+Then `torchrun ... -m torchtitan.train --module my_run --config llama3_zclip`, with all of torchtitan's options. If the
+program constructs the Trainer itself, call `attach(trainer, zclip(cap=1.0))` after that.
+
+For a fixed norm, a function with torchtitan's signature is enough::
 
     from torchtitan.distributed import utils as dist_utils
 
@@ -8,23 +21,194 @@
 
     dist_utils.clip_grad_norm_ = clip_grad_norm_  # before the Trainer runs; it reads the attribute at every step
 
-torchtitan is not imported, and need not be installed. For a policy other than a fixed norm, pass the Trainer's model
-parts and optimizers to a `GradClipper` with `split_over=parallel_dims.get_optional_mesh("pp")`.
+Tested with torchtitan 0.3, whose debug model trains on CPUs in `tests/integrations/torchtitan`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from functools import wraps
+from importlib import import_module
+from types import new_class
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import Tensor
 
+from ..extend import ArgumentError, GradClipper, OnNonFinite, Policy, name_tensors
 from ..extend import clip_grad_norm_ as _clip_grad_norm_
+from . import attachment as base
+from .attachment import check_not_attached, check_policy, detach
+from .deferred import OnBind
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["clip_grad_norm_"]
+__all__ = ["Attachment", "attach", "clip_grad_norm_", "clipped", "detach"]
+
+ConfigT = TypeVar("ConfigT")
+
+_KEY = "distclip"
+"""Name of the policy's state in torchtitan's checkpoints."""
+
+
+def clipped(
+    config: ConfigT,
+    policy: Policy,
+    *,
+    on_nonfinite: OnNonFinite = "skip",
+    max_skips: int | None = None,
+    on_bind: OnBind | None = None,
+) -> ConfigT:
+    """Return a config like this one of torchtitan, whose Trainer clips by a policy.
+
+    The command line of torchtitan changes its fields as before.
+
+    Args:
+        config: the config of a Trainer, for example `llama3_debugmodel()`.
+        policy, on_nonfinite, max_skips, on_bind: see `attach`.
+
+    Returns:
+        A config of a class that derives from that of `config`. Its `build()` makes a Trainer of a class that derives
+        from the config's, and attaches the policy.
+
+    Raises:
+        ArgumentError: `config` is no config of a Trainer; `policy` is no policy.
+    """
+    check_policy(policy, "clipped")
+    trainer_class = getattr(type(config), "_owner", None)
+    if trainer_class is None or not hasattr(trainer_class, "train_step"):
+        raise ArgumentError(
+            f"clipped: config={config!r:.80}: not the config of a torchtitan Trainer. Pass "
+            "torchtitan.models.llama3.config_registry.llama3_debugmodel(), for example."
+        )
+    # As dataclass() does for `class Config(type(config))` in a class body.
+    config_class: Any = dataclass(kw_only=True, slots=True)(new_class("Config", (type(config),)))
+
+    def init(self: Any, config: Any) -> None:
+        trainer_class.__init__(self, config)
+        attach(self, policy, on_nonfinite=on_nonfinite, max_skips=max_skips, on_bind=on_bind)
+
+    # The class body's "Config" makes torchtitan connect the two classes.
+    members = {"Config": config_class, "__init__": init, "__doc__": "Trainer with a policy attached."}
+    new_class(f"Clipped{trainer_class.__name__}", (trainer_class,), exec_body=lambda body: body.update(members))
+    values: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(config)}  # type: ignore[arg-type]
+    return cast(ConfigT, config_class(**values))
+
+
+def attach(
+    trainer: Any,
+    policy: Policy,
+    *,
+    on_nonfinite: OnNonFinite = "skip",
+    max_skips: int | None = None,
+    on_bind: OnBind | None = None,
+) -> Attachment:
+    """Clip in a Trainer of torchtitan by a policy.
+
+    `training.max_norm` is ignored. `grad_norm` in the logs is distclip's norm before clipping, and the metrics also get
+    `distclip/coef`, and `distclip/skipped`, the number of skipped steps so far. A skipped step leaves the model and the
+    optimizers as they are, and counts as a step of the run and of the schedule. The policy's state is in torchtitan's
+    checkpoints as "distclip". To load a checkpoint that was saved without it, pass
+    `--checkpoint.exclude_from_loading distclip`.
+
+    Args:
+        trainer: a Trainer of torchtitan, or of a class that derives from it, before `train`.
+        policy: the policy, for example `distclip.zclip(cap=1.0)`.
+        on_nonfinite, max_skips: see `GradClipper`.
+        on_bind: called on every rank with the clipper, for example
+            `lambda clipper: distclip.monitor.Recorder(clipper, "runs/one")`.
+
+    Returns:
+        The attachment, with the clipper and the report of each step. It is `trainer.distclip` too.
+
+    Raises:
+        ArgumentError: `trainer` is no Trainer of torchtitan, or has a policy already; `policy` is no policy. Otherwise
+            see `GradClipper`.
+
+    Collectives: those of `GradClipper` here. A step has those of `GradClipper.clip` in place of torchtitan's. Host
+    syncs: those of `GradClipper.clip`.
+    """
+    if not all(hasattr(trainer, name) for name in ("train_step", "model_parts", "parallel_dims", "checkpointer")):
+        raise ArgumentError(
+            f"trainer={type(trainer).__name__}: not a Trainer of torchtitan ≥ 0.3 that is constructed. Use "
+            "distclip.integrations.torchtitan.clipped(config, policy) for a config."
+        )
+    check_policy(policy, "attach")
+    check_not_attached(trainer)
+    clipper = GradClipper(
+        [pair for part in trainer.model_parts for pair in name_tensors(part)],
+        policy,
+        split_over=trainer.parallel_dims.get_optional_mesh("pp"),
+        on_nonfinite=on_nonfinite,
+        max_skips=max_skips,
+    )
+    attachment = Attachment(trainer, clipper)
+    if on_bind is not None:
+        on_bind(clipper)
+    return attachment
+
+
+class Attachment(base.Attachment):
+    """A policy that decides the steps of a Trainer of torchtitan.
+
+    Args:
+        trainer: the Trainer.
+        clipper: the clipper of all its model parts.
+    """
+
+    def __init__(self, trainer: Any, clipper: GradClipper) -> None:
+        super().__init__([trainer], clipper)
+        self._trainer = trainer
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        train_step, log = trainer.train_step, trainer.metrics_processor.log
+
+        @wraps(train_step)
+        def clip_in_step(*args: Any, **kwargs: Any) -> Any:
+            # The step calls the function of this module, which other Trainers of the process call too.
+            module: Any = import_module("torchtitan.distributed.utils")
+            original, module.clip_grad_norm_ = module.clip_grad_norm_, self._clip
+            try:
+                return train_step(*args, **kwargs)
+            finally:
+                module.clip_grad_norm_ = original
+                for param, grad in self._kept:
+                    param.grad = grad
+                self._kept = []
+
+        @wraps(log)
+        def log_with_coef(*args: Any, **kwargs: Any) -> Any:
+            if self.report is not None:
+                own = {"distclip/coef": float(self.report.coef), "distclip/skipped": clipper.skipped}
+                kwargs["extra_metrics"] = {**(kwargs.get("extra_metrics") or {}), **own}
+            return log(*args, **kwargs)
+
+        self._patches.replace(trainer, "train_step", clip_in_step)
+        self._patches.replace(trainer.metrics_processor, "log", log_with_coef)
+        if self._saves():
+            trainer.checkpointer.states[_KEY] = self
+
+    def detach(self) -> None:
+        """Restore torchtitan's own clipping, and remove the policy's state from its checkpoints."""
+        super().detach()
+        if self._saves():
+            self._trainer.checkpointer.states.pop(_KEY, None)
+
+    def _saves(self) -> bool:
+        # Without checkpoints, torchtitan's checkpointer has no states.
+        return hasattr(self._trainer.checkpointer, "states")
+
+    def _clip(self, parameters: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Clip as torchtitan's function does. The arguments are those of the same parameters."""
+        assert self._clipper is not None
+        grads: list[tuple[Tensor, Tensor]] = []
+        if not self._trainer.config.training.disable_cuda_graphs:
+            params = [param for part in self._trainer.model_parts for param in part.parameters()]
+            grads = [(param, param.grad) for param in params if param.grad is not None]
+        self._report = self._clipper.clip()
+        # A CUDA graph of the backward pass writes into these gradients, and a skipped step drops them.
+        self._kept = [(param, grad) for param, grad in grads if param.grad is None]
+        return self._report.norm
 
 
 def clip_grad_norm_(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..comm.ranks import Axis
 from .parameters import Parameters
-from .table import SOURCE_ATTRIBUTES, ShardTable, TableMetadata, parameter_table
+from .table import SOURCE_ATTRIBUTES, SOURCES, ShardTable, TableMetadata, parameter_table
 
 __all__ = ["cached_table", "forget_all"]
 
@@ -24,7 +24,9 @@ _MAX_ENTRIES = 16
 
 _entries: dict[Any, tuple[TableMetadata, list[weakref.ref[Any]]]] = {}
 
-_ATTRIBUTES = sorted(SOURCE_ATTRIBUTES)
+_DICTS = sorted(frozenset[str]().union(*(source.dict_attributes for source in SOURCES)))
+
+_ATTRIBUTES = sorted(SOURCE_ATTRIBUTES.difference(_DICTS))
 
 _attributes_of: Callable[[Tensor], dict[str, Any]] = attrgetter("__dict__")
 
@@ -103,9 +105,13 @@ def _attribute_values(tensors: list[Tensor]) -> tuple[Any, ...]:
     """Return the values of all attributes that a source reads, of tensors that have any attributes."""
     attributes = list(map(_attributes_of, tensors))
     # Mostly no tensor has one of them, and this is known without a look at every tensor.
-    if not any(attributes) or set(_ATTRIBUTES).isdisjoint(chain.from_iterable(attributes)):
+    if not any(attributes) or SOURCE_ATTRIBUTES.isdisjoint(chain.from_iterable(attributes)):
         return ()
-    return tuple((i, *map(own.get, _ATTRIBUTES)) for i, own in enumerate(attributes) if own)
+    values = tuple((i, *map(own.get, _ATTRIBUTES)) for i, own in enumerate(attributes) if own)
+    dicts = tuple(
+        (i, frozenset(own[name].items())) for i, own in enumerate(attributes) for name in _DICTS if name in own
+    )
+    return values + dicts
 
 
 def _add(key: Any, metadata: TableMetadata, referents: Iterable[Any]) -> None:

@@ -68,6 +68,8 @@ class Source(Protocol):
     """Words for the origin of its layouts, in the table of `distclip.audit`."""
     attributes: frozenset[str] = frozenset()
     """Names of the tensor attributes that the source reads. A cached table is dropped when one of them changes."""
+    dict_attributes: frozenset[str] = frozenset()
+    """Names of those attributes that are dictionaries, which can change in place."""
 
     def layout_reader(self, request: Request) -> LayoutReader | None:
         """Prepare to read the layouts of a request.

@@ -42,6 +42,7 @@ from .parameters import Named, Parameters, is_frozen, name_tensors
 from .replicas import ReplicaGroup
 from .shard import PartialSum, Rows, ShardInfo, ShardInfos, Shards
 from .source import Request, Source
+from .spmd import SpmdTypesSource
 
 __all__ = [
     "SOURCES",
@@ -57,6 +58,7 @@ __all__ = [
 SOURCES: tuple[Source, ...] = (
     AnnotationSource(),
     DTensorSource(),
+    SpmdTypesSource(),
     FSDP1Source(),
     FSDP2Source(),
     MegatronSource(),

@@ -12,7 +12,7 @@ from tests.policies.checks import FITTED, PER_GRANULARITY, check_policies
 from tests.ranks import on_ranks
 from tests.tables.layouts import LAYOUTS
 
-MARKED = ("tied_", "annotated_", "megatron_")
+MARKED = ("tied_", "annotated_", "megatron_", "spmd_")
 """Prefixes of layouts with shards by annotation or tag, which tests/sharding/test_slots.py covers."""
 
 DIFFERENT_ON_FOUR = {

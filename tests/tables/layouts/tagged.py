@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import Partial
@@ -62,3 +64,29 @@ def annotated_partial() -> Case:
     param = distclip.annotate_(plain_param(summands[mesh.get_local_rank()]), mesh, [Partial()])
     whole = torch.stack(summands).sum(0)
     return Case([param], [whole], all_reduces=3, other_collectives=1)
+
+
+if find_spec("spmd_types") is not None:
+
+    @row(4, why="plain tensors with types of spmd_types over dp x tp: R, I, V, a shard of a known dim, one axis of two")
+    def spmd_types() -> Case:
+        import spmd_types as spmd
+
+        mesh = world_mesh("dp", "tp")
+        dp, tp = mesh["dp"].get_group(), mesh["tp"].get_group()
+        i, j = mesh.get_local_rank("dp"), mesh.get_local_rank("tp")
+        cut, both, norm, bias = (
+            random_grad(8, 3),
+            random_grad(8, 2, seed=1),
+            random_grad(5, seed=2),
+            random_grad(3, seed=3),
+        )
+        both_ways = spmd.PartitionSpec((spmd.MeshAxis.of(tp), spmd.MeshAxis.of(dp)), None)
+        parameters = [
+            spmd.assert_type(plain_param(cut.chunk(2)[j]), {dp: spmd.R, tp: spmd.S(0)}),
+            # The first axis of an entry is the outer one: tp cuts into halves, and dp each half into quarters.
+            spmd.assert_type(plain_param(both.chunk(2)[j].chunk(2)[i]), {dp: spmd.V, tp: spmd.V}, both_ways),
+            spmd.assert_type(plain_param(norm), {dp: spmd.R, tp: spmd.I}),
+            plain_param(bias),
+        ]
+        return Case(parameters, [cut, both, norm, bias])
