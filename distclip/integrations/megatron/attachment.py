@@ -12,7 +12,7 @@ from torch import nn
 from ...extend import ArgumentError, FirstError, GradClipper, OnNonFinite, Policy, gather_or_raise, world_comm
 from .. import attachment as base
 from ..attachment import bind, check_not_attached, check_policy
-from .parameters import Groups, Piece, flatten_chain, names_of, pieces_of, share_names
+from .parameters import Groups, Piece, flatten_chain, layer_wise_in, names_of, pieces_of, share_names
 
 if TYPE_CHECKING:
     from .foreign import LossScaler, Optimizer
@@ -31,7 +31,8 @@ def attach(
 ) -> Attachment:
     """Replace Megatron's own clipping in `optimizer.step()` by a policy.
 
-    Works with FP32Optimizer, Float16OptimizerWithFloat16Params and DistributedOptimizer, and with chains of them, under
+    Works with FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer and LayerWiseDistributedOptimizer
+    (that of Muon), and with chains of them, under
     tensor, pipeline, expert and data parallelism, with loss scaling. A policy per tensor or row gets whole parameters,
     wherever a distributed optimizer cuts them. A tied embedding is one parameter, by its name on the first stage.
     `config.clip_grad` is ignored. `step()` returns (True, norm, zeros) as usual, or (False, None, None) for a skipped
@@ -52,8 +53,8 @@ def attach(
         The attachment, with the clipper and the report of each step. It is `optimizer.distclip` too.
 
     Raises:
-        ArgumentError: `optimizer` is not Megatron's, is attached already, or keeps its gradients elsewhere (layer-wise,
-            precision-aware, Megatron-FSDP); the policy needs names and `model` is missing or incomplete; some ranks
+        ArgumentError: `optimizer` is not Megatron's, is attached already, or keeps its gradients elsewhere
+            (precision-aware, Megatron-FSDP); the policy needs names and `model` is missing or incomplete; some ranks
             have a loss scale and others do not. Raised on every rank. In a step: see `GradClipper.clip`.
 
     Collectives: gathers and all-reduces, so call it on every rank. A step has one all-reduce of a few float64 numbers
@@ -67,8 +68,12 @@ def attach(
     with errors:
         leaves = flatten_chain(optimizer)
         _check(optimizer, policy, model)
-        groups = Groups(pg_collection)
-        split_over, pieces = groups.split_over, _find_pieces(leaves, groups, model, policy)
+        layer_wise = layer_wise_in(optimizer)
+        groups = Groups(pg_collection, bool(layer_wise))
+        split_over = groups.split_over
+        pieces = _find_pieces(
+            leaves, groups, model, policy, {id(leaf) for one in layer_wise for leaf in flatten_chain(one)}
+        )
     tied = [(p.name, p.is_original) for p in pieces if p.is_original is not None and model is not None]
     gathered = gather_or_raise(comm, errors.error, (bool(_scalers(leaves)), tied))
     scaled = [has_scale for has_scale, _ in gathered]
@@ -101,6 +106,12 @@ class Attachment(base.Attachment):
         self._optimizer, self._leaves, self._pieces = optimizer, leaves, pieces
         self._weights = clipper.policy.spec.needs_weights
         self._scalers = _scalers(leaves)
+        # Before Megatron-core 0.18 the replaced method gathers the parameters after the step, unless forward does.
+        self._gathers = [
+            one
+            for one in layer_wise_in(optimizer)
+            if "step_with_ready_grads" not in vars(type(one)) and not getattr(one, "async_allgather", False)
+        ]
         self._patches.replace(optimizer, "step", MethodType(lambda _: self._step(), optimizer))
 
     @property
@@ -129,7 +140,10 @@ class Attachment(base.Attachment):
         assert self.report is not None
         logs_zeros = bool(self._leaves) and bool(getattr(self._leaves[0].config, "log_num_zeros_in_grad", False))
         zeros = self._optimizer.count_zeros() if logs_zeros else None
-        return bool(self._optimizer.step_with_ready_grads()), float(self.report.norm), zeros
+        success = bool(self._optimizer.step_with_ready_grads())
+        for one in self._gathers:
+            one.allgather_params()
+        return success, float(self.report.norm), zeros
 
     def _attach_grads(self) -> None:
         for leaf in self._leaves:
@@ -146,9 +160,11 @@ def _scalers(leaves: list[Optimizer]) -> list[LossScaler]:
     return [scaler for scaler in scalers if scaler is not None]
 
 
-def _find_pieces(leaves: list[Optimizer], groups: Groups, model: Any, policy: Policy) -> list[Piece]:
-    names = {} if model is None else names_of(model)
-    pieces = [piece for leaf in leaves for piece in pieces_of(leaf, groups, names, policy.spec.needs_weights)]
+def _find_pieces(
+    leaves: list[Optimizer], groups: Groups, model: Any, policy: Policy, layer_wise_ids: set[int]
+) -> list[Piece]:
+    names, weights = {} if model is None else names_of(model), policy.spec.needs_weights
+    pieces = [p for leaf in leaves for p in pieces_of(leaf, groups, names, weights, id(leaf) in layer_wise_ids)]
     if model is None:
         return [replace(piece, name=f"optimizer.parameters[{i}]") for i, piece in enumerate(pieces)]
     return pieces

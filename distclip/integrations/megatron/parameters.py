@@ -15,7 +15,10 @@ from ...extend import ArgumentError, Layout, group_ranks, name_tensors, replica_
 if TYPE_CHECKING:
     from .foreign import Optimizer
 
-__all__ = ["Groups", "Piece", "flatten_chain", "names_of", "pieces_of", "share_names"]
+__all__ = ["Groups", "Piece", "flatten_chain", "layer_wise_in", "names_of", "pieces_of", "share_names"]
+
+_DATA_PARALLEL = ("dp_cp", "expt_dp")
+"""Groups of the data-parallel ranks, of dense parameters and of experts."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,35 +58,45 @@ class Groups:
 
     Args:
         collection: a ProcessGroupCollection. None for the groups of `megatron.core.parallel_state`.
+        layer_wise: True if the data-parallel ranks step different parameters.
     """
 
-    def __init__(self, collection: Any = None) -> None:
+    def __init__(self, collection: Any = None, layer_wise: bool = False) -> None:
         if collection is None:
             from megatron.core.process_groups_config import ProcessGroupCollection
 
             required = ["tp", "pp", "ep", "expt_tp", "dp_cp", "expt_dp", "embd"]
             collection = ProcessGroupCollection.use_mpu_process_groups(required)
         self._collection = collection
-        axes = {name: self._group(name) for name in ("tp", "pp", "ep", "expt_tp")}
+        names = ("tp", "pp", "ep", "expt_tp", *_DATA_PARALLEL * layer_wise)
+        axes = {name: self._group(name) for name in names}
         self.split_over = {name: group for name, group in axes.items() if group is not None}
 
-    def layout(self, param: Tensor, sliced_over: dist.ProcessGroup | None) -> Layout:
+    def layout(self, param: Tensor, sliced_over: dist.ProcessGroup | None, layer_wise: bool = False) -> Layout:
         """Return the layout of a parameter, by the attributes that Megatron gives it.
 
         Args:
             param: a parameter of the model, see `foreign.Parameter`.
             sliced_over: the ranks that have slices of it. None if each rank has all of it.
+            layer_wise: True if one data-parallel rank steps all of it, and the others none.
         """
         is_expert = getattr(param, "allreduce", True) is False
         tensor_parallel = bool(getattr(param, "tensor_model_parallel", False))
         # Experts have a separate tensor-parallel group. It often has one rank, and experts carry the tag even then.
         cut = {"tp": tensor_parallel and not is_expert, "expt_tp": tensor_parallel and is_expert}
-        split = {**cut, "pp": True, "ep": is_expert}
-        group = sliced_over or self._group("expt_dp" if is_expert else "dp_cp")
+        data_parallel = _DATA_PARALLEL[is_expert]
+        split = {
+            **cut,
+            "pp": True,
+            "ep": is_expert,
+            **{axis: layer_wise and axis == data_parallel for axis in _DATA_PARALLEL},
+        }
+        group = None if layer_wise else sliced_over or self._group(data_parallel)
         ranks = (dist.get_rank(),) if group is None else group_ranks(group)
         # Megatron has averaged the gradients that are not sliced. A tensor-parallel rank computes its replica itself.
         replicas = () if sliced_over else replica_group(ranks)
-        if (embedding := self._group("embd")) and getattr(param, "shared_embedding", False) and not sliced_over:
+        tied = getattr(param, "shared_embedding", False)
+        if (embedding := self._group("embd")) and tied and not (sliced_over or layer_wise):
             # It has also added up the gradients of embeddings that the first and the last stage share.
             replicas += replica_group(group_ranks(embedding))
         tensor_axis = "expt_tp" if is_expert else "tp"
@@ -102,14 +115,22 @@ class Groups:
         return getattr(self._collection, name, None)
 
 
+def layer_wise_in(optimizer: Any) -> list[Any]:
+    """Return the layer-wise optimizers of a chain, or the one optimizer if it is one.
+
+    Each data-parallel rank steps different parameters of the model then, and all of them, as Muon needs them whole.
+    """
+    if type(optimizer).__name__ == "LayerWiseDistributedOptimizer":
+        return [optimizer]
+    return [one for member in getattr(optimizer, "chained_optimizers", ()) for one in layer_wise_in(member)]
+
+
 def flatten_chain(optimizer: Any) -> list[Optimizer]:
     """Return the optimizers of a chain, or the one optimizer.
 
     Raises:
         ArgumentError: it is not Megatron's, or distclip does not know where it keeps its gradients.
     """
-    if type(optimizer).__name__ == "LayerWiseDistributedOptimizer":
-        raise _unknown("a LayerWiseDistributedOptimizer")
     if hasattr(optimizer, "chained_optimizers"):
         return [leaf for member in optimizer.chained_optimizers for leaf in flatten_chain(member)]
     if not all(hasattr(optimizer, name) for name in ("is_stub_optimizer", "step_with_ready_grads", "config")):
@@ -124,7 +145,9 @@ def flatten_chain(optimizer: Any) -> list[Optimizer]:
     return [optimizer]
 
 
-def pieces_of(leaf: Optimizer, groups: Groups, names: dict[int, str], weights: bool) -> Iterator[Piece]:
+def pieces_of(
+    leaf: Optimizer, groups: Groups, names: dict[int, str], weights: bool, layer_wise: bool = False
+) -> Iterator[Piece]:
     """Yield the pieces that one optimizer steps on this rank.
 
     Args:
@@ -132,6 +155,7 @@ def pieces_of(leaf: Optimizer, groups: Groups, names: dict[int, str], weights: b
         groups: the groups of the job.
         names: the names of the model's parameters by `id`. If empty, parameters are numbered.
         weights: True if the policy reads parameters.
+        layer_wise: True for a member of a layer-wise optimizer.
 
     Raises:
         ArgumentError: a parameter is missing in `names`.
@@ -150,7 +174,7 @@ def pieces_of(leaf: Optimizer, groups: Groups, names: dict[int, str], weights: b
         piece = None
         if sliced_over is not None:
             piece = tuple(param.shape), int(leaf._get_model_param_range_map(param)["param"].start)
-        set_layout(stand_in, groups.layout(param, sliced_over), piece)
+        set_layout(stand_in, groups.layout(param, sliced_over, layer_wise), piece)
         if hasattr(param, "partition_dim"):
             stand_in.partition_dim = param.partition_dim  # type: ignore[attr-defined]
         is_original = not getattr(param, "shared", False) if getattr(param, "shared_embedding", False) else None

@@ -82,6 +82,10 @@ def stepped_params(model: Any, optimizer: Any) -> Iterator[tuple[str, Tensor, Te
     """
     leaf_of = {id(p): leaf for leaf in leaves_of(optimizer) for p in getattr(leaf, "model_param_gbuf_map", ())}
     distributed = any(hasattr(leaf, "model_param_gbuf_map") for leaf in leaves_of(optimizer))
+    # A layer-wise optimizer has some of the parameters.
+    groups = [group["params"] for leaf in leaves_of(optimizer) for group in leaf.optimizer.param_groups]
+    groups += [group for leaf in leaves_of(optimizer) for group in getattr(leaf, "float16_groups", ())]
+    owned = {id(param) for group in groups for param in group}
     for name, param in model.module.named_parameters():
         if not param.requires_grad:
             continue
@@ -92,6 +96,8 @@ def stepped_params(model: Any, optimizer: Any) -> Iterator[tuple[str, Tensor, Te
             param_range = leaf_of[id(param)]._get_model_param_range_map(param)["param"]
             elements = slice(param_range.start, param_range.end)
             stepped = stepped if stepped is not param else stepped.detach().view(-1)[elements]
+        elif id(param) not in owned:
+            continue
         yield name, param, stepped.detach().view(-1), elements
 
 
@@ -362,7 +368,7 @@ class Megatron(Integration):
                     lambda: attach(scaled if first else optimizer, policy),
                     "have no loss scale and those of other ranks do",
                 ),
-                (lambda: attach(by_layer if first else optimizer, policy), "LayerWiseDistributedOptimizer keeps its"),
+                (lambda: attach(by_layer if first else optimizer, policy), "split_over"),
                 (lambda: detach(optimizer), "nothing is attached"),
             ):
                 assert text in error_on_ranks(call)

@@ -32,6 +32,7 @@ class Setting:
         tp, pp, ep, etp: sizes of the parallel groups. Other ranks are data parallel.
         dtype: a key of `DTYPES`.
         distributed: use DistributedOptimizer.
+        layer_wise: use LayerWiseDistributedOptimizer.
     """
 
     tp: int = 1
@@ -40,6 +41,7 @@ class Setting:
     etp: int = 1
     dtype: str = "fp32"
     distributed: bool = False
+    layer_wise: bool = False
 
 
 class AsIfCuda(TorchFunctionMode):
@@ -174,7 +176,22 @@ def build_optimizer(model: Any, setting: Setting, **options: Any) -> Any:
         hysteresis=1,
         use_distributed_optimizer=setting.distributed,
     )
-    return get_megatron_optimizer(config, [model])
+    if not setting.layer_wise:
+        return get_megatron_optimizer(config, [model])
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    # As for Muon: it makes the copies in float32 itself, of the parameters of torch's optimizers.
+    config.bf16 = False
+    members = get_megatron_optimizer(config, [model]).chained_optimizers
+    config.bf16 = setting.dtype == "bf16"
+    groups = ProcessGroupCollection.use_mpu_process_groups(["dp_cp", "expt_dp"])
+    optimizer: Any = LayerWiseDistributedOptimizer(
+        [member.optimizer if config.bf16 else member for member in members], config, groups
+    )
+    # gloo cannot gather tensors of unequal sizes.
+    optimizer.allgather_params = optimizer.broadcast_params
+    return optimizer
 
 
 def full_tensor(name: str, shape: tuple[int, ...], kind: str, stage: int, expert: int) -> Tensor:

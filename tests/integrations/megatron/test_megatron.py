@@ -72,6 +72,8 @@ SETTINGS = {
     "distributed": (4, Setting(tp=2, distributed=True)),
     "distributed bf16": (4, Setting(pp=2, dtype="bf16", distributed=True)),
     "distributed fp16": (4, Setting(pp=2, ep=2, dtype="fp16", distributed=True)),
+    "layer-wise": (4, Setting(tp=2, layer_wise=True)),
+    "layer-wise experts bf16": (4, Setting(ep=2, dtype="bf16", layer_wise=True)),
     "two stages": (2, Setting(pp=2, dtype="fp16")),
     "two slices": (2, Setting(dtype="bf16", distributed=True)),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,12 +151,12 @@ def test_policy_goes_with_another_accelerator(tmp_path: Path, made_by: str) -> N
         trainer.train()
         params, norms = trainer.params[-1], norms_in(trainer)
         if made_by == "trial":
-            trainer.hp_search_backend = HPSearchBackend.WANDB  # its trials are dictionaries
+            trainer.hp_search_backend, trainer.hp_space = HPSearchBackend.OPTUNA, lambda trial: trial.params
             trainer.model_init = lambda trial=None: build_model()
             with pytest.MonkeyPatch.context() as monkeypatch:
-                # It refuses a dictionary unless wandb is installed.
-                monkeypatch.setattr("transformers.integrations.hp_params", dict)
-                trainer.train(trial={"weight_decay": 0.0})
+                # It knows a trial only if optuna is installed.
+                monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
+                trainer.train(trial=SimpleNamespace(params={"weight_decay": 0.0}, number=0))
         elif made_by == "call":
             trainer.create_accelerator_and_postprocess()
             trainer.train()
