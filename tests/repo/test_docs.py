@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -26,6 +28,7 @@ from tests.ranks import World
 
 README = ROOT / "README.md"
 PAGES = [README, ROOT / ".github" / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 FENCED = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 # Without this line DeepSpeed compiles an operator for shared memory, which takes half a minute.
 DEEPSPEED_PREAMBLE = 'import deepspeed.ops\n\ndeepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False\n'
@@ -42,8 +45,14 @@ def imported_packages(code: str) -> set[str]:
     return names
 
 
+def code_cells(notebook: Path) -> list[dict[str, Any]]:
+    """Return the cells of a notebook that have code."""
+    cells: list[dict[str, Any]] = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
 def blocks() -> Iterator[ParameterSet]:
-    """Yield (code, number of ranks, files) of each Python block in the pages and in the integrations' docstrings.
+    """Yield (code, number of ranks, files) of each Python block in pages, notebooks and the integrations' docstrings.
 
     The files are the blocks of the page that have a name, as {name: text}.
     """
@@ -54,6 +63,9 @@ def blocks() -> Iterator[ParameterSet]:
             if language == "python":
                 ranks = re.search(r"ranks=(\d+)", more)
                 yield pytest.param(code, int(ranks[1]) if ranks else 1, files, id=f"{page.stem}-{i}")
+    for notebook in NOTEBOOKS:
+        code = "\n\n".join("".join(cell["source"]) for cell in code_cells(notebook))
+        yield pytest.param(code, 1, {}, id=notebook.name)
     for module in sorted((ROOT / "distclip" / "integrations").rglob("*.py")):
         text = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
         for i, block in enumerate(re.findall(r"::\n\n((?:    .*\n|\n)+)", text + "\n")):
@@ -101,10 +113,19 @@ def test_python_runs(
     script = tmp_path / "block.py"
     script.write_text(code, encoding="utf-8")
     # Frameworks emit warnings that we do not control.
-    strict = packages <= {"torch", "distclip", *sys.stdlib_module_names}
+    strict = packages <= {"torch", "distclip", *sys.stdlib_module_names} and "start_processes" not in code
     environ = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
     done = run_forked(script, tmp_path, [environ], strict=strict)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_notebooks_have_outputs() -> None:
+    """They were executed as a whole, so that the site and GitHub show what the cells print."""
+    assert len(NOTEBOOKS) == 2
+    for notebook in NOTEBOOKS:
+        cells = code_cells(notebook)
+        assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+        assert all(cell["outputs"] for cell in cells[1:]), notebook
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

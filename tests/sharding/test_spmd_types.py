@@ -10,12 +10,13 @@ from torch.distributed.tensor import Replicate
 
 import distclip
 from distclip import GradClipper, LayoutError
+from tests.frameworks import skip_without
 from tests.ranks import on_ranks
 from tests.rig import assert_raises_on_ranks
 from tests.tables.layouts.meshes import world_mesh
 from tests.tables.layouts.tensors import plain_param, random_grad
 
-pytest.importorskip("spmd_types", reason="spmd_types is not installed: pip install --no-deps spmd_types==0.2.3")
+skip_without("spmd_types", reason="spmd_types is not installed: pip install --no-deps spmd_types==0.2.3")
 
 
 @on_ranks(4)
