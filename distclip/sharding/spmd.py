@@ -46,7 +46,7 @@ class SpmdTypesSource(Source):
         """
         if is_dtensor(tensor) or not (varying := [a for a, kind in _types_of(tensor).items() if kind == "V"]):
             return ()
-        cuts = [_as_tuple(entry) for entry in getattr(tensor, _SPEC, None) or ()]
+        cuts = [_as_tuple(entry) for entry in vars(tensor).get(_SPEC) or ()]
         if unknown := [axis for axis in varying if not any(axis in entry for entry in cuts)]:
             raise LayoutError(
                 f"{name} varies along {unknown[0]!r} of spmd_types, and the dim that is cut is unknown, so that its "
@@ -57,7 +57,7 @@ class SpmdTypesSource(Source):
 
 def _types_of(tensor: Tensor) -> dict[Any, str]:
     """Return the name of the type for each axis. Axes with one rank have none."""
-    return {axis: str(kind.value) for axis, kind in (getattr(tensor, _TYPES, None) or {}).items() if axis.size() > 1}
+    return {axis: str(kind.value) for axis, kind in (vars(tensor).get(_TYPES) or {}).items() if axis.size() > 1}
 
 
 def _as_tuple(entry: Any) -> tuple[Any, ...]:

@@ -120,7 +120,7 @@ def test_python_runs(
 
 
 def test_notebooks_have_outputs() -> None:
-    """They were executed as a whole, so that the site and GitHub show what the cells print."""
+    """Notebooks are stored as executed from top to bottom, so that the site and GitHub show outputs."""
     assert len(NOTEBOOKS) == 2
     for notebook in NOTEBOOKS:
         cells = code_cells(notebook)

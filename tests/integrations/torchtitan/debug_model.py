@@ -29,7 +29,7 @@ _CPU = SimpleNamespace(
     get_device_name=lambda device: "CPU",
     get_device_properties=lambda device: SimpleNamespace(total_memory=1 << 30),
 )
-"""What torchtitan calls of torch.cuda."""
+"""Functions of torch.cuda that torchtitan calls."""
 
 
 def use_cpus() -> None:
