@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,14 @@ from tests.ranks import World
 
 MISSING = [name for name in ("torchtitan", "torchdata", "datasets", "typeguard") if find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Ignore the warnings of torchtitan's imports and of its use of torch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def run(config: Any, before: Callable[[Any], object] = lambda trainer: None) -> Any:
@@ -49,6 +58,7 @@ def run(config: Any, before: Callable[[Any], object] = lambda trainer: None) -> 
     return trainer
 
 
+@quiet()
 def train_all(folder: str) -> None:
     """Make four runs on tensor-parallel ranks."""
     from tests.integrations.torchtitan.debug_model import debug_config
@@ -81,6 +91,7 @@ def train_all(folder: str) -> None:
     assert bitwise_equal(*states)
 
 
+@quiet()
 def skip_a_step(folder: str) -> None:
     """Put a NaN into the gradient of one rank in the second step. All ranks skip it."""
     from tests.integrations.torchtitan.debug_model import debug_config
@@ -105,9 +116,7 @@ def skip_a_step(folder: str) -> None:
     # gloo cannot reduce FSDP2's gradients as torchtitan divides them.
     config.parallelism.tensor_parallel_degree = 2
     config.training.disable_cuda_graphs = False
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer = run(config, poison)
+    trainer = run(config, poison)
     assert trainer.distclip.clipper.skipped == 1
     assert [entry["distclip/skipped"] for entry in trainer.metrics] == [0, 1, 1]
     # The skipped step has changed nothing, and a CUDA graph would find the same gradient buffers.
