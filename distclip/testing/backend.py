@@ -7,6 +7,7 @@ while its rank runs.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import pickle
 import random
@@ -54,11 +55,14 @@ class SimulatedStore(Store):
     def __init__(self, ask: Ask, timeout: float, prefix: str = "") -> None:
         super().__init__()
         self._ask, self._seconds, self._prefix = ask, timeout, prefix
+        self._prefixed: dict[str, SimulatedStore] = {}
         self.set_timeout(timedelta(seconds=timeout))
 
     def prefixed(self, prefix: str) -> SimulatedStore:
         """Return the same store with a prefix before every key, in Python only."""
-        return SimulatedStore(self._ask, self._seconds, f"{self._prefix}{prefix}/")
+        if prefix not in self._prefixed:
+            self._prefixed[prefix] = SimulatedStore(self._ask, self._seconds, f"{self._prefix}{prefix}/")
+        return self._prefixed[prefix]
 
     def set(self, key: str, value: str | bytes) -> None:
         """Set a key."""
@@ -147,13 +151,19 @@ class _Group(_ProcessGroup):  # type: ignore[misc]
 
     def _exchange(self, kind: str, tensor: Tensor) -> list[Tensor]:
         """Return the tensors of all ranks, which have the shape and dtype of this one."""
-        contents = self._meet(f"{kind} of {tensor.numel()} {str(tensor.dtype)[6:]}", _bytes_of(tensor))
-        return [_tensor_of(content, tensor) for content in contents]
+        return [_tensor_of(content, tensor) for content in self._exchange_bytes(kind, tensor)]
+
+    def _exchange_bytes(self, kind: str, tensor: Tensor) -> tuple[bytes, ...]:
+        return self._meet(f"{kind} of {tensor.numel()} {str(tensor.dtype)[6:]}", _bytes_of(tensor))
+
+    def _exchange_reduced(self, kind: str, tensor: Tensor, op: Any) -> Tensor:
+        """Return the reduction of the tensors of all ranks. Only read it."""
+        return _reduced(self._exchange_bytes(kind, tensor), tensor, op)
 
     def allreduce(self, tensors: Sequence[Tensor], opts: Any = None) -> Any:
         op = dist.ReduceOp.SUM if opts is None else opts.reduceOp
         for tensor in tensors:
-            _write(tensor, _reduce(self._exchange(f"all-reduce ({_op_name(op)})", tensor), op))
+            _write(tensor, self._exchange_reduced(f"all-reduce ({_op_name(op)})", tensor, op))
         return _done(tensors)
 
     allreduce_coalesced = allreduce
@@ -184,7 +194,7 @@ class _Group(_ProcessGroup):  # type: ignore[misc]
 
     def reduce(self, tensors: Sequence[Tensor], opts: Any) -> Any:
         for tensor in tensors:
-            total = _reduce(self._exchange("reduce", tensor), opts.reduceOp)
+            total = self._exchange_reduced("reduce", tensor, opts.reduceOp)
             if self._index == opts.rootRank:
                 _write(tensor, total)
         return _done(tensors)
@@ -196,7 +206,7 @@ class _Group(_ProcessGroup):  # type: ignore[misc]
 
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Any:
         op = dist.ReduceOp.SUM if opts is None else opts.reduceOp
-        total = _reduce(self._exchange("reduce-scatter", input), op).view(self._size, -1)
+        total = self._exchange_reduced("reduce-scatter", input, op).view(self._size, -1)
         _write(output, total[self._index].view(output.shape))
         return _done([output])
 
@@ -295,7 +305,7 @@ class _AllReduce:
             self._is_completed = True
             raise
         self._is_completed = True
-        _write(tensor, _reduce([_tensor_of(content, tensor) for content in contents], self._op))
+        _write(tensor, _reduced(contents, tensor, self._op))
 
 
 def _bytes_of(tensor: Tensor) -> bytes:
@@ -325,15 +335,33 @@ _REDUCTIONS: dict[Any, Callable[[Tensor], Tensor]] = {
 }
 
 
+_OP_NAMES = {known: str(known).rsplit(".", 1)[-1].lower() for known in _REDUCTIONS}
+
+_MAX_KEPT = 4096
+"""Number of bytes of a message up to which its reduction is kept."""
+
+
 def _op_name(op: Any) -> str:
-    return next((str(known).rsplit(".", 1)[-1].lower() for known in _REDUCTIONS if op == known), str(op))
+    return next((name for known, name in _OP_NAMES.items() if op == known), str(op))
 
 
-def _reduce(parts: Sequence[Tensor], op: Any) -> Tensor:
-    for known, reduce in _REDUCTIONS.items():
-        if op == known:
-            return reduce(torch.stack(list(parts)))
-    raise NotImplementedError(f"a simulated world has no reduction {op}")
+def _reduced(contents: tuple[bytes, ...], like: Tensor, op: Any) -> Tensor:
+    """Return the reduction of the contributions of all ranks, with the shape and dtype of one of them."""
+    # All ranks reduce the same contributions, and a rank that runs again does so again.
+    reduce = _reduce_small if len(contents[0]) <= _MAX_KEPT else _reduce
+    return reduce(contents, like.dtype, _op_name(op)).view(like.shape)
+
+
+def _reduce(contents: tuple[bytes, ...], dtype: torch.dtype, op_name: str) -> Tensor:
+    for known, name in _OP_NAMES.items():
+        if op_name == name:
+            parts = torch.frombuffer(bytearray(b"".join(contents)) or bytearray(1), dtype=torch.uint8)
+            whole = parts[: sum(map(len, contents))].view(dtype)
+            return _REDUCTIONS[known](whole.view(len(contents), -1 if contents[0] else 0))
+    raise NotImplementedError(f"a simulated world has no reduction {op_name}")
+
+
+_reduce_small = functools.lru_cache(maxsize=4096)(_reduce)
 
 
 def _done(value: Any) -> Any:
@@ -405,10 +433,12 @@ class RankState:
 
     Args:
         seed: seed of the random numbers of the rank.
+        draws: whether the rank may draw numbers from the generators of torch and Python. Exchanging their states takes
+            as long as ten messages.
     """
 
-    def __init__(self, seed: str) -> None:
-        self._seed, self._groups = seed, dict[str, Any]()
+    def __init__(self, seed: str, *, draws: bool = True) -> None:
+        self._seed, self._draws, self._groups = seed, draws, dict[str, Any]()
         self.random = random.Random(seed)
         self._world: Any = _RankWorld()
         self._kept: list[Any] = [type(vars(module)[name])() for module, name in _STATE_OF_A_PROCESS]
@@ -442,6 +472,8 @@ class RankState:
         for i, (module, name) in enumerate(_STATE_OF_A_PROCESS):
             present = vars(module)
             present[name], self._kept[i] = self._kept[i], present[name]
+        if not self._draws:
+            return
         torch_random, python_random = torch.get_rng_state(), random.getstate()
         torch.set_rng_state(self._torch_random)
         random.setstate(self._python_random)

@@ -18,9 +18,9 @@ from unittest import mock
 from torch.distributed import distributed_c10d
 
 from ..comm import discovery, roll_call, waiting
-from .backend import present_store, start_rank
+from .backend import RankState, exception_of, present_store, start_rank
 from .faults import Fault
-from .network import Request
+from .network import Failure, Request
 from .simulation import RankThread, simulated_process
 
 __all__ = ["Actor", "Node", "Tree", "explored_process"]
@@ -113,14 +113,24 @@ class Actor(RankThread):
         self.num_runs = 0
         self._prepare, self._is_prepared, self._num_counts = prepare, False, 0
         self._job: Callable[[], Any] = prepare
-        self._kept = self.state
+        # Replies to the next requests, in reverse order.
+        self._replies: list[Any] = []
+        # No code of distclip draws numbers, except from the generator of the rank.
+        self.state = RankState(f"explorer/{rank}", draws=False)
         self.start(prepare)
         if self.error is not None:
             raise self.error
 
-    def begin(self, job: Callable[[], Any], faults: Sequence[Fault]) -> None:
-        """Run a job until its first request."""
+    def begin(self, job: Callable[[], Any], faults: Sequence[Fault], replies: list[Any]) -> None:
+        """Run a job until its first request without a reply.
+
+        Args:
+            job: of the rank.
+            faults: of the rank.
+            replies: replies to its first requests, in reverse order. The list is emptied.
+        """
         self.end_job()
+        self._replies = replies
         self.num_runs += 1
         self.state.reset()
         self.faults, self.reached, self.stage, self._num_counts = faults, {}, "", 0
@@ -139,7 +149,13 @@ class Actor(RankThread):
         """Make a request, see `RankThread.ask`."""
         if not self._is_prepared:
             return _reply_alone(request)
-        reply = super().ask(*request)
+        if self._replies:
+            # The thread goes on at once, because nothing else has to run.
+            reply = self._replies.pop()
+            if type(reply) is Failure:
+                raise exception_of(reply)
+        else:
+            reply = super().ask(*request)
         if request[0] == "add":
             self._num_counts += 1
             return Count(self.ask, self._num_counts - 1)
@@ -181,16 +197,21 @@ class Node:
         reply: the last reply.
         result: result of the job, at its end.
         stage: last stage that the rank has reached.
+
+    Attributes:
+        children: states after each reply.
+        after_number: states after each number that an addition returns, when the rank has looked at it.
     """
 
-    __slots__ = ("children", "id", "kind", "parent", "reply", "request", "result", "stage")
+    __slots__ = ("after_number", "children", "id", "kind", "parent", "reply", "request", "result", "stage")
 
     _num_nodes = 0
 
-    def __init__(self, request: Request | None, parent: Node | None, reply: Any, result: Any, stage: str) -> None:
+    def __init__(self, request: Any, parent: Node | None, reply: Any, result: Any, stage: str) -> None:
         self.request, self.parent, self.reply, self.result, self.stage = request, parent, reply, result, stage
         self.kind: str = "end" if request is None else request[0]
         self.children: dict[Any, Node] = {}
+        self.after_number: dict[int, Node] = {}
         Node._num_nodes += 1
         self.id = Node._num_nodes
 
@@ -211,7 +232,7 @@ class Tree:
     def child(self, node: Node, reply: Any) -> Node:
         """Return the state after a reply."""
         # The rank looks at a number only by further requests.
-        key = None if node.kind == "add" else reply
+        key = None if node.kind == "add" else _without_rank(node, reply) if node.kind == "compare_set" else reply
         found = node.children.get(key)
         if found is None:
             self._return_to(node)
@@ -220,7 +241,7 @@ class Tree:
         return found
 
     def _begin(self) -> Node:
-        self.actor.begin(self.job, self.faults)
+        self.actor.begin(self.job, self.faults, [])
         return self._node(None, None)
 
     def _node(self, parent: Node | None, reply: Any) -> Node:
@@ -240,12 +261,20 @@ class Tree:
         while at.parent is not None:
             replies.append(at.reply)
             at = at.parent
-        self.actor.begin(self.job, self.faults)
-        for reply in reversed(replies):
-            self.actor.resume(reply)
+        self.actor.begin(self.job, self.faults, replies)
         if self.actor.request != node.request:
             raise AssertionError(f"rank {self.actor.rank} is not deterministic: {self.actor.request}, {node.request}")
         self.actor.parked = node
+
+
+def _without_rank(node: Node, reply: bytes) -> bytes:
+    """Return the reply to a posting, without the rank that has posted an equal value first.
+
+    A rank that agrees with the first one ends its comparison, whichever rank that is.
+    """
+    own = node.request[3]
+    value = own.partition(b":")[2]
+    return value if reply != own and reply.partition(b":")[2] == value else reply
 
 
 @contextmanager

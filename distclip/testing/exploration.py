@@ -9,6 +9,7 @@ changed.
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -88,10 +89,15 @@ class Explorer:
     def __init__(self) -> None:
         self._actors: dict[int, list[Actor]] = {}
         self._process: Any = None
+        self._collects = False
 
     def __enter__(self) -> Explorer:
         self._process = explored_process()
         self._process.__enter__()
+        # Collections would traverse the modules of torch again and again.
+        self._collects = gc.isenabled()
+        gc.disable()
+        gc.freeze()
         return self
 
     def __exit__(self, *args: Any) -> None:
@@ -99,6 +105,9 @@ class Explorer:
             for actor in actors:
                 actor.end_job()
         self._process.__exit__(*args)
+        gc.unfreeze()
+        if self._collects:
+            gc.enable()
 
     def actors(self, num_ranks: int) -> list[Actor]:
         """Return the ranks of a world."""
@@ -161,6 +170,7 @@ class Explorer:
         return totals
 
     def _trees(self, scenario: Scenario) -> list[Tree]:
+        gc.collect()
         return [
             Tree(actor, partial(make_calls, scenario, actor.prepared), scenario.faults_of(rank))
             for rank, actor in enumerate(self.actors(scenario.num_ranks))
@@ -338,23 +348,38 @@ class _World:
     def _perform(self, rank: int) -> None:
         """Carry out the store operation of a rank, and run the rank up to its next one."""
         node = self.nodes[rank]
-        request = node.request
+        request, kind = node.request, node.kind
         assert request is not None
         self.num_steps += 1
         reply = self.network.perform(rank, request)
-        kind = node.kind
-        if kind == "check":
-            self.looked[rank] |= frozenset(request[1])
-        elif kind == "add":
-            self.numbers[rank].append(reply)
-        if self.sleepers and kind in _WRITES and not (kind == "add" and request[2] == 0):
-            self._wake(request[1])
         if kind in _WRITES:
+            if self.sleepers and not (kind == "add" and request[2] == 0):
+                self._wake(request[1])
             self.stretch = 0.0
+        elif kind == "check":
+            self.looked[rank] |= frozenset(request[1])
         if reply is WAITING:
             return
-        self.nodes[rank] = self.trees[rank].child(node, reply)
+        if kind == "add":
+            self.numbers[rank].append(reply)
+            after = node.after_number.get(reply)
+            if after is None:
+                after = node.after_number[reply] = self._after_number(rank, node, reply)
+        else:
+            after = self.trees[rank].child(node, reply)
+        self.nodes[rank] = after
         self._settle(rank)
+
+    def _after_number(self, rank: int, node: Node, number: int) -> Node:
+        """Return the state of a rank that has been sent a number, and has looked at it."""
+        tree, index = self.trees[rank], len(self.numbers[rank]) - 1
+        node = tree.child(node, number)
+        if not self.dies and rank in self.deaths:
+            # Each look is one of the messages after which the rank dies.
+            return node
+        while node.kind == "look" and node.request[1] == index:
+            node = tree.child(node, look(number, *node.request[2:]))
+        return node
 
     def _settle(self, rank: int) -> None:
         """Run a rank as long as its requests commute with those of all other ranks."""
@@ -401,6 +426,8 @@ class _World:
     def _deliver(self) -> None:
         """Give ranks that waited their replies."""
         ready = self.network.ready
+        seen: Any = None
+        interned: Any = None
         while ready:
             rank, reply = ready.pop()
             if rank in self.network.dead:
@@ -409,7 +436,10 @@ class _World:
             node = self.nodes[rank]
             if reply is not None or node.kind in ("sleep", "get", "wait", "receive"):
                 if type(reply) is tuple:
-                    reply = _intern(reply)
+                    # Most ranks that become ready together have entered one collective.
+                    if reply is not seen:
+                        seen, interned = reply, _intern(reply)
+                    reply = interned
                 self.nodes[rank] = self.trees[rank].child(node, reply)
             # Otherwise the rank starts.
             self._settle(rank)

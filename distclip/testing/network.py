@@ -41,6 +41,9 @@ class Failure:
     text: str
 
 
+_TIMED_OUT = Failure("timeout", "Operation timed out!")
+
+
 class Network:
     """Store, collectives and clock that all ranks of a world share.
 
@@ -62,14 +65,16 @@ class Network:
 
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks, self.clock = num_ranks, 0.0
-        self.values: dict[str, bytes] = {}
+        # A counter is an integer, until its value is read.
+        self.values: dict[str, bytes | int] = {}
         self.dead: set[int] = set()
         self.gone: set[int] = set()
         self.mismatches: list[str] = []
         # Ranks whose request can be answered now, with the reply. The scheduler empties it.
         self.ready: list[tuple[int, Any]] = []
-        # Ranks that wait for keys: the keys, and whether the reply is a value.
-        self._waiting_for: dict[int, tuple[tuple[str, ...], bool]] = {}
+        # Ranks that wait for keys: the keys, and whether the reply is a value. By key: the ranks, in order.
+        self._waits: dict[int, tuple[tuple[str, ...], bool]] = {}
+        self._waiting_for: dict[str, dict[int, None]] = {}
         self._deadlines: dict[int, tuple[float, Any]] = {}
         # By group: contributions by rank, to the collective that its members enter next.
         self._meetings: dict[Any, dict[int, tuple[str, bytes]]] = {}
@@ -95,11 +100,11 @@ class Network:
             self._set(request[1], request[2])
             return None
         if name == "add":
-            total = int(self.values.get(request[1], b"0")) + request[2]
-            self._set(request[1], str(total).encode())
+            total = int(self.values.get(request[1], 0)) + request[2]
+            self._set(request[1], total)
             return total
         if name == "check":
-            return all(key in self.values for key in request[1])
+            return self._have(request[1])
         if name in ("get", "wait"):
             return self._wait(rank, request[1], request[2], with_value=name == "get")
         if name == "delete":
@@ -107,7 +112,7 @@ class Network:
         if name == "compare_set":
             return self._compare_set(*request[1:])
         if name == "append":
-            self._set(request[1], self.values.get(request[1], b"") + request[2])
+            self._set(request[1], (self._value(request[1]) or b"") + request[2])
             return None
         if name == "now":
             return self.clock
@@ -134,7 +139,8 @@ class Network:
         other.clock, other.values = self.clock, dict(self.values)
         other.dead, other.gone = set(self.dead), set(self.gone)
         other.mismatches, other.ready = list(self.mismatches), list(self.ready)
-        other._waiting_for, other._deadlines = dict(self._waiting_for), dict(self._deadlines)
+        other._waits, other._deadlines = dict(self._waits), dict(self._deadlines)
+        other._waiting_for = {key: dict(ranks) for key, ranks in self._waiting_for.items()}
         other._meetings = {group: dict(arrived) for group, arrived in self._meetings.items()}
         other._away, other._waiting_in = dict(self._away), dict(self._waiting_in)
         other._mail = {line: list(mail) for line, mail in self._mail.items()}
@@ -149,7 +155,7 @@ class Network:
     def end(self, rank: int) -> None:
         """Close the connections of a rank."""
         self.gone.add(rank)
-        self._waiting_for.pop(rank, None)
+        self._end_wait(rank)
         self._waiting_in.pop(rank, None)
         self._deadlines.pop(rank, None)
         for group, arrived in self._meetings.items():
@@ -172,32 +178,54 @@ class Network:
         due = [rank for rank, (at, _) in self._deadlines.items() if at <= self.clock]
         for rank in due:
             reply = self._deadlines.pop(rank)[1]
-            self._waiting_for.pop(rank, None)
+            self._end_wait(rank)
             if rank in self._waiting_in:
                 self._away[rank, self._waiting_in.pop(rank)] = WAITING
             self.ready.append((rank, reply))
         return True
 
-    def _set(self, key: str, value: bytes) -> None:
+    def _have(self, keys: tuple[str, ...]) -> bool:
+        """Return whether all keys have values."""
+        values = self.values
+        return keys[0] in values if len(keys) == 1 else all(key in values for key in keys)
+
+    def _value(self, key: str) -> bytes | None:
+        value = self.values.get(key)
+        return str(value).encode() if type(value) is int else value  # type: ignore[return-value]
+
+    def _set(self, key: str, value: bytes | int) -> None:
         self.values[key] = value
-        if self._waiting_for:
-            for rank in [r for r, (keys, _) in self._waiting_for.items() if key in keys]:
-                keys, with_value = self._waiting_for[rank]
-                if all(one in self.values for one in keys):
-                    del self._waiting_for[rank]
+        # Few keys are waited for, by many ranks.
+        if self._waiting_for and key in (waited := self._waiting_for):
+            for rank in list(waited[key]):
+                keys, with_value = self._waits[rank]
+                if self._have(keys):
+                    self._end_wait(rank)
                     self._deadlines.pop(rank, None)
-                    self.ready.append((rank, self.values[keys[0]] if with_value else None))
+                    self.ready.append((rank, self._value(keys[0]) if with_value else None))
 
     def _wait(self, rank: int, keys: tuple[str, ...], timeout: float, *, with_value: bool) -> Any:
-        if all(key in self.values for key in keys):
-            return self.values[keys[0]] if with_value else None
-        self._waiting_for[rank] = keys, with_value
+        if self._have(keys):
+            return self._value(keys[0]) if with_value else None
+        self._waits[rank] = keys, with_value
+        for key in keys:
+            self._waiting_for.setdefault(key, {})[rank] = None
         text = f"wait timeout after {timeout * 1000:.0f}ms, keys: {', '.join(keys)}"
         self._deadlines[rank] = self.clock + timeout, Failure("timeout", text)
         return WAITING
 
+    def _end_wait(self, rank: int) -> None:
+        """Forget which keys a rank waits for."""
+        if rank not in self._waits:
+            return
+        for key in {*self._waits.pop(rank)[0]}:
+            ranks = self._waiting_for[key]
+            del ranks[rank]
+            if not ranks:
+                del self._waiting_for[key]
+
     def _compare_set(self, key: str, expected: bytes, desired: bytes) -> bytes:
-        present = self.values.get(key)
+        present = self._value(key)
         if (present is None and not expected) or present == expected:
             self._set(key, desired)
             return desired
@@ -214,8 +242,8 @@ class Network:
         if len(arrived) < len(members):
             return self._wait_for_members(rank, group, seconds)
         reply: Any = tuple([arrived[member][1] for member in members])
-        kinds = {member: arrived[member][0] for member in members}
-        if len(set(kinds.values())) > 1:
+        if len({kind for kind, _ in arrived.values()}) > 1:
+            kinds = {member: arrived[member][0] for member in members}
             self.mismatches.append(f"the ranks of one collective have entered {kinds}")
             reply = Failure("mismatch", f"ranks are in different collectives: {kinds}")
         del arrived[rank]
@@ -228,7 +256,7 @@ class Network:
 
     def _wait_for_members(self, rank: int, group: tuple[tuple[int, ...], str], seconds: float) -> Any:
         if seconds < inf:
-            self._deadlines[rank] = self.clock + seconds, Failure("timeout", "Operation timed out!")
+            self._deadlines[rank] = self.clock + seconds, _TIMED_OUT
             self._waiting_in[rank] = group
         return WAITING
 
@@ -264,8 +292,8 @@ class Network:
         texts = {}
         for rank in ranks:
             met = [group for group, arrived in self._meetings.items() if rank in arrived]
-            if rank in self._waiting_for:
-                texts[rank] = f"waits for the keys {', '.join(self._waiting_for[rank][0])}"
+            if rank in self._waits:
+                texts[rank] = f"waits for the keys {', '.join(self._waits[rank][0])}"
             elif met:
                 arrived = self._meetings[met[0]]
                 missing = [member for member in met[0][0] if member not in arrived]
