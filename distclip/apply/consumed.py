@@ -2,7 +2,8 @@
 
 A program that clips after `optimizer.step()` steps unclipped gradients, and then clips what nothing reads any more. Its
 norms and coefficients look right. So a hook after every step of any optimizer marks a few gradients, unless they were
-clipped before, and a call that clips the very same gradients finds the mark.
+clipped before, and a call that clips the very same gradients finds the mark. See `by_hand` for steps without an
+optimizer.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ..errors import UnclippedStepWarning, warn_user
 from ..sharding.dtensor import local_of
 from ..sharding.table import ShardTable, TableMetadata
+from .by_hand import find_steps_by_hand, watch_backward
 
 __all__ = ["find_stepped", "mark_clipped", "warn_of_late_clip", "watch_steps_of"]
 
@@ -69,7 +71,8 @@ def find_stepped(table: ShardTable) -> list[Tensor]:
     sample = _sample(table)
     for param in sample:
         _watch(param)
-    return [param for param in sample if _is_late(param.grad)]
+    by_hand = find_steps_by_hand(sample)
+    return [param for param in sample if _is_late(param.grad)] or by_hand
 
 
 def mark_clipped(table: ShardTable) -> None:
@@ -94,8 +97,8 @@ def warn_of_late_clip(function: str, table: ShardTable, stepped: Sequence[Tensor
     ids = set(map(id, stepped))
     names = [name for name, tensor in zip(table.names, table.tensors, strict=True) if id(tensor) in ids]
     warn_user(
-        f"{function}: an optimizer has stepped with these gradients already ({', '.join(names[:3])}), so that its step "
-        "was not clipped. Call it between backward() and optimizer.step().",
+        f"{function}: an optimizer, or a step by hand, has stepped with these gradients already "
+        f"({', '.join(names[:3])}), so that the step was not clipped. Call it between backward() and the step.",
         UnclippedStepWarning,
     )
 
@@ -122,6 +125,7 @@ def _watch(param: Tensor) -> None:
     _num_changes += key not in _watched
     _watched.pop(key, None)
     _watched[key] = None
+    watch_backward(param)
     while len(_watched) > _MAX_WATCHED:
         _watched.pop(next(iter(_watched)), None)
     if not _handles:

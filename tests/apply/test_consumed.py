@@ -77,7 +77,7 @@ def test_clip_after_the_step_warns_once(function: str, optimizer: str, set_to_no
     one = OPTIMIZERS[optimizer](params)
     call = FUNCTIONS[function](params, one)
     (text,) = texts_of(lambda: train(params, [one.step, call], set_to_none=set_to_none))
-    assert "an optimizer has stepped with these gradients already" in text
+    assert "has stepped with these gradients already" in text
 
 
 @pytest.mark.parametrize("function", MEASURING)

@@ -1,0 +1,166 @@
+"""Find steps that were made by hand before the gradients are clipped.
+
+No hook runs after `param -= lr * param.grad`. But such a step writes the parameter after the backward pass, and it adds
+a multiple of the gradient. So a hook of the backward pass keeps the version of a few parameters and a few of their
+elements. A parameter that has another version in the call is compared with what a step would have made of it.
+
+Other code may write parameters at that point: it exchanges them for their average, restores them after a perturbation,
+clamps, rounds, loads or initializes them. None of it adds a multiple of the gradient to within the rounding of the
+parameter. What a version does not show is not found: `param.data -= lr * param.grad`, parameters that FSDP writes
+gradients to, and later steps of rules with a state, such as Adam.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from .. import devices
+from ..sharding.dtensor import local_of
+
+__all__ = ["find_steps_by_hand", "watch_backward"]
+
+_NUM_CALLS = 4
+"""Number of calls that look. A wrong order is wrong in every step."""
+
+_NUM_ELEMENTS = 64
+"""Number of elements of a parameter that are compared."""
+
+_MAX_WATCHED = 64
+"""Number of parameters of all calls that have a hook."""
+
+
+@dataclass(slots=True)
+class _Record:
+    """Parameter after its last backward pass.
+
+    Args:
+        handle: of the hook.
+        num_calls: number of calls that have looked so far.
+        version: version of the parameter. None before the first backward pass. The last one after all calls.
+        values: its first elements.
+    """
+
+    handle: Any
+    num_calls: int = 0
+    version: int | None = None
+    values: Tensor | None = None
+
+    def is_of(self, param: Tensor) -> bool:
+        """Return whether the record belongs to a parameter, and not to one that is gone and had the same id."""
+        if self.num_calls < _NUM_CALLS:
+            return self.handle.id in (param._post_accumulate_grad_hooks or ())
+        # A new tensor begins with version 0, and one that was trained has been written.
+        return self.version is None or local_of(param)._version >= self.version
+
+
+# Ids only: torch.utils.swap_tensors refuses a tensor with weak references.
+_records: dict[int, _Record] = {}
+
+
+def watch_backward(param: Tensor) -> None:
+    """Watch the next backward passes of a parameter. Collectives: none. Host syncs: none."""
+    known = _records.get(id(param))
+    if known is not None and known.is_of(param):
+        return
+    local = local_of(param)
+    if not (param.requires_grad and param.is_leaf):
+        return
+    if type(local) not in (Tensor, torch.nn.Parameter) or local.device.type == "meta" or local.is_inference():
+        return
+    record = _records[id(param)] = _Record(None)
+    record.handle = param.register_post_accumulate_grad_hook(_remember)  # type: ignore[no-untyped-call]
+    while len(_records) > _MAX_WATCHED:
+        _records.pop(next(iter(_records))).handle.remove()
+
+
+def find_steps_by_hand(params: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parameters that have moved along their gradients since the backward pass.
+
+    Args:
+        params: parameters with a gradient.
+
+    Collectives: none. Host syncs: none, unless a parameter was written since the backward pass.
+    """
+    changed = []
+    for param in params:
+        record = _records.get(id(param))
+        if record is None or record.version is None or record.num_calls >= _NUM_CALLS:
+            continue
+        version = local_of(param)._version
+        if record.version != version:
+            changed.append((param, record.values))
+        # Further calls may follow the same backward pass.
+        record.version, record.values = None, None
+        record.num_calls += 1
+        if record.num_calls == _NUM_CALLS:
+            record.handle.remove()
+            record.version = version
+    return [param for param, values in changed if _is_step(param, values)]
+
+
+@_disable_dynamo
+def _remember(param: Tensor) -> None:
+    """Keep what a parameter is after its backward pass."""
+    record = _records.get(id(param))
+    if record is None or record.num_calls >= _NUM_CALLS or devices.is_capturing():
+        return
+    record.version, record.values = local_of(param)._version, _first_elements(param).clone()
+
+
+def _first_elements(tensor: Tensor) -> Tensor:
+    return local_of(tensor).detach().reshape(-1)[:_NUM_ELEMENTS]
+
+
+def _is_step(param: Tensor, old: Tensor | None) -> bool:
+    """Return whether a parameter p has become p - a g - b p or p - a sign(g) - b p, for its gradient g.
+
+    Args:
+        param: the parameter.
+        old: its first elements after the backward pass.
+    """
+    grad = param.grad
+    if grad is None or old is None or local_of(grad).layout is not torch.strided:
+        return False
+    now, grad = _first_elements(param), _first_elements(grad)
+    if not now.shape == grad.shape == old.shape or not now.is_floating_point():
+        return False
+    eps = torch.finfo(now.dtype).eps
+    then, after, slope = (one.to("cpu", torch.float64) for one in (old, now, grad))
+    moved = after - then
+    if not bool((moved.isfinite() & slope.isfinite()).all()):
+        return False
+    # Elements of one magnitude are proportional to too many changes.
+    sizes = slope[slope != 0].abs()
+    if len(sizes) < 2 or float(sizes.max()) < 1.001 * float(sizes.min()):
+        return False
+    # A step is exact to the rounding of the parameter and of the learning rate, and to the constant that Adam adds.
+    allowed = 2 * eps * (then.abs() + after.abs()) + max(4 * eps, 1e-6) * moved.abs() + 1e-30
+    if float(moved.norm()) < 20 * float(allowed.norm()):
+        return False
+    # Code that scales a parameter, or sets it to 0, needs no gradient.
+    if _residual(moved, [then])[0].norm() < 0.1 * moved.norm():
+        return False
+    # With decay there are two unknowns, and with fewer elements any change would fit.
+    bases = [[slope]] + ([[slope, then], [slope.sign(), then]] if len(sizes) >= 8 else [])
+    for basis in bases:
+        residual, factors = _residual(moved, basis)
+        if float(factors[0]) < 0 and bool((residual.abs() <= 4 * allowed).all()):
+            return True
+    return False
+
+
+def _residual(moved: Tensor, basis: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    columns = [one for one in basis if bool(one.any())]
+    if not columns:
+        return moved, moved.new_zeros(1)
+    # Columns of one length, so that none is negligible.
+    norms = torch.stack([one.norm() for one in columns])
+    matrix = torch.stack(columns, 1) / norms
+    factors = torch.linalg.lstsq(matrix, moved.unsqueeze(1), driver="gelsd").solution.squeeze(1)
+    return moved - matrix @ factors, factors
