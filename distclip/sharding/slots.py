@@ -36,6 +36,7 @@ from ..errors import ArgumentError, LayoutError
 from .annotations import annotation_of
 from .layout import Layout
 from .members import are_references
+from .order import Order, digest_values, has_other_order, order_of
 from .parameters import check_names, is_frozen, is_position
 from .rows import LocalRows, local_rows
 from .shard import Rows
@@ -124,6 +125,7 @@ class ParamInfo:
         tied: True for a replica that was annotated, and can have other names on other ranks.
         cut: rows on this rank, for per="row".
         trains: False for a parameter that is frozen on this rank.
+        digest: checksum of the values of a replica without a name, on this rank only. None for any other parameter.
     """
 
     name: str
@@ -134,6 +136,7 @@ class ParamInfo:
     tied: bool = False
     cut: LocalRows | None = None
     trains: bool = True
+    digest: int | None = None
 
     @property
     def full_name(self) -> str:
@@ -194,6 +197,16 @@ def describe_params(table: ShardTable, rank: int, spec: Granularity, module: nn.
                 trains=trains,
             )
         )
+    return params if spec.per not in ("tensor", "row") else _with_digests(params, table)
+
+
+def _with_digests(params: list[ParamInfo], table: ShardTable) -> list[ParamInfo]:
+    """Add digests to the descriptions of whole replicas without names."""
+    at = [i for i, p in enumerate(params) if p.is_whole and p.share < 1 and p.trains and is_position(p.name)]
+    # One parameter has one order.
+    digests = digest_values([table.tensors[i] for i in at]) if len(at) > 1 else None
+    for i, digest in zip(at, digests or (), strict=digests is not None):
+        params[i] = replace(params[i], digest=digest)
     return params
 
 
@@ -212,6 +225,9 @@ def exchange_params(
         have it, and the index of this rank's description. The list is equal on all ranks, except that the description
         of this rank has the rows that it holds.
 
+    Raises:
+        LayoutError: replicas without names are in another order on another rank; on every rank.
+
     Collectives: those of `exchange_texts`, twice.
     """
     # Expert ranks differ in their coordinates only, which are few, and not in their thousands of names.
@@ -219,17 +235,33 @@ def exchange_params(
     numbers = {one: i for i, one in enumerate(coords)}
     rows = [_encode(param, numbers[param.axis_coords]) for param in params]
     named = exchange_texts(comm, error, json.dumps(rows, separators=(",", ":")))
-    placed = exchange_texts(comm, None, json.dumps([named.own, coords], separators=(",", ":")))
+    order = order_of([param.digest for param in params if param.digest is not None])
+    placed = exchange_texts(comm, None, json.dumps([named.own, coords, order], separators=(",", ":")))
     # Each text is parsed once, for all ranks that share it.
     decoded = list(map(json.loads, named.texts))
-    gathered: list[list[ParamInfo]] = []
+    # Ranks whose replicas have other values count as one.
+    counts: dict[str, int] = {}
+    orders: dict[str, list[Order]] = {}
+    own = ""
     for i, (text, count) in enumerate(zip(placed.texts, placed.counts, strict=True)):
-        number, coords_there = json.loads(text)
+        *place, one = json.loads(text)
+        key = json.dumps(place)
+        counts[key] = counts.get(key, 0) + count
+        orders.setdefault(key, []).append(tuple(one))
+        own = key if i == placed.own else own
+    if any(map(has_other_order, orders.values())):
+        raise LayoutError(
+            "parameters: they have no names, and their values are in another order on another rank, so that the norms "
+            "of different parameters would be mixed. Pass model.named_parameters(), or the module."
+        )
+    gathered: list[list[ParamInfo]] = []
+    for key, count in counts.items():
+        number, coords_there = json.loads(key)
         at = [tuple((axis, tuple(along)) for axis, along in one) for one in coords_there]
         # Only the description of this rank has its rows.
-        described = params if i == placed.own else [_decode(row, at) for row in decoded[number]]
+        described = params if key == own else [_decode(row, at) for row in decoded[number]]
         gathered.append([replace(param, share=param.share * count) for param in described])
-    return gathered, placed.own
+    return gathered, list(counts).index(own)
 
 
 def _encode(param: ParamInfo, coords: int) -> list[Any]:

@@ -1,0 +1,64 @@
+"""Compare the order of parameters without names between the ranks that hold replicas of them.
+
+Tensors without names are one parameter if they have one position. Two of equal shape can be in another order on another
+rank. Replicas have equal values, so that another order shows: the ranks have the same values, at other positions. Ranks
+whose values differ are not in another order, because they have not been made equal yet. Positions of shards, and of
+parameters of one value such as zero, show nothing.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..devices import is_fake
+from .dtensor import local_of
+
+__all__ = ["Order", "digest_values", "has_other_order", "order_of"]
+
+Order: TypeAlias = tuple[int, int]
+"""Hashes of values in their order, and of the same values in any order. (0, 0) if there are none."""
+
+_NUM_ELEMENTS = 64
+"""Number of elements of each parameter that are read."""
+
+
+def digest_values(tensors: Sequence[Tensor]) -> list[int] | None:
+    """Return a checksum of some elements of each tensor, or None if the values cannot be read.
+
+    Collectives: none. Host syncs: one on an accelerator.
+    """
+    locals_ = [local_of(tensor).detach() for tensor in tensors]
+    if any(
+        type(one) is not Tensor or one.is_meta or is_fake(one) or one.layout is not torch.strided for one in locals_
+    ):
+        return None
+    samples = [one.reshape(-1)[:: max(1, one.numel() // _NUM_ELEMENTS)][:_NUM_ELEMENTS].double() for one in locals_]
+    if len({one.device for one in samples}) != 1:
+        return None
+    content = torch.cat(samples).cpu().numpy().tobytes()
+    digests, begin = [], 0
+    for one in samples:
+        digests.append(zlib.crc32(content[begin : begin + 8 * one.numel()]))
+        begin += 8 * one.numel()
+    return digests
+
+
+def order_of(digests: Sequence[int]) -> Order:
+    """Return the hashes of some checksums.
+
+    >>> order_of([1, 2])[1] == order_of([2, 1])[1], order_of([1, 2]) == order_of([2, 1])
+    (True, False)
+    """
+    if not digests:
+        return 0, 0
+    return tuple(zlib.crc32(repr(some).encode()) for some in (list(digests), sorted(digests)))  # type: ignore[return-value]
+
+
+def has_other_order(orders: Sequence[Order]) -> bool:
+    """Return whether two of them are of the same values in another order."""
+    return len({any_order for _, any_order in orders}) < len(set(orders))
