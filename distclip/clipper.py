@@ -26,7 +26,7 @@ from .comm import Comm
 from .comm.consensus import FirstError
 from .devices import outside_fake_mode
 from .engine import Engine
-from .errors import ArgumentError, DistclipError
+from .errors import ArgumentError, DistclipError, UnclippedStepWarning, warn_user
 from .graphs import GraphPlan, is_tracing, leave_graph, reason_against_clip, reason_against_step
 from .graphs import clip as clip_in_graph
 from .graphs import step as step_in_graph
@@ -185,9 +185,18 @@ class GradClipper:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradClipper:
-        # A model and its clipper can be copied together, within their process.
+        # A model and its clipper can be copied together, within their process. Without the model, the first call warns.
         clipper = memo[id(self)] = object.__new__(type(self))
-        clipper.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        # The hooks of an attached clipper belong to its optimizers, and their copies have none.
+        kept = {key: value for key, value in self.__dict__.items() if key not in ("_turns", "_in_backward")}
+        clipper.__dict__.update(copy.deepcopy(kept, memo), _turns=Turns(), _in_backward=None)
+        clipper._engine.forget_original(memo)
+        if self._turns.optimizers or (self._in_backward is not None and not self._in_backward.is_removed):
+            warn_user(
+                "copy.deepcopy: the copy of an attached clipper is attached to no optimizer. Call attach on the copy "
+                "with the optimizers that it clips for.",
+                UnclippedStepWarning,
+            )
         return clipper
 
     @torch.no_grad()

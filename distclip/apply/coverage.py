@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from operator import attrgetter, is_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from torch.optim import Optimizer
 from ..devices import is_fake
 from ..errors import ArgumentError, UnclippedStepWarning, warn_user
 from ..sharding.dtensor import local_of
-from ..sharding.parameters import name_tensors
+from ..sharding.parameters import is_frozen, name_tensors
 from ..sharding.shard import Shards
 from ..sharding.table import ShardTable
 from .grad_scaler import parameters_of
@@ -64,10 +65,11 @@ class Coverage:
         table: parameters of this rank.
         partial: whether the clipper has only a part of the parameters on purpose.
         module: module that the caller passed, or None. No strong reference is kept.
+        is_copy: whether the clipper was copied, perhaps without its model.
     """
 
-    def __init__(self, table: ShardTable, *, partial: bool, module: nn.Module | None) -> None:
-        self._table, self.partial = table, partial
+    def __init__(self, table: ShardTable, *, partial: bool, module: nn.Module | None, is_copy: bool = False) -> None:
+        self._table, self.partial, self._is_copy = table, partial, is_copy
         self._module = None if module is None else weakref.ref(module)
         self._ids = set(map(id, table.tensors))
         self._known: dict[tuple[int, ...], _Comparison] = {}
@@ -81,6 +83,16 @@ class Coverage:
         # Versions and some values of some parameters, in the last calls without a gradient.
         self._calls_without: list[list[tuple[int, Tensor]]] = []
         table.inspect = self.inspect
+
+    def of_copy(self, table: ShardTable, memo: dict[int, Any]) -> Coverage:
+        """Return the checks of a copied table.
+
+        Args:
+            table: copy of the table.
+            memo: copies by the identities of what was copied, see `copy.deepcopy`.
+        """
+        module = None if self._module is None else memo.get(id(self._module()))
+        return Coverage(table, partial=self.partial, module=module, is_copy=True)
 
     def check(self, optimizers: Sequence[Optimizer], *, all_now: bool) -> None:
         """Raise unless the optimizers step exactly what is measured.
@@ -234,9 +246,19 @@ class Coverage:
     def record_call(self, num_gradients: int) -> None:
         """Warn if several calls in a row have found no gradient, although the parameters change.
 
+        A clipper that was copied without its model has parameters that nobody trains. So its first call warns.
+
         Args:
             num_gradients: number of gradients of this rank.
         """
+        is_copy, self._is_copy = self._is_copy, False
+        if is_copy and not num_gradients and not all(map(is_frozen, self._table.tensors)):
+            warn_user(
+                "copy.deepcopy: the first call of a copied clipper finds no gradient. A copy made without the model "
+                "clips copies of the parameters that no optimizer steps. Copy both together, as in "
+                "copy.deepcopy((model, clipper)), or construct a clipper and load_state_dict(clipper.state_dict()).",
+                UnclippedStepWarning,
+            )
         # Under FakeTensorMode no gradient is measured.
         if num_gradients or not self._table.tensors or any(map(is_fake, self._table.tensors[:1])):
             self._calls_without.clear()

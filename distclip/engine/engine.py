@@ -121,7 +121,7 @@ class Engine:
         counter.prints = comm.rank == 0
         self.deferred = DeferredReads(self)
         self.coverage = coverage
-        self.optimizers = OptimizerSteps(table, comm, self.agree, lambda: self.on_host, coverage)
+        self.optimizers = OptimizerSteps(table, comm, self.agree, self.is_on_host, coverage)
         self.replicas = replicas
         self.guard = ReplicaGuard(table, replica_rules.RULES[replicas], ReplicaLog())
         self.guard.log.prints = counter.prints
@@ -236,6 +236,19 @@ class Engine:
             return devices.host_reads_free(self.comm.device)
         # A frozen parameter may be anywhere, also on the meta device.
         return all(devices.host_reads_free(tensor.device) for tensor in self.table.tensors if not is_frozen(tensor))
+
+    def is_on_host(self) -> bool:
+        """Return `on_host`."""
+        return self.on_host
+
+    def forget_original(self, memo: dict[int, Any]) -> None:
+        """Replace identities of tensors by those of their copies, after this engine was copied.
+
+        Args:
+            memo: see `copy.deepcopy`.
+        """
+        self.coverage = self.coverage.of_copy(self.table, memo)
+        self.optimizers = OptimizerSteps(self.table, self.comm, self.agree, self.is_on_host, self.coverage)
 
     @property
     def step_comm(self) -> Comm:

@@ -54,11 +54,18 @@ class IsolatedEngine(Engine):
         self.is_busy = False
         self._due: list[TooManySkippedSteps] = []
         self._marks: dict[str, tuple[int, int, int]] = {}
+        self._ids_by_slot = self._find_ids()
+
+    def _find_ids(self) -> list[set[int]]:
         slots: list[set[int]] = [set() for _ in self.policy.policies]
         for name, tensor in zip(self.table.names, self.table.tensors, strict=True):
             slot, _ = self.slots.by_name.get(name, (0, None))
             slots[slot].add(id(tensor))
-        self._ids_by_slot = slots
+        return slots
+
+    def forget_original(self, memo: dict[int, Any]) -> None:
+        super().forget_original(memo)
+        self._ids_by_slot = self._find_ids()
 
     def _carry_out(
         self,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from torch.optim import SGD
 
 import distclip
 from distclip import GradClipper
@@ -36,6 +38,47 @@ def test_copy_of_a_model_and_its_clipper_clips_the_copy() -> None:
         param.grad = torch.ones_like(param)
     assert float(clipper.clip().norm) == pytest.approx(3**0.5)
     assert model.weight.grad is None
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_copies_of_model_clipper_and_optimizer_step_together(order: tuple[int, ...], isolate: bool) -> None:
+    model = torch.nn.Linear(2, 1)
+    parts = model, GradClipper(model, distclip.global_norm(1.0), isolate=isolate), SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        copied = copy.deepcopy([parts[i] for i in order])
+        parts = tuple(copied[order.index(i)] for i in range(3))  # type: ignore[assignment]
+        one, clipper, optimizer = parts
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        optimizer.zero_grad()
+        one(torch.ones(1, 2)).sum().backward()
+        assert float(clipper.step(optimizer).norm) == pytest.approx(3**0.5)
+        with pytest.raises(distclip.ArgumentError, match="parameters that the clipper does not have"):
+            clipper.step(SGD(model.parameters(), lr=0.1))
+
+
+def test_clipper_copied_without_its_model_warns_in_its_first_call() -> None:
+    model = torch.nn.Linear(2, 1)
+    clipper = copy.deepcopy(GradClipper(model, distclip.global_norm(1.0)))
+    model(torch.ones(1, 2)).sum().backward()
+    with pytest.warns(distclip.UnclippedStepWarning, match="construct a clipper and load_state_dict"):
+        clipper.clip()
+    with pytest.raises(distclip.ArgumentError, match="parameters that the clipper does not have"):
+        clipper.step(SGD(model.parameters(), lr=0.1))
+
+
+def test_copy_of_an_attached_clipper_is_attached_to_nothing() -> None:
+    model = torch.nn.Linear(2, 1)
+    optimizer, clipper = SGD(model.parameters(), lr=0.1), GradClipper(model, distclip.global_norm(1.0))
+    clipper.attach(optimizer)
+    with pytest.warns(distclip.UnclippedStepWarning, match="attached to no optimizer"):
+        model, optimizer, clipper = copy.deepcopy((model, optimizer, clipper))
+    clipper.attach(optimizer)
+    before = model.weight.detach().clone()
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert float((model.weight - before).norm()) == pytest.approx(0.1 * (2 / 3) ** 0.5, rel=1e-4)
 
 
 @pytest.mark.parametrize(
