@@ -28,6 +28,9 @@ __all__ = ["find_steps_by_hand", "watch_backward"]
 _NUM_CALLS = 4
 """Number of calls that look. A wrong order is wrong in every step."""
 
+_MAX_PASSES = 64
+"""Number of backward passes that are looked at, where calls are few or there are none."""
+
 _NUM_ELEMENTS = 64
 """Number of elements of a parameter that are compared."""
 
@@ -42,12 +45,14 @@ class _Record:
     Args:
         handle: of the hook.
         num_calls: number of calls that have looked so far.
+        num_passes: number of backward passes so far.
         version: version of the parameter. None before the first backward pass. The last one after all calls.
         values: its first elements.
     """
 
     handle: Any
     num_calls: int = 0
+    num_passes: int = 0
     version: int | None = None
     values: Tensor | None = None
 
@@ -108,8 +113,9 @@ def find_steps_by_hand(params: Sequence[Tensor]) -> list[Tensor]:
 def _remember(param: Tensor) -> None:
     """Keep what a parameter is after its backward pass."""
     record = _records.get(id(param))
-    if record is None or record.num_calls >= _NUM_CALLS or devices.is_capturing():
+    if record is None or record.num_passes >= _MAX_PASSES or devices.is_capturing():
         return
+    record.num_passes += 1
     record.version, record.values = local_of(param)._version, _first_elements(param).clone()
 
 

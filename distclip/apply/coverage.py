@@ -246,7 +246,7 @@ class Coverage:
     def record_call(self, num_gradients: int) -> None:
         """Warn if several calls in a row have found no gradient, although the parameters change.
 
-        A clipper that was copied without its model has parameters that nobody trains. So its first call warns.
+        A clipper that was copied without its model has parameters that no optimizer steps. So its first call warns.
 
         Args:
             num_gradients: number of gradients of this rank.
