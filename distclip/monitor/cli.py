@@ -69,6 +69,10 @@ EXAMPLES = {
   distclip serve runs --port 8080               all runs below a directory, on a fixed port
   ssh -L 8080:localhost:8080 login distclip serve runs --port 8080
                                                 on a cluster, for a browser elsewhere""",
+    "export": """\
+  distclip export runs/first --to csv           steps.csv and tensors.csv in runs/first/export
+  distclip export runs/first --to tensorboard --out logs/first
+  WANDB_MODE=offline distclip export runs/first --to wandb""",
 }
 """Examples at the end of the help, by command."""
 
@@ -101,6 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
+        if missing == "pyarrow":
+            return _fail(args, "this run has a columnar log. Use pip install 'distclip[columnar]'")
         if missing not in EXTRA_PACKAGES | SERVER_PACKAGES:
             raise
         extra = "serve" if missing in SERVER_PACKAGES else "report"
@@ -241,6 +247,22 @@ def _serve(args: argparse.Namespace, logs: list[Log]) -> None:
     serve(args.runs, keys, Terminal(), host=args.host, port=args.port, in_browser=args.open)
 
 
+def _export(args: argparse.Namespace, logs: list[Log]) -> None:
+    from .export import export
+    from .terminal import Terminal
+
+    (log,) = logs
+    paths = export(log, args.to, args.out if args.out is not None else log.path.parent / "export")
+    if args.json:
+        from .json_output import describe_run
+
+        _print_document(args, [describe_run(log)], files=paths)
+    else:
+        terminal = Terminal()
+        for path in paths:
+            terminal.line(f"{args.to}: {path}")
+
+
 def _print_document(args: argparse.Namespace, runs: list[dict[str, Any]], **further: Any) -> None:
     from .json_output import format_document
 
@@ -276,7 +298,7 @@ def _make_parser() -> argparse.ArgumentParser:
             epilog=_format_examples(name),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        run = "directory with a metrics.jsonl, or a log of TensorBoard, W&B, transformers, Lightning, CSV or JSON"
+        run = "directory with a metrics.jsonl, or a log of TensorBoard, W&B, Trackio, transformers, Lightning or others"
         if several:
             run += ". A directory of runs stands for all of them"
         command.add_argument("runs", nargs="+" if several else 1, type=Path, metavar="RUN", help=run)
@@ -315,6 +337,13 @@ def _make_parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     serve.add_argument("--port", type=_port, default=0, metavar="N", help="port to listen on (default: 0, a free one)")
     serve.add_argument("--open", action="store_true", help="open the page in the browser")
+    export = add_command("export", _export, "write a run in a format of another tool", several=False)
+    export.add_argument(
+        "--to", required=True, choices=("parquet", "csv", "tensorboard", "wandb"), help="format to write"
+    )
+    export.add_argument(
+        "--out", type=Path, metavar="DIR", help="directory to write to (default: export in the run's directory)"
+    )
     return parser
 
 

@@ -14,7 +14,7 @@ from .analysis.spikes import Culprit, Spike
 from .analysis.suggest import Candidate, Suggestion
 from .jsonl import finite
 
-__all__ = ["SCHEMA", "describe_blame", "describe_diagnosis", "describe_suggestion", "format_document"]
+__all__ = ["SCHEMA", "describe_blame", "describe_diagnosis", "describe_run", "describe_suggestion", "format_document"]
 
 SCHEMA = 1
 """Version of the documents. It increases if a field changes its meaning or is removed, and not if one is added."""
@@ -40,7 +40,7 @@ def format_document(command: str, runs: Sequence[Fields], further: Mapping[str, 
 def describe_diagnosis(log: Log, outcome: Outcome, findings: Sequence[Finding]) -> Fields:
     """Return the outcome of a run and its findings."""
     return {
-        **_describe_run(log),
+        **describe_run(log),
         "outcome": {"verdict": outcome.verdict, "text": outcome.text, "loss": outcome.loss, "start": outcome.start},
         "findings": [
             {
@@ -59,7 +59,7 @@ def describe_suggestion(log: Log, suggestion: Suggestion) -> Fields:
     """Return the suggested bound of a run and its evidence."""
     segment = suggestion.segment
     return {
-        **_describe_run(log),
+        **describe_run(log),
         "max_norm": suggestion.max_norm,
         "low": suggestion.low,
         "high": suggestion.high,
@@ -80,7 +80,7 @@ def describe_suggestion(log: Log, suggestion: Suggestion) -> Fields:
 def describe_blame(log: Log, blame: Blame) -> Fields:
     """Return the properties that the spikes of a run have in common."""
     return {
-        **_describe_run(log),
+        **describe_run(log),
         "text": blame.text,
         "spikes": [_describe_spike(spike) for spike in blame.spikes],
         "spikes_with_ids": blame.num_with_ids,
@@ -93,7 +93,8 @@ def describe_blame(log: Log, blame: Blame) -> Fields:
     }
 
 
-def _describe_run(log: Log) -> Fields:
+def describe_run(log: Log) -> Fields:
+    """Return the fields that all commands have."""
     return {
         "name": log.name,
         "path": log.path,

@@ -43,7 +43,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FORMAT", "MIN_BETWEEN_UPDATES", "UPDATE_RMS_ALARM", "JsonLines", "finite"]
+__all__ = ["COLUMNS", "FORMAT", "MIN_BETWEEN_UPDATES", "UPDATE_RMS_ALARM", "JsonLines", "finite"]
+
+COLUMNS = "metrics.columns"
+"""Name of the directory of a columnar log, next to its file of lines."""
 
 FORMAT = 1
 """Version of the format. It increases if a reader of old lines would misread new ones."""
@@ -77,6 +80,10 @@ class JsonLines:
         text = "".join(json.dumps(finite(row), allow_nan=False, default=str) + "\n" for row in rows)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(text)
+
+    def convert_vector(self, values: Any) -> Any:
+        """Return a vector as it is in a line: a list of numbers with six digits."""
+        return [float(f"{x:.6g}") for x in values.tolist()]
 
 
 def finite(value: Any) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import index
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,8 +23,9 @@ from ..devices import is_capturing
 from ..errors import ArgumentError, DisagreementError, from_wire, warn_user
 from ..outcome import Outcome
 from .alerts import MIN_RATIO, Alert, to_alerts
+from .analysis.errors import RunError
 from .examine import BatchFunction, Examiner, judge, with_ids, write_examination
-from .jsonl import JsonLines
+from .jsonl import COLUMNS, JsonLines
 from .live.marker import mark_ended, mark_running
 from .notes import convert_ids, convert_note, convert_step, describe
 from .outliers import OutlierDetector, RankDetails, merge_details
@@ -77,6 +78,8 @@ class Recorder:
         examine_limit: maximum number of outliers to replay, ≥ 0.
         updates: whether to compare gradients with Adam's second moments, see `GradClipper.measure_updates`. Lines have
             the largest RMS of a step, and `alerts` are called from 3.0 on, mostly before the loss rises.
+        log: "jsonl" for one JSON line per step. "columnar" for runs with so many steps and tensors that lines would be
+            too large: `distclip.monitor.columnar` describes this format, which needs `distclip[columnar]`.
 
     Raises:
         ArgumentError: an argument is invalid. DisagreementError: an argument differs between ranks. On every rank that
@@ -116,6 +119,7 @@ class Recorder:
         examine: BatchFunction | None = None,
         examine_limit: int = 3,
         updates: bool = False,
+        log: Literal["jsonl", "columnar"] = "jsonl",
     ) -> None:
         if not isinstance(clipper, GradClipper):
             raise ArgumentError(f"clipper={clipper!r:.80}: not a GradClipper. Pass the clipper whose steps to record.")
@@ -137,8 +141,10 @@ class Recorder:
                 raise ArgumentError(f"on_spike={describe(on_spike)}: not a function. Pass a function of a dictionary.")
             if facts is not None and not isinstance(facts, Mapping):
                 raise ArgumentError(f'facts={describe(facts)}: not a dictionary. Use facts={{"batch": 512}}.')
+            if log not in ("jsonl", "columnar"):
+                raise ArgumentError(f'log={describe(log)}: not a format. Use log="jsonl" or log="columnar".')
             if _is_writer(clipper):
-                lines = JsonLines(self.path)
+                lines = _open_log(self.path, log)
             if examine is not None and not callable(examine):
                 raise ArgumentError(
                     f"examine={describe(examine)}: not a function. Pass one that returns a step's loss."
@@ -162,7 +168,7 @@ class Recorder:
             clipper.measure_updates()
         elif updates:
             warn_user(f"recorder: updates=True is ignored. {self._describe_peers()}", RuntimeWarning)
-        self.every, self._sinks, self._facts = every, all_sinks, facts or {}
+        self.every, self._sinks, self._facts, self._log = every, all_sinks, facts or {}, log
         self._alerts, self._on_spike = all_alerts, on_spike
         self._examiner = None if examine is None else Examiner(clipper, examine, examine_limit)
         self._writer = None
@@ -220,6 +226,11 @@ class Recorder:
     def _write(self) -> None:
         """Write all steps so far. All ranks that have peers call it after the same step."""
         steps, self._steps = self._steps, []
+        self.write_steps(steps)
+
+    @torch.no_grad()
+    def write_steps(self, steps: Sequence[Step]) -> None:
+        """Write steps. All ranks that have peers call it with the same ones."""
         has_peers = self._find_peers(steps)
         comm, rows = self._clipper.comm, read_steps(steps)
         # Sum and number of the losses per step, because some ranks (of a pipeline) have no loss.
@@ -360,9 +371,8 @@ class Recorder:
                 is_first = self._writer is None and global_ranks(comm)[comm.rank] == min(entries)
                 if is_first and not self._is_closed and self._roster.claim_file():
                     mark_running(self.path.parent)
-                    self._writer = Writer(
-                        self._clipper, JsonLines(self.path), self._sinks, self.every, self._facts, self._alerts
-                    )
+                    lines = _open_log(self.path, self._log)
+                    self._writer = Writer(self._clipper, lines, self._sinks, self.every, self._facts, self._alerts)
                 warn_user(f"recorder: {self._describe_peers()}", RuntimeWarning)
         return self._has_peers
 
@@ -424,6 +434,28 @@ def _check_entries(entries: Mapping[int, Entry]) -> None:
             "(every, per_tensor, top, on_spike, examine_limit, updates) of a recorder differ between ranks: "
             f"{sorted(all_options)}. Pass the same values on every rank."
         )
+
+
+def _open_log(path: Path, log: str) -> JsonLines:
+    """Open the log of a run, which is created if it does not exist."""
+    if log == "jsonl":
+        if path.with_name(COLUMNS).is_dir():
+            raise ArgumentError(
+                f'log="jsonl": {path.parent} has a columnar log. Use log="columnar", or another directory.'
+            )
+        return JsonLines(path)
+    try:
+        from .columnar.lines import ColumnarLines
+    except ModuleNotFoundError as error:
+        if error.name not in ("numpy", "pyarrow"):
+            raise
+        raise ArgumentError(
+            f"log=\"columnar\": {error.name} is not installed. Use pip install 'distclip[columnar]'."
+        ) from None
+    try:
+        return ColumnarLines(path)
+    except RunError as error:
+        raise ArgumentError(f'log="columnar": {error}.') from None
 
 
 def _is_writer(clipper: GradClipper) -> bool:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from ..outcome import Outcome
 __all__ = ["VECTORS", "Step", "read_steps"]
 
 VECTORS = ("norms", "tensor_norms")
-"""Fields that are lists. All other fields are single numbers."""
+"""Fields that are vectors. All other fields are single numbers."""
 
 
 @dataclass(slots=True)
@@ -103,7 +102,7 @@ class Step:
 
 
 def read_steps(steps: Sequence[Step]) -> list[dict[str, Any]]:
-    """Copy the numbers and the notes of each step to the host.
+    """Copy the numbers and the notes of each step to the host. Vectors are tensors of float64.
 
     A note that can no longer be read is left out, with a warning.
 
@@ -149,9 +148,12 @@ def _read(values: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for device in {kind[2] for kind in columns}:
         on_device = {kind: column for kind, column in columns.items() if kind[2] == device}
         stacked = [torch.stack([value for _, value in column]).double().reshape(-1) for column in on_device.values()]
-        numbers = iter(torch.cat(stacked).tolist())
-        for (key, dtype, _, shape), column in on_device.items():
-            for i, _ in column:
-                values = list(islice(numbers, max(1, shape.numel())))
-                rows[i][key] = values if key in VECTORS else bool(values[0]) if dtype == torch.bool else values[0]
+        parts = torch.split(torch.cat(stacked).cpu(), [part.numel() for part in stacked])
+        for ((key, dtype, _, shape), column), part in zip(on_device.items(), parts, strict=True):
+            if key in VECTORS:
+                numbers: Iterable[Any] = part.view(len(column), shape.numel())
+            else:
+                numbers = (part.bool() if dtype == torch.bool else part).tolist()
+            for (i, _), value in zip(column, numbers, strict=True):
+                rows[i][key] = value
     return rows

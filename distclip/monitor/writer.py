@@ -51,7 +51,7 @@ class Writer:
     ) -> None:
         self._clipper = clipper
         # A header goes to the file only.
-        self._destinations: list[Destination] = [lines.append]
+        self._destinations: list[Destination] = [_to_file(lines)]
         self._send([_make_header(clipper, every) | dict(facts)])
         self._destinations += [self._to_sink(sink) for sink in sinks]
         self._destinations += [_to_alert(alert, lines.path, clipper) for alert in alerts]
@@ -89,7 +89,10 @@ class Writer:
         lines: list[dict[str, Any]] = []
         for step, row in zip(steps, rows, strict=True):
             head = {"step": step_number(row.pop("step", step.number), step), "time": round(step.time, 3)}
-            line = head | {key: row.pop(key) for key in _FIRST if key in row} | _round_vectors(row)
+            line = head | {key: row.pop(key) for key in _FIRST if key in row}
+            # Vectors are long, and come at the end of the line.
+            line |= {key: value for key, value in row.items() if key not in VECTORS}
+            line |= {key: row[key] for key in VECTORS if key in row}
             lines.append(line | fields.get(step.number, {}))
         for n, (i, ratio) in enumerate(outliers):
             by_rank = [rank_details[n] for rank_details in details]
@@ -105,6 +108,15 @@ class Writer:
                 sink(_select_numbers(line, self._clipper), line["step"])
 
         return send
+
+
+def _to_file(lines: JsonLines) -> Destination:
+    def send(rows: Sequence[Mapping[str, Any]]) -> None:
+        lines.append(
+            [{**row, **{key: lines.convert_vector(row[key]) for key in VECTORS if key in row}} for row in rows]
+        )
+
+    return send
 
 
 def _to_alert(alert: Alert, path: Path, clipper: GradClipper) -> Destination:
@@ -144,12 +156,6 @@ def _try_to_send(destination: Destination, lines: Sequence[Mapping[str, Any]]) -
     return True
 
 
-def _round_vectors(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Round lists of norms to six digits, and put them at the end of the line."""
-    scalars = {key: value for key, value in row.items() if key not in VECTORS}
-    return scalars | {key: [float(f"{x:.6g}") for x in row[key]] for key in VECTORS if key in row}
-
-
 def _make_header(clipper: GradClipper, every: int) -> dict[str, Any]:
     header: dict[str, Any] = {
         "distclip": __version__,
@@ -176,7 +182,7 @@ def _select_numbers(line: Mapping[str, Any], clipper: GradClipper) -> dict[str, 
         if key in names:
             if len(names[key]) != len(value):
                 continue  # Groups were added or removed after this step.
-            numbers |= {f"{key}/{name}": norm for name, norm in zip(names[key], value, strict=True)}
+            numbers |= {f"{key}/{name}": norm for name, norm in zip(names[key], value.tolist(), strict=True)}
         elif isinstance(value, int | float) and key not in ("step", "time"):
             numbers[key] = value
     return numbers

@@ -63,6 +63,7 @@ def train(run: Run, log: RunLog, terminal: Terminal) -> Summary | None:
         directory,
         every=cfg.log.every,
         per_tensor=cfg.log.per_tensor,
+        log=cfg.log.format,
         sinks=[log.add],
         facts={
             "batch": cfg.batch,

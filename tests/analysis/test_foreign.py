@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import sqlite3
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +98,29 @@ def write_jsonl(root: Path) -> Path:
     return path
 
 
+def write_trackio(root: Path, run: str = "calm-sea-0", columns: str = "run_id TEXT NOT NULL,") -> Path:
+    """Write a run into a database with the schema of Trackio 0.43. Earlier versions have no run_id."""
+    with closing(sqlite3.connect(root / "my-project.db")) as connection:
+        connection.execute(
+            f"CREATE TABLE IF NOT EXISTS metrics (id INTEGER PRIMARY KEY AUTOINCREMENT, {columns} "
+            "timestamp TEXT NOT NULL, run_name TEXT NOT NULL, step INTEGER NOT NULL, metrics TEXT NOT NULL)"
+        )
+        fields = "run_id, " * bool(columns) + "timestamp, run_name, step, metrics"
+        for row in rows(step="step", norm="train/grad_norm", loss="train/loss"):
+            values = ("7f",) * bool(columns) + ("2026-01-01T00:00:00", run, row.pop("step"), json.dumps(row))
+            connection.execute(f"INSERT INTO metrics ({fields}) VALUES ({', '.join('?' * len(values))})", values)
+        connection.commit()
+    return root / "my-project.db"
+
+
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "transformers": write_transformers,
     "lightning": write_lightning,
     "wandb chart": write_wandb,
     "wandb history": write_jsonl,
     "tensorboard": write_events,
+    "trackio": write_trackio,
+    "old trackio": lambda root: write_trackio(root, columns=""),
     "list": lambda root: write_json(root / "x.json", rows(step="iteration", norm="gnorm", loss="training_loss")),
 }
 
@@ -135,6 +154,22 @@ def test_page_names_what_is_unknown(tmp_path: Path, capsys: pytest.CaptureFixtur
     for text in (" ".join(out.split()), page):
         assert "does not tell which steps were clipped" in text
         assert "No step was clipped" not in text
+
+
+def test_runs_of_a_database(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_trackio(tmp_path, "first")
+    database = write_trackio(tmp_path, "second/part")
+    assert find_runs(database) == [database / "first", database / "second/part"]
+    assert main(("report", str(database))) == 0
+    assert "second/part" in (tmp_path / "report.html").read_text()
+    assert main(("suggest", str(database / "first"), "--norm", "train/grad_norm", "--json")) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["runs"][0]["name"] == "first"
+    for run, text in ((database / "third", "has no run third. It has first"), (tmp_path / "x.db", "not a Trackio")):
+        (tmp_path / "x.db").write_text("a,b\n" * 1000)
+        assert main(("suggest", str(run))) == 1
+        err = capsys.readouterr().err
+        assert text in err
+        assert err.count("\n") == 1
 
 
 def test_keys(tmp_path: Path) -> None:

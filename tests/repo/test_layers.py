@@ -70,7 +70,7 @@ EXTRAS = {
     "auditing": {"rich"},
     "integrations": {"mpi4py", "deepspeed", "hydra", "omegaconf", "lightning", "megatron", "pytorch_lightning"},
     "_console": {"rich"},
-    "monitor": {"numpy", "rich", "plotly", "jinja2", "markupsafe", "matplotlib", "tensorboard"}
+    "monitor": {"numpy", "rich", "plotly", "jinja2", "markupsafe", "matplotlib", "tensorboard", "pyarrow"}
     | {"starlette", "uvicorn"}
     | {"wandb", "mlflow", "trackio"},
 }

@@ -53,7 +53,7 @@ class HeatMap:
 
 def make_heat_maps(logs: Sequence[Log]) -> tuple[list[HeatMap], list[str]]:
     """Prepare the heat maps of the runs with per-tensor norms, and notes about runs without."""
-    with_tensors = [(run, log) for run, log in enumerate(logs) if np.isfinite(log.tensor_norms).any()]
+    with_tensors = [(run, log) for run, log in enumerate(logs) if np.isfinite(log.tensor_peaks).any()]
     if not with_tensors:
         return [], ["No per-tensor norms were recorded."]
     notes = []
@@ -85,9 +85,9 @@ def _largest_rows(log: Log) -> tuple[list[int], Numbers]:
     Returns:
         Their indices, and (steps, rows) logarithms of their norms.
     """
-    peaks = np.fmax.reduce(np.where(np.isfinite(log.tensor_norms), log.tensor_norms, -1.0), axis=0)
+    peaks = np.fmax.reduce(np.where(np.isfinite(log.tensor_peaks), log.tensor_peaks, -1.0), axis=0)
     rows = sorted(np.argsort(-peaks, kind="stable")[:MAX_ROWS].tolist())
-    norms = log.tensor_norms[:, rows]
+    norms = log.tensor_peaks[:, rows]
     with np.errstate(divide="ignore", invalid="ignore"):
         return rows, np.where(norms > 0, np.log10(norms), np.nan)
 

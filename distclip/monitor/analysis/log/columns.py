@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any, TypeAlias
 
@@ -14,10 +15,13 @@ from numpy.typing import NDArray
 from ..spikes import parse_number
 from ..statistics import Numbers
 
-__all__ = ["Columns", "Line", "TensorNorms"]
+__all__ = ["Columns", "Line", "TensorNorms", "TensorTable"]
 
 Line: TypeAlias = dict[str, Any]
 """One JSON object of a file."""
+
+TensorTable: TypeAlias = tuple[tuple[str, ...], NDArray[np.int64], Numbers, Numbers]
+"""Names of tensors, first step of each row, norms at one step of a row, and the largest norms of all its steps."""
 
 FLAGS = ("clipped", "finite", "skipped")
 """Names of the columns of bools."""
@@ -75,22 +79,29 @@ class Columns:
                 column = values(key)
                 if key in self.numbers or not {int, float}.isdisjoint(map(type, column)):
                     new[key] = _as_numbers(column)
-        before, after = len(self.steps), len(self.steps) + len(steps)
-        self.steps.extend(steps)
-        for key, numbers in new.items():
-            stored = self.numbers.setdefault(key, array("d"))
-            _pad(stored, before)
-            stored.frombytes(numbers.tobytes())
-        for stored in self.numbers.values():
-            _pad(stored, after)
         # Lines that were written by hand may lack the flags: derive them from the numbers.
         derived = {
             "clipped": new["coef"] != 1,
             "finite": ~np.isnan(new["norm"]),
             "skipped": np.zeros(len(steps), np.bool_),
         }
-        for key, default in derived.items():
-            self.flags[key].frombytes(_as_flags(values(key) if key in keys else [], default).tobytes())
+        flags = {key: _as_flags(values(key) if key in keys else [], default) for key, default in derived.items()}
+        self.extend(np.array(steps, np.int64), new, flags)
+
+    def extend(
+        self, steps: NDArray[np.int64], numbers: Mapping[str, Numbers], flags: Mapping[str, NDArray[np.bool_]]
+    ) -> None:
+        """Append columns of steps that follow all earlier steps."""
+        before, after = len(self.steps), len(self.steps) + len(steps)
+        self.steps.frombytes(steps.tobytes())
+        for key, column in numbers.items():
+            stored = self.numbers.setdefault(key, array("d"))
+            _pad(stored, before)
+            stored.frombytes(column.tobytes())
+        for stored in self.numbers.values():
+            _pad(stored, after)
+        for key in FLAGS:
+            self.flags[key].frombytes(flags[key].tobytes())
 
     def drop_from(self, step: int) -> None:
         """Remove this step and all later ones."""
@@ -111,45 +122,70 @@ class Columns:
 
 
 class TensorNorms:
-    """Rows of per-tensor norms. When there are too many rows, every other row is dropped."""
+    """Rows of per-tensor norms. When there are too many rows, every other row is dropped.
+
+    Each row also has the largest norms of the steps from its step to the next row, so that no peak is dropped.
+    """
 
     def __init__(self) -> None:
         self.stride = 1
         self.num_added = 0
         self.steps: list[int] = []
-        self.rows: list[tuple[tuple[str, ...], Numbers]] = []
+        self.rows: list[TensorRow] = []
 
-    def add(self, step: int, names: tuple[str, ...], norms: list[Any]) -> None:
-        """Store the norms of a step if the stride selects it.
+    def add(self, step: int, names: tuple[str, ...], norms: Sequence[Any] | NDArray[np.float32] | None) -> None:
+        """Store the norms of a step, alone if the stride selects it.
 
         Args:
             step: number of the step, larger than all earlier ones.
             names: of the tensors.
-            norms: one per name. A list of another length is ignored.
+            norms: one per name. None and a list of another length are ignored.
         """
-        if self.num_added % self.stride == 0 and len(names) == len(norms) > 0:
-            self.steps.append(step)
-            self.rows.append((names, _as_numbers(norms)))
-            if len(self.rows) > max(16, min(MAX_ROWS, MAX_CELLS // len(names))):
-                del self.steps[1::2], self.rows[1::2]
-                self.stride *= 2
+        if norms is not None and len(names) == len(norms) > 0:
+            numbers = _as_numbers(norms) if isinstance(norms, list) else np.asarray(norms, np.float64)
+            if self.num_added % self.stride == 0 or not self.rows:
+                self.steps.append(step)
+                self.rows.append(TensorRow(names, numbers, numbers))
+                if len(self.rows) > max(16, min(MAX_ROWS, MAX_CELLS // len(names))):
+                    self._halve()
+            else:
+                self.rows[-1] = self.rows[-1].raised_by(names, numbers)
         self.num_added += 1
+
+    def _halve(self) -> None:
+        pairs = zip(self.rows[::2], [*self.rows[1::2], None], strict=False)
+        self.rows = [row if after is None else row.raised_by(after.names, after.peaks) for row, after in pairs]
+        del self.steps[1::2]
+        self.stride *= 2
 
     def drop_from(self, step: int) -> None:
         """Remove this step and all later ones."""
         length = bisect_left(self.steps, step)
         del self.steps[length:], self.rows[length:]
 
-    def table(self) -> tuple[tuple[str, ...], Numbers]:
-        """Return all names, and a row per step with NaN for tensors that the step did not have."""
-        layouts = list(dict.fromkeys(names for names, _ in self.rows))
+    def table(self) -> TensorTable:
+        """Return the rows as tables, with NaN for tensors that a step did not have."""
+        layouts = list(dict.fromkeys(row.names for row in self.rows))
         all_names = tuple(dict.fromkeys(name for names in layouts for name in names))
-        table = np.full((len(self.rows), len(all_names)), np.nan)
+        norms, peaks = (np.full((len(self.rows), len(all_names)), np.nan) for _ in range(2))
         column = {name: i for i, name in enumerate(all_names)}
         columns_of = {names: [column[name] for name in names] for names in layouts}
-        for row, (names, norms) in zip(table, self.rows, strict=True):
-            row[columns_of[names]] = norms
-        return all_names, table
+        for i, row in enumerate(self.rows):
+            norms[i, columns_of[row.names]], peaks[i, columns_of[row.names]] = row.norms, row.peaks
+        return all_names, np.array(self.steps, np.int64), norms, peaks
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """Norms of the tensors at a step, and the largest norms up to the next row."""
+
+    names: tuple[str, ...]
+    norms: Numbers
+    peaks: Numbers
+
+    def raised_by(self, names: tuple[str, ...], norms: Numbers) -> TensorRow:
+        """Return the row with the norms of a later step in its peaks. Tensors of other names are ignored."""
+        return replace(self, peaks=np.fmax(self.peaks, norms)) if names == self.names else self
 
 
 def _as_numbers(values: list[Any]) -> Numbers:

@@ -1,4 +1,4 @@
-"""Read logs of other tools: TensorBoard, W&B, transformers, Lightning, and any table of numbers."""
+"""Read logs of other tools: TensorBoard, W&B, transformers, Lightning, Trackio, and any table of numbers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ..errors import RunError
 from ..formatting import format_list
 from .columns import Line
 from .reader import LineReader
+from .trackio import read_run, split_run
 
 __all__ = ["EVENTS", "FILES", "Keys", "convert", "find_file", "is_foreign", "read_rows"]
 
@@ -86,19 +87,22 @@ def find_file(directory: Path) -> Path | None:
 
 def is_foreign(path: Path) -> bool:
     """Return whether a path is that of a log in a format of another tool, and not of JSON lines."""
-    return path.is_dir() or path.suffix in (".csv", ".json") or path.match(EVENTS)
+    return path.is_dir() or path.suffix in (".csv", ".json") or path.match(EVENTS) or split_run(path) is not None
 
 
 def read_rows(path: Path) -> Rows:
     """Read the rows of a log as dictionaries.
 
     Args:
-        path: of a CSV file, a file of JSON or JSON lines, an event file of TensorBoard, or a directory of event files.
+        path: of a CSV file, a file of JSON or JSON lines, an event file of TensorBoard, a directory of event files, or
+            a run in a Trackio database.
 
     Raises:
         RunError: the file cannot be read.
     """
     try:
+        if (run := split_run(path)) is not None:
+            return read_run(*run)
         if path.is_dir() or path.match(EVENTS):
             return _read_events(path)
         if path.suffix == ".csv":

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from ..errors import RunError, UnreadableLinesWarning
 from ..spikes import Culprit, Difference, Spike
 from ..statistics import Numbers
+from .columns import TensorTable
 from .foreign import EVENTS, Keys, convert, find_file, is_foreign, read_rows
 from .reader import LineReader, LogParser, Session
-from .runs import LINES, find_runs, name_runs
+from .runs import LINES, find_runs, find_store, name_runs
+from .trackio import split_run
 
 __all__ = ["Log", "read", "read_all"]
 
@@ -47,8 +49,9 @@ class Log:
         columns: further numbers of the lines by name ("loss", "lr", "scale", "update_ratio" …), (n,) each; NaN where a
             line lacks the number or it is not finite.
         tensors: names of the columns of `tensor_norms`; empty if the run recorded none.
-        tensor_steps: (m,) int64, steps of the rows of `tensor_norms`, subsampled in long runs.
-        tensor_norms: (m, tensors).
+        tensor_steps: (m,) int64, first steps of the rows of `tensor_norms`, of which long runs have fewer than steps.
+        tensor_norms: (m, tensors) at one of the steps from a row's step to that of the next row.
+        tensor_peaks: (m, tensors) largest norms of all these steps; those of `tensor_norms` if it is empty.
         spikes: in order of steps; the most extreme ones if there are very many.
         culprits: in order of steps; the first ones if there are very many.
         differences: replicas that differed, in order of steps; the first ones if there are very many.
@@ -76,6 +79,7 @@ class Log:
     tensors: tuple[str, ...] = ()
     tensor_steps: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     tensor_norms: Numbers = field(default_factory=lambda: np.zeros((0, 0)))
+    tensor_peaks: Numbers = field(default_factory=lambda: np.zeros((0, 0)))
     spikes: tuple[Spike, ...] = ()
     culprits: tuple[Culprit, ...] = ()
     differences: tuple[Difference, ...] = ()
@@ -87,6 +91,11 @@ class Log:
     checkpoints: tuple[int, ...] = ()
     unknown: tuple[str, ...] = ()
     replays: tuple[Mapping[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Take the norms as peaks if there are no others."""
+        if not self.tensor_peaks.size:
+            object.__setattr__(self, "tensor_peaks", self.tensor_norms)
 
     @property
     def clip_rate(self) -> float:
@@ -110,10 +119,18 @@ def read(path: Path, name: str | None = None, keys: Keys = _ANY) -> Log:
         file = path / LINES if (path / LINES).is_file() else find_file(path) or path / LINES
     reader, parser = LineReader(file), LogParser()
     unknown: tuple[str, ...] = ()
-    if keys != _ANY or is_foreign(file):
+    table: TensorTable | None = None
+    if keys == _ANY and (store := find_store(file)) is not None:
+        # Only these logs need pyarrow.
+        from .parts import read_parts
+
+        reader, parser, table = read_parts(file, store)
+    elif keys != _ANY or is_foreign(file):
         unknown = _read_foreign(file, keys, parser)
         if file.is_dir():
             file = min(file.glob(EVENTS))
+        elif (run := split_run(file)) is not None:
+            file, _ = run
     else:
         for block in reader:
             parser.add(block)
@@ -129,7 +146,7 @@ def read(path: Path, name: str | None = None, keys: Keys = _ANY) -> Log:
         text = one if len(reader.unreadable) == 1 else many
         warnings.warn(f"{file}: {text}", UnreadableLinesWarning, stacklevel=2)
     columns = {key: parser.columns.number(key) for key in parser.columns.numbers}
-    tensors, tensor_norms = parser.tensors.table()
+    tensors, tensor_steps, tensor_norms, tensor_peaks = parser.tensors.table() if table is None else table
     return Log(
         name=name if name is not None else name_runs([path])[0],
         path=file,
@@ -143,8 +160,9 @@ def read(path: Path, name: str | None = None, keys: Keys = _ANY) -> Log:
         skipped=parser.columns.flag("skipped"),
         columns=columns,
         tensors=tensors,
-        tensor_steps=np.array(parser.tensors.steps, np.int64),
+        tensor_steps=tensor_steps,
         tensor_norms=tensor_norms,
+        tensor_peaks=tensor_peaks,
         spikes=tuple(parser.spikes),
         culprits=tuple(parser.culprits),
         differences=tuple(parser.differences),

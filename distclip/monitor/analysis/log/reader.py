@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ....errors import printable
+from ...columnar.vectors import decode
+from ...jsonl import COLUMNS
 from ..errors import RunError
 from ..spikes import Culprit, Difference, Spike, parse_culprits, parse_differences, parse_spike
+from ..statistics import Numbers
 from .columns import Columns, Line, TensorNorms
 
 __all__ = ["LineReader", "LogParser", "Session"]
@@ -28,6 +34,10 @@ MAX_DETAILS = 10_000
 
 DETAILS = {"norms", "tensor_norms", "spike", "ids", "worst", "culprits", "replicas"}
 """Keys of a line that are parsed step by step."""
+
+
+Rows: TypeAlias = tuple[NDArray[np.int64], Mapping[str, Numbers], Mapping[str, NDArray[np.bool_]]]
+"""Steps, and their numbers and flags by key."""
 
 
 class LineReader:
@@ -51,7 +61,7 @@ class LineReader:
         try:
             with self.path.open("rb") as file:
                 for block in self._blocks(file):
-                    yield self._parse(block)
+                    yield self.parse(block)
         except OSError as error:
             raise RunError(f"{self.path} cannot be read: {error.strerror or error}") from None
 
@@ -72,7 +82,8 @@ class LineReader:
         if remainder:
             yield remainder
 
-    def _parse(self, block: bytes) -> list[Line]:
+    def parse(self, block: bytes) -> list[Line]:
+        """Parse a block that ends at the end of a line."""
         lines = block.decode(errors="replace").split("\n")
         first, self.num_lines = self.num_lines, self.num_lines + len(lines)
         # After a power loss, a file may contain zero bytes where a line was being written.
@@ -118,11 +129,18 @@ class Session:
 
 
 class LogParser:
-    """Parses recorder lines into columns. A repeated step replaces the earlier one (resumed run)."""
+    """Parses recorder lines into columns. A repeated step replaces the earlier one (resumed run).
 
-    def __init__(self) -> None:
+    Args:
+        tensors: norms of tensors to add to; None for new ones.
+        has_parts: whether the lines follow the parts of a columnar log, so that a header that continues one is no
+            session.
+    """
+
+    def __init__(self, tensors: TensorNorms | None = None, has_parts: bool = False) -> None:
         self.columns = Columns()
-        self.tensors = TensorNorms()
+        self.tensors = TensorNorms() if tensors is None else tensors
+        self._has_parts, self._lacks_parts = has_parts, False
         self.spikes: list[Spike] = []
         self.culprits: list[Culprit] = []
         self.differences: list[Difference] = []
@@ -158,6 +176,9 @@ class LogParser:
                 self._append(steps, rows)
                 steps, rows = [], []
                 self._header = line
+                columns = line.get("columns")
+                part = columns.get("part") if isinstance(columns, dict) else None
+                self._lacks_parts |= not self._has_parts and part not in (None, 1)
             elif len(self.other_keys) < 8:
                 self.other_keys.update(dict.fromkeys(line))
         self._append(steps, rows)
@@ -166,8 +187,10 @@ class LogParser:
         """Raise if the file had no step.
 
         Raises:
-            RunError: no line has both a step and a norm.
+            RunError: no line has both a step and a norm, or the lines follow the parts of a columnar log.
         """
+        if self._lacks_parts:
+            raise RunError(f"{reader.path} has only the last steps of a columnar log. Restore {COLUMNS} next to it")
         if self.columns.steps:
             return
         path, example = reader.path, 'Expected the lines of a distclip.monitor.Recorder: {"step": 1, "norm": 0.7, …}'
@@ -191,12 +214,35 @@ class LogParser:
         for details in (self.spikes, self.culprits, self.differences):
             del details[bisect_left([detail.step for detail in details], step) :]
         if self._header is not None:
-            while self.sessions and self.sessions[-1].start >= step:
-                self.sessions.pop()
-            self.sessions.append(Session(step, self._header))
+            # The header of a columnar log is repeated whenever its file of lines is replaced.
+            columns = self._header.pop("columns", None)
+            columns = columns if isinstance(columns, dict) else {}
+            continues = columns.get("continues") is True
+            if not (continues and self._has_parts):
+                self._start_session(Session(step, self._header))
             tensors, slots = (_parse_names(self._header.get(key)) for key in ("tensors", "slots"))
             self._key, self._names = ("tensor_norms", tensors) if tensors else ("norms", slots)
             self._header = None
+
+    def extend(self, rows: Rows, details: Mapping[int, Mapping[str, Any]], sessions: Iterable[Session]) -> None:
+        """Append the columns of steps that follow all earlier steps.
+
+        Args:
+            rows: (steps, numbers, flags), see `Columns.extend`.
+            details: fields of spikes, culprits and differences, by step.
+            sessions: that began at one of the steps.
+        """
+        steps, numbers, _ = rows
+        self.columns.extend(*rows)
+        norms = dict(zip(steps.tolist(), numbers["norm"].tolist(), strict=True)) if details else {}
+        self.add_details((step, {"norm": norms[step], **fields}) for step, fields in details.items())
+        for session in sessions:
+            self._start_session(session)
+
+    def _start_session(self, session: Session) -> None:
+        while self.sessions and self.sessions[-1].start >= session.start:
+            self.sessions.pop()
+        self.sessions.append(session)
 
     def _append(self, steps: Sequence[int], lines: Sequence[Line]) -> None:
         if not steps:
@@ -205,8 +251,14 @@ class LogParser:
         if DETAILS.isdisjoint(key for layout in set(map(tuple, lines)) for key in layout):
             return
         for step, line in zip(steps, lines, strict=True):
-            if self._key in line and isinstance(norms := line[self._key], list):
-                self.tensors.add(step, self._names, norms)
+            if self._key in line:
+                norms = line[self._key]
+                self.tensors.add(step, self._names, norms if isinstance(norms, list) else decode(norms))
+        self.add_details(zip(steps, lines, strict=True))
+
+    def add_details(self, lines: Iterable[tuple[int, Line]]) -> None:
+        """Parse the spikes, culprits and differences of (step, line)."""
+        for step, line in lines:
             if (spike := parse_spike(step, line)) is not None:
                 self.spikes.append(spike)
             if "culprits" in line and len(self.culprits) < MAX_DETAILS:

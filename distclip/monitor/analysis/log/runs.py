@@ -7,10 +7,12 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ...jsonl import COLUMNS
 from ..errors import RunError
 from .foreign import find_file
+from .trackio import list_runs, split_run
 
-__all__ = ["LINES", "find_runs", "name_runs"]
+__all__ = ["LINES", "find_runs", "find_store", "name_runs"]
 
 LINES = "metrics.jsonl"
 """Name of a recorder's file, which makes a directory a run."""
@@ -27,7 +29,7 @@ def find_runs(paths: str | Path | Sequence[str | Path]) -> list[Path]:
 
     Args:
         paths: one path, or several. Directories with a `metrics.jsonl` or a log of another tool, files of JSON lines,
-            or directories that contain such directories up to three levels below.
+            Trackio databases, or directories that contain such directories up to three levels below.
 
     Returns:
         Directories and files in the order given. The runs below one directory are sorted, and no run comes twice.
@@ -40,6 +42,12 @@ def find_runs(paths: str | Path | Sequence[str | Path]) -> list[Path]:
         for run in _runs_at(Path(path)):
             by_path.setdefault(run.resolve(), run)
     return list(by_path.values())
+
+
+def find_store(file: Path) -> Path | None:
+    """Return the directory of the columns of a recorder's file, or None if all steps are in the file."""
+    store = file.with_name(COLUMNS)
+    return store if file.name == LINES and store.is_dir() else None
 
 
 def name_runs(runs: Sequence[Path]) -> list[str]:
@@ -69,6 +77,10 @@ def _directory(run: Path) -> Path:
 
 def _runs_at(path: Path) -> list[Path]:
     try:
+        if path.suffix == ".db" and path.is_file():
+            return list_runs(path)
+        if split_run(path) is not None:
+            return [path]
         if not path.exists():
             raise RunError(f"{path} does not exist")
         if not path.is_dir():
@@ -89,7 +101,7 @@ def _runs_at(path: Path) -> list[Path]:
 
 
 def _runs_below(directory: Path, depth: int) -> Iterator[Path]:
-    if (directory / LINES).is_file() or find_file(directory) is not None:
+    if (directory / LINES).is_file() or (directory / COLUMNS).is_dir() or find_file(directory) is not None:
         yield directory
     elif depth:
         for entry in directory.iterdir():
