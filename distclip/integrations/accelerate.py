@@ -32,6 +32,7 @@ Tested with DDP and FSDP2, on CPUs.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from functools import partial, wraps
 from types import MethodType
@@ -64,6 +65,9 @@ from .monkeypatch import MethodPatches
 __all__ = ["Attachment", "attach", "detach"]
 
 AcceleratorT = TypeVar("AcceleratorT")
+
+_MAX_BATCHES = 1024
+"""Number of batches whose losses are kept, in a program that never clips."""
 
 
 def attach(
@@ -166,6 +170,9 @@ class Attachment(base.Attachment):
         self._params: list[tuple[str, Tensor]] = []
         self._by_model: list[set[int]] = []
         self._skips: dict[int, bool] = {}
+        # Of the batches since the last step. Accelerate does not see the ids of samples, and a subclass may.
+        self._losses: deque[Tensor] = deque(maxlen=_MAX_BATCHES)
+        self._ids: list[Any] = []
         self._use(accelerator)
 
     @property
@@ -226,7 +233,17 @@ class Attachment(base.Attachment):
         ) -> Tensor | None:
             return self._clip(parameters)
 
+        backward = accelerator.backward
+
+        @wraps(backward)
+        def backward_and_note(_: Any, loss: Any, **kwargs: Any) -> None:
+            if isinstance(loss, Tensor) and loss.numel() == 1:
+                # Each batch of an accumulated step has an equal part in its loss.
+                self._losses.append(loss.detach() / accelerator.gradient_accumulation_steps)
+            backward(loss, **kwargs)
+
         self._accelerator_patches.replace(accelerator, "clip_grad_norm_", MethodType(clip_grad_norm_, accelerator))
+        self._accelerator_patches.replace(accelerator, "backward", MethodType(backward_and_note, accelerator))
         accelerator.register_for_checkpointing(self)
 
     def _leave(self) -> None:
@@ -257,6 +274,10 @@ class Attachment(base.Attachment):
             optimizers, accelerator.scaler, errors, None if len(only) == len(self._params) else only
         )
         self._skips |= dict.fromkeys(map(id, optimizers), self._deferred.skipped)
+        loss, sample_ids = sum(self._losses) if self._losses else None, self._ids
+        self._losses.clear()
+        self._ids = []
+        self._deferred.note(next(iter(optimizers), None), loss=loss, ids=sample_ids or None)
         return report.norm
 
     def _bind_prepared(self) -> None:

@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
 
-from ..extend import Comm, FirstError, GradClipper, OnNonFinite, Outcome, Parameters, Policy, Report, SplitOver
+from ..extend import (
+    ArgumentError,
+    Comm,
+    FirstError,
+    GradClipper,
+    OnNonFinite,
+    Outcome,
+    Parameters,
+    Policy,
+    Report,
+    SplitOver,
+)
 
-__all__ = ["DeferredClipper", "OnBind"]
+__all__ = ["DeferredClipper", "OnBind", "find_ids"]
 
 OnBind = Callable[[GradClipper], object]
-"""Function that is called on every rank with a new clipper, for example to attach a Recorder."""
+"""Function that is called on every rank with a new clipper, for example to attach a Recorder.
+
+If it returns the Recorder, the integration notes the loss, the learning rate and the sample ids of each step."""
+
+
+ID_KEYS = ("ids", "id", "sample_ids", "sample_id", "idx", "index")
+"""Keys of a batch that may have the ids of its samples."""
+
+
+def find_ids(batch: Any) -> Any:
+    """Return the sample ids of a batch, or None if it is no dictionary with a key for them.
+
+    >>> find_ids({"x": [0.5, 0.25], "idx": [7, 4]})
+    [7, 4]
+    """
+    found = [batch[key] for key in ID_KEYS if key in batch] if isinstance(batch, Mapping) else []
+    is_flat = found and (found[0].dim() == 1 if isinstance(found[0], Tensor) else isinstance(found[0], (list, tuple)))
+    return found[0] if is_flat else None
 
 
 class DeferredClipper:
@@ -43,13 +72,21 @@ class DeferredClipper:
         """True if the last step was skipped, as a bool on the host."""
         self.found_inf: Tensor | None = None
         """0-d bool, True if a gradient of the last step was non-finite."""
+        self._recorder: Any = None
+        """Result of `on_bind`, if it can note values of a step."""
         self._policy, self._split_over, self._on_bind = policy, split_over, on_bind
         self._on_nonfinite, self._max_skips = on_nonfinite, max_skips
         self._pending_state: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the arguments and the clipper's state, without the clipper, which belongs to its process."""
-        absent = {"clipper": None, "report": None, "found_inf": None, "_pending_state": self.state_dict()}
+        absent = {
+            "clipper": None,
+            "report": None,
+            "found_inf": None,
+            "_pending_state": self.state_dict(),
+            "_recorder": None,
+        }
         return {**self.__dict__, **absent}
 
     def bind(self, parameters: Parameters, comm: Comm | None = None) -> GradClipper:
@@ -78,12 +115,29 @@ class DeferredClipper:
         clipper.observe(self._observe)
         self.clipper = clipper
         if self._on_bind is not None:
-            self._on_bind(clipper)
+            recorder = self._on_bind(clipper)
+            self._recorder = recorder if callable(getattr(recorder, "note", None)) else None
         return clipper
 
     def restart(self) -> None:
         """Forget the clipper and its state. The next `bind` constructs another clipper, without history."""
         self.clipper, self.report, self.skipped, self.found_inf, self._pending_state = None, None, False, None, {}
+        self._recorder = None
+
+    def note(self, optimizer: Any = None, **values: Any) -> None:
+        """Add values to the step that was clipped last, if `on_bind` returned a Recorder.
+
+        Args:
+            optimizer: whose learning rate to add. Several groups of parameters have the one of the first.
+            values: numbers or tensors of one element, and `ids`, see `distclip.monitor.Recorder.note`. None is ignored.
+        """
+        if self._recorder is None:
+            return
+        groups = getattr(optimizer, "param_groups", None) or [{}]
+        found = {"lr": groups[0].get("lr"), **values}
+        # A program may have written the step by flush() already.
+        with suppress(ArgumentError):
+            self._recorder.note(**{key: value for key, value in found.items() if value is not None})
 
     def clip(
         self,

@@ -36,7 +36,7 @@ from ..extend import ArgumentError, GradClipper, OnNonFinite, Policy, Report, Sp
 from . import accelerate, deepspeed
 from . import attachment as base
 from .attachment import check_not_attached, check_policy, detach
-from .deferred import DeferredClipper, OnBind
+from .deferred import DeferredClipper, OnBind, find_ids
 from .monkeypatch import MethodPatches
 
 __all__ = ["Attachment", "DeepSpeedAttachment", "attach", "detach"]
@@ -123,6 +123,15 @@ class Attachment(accelerate.Attachment):
         self._patches.replace(trainer, "_has_mixed_mesh_grads", lambda model: False)
         _patch_trainer(self, self._patches, trainer)
         _follow_accelerators(self._patches, trainer, self._follow)
+        training_step = trainer.training_step
+
+        @wraps(training_step)
+        def step_and_note(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            ids = find_ids(inputs)
+            self._ids += ids.tolist() if isinstance(ids, torch.Tensor) else ids or []
+            return training_step(model, inputs, *args, **kwargs)
+
+        self._patches.replace(trainer, "training_step", step_and_note)
 
     def _follow(self, trainer: Any) -> None:
         if trainer.accelerator is not self._accelerator:

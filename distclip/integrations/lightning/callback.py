@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from ...extend import (
     ArgumentError,
@@ -20,7 +22,7 @@ from ...extend import (
     world_comm,
 )
 from ..attachment import check_policy
-from ..deferred import DeferredClipper, OnBind
+from ..deferred import DeferredClipper, OnBind, find_ids
 
 if TYPE_CHECKING:
     # Both of Lightning's packages have a class Callback. Type checkers see the one of `lightning`.
@@ -54,7 +56,9 @@ class GradientClipping(Callback):  # type: ignore[misc, unused-ignore]
         max_skips: see `GradClipper`.
         split_over: see `GradClipper`.
         on_bind: called on every rank with each clipper when training starts, for example
-            `lambda clipper: distclip.monitor.Recorder(clipper, "runs/one")`.
+            `lambda clipper: distclip.monitor.Recorder(clipper, "runs/one")`. Each step of this Recorder gets the loss
+            of the last batch before it, the learning rate, and the batch's "ids" (or "id", "idx", "index"), if the
+            batch is a dictionary with one of these keys.
         log: prefix of the names of the logged numbers. None logs nothing.
 
     Raises:
@@ -86,6 +90,8 @@ class GradientClipping(Callback):  # type: ignore[misc, unused-ignore]
         self._deferred: list[DeferredClipper] = [self._make_deferred()]
         self._last_index = 0
         self._had_backward = False
+        self._stepped: list[DeferredClipper] = []
+        """Clippers of the optimizers that stepped in this batch."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the arguments and the clippers' states."""
@@ -148,13 +154,29 @@ class GradientClipping(Callback):  # type: ignore[misc, unused-ignore]
         # If `training_step` has returned None, the precision plugin will not call its scaler.
         scaler = getattr(trainer.precision_plugin, "scaler", None) if self._had_backward else None
         self._had_backward = False
-        report = self._deferred[self._last_index].clip(optimizer, scaler)
+        deferred = self._deferred[self._last_index]
+        report = deferred.clip(optimizer, scaler)
+        # A scheduler changes the learning rate before the batch ends.
+        deferred.note(optimizer)
+        self._stepped.append(deferred)
         if self._log is not None:
             prefix = self._log if len(self._deferred) == 1 else f"{self._log}{self._last_index}/"
             numbers = {"norm": report.norm, "coef": report.coef, "clipped": report.clipped, "skipped": report.skipped}
             # Lightning would look for the batch size in the batch, and refuses some batches. Steps have equal weights.
             values = {f"{prefix}{name}": number.float() for name, number in numbers.items()}
             pl_module.log_dict(values, batch_size=1)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Note the loss and the sample ids of a batch, if there is a Recorder."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            # The Trainer has divided it by the number of batches per step.
+            loss = loss.detach() * trainer.accumulate_grad_batches
+        else:
+            loss = None
+        for deferred in self._stepped:
+            deferred.note(loss=loss, ids=find_ids(batch))
+        self._stepped.clear()
 
     def _deferred_at(self, i: int) -> DeferredClipper:
         while len(self._deferred) <= i:
