@@ -139,13 +139,13 @@ class Engine:
             watch_steps_of(table)
         # Whether ranks that no communicator connects may still tell this one that their tensors differ.
         self._compares_tensors = False
-        # Scalars of the user in the current call, the names and reductions that the ranks have agreed on, and the
-        # number of elements that every message has for them since then.
         # Optimizers that are about to step, which are read if the spec has `moment_eps`. None if they are not known.
         self._about_to_step: Sequence[Optimizer] | None = None
         # Whether coefficients multiply what the step adds to parameters, and not the gradients.
         self._scales_updates = policy.spec.moment_eps is not None
         self._next_steps: Sequence[RemovableHandle] = ()
+        # Scalars of the user in the current call, the names and reductions that the ranks have agreed on, and the
+        # number of elements that every message has for them since then.
         self._watch, self._known_watches, self._watch_length = NO_WATCH, {NO_WATCH.kinds}, 0
         # The step between `start` and `finish`.
         self.started: _Started | None = None

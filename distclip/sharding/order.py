@@ -9,6 +9,7 @@ parameters of one value such as zero, show nothing.
 from __future__ import annotations
 
 import zlib
+from array import array
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -37,14 +38,15 @@ def digest_values(tensors: Sequence[Tensor]) -> list[int] | None:
         type(one) is not Tensor or one.is_meta or is_fake(one) or one.layout is not torch.strided for one in locals_
     ):
         return None
-    samples = [one.reshape(-1)[:: max(1, one.numel() // _NUM_ELEMENTS)][:_NUM_ELEMENTS].double() for one in locals_]
+    # Not every device has float64.
+    samples = [one.reshape(-1)[:: max(1, one.numel() // _NUM_ELEMENTS)][:_NUM_ELEMENTS].float() for one in locals_]
     if len({one.device for one in samples}) != 1:
         return None
-    content = torch.cat(samples).cpu().numpy().tobytes()
+    content = array("f", torch.cat(samples).tolist()).tobytes()
     digests, begin = [], 0
     for one in samples:
-        digests.append(zlib.crc32(content[begin : begin + 8 * one.numel()]))
-        begin += 8 * one.numel()
+        digests.append(zlib.crc32(content[begin : begin + 4 * one.numel()]))
+        begin += 4 * one.numel()
     return digests
 
 
