@@ -80,7 +80,6 @@ def run_forked(
             context.Process(
                 target=_run_script,
                 args=(str(script), str(cwd), dict(env), list(arguments), str(out), str(err), strict, before),
-                daemon=True,
             )
             for env in environments
         ]

@@ -139,8 +139,9 @@ class Engine:
             watch_steps_of(table)
         # Whether ranks that no communicator connects may still tell this one that their tensors differ.
         self._compares_tensors = False
-        # Optimizers that are about to step, which are read if the spec has `moment_eps`. None if they are not known.
-        self._about_to_step: Sequence[Optimizer] | None = None
+        # Optimizers that are about to step, which are read if the spec has `moment_eps`. None if they are not known. An
+        # optimizer that the caller no longer has must not stay alive.
+        self._about_to_step: list[weakref.ref[Optimizer]] | None = None
         # Whether coefficients multiply what the step adds to parameters, and not the gradients.
         self._scales_updates = policy.spec.moment_eps is not None
         self._next_steps: Sequence[RemovableHandle] = ()
@@ -335,7 +336,9 @@ class Engine:
             with errors:
                 optimizers = as_list(optimizer)
         used, function = optimizers or [], "GradClipper.step"
-        self._about_to_step = optimizers
+        self._forget_next_steps()
+        if self.spec.moment_eps is not None and optimizers is not None:
+            self._about_to_step = list(map(weakref.ref, optimizers))
         scaler, state, loss_scale = enabled(scaler), None, None
         if scaler is not None and optimizer is None:
             error = ArgumentError("scaler: it scales by optimizer. Call clipper.start(optimizer, scaler).")
@@ -478,10 +481,15 @@ class Engine:
         slots = [info.slot for info in self.table.metadata.infos(self.table.holders)]
         return ScaledUpdates(self.table.tensors, slots, coefs, optimizers)
 
+    def _optimizers_about_to_step(self) -> list[Optimizer]:
+        found = [one() for one in self._about_to_step or ()]
+        return [one for one in found if one is not None]
+
     def _forget_next_steps(self) -> None:
+        """Forget the optimizers of the last call, and call off what scales their next steps."""
         for handle in self._next_steps:
             handle.remove()
-        self._next_steps = ()
+        self._next_steps, self._about_to_step = (), None
 
     def _end_call(
         self, outcome: Outcome, optimizers: list[Optimizer], state: ScalerState, *, written: bool, was_scaled: bool
@@ -527,11 +535,10 @@ class Engine:
         watch: Any,
     ) -> Outcome:
         scaler, state, loss_scale = enabled(scaler), None, None
-        self._about_to_step = None
         self._forget_next_steps()
         if self.spec.moment_eps is not None and optimizer is not None:
             with errors:
-                self._about_to_step = as_list(optimizer)
+                self._about_to_step = list(map(weakref.ref, as_list(optimizer)))
         if scaler is not None:
             optimizers: list[Optimizer] = []
             invalid = FirstError()
@@ -564,7 +571,7 @@ class Engine:
         if not outcome.skip.host:
             self.write_(self._written(outcome), outcome.shards)
             if self._about_to_step is not None:
-                pairs = [(one, self._scaled_updates(outcome, [one])) for one in self._about_to_step]
+                pairs = [(one, self._scaled_updates(outcome, [one])) for one in self._optimizers_about_to_step()]
                 self._next_steps = scale_next_step([(one, scaled) for one, scaled in pairs if scaled is not None])
         else:
             # Nor may an optimizer move by what it remembers of earlier gradients.
@@ -895,7 +902,7 @@ class Engine:
             )
         elif spec.moment_eps is not None:
             is_alone = self.step_comm.size == 1
-            moments = SecondMoments(self._about_to_step or (), spec.moment_eps, loss_scale, is_alone)
+            moments = SecondMoments(self._optimizers_about_to_step(), spec.moment_eps, loss_scale, is_alone)
         return measure_all_ranks(
             self.table,
             spec,
