@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up .venv and run the tests: all of them, the quick subset (about 5 minutes on 2 cores), or some:
+# Set up .venv and run the tests: all of them, the quick subset (under 3 minutes on 2 cores), or some:
 #     bash launch/test.sh
 #     bash launch/test.sh --quick
 #     bash launch/test.sh tests/norms -k norm

@@ -1,6 +1,6 @@
 """Select the quick subset: `bash launch/test.sh --quick`, which runs `pytest -m quick`.
 
-It covers every folder of tests in about five minutes on two cores. A test is in the subset if it has the marker
+It covers every folder of tests in under three minutes on two cores. A test is in the subset if it has the marker
 `quick`, and is not if it has the marker `slow`. These rules select from all others:
 
 - Tests in the process of pytest: the first cases of each test.
