@@ -65,7 +65,6 @@ class GraphPlan:
     def reasons(self, engine: Engine) -> list[str]:
         """Return the reasons why a step of the clipper cannot be a graph. Collectives: none. Host syncs: none."""
         policy: Any = engine.policy
-        spec = engine.spec
         devices = {param.device for param in self.params}
         found = {
             f'on_nonfinite="{engine.on_nonfinite}" needs the host in the same step: use "skip" or "propagate"': (
@@ -83,12 +82,11 @@ class GraphPlan:
             "the parameters are on several devices": len(devices) > 1,
             "this rank has no parameters": not self.params,
             'norms per row (per="row") are not implemented in graphs': self.has_rows,
-            "the policy reads moments of optimizers, which no graph does yet": spec.moment_eps is not None,
             "a gradient is annotated as partial, and must be added up first": self.has_partial_sums,
             "the policy is not one of distclip's, and may read numbers on the host": not (
                 type(policy) is Value or (type(policy) is NormPolicy and policy.has_own_rule)
             ),
-            "the policy or a recorder compares gradients with second moments": engine.spec.moment_eps is not None,
+            "gradients are compared with the second moments of optimizers": engine.spec.moment_eps is not None,
             "measure_tensors is on": engine.tensor_norms is not None,
             "observers, such as a Recorder, run on the host": bool(engine.observers),
             "max_skips raises on the host": engine.counter.max_skips is not None,
