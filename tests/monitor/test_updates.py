@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -54,6 +55,15 @@ def test_steady_updates_are_no_alarm(tmp_path: Path) -> None:
     assert math.isnan(log.columns["update_rms"][0])
     assert not find_alarms(log)
     assert "old moments" not in {finding.rule for finding in diagnose(log)}
+
+
+@pytest.mark.parametrize("policy", ["global_norm(1.0)", "update_clip(2.3)"])
+def test_the_policy_that_a_run_has_is_not_recommended(tmp_path: Path, policy: str) -> None:
+    lines = make_lines(steady_norms(300), lambda step: {"update_rms": 9.0 if step == 200 else 1.0})
+    log = read(write_run(tmp_path / "run", {**HEADER, "policy": policy}, lines))
+    (finding,) = [finding for finding in diagnose(log) if finding.rule == "old moments"]
+    assert ("Use distclip.update_clip()" in finding.advice) is policy.startswith("global_norm")
+    assert "lower beta2" in finding.advice
 
 
 @on_ranks(2)

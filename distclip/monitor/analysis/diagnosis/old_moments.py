@@ -39,12 +39,18 @@ def check_old_moments(context: Context) -> Iterator[Finding]:
     if "loss" in log.columns:
         steps = format_list([f"{log.steps[index]:,}" for index in followed])
         evidence += f" The loss rose within {WITHIN} steps of {steps}." if followed else " The loss did not rise then."
+    is_used = str(log.header.get("policy", "")).startswith("update_clip(")
+    remedy = (
+        "update_clip bounds such steps already. To have fewer of them, use a lower beta2"
+        if is_used
+        else "Use distclip.update_clip(), which shortens such steps, or a lower beta2"
+    )
     yield Finding(
         "old moments",
         "Adam's second moments were too old for the gradients",
         evidence,
-        "Use distclip.update_clip(), which shortens such steps, or a lower beta2, such as 0.95. Check what changes "
-        "in the data at these steps, and parameters that had no gradient before.",
+        f"{remedy}, such as 0.95. Check what changes in the data at these steps, and parameters that had no gradient "
+        "before.",
     )
 
 
