@@ -550,7 +550,7 @@ def _check_policy(policy: Any) -> BackwardPolicy:
             "Use distclip.budget(max_norm), or distclip.lagged(policy, budget=max_norm)."
         )
     spec = policy.spec
-    if spec.norm_type != 2 or spec.limits is not None or spec.needs_weights or spec.per == "row" or spec.moment_eps:
+    if not spec.has_only_tensor_norms:
         raise ArgumentError(
             f"policy={policy!r:.120}: in_backward measures Euclidean norms of tensors, and the policy needs others. "
             "Use distclip.budget(max_norm)."

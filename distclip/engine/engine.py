@@ -449,10 +449,7 @@ class Engine:
             self.write_(written, outcome.shards)
         watched = self.coverage.watch(optimizers)
         steps = None if outcome.skip.host or state is not None else watch_steps(optimizers)
-        updates = self._scaled_updates(outcome, optimizers)
-        self._advance(optimizers, written, state, fuse)
-        if updates is not None:
-            updates.apply_()
+        self._advance(optimizers, outcome, state, fuse)
         if not outcome.skip.host:
             with self._raised_late():
                 self.coverage.check_kept(watched, optimizers)
@@ -1093,10 +1090,7 @@ class Engine:
             # The earlier call has left the factor to the kernels of the optimizers that it stepped.
             with torch.no_grad():
                 scale_(self.optimizers.shards_of(optimizers), self._written(outcome).factors)
-        updates = self._scaled_updates(outcome, optimizers)
-        self._advance(optimizers, self._written(outcome), state, fuse)
-        if updates is not None:
-            updates.apply_()
+        self._advance(optimizers, outcome, state, fuse)
         return outcome
 
     def _check_again(self, earlier: _ScalerRound, optimizers: Sequence[Optimizer], state: ScalerState) -> None:
@@ -1116,14 +1110,18 @@ class Engine:
     def _advance(
         self, optimizers: Sequence[Optimizer], outcome: Outcome, state: ScalerState | None, fuse: bool
     ) -> None:
+        """Step optimizers by a decision, and scale the movements if the policy does."""
+        updates, written = self._scaled_updates(outcome, optimizers), self._written(outcome)
         self.optimizers.advance(
             optimizers,
-            outcome.factors if fuse else outcome.coefs,
+            written.factors if fuse else written.coefs,
             outcome.skip,
             overflow=outcome.overflow,
             state=state,
             fuse=fuse,
         )
+        if updates is not None:
+            updates.apply_()
 
     def _excluded(self, device: torch.device) -> Tensor:
         """Return a mask of the slots that are measured and never clipped, (slots,) bool."""

@@ -60,6 +60,12 @@ class NormSpec:
         object.__setattr__(self, "groups", check_groups(self.groups))
         object.__setattr__(self, "exclude", check_patterns("exclude", self.exclude))
 
+    @property
+    def has_only_tensor_norms(self) -> bool:
+        """True if Euclidean norms of whole gradients are all that is measured."""
+        is_euclidean = self.norm_type == 2 and self.per != "row" and self.limits is None
+        return is_euclidean and not self.needs_weights and self.moment_eps is None
+
 
 def check_patterns(argument: str, patterns: Any) -> tuple[str, ...]:
     """Return one regular expression, or several, as a tuple.

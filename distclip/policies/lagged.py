@@ -44,7 +44,7 @@ class Lagged:
         if isinstance(self.policy, type) or not isinstance(self.policy, Policy):
             raise ArgumentError(f"policy={self.policy!r:.80}: not a policy. Use lagged(distclip.zclip(cap=1.0)).")
         spec = self.policy.spec
-        if spec.norm_type != 2 or spec.limits is not None or spec.needs_weights or spec.per == "row" or spec.moment_eps:
+        if not spec.has_only_tensor_norms:
             raise ArgumentError(
                 f"policy={self.policy!r:.120}: it needs more than the Euclidean norms of tensors. Use a policy with "
                 "norm_type=2.0 per model, group or tensor."

@@ -12,7 +12,7 @@ from ..analysis.errors import RunError, UnreadableLinesWarning
 from ..analysis.log import Keys, Log, read
 from .marker import is_running
 
-__all__ = ["Follower", "Signature", "sign"]
+__all__ = ["Follower", "Signature", "read_growing", "sign"]
 
 IDLE_SECONDS = 600.0
 """Time without a change after which a run ends that no recorder has marked as running."""
@@ -51,10 +51,7 @@ class Follower:
             return False
         begin = time.monotonic()
         try:
-            with warnings.catch_warnings():
-                # The last line may be incomplete while it is being written.
-                warnings.simplefilter("ignore", UnreadableLinesWarning)
-                self.log = read(self._path, keys=self._keys)
+            self.log = read_growing(self._path, None, self._keys)
         except RunError:
             if is_over:
                 raise
@@ -71,6 +68,14 @@ class Follower:
         if (directory / "summary.json").exists():
             return True
         return time.time() - max((changed for _, changed, _ in sign(self._path)), default=0) / 1e9 > IDLE_SECONDS
+
+
+def read_growing(path: Path, name: str | None, keys: Keys) -> Log:
+    """Read a run that is being written, see `distclip.monitor.analysis.log.read`."""
+    with warnings.catch_warnings():
+        # The last line may be incomplete while it is being written.
+        warnings.simplefilter("ignore", UnreadableLinesWarning)
+        return read(path, name, keys)
 
 
 def sign(path: Path) -> Signature:

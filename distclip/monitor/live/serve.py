@@ -9,7 +9,6 @@ import json
 import secrets
 import socket
 import threading
-import warnings
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,10 +23,10 @@ from starlette.routing import Route
 
 from ..._console import Screen
 from ...errors import printable
-from ..analysis.errors import RunError, UnreadableLinesWarning
-from ..analysis.log import Keys, find_runs, name_runs, read
+from ..analysis.errors import RunError
+from ..analysis.log import Keys, find_runs, name_runs
 from ..dashboard import Live, assess, render_page
-from .follow import Signature, sign
+from .follow import Signature, read_growing, sign
 from .marker import is_running
 
 __all__ = ["Page", "listen", "make_app", "serve"]
@@ -80,10 +79,7 @@ class Page:
         logs, errors = [], []
         for run, name in zip(runs, name_runs(runs), strict=True):
             try:
-                with warnings.catch_warnings():
-                    # The last line may be incomplete while it is being written.
-                    warnings.simplefilter("ignore", UnreadableLinesWarning)
-                    logs.append(read(run, name, self._keys))
+                logs.append(read_growing(run, name, self._keys))
             except RunError as error:  # noqa: PERF203
                 errors.append(error)
         if not logs:

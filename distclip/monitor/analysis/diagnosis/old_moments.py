@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ...jsonl import UPDATE_RMS_ALARM
 from ..alarms import find_update_alarms, find_update_tensor
 from ..formatting import format_list, format_number, pluralize
 from .context import Context, Finding
@@ -32,8 +33,8 @@ def check_old_moments(context: Context) -> Iterator[Finding]:
     of = find_update_tensor(log, worst)
     followed = [index for index in alarms if _rises_after(context, index)]
     evidence = (
-        f"At {pluralize(len(alarms), 'time')} gradients were at least 3 times the roots of Adam's second moments, "
-        f"first at step {log.steps[alarms[0]]:,}, most at step {log.steps[worst]:,} "
+        f"At {pluralize(len(alarms), 'time')} gradients were at least {UPDATE_RMS_ALARM:g} times the roots of Adam's "
+        f"second moments, first at step {log.steps[alarms[0]]:,}, most at step {log.steps[worst]:,} "
         f"({format_number(float(rms[worst]))} times{of and ', in '}{of})."
     )
     if "loss" in log.columns:
