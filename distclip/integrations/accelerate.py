@@ -233,6 +233,12 @@ class Attachment(base.Attachment):
         ) -> Tensor | None:
             return self._clip(parameters)
 
+        self._accelerator_patches.replace(accelerator, "clip_grad_norm_", MethodType(clip_grad_norm_, accelerator))
+        accelerator.register_for_checkpointing(self)
+        if self._deferred.may_note:
+            self._collect_losses(accelerator)
+
+    def _collect_losses(self, accelerator: Any) -> None:
         backward = accelerator.backward
 
         @wraps(backward)
@@ -242,9 +248,7 @@ class Attachment(base.Attachment):
                 self._losses.append(loss.detach() / accelerator.gradient_accumulation_steps)
             backward(loss, **kwargs)
 
-        self._accelerator_patches.replace(accelerator, "clip_grad_norm_", MethodType(clip_grad_norm_, accelerator))
         self._accelerator_patches.replace(accelerator, "backward", MethodType(backward_and_note, accelerator))
-        accelerator.register_for_checkpointing(self)
 
     def _leave(self) -> None:
         """Undo `_use`, and restore the steps of the optimizers."""

@@ -124,6 +124,11 @@ class DeferredClipper:
         self.clipper, self.report, self.skipped, self.found_inf, self._pending_state = None, None, False, None, {}
         self._recorder = None
 
+    @property
+    def may_note(self) -> bool:
+        """True if `on_bind` may return a Recorder, so that values of steps are worth collecting."""
+        return self._on_bind is not None
+
     def note(self, optimizer: Any = None, **values: Any) -> None:
         """Add values to the step that was clipped last, if `on_bind` returned a Recorder.
 

@@ -123,6 +123,10 @@ class Attachment(accelerate.Attachment):
         self._patches.replace(trainer, "_has_mixed_mesh_grads", lambda model: False)
         _patch_trainer(self, self._patches, trainer)
         _follow_accelerators(self._patches, trainer, self._follow)
+        if deferred.may_note:
+            self._collect_ids(trainer)
+
+    def _collect_ids(self, trainer: Any) -> None:
         training_step = trainer.training_step
 
         @wraps(training_step)

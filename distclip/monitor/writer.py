@@ -124,8 +124,9 @@ def _to_alert(alert: Alert, path: Path, clipper: GradClipper) -> Destination:
 
     def send(lines: Sequence[Mapping[str, Any]]) -> None:
         nonlocal last_update
+        names = clipper.tensors or clipper.slots
         for line in lines:
-            fields = make_alert(line, path, clipper.tensors or clipper.slots)
+            fields = make_alert(line, path, names)
             if fields is not None and fields["kind"] == "update":
                 # Moments that are too old stay so for a while, which is one alert.
                 is_new = abs(line["step"] - last_update) >= MIN_BETWEEN_UPDATES

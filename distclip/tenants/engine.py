@@ -79,8 +79,9 @@ class IsolatedEngine(Engine):
         """Write the decision into the gradients, and step the groups that do not skip, see `Engine`."""
         if not outcome.skip.host:
             self.write_(outcome, outcome.shards)
-        watched = None if outcome.skip.host or self.skipped_ids(outcome) else self.coverage.watch(optimizers)
-        self._advance(optimizers, outcome, state, fuse=False)
+        skipped = self.skipped_ids(outcome)
+        watched = None if outcome.skip.host or skipped else self.coverage.watch(optimizers)
+        self._advance_without(skipped, optimizers, outcome, state)
         if not outcome.skip.host:
             with self._raised_late():
                 self.coverage.check_kept(watched, optimizers)
@@ -92,8 +93,14 @@ class IsolatedEngine(Engine):
     def _advance(
         self, optimizers: Sequence[Optimizer], outcome: Outcome, state: ScalerState | None, fuse: bool
     ) -> None:
+        self._advance_without(self.skipped_ids(outcome), optimizers, outcome, state)
+
+    def _advance_without(
+        self, skipped: frozenset[int], optimizers: Sequence[Optimizer], outcome: Outcome, state: ScalerState | None
+    ) -> None:
+        """Step optimizers as if they did not have the parameters with these ids."""
         # The scale follows the overflow of any group, as the scale of several optimizers follows that of any of them.
-        step, overflow = partial(_step_without, skipped=self.skipped_ids(outcome)), outcome.overflow
+        step, overflow = partial(_step_without, skipped=skipped), outcome.overflow
         self.optimizers.advance(
             optimizers, outcome.coefs, outcome.skip, overflow=overflow, state=state, fuse=False, step=step
         )
