@@ -43,7 +43,7 @@ def adagc(
         warmup: number of warm-up steps, ≥ 1. Steps are counted per slot, so that a slot whose gradients come later
             (unfreezing) has a separate warm-up.
         warmup_norm: bound on the norm of all slots together in warm-up, > 0.
-        cap: bound that always holds, in warm-up too, ≥ 0.
+        cap: hard upper bound, in warm-up too, ≥ 0.
         norm_type: p of the norm.
         per: granularity (see `NormPolicy`).
         restart_after: number of steps after which the rule restarts from the norms before clipping if it has clipped

@@ -61,7 +61,7 @@ def aggc(
         transition: number of steps in which the multiples change linearly, ≥ 0.
         min_norm: least floor, ≥ 0.
         max_coef: largest factor by which a norm is scaled up, ≥ 1.
-        cap: bound that always holds, in warm-up too, ≥ 0.
+        cap: hard upper bound, in warm-up too, ≥ 0.
         norm_type: p of the norm.
         per: granularity (see `NormPolicy`) without `groups`.
         restart_after: number of steps after which the rule restarts from the norms before clipping if it has scaled

@@ -35,7 +35,7 @@ def autoclip(
     Args:
         percentile: p, in [0, 100].
         window: w, number of norms in the history, ≥ 1. The paper's history is unbounded.
-        cap: bound that always holds, ≥ 0. Without it the rule learns from bad first batches like from any others.
+        cap: hard upper bound, ≥ 0. Without it the rule learns from bad first batches like from any others.
         norm_type: p of the norm.
         per: granularity (see `NormPolicy`).
 

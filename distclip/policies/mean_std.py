@@ -29,7 +29,7 @@ class MeanStd(Rule):
         sigma: k, ≥ 0.
         window: w, ≥ 2.
         warmup: number of first norms to which only the cap applies, ≥ 2.
-        cap: bound that always holds, in warm-up too, ≥ 0.
+        cap: hard upper bound, in warm-up too, ≥ 0.
 
     Raises:
         ArgumentError: a number outside of its range.

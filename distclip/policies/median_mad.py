@@ -42,7 +42,7 @@ def median_mad(
         k: number of standard deviations that are not clipped, ≥ 0.
         window: number of norms in the history, ≥ 1.
         warmup: number of first norms to which only the cap applies, ≥ 1.
-        cap: bound that always holds, in warm-up too, ≥ 0: a max_norm of the usual size, such as 1.0. Without it, norms
+        cap: hard upper bound, in warm-up too, ≥ 0: a max_norm of the usual size, such as 1.0. Without it, norms
             that explode in warm-up are not clipped. The rule then warns, and starts from the norms before that.
         norm_type: p of the norm.
         per: granularity (see `NormPolicy`).

@@ -143,7 +143,7 @@ class Rule(Threshold):
     Attributes:
         needs_weights: whether the rule reads `totals.weight_norms`. False by default.
         can_restart: whether `restart` is implemented. False by default.
-        cap: bound that always holds, in warm-up too. `NormPolicy` applies it to the bounds of `__call__`, which must be
+        cap: hard upper bound, in warm-up too. `NormPolicy` applies it to the bounds of `__call__`, which must be
             without it, so that a step beyond the cap can be distinguished from a step beyond the rule. inf by default.
         max_coef: largest factor by which `NormPolicy` scales a norm up to the floor of `floors`, ≥ 1. 1 by default,
             which scales nothing up.

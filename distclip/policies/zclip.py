@@ -45,7 +45,7 @@ def zclip(
         z: largest z-score that is not clipped, > 0.
         decay: of mean and variance, in [0, 1).
         warmup: number of first norms to which only the cap applies, ≥ 1.
-        cap: bound that always holds, in warm-up too, ≥ 0: a max_norm of the usual size, such as 1.0. Without it, norms
+        cap: hard upper bound, in warm-up too, ≥ 0: a max_norm of the usual size, such as 1.0. Without it, norms
             that explode in warm-up are not clipped. The rule then warns, and starts from the norms before that.
         norm_type: p of the norm.
         per: granularity (see `NormPolicy`).

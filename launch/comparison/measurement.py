@@ -122,7 +122,11 @@ def describe_factors(factors: list[float], truth: float) -> str:
     for words, value in {"all zero": 0.0, "not clipped": 1.0}.items():
         if all(factor == value for factor in factors):
             return words
-    return format_range([factor / right for factor in factors], 2) + " x right"
+    ratios = [factor / right for factor in factors]
+    text = f"{format_range(ratios, 2)} x"
+    if min(ratios) > 1:
+        return f"{text} too large"
+    return f"too small ({text})" if max(ratios) < 1 else f"{text} the right size"
 
 
 def format_range(values: list[float], digits: int = 6) -> str:

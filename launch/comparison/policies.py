@@ -54,7 +54,7 @@ def train(directory: Path, experiment: str, policy: str, seed: int) -> dict[str,
 
 
 def describe(summary: dict[str, float | None] | None) -> str:
-    """Return the loss and the clip rate. A loss above that of a blind guess has no further meaning."""
+    """Return the loss and the clip rate. A loss above chance level has no further meaning."""
     if summary is None:
         return "stopped"
     loss, guess, clip_rate = (summary.get(key) for key in ("held_out", "guess", "clip_rate"))

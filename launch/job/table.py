@@ -42,7 +42,7 @@ def build_rows(runs: list[Summary]) -> Iterator[tuple[str, list[str]]]:
     yield "steps", [str(run.steps) for run in runs]
     yield LOSS, [format_loss(run.held_out) for run in runs]
     if any(not isnan(run.guess) for run in runs):
-        yield "  of a blind guess", [format_loss(run.guess) for run in runs]
+        yield "  at chance level", [format_loss(run.guess) for run in runs]
     if any(run.r2 is not None for run in runs):
         yield "held-out R2", ["" if run.r2 is None else f"{run.r2:.4g}" for run in runs]
     for title in dict.fromkeys(metric.title for run in runs for metric in run.measures):

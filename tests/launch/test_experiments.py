@@ -49,7 +49,7 @@ def test_cliff_draws_a_figure(tmp_path: Path) -> None:
     files = (*FILES, "figures/cliff.json")
     assert list_files(tmp_path / "run") == {f"{run}/{file}" for run in ("norm_1", "unclipped") for file in files}
     assert "solved" in out
-    assert "of a blind guess" not in out
+    assert "at chance level" not in out
 
 
 def test_replay_distinguishes_a_fault_from_bad_data(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_omits_rows_without_numbers() -> None:
     assert [title for title, _ in table.build_rows([PLAIN])] == [
         "steps",
         "held-out loss",
-        "  of a blind guess",
+        "  at chance level",
         "norm p50",
         "norm max",
         "clip rate",
@@ -56,7 +56,7 @@ def test_leaves_cells_empty_for_runs_without_a_number() -> None:
     assert cells["held-out loss"] == ["0.500", "0.500", "1.2e+30"]
     assert cells["non-finite norm"] == ["0 steps", "0 steps", "2 steps"]
     assert cells["  first at step"] == ["", "", "5"]
-    assert "  of a blind guess" not in dict(table.build_rows([solved]))
+    assert "  at chance level" not in dict(table.build_rows([solved]))
 
 
 def test_splits_the_table_if_the_terminal_is_narrow() -> None:

@@ -18,7 +18,7 @@ __all__ = ["Alarm", "find_alarms", "find_update_alarms", "find_update_tensor"]
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """A step that stands out.
+    """Alarm about an outlier step.
 
     Args:
         step: number of the step.

@@ -45,7 +45,7 @@ EXPLODED = 1000.0
 """Factor by which a loss exceeds the first one in a run that has exploded."""
 
 STUCK = 0.02
-"""Least share of the loss of a blind guess by which a run that is not stuck ends below it."""
+"""Least share of the chance-level loss by which a run that is not stuck ends below it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Outcome:
     """End of a run, as a verdict with its evidence.
 
     Args:
-        verdict: "diverged" if the loss ended above its start, above a blind guess, or not finite; "recovered" if that
+        verdict: "diverged" if the loss ended above its start, above chance level, or not finite; "recovered" if that
             was so for a while only; "healthy"; "unknown" for a short run, or one without losses.
         text: the evidence in a sentence.
         loss: held-out loss if the run has one, otherwise the training loss at the end. NaN if unknown.
@@ -67,7 +67,7 @@ class Outcome:
 
 
 def find_outcome(log: Log) -> Outcome:
-    """Compare the losses at the end of a run with those at its start, the best ones, and a blind guess.
+    """Compare the losses at the end of a run with those at its start, the best ones, and chance level.
 
     Args:
         log: of any length. Its losses are the column "loss", and "held_out" and "guess" of its summary.
@@ -187,7 +187,7 @@ def _find_nonfinite_end(log: Log) -> str | None:
 def _find_divergence(losses: _Losses, held_out: float, guess: float) -> Iterator[str]:
     """Yield what shows that a run diverged."""
     if held_out > guess:
-        yield f"The held-out loss {format_number(held_out)} is above that of a blind guess, {format_number(guess)}."
+        yield f"The held-out loss {format_number(held_out)} is above chance level, {format_number(guess)}."
     if not losses.is_known or len(losses.values) < MIN_STEPS:
         return
     start, end, best, noise = losses.start, losses.end, losses.best, NUM_ERRORS * losses.error()
@@ -200,7 +200,7 @@ def _find_divergence(losses: _Losses, held_out: float, guess: float) -> Iterator
     if end > start + max(rise, 1e-3 * abs(start)):
         yield f"{went}, above its start."
     if end > guess * (1 - STUCK) and guess > 0 and start >= end - noise:
-        yield f"{went}. That is no better than a blind guess, {format_number(guess)}: training is stuck."
+        yield f"{went}. That is no better than chance level, {format_number(guess)}: training is stuck."
     scatter = robust_scale(np.diff(losses.values)) / math.sqrt(2)
     if start - best > 2 * scatter and end > best + LOST * (start - best) + noise:
         yield f"{went}, after it had been {format_number(best)}: the run lost most of its progress."
