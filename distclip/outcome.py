@@ -148,7 +148,7 @@ class Outcome:
     def _make_report(self) -> Report:
         totals, coefs, device = self.totals, self.coefs, self.coefs.device
         has_one_slot = len(coefs) == 1
-        clipped = (coefs[0] if has_one_slot else coefs).ne(1.0).any()
+        clipped = coefs[0].ne(1.0) if has_one_slot else coefs.ne(1.0).any()
         # A group that is not finite changes nothing, and must not hide what became of the others.
         norms = totals.norms if self.skips is None else totals.norms.where(~self.skips, 0.0)
         if totals.out_of_limits.host is not False:

@@ -8,8 +8,9 @@ optimizer.
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -56,6 +57,7 @@ def watch_steps_of(table: ShardTable) -> None:
     tensors = [tensor for tensor in table.tensors if tensor.requires_grad]
     for param in tensors[:: _stride(len(tensors))]:
         _watch(param)
+        watch_backward(param)
 
 
 def find_stepped(table: ShardTable) -> list[Tensor]:
@@ -69,8 +71,13 @@ def find_stepped(table: ShardTable) -> list[Tensor]:
     Collectives: none. Host syncs: none.
     """
     sample = _sample(table)
+    ids = list(map(id, sample))
+    # Mostly they are the last ones that were watched, in this order.
+    if list(itertools.islice(reversed(_watched), len(ids))) != ids[::-1]:
+        for param in sample:
+            _watch(param)
     for param in sample:
-        _watch(param)
+        watch_backward(param)
     by_hand = find_steps_by_hand(sample)
     return [param for param in sample if _is_late(param.grad)] or by_hand
 
@@ -106,7 +113,7 @@ def warn_of_late_clip(function: str, table: ShardTable, stepped: Sequence[Tensor
 def _sample(table: ShardTable) -> list[Tensor]:
     """Return a few parameters of a table that have a gradient, mostly the same ones in every call."""
     tensors, metadata = table.tensors, table.metadata
-    sample = [tensors[i] for i in _positions.get(metadata, ()) if tensors[i].grad is not None]
+    sample = [tensor for i in _positions.get(metadata, ()) if (tensor := tensors[i]).grad is not None]
     if not sample:
         with_grad = [i for i, tensor in enumerate(tensors) if tensor.grad is not None]
         positions = _positions[metadata] = with_grad[:: _stride(len(with_grad))]
@@ -125,7 +132,6 @@ def _watch(param: Tensor) -> None:
     _num_changes += key not in _watched
     _watched.pop(key, None)
     _watched[key] = None
-    watch_backward(param)
     while len(_watched) > _MAX_WATCHED:
         _watched.pop(next(iter(_watched)), None)
     if not _handles:
@@ -136,7 +142,7 @@ def _watch(param: Tensor) -> None:
 @_disable_dynamo
 def _remember_versions(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Remember the versions of gradients before a step, in which some optimizers write gradients."""
-    _before.update((key, version) for key, _, version in _gradients_of(optimizer))
+    _before.update({key: version for key, _, version in _gradients_of(optimizer)})
 
 
 @_disable_dynamo
@@ -153,17 +159,20 @@ def _mark_stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         vars(grad)[_MARK] = now, mark
 
 
-def _gradients_of(optimizer: Optimizer) -> Iterator[tuple[int, Tensor, int]]:
-    """Yield the id of each watched parameter of an optimizer, its gradient, and the gradient's version."""
+def _gradients_of(optimizer: Optimizer) -> list[tuple[int, Tensor, int]]:
+    """Return the id of each watched parameter of an optimizer, its gradient, and the gradient's version."""
     # The step of an optimizer that shows its parameters in another way must not fail.
     if not _watched or not vars(optimizer).get("param_groups"):
-        return
+        return []
+    found, groups = [], optimizer.param_groups
     for group, index in _places_of(optimizer):
         # A step can be made without some parameters, which are put back behind it.
-        params = optimizer.param_groups[group]["params"]
-        param = params[index] if index < len(params) and id(params[index]) in _watched else None
-        if param is not None and param.grad is not None and (version := _version_of(param.grad)) is not None:
-            yield id(param), param.grad, version
+        params = groups[group]["params"]
+        if index < len(params) and (key := id(params[index])) in _watched:
+            grad = params[index].grad
+            if grad is not None and (version := _version_of(grad)) is not None:
+                found.append((key, grad, version))
+    return found
 
 
 def _places_of(optimizer: Optimizer) -> list[tuple[int, int]]:

@@ -39,10 +39,7 @@ from ..apply.writes import GradientWrites
 from ..comm import Comm, LocalComm
 from ..comm.agreement import Call, CallCounter
 from ..comm.consensus import FirstError
-from ..comm.discovery import (
-    global_rank,
-    resolve_comm,
-)
+from ..comm.discovery import global_rank, resolve_comm
 from ..comm.ranks import Axis
 from ..devices import ALWAYS, NEVER, Fact, as_fact, device_constant, outside_fake_mode
 from ..errors import ArgumentError, warn_user

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import LayoutError
 from .layout import Layout, product
@@ -36,6 +36,9 @@ __all__ = [
     "possible_partial_sums",
     "with_local",
 ]
+
+
+_PLAIN_TYPES = (Tensor, nn.Parameter)
 
 
 class DTensorSource(Source):
@@ -67,6 +70,9 @@ def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
 
 def local_of(tensor: Tensor) -> Tensor:
     """Return the local tensor of a DTensor, and any other tensor itself."""
+    # Each step asks for several tensors, most of which are plain.
+    if type(tensor) in _PLAIN_TYPES:
+        return tensor
     return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
