@@ -32,9 +32,10 @@ def attach(
     """Replace Megatron's own clipping in `optimizer.step()` by a policy.
 
     Works with FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer and LayerWiseDistributedOptimizer
-    (that of Muon), and with chains of them, under
-    tensor, pipeline, expert and data parallelism, with loss scaling. A policy per tensor or row gets whole parameters,
-    wherever a distributed optimizer cuts them. A tied embedding is one parameter, by its name on the first stage.
+    (that of Muon), and with chains of them, under tensor, pipeline, expert and data parallelism, with loss scaling. A
+    policy per tensor or row gets whole parameters, wherever a distributed optimizer cuts them. If the optimizer is
+    precision-aware, a policy that reads weights gets those of the model, because TransformerEngine keeps the float32
+    ones. A tied embedding is one parameter, by its name on the first stage.
     `config.clip_grad` is ignored. `step()` returns (True, norm, zeros) as usual, or (False, None, None) for a skipped
     step. Loss scales back off only if the step is non-finite, and then all of a chain together.
 
@@ -53,8 +54,8 @@ def attach(
         The attachment, with the clipper and the report of each step. It is `optimizer.distclip` too.
 
     Raises:
-        ArgumentError: `optimizer` is not Megatron's, is attached already, or keeps its gradients elsewhere
-            (precision-aware, Megatron-FSDP); the policy needs names and `model` is missing or incomplete; some ranks
+        ArgumentError: `optimizer` is not Megatron's, is attached already, or is that of
+            Megatron-FSDP; the policy needs names and `model` is missing or incomplete; some ranks
             have a loss scale and others do not. Raised on every rank. In a step: see `GradClipper.clip`.
 
     Collectives: gathers and all-reduces, so call it on every rank. A step has one all-reduce of a few float64 numbers
@@ -132,7 +133,7 @@ class Attachment(base.Attachment):
                 scaler.update(self._overflowed())
             if skip:
                 return False, None, None
-            with_grad = [(i, grad) for i, piece in enumerate(self._pieces) if (grad := piece.stepped.grad) is not None]
+            with_grad = [(i, grad) for i, piece in enumerate(self._pieces) if (grad := piece.grad) is not None]
             self._write([i for i, _ in with_grad], [grad for _, grad in with_grad])
         finally:
             for piece in self._pieces:

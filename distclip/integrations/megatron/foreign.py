@@ -36,6 +36,7 @@ class Optimizer(Protocol):
     shard_fp32_from_float16_groups: list[list[Tensor]]
     model_fp32_groups: list[list[Tensor]]
     shard_fp32_groups: list[list[Tensor]]
+    shard_float16_groups: list[list[Tensor]]  # stepped by their `decoupled_grad` if the optimizer is precision-aware
     gbuf_ranges: Any
     data_parallel_group: dist.ProcessGroup
 

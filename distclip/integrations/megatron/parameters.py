@@ -27,15 +27,22 @@ class Piece:
 
     Args:
         name: the name of the parameter in the model.
-        stepped: the tensor that the optimizer steps by its `.grad`: the parameter, its float32 copy, or a slice of it.
+        stepped: the tensor that the optimizer steps by its `grad`: the parameter, its float32 copy, or a slice of it.
         stand_in: a tensor with the layout of `stepped`, for a clipper. Its `main_grad` is the current gradient.
         is_original: for an embedding that other stages have too, True on the one that counts. None for any other.
+        is_decoupled: True if the gradient is in `.decoupled_grad`, because its dtype is not that of `stepped`.
     """
 
     name: str
     stepped: Tensor
     stand_in: Tensor
     is_original: bool | None = None
+    is_decoupled: bool = False
+
+    @property
+    def grad(self) -> Tensor | None:
+        """Gradient that the optimizer reads."""
+        return getattr(self.stepped, "decoupled_grad", None) if self.is_decoupled else self.stepped.grad
 
     def attach_grad(self, weights: bool) -> None:
         """Attach the current gradient to the stand-in.
@@ -44,7 +51,7 @@ class Piece:
             weights: True if the policy reads parameters. The stand-in then shares the memory of `stepped`, which a
                 reload may have moved.
         """
-        self.stand_in.main_grad = self.stepped.grad  # type: ignore[attr-defined]
+        self.stand_in.main_grad = self.grad  # type: ignore[attr-defined]
         if weights:
             self.stand_in.data = self.stepped.detach()
 
@@ -140,8 +147,6 @@ def flatten_chain(optimizer: Any) -> list[Optimizer]:
         )
     if getattr(getattr(optimizer, "ddp_config", None), "use_megatron_fsdp", False):
         raise _unknown("Megatron-FSDP")
-    if getattr(optimizer.config, "use_precision_aware_optimizer_no_fp8_or_ds_fp8", False):
-        raise _unknown("a precision-aware optimizer")
     return [optimizer]
 
 
@@ -163,6 +168,7 @@ def pieces_of(
     if leaf.is_stub_optimizer:
         return
     sliced_over = leaf.data_parallel_group if hasattr(leaf, "gbuf_ranges") else None
+    decoupled = _is_precision_aware(leaf)
     for i, (param, stepped) in enumerate(_stepped_params(leaf)):
         if names and id(param) not in names:
             raise ArgumentError(
@@ -178,7 +184,7 @@ def pieces_of(
         if hasattr(param, "partition_dim"):
             stand_in.partition_dim = param.partition_dim  # type: ignore[attr-defined]
         is_original = not getattr(param, "shared", False) if getattr(param, "shared_embedding", False) else None
-        yield Piece(names.get(id(param), f"optimizer.parameters[{i}]"), stepped, stand_in, is_original)
+        yield Piece(names.get(id(param), f"optimizer.parameters[{i}]"), stepped, stand_in, is_original, decoupled)
 
 
 def share_names(pieces: list[Piece], by_rank: Iterable[Iterable[tuple[str, bool]]]) -> list[Piece]:
@@ -223,7 +229,11 @@ def names_of(model: nn.Module | Iterable[nn.Module]) -> dict[int, str]:
 
 def _stepped_params(leaf: Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (parameter of the model, tensor that is stepped in its place)."""
-    if hasattr(leaf, "gbuf_ranges"):
+    if hasattr(leaf, "gbuf_ranges") and _is_precision_aware(leaf):
+        # TransformerEngine's FusedAdam keeps the float32 copies of these slices.
+        half = (leaf.model_float16_groups, leaf.shard_float16_groups)
+        single = (leaf.model_fp32_groups, leaf.shard_fp32_groups)
+    elif hasattr(leaf, "gbuf_ranges"):
         half = (leaf.model_float16_groups, leaf.shard_fp32_from_float16_groups)
         single = (leaf.model_fp32_groups, leaf.shard_fp32_groups)
     elif hasattr(leaf, "float16_groups"):
@@ -234,6 +244,10 @@ def _stepped_params(leaf: Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
     for model_groups, stepped_groups in (half, single):
         for model_group, stepped_group in zip(model_groups, stepped_groups, strict=True):
             yield from zip(model_group, stepped_group, strict=True)
+
+
+def _is_precision_aware(leaf: Optimizer) -> bool:
+    return bool(getattr(leaf.config, "use_precision_aware_optimizer_no_fp8_or_ds_fp8", False))
 
 
 def _unknown(what: str) -> ArgumentError:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -33,6 +35,7 @@ class Setting:
         dtype: a key of `DTYPES`.
         distributed: use DistributedOptimizer.
         layer_wise: use LayerWiseDistributedOptimizer.
+        precision_aware: let the optimizer keep the float32 weights, and read gradients of another dtype.
     """
 
     tp: int = 1
@@ -42,6 +45,68 @@ class Setting:
     dtype: str = "fp32"
     distributed: bool = False
     layer_wise: bool = False
+    precision_aware: bool = False
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """Stand-in for TransformerEngine's optimizer, which needs a GPU. It steps as Adam with a huge eps does."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float,
+        adam_w_mode: bool,
+        exp_avg_dtype: Any,
+        exp_avg_sq_dtype: Any,
+        master_weights: bool = False,
+        use_decoupled_grad: bool = False,
+        master_weight_dtype: Any = None,
+        store_param_remainders: bool = False,
+    ) -> None:
+        assert master_weights
+        assert use_decoupled_grad
+        super().__init__(params, {"lr": lr, "eps": eps})
+
+    def master_of(self, param: Tensor) -> Tensor:
+        """Return the float32 copy of a parameter."""
+        state = self.state[param]
+        if "master_param" not in state:
+            state["master_param"] = param.detach().float().clone()
+        master: Tensor = state["master_param"]
+        return master
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                assert param.grad is None
+                if param.decoupled_grad is not None:
+                    master = self.master_of(param)
+                    master -= group["lr"] / group["eps"] * param.decoupled_grad.float()
+                    param.copy_(master)
+
+
+@contextmanager
+def transformer_engine() -> Iterator[None]:
+    """Let Megatron find the stand-in for TransformerEngine's optimizer."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    names = ["transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.optimizers"]
+    modules: dict[str, Any] = {name: ModuleType(name) for name in names}
+    modules[names[0]].__version__ = "2.9.0"
+    modules[names[2]].FusedAdam = FusedAdam
+    with (
+        mock.patch.dict(sys.modules, modules),
+        mock.patch.object(optimizer, "Adam", FusedAdam),
+        mock.patch.object(distrib_optimizer, "Adam", FusedAdam),
+        mock.patch.object(optimizer, "USING_PYTORCH_OPTIMIZER", False),
+        mock.patch("megatron.core.utils._te_version", None),
+    ):
+        yield
 
 
 class AsIfCuda(TorchFunctionMode):
@@ -161,13 +226,20 @@ def build_model(setting: Setting, trained: bool = True) -> Any:
 
 def build_optimizer(model: Any, setting: Setting, **options: Any) -> Any:
     """Build Megatron's optimizer with the step p - LR · g. Adam makes it too with a huge eps and no momentum."""
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-
     arguments: dict[str, Any] = {"optimizer": "sgd", "lr": LR, "sgd_momentum": 0.0}
     if setting.distributed:
         arguments = {"optimizer": "adam", "lr": LR * 1e9, "adam_eps": 1e9, "adam_beta1": 0.0}
+    if setting.precision_aware:
+        arguments["use_precision_aware_optimizer"] = True
+    with transformer_engine() if setting.precision_aware else nullcontext():
+        return _build_optimizer(model, setting, {**arguments, **options})
+
+
+def _build_optimizer(model: Any, setting: Setting, arguments: dict[str, Any]) -> Any:
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
     config = OptimizerConfig(
-        **{"weight_decay": 0.0, "clip_grad": 1.0, **arguments, **options},
+        **{"weight_decay": 0.0, "clip_grad": 1.0, **arguments},
         params_dtype=DTYPES[setting.dtype],
         bf16=setting.dtype == "bf16",
         fp16=setting.dtype == "fp16",

@@ -76,6 +76,7 @@ SETTINGS = {
     "layer-wise experts bf16": (4, Setting(ep=2, dtype="bf16", layer_wise=True)),
     "two stages": (2, Setting(pp=2, dtype="fp16")),
     "two slices": (2, Setting(dtype="bf16", distributed=True)),
+    "precision-aware": (2, Setting(dtype="bf16", distributed=True, precision_aware=True)),
 }
 FP16 = [name for name, (_, setting) in SETTINGS.items() if setting.dtype == "fp16"]
 SOME = ["tp x pp", "fp16 experts", "distributed bf16"]
@@ -101,7 +102,7 @@ def test_steps_under_more_policies_as_one_process(name: str) -> None:
     Megatron().steps_under_policies(SETTINGS[name][1], MORE_POLICIES)
 
 
-@on_ranks_of(*SOME, "data parallel", "distributed fp16", "two stages")
+@on_ranks_of(*SOME, "data parallel", "distributed fp16", "two stages", "precision-aware")
 def test_nonfinite_on_one_rank(name: str) -> None:
     Megatron().nonfinite_on_one_rank(SETTINGS[name][1])
 
@@ -121,7 +122,7 @@ def test_invalid_input() -> None:
     Megatron().invalid_input(Setting())
 
 
-@on_ranks_of(*SOME)
+@on_ranks_of(*SOME, "precision-aware")
 def test_detach(name: str) -> None:
     Megatron().detach(SETTINGS[name][1])
 
