@@ -10,7 +10,8 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -20,7 +21,7 @@ import torch.distributed as dist
 
 from .errors import BenchError
 
-__all__ = ["default_size", "on_ranks"]
+__all__ = ["default_size", "on_ranks", "start_ranks"]
 
 TIMEOUT = timedelta(minutes=5)
 """Timeout of a collective."""
@@ -50,28 +51,48 @@ def on_ranks(
     Raises:
         BenchError: a rank failed. The message has the traceback of the first one.
     """
+    threads = threads or max(1, (os.cpu_count() or 1) // size)
+    preload = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor.debug", __name__]
+    with start_ranks(_run_rank, size, (size, device, threads, job, kwargs), preload) as connections:
+        return _collect(connections, advance)
+
+
+@contextmanager
+def start_ranks(
+    main: Callable[..., None], size: int, arguments: tuple[Any, ...], preload: list[str]
+) -> Iterator[list[Connection]]:
+    """Start a process for each rank, and kill all of them at the end, even if they hang.
+
+    Args:
+        main: called as `main(rank, folder, connection, *arguments)` in each process. `folder` is empty and the same for
+            all ranks, so that they can rendezvous in it.
+        size: number of ranks.
+        arguments: picklable.
+        preload: modules that the processes have imported before they start.
+
+    Yields:
+        A connection to each rank.
+    """
     # The fork server has imported torch but called nothing, so that it starts a rank in a fraction of a second.
     context: Any = mp.get_context("spawn" if sys.platform == "win32" else "forkserver")
     if sys.platform != "win32":
-        context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.tensor.debug", __name__])
-    threads = threads or max(1, (os.cpu_count() or 1) // size)
+        context.set_forkserver_preload(preload)
+    pipes = [context.Pipe() for _ in range(size)]
     with tempfile.TemporaryDirectory() as folder:
-        pipes = [context.Pipe(duplex=False) for _ in range(size)]
         processes = [
-            context.Process(
-                target=_run_rank, args=(rank, size, device, threads, folder, pipe[1], job, kwargs), daemon=True
-            )
-            for rank, pipe in enumerate(pipes)
+            context.Process(target=main, args=(rank, folder, child_end, *arguments), daemon=True)
+            for rank, (_, child_end) in enumerate(pipes)
         ]
         try:
             for process, (_, child_end) in zip(processes, pipes, strict=True):
                 process.start()
                 child_end.close()
-            return _collect([parent_end for parent_end, _ in pipes], advance)
+            yield [parent_end for parent_end, _ in pipes]
         finally:
             for process in processes:
-                process.kill()
-                process.join()
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
 
 
 def _collect(connections: list[Connection], advance: Callable[[], object]) -> list[Any]:
@@ -96,11 +117,11 @@ def _collect(connections: list[Connection], advance: Callable[[], object]) -> li
 
 def _run_rank(
     rank: int,
+    folder: str,
+    connection: Connection,
     size: int,
     device: str,
     threads: int,
-    folder: str,
-    connection: Connection,
     job: Callable[..., Any],
     kwargs: dict[str, Any],
 ) -> None:

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import multiprocessing as mp
 import re
 import signal
-import tempfile
 import textwrap
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -22,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import distclip
+from distclip.bench.world import start_ranks
 
 from .framework import clip_as_frameworks_do
 from .layouts import CASES, LayoutCase, LocalParameters
@@ -85,7 +82,7 @@ def measure(index: int) -> Row:
     results: dict[str, Result] = {}
     while len(results) < len(LIBRARIES):
         remaining = [library for library in LIBRARIES if library not in results]
-        with start_ranks(index) as connections:
+        with start_ranks(run_rank, case.num_ranks, (index,), PRELOAD) as connections:
             for library in remaining:
                 for connection in connections:
                     connection.send(library)
@@ -137,7 +134,7 @@ def format_range(values: list[float], digits: int = 6) -> str:
 # On the ranks
 
 
-def run_rank(index: int, rank: int, folder: str, connection: Connection) -> None:
+def run_rank(rank: int, folder: str, connection: Connection, index: int) -> None:
     """Clip with each library that the parent names. This is the main function of a rank."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -189,28 +186,6 @@ def local_norms(local: LocalParameters) -> list[float]:
 
 
 # In the parent
-
-
-@contextmanager
-def start_ranks(index: int) -> Iterator[list[Connection]]:
-    """Start the ranks of a layout and kill them at the end, even if they hang."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    pipes = [context.Pipe() for _ in range(CASES[index].num_ranks)]
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            context.Process(target=run_rank, args=(index, rank, folder, child), daemon=True)
-            for rank, (_, child) in enumerate(pipes)
-        ]
-        try:
-            for process, (_, child) in zip(processes, pipes, strict=True):
-                process.start()
-                child.close()
-            yield [parent for parent, _ in pipes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
 
 
 def receive_all(connections: list[Connection]) -> list[RankResult | None]:
