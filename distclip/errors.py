@@ -46,6 +46,7 @@ __all__ = [
     "UnclippedStepWarning",
     "from_wire",
     "printable",
+    "short_repr",
     "to_wire",
     "warn_user",
 ]
@@ -58,6 +59,18 @@ def printable(text: object) -> str:
     'a�[31mb�'
     """
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+
+
+def short_repr(value: object, length: int = 80) -> str:
+    """Return the beginning of a value's `repr` on one line, or its type if that fails.
+
+    >>> short_repr({"first": 1}, length=9)
+    "{'first':"
+    """
+    try:
+        return " ".join(repr(value).split())[:length]
+    except Exception:
+        return f"<{type(value).__name__}>"
 
 
 class DistclipError(Exception):

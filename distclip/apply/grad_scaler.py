@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, short_repr
 
 __all__ = ["ScalerState", "enabled", "initial_scale", "parameters_of"]
 
@@ -44,7 +44,7 @@ def initial_scale(scaler: Any) -> tuple[float, bool]:
         ArgumentError: `scaler` is no GradScaler.
     """
     if not isinstance(scaler, GradScaler):
-        raise ArgumentError(f"scaler={scaler!r:.80}: not a torch.amp.GradScaler. Pass one, or None.")
+        raise ArgumentError(f"scaler={short_repr(scaler)}: not a torch.amp.GradScaler. Pass one, or None.")
     return scaler.get_scale(), scaler._scale is not None
 
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ..comm import Comm
 from ..comm.consensus import FirstError, gather_or_raise
 from ..devices import Fact
-from ..errors import ArgumentError, DisagreementError
+from ..errors import ArgumentError, DisagreementError, short_repr
 from ..norms.memory import read_gradients
 from ..sharding.shard import Shards
 from ..sharding.table import ShardTable
@@ -36,7 +36,8 @@ def as_list(optimizer: Any) -> list[Optimizer]:
     optimizers = list(optimizer) if several else [optimizer]
     if not all(hasattr(one, "step") and hasattr(one, "param_groups") for one in optimizers):
         raise ArgumentError(
-            f"optimizer={optimizer!r:.80}: not a torch.optim.Optimizer. Pass an optimizer, or a list of optimizers."
+            f"optimizer={short_repr(optimizer)}: not a torch.optim.Optimizer. Pass an optimizer, or a list of "
+            "optimizers."
         )
     return optimizers
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from ..apply.grad_scaler import enabled
 from ..apply.optimizers import as_list
-from ..errors import ArgumentError
+from ..errors import ArgumentError, short_repr
 from ..nonfinite.rules import OnNonFinite
 from ..norms.spec import NormSpec
 from ..policies import Policy
@@ -51,11 +51,12 @@ def check_arguments(policy: Any, on_nonfinite: Any, max_skips: Any, replicas: An
     """
     if isinstance(policy, type) or not isinstance(policy, Policy):
         raise ArgumentError(
-            f"policy={policy!r:.80}: not a policy. Pass distclip.global_norm(1.0), distclip.value(0.5) or another one."
+            f"policy={short_repr(policy)}: not a policy. Pass distclip.global_norm(1.0), distclip.value(0.5) or another"
+            " one."
         )
     if type(policy.spec) is not NormSpec:
         raise ArgumentError(
-            f"policy={policy!r:.80}: its spec is {policy.spec!r:.60}. Return a distclip.policies.NormSpec."
+            f"policy={short_repr(policy)}: its spec is {policy.spec!r:.60}. Return a distclip.policies.NormSpec."
         )
     if not policy.spec.norm_type > 0:
         raise ArgumentError(

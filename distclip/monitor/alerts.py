@@ -14,9 +14,8 @@ from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, short_repr
 from .jsonl import UPDATE_RMS_ALARM, finite
-from .notes import describe
 
 __all__ = ["MIN_RATIO", "Alert", "Webhook", "make_alert", "to_alerts"]
 
@@ -106,7 +105,7 @@ def to_alerts(alerts: Any) -> tuple[Alert, ...]:
     listed = [Webhook(alert) if isinstance(alert, str) else alert for alert in (alerts if several else (alerts,))]
     if not all(map(callable, listed)):
         raise ArgumentError(
-            f"alerts={describe(alerts)}: neither functions of a dictionary nor URLs. Use alerts='https://HOST/PATH'."
+            f"alerts={short_repr(alerts)}: neither functions of a dictionary nor URLs. Use alerts='https://HOST/PATH'."
         )
     return tuple(listed)
 

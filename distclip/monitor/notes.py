@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..devices import host_reads_free
+from ..errors import short_repr
 from ..sharding.dtensor import is_dtensor
 
-__all__ = ["convert_ids", "convert_note", "convert_step", "describe"]
+__all__ = ["convert_ids", "convert_note", "convert_step"]
 
 Number = int | float | bool
 
@@ -93,14 +94,6 @@ def convert_ids(ids: Any) -> tuple[Any, ...] | Tensor:
     return listed
 
 
-def describe(value: Any) -> str:
-    """Return the beginning of a value's `repr`, or its type if that fails."""
-    try:
-        return " ".join(repr(value).split())[:60]
-    except Exception:
-        return f"<{type(value).__name__}>"
-
-
 def _convert_tensor(tensor: Tensor) -> Number | Tensor:
     if is_dtensor(tensor):
         # Reading shards or partial sums needs a collective, which other ranks may not enter.
@@ -133,4 +126,4 @@ def _convert_id(one: Any) -> Any:
         number = convert_note(one)
         return number.item() if isinstance(number, Tensor) else number
     except Exception:
-        raise ValueError(f"{describe(one)} is neither a number nor text") from None
+        raise ValueError(f"{short_repr(one)} is neither a number nor text") from None

@@ -20,14 +20,14 @@ from ..clipper import GradClipper
 from ..comm import global_ranks
 from ..comm.consensus import FirstError, wire_of
 from ..devices import is_capturing
-from ..errors import ArgumentError, DisagreementError, from_wire, warn_user
+from ..errors import ArgumentError, DisagreementError, from_wire, short_repr, warn_user
 from ..outcome import Outcome
 from .alerts import MIN_RATIO, Alert, to_alerts
 from .analysis.errors import RunError
 from .examine import BatchFunction, Examiner, judge, with_ids, write_examination
 from .jsonl import COLUMNS, JsonLines
 from .live.marker import mark_ended, mark_running
-from .notes import convert_ids, convert_note, convert_step, describe
+from .notes import convert_ids, convert_note, convert_step
 from .outliers import OutlierDetector, RankDetails, merge_details
 from .roster import Entry, Roster
 from .sinks import Sink
@@ -122,7 +122,9 @@ class Recorder:
         log: Literal["jsonl", "columnar"] = "jsonl",
     ) -> None:
         if not isinstance(clipper, GradClipper):
-            raise ArgumentError(f"clipper={clipper!r:.80}: not a GradClipper. Pass the clipper whose steps to record.")
+            raise ArgumentError(
+                f"clipper={short_repr(clipper)}: not a GradClipper. Pass the clipper whose steps to record."
+            )
         self._clipper = clipper
         self.path = Path(f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}") / "metrics.jsonl"
         """Path of the file, on the rank that writes."""
@@ -138,16 +140,18 @@ class Recorder:
             every, top = _to_int("every", every, 1), _to_int("top", top, 0)
             all_sinks, all_alerts = _to_sinks(sinks), to_alerts(alerts)
             if on_spike is not None and not callable(on_spike):
-                raise ArgumentError(f"on_spike={describe(on_spike)}: not a function. Pass a function of a dictionary.")
+                raise ArgumentError(
+                    f"on_spike={short_repr(on_spike)}: not a function. Pass a function of a dictionary."
+                )
             if facts is not None and not isinstance(facts, Mapping):
-                raise ArgumentError(f'facts={describe(facts)}: not a dictionary. Use facts={{"batch": 512}}.')
+                raise ArgumentError(f'facts={short_repr(facts)}: not a dictionary. Use facts={{"batch": 512}}.')
             if log not in ("jsonl", "columnar"):
-                raise ArgumentError(f'log={describe(log)}: not a format. Use log="jsonl" or log="columnar".')
+                raise ArgumentError(f'log={short_repr(log)}: not a format. Use log="jsonl" or log="columnar".')
             if _is_writer(clipper):
                 lines = _open_log(self.path, log)
             if examine is not None and not callable(examine):
                 raise ArgumentError(
-                    f"examine={describe(examine)}: not a function. Pass one that returns a step's loss."
+                    f"examine={short_repr(examine)}: not a function. Pass one that returns a step's loss."
                 )
             examine_limit = 0 if examine is None else _to_int("examine_limit", examine_limit, 0)
             options = every, bool(per_tensor), top, on_spike is not None, examine_limit, bool(updates)
@@ -473,7 +477,7 @@ def _convert(key: str, value: Any) -> Any:
         return convert_ids(value) if key == "ids" else convert_step(value) if key == "step" else convert_note(value)
     except Exception as error:
         raise ArgumentError(
-            f"note({key}={describe(value)}): {error}. Pass a number or a 0-d tensor (the mean, or one name per "
+            f"note({key}={short_repr(value)}): {error}. Pass a number or a 0-d tensor (the mean, or one name per "
             "element), and for ids a sequence of numbers or strings."
         ) from error
 
@@ -484,7 +488,7 @@ def _to_int(name: str, value: Any, least: int) -> int:
     except TypeError:
         number = least - 1
     if number < least:
-        raise ArgumentError(f"{name}={describe(value)}: not an integer ≥ {least}. Use {name}={max(least, 20)}.")
+        raise ArgumentError(f"{name}={short_repr(value)}: not an integer ≥ {least}. Use {name}={max(least, 20)}.")
     return number
 
 
@@ -492,5 +496,5 @@ def _to_sinks(sinks: Any) -> tuple[Sink, ...]:
     several = isinstance(sinks, Iterable) and not isinstance(sinks, str | bytes)
     listed = tuple(sinks) if several and not callable(sinks) else (sinks,)
     if not all(map(callable, listed)):
-        raise ArgumentError(f"sinks={describe(sinks)}: not functions of a dictionary and a step. Use sinks=[wandb()].")
+        raise ArgumentError(f"sinks={short_repr(sinks)}: not functions of a dictionary and a step. Use [wandb()].")
     return listed

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, short_repr
 from ..functional import get_total_norm
 from ..sharding.dtensor import is_dtensor
 from .ghost_norms import RULES, Use, squared_norms
@@ -31,7 +31,7 @@ class PerSample:
 
     def __init__(self, model: nn.Module, batch_size: int | None = None) -> None:
         if not isinstance(model, nn.Module):
-            raise ArgumentError(f"model={model!r:.80}: not a torch.nn.Module. Pass the model.")
+            raise ArgumentError(f"model={short_repr(model)}: not a torch.nn.Module. Pass the model.")
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ArgumentError(f"batch_size={batch_size!r:.40}: not an integer ≥ 1. Pass the number of samples.")
         self._model, self._batch_size, self._given = model, batch_size, batch_size

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ..clipper import GradClipper
 from ..comm.consensus import FirstError, gather_or_raise
-from ..errors import ArgumentError
+from ..errors import ArgumentError, short_repr
 from ..norms.measure import measure
 from ..norms.reduce import reduce
 from ..norms.spec import NormSpec
@@ -56,9 +56,9 @@ class UpdateRms:
 
     def __init__(self, clipper: GradClipper, optimizer: Optimizer) -> None:
         if not isinstance(clipper, GradClipper):
-            raise ArgumentError(f"clipper={clipper!r:.80}: not a GradClipper. Pass the clipper of the parameters.")
+            raise ArgumentError(f"clipper={short_repr(clipper)}: not a GradClipper. Pass that of the parameters.")
         if not isinstance(optimizer, Optimizer):
-            raise ArgumentError(f"optimizer={optimizer!r:.80}: not a torch.optim.Optimizer. Pass the optimizer.")
+            raise ArgumentError(f"optimizer={short_repr(optimizer)}: not a torch.optim.Optimizer. Pass the optimizer.")
         self.rms: Tensor = torch.tensor(torch.nan, dtype=torch.float64)
         """0-d float64 RMS over all elements with a second moment. NaN before there are second moments."""
         self.by_name: dict[str, Tensor] = {}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter as TorchParameter
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, short_repr
 
 __all__ = ["Named", "Parameters", "check_names", "is_frozen", "is_position", "name_tensors"]
 
@@ -110,18 +110,18 @@ def _pairs(parameters: Any, argument: str) -> Iterator[tuple[str, Tensor]]:
         return
     # Empty text would be an iterable without tensors.
     if isinstance(parameters, str | bytes):
-        raise _type_error(f"{argument}={parameters!r}", argument)
+        raise _type_error(f"{argument}={short_repr(parameters)}", argument)
     try:
         items = iter(parameters)
     except TypeError:
-        raise _type_error(f"{argument}={parameters!r}", argument) from None
+        raise _type_error(f"{argument}={short_repr(parameters)}", argument) from None
     for index, item in enumerate(items):
         if isinstance(item, Tensor):
             yield f"{argument}[{index}]", item
         elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Tensor):
             yield item
         else:
-            raise _type_error(f"{argument}[{index}] is {item!r:.80}", argument)
+            raise _type_error(f"{argument}[{index}] is {short_repr(item)}", argument)
 
 
 def _unwrapped(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

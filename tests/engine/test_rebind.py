@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from distclip import ArgumentError, GradClipper, LayoutError, adagc, agc, global_norm, per_tensor_norm, value, zclip
 from distclip.extend import FirstError
+from distclip.monitor import Recorder
 
 
 def make_model() -> nn.Module:
@@ -46,6 +48,25 @@ def test_rebinding_keeps_the_state(policy: object) -> None:
 def test_rebinding_to_an_invalid_argument_raises() -> None:
     with pytest.raises(ArgumentError, match="expected a torch"):
         GradClipper(make_model(), global_norm(1.0)).rebind(3)  # type: ignore[arg-type]
+
+
+def test_objects_in_messages_are_short_and_on_one_line() -> None:
+    """The `repr` of an optimizer or a model has many lines."""
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    calls: list[Callable[[], object]] = [
+        lambda: GradClipper(optimizer, global_norm(1.0)),  # type: ignore[arg-type]
+        lambda: GradClipper(["x" * 500], global_norm(1.0)),  # type: ignore[list-item]
+        lambda: GradClipper(model, model),  # type: ignore[arg-type]
+        lambda: GradClipper(model, global_norm(1.0)).step(model),  # type: ignore[arg-type]
+        lambda: Recorder(model, "run"),  # type: ignore[arg-type]
+    ]
+    for call in calls:
+        with pytest.raises(ArgumentError) as caught:
+            call()
+        message = str(caught.value)
+        assert "\n" not in message
+        assert len(message.partition(":")[0]) < 120
 
 
 @pytest.mark.parametrize("policy", [global_norm(0.1), per_tensor_norm(0.1), agc(0.01), value(0.1)])
