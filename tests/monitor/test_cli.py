@@ -223,6 +223,11 @@ def test_closed_pipe(runs: Path) -> None:
     assert process.wait() == 1
 
 
+def test_runs_as_a_module() -> None:
+    """`python -m distclip` is the command, for an environment whose scripts are not on the PATH."""
+    assert output(sys.executable, "-m", "distclip", "--version") == f"distclip {distclip.__version__}\n"
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--version"])

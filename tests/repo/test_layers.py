@@ -21,6 +21,7 @@ ROWS = [
     ["functional", "clipper"],
     ["auditing", "extend", "_public", "__init__"],
     ["monitor", "integrations", "bench", "testing"],
+    ["__main__"],
 ]
 """Folders and top-level modules of distclip, from the bottom of the import graph to its top."""
 
