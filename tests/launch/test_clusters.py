@@ -28,9 +28,7 @@ def free_port() -> int:
 
 
 def run_together(folder: Path, jobs: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> None:
-    """Run commands that wait for each other, in a folder with launch/ and conf/."""
-    for part in ("launch", "conf"):
-        (folder / part).symlink_to(ROOT / part)
+    """Run commands that wait for each other, in a folder with launch/."""
     processes = [
         subprocess.Popen(
             command,
@@ -50,11 +48,20 @@ def run_together(folder: Path, jobs: Sequence[tuple[Sequence[str], Mapping[str, 
     assert [process.returncode for process in processes] == [0] * len(jobs), "\n".join(outputs)
 
 
-def world_size(folder: Path) -> int:
-    """Return the number of ranks of the one run in which all nodes took part."""
-    assert len(read_rows(folder / "run")) == 3
-    return int(read_header(folder / "run")["world_size"])
+# Training itself is the same as with torchrun on one node.
+TRAIN = """
+import sys
+import torch
+import torch.distributed as dist
 
+dist.init_process_group("gloo")
+ranks = torch.ones(1)
+dist.all_reduce(ranks)
+if dist.get_rank() == 0:
+    with open("world", "w") as file:
+        print(int(ranks), *sys.argv[1:], file=file)
+dist.destroy_process_group()
+"""
 
 # srun starts the command on every node at once, and ends all of them if one fails.
 SRUN = """#!/usr/bin/env bash
@@ -81,9 +88,14 @@ def slurm_environment(folder: Path) -> dict[str, str]:
 
 
 def test_slurm_starts_one_world(tmp_path: Path) -> None:
-    command = ["bash", str(ROOT / "launch" / "slurm.sbatch"), *SHORT]
+    launch = tmp_path / "launch"
+    launch.mkdir()
+    for script in (ROOT / "launch").glob("*.sh"):
+        (launch / script.name).symlink_to(script)
+    (launch / "train.py").write_text(TRAIN)
+    command = ["bash", str(ROOT / "launch" / "slurm.sbatch"), "clip=zclip", "steps=3"]
     run_together(tmp_path, [(command, slurm_environment(tmp_path))])
-    assert world_size(tmp_path) == 2
+    assert (tmp_path / "world").read_text() == "2 clip=zclip steps=3\n"
 
 
 def test_slurm_needs_the_root_of_the_repository(tmp_path: Path) -> None:
@@ -121,5 +133,8 @@ def test_kubernetes_starts_one_world(tmp_path: Path) -> None:
     job["spec"]["nprocPerNode"] = "1"
     jobs = pods(job["spec"], free_port())
     assert all(command[0] == "python" for command, _ in jobs)
+    for part in ("launch", "conf"):
+        (tmp_path / part).symlink_to(ROOT / part)
     run_together(tmp_path, [([sys.executable, *command[1:], *SHORT], variables) for command, variables in jobs])
-    assert world_size(tmp_path) == 2
+    assert len(read_rows(tmp_path / "run")) == 3
+    assert read_header(tmp_path / "run")["world_size"] == 2

@@ -19,7 +19,7 @@ TWO_RANKS = ["ddp", "fsdp1", "fsdp2", "hsdp", "tp", "fsdp2_tp", "pp", *ZERO]
 # Layouts with two axes.
 FOUR_RANKS = ["hsdp", "fsdp2_tp", "pp"]
 STEPS = 5
-OVERRIDES = [f"steps={STEPS}", "data.held_out=0.02", "log.every=2"]
+OVERRIDES = [f"steps={STEPS}", "data.held_out=0.012", "log.every=2"]
 # All models in each layout that cuts them in its own way, and one in the others. All are runs of one job.
 ON_TWO = [(parallel, model) for parallel in ("ddp", "tp", "fsdp2_tp", "pp") for model in MODELS]
 ON_TWO += [(parallel, "gpt") for parallel in TWO_RANKS if parallel not in ("ddp", "tp", "fsdp2_tp", "pp")]
@@ -98,7 +98,7 @@ def test_pipe_gets_no_progress_bar(two: Job) -> None:
 
 
 def test_invalid_settings_end_all_ranks(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, 2, "batch=5")
+    done = train(tmp_path, 2, "batch=5")
     assert done.returncode != 0
     assert "batch=5: not divisible by 2 data-parallel ranks. Use batch=6" in done.stderr
     assert not done.stdout
