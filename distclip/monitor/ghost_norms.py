@@ -5,14 +5,16 @@ input a and output gradient b. Its norm needs only T × T products:
 
 .. math:: \|G_i\|^2 = \sum_{s,t} \langle a_{is}, a_{it} \rangle \langle b_{is}, b_{it} \rangle
 
-That is the ghost norm of Goodfellow (2015) and Li et al. (2022). If T is so large that :math:`G_i` is cheaper, the
-gradient of one sample at a time is formed and dropped, as always for convolutions (Bu et al. 2022).
+That is the ghost norm of Goodfellow (2015) and Li et al. (2022). The products are symmetric, so that only one of the
+halves below and above the diagonal is computed. If T is so large that :math:`G_i` is cheaper, a few gradients at a time
+are formed and dropped (Bu et al. 2022). A convolution is a linear layer of the patches of its input.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,23 +23,35 @@ from torch.nn import functional as F
 
 from ..devices import host_reads_free
 
-__all__ = ["RULES", "Use", "squared_norms"]
+__all__ = ["RULES", "Use", "squared_norms", "squares_of_vectors"]
 
 MAX_GRAM = 1 << 24
-"""Maximum number of elements of a block of products."""
+"""Maximum number of elements of a block of products, patches or gradients."""
 
-MIN_NORM, MAX_NORM = 1e-8, 1e8
-"""Norms of positions whose fourth powers and sums are exact enough in float32."""
+LEAF = 32
+"""Number of positions whose products are computed at once, although they are symmetric."""
+
+MIN_SQUARE, MAX_SQUARE = 1e-15, 1e14
+"""Squared norms of positions whose squares and sums are exact enough in float32."""
+
+MAX_PATCH_COST = 1 << 20
+"""Multiplications of a sample from which on a convolution takes less time than patches on a CPU."""
+
+Products = list[Tensor]
+"""Products of the positions of each sample: of halves, of halves of halves, and last of leaves with themselves."""
 
 
 class Use(ABC):
     """One use of a parameter in a forward pass: the parts of its per-sample gradients.
 
     Args:
-        scale: (samples,) factor that was taken out of the parts, so that squares do not overflow.
+        scale: (samples,) factor that was taken out of the parts, so that squares do not overflow. None for 1. It is
+            valid after `squares`.
     """
 
-    scale: Tensor
+    scale: Tensor | None = None
+    num_positions: int | None = None
+    """Number of positions, if the gradient is a sum of parts of positions."""
 
     @abstractmethod
     def squares(self) -> Tensor:
@@ -47,12 +61,24 @@ class Use(ABC):
     def gradient(self, sample: int) -> Tensor:
         """Return the elements of one sample's gradient, without the scale."""
 
-    def position_squares(self) -> Tensor | None:
-        """Return (samples, positions) squared norms of parts without the scale, if there are any."""
+    def position_squares(self) -> Sequence[Tensor]:
+        """Return (samples, positions) factors of the squared norms of parts without the scale.
+
+        Raises:
+            NotImplementedError: there are no positions.
+        """
+        raise NotImplementedError
+
+    def outer(self) -> Outer | None:
+        """Return this use if it is a sum of outer products."""
         return None
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        """Return (samples, positions, ...) factors with outer products as parts, if there are any."""
+    def rows(self) -> Rows | None:
+        """Return this use if it is a sum of rows."""
+        return None
+
+    def vectors(self) -> Tensor | None:
+        """Return the (samples, elements) gradients if they are formed anyway."""
         return None
 
 
@@ -62,38 +88,58 @@ class Outer(Use):
     Args:
         left: (samples, positions, out) output gradients.
         right: (samples, positions, in) inputs.
+        cache: of the products of the inputs, which belong to several layers with the same inputs.
     """
 
-    def __init__(self, left: Tensor, right: Tensor) -> None:
-        (self.left, one, self._left_norms), (self.right, other, self._right_norms) = _scale(left), _scale(right)
-        self.scale = one * other
+    def __init__(self, left: Tensor, right: Tensor, cache: dict[str, Products] | None = None) -> None:
+        self.left, self.right, self._cache = left, right, cache
+        self._norms: tuple[Tensor, Tensor] | None = None
+        self.num_positions = left.shape[1]
 
     def squares(self) -> Tensor:
         """Return the squared norms."""
-        positions, rows, columns = self.left.shape[1], self.left.shape[2], self.right.shape[2]
-        if positions * (rows + columns) > rows * columns and positions > 1:
+        # Reading all elements before the products are computed would take longer than the check afterwards.
+        squares, norms = self._squares(self._cache)
+        if not _is_exact(squares if norms is None else torch.stack(norms).amax(2)):
+            (self.left, one), (self.right, other) = _normalize(self.left), _normalize(self.right)
+            self.scale = one * other
+            squares, norms = self._squares(None)
+        self._norms = norms
+        return squares
+
+    def _squares(self, cache: dict[str, Products] | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Return the squared norms, and those of positions if they are computed for them."""
+        left, right = self.left, self.right
+        positions, rows, columns = left.shape[1], left.shape[2], right.shape[2]
+        if positions == 1:
+            one, other = _squares_of_last(left), _squares_of_last(right)
+            return (one * other).flatten(), (one, other)
+        if gram_cost(positions, rows + columns) > positions * rows * columns:
             block = max(1, MAX_GRAM // (rows * columns))
-            samples = [slice(start, start + block) for start in range(0, len(self.left), block)]
-            return torch.cat([_dot(g := self.left[part].mT @ self.right[part], g) for part in samples])
-        total = self.left.new_zeros(len(self.left))
-        block = max(1, MAX_GRAM // max(1, len(self.left) * positions))
-        for start in range(0, positions, block):
-            part = slice(start, start + block)
-            products = self.left[:, part] @ self.left.transpose(1, 2)
-            total += _dot(products, self.right[:, part] @ self.right.transpose(1, 2))
-        return total.clamp(min=0)
+            parts = zip(torch.split(left, block), torch.split(right, block), strict=True)
+            return torch.cat([_dot(g := one.mT @ other, g) for one, other in parts]), None
+        block = max(1, MAX_GRAM // positions**2)
+        if block < left.shape[0]:
+            parts = zip(torch.split(left, block), torch.split(right, block), strict=True)
+            results = [_gram_squares(_products(one), _products(other)) for one, other in parts]
+            norms = torch.cat([norms[0] for _, norms in results]), torch.cat([norms[1] for _, norms in results])
+            return torch.cat([squares for squares, _ in results]), norms
+        products = _products(right) if cache is None or "products" not in cache else cache["products"]
+        if cache is not None:
+            cache["products"] = products
+        return _gram_squares(_products(left), products)
 
     def gradient(self, sample: int) -> Tensor:
         """Return the gradient of one sample."""
         return self.left[sample].T @ self.right[sample]
 
-    def position_squares(self) -> Tensor:
-        """Return the squared norm of each outer product."""
-        return (self._left_norms * self._right_norms).square()
+    def position_squares(self) -> Sequence[Tensor]:
+        """Return the squared norms of both factors of each outer product."""
+        return self._norms or [_squares_of_last(values) for values in (self.left, self.right)]
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return the factors with the scale."""
-        return self.left * self.scale[:, None, None], self.right
+    def outer(self) -> Outer:
+        """Return this use."""
+        return self
 
 
 class Rows(Use):
@@ -106,25 +152,39 @@ class Rows(Use):
     """
 
     def __init__(self, ids: Tensor, grads: Tensor, num_rows: int) -> None:
-        self.grads, self.scale, self._norms = _scale(grads)
-        self.ids, self.num_rows = ids, num_rows
+        self.ids, self.grads, self.num_rows = ids, grads, num_rows
+        self._squares: Tensor | None = None
+        self.num_positions = ids.shape[1]
 
     def squares(self) -> Tensor:
         """Return the squared norms."""
-        sample = torch.arange(len(self.ids), device=self.ids.device)[:, None]
-        keys, index = torch.unique(self.ids + sample * self.num_rows, return_inverse=True)
-        rows = self.grads.new_zeros(len(keys), self.grads.shape[2])
+        self._squares = _squares_of_last(self.grads)
+        if not _is_exact(self._squares.amax(1)):
+            self.grads, self.scale = _normalize(self.grads)
+            self._squares = _squares_of_last(self.grads)
+        samples = torch.arange(len(self.ids), device=self.ids.device)
+        keys, num_keys = self.ids + samples[:, None] * self.num_rows, len(self.ids) * self.num_rows
+        if num_keys > 4 * keys.numel():
+            keys, index = torch.unique(keys, return_inverse=True)
+            samples, num_keys = keys // self.num_rows, len(keys)
+        else:
+            index, samples = keys, samples.repeat_interleave(self.num_rows)
+        rows = self.grads.new_zeros(num_keys, self.grads.shape[2])
         rows.index_add_(0, index.flatten(), self.grads.flatten(0, 1))
-        return self.grads.new_zeros(len(self.ids)).index_add_(0, keys // self.num_rows, rows.square().sum(1))
+        return self.grads.new_zeros(len(self.ids)).index_add_(0, samples, _squares_of_last(rows))
 
     def gradient(self, sample: int) -> Tensor:
         """Return the gradient of one sample."""
         rows = self.grads.new_zeros(self.num_rows, self.grads.shape[2])
         return rows.index_add_(0, self.ids[sample], self.grads[sample])
 
-    def position_squares(self) -> Tensor:
+    def position_squares(self) -> Sequence[Tensor]:
         """Return the squared norm of each output gradient."""
-        return self._norms.square()
+        return [_squares_of_last(self.grads) if self._squares is None else self._squares]
+
+    def rows(self) -> Rows:
+        """Return this use."""
+        return self
 
 
 class Vectors(Use):
@@ -135,20 +195,23 @@ class Vectors(Use):
     """
 
     def __init__(self, values: Tensor) -> None:
-        # They are few, so that squares in float64 need no scale.
-        self.values, self.scale = values, values.new_ones(len(values))
+        self._values = values
 
     def squares(self) -> Tensor:
         """Return the squared norms."""
-        return self.values.double().square().sum(1)
+        return squares_of_vectors([self._values])[0]
 
     def gradient(self, sample: int) -> Tensor:
         """Return the gradient of one sample."""
-        return self.values[sample]
+        return self._values[sample]
+
+    def vectors(self) -> Tensor:
+        """Return the gradients."""
+        return self._values
 
 
 class Convolution(Use):
-    """Weight of a convolution, whose gradient is formed for one sample at a time.
+    """Weight of a convolution: outer products of output gradients and patches of the input.
 
     Args:
         layer: of the weight.
@@ -158,35 +221,84 @@ class Convolution(Use):
     """
 
     def __init__(self, layer: Any, inputs: Tensor, grads: Tensor, num_samples: int) -> None:
-        self.scale = inputs.new_ones(num_samples)
-        self.layer, self.inputs, self.grads = layer, inputs, grads
-        self.rows = len(inputs) // num_samples
-        transposed, groups = layer.transposed, layer.groups
-        channels = (layer.in_channels, layer.out_channels // groups)
-        if not transposed:
-            channels = (layer.out_channels, layer.in_channels // groups)
-        # Only the shape is read. The weight of a sharded layer is not whole during backward.
-        self.weight = inputs.new_empty(*channels, *layer.kernel_size)
-
-    def squares(self) -> Tensor:
-        """Return the squared norms."""
-        return torch.stack([self.gradient(i).square().sum() for i in range(len(self.scale))])
-
-    def gradient(self, sample: int) -> Tensor:
-        """Return the gradient of one sample."""
-        layer, part = self.layer, slice(sample * self.rows, (sample + 1) * self.rows)
+        self.layer, self.inputs, self.grads, self.num_samples = layer, inputs, grads, num_samples
+        self.rows_per_sample = len(inputs) // num_samples
         padding = layer.padding
         if layer.padding_mode != "zeros" or padding == "valid":
             padding = (0,) * len(layer.kernel_size)
         elif padding == "same":
             padding = tuple(d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
+        self.padding: tuple[int, ...] = padding
+
+    def squares(self) -> Tensor:
+        """Return the squared norms."""
+        # A transposed convolution has patches of its output.
+        images, maps = (self.grads, self.inputs) if self.layer.transposed else (self.inputs, self.grads)
+        num_patches = maps[0, 0].numel()
+        patch_size = images.shape[1] * math.prod(self.layer.kernel_size)
+        cost = num_patches * patch_size * maps.shape[1] // self.layer.groups
+        if images.is_cpu and cost > MAX_PATCH_COST and gram_cost(num_patches, patch_size + maps.shape[1]) > cost / 2:
+            return self._squares_by_sample()
+        rows = self.rows_per_sample * max(1, MAX_GRAM // max(1, self.rows_per_sample * patch_size * num_patches))
+        parts = zip(torch.split(images, rows), torch.split(maps, rows), strict=True)
+        return torch.cat([self._squares_by_patches(some_images, some_maps) for some_images, some_maps in parts])
+
+    def _squares_by_patches(self, images: Tensor, maps: Tensor) -> Tensor:
+        groups, size = self.layer.groups, maps.shape[2:]
+        left, right = (
+            values.reshape(-1, self.rows_per_sample, groups, values.shape[1] // groups, size.numel())
+            .permute(0, 2, 1, 4, 3)
+            .flatten(2, 3)
+            .flatten(0, 1)
+            for values in (maps, self._patches(images, size))
+        )
+        use = Outer(left, right)
+        return squared_norms([use]).view(-1, groups).sum(1)
+
+    def _squares_by_sample(self) -> Tensor:
+        for is_last in (False, True):
+            gradients = (self.gradient(i).flatten() for i in range(self.num_samples))
+            squares = torch.stack([torch.dot(gradient, gradient) for gradient in gradients])
+            if is_last or _is_exact(squares):
+                break
+            (inputs, one), (grads, other) = (
+                _normalize(values.reshape(self.num_samples, -1)) for values in (self.inputs, self.grads)
+            )
+            self.inputs, self.grads, self.scale = inputs.view_as(self.inputs), grads.view_as(self.grads), one * other
+        return squares
+
+    def _patches(self, images: Tensor, size: Sequence[int]) -> Tensor:
+        """Return the inputs of each output: (rows, channels · kernel, outputs).
+
+        Args:
+            images: (rows, channels, ...).
+            size: numbers of outputs.
+        """
+        layer = self.layer
+        padded = F.pad(images, [p for p in reversed(self.padding) for _ in range(2)])
+        strides = padded.stride()[2:]
+        within = [step * stride for step, stride in zip(layer.dilation, strides, strict=True)]
+        between = [step * stride for step, stride in zip(layer.stride, strides, strict=True)]
+        patches = padded.as_strided(
+            (*padded.shape[:2], *layer.kernel_size, *size), (*padded.stride()[:2], *within, *between)
+        )
+        # One copy, of what the layer reads.
+        return patches.reshape(len(images), -1, math.prod(size))
+
+    def gradient(self, sample: int) -> Tensor:
+        """Return the gradient of one sample."""
+        layer, part = self.layer, slice(sample * self.rows_per_sample, (sample + 1) * self.rows_per_sample)
+        channels = (layer.in_channels, layer.out_channels // layer.groups)
+        if not layer.transposed:
+            channels = (layer.out_channels, layer.in_channels // layer.groups)
         _, gradient, _ = torch.ops.aten.convolution_backward(
             self.grads[part],
             self.inputs[part],
-            self.weight,
+            # Only the shape is read. The weight of a sharded layer is not whole during backward.
+            self.inputs.new_empty(()).expand(*channels, *layer.kernel_size),
             None,
             layer.stride,
-            padding,
+            self.padding,
             layer.dilation,
             layer.transposed,
             layer.output_padding,
@@ -197,31 +309,80 @@ class Convolution(Use):
 
 
 def squared_norms(uses: Sequence[Use]) -> Tensor:
-    """Return the squared norm of each sample's gradient of one parameter, (samples,) float64.
+    """Return the squared norm of each sample's gradient of one parameter, (samples,).
+
+    It is float64, or float32 if the squares are exact in float32.
 
     Args:
         uses: of the parameter in one forward pass, at least one. A tied weight has several.
     """
     if len(uses) == 1:
-        return uses[0].squares().double() * uses[0].scale.double().square()
-    factors = [pair for use in uses if (pair := use.factors()) is not None]
-    if len(factors) == len(uses):
-        # The positions of all uses are those of one.
-        left, right = (torch.cat(parts, 1) for parts in zip(*factors, strict=True))
-        return squared_norms([Outer(left, right)])
-    norms = []
-    for sample in range(len(uses[0].scale)):
-        total = sum(use.gradient(sample).double().flatten() * use.scale[sample].double() for use in uses)
-        norms.append(torch.as_tensor(total).square().sum())
-    return torch.stack(norms)
+        squares, scale = uses[0].squares(), uses[0].scale
+        return squares if scale is None else squares.double() * scale.double().square()
+    vectors = [values for use in uses if (values := use.vectors()) is not None]
+    if len(vectors) == len(uses):
+        return squares_of_vectors([torch.stack(vectors).sum(0)])[0]
+    outers = [one for one in (use.outer() for use in uses) if one is not None]
+    rows = [one for one in (use.rows() for use in uses) if one is not None]
+    if len(outers) + len(rows) < len(uses):
+        norms = []
+        for sample in range(len(uses[0].squares())):
+            total: Tensor | float = 0.0
+            for use in uses:
+                gradient = use.gradient(sample).double().flatten()
+                total = total + (gradient if use.scale is None else gradient * use.scale[sample].double())
+            norms.append(torch.as_tensor(total).square().sum())
+        return torch.stack(norms)
+    # The positions of all uses are those of one.
+    if outers:
+        outer = Outer(torch.cat([one.left for one in outers], 1), torch.cat([one.right for one in outers], 1))
+    if rows:
+        ids, grads = torch.cat([one.ids for one in rows], 1), torch.cat([one.grads for one in rows], 1)
+        row = Rows(ids, grads, rows[0].num_rows)
+    if not outers or not rows:
+        return squared_norms([outer] if outers else [row])
+    squares = squared_norms([outer]).double() + squared_norms([row]).double()
+    # The product of both gradients: output gradients of the embedding times the rows of their ids in the other one.
+    positions = row.ids[:, None].expand(-1, outer.left.shape[1], -1)
+    cross = _dot(outer.left.gather(2, positions), outer.right @ row.grads.mT).double()
+    for scale in (outer.scale, row.scale):
+        cross = cross if scale is None else cross * scale.double()
+    return squares + 2 * cross
 
 
-def _linear(layer: nn.Linear, inputs: Tensor, grads: Tensor, num_samples: int) -> dict[str, Use]:
-    left, right = _positions(grads, num_samples), _positions(inputs, num_samples)
-    return {"weight": Outer(left, right), "bias": Vectors(left.sum(1))}
+def squares_of_vectors(vectors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the (samples,) float64 squared norms of gradients of few elements.
+
+    Args:
+        vectors: (samples, elements) gradients. Those of one shape are summed in one operation.
+    """
+    by_shape: dict[Any, list[int]] = {}
+    for i, values in enumerate(vectors):
+        by_shape.setdefault((values.shape, values.device), []).append(i)
+    squares: list[Tensor] = [torch.empty(0)] * len(vectors)
+    for indices in by_shape.values():
+        # Squares in float64 need no scale.
+        group = torch.stack([vectors[i] for i in indices]).double()
+        for i, result in zip(indices, _squares_of_last(group).unbind(), strict=True):
+            squares[i] = result
+    return squares
 
 
-def _embedding(layer: nn.Embedding, inputs: Tensor, grads: Tensor, num_samples: int) -> dict[str, Use]:
+def _linear(
+    layer: nn.Linear, inputs: Tensor, grads: Tensor, num_samples: int, keys: Collection[str], cache: dict[str, Products]
+) -> dict[str, Use]:
+    left = _positions(grads, num_samples)
+    uses: dict[str, Use] = {}
+    if "weight" in keys:
+        uses["weight"] = Outer(left, _positions(inputs, num_samples), cache)
+    if "bias" in keys:
+        uses["bias"] = Vectors(left.sum(1))
+    return uses
+
+
+def _embedding(
+    layer: nn.Embedding, inputs: Tensor, grads: Tensor, num_samples: int, keys: Collection[str], cache: Any
+) -> dict[str, Use]:
     ids, grads = inputs.reshape(num_samples, -1), _positions(grads, num_samples)
     if layer.padding_idx is not None:
         grads = grads.masked_fill((ids == layer.padding_idx)[:, :, None], 0)
@@ -230,14 +391,19 @@ def _embedding(layer: nn.Embedding, inputs: Tensor, grads: Tensor, num_samples: 
     return {"weight": Rows(ids, grads, layer.num_embeddings)}
 
 
-def _convolution(layer: Any, inputs: Tensor, grads: Tensor, num_samples: int) -> dict[str, Use]:
+def _convolution(
+    layer: Any, inputs: Tensor, grads: Tensor, num_samples: int, keys: Collection[str], cache: Any
+) -> dict[str, Use]:
     if layer.padding_mode != "zeros":
         inputs = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
     elif layer.padding == "same" and any(p % 2 for p in _total_padding(layer)):
         # An odd total is padded by one more at the end.
         inputs = F.pad(inputs, [x for total in reversed(_total_padding(layer)) for x in (0, total % 2)])
-    bias = grads.reshape(num_samples, -1, *grads.shape[1:]).transpose(1, 2).flatten(2).sum(2)
-    return {"weight": Convolution(layer, inputs, grads, num_samples), "bias": Vectors(bias)}
+    uses: dict[str, Use] = {"weight": Convolution(layer, inputs, grads, num_samples)}
+    if "bias" in keys:
+        values = grads.flatten(2).sum(2)
+        uses["bias"] = Vectors(values.view(num_samples, -1, values.shape[1]).sum(1))
+    return uses
 
 
 def _norm(normalize: Callable[[Any, Tensor], Tensor], is_last: bool) -> Callable[..., dict[str, Use]]:
@@ -248,24 +414,30 @@ def _norm(normalize: Callable[[Any, Tensor], Tensor], is_last: bool) -> Callable
         is_last: whether weights belong to the last dims, and not to the channels in dim 1.
     """
 
-    def rule(layer: Any, inputs: Tensor, grads: Tensor, num_samples: int) -> dict[str, Use]:
+    def rule(
+        layer: Any, inputs: Tensor, grads: Tensor, num_samples: int, keys: Collection[str], cache: Any
+    ) -> dict[str, Use]:
         def add_positions(values: Tensor) -> Tensor:
             if is_last:
                 return values.reshape(num_samples, -1, layer.weight.numel()).sum(1)
             values = values.reshape(len(values), values.shape[1], -1).sum(2)
             return values.reshape(num_samples, -1, values.shape[1]).sum(1)
 
-        return {
-            "weight": Vectors(add_positions(grads * normalize(layer, inputs))),
-            "bias": Vectors(add_positions(grads)),
-        }
+        uses: dict[str, Use] = {}
+        if "weight" in keys:
+            uses["weight"] = Vectors(add_positions(grads * normalize(layer, inputs)))
+        if "bias" in keys:
+            uses["bias"] = Vectors(add_positions(grads))
+        return uses
 
     return rule
 
 
 def _batch_norm(layer: Any, inputs: Tensor) -> Tensor:
     uses_batch = layer.training or layer.running_mean is None
-    mean, var = (None, None) if uses_batch else (layer.running_mean.float(), layer.running_var.float())
+    mean, var = (
+        (None, None) if uses_batch else (layer.running_mean.to(inputs.dtype), layer.running_var.to(inputs.dtype))
+    )
     return F.batch_norm(inputs, mean, var, training=uses_batch, eps=layer.eps)
 
 
@@ -283,39 +455,78 @@ RULES: Mapping[type[nn.Module], Callable[..., dict[str, Use]]] = {
         _norm(lambda layer, x: F.instance_norm(x, eps=layer.eps), False),
     ),
 }
-"""Rule by layer: a function of the layer, its input, its output gradient and the number of samples.
+"""Rule by layer: a function of the layer and of its input and output gradient.
+
+Further arguments are the number of samples, the names in the layer of the parameters to measure, and a cache that
+belongs to the input.
 
 It returns a use of each parameter by its name in the layer."""
 
 
 def _positions(values: Tensor, num_samples: int) -> Tensor:
     """Return values as (samples, positions, features)."""
-    return values.reshape(num_samples, -1, values.shape[-1])
+    return (
+        values
+        if values.ndim == 3 and values.shape[0] == num_samples
+        else values.reshape(num_samples, -1, values.shape[-1])
+    )
+
+
+def gram_cost(num_positions: int, num_elements: int) -> float:
+    """Return the number of multiplications of products of positions, of which leaves are computed twice."""
+    return num_positions * (num_positions + LEAF) / 2 * num_elements
+
+
+def _is_exact(squares: Tensor) -> bool:
+    """Return whether the host knows that squares are far from overflow and underflow in float32."""
+    if not host_reads_free(squares.device) or not squares.numel():
+        return False
+    values = squares.flatten().tolist()
+    # NaN is in no range, wherever it stands.
+    return all(MIN_SQUARE < value < MAX_SQUARE for value in values)
+
+
+def _squares_of_last(values: Tensor) -> Tensor:
+    """Return the sums of the squares along the last dim, without a tensor of the squares."""
+    norms: Tensor = torch.linalg.vector_norm(values, dim=-1)
+    return norms.square()
+
+
+def _products(values: Tensor) -> Products:
+    """Return the products of the positions of each sample.
+
+    Args:
+        values: (samples, positions, elements).
+    """
+    products = []
+    while (positions := values.shape[1]) > LEAF and positions % 2 == 0:
+        halves = values.view(values.shape[0], 2, positions // 2, values.shape[2])
+        products.append(torch.bmm(halves[:, 0], halves[:, 1].transpose(1, 2)))
+        values = halves.flatten(0, 1)
+    return [*products, torch.bmm(values, values.transpose(1, 2))]
+
+
+def _gram_squares(left: Products, right: Products) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Return the sums of the products of products, (samples,), and the squared norms of positions.
+
+    Args:
+        left: products of output gradients.
+        right: products of inputs.
+    """
+    # The first level has one block a sample.
+    num_samples, squares = left[0].shape[0], None
+    for one, other in zip(reversed(left), reversed(right), strict=True):
+        part = _dot(one.view(num_samples, -1), other.view(num_samples, -1))
+        squares = part if squares is None else squares + 2 * part
+    assert squares is not None
+    one, other = (products[-1].diagonal(dim1=1, dim2=2).reshape(num_samples, -1) for products in (left, right))
+    return squares, (one, other)
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
     """Return the sum of the products of all elements, by index along the first dim."""
     # Without a tensor of the products.
     return torch.bmm(one.flatten(1).unsqueeze(1), other.flatten(1).unsqueeze(2)).flatten()
-
-
-def _scale(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Divide the samples by a number if squares of their elements could overflow or vanish.
-
-    Args:
-        values: (samples, positions, elements).
-
-    Returns:
-        The result, the (samples,) divisors, and the (samples, positions) norms of the result.
-    """
-    norms = torch.linalg.vector_norm(values, dim=2)
-    if host_reads_free(values.device) and values.numel():
-        low, high = norms.amax(1).aminmax()
-        # Reading all elements twice more takes longer than the products.
-        if float(low) > MIN_NORM and float(high) < MAX_NORM:
-            return values, values.new_ones(len(values)), norms
-    values, divisor = _normalize(values)
-    return values, divisor, torch.linalg.vector_norm(values, dim=2)
 
 
 def _normalize(values: Tensor) -> tuple[Tensor, Tensor]:

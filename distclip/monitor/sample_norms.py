@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache, partial
 from types import TracebackType
 from typing import Any
 
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, short_repr
 from ..functional import get_total_norm
 from ..sharding.dtensor import is_dtensor
-from .ghost_norms import RULES, Use, squared_norms
+from .ghost_norms import RULES, Use, squared_norms, squares_of_vectors
 
 __all__ = ["PerSample", "Precision", "per_sample", "without_autocast"]
+
+SAME_VALUES = ("TBackward0", "TransposeBackward0", "ToCopyBackward0")
+"""Operations that only change the form of a parameter. The copy that autocast makes has several users."""
 
 
 class PerSample:
@@ -38,11 +42,15 @@ class PerSample:
         self._positions: tuple[int, ...] = ()
         self._first_input: Tensor | None = None
         self._handles: list[Any] = []
-        self._names: dict[int, str] = {}
         self._num_uses: dict[str, int] = {}
         self._uses: dict[str, list[Use]] = {}
         self._squares: dict[str, Tensor] = {}
-        self._position_parts: list[tuple[Tensor, Tensor]] = []
+        self._vectors: dict[str, Tensor] = {}
+        self._variables: dict[int, str] = {}
+        self._incomplete: set[str] = set()
+        self._position_parts: list[tuple[Sequence[Tensor], Tensor | None]] = []
+        self._last_input: Tensor | None = None
+        self._cache: dict[str, Any] = {}
 
     @property
     def by_tensor(self) -> Mapping[str, Tensor]:
@@ -75,8 +83,11 @@ class PerSample:
         """
         if not self._position_parts:
             return None
-        squares = torch.stack([part[sample].double() * scale[sample] ** 2 for part, scale in self._position_parts])
-        return int(squares.sum(0).nan_to_num(torch.inf, torch.inf).argmax())
+        squares = []
+        for factors, scale in self._position_parts:
+            part = torch.stack([factor[sample] for factor in factors]).double().prod(0)
+            squares.append(part if scale is None else part * scale[sample].double().square())
+        return int(torch.stack(squares).sum(0).nan_to_num(torch.inf, torch.inf).argmax())
 
     def token(self, sample: int) -> int | None:
         """Return the input at that position, if the inputs are integers. Host syncs: two."""
@@ -107,25 +118,29 @@ class PerSample:
     def __enter__(self) -> PerSample:
         if self._handles:
             raise ArgumentError("per_sample: the block was entered twice. Make one for each block.")
-        self._squares, self._uses, self._num_uses = {}, {}, {}
+        self._squares, self._uses, self._num_uses, self._vectors = {}, {}, {}, {}
         self._batch_size, self._position_parts, self._first_input = self._given, [], None
-        for name, parameter in self._model.named_parameters():
-            self._names[id(parameter)] = _plain(name)
+        self._variables, self._incomplete = {}, set()
         self._handles = [
-            self._model.register_forward_pre_hook(lambda _, *inputs: self.read_inputs(inputs), with_kwargs=True)
+            self._model.register_forward_pre_hook(lambda _, *inputs: self.read_inputs(inputs), with_kwargs=True),
+            self._model.register_forward_hook(self._find_other_uses, prepend=True),
         ]
-        for module in self._model.modules():
-            rule = next((rule for kind, rule in RULES.items() if isinstance(module, kind)), None)
-            # Of a sharded layer, the names are those of the parameters outside of its forward pass.
-            names = {
-                key: self._names[id(parameter)]
-                for key, parameter in module.named_parameters(recurse=False)
-                if parameter.requires_grad
+        names: dict[int, str] = {}
+        for path, module in self._model.named_modules():
+            if not (own := module._parameters):
+                continue
+            # A shared parameter has the first of its names, as in named_parameters.
+            prefix = _plain(f"{path}." if path else "")
+            keys = {
+                key: names.setdefault(id(parameter), prefix + key)
+                for key, parameter in own.items()
+                if parameter is not None and parameter.requires_grad
             }
-            if rule is not None and names:
+            rule = _rule_of(module.__class__)
+            if rule is not None and keys:
                 # Before hooks that redistribute the output, such as those of tensor parallelism.
-                handle = module.register_forward_hook(self._forward_hook(rule, names), prepend=True)
-                self._handles.append(handle)
+                hook = partial(self._follow, rule, keys)
+                self._handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
         return self
 
     def __exit__(
@@ -134,9 +149,17 @@ class PerSample:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        for name, uses in self._uses.items():
-            self._squares[name] = squared_norms(uses)
-        self._uses = {}
+        for name in self._incomplete:
+            for uses_by_name in (self._squares, self._uses, self._vectors):
+                uses_by_name.pop(name, None)
+        squares = self._squares | {name: squared_norms(uses) for name, uses in self._uses.items()}
+        squares |= zip(self._vectors, squares_of_vectors(list(self._vectors.values())), strict=True)
+        if squares:
+            device = next(iter(squares.values())).device
+            # Sums of products are a little below zero where they are rounded.
+            table = torch.stack([values.to(device) for values in squares.values()]).double().clamp(min=0)
+            squares = dict(zip(squares, table.unbind(), strict=True))
+        self._squares, self._uses, self._vectors, self._last_input, self._cache = squares, {}, {}, None, {}
 
     def read_inputs(self, inputs: Any) -> None:
         """Take the number of samples and of positions from the first tensor in the inputs, once.
@@ -144,6 +167,11 @@ class PerSample:
         Args:
             inputs: nested lists, tuples and dictionaries with tensors.
         """
+        is_new = (self._squares or self._vectors or self._uses) and torch._C._current_graph_task_id() == -1
+        if is_new:
+            # Another pass after a backward pass counts instead of it.
+            self._squares, self._uses, self._num_uses, self._vectors = {}, {}, {}, {}
+            self._variables, self._incomplete, self._position_parts, self._first_input = {}, set(), [], None
         first = next(_tensors(inputs), None)
         if first is None or first.ndim == 0 or self._first_input is not None:
             return
@@ -152,22 +180,24 @@ class PerSample:
             self._batch_size = len(self._first_input)
         self._positions = tuple(self._first_input.shape[1:2])
 
-    def _forward_hook(self, rule: Callable[..., dict[str, Use]], names: Mapping[str, str]) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            inputs = next(_tensors(args), None)
-            if inputs is None or not isinstance(output, Tensor) or not output.requires_grad:
-                return
-            inputs = inputs.detach()
-            for name in names.values():
-                self._num_uses[name] = self._num_uses.get(name, 0) + 1
-
-            @torch.no_grad()
-            def measure(grad: Tensor) -> None:
-                self._measure(module, rule, names, inputs, grad)
-
-            output.register_hook(measure)  # type: ignore[no-untyped-call]
-
-        return hook
+    def _follow(
+        self,
+        rule: Callable[..., dict[str, Use]],
+        names: Mapping[str, str],
+        module: nn.Module,
+        args: Any,
+        kwargs: Any,
+        output: Any,
+    ) -> None:
+        """Measure the parameters of a layer when the gradient of its output is computed."""
+        inputs = args[0] if args and isinstance(args[0], Tensor) else next(_tensors((args, kwargs)), None)
+        if inputs is None or not output.requires_grad:
+            return
+        for key, name in names.items():
+            self._num_uses[name] = self._num_uses.get(name, 0) + 1
+            # Of a sharded layer, the parameter in its forward pass is another one than outside.
+            self._variables[id(module._parameters[key])] = name
+        output.register_hook(partial(self._measure, module, rule, names, inputs.detach()))
 
     def _measure(
         self,
@@ -177,35 +207,88 @@ class PerSample:
         inputs: Tensor,
         grad: Tensor,
     ) -> None:
-        inputs, grad, size = _whole(inputs), _whole(grad), self._batch_size
-        if size is None or not len(grad) or len(grad) % size or len(inputs) % size:
+        # A backward pass with create_graph=True records what hooks do.
+        inputs, grad, size = _whole(inputs), _whole(grad.detach()), self._batch_size
+        has_samples = size is not None and grad.shape[0] and not grad.shape[0] % size and not inputs.shape[0] % size
+        # Positions that all samples share, such as arange(T), have no samples.
+        if not has_samples or (not inputs.is_floating_point() and inputs.ndim < 2 <= len(self._positions) + 1):
+            self._incomplete.update(names.values())
             return
-        if not inputs.is_floating_point() and inputs.ndim < 2 <= len(self._positions) + 1:
-            return  # positions that all samples share, such as arange(T)
-        with torch.autocast(grad.device.type, enabled=False):
-            uses = rule(module, inputs.float() if inputs.is_floating_point() else inputs, grad.float(), size)
-        for key, name in names.items():
-            use = uses[key]
-            squares = use.position_squares()
-            if squares is not None and tuple(squares.shape[1:]) == self._positions:
-                # They are added up for `position`, which is called for few samples.
-                self._position_parts.append((squares, use.scale.double()))
-            if self._num_uses[name] == 1:
-                self._squares[name] = squared_norms([use])
-            else:
-                self._uses.setdefault(name, []).append(use)
+        # An autocast that the program has around its backward pass would round the products.
+        enabled = torch.is_autocast_enabled(grad.device.type)
+        with torch.autocast(grad.device.type, enabled=False) if enabled else nullcontext():
+            cache = self._cache_of(inputs)
+            dtype = torch.promote_types(grad.dtype, torch.float32)
+            inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
+            uses = rule(module, inputs, grad.to(dtype), size, names.keys(), cache)
+            for key, name in names.items():
+                # A subclass may have parameters that the rule does not know.
+                if key in uses:
+                    self._add(name, uses[key])
+
+    def _add(self, name: str, use: Use) -> None:
+        """Measure one use of a parameter, or keep it for the other uses."""
+        if self._num_uses[name] > 1:
+            if name in self._squares or name in self._vectors:
+                # The block of another use is recomputed only now, and the first use was measured alone.
+                self._incomplete.add(name)
+            self._uses.setdefault(name, []).append(use)
+        elif (vectors := use.vectors()) is not None:
+            self._vectors[name] = vectors
+        else:
+            self._squares[name] = squared_norms([use])
+        if use.num_positions is not None and (use.num_positions,) == self._positions:
+            # They are added up for `position`, which is called for few samples.
+            self._position_parts.append((use.position_squares(), use.scale))
+
+    def _find_other_uses(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Find parameters that the forward pass used otherwise than by calling their layer, from the graph."""
+        if torch._C._current_graph_task_id() != -1:
+            return  # recomputed in a backward pass
+        nodes = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
+        users: dict[Any, list[Any]] = {node: [] for node in nodes}
+        while nodes:
+            node = nodes.pop()
+            for child, _ in node.next_functions:
+                if child is not None:
+                    if child not in users:
+                        users[child] = []
+                        nodes.append(child)
+                    users[child].append(node)
+        for node in users:
+            if node.next_functions or not node.name().endswith("AccumulateGrad"):
+                continue
+            name = self._variables.get(id(node.variable))
+            if name is not None and _count_uses(node, users) > self._num_uses[name]:
+                self._incomplete.add(name)
+
+    def _cache_of(self, inputs: Tensor) -> dict[str, Any]:
+        """Return the cache of the last input, if this is the same, as those of queries, keys and values are."""
+        last = self._last_input
+        is_same = (
+            last is not None
+            and inputs.data_ptr() == last.data_ptr()
+            and (inputs.shape, inputs.stride(), inputs.dtype) == (last.shape, last.stride(), last.dtype)
+            and inputs._version == last._version
+        )
+        if not is_same:
+            # Its memory is not used again while it is referenced.
+            self._last_input, self._cache = inputs, {}
+        return self._cache
 
 
 def per_sample(model: nn.Module, batch_size: int | None = None) -> PerSample:
     r"""Measure the norm of each sample's part of the gradient, without gradients per sample.
 
-    In the block, run one forward and one backward pass. Afterwards `norms` has the norm of each sample's part, so that
-    the parts add up to the gradient. With a loss that is a mean over B samples, a part is 1/B of the gradient of the
-    sample's own loss. The parts of this rank's samples come before any mean over ranks.
+    In the block, run one forward and one backward pass. Of several, the last counts. Afterwards `norms` has the norm of
+    each sample's part, so that the parts add up to the gradient. With a loss that is a mean over B samples, a part is
+    1/B of the gradient of the sample's own loss. The parts of this rank's samples come before any mean over ranks.
 
     Linear, embedding, convolution and norm layers have rules, also if they share weights or are used several times.
-    `PerSample.missing` names the parameters of other layers with their share of the gradient. The norms are computed in
-    float32 from what the layers computed. They are exact, except that a batch norm in training mode mixes its samples.
+    `PerSample.missing` names all other parameters with their share of the gradient: those of other layers, of
+    subclasses that replace `forward`, and those that the model uses without their layer too, as in
+    `F.linear(x, embedding.weight)`. The norms are computed in float32 from what the layers computed. They are exact,
+    except that a batch norm in training mode mixes its samples.
 
     It works under DDP, FSDP2 and tensor parallelism. Of DTensors, whole activations are gathered on each rank of their
     mesh. Samples are rows of dim 0. A layer whose input has a multiple of the samples as rows is taken to have the rows
@@ -261,6 +344,19 @@ def without_autocast(*, only_watch: bool = False) -> Iterator[Precision]:
         yield precision
     finally:
         torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+
+
+@lru_cache
+def _rule_of(kind: type[nn.Module]) -> Callable[..., dict[str, Use]] | None:
+    """Return the rule of a kind of layer, unless its forward pass is not the one of the rule."""
+    return next(
+        (rule for known, rule in RULES.items() if issubclass(kind, known) and kind.forward is known.forward), None
+    )
+
+
+def _count_uses(node: Any, users: Mapping[Any, Sequence[Any]]) -> int:
+    """Return the number of operations that use a parameter, or its transpose or a copy in another dtype."""
+    return sum(_count_uses(user, users) if user.name() in SAME_VALUES else 1 for user in users[node])
 
 
 def _whole(tensor: Tensor) -> Tensor:

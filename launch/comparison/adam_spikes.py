@@ -110,10 +110,10 @@ class Training:
             clipper.step(self.optimizer)
             yield float(main.detach() + other.detach()), float(found.pop())
 
-    def clipper(self, *, prevents: bool) -> distclip.GradClipper:
+    def clipper(self, max_rms: float | None) -> distclip.GradClipper:
         """Return a clipper that scales updates, or one that only measures them."""
-        if prevents:
-            return distclip.GradClipper(self.model, distclip.update_clip())
+        if max_rms is not None:
+            return distclip.GradClipper(self.model, distclip.update_clip(max_rms))
         clipper = distclip.GradClipper(self.model, distclip.global_norm(float("inf")))
         clipper.measure_tensors()
         clipper.measure_updates()
@@ -143,20 +143,20 @@ class Result:
     largest: float
 
 
-def measure(kind: str, seed: int, lr: float, noise: float) -> Result:
+def measure(kind: str, seed: int, lr: float, noise: float, max_rms: float) -> Result:
     """Train one seed up to the change, and on from there with and without update_clip."""
     training = Training(kind, seed, lr, noise)
-    losses, sizes = zip(*training.run(training.clipper(prevents=False), WARM_UP), strict=True)
+    losses, sizes = zip(*training.run(training.clipper(None), WARM_UP), strict=True)
     healthy = torch.tensor(sizes[SKIPPED:])
     usual = torch.tensor(losses[-WINDOW:])
     bound = float(usual.mean() + 6 * usual.std())
     after: list[tuple[list[float], list[float]]] = []
-    for prevents in (False, True):
+    for bound_of_rms in (None, max_rms):
         branch = copy.copy(training)
         branch.model, branch.optimizer = copy.deepcopy((training.model, training.optimizer))
         branch.generator = torch.Generator().set_state(training.generator.get_state())
         branch.change()
-        numbers = list(branch.run(branch.clipper(prevents=prevents), AFTER))
+        numbers = list(branch.run(branch.clipper(bound_of_rms), AFTER))
         after.append(([loss for loss, _ in numbers], [rms for _, rms in numbers]))
     spikes = [next((i for i, loss in enumerate(losses) if loss > bound), None) for losses, _ in after]
     return Result(
@@ -173,19 +173,22 @@ def measure(kind: str, seed: int, lr: float, noise: float) -> Result:
 def main() -> None:
     """Print a table with a row for each kind."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=80, help="seeds of each kind (default: 80)")
+    parser.add_argument("--seeds", type=int, default=80, help="number of seeds of each kind (default: 80)")
+    parser.add_argument("--first", type=int, default=0, help="first seed (default: 0)")
+    parser.add_argument("--max-rms", type=float, default=1.0, help="of update_clip (default: 1.0)")
     parser.add_argument("--lr", type=float, nargs="+", default=[0.005, 0.01], help="learning rates, in turn")
     parser.add_argument("--noise", type=float, default=0.02)
     options = parser.parse_args()
     torch.set_num_threads(1)
     rates = ", ".join(map(str, options.lr))
-    print(f"alarm at an RMS of {UPDATE_RMS_ALARM}, lr {rates}, noise {options.noise}\n")
+    print(f"alarm at an RMS of {UPDATE_RMS_ALARM}, lr {rates}, noise {options.noise}, max_rms {options.max_rms}\n")
     print("| change | seeds | spikes | announced | prevented | median size | with update_clip | false alarms | steps |")
     print("|---|" + "--:|" * 8)
     everything: list[Result] = []
     for kind in KINDS:
         results = [
-            measure(kind, seed, options.lr[seed % len(options.lr)], options.noise) for seed in range(options.seeds)
+            measure(kind, seed, options.lr[seed % len(options.lr)], options.noise, options.max_rms)
+            for seed in range(options.first, options.first + options.seeds)
         ]
         everything += results
         print(describe(kind, results), flush=True)

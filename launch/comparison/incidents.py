@@ -13,7 +13,7 @@ An incident that is no outlier of the norm is not replayed, and counts as wrong.
 of right causes, and of right samples where the cause is a sample.
 
 `python -m launch.comparison.incidents` takes a minute of one core. With `--cost` it measures how much longer
-`per_sample` makes a forward and backward pass of two small transformers.
+`per_sample` makes a forward and backward pass of small models.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import struct
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,8 +189,11 @@ def main() -> None:
     number = options.incidents
     torch.set_num_threads(1)
     if options.cost:
-        for width, positions in ((64, 32), (256, 128)):
-            print(f"width {width}, {positions} positions: {measure_cost(width, positions):.2f} x")
+        print("| model | batch | forward and backward pass, ms | with per_sample |\n|---|---|--:|--:|")
+        for name, model, inputs in models():
+            milliseconds, ratio = measure_cost(model, inputs)
+            size = "x".join(map(str, inputs.shape))
+            print(f"| {name} | {size} | {milliseconds:.1f} | {ratio:.2f} x |", flush=True)
         return
     print("| incident | number | right cause | right sample | other verdicts |\n|---|--:|--:|--:|---|")
     everything: list[Incident] = []
@@ -203,19 +206,39 @@ def main() -> None:
     print(describe("all", everything))
 
 
-def measure_cost(width: int, positions: int) -> float:
-    """Return the time of a pass within `per_sample`, relative to one without: the medians of 15 passes."""
-    model = nn.Sequential(nn.Embedding(96, width), Block(width), Block(width), nn.Linear(width, 96))
-    tokens = torch.randint(0, 96, (16, positions))
-    times: dict[bool, list[float]] = {False: [], True: []}
+def models() -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """Yield the models whose cost is measured: name, model, inputs."""
+    for width, samples, positions in ((64, 16, 32), (256, 16, 128), (768, 4, 128)):
+        model = nn.Sequential(nn.Embedding(96, width), Block(width), Block(width), nn.Linear(width, 96))
+        yield f"transformer, width {width}", model, torch.randint(0, 96, (samples, positions))
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+    yield "perceptron", model, torch.randn(512, 64)
+    convolutions: list[nn.Module] = [nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()]
+    for _ in range(2):
+        convolutions += [nn.Conv2d(32, 32, 3, padding=1), nn.GroupNorm(4, 32), nn.ReLU()]
+    yield (
+        "convolutions",
+        nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(32 * 256, 10)),
+        torch.randn(32, 3, 16, 16),
+    )
+
+
+def measure_cost(model: nn.Module, inputs: Tensor) -> tuple[float, float]:
+    """Return the CPU time of a pass in ms and the relative time within `per_sample`, medians of 15 passes."""
+    plain, ratios = [], []
     for _ in range(15):
-        for measured, passes in times.items():
+        passes = []
+        for measured in (False, True):
+            model.zero_grad()
             begin = time.thread_time()
             with per_sample(model) if measured else nullcontext():
-                nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+                outputs = model(inputs).flatten(0, -2)
+                loss = nn.functional.cross_entropy(outputs, torch.zeros(len(outputs), dtype=torch.long))
+                loss.backward()  # type: ignore[no-untyped-call]
             passes.append(time.thread_time() - begin)
-    plain, measured_time = (statistics.median(passes) for passes in times.values())
-    return measured_time / plain
+        plain.append(1e3 * passes[0])
+        ratios.append(passes[1] / passes[0])
+    return statistics.median(plain), statistics.median(ratios)
 
 
 def describe(name: str, incidents: list[Incident]) -> str:

@@ -77,6 +77,36 @@ def flat(shape: tuple[int, ...], *layers: nn.Module) -> nn.Module:
     return nn.Sequential(body, nn.Linear(body(torch.zeros(2, *shape)).shape[1], CLASSES))
 
 
+class Twice(nn.Module):
+    """A layer that is used twice."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return its output for its own output."""
+        outputs: Tensor = self.layer(torch.tanh(self.layer(inputs)))
+        return outputs
+
+
+class Attention(nn.Module):
+    """Queries, keys and values of the same input, which products are shared by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.queries, self.keys, self.values = (nn.Linear(12, 12, bias=False) for _ in range(3))
+        self.head = nn.Linear(12, CLASSES)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return logits of each position."""
+        inputs = torch.tanh(inputs)
+        heads = self.queries(inputs), self.keys(inputs), self.values(inputs)
+        logits: Tensor = self.head(nn.functional.scaled_dot_product_attention(*heads))
+        return logits
+
+
 IMAGE = (4, 6, 5)
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "tied weights, used twice, padding": (Tied, ()),
@@ -95,6 +125,16 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "same padding": (lambda: flat(IMAGE, nn.Conv2d(4, 3, (2, 3), padding="same", dilation=2)), IMAGE),
     "circular padding": (lambda: flat(IMAGE, nn.Conv2d(4, 3, 3, padding=1, padding_mode="circular")), IMAGE),
     "transposed": (lambda: flat(IMAGE, nn.ConvTranspose2d(4, 3, 3, stride=2, output_padding=1)), IMAGE),
+    "large convolution": (lambda: flat((24, 9, 9), nn.Conv2d(24, 40, 5, groups=2), nn.ReLU(inplace=True)), (24, 9, 9)),
+    "large kernel, few patches": (lambda: flat((16, 6, 6), nn.Conv2d(16, 16, 5)), (16, 6, 6)),
+    "transposed in groups": (
+        lambda: flat(IMAGE, nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, dilation=3, output_padding=2)),
+        IMAGE,
+    ),
+    "convolution used twice": (lambda: flat(IMAGE, Twice(nn.Conv2d(4, 4, 3, padding=1))), IMAGE),
+    "norm used twice": (lambda: flat((3, 9), Twice(nn.LayerNorm(9))), (3, 9)),
+    "same input": (Attention, (6, 12)),
+    "halves of positions": (lambda: flat((96, 70), nn.Linear(70, 70, bias=False), nn.Tanh()), (96, 70)),
     "one dim": (lambda: flat((4, 9), nn.Conv1d(4, 3, 3), nn.BatchNorm1d(3).eval()), (4, 9)),
     "three dims": (
         lambda: flat((2, 3, 4, 5), nn.Conv3d(2, 3, 2, bias=False), nn.InstanceNorm3d(3, affine=True)),
@@ -158,6 +198,20 @@ def test_norms_are_those_of_vmap() -> None:
 
 def test_large_and_nonfinite_samples() -> None:
     """Squares of float32 would overflow. The first sample that is not finite is the worst."""
+    torch.manual_seed(0)
+    for layer, shape in (
+        (nn.Conv2d(24, 40, 5), (4, 24, 9, 9)),
+        (nn.Linear(8, 9), (4, 30, 8)),
+        (nn.Linear(8, 9), (4, 8)),
+    ):
+        values = torch.randn(*shape)
+        with per_sample(layer) as usual:
+            layer(values).square().mean().backward()
+        for factor in (1e20, 1e-20):
+            with per_sample(layer) as scaled:
+                (layer(values).square().mean() * factor).backward()
+            weights = (samples.by_tensor["weight"] for samples in (scaled, usual))
+            torch.testing.assert_close(next(weights), next(weights) * factor, rtol=1e-5, atol=0)
     model = nn.Linear(3, 1)
     inputs = torch.ones(4, 3)
     inputs[2] = 1e30
@@ -208,6 +262,73 @@ def test_layers_without_a_rule_are_named() -> None:
     assert samples.missing() == pytest.approx(expected, rel=1e-5)
     model.zero_grad()
     assert all(share != share for share in samples.missing().values())
+
+
+class Scaled(nn.Embedding):
+    """A subclass whose gradient is another than that of its output."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return scaled rows."""
+        return super().forward(ids) * 3
+
+
+class Functional(nn.Module):
+    """A linear layer of which a function uses the weight too, and a subclass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scaled, self.shared = Scaled(CLASSES, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the mean of the logits of all positions."""
+        x = self.scaled(ids)
+        logits: Tensor = self.head(self.shared(x) + nn.functional.linear(x, self.shared.weight)).mean(1)
+        return logits
+
+
+class Segments(nn.Module):
+    """A layer in two blocks, each of which is recomputed during backward, after the other was measured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.layer, self.head = nn.Embedding(CLASSES, 8), nn.Linear(8, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the mean of the logits of all positions."""
+        x = self.embedding(ids)
+        for _ in range(2):
+            x = checkpoint(self.layer, x, use_reentrant=True)
+        logits: Tensor = self.head(x).mean(1)
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [(Functional, {"scaled.weight", "shared.weight"}), (Segments, {"layer.weight", "layer.bias"})],
+)
+def test_parameters_with_unknown_uses_are_named(make: Callable[[], nn.Module], names: set[str]) -> None:
+    """A part of the uses would give a wrong norm."""
+    torch.manual_seed(0)
+    model, (ids, labels) = make(), make_batch(())
+    expected = each_alone(model, ids, labels)
+    with per_sample(model) as samples:
+        loss_of(model(ids), labels).backward()
+    assert set(samples.missing()) == names
+    for name, norms in samples.by_tensor.items():
+        torch.testing.assert_close(norms, expected[name], rtol=1e-5, atol=1e-6)
+    assert samples.by_tensor.keys() | names == expected.keys()
+
+
+def test_the_last_pass_counts() -> None:
+    model, (ids, labels) = Block(), make_batch(())
+    with per_sample(model) as expected:
+        loss_of(model(ids), labels).backward()
+    with per_sample(model) as samples:
+        for tokens in (ids[:3], ids):
+            loss_of(model(tokens), labels[: len(tokens)]).backward()
+    assert torch.equal(samples.norms, expected.norms)
+    assert samples.position(1) == expected.position(1)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
