@@ -2,7 +2,7 @@
 
 torch accepts gradients that share memory with each other, repeat one element (stride 0), or carry a lazy sign. Written
 in place, such a gradient would be scaled twice, or not at all. So it gets a copy before it is measured. A gradient that
-the operators cannot scale is refused by name, before any is written.
+the operators cannot scale, or in the memory of a parameter, is refused by name before any is written.
 
 In an ordinary step this costs one comparison of addresses with those of the step before.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from array import array
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from operator import attrgetter
@@ -55,9 +55,11 @@ class _Known:
         separate: addresses, lengths and dtypes of gradients that do not overlap.
         parts: positions of the gradients that a kernel can read, by device type.
         odd: positions of all others. None if the gradients have never been sorted into these parts.
+        apart: memory of gradients that have been sorted into these parts, and overlap no parameter.
     """
 
     separate: tuple[bytes, ...] = ()
+    apart: Any = None
     parts: dict[str, list[int]] = field(default_factory=dict)
     odd: list[int] | None = None
 
@@ -100,7 +102,7 @@ def read_gradients(table: ShardTable, comm: Comm | None = None) -> Shards:
     shards = table.gradients()
     # Views of a flat storage do not overlap, and the storage is what will be read.
     read = shards if shards.merged is None else shards.merged
-    if not read.grads or _describe(read):
+    if not read.grads or _describe(read, table):
         return shards
     return _repair(table, shards, comm)
 
@@ -157,7 +159,7 @@ _NO_SHARDS = Shards.of(())
 # ---- The ordinary step ----
 
 
-def _describe(shards: Shards) -> bool:
+def _describe(shards: Shards, table: ShardTable) -> bool:
     """Describe gradients that are all ordinary and separate. Return False if they are not."""
     known: _Known | None = shards.infos.in_memory
     kind = shards.grads[0].device.type
@@ -171,8 +173,11 @@ def _describe(shards: Shards) -> bool:
         known = shards.infos.in_memory = _Known()
     key = (bytes(description.addresses), bytes(description.lengths), bytes(description.dtypes))
     if known.separate != key:
-        if _overlap(*_ends_of(description)):
+        starts, ends = _ends_of(description)
+        if _overlap(starts, ends):
             return False
+        if _touches_parameters(table, kind, starts, ends):
+            _refuse_memory_of_parameters(table, kind, dict(enumerate(shards.grads)), shards.infos.names)
         known.separate = key
     shards.description = description
     return True
@@ -197,6 +202,51 @@ def _overlap(starts: Tensor, ends: Tensor) -> bool:
     return bool((ends[order][:-1] > starts[1:]).any())
 
 
+def _touches_parameters(table: ShardTable, kind: str, starts: Tensor, ends: Tensor) -> bool:
+    """Return whether a range of addresses of gradients overlaps that of a parameter.
+
+    Args:
+        table: of the gradients.
+        kind: type of their device.
+        starts, ends: of each gradient.
+    """
+    if table.are_gradients or not len(starts):
+        return False
+    description = None
+    if kind in KERNEL_DEVICES:
+        # Plain parameters, mostly, are their own local tensors.
+        description = describe_tensors(table.tensors, kind)
+        if description is None:
+            description = describe_tensors(table.local_weights(range(len(table.tensors))), kind)
+    if description is None:
+        weight_starts, weight_ends = _bounds(list(map(_extent_of, _weights_on(table, kind))))
+    else:
+        weight_starts, weight_ends = _ends_of(description)
+    starts, order = starts.sort()
+    # The gradients that begin before the end of a parameter: does the last one end behind its start?
+    num_before = torch.searchsorted(starts, weight_ends)
+    last_ends = ends[order].cummax(0).values[(num_before - 1).clamp_(min=0)]
+    return bool(((num_before > 0) & (last_ends > weight_starts)).any())
+
+
+def _weights_on(table: ShardTable, kind: str) -> list[Tensor]:
+    """Return the local parameters of a table that have elements on a type of device."""
+    local = table.local_weights(range(len(table.tensors)))
+    plain = [one for one in local if type(one) in _PLAIN and one.layout is torch.strided and not one.is_nested]
+    return [one for one in plain if one.device.type == kind and one.numel()]
+
+
+def _bounds(extents: Collection[_Extent]) -> tuple[Tensor, Tensor]:
+    """Return the start and the end of each extent."""
+    starts, ends = array("q"), array("q")
+    for extent in extents:
+        starts.append(extent.start)
+        ends.append(extent.end)
+    if not extents:
+        return torch.empty(0, dtype=torch.int64, device="cpu"), torch.empty(0, dtype=torch.int64, device="cpu")
+    return torch.frombuffer(starts, dtype=torch.int64), torch.frombuffer(ends, dtype=torch.int64)
+
+
 # ---- Any other step ----
 
 
@@ -208,17 +258,17 @@ def _repair(table: ShardTable, shards: Shards, comm: Comm | None) -> Shards:
     if is_simulated:
         tensors = table.tensors if table.are_gradients else table.tensors_with_gradient()
         shards = on_all_ranks(shards, tensors, _component(comm))
-        if _describe(shards):
+        if _describe(shards, table):
             return shards
     descriptions, odd = _sort_by_kind(shards)
     plain = {i: _as_plain(shards[i], "gradient", writable=not table.are_gradients) for i in odd}
     # The gradient of one simulated rank cannot be replaced.
-    if not table.are_gradients and not is_simulated and (copies := _copies(shards, descriptions, plain)):
+    if not table.are_gradients and not is_simulated and (copies := _copies(table, shards, descriptions, plain)):
         table.replace_gradients(copies)
         # Read again, because the table may keep a gradient elsewhere. The copies are ordinary.
         shards = table.gradients()
         plain = {i: grad for i, grad in plain.items() if i not in copies}
-        if _describe(shards):
+        if _describe(shards, table):
             return shards
     for i, grad in plain.items():
         shards.grads[i] = grad
@@ -316,9 +366,16 @@ def _operators_work(tensor: Tensor, writable: bool) -> bool:
 
 
 def _copies(
-    shards: Shards, descriptions: Sequence[tuple[list[int], TensorTable]], odd: dict[int, Tensor]
+    table: ShardTable,
+    shards: Shards,
+    descriptions: Sequence[tuple[list[int], TensorTable]],
+    odd: dict[int, Tensor],
 ) -> dict[int, Tensor]:
-    """Copy the gradients that have elements at one address. Return the copies by position."""
+    """Copy the gradients that have elements at one address. Return the copies by position.
+
+    Raises:
+        LayoutError: another gradient is in the memory of a parameter.
+    """
     copies: dict[int, Tensor] = {}
     extents: defaultdict[str, dict[int, _Extent]] = defaultdict(dict)
     for i, grad in odd.items():
@@ -327,6 +384,7 @@ def _copies(
             copies[i] = _copy(grad)
         elif type(values) in _PLAIN and has_addresses(values.device) and values.numel():
             extents[values.device.type][i] = _extent_of(values)
+    alone = {kind: dict(by_position) for kind, by_position in extents.items()}
     for positions, description in descriptions:
         if positions and (extents or _overlap(*_ends_of(description))):
             kind = shards.grads[positions[0]].device.type
@@ -337,7 +395,49 @@ def _copies(
     for by_position in extents.values():
         # In the order of the table, so that the first of several gradients keeps the memory.
         copies |= {i: _copy(odd.get(i, shards.grads[i])) for i in _without_memory(dict(sorted(by_position.items())))}
+    memory = (
+        [(bytes(one.addresses), bytes(one.lengths), bytes(one.dtypes)) for _, one in descriptions],
+        [extent for kind in alone for extent in alone[kind].values()],
+    )
+    known: _Known = shards.infos.in_memory
+    if known.apart != memory:
+        bounds = [
+            (shards.grads[positions[0]].device.type, _ends_of(one)) for positions, one in descriptions if positions
+        ]
+        bounds += [(kind, _bounds(by_position.values())) for kind, by_position in alone.items()]
+        for kind, (starts, ends) in bounds:
+            if _touches_parameters(table, kind, starts, ends):
+                kept = {i: stored_values(odd.get(i, grad)) for i, grad in enumerate(shards.grads) if i not in copies}
+                on_device = {i: grad for i, grad in kept.items() if type(grad) in _PLAIN and grad.device.type == kind}
+                _refuse_memory_of_parameters(table, kind, on_device, shards.infos.names)
+        known.apart = memory
     return copies
+
+
+def _refuse_memory_of_parameters(
+    table: ShardTable, kind: str, grads: Mapping[int, Tensor], names: Sequence[str]
+) -> None:
+    """Raise if a gradient has an element at the address of a parameter's element.
+
+    Args:
+        table: of the gradients.
+        kind: type of their device.
+        grads: with addresses on it, by position.
+        names: name of the parameter of each position.
+
+    Raises:
+        LayoutError: see above.
+    """
+    owners = dict(zip(map(id, table.local_weights(range(len(table.tensors)))), table.names, strict=True))
+    for weight in _weights_on(table, kind):
+        for i, grad in grads.items():
+            extents = {0: _extent_of(weight), 1: _extent_of(grad)} if weight.numel() and grad.numel() else {}
+            if _without_memory(extents):
+                owner = owners[id(weight)]
+                raise LayoutError(
+                    f"the gradient of {names[i]} is in the memory of the parameter {owner}, so that scaling the "
+                    "gradient would change the parameter. Assign a copy: param.grad = param.grad.clone()."
+                )
 
 
 def _copy(grad: Tensor) -> Tensor:
@@ -370,11 +470,7 @@ def _extent_of(values: Tensor) -> _Extent:
 
 def _without_memory(extents: dict[int, _Extent]) -> list[int]:
     """Return the positions of gradients whose memory is that of an earlier gradient, in whole or in part."""
-    starts, ends = array("q"), array("q")
-    for extent in extents.values():
-        starts.append(extent.start)
-        ends.append(extent.end)
-    if len(extents) < 2 or not _overlap(*(torch.frombuffer(column, dtype=torch.int64) for column in (starts, ends))):
+    if len(extents) < 2 or not _overlap(*_bounds(extents.values())):
         return []
     # Gradients whose ranges touch each other, directly or through others, form a cluster.
     clusters: list[list[int]] = []

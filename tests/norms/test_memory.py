@@ -341,6 +341,54 @@ def test_refuses_a_main_grad_that_shares_memory() -> None:
     assert torch.equal(grad, torch.full((4,), 10.0))
 
 
+# ---- Gradients in the memory of a parameter ----
+
+OF_PARAMETERS: dict[str, Callable[[nn.Parameter, nn.Parameter], Tensor]] = {
+    "its own": lambda own, other: own.data,
+    "its own, transposed": lambda own, other: own.data.t(),
+    "another one's": lambda own, other: other.data,
+    "overlapping ends": lambda own, other: other.data.as_strided((3, 3), (3, 1), 6),
+    "a column too many": lambda own, other: other.data.as_strided((3, 3), (6, 1), 2),
+}
+"""Gradients by the parameter whose memory they share. The other parameter is every other column of a matrix."""
+
+
+@pytest.mark.parametrize("is_mixed", [False, True])
+@pytest.mark.parametrize("name", OF_PARAMETERS)
+def test_refuses_a_gradient_in_the_memory_of_a_parameter(name: str, is_mixed: bool) -> None:
+    """Scaling the gradient would scale the parameter."""
+    own, other = nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(3, 6)[:, ::2])
+    named = [("own", own), ("other", other)]
+    for _, param in named:
+        param.grad = torch.full((3, 3), 10.0)
+    if is_mixed:
+        # Complex gradients are not read by a kernel.
+        named += [("complex", param) for param in make_parameters([torch.ones(2, dtype=torch.complex64)])]
+    clipper = GradClipper(named, distclip.per_tensor_norm(1.0))
+    clipper.clip()
+    own.grad = OF_PARAMETERS[name](own, other)
+    before = [tensor.detach().clone() for _, param in named for tensor in (param, param.grad)]
+    for clip in (
+        clipper.clip,
+        lambda: clipper.step(torch.optim.SGD([param for _, param in named], lr=0.1)),
+        lambda: distclip.clip_grad_norm_(named, 1.0),
+        lambda: distclip.clip_grads_with_norm_(named, 1.0, torch.tensor(20.0)),
+        lambda: distclip.clip_grad_value_(named[:2], 1.0),
+    ):
+        with pytest.raises(LayoutError, match="the gradient of own is in the memory of the parameter o"):
+            clip()
+        assert all(map(torch.equal, before, [tensor for _, param in named for tensor in (param, param.grad)]))
+
+
+def test_gradients_between_the_elements_of_a_parameter_are_clipped() -> None:
+    matrix = torch.full((3, 6), 10.0)
+    param, other = nn.Parameter(matrix[:, ::2]), nn.Parameter(torch.zeros(6))
+    param.grad, other.grad = matrix[:, 1::2], torch.zeros(12)[6:]
+    assert float(distclip.clip_grad_norm_([param, other], 3.0)) == 30.0
+    assert param.data.unique().item() == 10.0
+    assert param.grad.unique().item() == pytest.approx(1.0)
+
+
 # ---- Sparse gradients ----
 
 
