@@ -11,6 +11,7 @@ the logarithm of their power sums, rounded down to steps of 5e-6.
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Collection, Mapping
 from typing import TypeAlias
 
@@ -105,9 +106,10 @@ def weighted_sum(sums: ReplicaSums, comm: Comm) -> Tensor | int:
     total: Tensor | int = 0
     rank = global_ranks(comm)[comm.rank]
     for group, value in sums.items():
-        weight = _weight(group.ranks, rank, comm.size)
+        weight, factor = _weight(group.ranks, rank, comm.size), _factor(group)
         on_host = not isinstance(value, Tensor) or devices.host_reads_free(value.device)
-        total = total + weight * ((int(value) if on_host else value) & _MASK)
+        # int64 overflows to the same low bits.
+        total = total + weight * (((int(value) if on_host else value) & _MASK) * factor & _MASK)
     return total
 
 
@@ -125,6 +127,12 @@ def any_differ(by_rank: Mapping[int, Mapping[ReplicaGroup, int]]) -> bool:
     groups = {group for sums in by_rank.values() for group in sums}
     # A rank without the gradients of a group has added 0.
     return any(len({by_rank.get(rank, {}).get(group, 0) for rank in group.ranks}) > 1 for group in groups)
+
+
+@functools.lru_cache(maxsize=256)
+def _factor(group: ReplicaGroup) -> int:
+    """Return an odd number of the group, so that equal differences in two groups do not cancel."""
+    return zlib.crc32(repr(group).encode()) | 1
 
 
 @functools.lru_cache(maxsize=256)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ReplicaGroup", "assumed_groups", "mesh_replicas", "replica_group", "replica_weight"]
 
-_MAX_WEIGHTS = 1_950_000
+_MAX_WEIGHTS = 1 << 20
 """Bound on (number of ranks) · (largest weight), which keeps a weighted sum of 32-bit numbers below 2^51."""
 
 
@@ -108,22 +108,21 @@ def _along(coords: tuple[int, ...], split: tuple[bool, ...]) -> tuple[int, ...]:
 def replica_weight(index: int, num_replicas: int, world_size: int) -> int:
     """Return the weight of one replica's checksum.
 
-    The weights of all replicas add up to 0, so that equal checksums do. They all differ, so that the changes of two
-    replicas do not cancel because they are equal and opposite.
+    The weights of all replicas add up to 0, so that equal checksums do. All weights but the first are positive, so that
+    two different checksums never add up to 0, whichever ranks have them: those of one node and those of another, for
+    example. All weights differ, so that the changes of two replicas do not cancel because they are equal and opposite.
 
     Args:
         index: of the replica in its group.
         num_replicas: number of ranks in the group.
-        world_size: number of ranks that add up weighted checksums. Above 1,900 ranks weights repeat.
+        world_size: number of ranks that add up weighted checksums. Above 1,024 ranks weights repeat.
 
-    >>> [replica_weight(i, 6, 6) for i in range(6)], [replica_weight(i, 5, 5) for i in range(5)]
-    ([1, -1, 2, -2, 3, -3], [1, -1, 2, 3, -5])
+    >>> [replica_weight(i, 2, 2) for i in range(2)], [replica_weight(i, 5, 5) for i in range(5)]
+    ([-1, 1], [-10, 1, 2, 3, 4])
     """
     # In a large world the weights must stay small, so that sums of summands stay exact.
-    most = max(1, _MAX_WEIGHTS // max(world_size, 2))
-    if num_replicas % 2 and index >= num_replicas - 3:
-        # An odd number of replicas ends with three whose weights add up to 0.
-        last = 1 + (num_replicas // 2 - 1) % most
-        return (last, last + 1, -2 * last - 1)[index - num_replicas + 3]
-    # Pairs of opposite weights.
-    return (1 + index // 2 % most) * (1 if index % 2 == 0 else -1)
+    most = max(1, _MAX_WEIGHTS // world_size - 1)
+    if index > 0:
+        return 1 + (index - 1) % most
+    num_rounds, rest = divmod(num_replicas - 1, most)
+    return -(num_rounds * most * (most + 1) + rest * (rest + 1)) // 2

@@ -20,6 +20,7 @@ import distclip
 from distclip import GradClipper, LayoutError, ReplicaError, ReplicaWarning, devices, global_norm
 from tests.ranks import gather_from_ranks, on_ranks
 from tests.replicas.flips import flip
+from tests.rig import assert_raises_on_ranks
 from tests.tables.layouts.data_parallel import backward, mlp
 from tests.tables.layouts.meshes import group_of, world_mesh
 from tests.tables.layouts.model_parallel import PLAN, Block, block_backward
@@ -69,6 +70,26 @@ HELD = {"ddp": "0.weight", "hsdp": "0.bias", "fsdp1": "2.bias", "tp": "norm.bias
 
 def find_held(model: nn.Module, name: str) -> nn.Parameter:
     return next(p for n, p in model.named_parameters() if n.endswith(name))
+
+
+@on_ranks(4)
+@pytest.mark.parametrize("ranks", [(0, 1), (0, 2), (0, 3), (1,)])
+def test_ranks_with_one_gradient_and_ranks_with_another_are_found(ranks: tuple[int, ...]) -> None:
+    """A missing all-reduce between nodes leaves the ranks of each node equal."""
+    mesh = world_mesh("node", "local", shape=(2, 2))
+    for placements, groups in (
+        ([Replicate(), Replicate()], [{0, 1, 2, 3}]),
+        ([Replicate(), Shard(0)], [{0, 2}, {1, 3}]),
+        ([Shard(0), Replicate()], [{0, 1}, {2, 3}]),
+    ):
+        param = dtensor_param(random_grad(4), mesh, placements)
+        clipper = GradClipper([("w", param)], global_norm(1.0), replicas="raise")
+        clipper.clip()
+        local(param.grad)[0] += dist.get_rank() in ranks
+        if all(group <= {*ranks} or not group & {*ranks} for group in groups):
+            clipper.clip()
+        else:
+            assert_raises_on_ranks(clipper.clip, ReplicaError, "the gradient of w", unchanged=local(param.grad))
 
 
 @pytest.mark.parametrize(
