@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from functools import lru_cache, wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -59,9 +60,7 @@ def remember(param: Tensor) -> None:
     """
     for module, name in _owners_of(param):
         _remember_in(module, name, param)
-    if type(param) is nn.Parameter:
-        # copy.deepcopy looks for this attribute. torch copies the attributes of other tensors.
-        vars(param)["__deepcopy__"] = _Copier(param)
+    _carry_in_copies()
 
 
 def remember_all(tensors: Iterable[Tensor], module: nn.Module | None) -> None:
@@ -127,33 +126,32 @@ def check_carried(tensors: Iterable[Tensor]) -> LayoutError | None:
     return error
 
 
-class _Copier:
-    """Copy a Parameter as torch does, and carry its attributes over.
+@lru_cache
+def _carry_in_copies() -> None:
+    """Make `copy.deepcopy` of a Parameter carry attributes, as torch does for other tensors."""
+    # A method of the class, because torch.utils.swap_tensors refuses a tensor that something refers to weakly, and a
+    # copier on the tensor would need such a reference.
+    copy_parameter = nn.Parameter.__deepcopy__
 
-    Args:
-        param: the parameter, which keeps the copier as its attribute `__deepcopy__`.
-    """
-
-    def __init__(self, param: Tensor) -> None:
-        self._param = weakref.ref(param)
-
-    def __call__(self, memo: dict[int, Any]) -> Any:
-        param = self._param()
-        assert param is not None, "the copier is an attribute of the parameter"
-        new = nn.Parameter.__deepcopy__(param, memo)  # type: ignore[no-untyped-call]
-        vars(new).update(_attributes_of(param))
-        vars(new)["__deepcopy__"] = _Copier(new)
-        # The copy of the module exists already, and gets its parameters later.
-        for module, name in _owners_of(param):
-            copied = memo.get(id(module))
-            if isinstance(copied, nn.Module):
-                _remember_in(copied, name, new)
-                _add_owner(new, copied, name)
+    @wraps(copy_parameter)
+    def copy_with_attributes(param: Any, memo: dict[int, Any]) -> Any:
+        new = copy_parameter(param, memo)  # type: ignore[no-untyped-call]
+        if type(param) is nn.Parameter and _layouts and not has_carried(param):
+            # torch.utils.swap_tensors has exchanged the attributes with the contents.
+            for module, name in _known_owners(param):
+                if name in (known := _layouts.get(module, _Layouts())):
+                    _give(param, *known[name])
+        if type(param) is nn.Parameter and has_carried(param):
+            vars(new).update(_attributes_of(param))
+            # The copy of the module exists already, and gets its parameters later.
+            for module, name in _owners_of(param):
+                copied = memo.get(id(module))
+                if isinstance(copied, nn.Module):
+                    _remember_in(copied, name, new)
+                    _add_owner(new, copied, name)
         return new
 
-    def __reduce__(self) -> tuple[Callable[..., None], tuple[()]]:
-        # An unpickled parameter has None instead, with which copy.deepcopy copies it as pickle does: with attributes.
-        return type(None), ()
+    nn.Parameter.__deepcopy__ = copy_with_attributes  # type: ignore[method-assign]
 
 
 def _attributes_of(tensor: Tensor) -> dict[str, Any]:
@@ -171,8 +169,6 @@ def _give(param: Tensor, attributes: dict[str, Any], shape: tuple[int, ...]) -> 
     if tuple(param.shape) != shape and _FLATTENED not in vars(param):
         return False
     vars(param).update(attributes)
-    if type(param) is nn.Parameter:
-        vars(param)["__deepcopy__"] = _Copier(param)
     return True
 
 

@@ -12,7 +12,9 @@ from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..comm.ranks import Axis
 from .parameters import Parameters
@@ -65,7 +67,10 @@ def cached_table(parameters: Parameters, axes: tuple[Axis, ...]) -> ShardTable:
     # Only if the table has the very tensors that the key was made of. A tensor that was passed twice is in the table
     # once, and a module can override which parameters it has.
     if table.error is None and len(table.tensors) == len(tensors) and all(map(is_, table.tensors, tensors)):
-        _add(key, table.metadata, [*tensors, *modules])
+        anchors = list(map(_anchor_of, tensors))
+        # Otherwise a program could not convert its model any more.
+        if not torch.__future__.get_swap_module_params_on_conversion() or not any(map(is_, anchors, tensors)):
+            _add(key, table.metadata, [*anchors, *modules])
     return table
 
 
@@ -112,6 +117,18 @@ def _attribute_values(tensors: list[Tensor]) -> tuple[Any, ...]:
         (i, frozenset(own[name].items())) for i, own in enumerate(attributes) for name in _DICTS if name in own
     )
     return values + dicts
+
+
+def _anchor_of(tensor: Tensor) -> Tensor:
+    """Return an object that ceases to exist with a tensor, or when its contents are exchanged.
+
+    `Module.to` exchanges the contents of parameters of classes such as DTensor by torch.utils.swap_tensors, which
+    refuses a tensor that something refers to weakly. It does not look at the tensors within.
+    """
+    while is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        tensor = attrgetter(names[0])(tensor)
+    return tensor
 
 
 def _add(key: Any, metadata: TableMetadata, referents: Iterable[Any]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import distclip
@@ -89,6 +89,35 @@ def test_table_does_not_keep_parameters_alive() -> None:
     finally:
         gc.enable()
     assert not cache._entries
+
+
+@on_ranks(2)
+def test_parameters_of_fsdp2_can_be_converted_after_a_call() -> None:
+    """Convert a model whose parameters are DTensors, which torch refuses where something refers to them weakly."""
+    model = nn.Linear(4, 2)
+    fully_shard(model)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        norms = [float(distclip.clip_grad_norm_(p, float("inf"))) for p in (model, list(model.parameters()))]
+        assert norms == pytest.approx([10**0.5] * 2)
+        entries = len(cache._entries)
+        model.zero_grad()
+        model.to(dtype)
+        # The old local tensors are gone.
+        assert len(cache._entries) < entries
+
+
+def test_parameters_can_be_swapped_after_a_call() -> None:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model = nn.Linear(3, 3)
+        model.weight.grad = torch.ones(3, 3)
+        assert float(distclip.clip_grad_norm_(model, 1.0)) == 3.0
+        model.zero_grad()
+        assert model.double().weight.dtype == torch.float64
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
 
 
 def test_new_tensor_at_the_address_of_a_deleted_one() -> None:
