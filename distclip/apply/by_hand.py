@@ -1,13 +1,14 @@
 """Find steps that were made by hand before the gradients are clipped.
 
 No hook runs after `param -= lr * param.grad`. But such a step writes the parameter after the backward pass, and it adds
-a multiple of the gradient. So a hook of the backward pass keeps the version of a few parameters and a few of their
-elements. A parameter that has another version in the call is compared with what a step would have made of it.
+a multiple of the gradient. So a hook of the backward pass keeps a few elements of a few parameters. A parameter that
+has other elements in the call is compared with what a step would have made of it.
 
 Other code may write parameters at that point: it exchanges them for their average, restores them after a perturbation,
 clamps, rounds, loads or initializes them. None of it adds a multiple of the gradient to within the rounding of the
-parameter. What a version does not show is not found: `param.data -= lr * param.grad`, parameters that FSDP writes
-gradients to, and later steps of rules with a state, such as Adam.
+parameter. Later steps of rules with a state, such as Adam, are not found. On an accelerator the host would have to wait
+for the elements, so that they are compared only if the version of the parameter has changed. Writes through
+`param.data` do not change it.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class _Record:
         handle: of the hook.
         num_calls: number of calls that have looked so far.
         num_passes: number of backward passes so far.
-        version: version of the parameter. None before the first backward pass. The last one after all calls.
+        version: see `_version_of`. None before the first backward pass. The last one after all calls.
         values: its first elements.
     """
 
@@ -61,7 +62,7 @@ class _Record:
         if self.num_calls < _NUM_CALLS:
             return self.handle.id in (param._post_accumulate_grad_hooks or ())
         # A new tensor begins with version 0, and one that was trained has been written.
-        return self.version is None or local_of(param)._version >= self.version
+        return self.version is None or _version_of(param) >= self.version
 
 
 # Ids only: torch.utils.swap_tensors refuses a tensor with weak references.
@@ -92,21 +93,21 @@ def find_steps_by_hand(params: Sequence[Tensor]) -> list[Tensor]:
 
     Collectives: none. Host syncs: none, unless a parameter was written since the backward pass.
     """
-    changed = []
+    written = []
     for param in params:
         record = _records.get(id(param))
         if record is None or record.version is None or record.num_calls >= _NUM_CALLS:
             continue
-        version = local_of(param)._version
-        if record.version != version:
-            changed.append((param, record.values))
+        version = _version_of(param)
+        if record.version != version or devices.host_reads_free(local_of(param).device):
+            written.append((param, record.values))
         # Further calls may follow the same backward pass.
         record.version, record.values = None, None
         record.num_calls += 1
         if record.num_calls == _NUM_CALLS:
             record.handle.remove()
             record.version = version
-    return [param for param, values in changed if _is_step(param, values)]
+    return [param for param, values in written if _is_step(param, values)]
 
 
 @_disable_dynamo
@@ -116,7 +117,13 @@ def _remember(param: Tensor) -> None:
     if record is None or record.num_passes >= _MAX_PASSES or devices.is_capturing():
         return
     record.num_passes += 1
-    record.version, record.values = local_of(param)._version, _first_elements(param).clone()
+    record.version, record.values = _version_of(param), _first_elements(param).clone()
+
+
+def _version_of(param: Tensor) -> int:
+    """Return a number that grows with every write, except those through `param.data`."""
+    # An operator on a DTensor counts at the DTensor, and one on its local tensor there.
+    return param._version + local_of(param)._version
 
 
 def _first_elements(tensor: Tensor) -> Tensor:
@@ -139,7 +146,7 @@ def _is_step(param: Tensor, old: Tensor | None) -> bool:
     eps = torch.finfo(now.dtype).eps
     then, after, slope = (one.to("cpu", torch.float64) for one in (old, now, grad))
     moved = after - then
-    if not bool((moved.isfinite() & slope.isfinite()).all()):
+    if not bool(moved.any()) or not bool((moved.isfinite() & slope.isfinite()).all()):
         return False
     # Elements of one magnitude are proportional to too many changes.
     sizes = slope[slope != 0].abs()

@@ -8,9 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import distclip
 from distclip import GradClipper, UnclippedStepWarning
+from tests.ranks import on_ranks
 
 Write = Callable[[nn.Module, list[nn.Parameter], list[Tensor]], object]
 
@@ -20,6 +22,10 @@ STEPS: dict[str, Write] = {
     "decay": lambda model, params, grads: [p.mul_(0.99).sub_(0.01 * g) for p, g in zip(params, grads, strict=True)],
     "adam": lambda model, params, grads: [
         p.sub_(1e-3 * g / (g.abs() + 1e-8)) for p, g in zip(params, grads, strict=True)
+    ],
+    "data": lambda model, params, grads: [p.data.add_(g, alpha=-0.1) for p, g in zip(params, grads, strict=True)],
+    "other data": lambda model, params, grads: [
+        setattr(p, "data", p.data - 0.1 * g) for p, g in zip(params, grads, strict=True)
     ],
 }
 
@@ -83,6 +89,15 @@ def test_other_writes_are_silent(write: str) -> None:
     for step in STEPS:
         assert find(make_model(), WRITES[write], STEPS[step]) == []
         assert find(make_model(), nothing, lambda *args, s=step: (STEPS[s](*args), WRITES[write](*args))) == []
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("step", ["sgd", "data", "adam"])
+def test_shards_of_fsdp2(step: str) -> None:
+    model = make_model()
+    fully_shard(model)
+    assert len(find(model, STEPS[step], nothing)) == 1
+    assert find(model, nothing, STEPS[step]) == []
 
 
 @pytest.mark.parametrize("radius", [0.5, 0.05, 0.002])
