@@ -20,7 +20,16 @@ from .policies.policy import CheckedPolicy
 from .policies.warmup import KEYS as FIRST_NORMS
 from .sharding.slots import SlotMap
 
-__all__ = ["VERSION", "check_state_dict", "pack_state", "policy_kind", "unpack_counts", "unpack_state", "upgrade"]
+__all__ = [
+    "VERSION",
+    "check_state_dict",
+    "check_version",
+    "pack_state",
+    "policy_kind",
+    "unpack_counts",
+    "unpack_state",
+    "upgrade",
+]
 
 VERSION = 1
 """Version of the format of `GradClipper.state_dict`."""
@@ -66,15 +75,25 @@ def check_state_dict(state_dict: Mapping[str, Any], policy: Policy) -> None:
         raise ArgumentError(
             f"state_dict: unknown keys {unknown}, missing keys {missing}. Pass what GradClipper.state_dict() returned."
         )
-    if state_dict["version"] != VERSION:
-        raise ArgumentError(
-            f"state_dict: format version {state_dict['version']}, expected {VERSION}. Use the release of distclip that "
-            "saved it, or leave the clipper's state out."
-        )
+    check_version(state_dict)
     if state_dict["rule"] != policy_kind(policy):
         raise ArgumentError(
             f"state_dict: it has the state of {state_dict['rule']}, and the policy is {policy_kind(policy)}. Resume "
             "with the policy that the run was started with, or leave the clipper's state out."
+        )
+
+
+def check_version(state_dict: Mapping[str, Any]) -> None:
+    """Raise unless a state dict is of this version.
+
+    Raises:
+        ArgumentError: see above.
+    """
+    # True equals 1, and is no version.
+    if _to_count(state_dict.get("version")) != VERSION:
+        raise ArgumentError(
+            f"state_dict: format version {state_dict.get('version')!r:.60}, expected {VERSION}. Use the release of "
+            "distclip that saved it, or leave the clipper's state out."
         )
 
 
@@ -196,7 +215,8 @@ def unpack_counts(saved: Mapping[str, Any], names: Collection[str]) -> dict[str,
         names: the counters that a clipper has.
 
     Raises:
-        ArgumentError: another name, a value that is not a whole number ≥ 0, or more steps skipped in a row than in all.
+        ArgumentError: another name, a value that is not a whole number ≥ 0, more steps skipped in a row than in all, or
+            more than were made.
     """
     _check_keys("counts", saved, names)
     counts = {name: _to_count(saved[name]) for name in names}
@@ -207,10 +227,10 @@ def unpack_counts(saved: Mapping[str, Any], names: Collection[str]) -> dict[str,
                 "GradClipper.state_dict() returned."
             )
     known = {name: count for name, count in counts.items() if count is not None}
-    if known.get("in_a_row", 0) > known.get("skipped", 0):
+    if not known.get("in_a_row", 0) <= known.get("skipped", 0) <= known.get("steps", _MAX_COUNT):
         raise ArgumentError(
-            f"state_dict: counts has {known['in_a_row']} steps skipped in a row, and {known['skipped']} in all. Pass "
-            "what GradClipper.state_dict() returned."
+            f"state_dict: counts has {known['in_a_row']} steps skipped in a row, and {known['skipped']} in all of "
+            f"{known['steps']}. Pass what GradClipper.state_dict() returned."
         )
     return known
 

@@ -165,6 +165,7 @@ class Engine:
         *,
         named: Named | None = None,
         errors: FirstError | None = None,
+        replaced: Engine | None = None,
     ) -> EngineT:
         """Build the engine of a `GradClipper` from its arguments.
 
@@ -173,13 +174,15 @@ class Engine:
             parameters, policy, split_over, comm, on_nonfinite, flat_grads, partial, replicas: see `GradClipper`.
             named: the parameters under other names. None for those of `parameters`.
             errors: errors that this rank has collected already.
+            replaced: the engine of the same clipper until now, whose ranks check that all of them replace it.
 
         Raises:
             ArgumentError, LayoutError, DisagreementError: see `GradClipper`; on every rank.
 
         Collectives: two small all-reduces, two more with norms per group, tensor or row, and a gather with groups by
             reference. A few more if ranks hold different parameters (see `exchange_texts`). Without `comm`, the ranks
-            find each other through the store of torch.distributed first.
+            find each other through the store of torch.distributed first. One of a step's size over the communicator
+            of `replaced`, if it is the same.
         """
         errors = errors or FirstError()
         with errors:
@@ -193,6 +196,9 @@ class Engine:
             table = parameter_table(parameters, axes, named)
         is_derived = comm is None
         comm = resolve_comm(table.groups, table.axes, comm, errors, table.num_reached)
+        if replaced is not None and replaced.comm is comm and comm.size > 1:
+            # A rank that goes on to its next step instead enters an all-reduce of another length.
+            replaced.agree("GradClipper.rebind", errors)
 
         # Arguments must be the same on all ranks, and a layout alone may not show which ranks hold a parameter.
         # The address of an object in memory differs between ranks.
@@ -333,9 +339,7 @@ class Engine:
             with errors:
                 optimizers = as_list(optimizer)
         used, function = optimizers or [], "GradClipper.step"
-        self._forget_next_steps()
-        if self.spec.moment_eps is not None and optimizers is not None:
-            self._about_to_step = list(map(weakref.ref, optimizers))
+        self._expect_steps(optimizers)
         scaler, state, loss_scale = enabled(scaler), None, None
         if scaler is not None and optimizer is None:
             error = ArgumentError("scaler: it scales by optimizer. Call clipper.start(optimizer, scaler).")
@@ -479,6 +483,16 @@ class Engine:
         found = [one() for one in self._about_to_step or ()]
         return [one for one in found if one is not None]
 
+    def _expect_steps(self, optimizers: Sequence[Optimizer] | None) -> None:
+        """Set the optimizers that are about to step, and call off what the last call has left for them.
+
+        Args:
+            optimizers: of this rank. None if they are not known.
+        """
+        self._forget_next_steps()
+        if self.spec.moment_eps is not None and optimizers is not None:
+            self._about_to_step = list(map(weakref.ref, optimizers))
+
     def _forget_next_steps(self) -> None:
         """Forget the optimizers of the last call, and call off what scales their next steps."""
         for handle in self._next_steps:
@@ -529,21 +543,20 @@ class Engine:
         watch: Any,
     ) -> Outcome:
         scaler, state, loss_scale = enabled(scaler), None, None
-        self._forget_next_steps()
-        if self.spec.moment_eps is not None and optimizer is not None:
-            with errors:
-                self._about_to_step = list(map(weakref.ref, as_list(optimizer)))
-        if scaler is not None:
-            optimizers: list[Optimizer] = []
-            invalid = FirstError()
+        optimizers: list[Optimizer] | None = None
+        invalid = FirstError()
+        if optimizer is not None or scaler is not None:
             with invalid:
                 optimizers = as_list(optimizer)
-            errors.add(invalid.error)
+        errors.add(invalid.error)
+        self._expect_steps(optimizers)
+        if scaler is not None:
+            used = optimizers or []
             are_known = invalid.error is None and isinstance(scaler, GradScaler)
-            self.optimizers.compare_first(optimizers, scaler, errors, are_known=are_known)
+            self.optimizers.compare_first(used, scaler, errors, are_known=are_known)
             with errors:
-                state = ScalerState(scaler, optimizers)
-                loss_scale = self.optimizers.loss_scale(optimizers, state, unscale_first=self.spec.limits is not None)
+                state = ScalerState(scaler, used)
+                loss_scale = self.optimizers.loss_scale(used, state, unscale_first=self.spec.limits is not None)
 
         # Stages 1 to 5.
         is_scaled, function = scaler is not None, "GradClipper.clip"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import VERSION, policy_kind, unpack_counts, unpack_state
+from ..checkpoint import VERSION, check_version, policy_kind, unpack_counts, unpack_state
 from ..errors import ArgumentError, warn_user
 from ..sharding.slots import SlotMap
 from .engine import IsolatedEngine
@@ -66,6 +66,7 @@ def load_groups(
                 "state_dict: it has no state of groups, and the clipper has isolate=True. Pass what state_dict() of "
                 "such a clipper returned, or group=name for the state of one group."
             )
+        check_version(state_dict)
         saved = dict(state_dict["groups"])
         counts = unpack_counts(state_dict.get("counts", {}), names)
         missing = [name for name in engine.counters if name not in saved]
@@ -82,11 +83,12 @@ def load_groups(
             continue
         policy = engine.policy.policy_of(name)
         kind = policy_kind(engine.policy.policies[name])
-        if not isinstance(one, Mapping) or set(one) != _KEYS or one["version"] != VERSION or one["rule"] != kind:
+        if not isinstance(one, Mapping) or set(one) != _KEYS or one["rule"] != kind:
             raise ArgumentError(
                 f"state_dict: the state of group {name!r} is not one of {kind}. Pass what state_dict(group=…) "
                 "returned, for a group with the same policy."
             )
+        check_version(one)
         current = engine.policy.state_of(name, state)
         values = unpack_state(current, SlotMap((name,)), {name: one["state"]}, policy)
         state = engine.policy.with_state_of(name, state, values)

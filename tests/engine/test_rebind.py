@@ -7,16 +7,36 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from distclip import ArgumentError, GradClipper, LayoutError, adagc, agc, global_norm, per_tensor_norm, value, zclip
+from distclip import (
+    ArgumentError,
+    DisagreementError,
+    GradClipper,
+    LayoutError,
+    adagc,
+    agc,
+    global_norm,
+    per_tensor_norm,
+    value,
+    zclip,
+)
 from distclip.extend import FirstError
 from distclip.monitor import Recorder
+from tests.ranks import on_ranks
+from tests.rig import assert_raises_on_ranks
+from tests.tables.layouts.meshes import world_mesh
 
 
 def make_model() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+
+
+def fill_with_ones(params: list[nn.Parameter]) -> None:
+    for param in params:
+        param.grad = torch.ones_like(param)
 
 
 def fill(module: nn.Module, step: int) -> None:
@@ -67,6 +87,26 @@ def test_objects_in_messages_are_short_and_on_one_line() -> None:
         message = str(caught.value)
         assert "\n" not in message
         assert len(message.partition(":")[0]) < 120
+
+
+@on_ranks(2)
+@pytest.mark.parametrize("policy", [global_norm(1.0), per_tensor_norm(1.0)])
+def test_a_rank_that_steps_instead_is_told(policy: object) -> None:
+    (weight,) = params = [nn.Parameter(torch.zeros(4))]
+    mesh = world_mesh("pp")
+    clipper = GradClipper([("w", weight)], policy, split_over=mesh["pp"])  # type: ignore[arg-type]
+    is_first = dist.get_rank() == 0
+
+    def rebind() -> None:
+        clipper.rebind([("w", weight)], split_over=mesh["pp"])
+
+    for _ in range(2):
+        fill_with_ones(params)
+        assert_raises_on_ranks(
+            rebind if is_first else clipper.clip, DisagreementError, "rebind", "clip", unchanged=weight.grad
+        )
+        rebind()
+        assert float(clipper.clip().norms.norm()) == pytest.approx(8**0.5)
 
 
 @pytest.mark.parametrize("policy", [global_norm(0.1), per_tensor_norm(0.1), agc(0.01), value(0.1)])

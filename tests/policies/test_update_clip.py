@@ -143,6 +143,33 @@ def test_ways_to_step(way: str) -> None:
             torch.testing.assert_close(param.detach().double(), twins[name].weight, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("later", ["step", "clip", "start", "attach"])
+def test_a_clip_without_a_step_leaves_nothing_for_the_next_one(later: str) -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(4, 3))
+    optimizer, twin = adamw([weight]), StableAdamW(weight)
+    clipper = GradClipper([("weight", weight)], update_clip(1.0))
+    for factor in (1.0, 1.0, 50.0):
+        weight.grad = factor * torch.randn(4, 3)
+        grad = weight.grad.clone()
+        # A generator gives its optimizers once.
+        assert float(clipper.clip(one for one in [optimizer]).coef) < 0.9 or factor < 50
+        if later == "step":
+            clipper.step(optimizer)
+        elif later == "clip":
+            clipper.clip(optimizer)
+            optimizer.step()
+        elif later == "start":
+            clipper.start(optimizer)
+            clipper.finish(optimizer)
+        else:
+            handle = clipper.attach(optimizer)
+            optimizer.step()
+            handle.remove()
+        twin.step(grad)
+        torch.testing.assert_close(weight.detach().double(), twin.weight, rtol=1e-5, atol=1e-6)
+
+
 def test_rows_that_return_do_not_dominate_a_tensor() -> None:
     table = nn.Parameter(torch.ones(100, 4))
     optimizer, clipper = adamw([table]), GradClipper([("table", table)], update_clip())

@@ -313,6 +313,10 @@ def test_groups_come_and_go_with_their_states() -> None:
     for wrong in ({}, clipper.state_dict(), {**saved, "rule": "NormPolicy(EMA)"}):
         with pytest.raises(ArgumentError, match="state_dict"):
             clipper.load_state_dict(wrong, group="a")
+    with pytest.raises(ArgumentError, match="version"):
+        clipper.load_state_dict({**everything, "version": True})
+    with pytest.raises(ArgumentError, match="version"):
+        clipper.load_state_dict({**saved, "version": True}, group="a")
     with pytest.raises(ArgumentError, match="no such group"):
         clipper.state_dict(group="d")
 
