@@ -67,7 +67,7 @@ __all__ = ["Attachment", "attach", "detach"]
 AcceleratorT = TypeVar("AcceleratorT")
 
 _MAX_BATCHES = 1024
-"""Number of batches whose losses are kept, in a program that never clips."""
+"""Number of batches whose losses and sample ids are kept, in a program that never clips."""
 
 
 def attach(
@@ -172,7 +172,7 @@ class Attachment(base.Attachment):
         self._skips: dict[int, bool] = {}
         # Of the batches since the last step. Accelerate does not see the ids of samples, and a subclass may.
         self._losses: deque[Tensor] = deque(maxlen=_MAX_BATCHES)
-        self._ids: list[Any] = []
+        self._ids: deque[list[Any]] = deque(maxlen=_MAX_BATCHES)
         self._use(accelerator)
 
     @property
@@ -278,9 +278,9 @@ class Attachment(base.Attachment):
             optimizers, accelerator.scaler, errors, None if len(only) == len(self._params) else only
         )
         self._skips |= dict.fromkeys(map(id, optimizers), self._deferred.skipped)
-        loss, sample_ids = sum(self._losses) if self._losses else None, self._ids
+        loss, sample_ids = sum(self._losses) if self._losses else None, [one for ids in self._ids for one in ids]
         self._losses.clear()
-        self._ids = []
+        self._ids.clear()
         self._deferred.note(next(iter(optimizers), None), loss=loss, ids=sample_ids or None)
         return report.norm
 

@@ -132,7 +132,7 @@ class Attachment(accelerate.Attachment):
         @wraps(training_step)
         def step_and_note(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             ids = find_ids(inputs)
-            self._ids += ids.tolist() if isinstance(ids, torch.Tensor) else ids or []
+            self._ids.append(ids.tolist() if isinstance(ids, torch.Tensor) else list(ids or []))
             return training_step(model, inputs, *args, **kwargs)
 
         self._patches.replace(trainer, "training_step", step_and_note)
