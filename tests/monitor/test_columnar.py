@@ -247,8 +247,12 @@ def test_a_torn_line_is_the_only_loss(tmp_path: Path) -> None:
     assert read(tmp_path).steps.tolist() == list(range(1, 170))
 
 
-def test_old_parts_keep_outliers_and_no_window(tmp_path: Path) -> None:
+def test_old_parts_keep_outliers_and_no_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    described: list[Path] = []
+    read_info = columnar_store.read_info
+    monkeypatch.setattr(columnar_store, "read_info", lambda path: (described.append(path), read_info(path))[1])
     record(ColumnarLines(tmp_path / "metrics.jsonl"), make_session(1, 500))
+    assert len(described) == len(set(described)) > 15, "the description of a part is read once"
     parts = Store(tmp_path / COLUMNS).parts()
     assert parts[0].info.generation >= 1
     assert [(part.path / WINDOW).exists() for part in parts] == [False] * (len(parts) - 2) + [True] * 2

@@ -121,7 +121,7 @@ def merge(parts: Sequence[Part], generation: int) -> Part:
         for session in part.sessions:
             sessions = [one for one in sessions if one[0] < session[0]]
             sessions.append(session)
-    tensors = tuple(dict.fromkeys(name for part in kept for name in part.tensors))
+    tensors = tuple(dict.fromkeys(name for names in dict.fromkeys(part.tensors for part in kept) for name in names))
     kept = [_with_tensors(part, tensors) for part in kept]
     keys = dict.fromkeys(key for part in kept for key in part.numbers)
     return Part(
@@ -146,7 +146,8 @@ def join_tables(parts: Sequence[tuple[tuple[str, ...], Sequence[Norms]]]) -> tup
         parts: names of the columns, and two tables of norms.
     """
     # The names in lines that were not written by a recorder may contain one twice.
-    names = tuple(dict.fromkeys(name for columns, _ in parts for name in columns))
+    distinct = dict.fromkeys(columns for columns, _ in parts)
+    names = tuple(dict.fromkeys(name for columns in distinct for name in columns))
     empty = np.zeros((0, len(names)), np.float32)
     return names, [_join([empty, *(_expand(tables[i], columns, names) for columns, tables in parts)]) for i in range(2)]
 

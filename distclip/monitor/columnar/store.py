@@ -53,6 +53,8 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        # Parts never change, and their names are not used again. The names of 5,000 tensors take 2 ms to read.
+        self._infos: dict[Path, PartInfo] = {}
 
     def parts(self) -> list[StoredPart]:
         """Return the parts in order.
@@ -63,7 +65,9 @@ class Store:
         for attempt in range(MAX_ATTEMPTS):
             names = self._names()
             try:
-                return [StoredPart(first, last, path, read_info(path)) for first, last, path in _uncovered(names)]
+                listed = _uncovered(names)
+                self._infos = {path: self._infos.get(path) or read_info(path) for _, _, path in listed}
+                return [StoredPart(first, last, path, self._infos[path]) for first, last, path in listed]
             except FileNotFoundError as error:
                 if attempt == MAX_ATTEMPTS - 1 or names == self._names():
                     raise RunError(f"{error.filename} is missing") from None
