@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import shutil
 import subprocess
 from dataclasses import replace
-from html import escape
+from html import escape, unescape
+from pathlib import Path
 
+import numpy as np
 import plotly.graph_objects as go
 import pytest
 
@@ -36,8 +40,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
     directory = tmp_path_factory.mktemp("page")
     (directory / "own.json").write_text(go.Figure(go.Bar(y=[1, 2, 3])).to_json())
     write_page([replace(LOGS[0], figures=(directory / "own.json",)), LOGS[1]], directory / "page.html")
+    return open_page(directory / "page.html")
+
+
+def open_page(path: Path) -> tuple[str, list[str]]:
+    """Return the DOM of a page and the lines of the browser's console."""
     assert CHROMIUM is not None
-    command = [CHROMIUM, *FLAGS.split(), f"--user-data-dir={directory / 'profile'}", f"file://{directory}/page.html"]
+    command = [CHROMIUM, *FLAGS.split(), f"--user-data-dir={path.parent / 'profile'}", f"file://{path}"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=240, check=True)
     return done.stdout, [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
 
@@ -87,3 +96,46 @@ def test_labels_of_axes(page: tuple[str, list[str]]) -> None:
     # The norms are on a logarithmic axis, and the learning rate is the constant 0.1.
     assert {0.5, 2.0, 20.0} <= set(labels["y"])
     assert [0.0, 0.1, 0.2] in list(labels.values())
+
+
+USE_CONTROLS = """<script>
+async function use(values) {
+  for (const [name, value] of Object.entries(values)) {
+    controls[name][typeof value === "boolean" ? "checked" : "value"] = value;
+  }
+  controls.dispatchEvent(new Event("input"));
+  await new Promise((done) => setTimeout(done, 500));
+  const { data, layout } = document.getElementById("curves-chart");
+  const norms = data.filter((trace) => trace.meta === "norm");
+  const axes = [layout.xaxis, layout.yaxis].map(({ type, range, title }) => ({ type, range, title: title.text }));
+  const [x, y] = ["x", "y"].map((key) => norms.map((trace) => Array.from(decode(trace[key]))));
+  return { axes, x, y };
+}
+ready.then(async () => {
+  const seen = [await use({}), await use({ x: "tokens" }), await use({ x: "step", logx: true, y: "linear" })];
+  seen.push(await use({ logx: false, y: "as suited", smoothing: 0.9 }));
+  document.body.dataset.seen = JSON.stringify(seen);
+});
+</script></body>"""
+
+
+def test_controls(tmp_path: Path) -> None:
+    log = make_full_log()
+    write_page([log], tmp_path / "page.html")
+    html = (tmp_path / "page.html").read_text()
+    (tmp_path / "page.html").write_text(html.replace("</body>", USE_CONTROLS))
+    dom, console = open_page(tmp_path / "page.html")
+    assert console == []
+    plain, tokens, scaled, smooth = json.loads(unescape(re.search('data-seen="(.*?)"', dom)[1]))  # type: ignore[index]
+    assert plain["x"] == [log.steps.tolist()]
+    assert tokens["x"] == [log.columns["tokens"].tolist()]
+    assert [axis["title"] for axis in tokens["axes"]] == ["tokens", "norm before clipping"]
+    assert [axis["type"] for axis in plain["axes"] + scaled["axes"]] == ["linear", "log", "log", "linear"]
+    low, high = scaled["axes"][0]["range"]
+    assert -0.1 < low < 0 < math.log10(len(log.steps)) < high < math.log10(len(log.steps)) + 0.1
+    raw, mean = smooth["y"]
+    assert raw == plain["y"][0]
+    assert [value is None for value in mean] == [value is None for value in raw]
+    assert mean[0] == pytest.approx(raw[0])
+    spread = [np.std([math.log(value) for value in values if value is not None]) for values in (raw, mean)]
+    assert spread[1] < spread[0] / 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 from collections.abc import Callable
@@ -19,20 +18,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.image import imread
-from plotly.offline import get_plotlyjs
 from rich.console import Console
 
+from distclip.monitor import dashboard
 from distclip.monitor.analysis.log import Log
 from distclip.monitor.analysis.spikes import Spike
 from distclip.monitor.dashboard import assess, print_summary, write_page, write_pngs
 from distclip.monitor.dashboard.charts import draw_curves, draw_heat_map, draw_histograms
 from distclip.monitor.dashboard.downsample import bucket_peaks, downsample, sample_evenly
 from distclip.monitor.dashboard.histogram import make_histograms
-from distclip.monitor.dashboard.palette import RUN_COLOURS, assign_styles
+from distclip.monitor.dashboard.palette import GREY, MARKS, RUN_COLOURS, assign_styles
 from distclip.monitor.dashboard.panels import make_panels, rolling_rate
+from distclip.monitor.dashboard.png import paint
 from distclip.monitor.dashboard.spikes import make_spike_rows
 from distclip.monitor.dashboard.summary import make_summary
 from distclip.monitor.dashboard.tensors import make_heat_maps
+from distclip.monitor.dashboard.x_axes import make_x_axes
 from tests.logs import make_full_log, make_log
 
 NAN = float("nan")
@@ -41,9 +42,13 @@ NASTY = "</script><script>alert(1)</script>&amp;%{x}$^{_$"
 
 
 def render_page(logs: list[Log], path: Path) -> str:
-    """Return the page without plotly.js, which has 4.8 MB."""
+    """Return the page without plotly.js."""
     write_page(logs, path / "page.html")
-    return (path / "page.html").read_text(encoding="utf-8").replace(get_plotlyjs(), "")
+    html = (path / "page.html").read_text(encoding="utf-8")
+    assert len(html) < 3e6
+    html, packed = re.subn(r'(<script type="text/plain" id="plotly">)[A-Za-z0-9+/=]+', r"\1", html)
+    assert packed == 1
+    return html
 
 
 def render_summary(logs: list[Log]) -> str:
@@ -404,8 +409,77 @@ def test_one_label_for_all_panels(num_runs: int) -> None:
     )
     labels = [trace.hovertemplate for trace in figure.data if trace.hovertemplate]
     assert all(label.startswith("step %{x:,d}: ") != unified for label in labels)
-    linear, logarithmic = (button.args[0] for button in figure.layout.updatemenus[0].buttons)
-    assert linear["xaxis.range"] == list(figure.layout.xaxis.range)
-    low, high = logarithmic["xaxis.range"]
-    assert -0.1 < low < 0
-    assert math.log10(400) < high < math.log10(400) + 0.1
+    num_curves = sum(len(panel.curves) for panel in make_panels(logs)[0])
+    assert figure.layout.meta["smooth"].count("whole") == num_curves
+    assert len(figure.layout.meta["runs"]) == len(figure.data)
+
+
+def test_axes_of_the_curves() -> None:
+    """Tokens and time are axes where all runs have them, whether tokens are counted per step or from the start."""
+    steps, time = np.arange(1.0, 10_001), 1.7e9 + np.arange(10_000) * 2.0
+    total, each = (
+        make_log([1.0] * 10_000, columns=columns)
+        for columns in (
+            {"num_input_tokens_seen": 512 * steps, "time": time},
+            {"tokens": np.full(10_000, 512.0), "time": time + 7},
+        )
+    )
+    for logs in ([total], [each], [total, each]):
+        tokens, hours = make_x_axes(logs)
+        assert (tokens.title, hours.title) == ("tokens", "hours since the first step")
+        for run in range(len(logs)):
+            assert np.interp(5000, tokens.steps[run], tokens.positions[run]) == pytest.approx(512 * 5000)
+            assert np.interp(5001, hours.steps[run], hours.positions[run]) == pytest.approx(10_000 / 3600)
+        assert sum(map(len, tokens.steps)) <= 4000
+    assert make_x_axes([total, make_log([1.0] * 3)]) == []
+    assert make_x_axes([make_log([1.0], columns={"tokens": np.ones(1), "time": np.ones(1)})]) == []
+
+
+def contrast(first: str, second: str) -> float:
+    """Return the contrast of two colours by the rules of WCAG."""
+    levels = []
+    for colour in (first, second):
+        shares = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        red, green, blue = (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in shares)
+        levels.append(0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05)
+    return max(levels) / min(levels)
+
+
+@pytest.mark.parametrize("colour", [*RUN_COLOURS, GREY, *(mark.colour for mark in MARKS.values())])
+def test_colours_are_visible_in_both_themes(colour: str) -> None:
+    cards = re.findall("--card: (#[0-9a-f]{6})", Path(dashboard.__file__).with_name("page.css").read_text())
+    assert len(cards) == 2
+    assert all(contrast(colour, card) >= 3 for card in cards)
+
+
+def test_pngs_show_the_figures_of_the_page() -> None:
+    """Points, colours, scales and texts of a PNG are those of the page's figure."""
+    logs = [make_full_log(name="a <b>"), make_full_log(name="b", bound=5.0, seed=1)]
+    runs = assign_styles([log.name for log in logs])
+    for figure in (draw_curves(make_panels(logs)[0], runs), draw_histograms(make_histograms(logs), runs)):
+        painted = paint(figure)
+        lines = [line for axes in painted.axes for line in axes.lines]
+        traces = [trace for trace in figure.data if trace.x[0] is not None]
+        traces.sort(key=lambda trace: int((trace.yaxis or "y")[1:] or 1))
+        assert len(lines) == len(traces)
+        for line, trace in zip(lines, traces, strict=True):
+            np.testing.assert_array_equal(line.get_xdata(), trace.x)
+            np.testing.assert_array_equal(line.get_ydata(), trace.y)
+            assert line.get_color() == (trace.line.color or trace.marker.color)
+        for i, axes in enumerate(painted.axes):
+            axis = figure.layout[f"yaxis{i + 1 if i else ''}"]
+            assert axes.get_yscale() == (axis.type or "linear")
+            assert axes.get_ylabel() == axis.title.text.replace("<br>", "\n")
+        texts = {text.get_text() for text in painted.legends[0].get_texts()}
+        assert {"a <b>", "b", "bound"} <= texts
+
+
+def test_rows_that_are_equal_in_all_runs_are_folded(tmp_path: Path) -> None:
+    logs = [make_full_log(name="a"), make_full_log(name="b", bound=5.0, seed=1)]
+    for shown, has_fold in ((logs, True), (logs[:1], False)):
+        html = render_page(shown, tmp_path)
+        section = html[html.index('<section id="summary">') : html.index('<section id="spikes">')]
+        head, fold, tail = section.partition("<details>")
+        assert bool(fold) is has_fold
+        assert ">batch</th>" in (tail if has_fold else head)
+        assert ">clip rate</th>" in head

@@ -30,15 +30,11 @@ def downsample(values: Numbers, num_buckets: int, keep: Iterable[int] = ()) -> I
     """
     if len(values) <= 2 * num_buckets:
         return np.arange(len(values))
-    selected = {0, len(values) - 1, *keep}
-    for start, stop in _buckets(len(values), num_buckets):
-        part = values[start:stop]
-        if np.isfinite(part).any():
-            selected |= {start + int(np.nanargmin(part)), start + int(np.nanargmax(part))}
-        else:
-            # One NaN keeps the gap visible.
-            selected.add(start)
-    return np.array(sorted(selected), np.int64)
+    starts = _starts(len(values), num_buckets)
+    finite = np.isfinite(values)
+    # In a part without a finite value, its first index keeps the gap visible.
+    extremes = (_first_maxima(np.where(finite, sign * values, -np.inf), starts) for sign in (-1, 1))
+    return np.unique(np.concatenate([[0, len(values) - 1], np.fromiter(keep, np.int64), *extremes]))
 
 
 def bucket_peaks(values: Numbers, marked: NDArray[np.bool_], num_buckets: int) -> tuple[Indices, Indices]:
@@ -55,21 +51,19 @@ def bucket_peaks(values: Numbers, marked: NDArray[np.bool_], num_buckets: int) -
     if len(values) <= 2 * num_buckets:
         indices = np.flatnonzero(marked & np.isfinite(values))
         return indices, np.ones(len(indices), np.int64)
-    peaks = []
-    for start, stop in _buckets(len(values), num_buckets):
-        in_bucket = marked[start:stop] & np.isfinite(values[start:stop])
-        if in_bucket.any():
-            highest = int(np.argmax(np.where(in_bucket, values[start:stop], -np.inf)))
-            peaks.append((start + highest, int(in_bucket.sum())))
-    indices, counts = np.array(peaks, np.int64).reshape(-1, 2).T
-    return indices, counts
+    starts = _starts(len(values), num_buckets)
+    usable = marked & np.isfinite(values)
+    counts = np.add.reduceat(usable, starts, dtype=np.int64)
+    highest = _first_maxima(np.where(usable, values, -np.inf), starts)
+    return highest[counts > 0], counts[counts > 0]
 
 
 def bucket_medians(values: Numbers, num_buckets: int) -> tuple[Indices, Numbers]:
     """Return the middle index and the median of every bucket. The median is NaN where no value is finite."""
-    buckets = _buckets(len(values), num_buckets)
-    middles = np.array([(start + stop) // 2 for start, stop in buckets], np.int64)
-    return middles, np.array([finite_median(values[start:stop]) for start, stop in buckets])
+    starts = _starts(len(values), num_buckets)
+    parts = np.split(values, starts[1:])
+    middles = starts + np.array([len(part) // 2 for part in parts], np.int64)
+    return middles, np.array([finite_median(part) for part in parts])
 
 
 def sample_evenly(indices: Indices, limit: int) -> Indices:
@@ -85,6 +79,14 @@ def sample_evenly(indices: Indices, limit: int) -> Indices:
     return selected
 
 
-def _buckets(size: int, num_buckets: int) -> list[tuple[int, int]]:
-    edges = np.linspace(0, size, num_buckets + 1).astype(np.int64).tolist()
-    return [(start, stop) for start, stop in zip(edges[:-1], edges[1:], strict=True) if start < stop]
+def _starts(size: int, num_buckets: int) -> Indices:
+    """Return the first index of each bucket."""
+    return np.unique(np.linspace(0, size, num_buckets, endpoint=False).astype(np.int64))
+
+
+def _first_maxima(values: Numbers, starts: Indices) -> Indices:
+    """Return the first index of the maximum of each bucket."""
+    sizes = np.diff(np.append(starts, len(values)))
+    found = np.flatnonzero(values == np.repeat(np.maximum.reduceat(values, starts), sizes))
+    first: Indices = found[np.searchsorted(found, starts)]
+    return first

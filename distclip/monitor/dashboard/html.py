@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
-import plotly.io
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
@@ -25,17 +27,9 @@ from .panels import make_panels
 from .spikes import make_spike_rows
 from .summary import make_summary
 from .tensors import make_heat_maps
+from .x_axes import make_x_axes
 
 __all__ = ["Live", "render_page", "write_page"]
-
-CONFIG = {
-    "displaylogo": False,
-    "responsive": True,
-    # By default, plotly has a button that sends the chart to its servers.
-    "plotlyServerURL": "",
-    "modeBarButtonsToRemove": ["sendChartToCloud", "select2d", "lasso2d", "autoScale2d"],
-}
-"""Options of plotly.js."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +62,9 @@ class Chart:
     title: str = ""
 
     @property
-    def div(self) -> Markup:
-        """HTML of the figure. The JSON has neither < nor >, so it cannot end the script."""
-        return Markup(
-            plotly.io.to_html(
-                self.figure, config=CONFIG, include_plotlyjs=False, full_html=False, div_id=self.name, validate=False
-            )
-        )
+    def height(self) -> float:
+        """Height in pixels, so that nothing moves when the figure is drawn."""
+        return float(self.figure.layout.height or 450)
 
 
 @dataclass(frozen=True)
@@ -117,23 +107,26 @@ def render_page(
     runs, assessments = assign_styles([log.name for log in logs]), assessments or assess(logs)
     sections = [section for section in _make_sections(logs, runs) if section.charts or section.notes]
     charts = [chart for section in sections for chart in section.charts]
-    if live is not None:
-        for chart in charts:
-            # What the user has zoomed stays when the figure gets other data.
-            chart.figure.update_layout(uirevision="live")
+    # The JSON has no <, so that it cannot end the script that contains it.
+    figures = {chart.name: chart.figure.to_json() for chart in charts}
     spikes, spike_notes = make_spike_rows(logs)
+    summary = make_summary(logs, assessments)
+    equal_rows = [row for row in summary if len(runs) > 1 and len(set(row.cells)) == 1 and row.label != "outcome"]
     environment = Environment(
         loader=PackageLoader(__package__, "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    style, _, _ = environment.loader.get_source(environment, "page.css") if environment.loader else ("", None, None)
+    style, script = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     html = environment.get_template("page.html").render(
         title="Gradient norms: " + format_list((run.name for run in runs), 3),
         subtitle=_subtitle(logs),
         style=Markup(style),
-        plotly=None if live is not None else Markup(get_plotlyjs()),
+        script=Markup(script),
+        plotly=None if live is not None else Markup(_pack_plotly()),
         live=live,
+        figures=Markup("{" + ",\n".join(f"{json.dumps(name)}: {text}" for name, text in figures.items()) + "}"),
         runs=runs,
-        summary=make_summary(logs, assessments),
+        summary=[row for row in summary if row not in equal_rows],
+        equal_rows=equal_rows,
         findings=group_findings(assessments),
         without_findings=[run for run, assessment in zip(runs, assessments, strict=True) if not assessment.findings],
         assessments=list(zip(runs, assessments, strict=True)),
@@ -143,7 +136,13 @@ def render_page(
         has_culprits=any(row.culprits for row in spikes),
         version=__version__,
     )
-    return html, {} if live is None else {chart.name: chart.figure.to_json() for chart in charts}
+    return html, figures
+
+
+@cache
+def _pack_plotly() -> str:
+    """Return plotly.js compressed to a third, in characters that HTML leaves alone."""
+    return b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0, compresslevel=5)).decode()
 
 
 def _subtitle(logs: Sequence[Log]) -> str:
@@ -160,7 +159,7 @@ def _make_sections(logs: Sequence[Log], runs: Sequence[Style]) -> list[Section]:
     histograms = make_histograms(logs)
     heat_maps, tensor_notes = make_heat_maps(logs)
     own_charts, own_notes = _make_own_charts(logs, runs)
-    curves = [Chart("curves-chart", draw_curves(panels, runs))]
+    curves = [Chart("curves-chart", draw_curves(panels, runs, make_x_axes(logs)))]
     distribution = [Chart("distribution-chart", draw_histograms(histograms, runs))] if histograms else []
     tensors = [
         Chart(f"tensors-chart-{i}", draw_heat_map(heat_map), runs[heat_map.run] if len(runs) > 1 else None)

@@ -10,8 +10,8 @@ from ..analysis.formatting import printable
 
 __all__ = ["GREY", "MARKS", "QUANTILES", "RUN_COLOURS", "Mark", "Style", "assign_styles"]
 
-RUN_COLOURS = ["#0077bb", "#ee7733", "#009988", "#aa3377", "#33a6dd", "#999933", "#cc6677", "#7f7f8c"]
-"""Colours of runs. They are distinguishable with colour blindness (after Paul Tol), on white and on near black."""
+RUN_COLOURS = ["#0077bb", "#d9652a", "#009988", "#bb4488", "#7a7fe0", "#999933", "#cc6677", "#7f7f8c"]
+"""Colours of runs, similar to those of Paul Tol. Their contrast to both backgrounds of the page is above 3."""
 
 GREY = "#8a8f98"
 """Colour of elements that belong to no single run."""
@@ -23,30 +23,26 @@ class Mark:
 
     Args:
         label: of the event.
-        plotly: name of the shape in plotly.
-        matplotlib: name of the shape in matplotlib.
+        symbol: name of the shape in plotly.
         colour: on a chart of one run. On a chart of several runs, the mark has the colour of its run.
         size: in pixels.
-        open: whether only the outline is drawn.
     """
 
     label: str
-    plotly: str
-    matplotlib: str
+    symbol: str
     colour: str
     size: int
-    open: bool = False
 
 
 MARKS = {
-    "clipped": Mark("clipped", "triangle-down", "v", "#ee9a33", 6),
-    "skipped": Mark("skipped", "square-open", "s", "#aa3377", 11, open=True),
-    "nonfinite": Mark("not finite", "x-thin", "x", "#cc3311", 8),
+    "clipped": Mark("clipped", "triangle-down", "#c4761a", 6),
+    "skipped": Mark("skipped", "square-open", "#bb4488", 11),
+    "nonfinite": Mark("not finite", "x-thin", "#cc3311", 8),
 }
 """Marks by kind of event."""
 
-QUANTILES = {75: ("circle", "o"), 90: ("diamond", "D"), 95: ("square", "s")}
-"""Percentiles that are marked on a distribution, with the shape in plotly and in matplotlib."""
+QUANTILES = {75: "circle", 90: "diamond", 95: "square"}
+"""Percentiles that are marked on a distribution, with the shape in plotly."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,27 +1,35 @@
-"""Write the charts of the page as PNG files for papers, with matplotlib."""
+"""Write the charts of the page as PNG files for papers: matplotlib paints the figures that the page shows.
+
+Data, colours, shapes, texts and axes come from the figure. What is here maps the properties of plotly that the charts
+use to those of matplotlib.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from html import unescape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from ..analysis.formatting import format_number, shorten
 from ..analysis.log import Log
-from .histogram import Histogram, make_histograms
-from .palette import GREY, MARKS, QUANTILES, Style, assign_styles
-from .panels import Panel, make_panels
-from .tensors import HeatMap, make_heat_maps
+from .charts import draw_curves, draw_heat_map, draw_histograms
+from .histogram import make_histograms
+from .palette import assign_styles
+from .panels import make_panels
+from .tensors import make_heat_maps
 
 __all__ = ["write_pngs"]
 
@@ -48,6 +56,18 @@ WIDTH = 5.5
 DPI = 220
 """Resolution in pixels per inch."""
 
+PIXELS = 120
+"""Number of pixels of the page that become an inch."""
+
+POINTS = 72 / PIXELS
+"""Size of a pixel of the page in points."""
+
+DASHES = {"solid": "-", "dash": "--", "dot": ":"}
+"""Line styles of matplotlib by that of plotly."""
+
+SHAPES = {"circle": "o", "diamond": "D", "square": "s", "triangle-down": "v", "x-thin": "x"}
+"""Markers of matplotlib by the symbol of plotly."""
+
 
 def write_pngs(logs: Sequence[Log], directory: Path) -> list[Path]:
     """Write the page's charts as PNG files. This needs neither a browser nor a display.
@@ -65,22 +85,23 @@ def write_pngs(logs: Sequence[Log], directory: Path) -> list[Path]:
     panels, _ = make_panels(logs)
     heat_maps, _ = make_heat_maps(logs)
     histograms = make_histograms(logs)
-    by_key = {panel.key: panel for panel in panels}
-    drawings: dict[str, Callable[[], Figure]] = {}
-    main = [by_key[key] for key in ("norm", "loss") if key in by_key]
-    drawings["norm_and_loss" if len(main) > 1 else "norm"] = lambda: _draw_curves(main, runs)
-    if clipping := [by_key[key] for key in ("coef", "clip_rate") if key in by_key]:
-        drawings["clipping"] = lambda: _draw_curves(clipping, runs)
-    if others := [panel for panel in panels if panel.key not in ("norm", "loss", "coef", "clip_rate")]:
-        drawings["columns"] = lambda: _draw_curves(others, runs)
+    groups = {
+        "norm_and_loss": [panel for panel in panels if panel.key in ("norm", "loss")],
+        "clipping": [panel for panel in panels if panel.key in ("coef", "clip_rate")],
+        "columns": [panel for panel in panels if panel.key not in ("norm", "loss", "coef", "clip_rate")],
+    }
+    if len(groups["norm_and_loss"]) == 1:
+        groups = {"norm": groups.pop("norm_and_loss"), **groups}
+    figures = {name: (draw_curves(group, runs), "") for name, group in groups.items() if group}
     if histograms:
-        drawings["distribution"] = lambda: _draw_histograms(histograms, runs)
+        figures["distribution"] = (draw_histograms(histograms, runs), "")
+    several = len(heat_maps) > 1
     for i, heat_map in enumerate(heat_maps):
-        name = f"tensors_{i + 1}" if len(heat_maps) > 1 else "tensors"
-        drawings[name] = lambda heat_map=heat_map: _draw_heat_map(heat_map, runs)  # type: ignore[misc]
+        title = runs[heat_map.run].name if len(runs) > 1 else ""
+        figures[f"tensors_{i + 1}" if several else "tensors"] = (draw_heat_map(heat_map), title)
     # Near the largest float, the margins that matplotlib adds overflow.
     with rc_context(RC), _without_glyph_warnings(), np.errstate(over="ignore"):
-        return [_save(draw(), directory / f"{name}.png") for name, draw in drawings.items()]
+        return [_save(paint(*figure), directory / f"{name}.png") for name, figure in figures.items()]
 
 
 @contextmanager
@@ -96,149 +117,141 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _make_figure(height: float) -> Figure:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+def paint(figure: Any, title: str = "") -> Figure:
+    """Paint a figure of `charts`.
+
+    Args:
+        figure: of plotly.
+        title: above it.
+    """
+    layout = figure.layout
+    keys = [trace.yaxis or "y" for trace in figure.data]
+    # The panels, from above.
+    names = list(dict.fromkeys(keys))
+    domains = [_axis_of(layout, name).domain or (0.0, 1.0) for name in names]
+    painted = Figure(figsize=(WIDTH, layout.height / PIXELS), layout="constrained")
+    FigureCanvasAgg(painted)
+    ratios = [top - bottom for bottom, top in domains]
+    rows = painted.subplots(len(names), sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
+    axes = dict(zip(names, rows, strict=True))
+    legend: dict[str, Artist] = {}
+    for trace, key in zip(figure.data, keys, strict=True):
+        if trace.type == "heatmap":
+            _paint_heat_map(axes[key], trace)
+        else:
+            handle = _paint_scatter(axes[key], trace)
+            if trace.showlegend is not False and trace.name:
+                legend.setdefault(_plain(trace.name), handle)
+    for name, row in axes.items():
+        _format_axis(row, row.yaxis, _axis_of(layout, name))
+    _format_axis(rows[-1], rows[-1].xaxis, layout.xaxis)
+    if title:
+        rows[0].set_title(shorten(title, 60), fontsize=8, loc="left")
+    _add_legend(painted, legend)
+    return painted
 
 
-def _draw_curves(panels: Sequence[Panel], runs: Sequence[Style]) -> Figure:
-    heights = [panel.height for panel in panels]
-    figure = _make_figure(0.6 + sum(heights) / 135)
-    rows = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    legend: dict[str, Line2D] = {}
-    for axes, panel in zip(rows, panels, strict=True):
-        for curve in panel.curves:
-            style = runs[curve.run]
-            look = _line_look(style, runs)
-            main = curve
-            if curve.trend is not None:
-                axes.plot(curve.steps, curve.values, **{**look, "alpha": 0.35 * look["alpha"]})
-                main = curve.trend
-            line, *_ = axes.plot(main.steps, main.values, **look, marker="." * (len(curve.steps) < 3))
-            if len(runs) > 1:
-                legend.setdefault(style.group, line)
-        for curve in panel.bounds:
-            own = curve.run >= 0 and len(runs) > 1
-            colour = runs[curve.run].colour if own else GREY
-            axes.plot(curve.steps, curve.values, "--", color=colour, linewidth=0.9)
-            legend.setdefault("bound", Line2D([], [], color=GREY, linestyle="--", linewidth=0.9))
-        for markers in panel.markers:
-            colour = MARKS[markers.kind].colour if len(runs) == 1 else runs[markers.run].colour
-            axes.plot(markers.steps, markers.heights, **_marker_look(markers.kind, colour))
-            key = colour if len(runs) == 1 else GREY
-            legend.setdefault(MARKS[markers.kind].label, Line2D([], [], **_marker_look(markers.kind, key)))
-        _format_axis(axes, panel)
-    rows[-1].set_xlabel("step")
-    rows[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    rows[-1].xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
-    _add_legend(figure, legend)
-    return figure
+def _axis_of(layout: Any, name: str) -> Any:
+    return layout[f"yaxis{name[1:]}"]
 
 
-def _format_axis(axes: Axes, panel: Panel) -> None:
-    axes.set_ylabel(panel.title.replace("<br>", "\n") if "<br>" in panel.title else shorten(panel.title, 28))
-    if panel.log:
-        axes.set_yscale("log")
-        _set_log_ticks(axes.yaxis, *axes.get_ylim())
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(6 if panel.height > 150 else 4))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
-    if panel.key == "clip_rate":
-        axes.set_ylim(bottom=0)
-    if panel.key == "coef":
-        axes.set_ylim(0, panel.coef_limit)
-        if panel.coef_limit < 1.1:
-            axes.set_yticks([0, 0.5, 1])
+def _plain(text: str | None) -> str:
+    """Return the characters of a text that is HTML in plotly."""
+    return unescape((text or "").replace("<br>", "\n"))
 
 
-def _set_log_ticks(axis: Any, low: float, high: float, max_ratio: float = 50) -> None:
-    """Label three numbers per decade, or powers of ten only if the axis spans a ratio above `max_ratio`."""
-    narrow = high < max_ratio * low
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=7 if not narrow else 12))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
-    axis.set_minor_formatter(NullFormatter())
-    axis.set_minor_locator(NullLocator())
+def _paint_scatter(axes: Axes, trace: Any) -> Line2D:
+    """Paint lines, markers and the area below them, and return what the legend shows."""
+    look = _look(trace)
+    # A trace that is only for the legend has one point, which is None.
+    if trace.x is not None and len(trace.x) and trace.x[0] is not None:
+        x, y = np.asarray(trace.x, np.float64), np.asarray(trace.y, np.float64)
+        is_step = trace.line.shape == "hv"
+        axes.plot(x, y, **look, drawstyle="steps-post" if is_step else "default")
+        if trace.fill:
+            colour = _rgba(trace.fillcolor)
+            axes.fill_between(x, y, step="post" if is_step else None, color=colour, linewidth=0)
+        if "text" in (trace.mode or ""):
+            for position, height, text in zip(x, y, trace.text, strict=True):
+                point = (float(position), float(height))
+                axes.annotate(text, point, (4, 3), textcoords="offset points", fontsize=7)
+    return Line2D([], [], **look)
 
 
-def _draw_histograms(histograms: Sequence[Histogram], runs: Sequence[Style]) -> Figure:
-    figure = _make_figure(2.7)
-    axes = figure.subplots()
-    legend: dict[str, Line2D] = {}
-    single = len(runs) == 1
-    for histogram in histograms:
-        style = runs[histogram.run]
-        outline: dict[str, Any] = {"linewidth": 1.0, "linestyle": ":" if style.dashed else "-"}
-        axes.stairs(histogram.shares, histogram.edges, color=style.colour, **outline)
-        if len(runs) < 5:
-            axes.stairs(histogram.shares, histogram.edges, color=style.colour, alpha=0.2 / len(runs) ** 0.5, fill=True)
-        if not single:
-            legend.setdefault(style.group, Line2D([], [], color=style.colour, **outline))
-        if np.isfinite(histogram.bound) and histogram.bound > 0:
-            axes.axvline(histogram.bound, color=GREY if single else style.colour, linestyle="--", linewidth=0.9)
-            legend.setdefault("bound", Line2D([], [], color=GREY, linestyle="--", linewidth=0.9))
-        for level, (_, shape) in QUANTILES.items():
-            if len(runs) > 8 and level != 90:
-                continue
-            norm, share = histogram.quantiles[level]
-            marker: dict[str, Any] = {"marker": shape, "markersize": 4.5, "linestyle": "", "markeredgecolor": "white"}
-            axes.plot([norm], [share], color=style.colour, **marker)
-            label = f"p{level}  {format_number(norm)}" if single else f"p{level}"
-            legend.setdefault(label, Line2D([], [], color=style.colour if single else GREY, **marker))
-    axes.set_xscale("log")
-    _set_log_ticks(axes.xaxis, *axes.get_xlim(), max_ratio=1000)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("norm before clipping")
-    axes.set_ylabel("steps, %")
-    _add_legend(figure, legend)
-    return figure
+def _look(trace: Any) -> dict[str, Any]:
+    mode, marker = trace.mode or "", trace.marker
+    look: dict[str, Any] = {"color": trace.line.color or marker.color, "alpha": trace.opacity or 1.0, "linestyle": ""}
+    if "lines" in mode:
+        look |= {"linestyle": DASHES[trace.line.dash or "solid"], "linewidth": POINTS * trace.line.width}
+    if "markers" in mode:
+        shape, is_open, _ = (marker.symbol or "circle").partition("-open")
+        look |= {
+            "marker": SHAPES[shape],
+            "markersize": POINTS * (marker.size or 4),
+            "markerfacecolor": "none" if is_open else marker.color or look["color"],
+            "markeredgecolor": marker.line.color or look["color"],
+            "markeredgewidth": POINTS * (marker.line.width or 0),
+        }
+    return look
 
 
-def _draw_heat_map(heat_map: HeatMap, runs: Sequence[Style]) -> Figure:
-    num_rows = len(heat_map.names)
-    figure = _make_figure(max(1.4, 0.7 + 0.13 * num_rows))
-    axes = figure.subplots()
-    low, high = heat_map.limits
-    low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
-    steps = heat_map.steps.astype(np.float64)
+def _rgba(colour: str) -> tuple[float, float, float, float]:
+    red, green, blue, alpha = map(float, colour.removeprefix("rgba(").removesuffix(")").split(","))
+    return red / 255, green / 255, blue / 255, alpha
+
+
+def _paint_heat_map(axes: Axes, trace: Any) -> None:
+    steps = np.asarray(trace.x, np.float64)
     ends = np.append(steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1.0))
-    mesh = axes.pcolormesh(ends, np.arange(num_rows + 1), heat_map.logs, vmin=low, vmax=high, cmap="viridis")
-    axes.invert_yaxis()
+    colours = LinearSegmentedColormap.from_list("page", list(trace.colorscale))
+    rows = np.arange(len(trace.y) + 1) - 0.5
+    mesh = axes.pcolormesh(ends, rows, trace.z, vmin=trace.zmin, vmax=trace.zmax, cmap=colours)
     axes.grid(False)
-    axes.set_yticks(np.arange(num_rows) + 0.5, [shorten(name, 40) for name in heat_map.labels], fontsize=6)
-    axes.set_xlabel("step")
-    if heat_map.pattern != "*":
-        axes.set_ylabel(shorten(heat_map.pattern, 40), fontsize=6)
-    if len(runs) > 1:
-        axes.set_title(shorten(runs[heat_map.run].name, 60), fontsize=8, loc="left")
+    figure = axes.get_figure()
+    assert figure is not None
     bar = figure.colorbar(mesh, ax=axes, pad=0.02, aspect=30)
-    bar.ax.yaxis.set_major_locator(MaxNLocator(5, integer=high - low > 2))
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: format_number(10.0**tick)))
-    bar.set_label("norm")
+    bar.set_ticks(list(trace.colorbar.tickvals), labels=list(trace.colorbar.ticktext))
+    bar.set_label(trace.colorbar.title.text)
     bar.outline.set_visible(False)
-    return figure
 
 
-def _line_look(style: Style, runs: Sequence[Style]) -> dict[str, Any]:
-    few = len(runs) < 9
-    linestyle = ":" if style.dashed else "-"
-    return {"color": style.colour, "linewidth": 0.8 if few else 0.6, "alpha": 1 if few else 0.6, "linestyle": linestyle}
+def _format_axis(axes: Axes, axis: Any, given: Any) -> None:
+    """Give an axis the title, the scale, the range and the labels of that of plotly."""
+    is_x = axis is axes.xaxis
+    axis.set_label_text(_plain(given.title.text))
+    is_log = given.type == "log"
+    if is_log:
+        (axes.set_xscale if is_x else axes.set_yscale)("log")
+    if given.tickvals is not None:
+        labels = [_plain(text) for text in given.ticktext]
+        axis.set_ticks(np.arange(len(labels)), labels, fontsize=6)
+    elif is_log:
+        subs = (1.0, 2.0, 5.0) if given.dtick == "D2" else (1.0,)
+        base = 10.0 ** (given.dtick if given.dtick != "D2" else 1)
+        axis.set_major_locator(LogLocator(base, subs=subs, numticks=100))
+        axis.set_minor_locator(NullLocator())
+    else:
+        axis.set_major_locator(MaxNLocator((given.nticks or 7) - 1, integer=is_x and given.tickformat == ",d"))
+    if given.tickvals is None:
+        axis.set_major_formatter(FuncFormatter(_format_step if given.tickformat == ",d" else _format_tick))
+    limits = given.range and [10.0**end if is_log else end for end in given.range]
+    if limits:
+        (axes.set_xlim if is_x else axes.set_ylim)(*limits)
+    if given.rangemode == "tozero":
+        axes.set_ylim(bottom=0)
+    if given.autorange == "reversed":
+        axes.invert_yaxis()
 
 
-def _marker_look(kind: str, colour: str) -> dict[str, Any]:
-    mark = MARKS[kind]
-    return {
-        "marker": mark.matplotlib,
-        "markersize": mark.size / 2,
-        "linestyle": "",
-        "color": colour,
-        "markerfacecolor": "none" if mark.open else colour,
-        "markeredgecolor": colour,
-        "markeredgewidth": 0.8 if mark.open or mark.matplotlib == "x" else 0,
-    }
+def _format_step(value: float, _: object) -> str:
+    return f"{value:,.0f}"
 
 
-def _add_legend(figure: Figure, entries: dict[str, Line2D]) -> None:
+def _format_tick(value: float, _: object) -> str:
+    return format_number(value)
+
+
+def _add_legend(figure: Figure, entries: dict[str, Artist]) -> None:
     """Add a legend above the charts, where it covers nothing."""
     if entries:
         # matplotlib ignores a label that begins with an underscore.

@@ -1,11 +1,8 @@
-// Replace what has changed on the page, without losing the zoom of a chart or an open fold.
+// Replace what has changed on the page. page.js keeps the zoom of a chart.
 "use strict";
 const SECONDS = 2;
 const state = document.getElementById("live");
 let version = null;
-// Ranges of the axes as the page gave them, by chart and axis.
-const given = {};
-
 function tell(text) {
   state.textContent = text;
 }
@@ -23,34 +20,6 @@ function replaceTexts(html) {
   subtitle.firstChild.textContent = fresh.querySelector("header p").firstChild.textContent;
 }
 
-function axesOf(layout) {
-  return Object.entries(layout).filter(([key]) => /^[xy]axis\d*$/.test(key));
-}
-
-function rangesOf(layout) {
-  return Object.fromEntries(axesOf(layout).map(([key, axis]) => [key, JSON.stringify(axis.range ?? null)]));
-}
-
-function keepZoom(id, layout) {
-  const known = given[id] ?? {};
-  for (const [key, axis] of axesOf(document.getElementById(id).layout)) {
-    const isZoomed =
-      (known[key] ?? "null") === "null" ? axis.autorange === false : JSON.stringify(axis.range) !== known[key];
-    if (isZoomed && axis.range && layout[key]) Object.assign(layout[key], { range: [...axis.range], autorange: false });
-  }
-}
-
-async function replaceCharts(figures) {
-  for (const [id, text] of Object.entries(figures)) {
-    const figure = JSON.parse(text);
-    const ranges = rangesOf(figure.layout);
-    // In the first answer the figures are those of the page.
-    if (given[id] !== undefined) keepZoom(id, figure.layout);
-    given[id] = ranges;
-    await Plotly.react(id, figure.data, figure.layout);
-  }
-}
-
 async function update() {
   const answer = await fetch("data?version=" + encodeURIComponent(version ?? ""), { cache: "no-store" });
   if (answer.status === 204) return;
@@ -60,7 +29,8 @@ async function update() {
   const shown = [...document.querySelectorAll(".plotly-graph-div")].map((div) => div.id);
   const ids = Object.keys(data.figures);
   if (shown.length !== ids.length || shown.some((id) => !ids.includes(id))) return location.reload();
-  await replaceCharts(data.figures);
+  for (const id of ids) figures[id] = JSON.parse(data.figures[id]);
+  await showAll();
   replaceTexts(data.html);
   version = data.version;
   tell(data.is_over ? "All runs have ended." : "Updated at " + new Date().toLocaleTimeString() + ".");
@@ -75,4 +45,4 @@ async function follow() {
   setTimeout(follow, 1000 * SECONDS);
 }
 
-follow();
+ready.then(follow);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import plotly.graph_objects as go
 from ...analysis.formatting import shorten
 from ..palette import GREY, MARKS, Style
 from ..panels import Curve, Markers, Panel
+from ..x_axes import XAxis
 from .style import apply_style, escape_text, hover_name, log_ticks
 
 __all__ = ["draw_curves"]
@@ -23,30 +23,50 @@ GAP = 26
 """Distance between panels in pixels."""
 
 
-def draw_curves(panels: Sequence[Panel], runs: Sequence[Style]) -> Any:
-    """Draw all panels above each other on one axis of steps, so that zooming affects all of them."""
+def draw_curves(panels: Sequence[Panel], runs: Sequence[Style], x_axes: Sequence[XAxis] = ()) -> Any:
+    """Draw all panels above each other on one axis of steps, so that zooming affects all of them.
+
+    Args:
+        panels: from above.
+        runs: styles of all runs.
+        x_axes: alternatives to steps, from which the reader of the page chooses.
+
+    Returns:
+        The figure. Its `meta` has the run of each trace, how the page smooths it, and the axes.
+    """
     figure = go.Figure()
+    runs_of: list[int | None] = []
+    smooth: list[str | None] = []
+
+    def add(trace: Any, run: int | None, smoothing: str | None = None) -> None:
+        figure.add_trace(trace)
+        # A curve that all runs share ends with the first one.
+        runs_of.append(None if run is None else max(run, 0))
+        smooth.append(smoothing)
+
     height = sum(panel.height for panel in panels) + GAP * (len(panels) - 1)
     above = 0
     for i, panel in enumerate(panels):
         axis = f"y{i + 1}" if i else "y"
         for curve in panel.bounds:
-            figure.add_trace(_bound_trace(curve, runs, axis))
+            add(_bound_trace(curve, runs, axis), curve.run)
         for curve in panel.curves:
-            figure.add_trace(_curve_trace(curve, panel, runs, axis, i == 0 and curve.trend is None))
-            if curve.trend is not None:
-                figure.add_trace(_trend_trace(curve.trend, panel, runs, axis, i == 0))
+            trend = curve.trend
+            legend = i == 0 and trend is None
+            add(_curve_trace(curve, panel, runs, axis, legend), curve.run, "whole" if trend is None else None)
+            if trend is not None:
+                add(_trend_trace(trend, panel, runs, axis, i == 0), curve.run, "median")
         for markers in panel.markers:
-            figure.add_trace(_markers_trace(markers, runs, axis))
+            add(_markers_trace(markers, runs, axis), markers.run)
         top, bottom = 1 - above / height, 1 - (above + panel.height) / height
         figure.update_layout({f"yaxis{i + 1 if i else ''}": _axis(panel, (max(bottom, 0.0), top))})
         above += panel.height + GAP
     if len(runs) > 1:
         for kind in dict.fromkeys(markers.kind for panel in panels for markers in panel.markers):
-            figure.add_trace(_legend_trace(kind))
+            add(_legend_trace(kind), None)
         if any(curve.run >= 0 for curve in panels[0].bounds):
             look = {"color": GREY, "width": 1.5, "dash": "dash"}
-            figure.add_trace(go.Scatter(x=[None], y=[None], mode="lines", name="bound", line=look, hoverinfo="skip"))
+            add(go.Scatter(x=[None], y=[None], mode="lines", name="bound", line=look, hoverinfo="skip"), None)
     last = f"y{len(panels)}" if len(panels) > 1 else "y"
     apply_style(figure, height, sum(style.first for style in runs), runs)
     ends = [float(curve.steps[i]) for curve in panels[0].curves if len(curve.steps) for i in (0, -1)] or [0.0]
@@ -56,36 +76,9 @@ def draw_curves(panels: Sequence[Panel], runs: Sequence[Style]) -> Any:
         figure.update_layout(hovermode="x unified", hoversubplots="axis")
     else:
         figure.update_layout(hovermode="closest")
-    if max(ends) > 1:
-        figure.update_layout(updatemenus=[_scale_switch(linear, max(1.0, min(ends)), max(ends))])
+    axes = [{"title": axis.title, "steps": axis.steps, "positions": axis.positions} for axis in x_axes]
+    figure.update_layout(meta={"runs": runs_of, "smooth": smooth, "axes": axes})
     return figure
-
-
-def _scale_switch(linear: list[float], low: float, high: float) -> dict[str, Any]:
-    """Return buttons that make the axis of the steps linear or logarithmic."""
-    # Plotly keeps the range when the type changes, in other units.
-    margin = 0.012 * math.log10(high / low) + 0.01
-    logarithmic = [math.log10(low) - margin, math.log10(high) + margin]
-    # Labels at 1, 2 and 5, or one label per decade.
-    ticks = "D2" if high / low < 1e3 else 1
-    keys = ("xaxis.type", "xaxis.range", "xaxis.dtick")
-    return {
-        "type": "buttons",
-        "direction": "right",
-        "buttons": [
-            {"label": kind, "method": "relayout", "args": [dict(zip(keys, values, strict=True))]}
-            for kind, *values in (("linear", "linear", linear, None), ("log", "log", logarithmic, ticks))
-        ],
-        "x": 1,
-        "xanchor": "right",
-        "y": 0,
-        "yanchor": "top",
-        "pad": {"t": 22},
-        "showactive": False,
-        "bgcolor": "rgba(0,0,0,0)",
-        "bordercolor": GREY,
-        "font": {"size": 11},
-    }
 
 
 def _with_margin(low: float, high: float) -> list[float]:
@@ -183,8 +176,8 @@ def _legend_trace(kind: str) -> Any:
 
 def _symbol(kind: str, colour: str) -> dict[str, Any]:
     mark = MARKS[kind]
-    edge = {"width": 1.6, "color": colour} if "open" in mark.plotly or "thin" in mark.plotly else {"width": 0}
-    return {"symbol": mark.plotly, "size": mark.size, "color": colour, "line": edge, "opacity": 0.9}
+    edge = {"width": 1.6, "color": colour} if "open" in mark.symbol or "thin" in mark.symbol else {"width": 0}
+    return {"symbol": mark.symbol, "size": mark.size, "color": colour, "line": edge, "opacity": 0.9}
 
 
 def _axis(panel: Panel, domain: tuple[float, float]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def draw_histograms(histograms: Sequence[Histogram], runs: Sequence[Style]) -> A
                     )
                 )
             drawn_bounds.add(histogram.bound)
-        for level, (symbol, _) in QUANTILES.items():
+        for level, symbol in QUANTILES.items():
             if len(runs) > 8 and level != 90:
                 continue
             norm, share = histogram.quantiles[level]
@@ -95,7 +95,7 @@ def _add_legend_entries(figure: Any, num_runs: int) -> None:
     if any(trace.meta == "bound" and not trace.showlegend for trace in figure.data):
         look = {"color": GREY, "width": 1.5, "dash": "dash"}
         figure.add_trace(go.Scatter(x=[None], y=[None], mode="lines", name="bound", line=look, hoverinfo="skip"))
-    for level, (symbol, _) in QUANTILES.items():
+    for level, symbol in QUANTILES.items():
         if num_runs <= 8 or level == 90:
             marker = {"symbol": symbol, "size": 9, "color": GREY}
             figure.add_trace(go.Scatter(x=[None], y=[None], mode="markers", name=f"p{level}", marker=marker))

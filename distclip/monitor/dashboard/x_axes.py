@@ -1,0 +1,86 @@
+"""Prepare the horizontal axes of the curves that replace steps: tokens, and time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..analysis.log import Log
+from ..analysis.statistics import Numbers
+
+__all__ = ["XAxis", "make_x_axes"]
+
+TOKENS = re.compile(r"(.*[/_.])?tokens(_seen)?")
+"""Names of a column of tokens, such as that of transformers (`num_input_tokens_seen`)."""
+
+MAX_KNOTS = 4000
+"""Maximum number of points of an axis, of all runs together. The page interpolates between them."""
+
+TIMES = ((3 * 86400, 86400, "days"), (3 * 3600, 3600, "hours"), (180, 60, "minutes"), (0, 1, "seconds"))
+"""Shortest duration in seconds for which a unit is used, and the seconds and the name of the unit."""
+
+
+@dataclass(frozen=True)
+class XAxis:
+    """Positions of the steps of all runs on another axis.
+
+    Args:
+        title: of the axis, with the unit.
+        steps: (knots,) per run.
+        positions: (knots,) per run.
+    """
+
+    title: str
+    steps: tuple[NDArray[np.int64], ...]
+    positions: tuple[Numbers, ...]
+
+
+def make_x_axes(logs: Sequence[Log]) -> list[XAxis]:
+    """Return the axes for which every run has positions."""
+    axes = []
+    if all(known := [_tokens(log) for log in logs]):
+        axes.append(_make_axis("tokens", [pair for pair in known if pair is not None], 1))
+    if all(times := [_seconds(log) for log in logs]):
+        pairs = [pair for pair in times if pair is not None]
+        duration = max(float(seconds[-1]) for _, seconds in pairs)
+        divisor, unit = next((divisor, unit) for least, divisor, unit in TIMES if duration >= least)
+        axes.append(_make_axis(f"{unit} since the first step", pairs, divisor))
+    return axes
+
+
+def _make_axis(title: str, pairs: Sequence[tuple[Any, Any]], divisor: float) -> XAxis:
+    steps, positions = [], []
+    for known_steps, known in pairs:
+        size = min(len(known), max(2, MAX_KNOTS // len(pairs)))
+        chosen = np.linspace(0, len(known) - 1, size).round().astype(np.int64)
+        steps.append(known_steps[chosen])
+        positions.append(known[chosen] / divisor)
+    return XAxis(title, tuple(steps), tuple(positions))
+
+
+def _tokens(log: Log) -> tuple[NDArray[np.int64], Numbers] | None:
+    name = next((name for name in log.columns if TOKENS.fullmatch(name)), None)
+    if name is None or (known := _known(log, name)) is None:
+        return None
+    steps, tokens = known
+    # A column that does not rise at every step has the tokens of single steps.
+    return steps, tokens if (np.diff(tokens) > 0).all() else np.cumsum(tokens)
+
+
+def _seconds(log: Log) -> tuple[NDArray[np.int64], Numbers] | None:
+    known = _known(log, "time")
+    return None if known is None else (known[0], known[1] - known[1][0])
+
+
+def _known(log: Log, name: str) -> tuple[NDArray[np.int64], Numbers] | None:
+    """Return the steps with a value, and the values, if there are at least two different ones."""
+    values = log.columns.get(name, np.zeros(0))
+    finite = np.flatnonzero(np.isfinite(values))
+    if len(finite) < 2 or values[finite].min() == values[finite].max() == 0:
+        return None
+    return log.steps[finite], values[finite]
