@@ -9,6 +9,7 @@ which is written for one kind of device.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -27,6 +28,7 @@ __all__ = [
     "copy_to_host_async",
     "current_device",
     "device_constant",
+    "free_host_memory",
     "has_addresses",
     "has_fast_float64",
     "has_float64",
@@ -429,3 +431,11 @@ def _cached_odd_numbers(count: int, device: torch.device) -> Tensor:
 @functools.lru_cache(maxsize=512)
 def _cached_constant(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype | None) -> Tensor:
     return torch.tensor(numbers, dtype=dtype, device=device)
+
+
+def free_host_memory() -> int:
+    """Return the bytes of free memory of this machine, or a large number where it is unknown."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 2**40

@@ -178,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=[256, 1024],
         metavar="N",
-        help="sizes of the simulated jobs of the cases rendezvous and slots (default: 256 1024)",
+        help="sizes of the simulated jobs of the cases rendezvous, search and slots (default: 256 1024)",
     )
     add("--world", type=int, metavar="N", help="number of ranks of the sharded cases (default: 4, or one per GPU)")
     add("--rounds", type=int, default=15, metavar="R", help="number of timed calls of each competitor (default: 15)")

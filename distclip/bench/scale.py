@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..comm.ranks import Axis, Grid, Ranks
 from ..comm.rendezvous import Known, Post, Rendezvous, derive_component
+from ..devices import free_host_memory
 from ..policies import per_tensor_norm
 from ..sharding.layout import Layout
 from ..sharding.slots import assign_slots, describe_params, exchange_params
@@ -37,6 +38,12 @@ NUM_STAGES, WIDTH = 4, 8
 
 MAX_OPERATIONS, MAX_BYTES = 8, 4096
 """Budget of one rank in a rendezvous."""
+
+MAX_SEARCH_BYTES = 64 * 1024
+"""Budget of the rank that leads a search. It reads the message of every rank, so that a large job exceeds it."""
+
+_BYTES_PER_RANK = 8192
+"""Memory that a simulated rank takes in this process."""
 
 _SAMPLE = 16
 """Number of ranks that derive their component in the simulation."""
@@ -65,7 +72,7 @@ class Costs:
     """Costs of the ranks of one simulated job.
 
     Args:
-        case: "rendezvous" or "slots".
+        case: "rendezvous", "search" or "slots".
         layout: name of the layout.
         num_ranks: size of the job.
         operations, sent, received: largest number of store operations and of bytes of any rank.
@@ -92,6 +99,8 @@ class Costs:
         """True if no rank exceeds the budget of its case."""
         if self.case == "rendezvous":
             return self.operations <= MAX_OPERATIONS and self.sent + self.received <= MAX_BYTES
+        if self.case == "search":
+            return self.sent + self.received <= MAX_SEARCH_BYTES
         return max(self.sent, self.received) <= MAX_SLOT_BYTES and self.cpu_seconds <= MAX_SLOT_SECONDS
 
 
@@ -147,12 +156,21 @@ _CLASSES = {"PP x FSDP2 x TP": NUM_STAGES, "FSDP2 + experts": WIDTH}
 """Number of different sets of parameters. Those of stages follow each other, and those of experts alternate."""
 
 
-def measure_rendezvous(layout: str, size: int) -> Costs:
+def measure_search(layout: str, size: int) -> Costs:
+    """Simulate the rendezvous of ranks that must search for each other.
+
+    Args, Raises: see `measure_rendezvous`.
+    """
+    return measure_rendezvous(layout, size, searches=True)
+
+
+def measure_rendezvous(layout: str, size: int, *, searches: bool = False) -> Costs:
     """Simulate the rendezvous of all ranks of a job.
 
     Args:
         layout: key of `LAYOUTS`.
         size: number of ranks, a multiple of 32.
+        searches: whether no rank derives the component.
 
     Raises:
         BenchError: another number of ranks.
@@ -164,7 +182,7 @@ def measure_rendezvous(layout: str, size: int) -> Costs:
     sample = {_known(make(job, rank), rank, size) for rank in range(0, size, max(1, size // _SAMPLE))}
     if len(sample) > 1:
         raise BenchError(f"rendezvous of {layout}: the ranks derive {len(sample)} different components.")
-    known = sample.pop()
+    known = None if searches else sample.pop()
 
     def post(rank: int) -> Post:
         here = make(job, rank)
@@ -182,7 +200,7 @@ def measure_rendezvous(layout: str, size: int) -> Costs:
     operations = [one.operations for one in costs]
     sent, received = [one.sent for one in costs], [one.received for one in costs]
     return Costs(
-        *("rendezvous", layout, size, max(operations), max(sent), max(received), cpu, peak),
+        *("search" if searches else "rendezvous", layout, size, max(operations), max(sent), max(received), cpu, peak),
         *(sum(operations), sum(sent) + sum(received), time.monotonic() - start),
     )
 
@@ -223,7 +241,11 @@ def measure_slots(layout: str, size: int) -> Costs:
     return Costs("slots", layout, size, 0, num_bytes, num_bytes, cpu, peak, 0, 0, time.monotonic() - start)
 
 
-SCALE: dict[str, Callable[[str, int], Costs]] = {"rendezvous": measure_rendezvous, "slots": measure_slots}
+SCALE: dict[str, Callable[[str, int], Costs]] = {
+    "rendezvous": measure_rendezvous,
+    "search": measure_search,
+    "slots": measure_slots,
+}
 """Cases that simulate large jobs, by name."""
 
 
@@ -238,6 +260,11 @@ def measure_scale(cases: Sequence[str], sizes: Sequence[int]) -> Iterator[Costs]
 def _checked_job(size: int) -> _Job:
     if size < 1 or size % (NUM_STAGES * WIDTH):
         raise BenchError(f"--ranks {size}: not a multiple of {NUM_STAGES * WIDTH}. Pass one, such as 256.")
+    if size * _BYTES_PER_RANK > (free := free_host_memory()):
+        raise BenchError(
+            f"--ranks {size}: each simulated rank needs about {_BYTES_PER_RANK // 1024} KiB, and "
+            f"{free / 2**20:.0f} MiB of memory are free. Pass at most {free // _BYTES_PER_RANK // 32 * 32}."
+        )
     return _Job(size)
 
 

@@ -6,10 +6,12 @@ import argparse
 import sys
 import time
 
+from ..errors import ArgumentError
 from .cases import random_case
 from .check import find_failure
 from .processes import run_seeds
 from .sampling import all_scenarios, explore_all, sample_in_processes
+from .simulation import check_memory
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,6 +30,10 @@ def main(argv: list[str] | None = None) -> int:
         args.layouts = 200
     if min(args.layouts or 1, args.schedules or 1, args.processes) < 1 or not sizes or sizes[0] < 2:
         parser.error(f"{' '.join(argv or sys.argv[1:])}: expected at least 1 layout, schedule and process, and 2 ranks")
+    try:
+        check_memory(sizes[-1])
+    except ArgumentError as error:
+        parser.error(f"--ranks {args.ranks}: {error}")
     has_failed = False
     if args.layouts is not None:
         has_failed |= _check_layouts(args.layouts, sizes, args.seed)

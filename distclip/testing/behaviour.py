@@ -3,6 +3,9 @@
 A rank is deterministic: the same replies lead to the same requests. So the code of distclip runs once for each history,
 and a schedule of known histories only runs no code at all. An unknown reply runs the rank again from its
 beginning, with the replies of the history.
+
+A rendezvous leaves nothing behind but its result. So histories that have come to the same result in different ways go
+on as one, see `Actor.forget`.
 """
 
 from __future__ import annotations
@@ -12,18 +15,20 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from datetime import timedelta
+from typing import Any, ClassVar, TypeAlias
 from unittest import mock
 
 from torch.distributed import distributed_c10d
 
 from ..comm import discovery, roll_call, waiting
+from ..comm.rendezvous import Post, Rendezvous
 from .backend import RankState, exception_of, present_store, start_rank
 from .faults import Fault
 from .network import Failure, Request
-from .simulation import RankThread, simulated_process
+from .simulation import RankThread, current_rank, simulated_process
 
-__all__ = ["Actor", "Node", "Tree", "explored_process"]
+__all__ = ["Access", "Actor", "Group", "Node", "Tree", "accesses", "explored_process"]
 
 
 class Count:
@@ -111,7 +116,7 @@ class Actor(RankThread):
         self.prepared: Any = None
         self.parked: Node | None = None
         self.num_runs = 0
-        self._prepare, self._is_prepared, self._num_counts = prepare, False, 0
+        self._prepare, self._is_prepared, self._num_counts, self.num_counts_before = prepare, False, 0, 0
         self._job: Callable[[], Any] = prepare
         # Replies to the next requests, in reverse order.
         self._replies: list[Any] = []
@@ -138,6 +143,24 @@ class Actor(RankThread):
         self._job = job
         self.resume(None)
 
+    def forget(self, *kept: Any) -> None:
+        """Merge the histories since the same `begin_rendezvous` that keep the same values.
+
+        Args:
+            kept: all that the rank can still read of what it has done since then.
+        """
+        # The generator gives the tokens of posts. `_called` is the only other state that a rendezvous changes.
+        self.ask(
+            "forget",
+            self.num_counts_before,
+            (*kept, tuple(sorted(waiting._called)), hash(self.state.random.getstate())),
+        )
+
+    def begin_rendezvous(self) -> None:
+        """Begin what `forget` ends."""
+        self.num_counts_before = self._num_counts
+        self.ask("begin")
+
     def end_job(self) -> None:
         """End the job that waits for a reply."""
         self.parked = None
@@ -156,7 +179,9 @@ class Actor(RankThread):
                 raise exception_of(reply)
         else:
             reply = super().ask(*request)
-        if request[0] == "add":
+        if request[0] == "forget":
+            self._num_counts = request[1]
+        elif request[0] == "add":
             self._num_counts += 1
             return Count(self.ask, self._num_counts - 1)
         return reply
@@ -188,6 +213,28 @@ def _reply_alone(request: Request) -> Any:
     return {"add": 1, "check": True, "now": 0.0, "get": b"", "delete": True}.get(request[0])
 
 
+class Group:
+    """Members of a collective, and the name of their group. One object stands for all equal ones.
+
+    Args:
+        key: (members, name).
+    """
+
+    __slots__ = ("key", "members")
+
+    _all: ClassVar[dict[Any, Group]] = {}
+
+    def __init__(self, key: tuple[tuple[int, ...], str]) -> None:
+        self.key, self.members = key, key[0]
+
+    @classmethod
+    def of(cls, key: tuple[tuple[int, ...], str]) -> Group:
+        """Return the group of a key."""
+        if key not in cls._all:
+            cls._all[key] = Group(key)
+        return cls._all[key]
+
+
 class Node:
     """State of a rank after a history of replies: its next request, or its end.
 
@@ -201,9 +248,26 @@ class Node:
     Attributes:
         children: states after each reply.
         after_number: states after each number that an addition returns, when the rank has looked at it.
+        group: of the collective that the rank enters next.
+        parents: further states that come before this one.
+        future: accesses that the rank makes in this state or in a later one, see `accesses`, as far as it has run.
     """
 
-    __slots__ = ("after_number", "children", "id", "kind", "parent", "reply", "request", "result", "stage")
+    __slots__ = (
+        "after_number",
+        "children",
+        "future",
+        "group",
+        "id",
+        "kind",
+        "looked",
+        "parent",
+        "parents",
+        "reply",
+        "request",
+        "result",
+        "stage",
+    )
 
     _num_nodes = 0
 
@@ -212,8 +276,71 @@ class Node:
         self.kind: str = "end" if request is None else request[0]
         self.children: dict[Any, Node] = {}
         self.after_number: dict[int, Node] = {}
+        self.group = Group.of(request[1]) if self.kind == "meet" else None
+        self.parents: list[Node] = []
+        self.looked: frozenset[str] | None = None
+        self.future: set[Access] = set()
         Node._num_nodes += 1
         self.id = Node._num_nodes
+
+    def keys_looked_at(self) -> frozenset[str]:
+        """Return the keys that a rank which sleeps now has looked at since it last slept."""
+        if self.looked is None:
+            keys, node = set[str](), self.parent
+            while node is not None and node.kind not in ("sleep", "forget"):
+                if node.kind == "check":
+                    keys.update(node.request[1])
+                node = node.parent
+            self.looked = frozenset(keys)
+        return self.looked
+
+    def learn(self, found: set[Access]) -> bool:
+        """Add accesses to the futures of this state and of those before it.
+
+        Args:
+            found: accesses of this state, or of a later one.
+
+        Returns:
+            Whether the future of a state before this one has changed.
+        """
+        self.future |= found
+        pending, changes = [self], False
+        while pending:
+            node = pending.pop()
+            for parent in (node.parent, *node.parents):
+                # A future contains those of all later states, so that a state without a change is the last to look at.
+                if parent is not None and not found <= parent.future:
+                    parent.future |= found
+                    pending.append(parent)
+                    changes = True
+        return changes
+
+
+Access: TypeAlias = tuple[str, Any]
+"""Access to a key of the store, "read", "touch", "write" or "change", or a "look" at a number that was received.
+
+A touch adds 0 to a counter, so that the key exists afterwards. A change reads the value and writes another one.
+"""
+
+
+def accesses(request: Request | None) -> set[Access]:
+    """Return the accesses of a request.
+
+    >>> accesses(("add", "key", 0))
+    {('touch', 'key')}
+    """
+    if request is None:
+        return set()
+    kind = request[0]
+    if kind in ("check", "get", "wait"):
+        return {("read", key) for key in request[1]}
+    if kind == "add":
+        return {("touch" if request[2] == 0 else "change", request[1])}
+    if kind in ("append", "compare_set"):
+        return {("change", request[1])}
+    if kind in ("set", "delete"):
+        return {("write", request[1])}
+    return {("look", request[1])} if kind == "look" else set()
 
 
 class Tree:
@@ -223,10 +350,15 @@ class Tree:
         actor: runs the rank.
         job: its job.
         faults: its faults.
+        learns: whether its states learn their futures.
     """
 
-    def __init__(self, actor: Actor, job: Callable[[], Any], faults: Sequence[Fault]) -> None:
-        self.actor, self.job, self.faults = actor, job, faults
+    def __init__(self, actor: Actor, job: Callable[[], Any], faults: Sequence[Fault], learns: bool = False) -> None:
+        self.actor, self.job, self.faults, self.learns = actor, job, faults, learns
+        # Number of states that have extended the future of an earlier one.
+        self.num_learned = 0
+        # By the beginning of a rendezvous, and what is kept of it.
+        self._forgetful: dict[tuple[Node, Any], Node] = {}
         self.root = self._begin()
 
     def child(self, node: Node, reply: Any) -> Node:
@@ -238,7 +370,24 @@ class Tree:
             self._return_to(node)
             self.actor.resume(reply)
             found = node.children[key] = self._node(node, reply)
+            if found.kind == "forget":
+                found = node.children[key] = self._merged(node, found)
         return found
+
+    def _merged(self, parent: Node, node: Node) -> Node:
+        """Return the state that stands for all those which keep the same of a rendezvous."""
+        begin = parent
+        while begin.kind != "begin":
+            assert begin.parent is not None, "a rank forgets only what it has begun"
+            begin = begin.parent
+        first = self._forgetful.setdefault((begin, node.request), node)
+        if first is not node:
+            # The rank is in an equal state, and can go on as that one.
+            self.actor.parked = first
+            first.parents.append(parent)
+            if self.learns:
+                self.num_learned += first.learn(first.future)
+        return first
 
     def _begin(self) -> Node:
         self.actor.begin(self.job, self.faults, [])
@@ -250,6 +399,8 @@ class Tree:
         if actor.request is None:
             result = actor.result if actor.error is None else actor.error
         actor.parked = node = Node(actor.request, parent, reply, result, actor.stage)
+        if self.learns:
+            self.num_learned += node.learn(accesses(actor.request))
         return node
 
     def _return_to(self, node: Node) -> None:
@@ -277,6 +428,37 @@ def _without_rank(node: Node, reply: bytes) -> bytes:
     return value if reply != own and reply.partition(b":")[2] == value else reply
 
 
+def _joined(real: Callable[..., Any]) -> Callable[..., Any]:
+    """Forget how a rendezvous has come to its result."""
+
+    def join(self: Rendezvous, post: Post, timeout: timedelta) -> Any:
+        actor = current_rank()
+        if actor is None:
+            return real(self, post, timeout)
+        actor.begin_rendezvous()
+        try:
+            component = real(self, post, timeout)
+        except Exception as error:
+            actor.forget(type(error), str(error), tuple(sorted(self._groups)))
+            raise
+        actor.forget(component, tuple(sorted(self._groups)))
+        return component
+
+    return join
+
+
+def _searched(real: Callable[..., Any]) -> Callable[..., Any]:
+    """Forget how a rank has come to stage 3 of a rendezvous."""
+
+    def search(self: Rendezvous, post: Post, deadline: float) -> Any:
+        actor = current_rank()
+        if actor is not None:
+            actor.forget(post, deadline, tuple(sorted(self._groups)))
+        return real(self, post, deadline)
+
+    return search
+
+
 @contextmanager
 def explored_process() -> Iterator[None]:
     """Make the store of each rank one of Python, whose numbers the ranks look at by requests."""
@@ -295,6 +477,8 @@ def explored_process() -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(simulated_process())
+        stack.enter_context(mock.patch.object(Rendezvous, "join", _joined(Rendezvous.join)))
+        stack.enter_context(mock.patch.object(Rendezvous, "_search", _searched(Rendezvous._search)))
         for module in (discovery, roll_call, waiting):
             stack.enter_context(mock.patch.object(module, "PrefixStore", prefixed(module.PrefixStore)))
         stack.enter_context(mock.patch.object(distributed_c10d, "_get_default_store", store_of_rank))

@@ -92,21 +92,26 @@ class Network:
             The reply, a `Failure`, or `WAITING`. Ranks that waited and can go on are in `ready` afterwards.
         """
         name = request[0]
-        if name == "meet":
-            return self._meet(rank, *request[1:])
-        if name == "await":
-            return self._await(rank, *request[1:])
-        if name == "set":
-            self._set(request[1], request[2])
-            return None
+        if name in ("get", "wait"):
+            return self._wait(rank, request[1], request[2], with_value=name == "get")
+        if name == "check":
+            return self._have(request[1])
         if name == "add":
             total = int(self.values.get(request[1], 0)) + request[2]
             self._set(request[1], total)
             return total
-        if name == "check":
-            return self._have(request[1])
-        if name in ("get", "wait"):
-            return self._wait(rank, request[1], request[2], with_value=name == "get")
+        if name == "set":
+            self._set(request[1], request[2])
+            return None
+        if name == "meet":
+            return self._meet(rank, *request[1:])
+        if name == "await":
+            return self._await(rank, *request[1:])
+        if name == "now":
+            return self.clock
+        if name == "sleep":
+            self._deadlines[rank] = self.clock + request[1], None
+            return WAITING
         if name == "delete":
             return self.values.pop(request[1], None) is not None
         if name == "compare_set":
@@ -114,11 +119,6 @@ class Network:
         if name == "append":
             self._set(request[1], (self._value(request[1]) or b"") + request[2])
             return None
-        if name == "now":
-            return self.clock
-        if name == "sleep":
-            self._deadlines[rank] = self.clock + request[1], None
-            return WAITING
         if name == "send":
             return self._send(*request[1:])
         if name == "receive":
@@ -132,6 +132,14 @@ class Network:
     def cancel_deadline(self, rank: int) -> None:
         """Forget the deadline of a rank."""
         self._deadlines.pop(rank, None)
+
+    def deadlines(self) -> frozenset[tuple[int, float]]:
+        """Return the ranks that wait for a limited time, with the end of it."""
+        return frozenset([(rank, at) for rank, (at, _) in self._deadlines.items()])
+
+    def arrived(self, group: Any) -> Collection[int]:
+        """Return the ranks that wait in the next collective of a group."""
+        return self._meetings.get(group, ())
 
     def copy(self) -> Network:
         """Return a network in the same state."""

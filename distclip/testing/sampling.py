@@ -60,8 +60,11 @@ def sample_in_processes(num_schedules: int, first_seed: int, num_processes: int,
     chunks = [(range(start, min(start + chunk, first_seed + num_schedules)), own) for start in starts]
     totals = Totals()
     with mp.get_context("spawn").Pool(num_processes, initializer=_start) as pool:
-        for one in pool.starmap(sample, chunks, chunksize=max(1, min(8, len(chunks) // num_processes))):
+        # The scenarios of most ranks take longest, and come first, so that the processes end together.
+        chunks.sort(key=lambda chunk: -scenario_of(chunk[0][0], own).num_ranks)
+        for one in pool.starmap(sample, chunks, chunksize=1):
             totals.add(one)
+    totals.findings.sort(key=lambda finding: finding.seed or 0)
     return totals
 
 

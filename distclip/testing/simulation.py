@@ -23,6 +23,7 @@ from torch._C import _distributed_c10d
 from torch.distributed import device_mesh, get_backend
 
 from ..comm import process_group
+from ..devices import free_host_memory
 from ..errors import ArgumentError
 from .backend import RankState, exception_of, gather_objects, start_rank
 from .faults import Fault, InjectedFault, check_stage, stage_functions
@@ -112,12 +113,7 @@ class World:
     def __post_init__(self) -> None:
         if isinstance(self.num_ranks, bool) or not isinstance(self.num_ranks, int) or self.num_ranks < 1:
             raise ArgumentError(f"num_ranks={self.num_ranks!r}: not a number of ranks ≥ 1. Use World(4).")
-        free = _free_memory()
-        if self.num_ranks * BYTES_PER_RANK > free:
-            raise ArgumentError(
-                f"num_ranks={self.num_ranks}: each simulated rank needs about {BYTES_PER_RANK / 2**20:.0f} MiB, and "
-                f"{free / 2**20:.0f} MiB of memory are free. Use at most {max(1, free // BYTES_PER_RANK)} ranks."
-            )
+        check_memory(self.num_ranks)
 
     def fail(self, *, rank: int, at: str, call: int = 1, error: BaseException | None = None) -> World:
         """Return a world in which a rank raises at the beginning of a stage.
@@ -206,12 +202,18 @@ class World:
 _running = threading.Lock()
 
 
-def _free_memory() -> int:
-    """Return the free bytes of this machine."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return 2**40
+def check_memory(num_ranks: int) -> None:
+    """Raise if a number of simulated ranks does not fit into the memory of this machine.
+
+    Raises:
+        ArgumentError: see above.
+    """
+    free = free_host_memory()
+    if num_ranks * BYTES_PER_RANK > free:
+        raise ArgumentError(
+            f"num_ranks={num_ranks}: each simulated rank needs about {BYTES_PER_RANK / 2**20:.0f} MiB, and "
+            f"{free / 2**20:.0f} MiB of memory are free. Use at most {max(1, free // BYTES_PER_RANK)} ranks."
+        )
 
 
 class RankThread:
@@ -295,6 +297,12 @@ class RankThread:
                 self.is_killed = True
                 raise RankEnds
 
+    def begin_rendezvous(self) -> None:
+        """Begin a rendezvous. Only explored ranks note it."""
+
+    def forget(self, *kept: Any) -> None:
+        """Forget what the rank has done since `begin_rendezvous`. Only explored ranks do so."""
+
     def _refuse(self) -> None:
         if self.is_killed:
             self._num_refused += 1
@@ -328,6 +336,11 @@ class _Current(threading.local):
 
 
 _current = _Current()
+
+
+def current_rank() -> RankThread | None:
+    """Return the rank that runs in this thread, or None."""
+    return _current.rank
 
 
 @contextmanager

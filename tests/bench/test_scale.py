@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from distclip.bench.__main__ import main
-from distclip.bench.scale import LAYOUTS, MAX_SLOT_BYTES, measure_rendezvous, measure_slots
+from distclip.bench.scale import LAYOUTS, MAX_SLOT_BYTES, measure_rendezvous, measure_search, measure_slots
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -16,6 +16,14 @@ def test_rendezvous_is_within_budget(layout: str, size: int) -> None:
     # The messages of a rank do not grow with the job.
     assert costs.sent + costs.received < 400
     assert costs.store_operations == 6 * size
+
+
+def test_search_is_within_budget_up_to_256_ranks() -> None:
+    small, large = (measure_search("FSDP2 + experts", size) for size in (64, 256))
+    assert large.is_within_budget, large
+    # The leader reads and answers every rank once.
+    assert large.sent + large.received < 5 * (small.sent + small.received)
+    assert large.store_operations < 17 * 256
 
 
 def test_bytes_of_slots_do_not_grow_with_the_job() -> None:
@@ -29,3 +37,5 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(LAYOUTS)
     with pytest.raises(SystemExit):
         main(["--cases", "rendezvous", "--ranks", "100"])
+    with pytest.raises(SystemExit):
+        main(["--cases", "slots", "--ranks", str(32 * 10**10)])

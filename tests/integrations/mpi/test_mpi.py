@@ -104,6 +104,7 @@ while True:
             marks=pytest.mark.quick,
         ),
         pytest.param(["-m", "mpi4py"], "sys.exit(3)", ["MPI_ABORT was invoked on rank 1"], 3, id="exits"),
+        pytest.param([], "import os; os.kill(os.getpid(), 9)", ["signal 9 (Killed)"], 137, id="is killed"),
     ],
 )
 def test_rank_that_ends_ends_the_job(
