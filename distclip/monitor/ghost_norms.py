@@ -474,7 +474,7 @@ def _positions(values: Tensor, num_samples: int) -> Tensor:
 
 def gram_cost(num_positions: int, num_elements: int) -> float:
     """Return the number of multiplications of products of positions, of which leaves are computed twice."""
-    return num_positions * (num_positions + LEAF) / 2 * num_elements
+    return num_positions * min(num_positions, (num_positions + LEAF) / 2) * num_elements
 
 
 def _is_exact(squares: Tensor) -> bool:
