@@ -190,6 +190,31 @@ def test_keys(tmp_path: Path) -> None:
     np.testing.assert_allclose(read(lines, keys=Keys("how long")).norms, NORMS)
 
 
+def test_nested_objects(tmp_path: Path) -> None:
+    lines = [
+        {"_step": row["s"], "train": {"grad": {"norm": row["n"]}, "loss": row["l"]}}
+        for row in rows(step="s", norm="n", loss="l")
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    for keys in (Keys(), Keys("train.grad.norm", "train.loss"), Keys("train/grad/norm")):
+        log = read(path, keys=keys)
+        np.testing.assert_allclose(log.norms, NORMS)
+        np.testing.assert_allclose(log.columns["loss"], LOSSES)
+
+
+def test_tables_with_nan_for_values_of_other_rows(tmp_path: Path) -> None:
+    """A step has one row for training and one for validation, before or after it."""
+    nan = float("nan")
+    table = []
+    for i, row in enumerate(rows(step="step", norm="grad_norm", loss="loss")):
+        pair = [row | {"val": nan}, {"step": row["step"], "grad_norm": nan, "loss": nan, "val": 1.0}]
+        table += pair if i % 2 else reversed(pair)
+    log = read(write_csv(tmp_path / "a.csv", table))
+    np.testing.assert_allclose(log.norms, NORMS)
+    np.testing.assert_allclose(log.columns["loss"], LOSSES)
+
+
 def test_several_columns(tmp_path: Path) -> None:
     lines = [row | {"b - grad_norm": 1.0} for row in rows(step="Step", norm="a - grad_norm", loss="a - loss")]
     path = write_csv(tmp_path / "a.csv", lines)

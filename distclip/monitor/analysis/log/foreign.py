@@ -108,8 +108,8 @@ def read_rows(path: Path) -> Rows:
         if path.suffix == ".csv":
             return _read_csv(path)
         if path.suffix == ".json":
-            return _read_json(path)
-        return [line for block in LineReader(path) for line in block]
+            return list(map(_flatten, _read_json(path)))
+        return [_flatten(line) for block in LineReader(path) for line in block]
     except (OSError, ValueError, csv.Error) as error:
         raise RunError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
 
@@ -145,7 +145,9 @@ def convert(rows: Rows, keys: Keys, path: Path) -> tuple[list[Line], tuple[str, 
             continue
         line = by_step.setdefault(int(step), {"step": int(step)})
         for key, name in wanted.items():
-            if (value := _number(row.get(key))) is not None:
+            value = _number(row.get(key))
+            # Tables have NaN for what another row of the step contains.
+            if value is not None and (value == value or name not in line):
                 line[name] = value
     lines, loss = [], None
     for line in sorted(by_step.values(), key=lambda line: line["step"]):
@@ -161,9 +163,7 @@ def convert(rows: Rows, keys: Keys, path: Path) -> tuple[list[Line], tuple[str, 
 
 def _find_norm(names: Sequence[str], wanted: str | None, path: Path) -> str:
     if wanted is not None:
-        if wanted not in names:
-            raise RunError(f"--norm {wanted}: {path} has no such column. It has {_list(names)}")
-        return wanted
+        return _find_wanted(names, wanted, "norm", path)
     candidates = [name for name in names if not _is_range(name)]
     for known in NORMS:
         if found := [name for name in candidates if _last(name) == known]:
@@ -176,14 +176,20 @@ def _find_norm(names: Sequence[str], wanted: str | None, path: Path) -> str:
 
 def _find_loss(names: Sequence[str], wanted: str | None, path: Path) -> str | None:
     if wanted is not None:
-        if wanted not in names:
-            raise RunError(f"--loss {wanted}: {path} has no such column. It has {_list(names)}")
-        return wanted
+        return _find_wanted(names, wanted, "loss", path)
     candidates = [name for name in names if not _is_range(name) and not _is_held_out(name)]
     for known in LOSSES:
         if found := [name for name in candidates if _last(name) == known]:
             return _choose(found, "loss", path)
     return None
+
+
+def _find_wanted(names: Sequence[str], wanted: str, kind: str, path: Path) -> str:
+    """Return a name as it is in the log, or that of a nested object whose parts are joined by dots."""
+    for name in (wanted, wanted.replace(".", "/")):
+        if name in names:
+            return name
+    raise RunError(f"--{kind} {wanted}: {path} has no such column. It has {_list(names)}")
 
 
 def _choose(found: Sequence[str], kind: str, path: Path) -> str:
@@ -249,6 +255,17 @@ def _read_events(path: Path) -> Rows:
             {"step": step, tag: float(value)} for step, value in values if value.size == 1 and value.dtype.kind in "fiu"
         ]
     return rows
+
+
+def _flatten(row: Line) -> Line:
+    """Join the names of nested objects by slashes."""
+    flat: Line = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}/{inner}": value for inner, value in _flatten(value).items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 def _number(value: Any) -> float | None:
