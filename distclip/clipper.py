@@ -326,7 +326,7 @@ class GradClipper:
         if self._groups is None:
             return {}
         counters = self._isolated("groups")[1].counters
-        return {name: GroupCounts(one.steps, one.skipped, one.in_a_row) for name, one in counters.items()}
+        return {name: counters[name] for name in counters.names}
 
     def _isolated(self, function: str) -> tuple[Groups, IsolatedEngine]:
         engine: Any = self._engine
@@ -951,7 +951,7 @@ class GradClipper:
                 "version": VERSION,
                 "rule": policy_kind(self.policy),
                 "counts": {name: torch.tensor(count) for name, count in self._counts().items()},
-                "groups": {name: group_state_dict(engine, name) for name in engine.counters},
+                "groups": {name: group_state_dict(engine, name) for name in engine.counters.names},
             }
         return {
             "version": VERSION,

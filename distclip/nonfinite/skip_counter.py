@@ -7,7 +7,10 @@ from collections import deque
 from ..errors import NonFiniteError, NonFiniteWarning, TooManySkippedSteps, warn_user
 from .culprits import Culprit, Incident, describe_culprits
 
-__all__ = ["SkipCounter"]
+__all__ = ["POLICY_SKIPS", "SkipCounter", "describe_skip", "too_many_skips"]
+
+POLICY_SKIPS = "the policy skipped this one: its norm, or a watched scalar, is finite and above the bound"
+"""Reason of a step that is finite and was skipped."""
 
 
 class SkipCounter:
@@ -59,8 +62,7 @@ class SkipCounter:
             TooManySkippedSteps: it is the last of `max_skips` in a row.
         """
         self.incidents.append(Incident(step, "skip", culprits))
-        reason = f"{describe_culprits(culprits)}. Parameters and optimizer are as they were before the first of them"
-        self._count(step, reason)
+        self._count(step, describe_skip(culprits))
         if not expected:
             warn_user(
                 f"step {step} was skipped ({self.skipped} in total): {describe_culprits(culprits)}.",
@@ -90,7 +92,7 @@ class SkipCounter:
         Raises:
             TooManySkippedSteps: it is the last of `max_skips` in a row.
         """
-        self._count(step, "the policy skipped this one: its norm, or a watched scalar, is finite and above the bound")
+        self._count(step, POLICY_SKIPS)
 
     def record_update(self) -> None:
         """Count a step that was not skipped."""
@@ -99,7 +101,26 @@ class SkipCounter:
     def _count(self, step: int, reason: str) -> None:
         self.skipped += 1
         self.in_a_row += 1
-        if self.max_skips is not None and self.in_a_row >= self.max_skips:
-            raise TooManySkippedSteps(
-                f"step {step}: {self.in_a_row} steps in a row were skipped (max_skips={self.max_skips}): {reason}."
-            )
+        if error := too_many_skips(step, self.in_a_row, self.max_skips, reason):
+            raise error
+
+
+def describe_skip(culprits: tuple[Culprit, ...]) -> str:
+    """Return the reason of a skipped step that is not finite."""
+    return f"{describe_culprits(culprits)}. Parameters and optimizer are as they were before the first of them"
+
+
+def too_many_skips(step: int, in_a_row: int, max_skips: int | None, reason: str) -> TooManySkippedSteps | None:
+    """Return the error if a skipped step is the last of `max_skips` in a row, or None.
+
+    Args:
+        step: 1-based index of the clipper call.
+        in_a_row: number of steps skipped in a row, this one included.
+        max_skips: see `SkipCounter`.
+        reason: of this step.
+    """
+    if max_skips is None or in_a_row < max_skips:
+        return None
+    return TooManySkippedSteps(
+        f"step {step}: {in_a_row} steps in a row were skipped (max_skips={max_skips}): {reason}."
+    )

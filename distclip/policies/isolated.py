@@ -135,11 +135,16 @@ class Isolated:
                 verdict, after = batch.policy.decide_each(part, own, own_finite)
             else:
                 verdict, after = batch.policy.decide(part, own)
-            coefs[index] = verdict.coefs
-            if verdict.bounds is not None:
-                bounds[index] = verdict.bounds
             if verdict.skip is not None:
                 skips[index] = verdict.skip if isinstance(verdict.skip, Tensor) else bool(verdict.skip)
+            if everything:
+                # Ordinarily all tenants have one policy, and there is nothing to scatter.
+                coefs = verdict.coefs.expand(norms.shape)
+                bounds = bounds if verdict.bounds is None else verdict.bounds.expand(norms.shape)
+            else:
+                coefs[index] = verdict.coefs
+                if verdict.bounds is not None:
+                    bounds[index] = verdict.bounds
             new_state |= {f"{i}.{key}": where_slot(own_usable, value, own[key]) for key, value in after.items()}
         return GroupVerdicts(coefs, bounds, skips), new_state
 

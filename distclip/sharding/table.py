@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from operator import attrgetter, is_
+from itertools import compress, repeat
+from operator import attrgetter, is_, not_
 from typing import Any
 
 import torch
@@ -503,13 +504,17 @@ class TableMetadata:
         if types <= _PLAIN and not self.frozen_errors and only is None:
             return Shards(self.infos(holders), grads)
         if type(None) in types or only is not None:
-            grads = [read_main_grad(t) if g is None else g for t, g in zip(tensors, grads, strict=True)]
+            are_missing = list(map(is_, grads, repeat(None)))
+            for i in compress(range(len(grads)), are_missing):
+                grads[i] = read_main_grad(tensors[i])
             if only is not None:
                 grads = [g if id(t) in only else None for t, g in zip(tensors, grads, strict=True)]
-            present = tuple(i for i, grad in enumerate(grads) if grad is not None)
-            if len(present) < len(tensors):
-                subset = [tensors[i] for i in present]
-                return self._subset_at(present)._shards(subset, [grads[i] for i in present], holders)
+            are_missing = list(map(is_, grads, repeat(None)))
+            if any(are_missing):
+                are_present = list(map(not_, are_missing))
+                present = tuple(compress(range(len(grads)), are_present))
+                subset = list(compress(tensors, are_present))
+                return self._subset_at(present)._shards(subset, list(compress(grads, are_present)), holders)
         if self.frozen_errors:
             raise next(iter(self.frozen_errors.values()))
         return self._shards(tensors, grads, holders)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from ..checkpoint import VERSION, check_version, policy_kind, unpack_counts, unpack_state
 from ..errors import ArgumentError, warn_user
 from ..sharding.slots import SlotMap
+from .counts import GroupCounts
 from .engine import IsolatedEngine
 
 __all__ = ["group_state_dict", "load_groups"]
@@ -24,8 +26,7 @@ def group_state_dict(engine: IsolatedEngine, name: str) -> dict[str, Any]:
         ArgumentError: there is no such group.
     """
     _check_group(engine, name)
-    counter = engine.counters[name]
-    counts = {"steps": counter.steps, "skipped": counter.skipped, "in_a_row": counter.in_a_row}
+    counts = asdict(engine.counters[name])
     state = engine.policy.state_of(name, engine.state)
     return {
         "version": VERSION,
@@ -69,7 +70,7 @@ def load_groups(
         check_version(state_dict)
         saved = dict(state_dict["groups"])
         counts = unpack_counts(state_dict.get("counts", {}), names)
-        missing = [name for name in engine.counters if name not in saved]
+        missing = [name for name in engine.counters.names if name not in saved]
         unknown = [name for name in saved if name not in engine.counters]
         if missing or unknown:
             warn_user(
@@ -95,12 +96,11 @@ def load_groups(
         group_counts[name] = unpack_counts(one["counts"], ("steps", "skipped", "in_a_row"))
     engine.state = state
     for name, found in group_counts.items():
-        counter = engine.counters[name]
-        counter.steps, counter.skipped, counter.in_a_row = found["steps"], found["skipped"], found["in_a_row"]
+        engine.counters[name] = GroupCounts(**found)
     return counts
 
 
 def _check_group(engine: IsolatedEngine, name: str) -> None:
     """Raise unless a clipper has a group."""
     if name not in engine.counters:
-        raise ArgumentError(f"group={name!r}: no such group. Use one of {list(engine.counters)}.")
+        raise ArgumentError(f"group={name!r}: no such group. Use one of {list(engine.counters.names)}.")

@@ -28,12 +28,13 @@ from ..nonfinite.culprits import (
     zero_nonfinite_,
 )
 from ..nonfinite.rules import Skip, Zero
-from ..nonfinite.skip_counter import SkipCounter
+from ..nonfinite.skip_counter import POLICY_SKIPS, describe_skip, too_many_skips
 from ..norms.measure import Partials
 from ..norms.reduce import Totals
 from ..outcome import Outcome
 from ..policies.isolated import Isolated
 from ..sharding.shard import Shards
+from .counts import GroupCounters
 
 __all__ = ["IsolatedEngine"]
 
@@ -50,10 +51,10 @@ class IsolatedEngine(Engine):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.counters = {name: SkipCounter(self.counter.max_skips) for name in self.policy.policies}
+        self.counters = GroupCounters(self.policy.policies)
         self.is_busy = False
         self._due: list[TooManySkippedSteps] = []
-        self._marks: dict[str, tuple[int, int, int]] = {}
+        self._marks = self.counters.columns
         self._ids_by_slot = self._find_ids()
 
     def _find_ids(self) -> list[set[int]]:
@@ -209,15 +210,13 @@ class IsolatedEngine(Engine):
 
     def trace(self) -> Any:
         """Return the state that a step changes, see `Engine.trace`."""
-        self._marks = {name: (one.steps, one.skipped, one.in_a_row) for name, one in self.counters.items()}
+        self._marks = self.counters.columns
         return super().trace()
 
     def restore(self, before: Any) -> None:
         """Restore the trace from before a step, because an exception has ended the step."""
         super().restore(before)
-        for name, mark in self._marks.items():
-            counter = self.counters[name]
-            counter.steps, counter.skipped, counter.in_a_row = mark
+        self.counters.columns = self._marks
         self._due = []
 
     @contextmanager
@@ -269,37 +268,29 @@ class IsolatedEngine(Engine):
         quiet: bool,
     ) -> bool:
         """Count the step in every group that has a gradient, and return whether all of them skip it."""
-        flags = torch.stack([finite, skips, present]).tolist()
-        num_present = num_skipped = 0
-        for slot, (name, counter) in enumerate(self.counters.items()):
-            is_finite, is_skipped, is_present = flags[0][slot], flags[1][slot], flags[2][slot]
-            if not is_present:
-                # A tenant without a gradient takes no part in the step.
-                continue
-            counter.steps += 1
-            num_present += 1
-            num_skipped += is_skipped
-            try:
-                if not is_skipped:
-                    counter.record_update()
-                elif is_finite:
-                    counter.record_policy_skip(step)
-                else:
-                    found = culprits.get(slot, ())
-                    self.counter.incidents.append(Incident(step, "skip", found))
-                    counter.record_skip(step, found, expected=True)
-                    if quiet:
-                        continue
-                    warn_user(
-                        f"step {step} was skipped in group {name!r} ({counter.skipped} in total): "
-                        f"{describe_culprits(found)}.",
-                        NonFiniteWarning,
-                        is_printed=self.counter.prints,
-                    )
-            except TooManySkippedSteps as error:
+        are_finite, are_skipped, are_present = torch.stack([finite, skips, present]).tolist()
+        # A tenant without a gradient takes no part in the step.
+        skipped, num_present = self.counters.record(are_present, are_skipped), sum(are_present)
+        names = self.counters.names if skipped else ()
+        for slot in skipped:
+            counts = self.counters[names[slot]]
+            if are_finite[slot]:
+                reason = POLICY_SKIPS
+            else:
+                found = culprits.get(slot, ())
+                reason = describe_skip(found)
+                self.counter.incidents.append(Incident(step, "skip", found))
+            if error := too_many_skips(step, counts.in_a_row, self.counter.max_skips, reason):
                 # The other groups make their step first.
-                self._due.append(TooManySkippedSteps(f"group {name!r}: {error}"))
-        all_skipped = num_present > 0 and num_skipped == num_present
+                self._due.append(TooManySkippedSteps(f"group {names[slot]!r}: {error}"))
+            elif not (are_finite[slot] or quiet):
+                warn_user(
+                    f"step {step} was skipped in group {names[slot]!r} ({counts.skipped} in total): "
+                    f"{describe_culprits(culprits.get(slot, ()))}.",
+                    NonFiniteWarning,
+                    is_printed=self.counter.prints,
+                )
+        all_skipped: bool = num_present > 0 and len(skipped) == num_present
         self.counter.skipped += all_skipped
         self.counter.in_a_row = self.counter.in_a_row + 1 if all_skipped else 0
         return all_skipped
@@ -307,6 +298,8 @@ class IsolatedEngine(Engine):
     def skipped_ids(self, outcome: Outcome) -> frozenset[int]:
         """Return the ids of this rank's parameters in groups that skip the step."""
         assert outcome.skips is not None
+        if not bool(outcome.skips.any()):
+            return frozenset()
         ids = (self._ids_by_slot[slot] for slot, skipped in enumerate(outcome.skips.tolist()) if skipped)
         return frozenset[int]().union(*ids)
 

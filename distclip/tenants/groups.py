@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -21,22 +20,7 @@ from ..sharding.split_over import SplitOver, split_axes
 from ..sharding.table import ShardTable, parameter_table
 from .engine import IsolatedEngine
 
-__all__ = ["GroupCounts", "Groups"]
-
-
-@dataclass(frozen=True, slots=True)
-class GroupCounts:
-    """Counters of one group.
-
-    Args:
-        steps: number of steps in which the group had a gradient.
-        skipped: number of those that were skipped.
-        in_a_row: number of steps skipped since the last one that was not.
-    """
-
-    steps: int
-    skipped: int
-    in_a_row: int
+__all__ = ["Groups"]
 
 
 class Groups:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
@@ -433,6 +434,53 @@ def test_a_nan_on_one_rank_stops_one_tenant_only() -> None:
         assert clipper.incidents[0].culprits[0].ranks == (dist.get_world_size() - 1,)  # type: ignore[union-attr]
         clipper.remove_group("t0")
         assert clipper.slots == ("t1", "t2", "t3", "t4", "rest")
+
+
+NUM_MANY, BROKEN = 256, 100
+
+
+@on_ranks(2)
+def test_a_nan_in_one_of_many_adapters_leaves_the_others_as_if_alone() -> None:
+    """Train 256 adapters of a frozen, sharded layer in one step, and each of them alone, with a NaN in one of them."""
+    base = fully_shard(nn.Linear(4, 4).requires_grad_(requires_grad=False))
+    weight: Any = base.weight
+    mesh, rank = weight.device_mesh, dist.get_rank()
+
+    def shard(seed: int) -> DTensor:
+        local = torch.randn(2, 3, generator=torch.Generator().manual_seed(2 * seed + rank))
+        return DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
+
+    shared, alone = ([[nn.Parameter(shard(2 * i + j)) for j in range(2)] for i in range(NUM_MANY)] for _ in range(2))
+    names = [f"t{i}" for i in range(NUM_MANY)]
+    clipper = GradClipper(base, global_norm(0.5), isolate=True)
+    clipper.add_groups(dict(zip(names, shared, strict=True)))
+    optimizer = torch.optim.SGD([p for params in shared for p in params], lr=0.1, momentum=0.9)
+    own = [GradClipper(params, global_norm(0.5)) for params in alone]
+    its = [torch.optim.SGD(params, lr=0.1, momentum=0.9) for params in alone]
+    for step in range(2):
+        for i, adapter in enumerate(zip(shared, alone, strict=True)):
+            for j in range(2):
+                grad = shard(1000 * (step + 1) + 2 * i + j)
+                if (step, i, rank) == (0, BROKEN, 1):
+                    grad.to_local()[0, 0] = math.nan
+                for params in adapter:
+                    params[j].grad = grad.clone()
+        with warnings.catch_warnings(record=True) as caught, CommDebugMode() as counter:
+            warnings.simplefilter("always", NonFiniteWarning)
+            report = clipper.step(optimizer)
+        assert report.skips is not None
+        assert report.skips.nonzero().flatten().tolist() == [BROKEN] * (step == 0)
+        if step == 0:
+            assert f"'t{BROKEN}'" in str(caught[0].message)
+        else:
+            assert sum(counter.comm_counts.values()) == 1
+        for i, (one, sgd) in enumerate(zip(own, its, strict=True)):
+            if (step, i) != (0, BROKEN):
+                one.step(sgd)
+    assert clipper.groups[names[BROKEN]].skipped == 1
+    for name, one, two in zip(names, shared, alone, strict=True):
+        pairs: Any = zip(one, two, strict=True)
+        assert all(torch.equal(a.to_local(), b.to_local()) for a, b in pairs), name
 
 
 WRONG_ON_RANKS: dict[str, tuple[type[Exception], Callable[[GradClipper, Lora, bool], Any]]] = {
