@@ -247,6 +247,7 @@ def test_kernels_refuse_tensors_that_operators_take(kernel: str, odd: Tensor) ->
         ((2,), Rows(1, 1, 2, 5)),
         ((5,), Rows(0, 1, 0, 5)),
         ((2100, 130), Rows(0, 2100)),
+        ((3001,), Rows(0, 61, 30, 50)),
     ],
 )
 def test_rows(shape: tuple[int, ...], rows: Rows, dtype: torch.dtype, norm_type: float) -> None:
@@ -256,6 +257,16 @@ def test_rows(shape: tuple[int, ...], rows: Rows, dtype: torch.dtype, norm_type:
     assert result is not None
     assert result.shape == (rows.count,)
     torch.testing.assert_close(result, torch_ops.row_powers(grad, rows, norm_type), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("width", [3, 50, 3000, 20_000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_bits_of_a_row_do_not_depend_on_its_neighbours(dtype: torch.dtype, width: int) -> None:
+    """Sum rows together, which the kernel may read as several streams, and one by one."""
+    grad = torch.randn((11, width), generator=torch.Generator().manual_seed(0)).to(dtype)
+    together = native.row_powers(grad, Rows(0, 11), 2.0)
+    alone: Any = [native.row_powers(grad[i : i + 1], Rows(i, 1), 2.0) for i in range(11)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=0)
 
 
 def test_rows_of_many_tensors_equal_those_of_each() -> None:

@@ -26,6 +26,7 @@
 enum { BLOCK = 1 << 18, MIN_GROUP = 4, MAX_GROUP = 64, GROUP_ELEMENTS = 1 << 17, MIN_PER_THREAD = 1 << 19, MAX_THREADS = 256, RUN = 2048 };
 
 typedef double (*loop)(const void *, int64_t, uint32_t *);
+typedef void (*loop_of_rows)(const void *const *, int64_t, double *);
 typedef void (*scaling)(void *, int64_t, double);
 typedef void (*openmp)(void (*)(void *), void *, unsigned, unsigned);
 
@@ -269,6 +270,7 @@ int distclip_measure(int operation, int64_t count, char *const *tensors, const i
 typedef struct {
     int operation;
     const loop *sums;            /* by dtype */
+    const loop_of_rows *fours;   /* likewise, four rows at a time. NULL if the operation has no such loops */
     char *const *tensors;
     const int64_t *lengths;
     const int32_t *dtypes;
@@ -279,6 +281,12 @@ typedef struct {
     double *sums_by_row;
     int64_t next;                /* next group that no thread has taken yet */
 } rows_work;
+
+/* Return whether the rows of a tensor are summed four at a time. All rows of a width are, or none, so that the bits of a
+   sum do not depend on its neighbours. Long rows are read as four streams, and runs of bfloat16 are summed in float32. */
+static int takes_fours(const rows_work *job, int64_t width, int32_t dtype) {
+    return job->fours != NULL && width < (dtype == 2 ? RUN : QUARTERS);
+}
 
 /* Return how many rows of a width a thread takes at a time. */
 static int64_t rows_at_a_time(int64_t width) {
@@ -297,6 +305,32 @@ static void *process_rows(void *argument) {
         int64_t last = row + at_a_time < job->rows[tensor] ? row + at_a_time : job->rows[tensor];
         int32_t dtype = job->dtypes[tensor];
         double *sums = job->sums_by_row + job->output[tensor];
+        if (takes_fours(job, width, dtype)) {
+            int64_t first = row == 0 && lead > 0 ? 1 : row, end = last * width - lead > length ? last - 1 : last;
+            int64_t quarter = (end - first + 3) / 4;
+            const char *data = job->tensors[tensor];
+            const void *starts[4];
+            double four[4];
+            /* Cut rows, which are the first and the last one of the tensor. */
+            for (int64_t cut = row; cut < last; cut++) {
+                if (cut >= first && cut < end) { cut = end - 1; continue; }
+                int64_t start = cut == 0 ? 0 : cut * width - lead, stop = (cut + 1) * width - lead;
+                if (stop > length) stop = length;
+                for (int j = 0; j < 4; j++) starts[j] = data + start * sizes[dtype];
+                job->fours[dtype](starts, stop - start, four);
+                sums[cut] = four[0];
+            }
+            /* Four streams of rows. The last one may repeat rows of others. */
+            for (int64_t i = first; i < first + quarter; i++) {
+                for (int j = 0; j < 4; j++) {
+                    int64_t at = i + j * quarter < end ? i + j * quarter : end - 1;
+                    starts[j] = data + (at * width - lead) * sizes[dtype];
+                }
+                job->fours[dtype](starts, width, four);
+                for (int j = 0; j < 4; j++) sums[i + j * quarter < end ? i + j * quarter : end - 1] = four[j];
+            }
+            continue;
+        }
         for (; row < last; row++) {
             /* The first and the last row may be cut. */
             int64_t start = row == 0 ? 0 : row * width - lead, end = (row + 1) * width - lead;
@@ -324,8 +358,10 @@ int distclip_measure_rows(int operation, int64_t count, char *const *tensors, co
                           const int32_t *dtypes, const int64_t *rows, const int64_t *leads, const int64_t *widths,
                           double *sums, int threads, openmp parallel) {
     const loop *loops = loops_plain[operation];
+    const loop_of_rows *fours = operation == 0 ? loops_of_rows_plain : NULL;
 #ifdef HAS_AVX2
     if (has_avx2()) loops = loops_avx2[operation];
+    if (has_avx2() && operation == 0) fours = loops_of_rows_avx2;
 #endif
     int64_t elements = 0, *tables = malloc((2 * count + 2) * sizeof *tables);
     if (tables == NULL) return 1;
@@ -337,9 +373,9 @@ int distclip_measure_rows(int operation, int64_t count, char *const *tensors, co
         first[i + 1] = first[i] + (rows[i] + at_a_time - 1) / at_a_time;
         output[i + 1] = output[i] + rows[i];
     }
-    rows_work job = {.operation = operation, .sums = loops, .tensors = tensors, .lengths = lengths, .dtypes = dtypes,
-                     .rows = rows, .leads = leads, .widths = widths, .count = count, .first = first, .output = output,
-                     .sums_by_row = sums};
+    rows_work job = {.operation = operation, .sums = loops, .fours = fours, .tensors = tensors, .lengths = lengths,
+                     .dtypes = dtypes, .rows = rows, .leads = leads, .widths = widths, .count = count, .first = first,
+                     .output = output, .sums_by_row = sums};
     run_threads(process_rows, process_rows_openmp, &job, elements, threads, parallel);
     free(tables);
     return 0;

@@ -147,6 +147,24 @@ static double NAME(LARGEST)(f64v a, f64v b, f64v c, f64v d) {
     return most;
 }
 
+/* Four rows at a time: a single short row is one stream of memory, and its sum waits for its last addition. The sum of a
+   row depends on its own elements alone, so that rows may be repeated to make four. */
+#define ROWS(name, type, load, step) \
+    static void NAME(name)(const void *const *rows, int64_t n, double *sums) { \
+        const type *p[4] = {rows[0], rows[1], rows[2], rows[3]}; \
+        f64v s[4] = {{0}}, none = {0}, x; \
+        int64_t whole = n - n % LANES; \
+        for (int64_t i = 0; i < whole; i += LANES) \
+            for (int j = 0; j < 4; j++) { load(x, p[j] + i); step(s[j], x); } \
+        if (whole < n) \
+            for (int j = 0; j < 4; j++) { \
+                type tail[LANES] = {0}; /* zeros add nothing */ \
+                memcpy(tail, p[j] + whole, (n - whole) * sizeof(type)); \
+                load(x, tail); step(s[j], x); \
+            } \
+        for (int j = 0; j < 4; j++) sums[j] = NAME(step)(s[j], none, none, none); \
+    }
+
 LOOP(square_f64, double, LOAD_F64, SQUARE, WORDS_32)
 LOOP(square_f32, float, LOAD_F32, SQUARE, WORDS_32)
 LOOP(square_bf16_wide, uint16_t, LOAD_BF16, SQUARE, WORDS_16)
@@ -246,6 +264,14 @@ static const loop NAME(loops)[4][4] = {
     {NAME(largest_f64), NAME(largest_f32), NAME(largest_bf16), NAME(largest_f16)},
     {NAME(words_f64), NAME(words_f32), NAME(words_bf16), NAME(words_bf16)},
 };
+
+ROWS(square_rows_f64, double, LOAD_F64, SQUARE)
+ROWS(square_rows_f32, float, LOAD_F32, SQUARE)
+ROWS(square_rows_bf16, uint16_t, LOAD_BF16, SQUARE)
+ROWS(square_rows_f16, uint16_t, LOAD_F16, SQUARE)
+
+static const loop_of_rows NAME(loops_of_rows)[4] = {
+    NAME(square_rows_f64), NAME(square_rows_f32), NAME(square_rows_bf16), NAME(square_rows_f16)};
 
 #undef LOAD_F16
 #undef PAIRS
