@@ -148,7 +148,7 @@ static double NAME(LARGEST)(f64v a, f64v b, f64v c, f64v d) {
 }
 
 /* Four rows at a time: a single short row is one stream of memory, and its sum waits for its last addition. The sum of a
-   row depends on its own elements alone, so that rows may be repeated to make four. */
+   row depends on the elements of that row alone, so that rows may be repeated to make four. */
 #define ROWS(name, type, load, step) \
     static void NAME(name)(const void *const *rows, int64_t n, double *sums) { \
         const type *p[4] = {rows[0], rows[1], rows[2], rows[3]}; \
