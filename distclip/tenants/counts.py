@@ -32,7 +32,7 @@ class GroupCounters:
 
     Attributes:
         columns: steps, skipped steps and skipped steps in a row of every group. Steps replace the lists and never
-            write them, so that whoever has kept `columns` can restore them.
+            write them, so that `columns` can be kept and restored.
 
     >>> counters = GroupCounters(["a", "b"])
     >>> counters.record([True, True], [False, True])
