@@ -219,7 +219,6 @@ SPOILED: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "version of text": ("version", lambda s: s.update(version="1")),
     "truth as a version": ("version", lambda s: s.update(version=True)),
     "fraction as a version": ("version", lambda s: s.update(version=1.0)),
-    "more skipped than made": ("skipped", lambda s: s["counts"].update(skipped=torch.tensor(99))),
     "other policy": ("policy", lambda s: s.update(rule="NormPolicy(EMA)")),
 }
 """Ways to spoil a state dict, with a word of the error."""
