@@ -20,8 +20,10 @@ def torchrun_variables(environ: Mapping[str, str]) -> dict[str, str]:
         An empty dictionary outside of srun, for a single task, and below torchrun or mpirun.
     """
     started_by_others = {"RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"} & environ.keys()
-    # A batch script is a task too, with the number of tasks of the job. Only srun sets the number of tasks of a step.
-    size = environ.get("SLURM_STEP_NUM_TASKS", "1")
+    # A batch script is a task too, with the number of tasks of the job and ENVIRONMENT=BATCH, which the tasks that it
+    # starts inherit. Only srun sets the number of tasks of a step.
+    is_batch = environ.get("ENVIRONMENT") == "BATCH"
+    size = environ.get("SLURM_STEP_NUM_TASKS", "1" if is_batch else environ.get("SLURM_NTASKS", "1"))
     if started_by_others or size == "1" or "SLURM_PROCID" not in environ:
         return {}
     # All tasks of a step compute the same port, and steps that run at the same time on a node different ones.

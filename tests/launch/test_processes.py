@@ -92,11 +92,21 @@ def test_tasks_of_srun_join(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "others",
-    [{}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}],
-    ids=["elsewhere", "batch script", "one task"],
+    [
+        {},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "ENVIRONMENT": "BATCH"},
+        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"},
+        {"SLURM_NTASKS": "4"},
+    ],
+    ids=["elsewhere", "batch script", "one task", "allocation"],
 )
 def test_single_tasks_have_no_peers(others: dict[str, str]) -> None:
     assert torchrun_variables(others) == {}
+
+
+def test_two_variables_are_enough() -> None:
+    task = torchrun_variables({"SLURM_PROCID": "3", "SLURM_NTASKS": "4"})
+    assert (task["RANK"], task["WORLD_SIZE"], task["LOCAL_WORLD_SIZE"]) == ("3", "4", "4")
 
 
 @pytest.mark.parametrize("launcher", ["RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
