@@ -215,8 +215,7 @@ class GradClipper:
         Args:
             parameters, split_over, comm, flat_grads: see `GradClipper`.
 
-        Raises, Collectives: see `GradClipper`. Call it on every rank: if another rank makes its next step instead, both
-        raise `DisagreementError`, unless the communicator is another one than before.
+        Raises, Collectives: see `GradClipper`. Call it on every rank.
 
         >>> weight = torch.nn.Parameter(torch.zeros(2))
         >>> from distclip import per_tensor_norm
@@ -233,7 +232,7 @@ class GradClipper:
         self._engine.refuse_between("rebind")
         state_dict, old = self.state_dict(), self._engine
         options = old.on_nonfinite, self._counter, flat_grads, old.coverage.partial, old.replicas
-        engine = Engine.build(parameters, self.policy, split_over, comm, *options, replaced=old)
+        engine = Engine.build(parameters, self.policy, split_over, comm, *options)
         engine.guard.log = old.guard.log
         engine.observers, engine.undo_observers = old.observers, old.undo_observers
         engine.deferred.clip_rate = old.deferred.clip_rate

@@ -5,9 +5,11 @@ It saves four seconds of CPU for each process. The processes are those of real j
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing as mp
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -20,12 +22,14 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-__all__ = ["TIMEOUT", "Done", "forkserver", "run_forked"]
+__all__ = ["TIMEOUT", "Done", "end_with_parent", "forkserver", "run_forked"]
 
 TIMEOUT = 400
 """Seconds after which a job counts as hung."""
 
 Done = subprocess.CompletedProcess[str]
+
+_PR_SET_PDEATHSIG = 1
 
 _PRELOAD = [
     "pytest",
@@ -52,6 +56,11 @@ def forkserver() -> ForkServerContext:
     # Only the first call before a process starts has an effect.
     context.set_forkserver_preload(_PRELOAD)
     return context
+
+
+def end_with_parent() -> None:
+    """Make the kernel end this process once the process that forked it has ended."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run_forked(

@@ -7,7 +7,6 @@ the ranks.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import importlib
 import multiprocessing as mp
@@ -23,8 +22,6 @@ from typing import Any
 
 from tests import ranks
 from tests.forks import forkserver
-
-_PR_SET_PDEATHSIG = 1
 
 
 class Preloader:
@@ -90,11 +87,11 @@ class _ForkedRank:
     """A rank that is not a child of this process."""
 
     def __init__(self, pid: int) -> None:
-        self._pid = pid
+        self.pid = pid
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self._pid, signal.SIGKILL)
+            os.kill(self.pid, signal.SIGKILL)
 
     def join(self) -> None:
         """Do nothing, because only the parent of a process can wait for it."""
@@ -137,8 +134,6 @@ def _run_rank(rank: int, size: int, folder: str, port: int) -> None:
     try:
         # Frameworks start and await processes too.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        # A rank must not outlive the process that forked it.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         with Client(_socket_in(folder), "AF_UNIX") as connection:
             connection.send(rank)
             ranks._serve(rank, size, port, connection)

@@ -17,6 +17,7 @@ import contextlib
 import functools
 import inspect
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -29,7 +30,7 @@ from typing import Any
 
 import pytest
 
-from tests.forks import forkserver
+from tests.forks import end_with_parent, forkserver
 
 TIMEOUT = 60.0
 """Seconds after which a collective gives up. A job counts as hung a little later."""
@@ -147,6 +148,10 @@ def _serve(rank: int, size: int, port: int, connection: Connection) -> None:
     from distclip.comm import discovery
     from distclip.sharding import cache
 
+    # Ranks are stopped between jobs. They would not notice that the connection closes, and a shell that ends hangs up
+    # process groups with a stopped process.
+    end_with_parent()
+    os.setsid()
     _rewrite_asserts_on_rank()
     raise_if_replicas_differ()
     torch.set_num_threads(1)
@@ -206,6 +211,7 @@ class World:
         """
         if not self._processes:
             self._start()
+        self._signal(signal.SIGCONT)
         for connection in self._connections:
             connection.send((job, kwargs))
         answers: dict[int, Any] = {}
@@ -224,12 +230,19 @@ class World:
                     ok, answer = False, "the process died"
                 (answers if ok else failures)[rank] = answer
         if len(answers) == self.size:
+            # The thread of each gloo group wakes a hundred times a second, and worlds have dozens of groups.
+            self._signal(signal.SIGSTOP)
             return [answers[rank] for rank in range(self.size)]
         # The ranks may be stuck in a collective, and their meshes in any state.
         self.stop()
         silent = sorted(waiting.values())
         report = "\n".join(f"--- rank {rank}\n{text}" for rank, text in sorted(failures.items()))
         raise RankError(f"{report}\n--- ranks without an answer: {silent}")
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
 
     def stop(self) -> None:
         """End the ranks. The next job starts new ones."""

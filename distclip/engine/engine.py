@@ -165,7 +165,6 @@ class Engine:
         *,
         named: Named | None = None,
         errors: FirstError | None = None,
-        replaced: Engine | None = None,
     ) -> EngineT:
         """Build the engine of a `GradClipper` from its arguments.
 
@@ -174,15 +173,13 @@ class Engine:
             parameters, policy, split_over, comm, on_nonfinite, flat_grads, partial, replicas: see `GradClipper`.
             named: the parameters under other names. None for those of `parameters`.
             errors: errors that this rank has collected already.
-            replaced: the engine of the same clipper until now, whose ranks check that all of them replace it.
 
         Raises:
             ArgumentError, LayoutError, DisagreementError: see `GradClipper`; on every rank.
 
         Collectives: two small all-reduces, two more with norms per group, tensor or row, and a gather with groups by
             reference. A few more if ranks hold different parameters (see `exchange_texts`). Without `comm`, the ranks
-            find each other through the store of torch.distributed first. One of a step's size over the communicator
-            of `replaced`, if it is the same.
+            find each other through the store of torch.distributed first.
         """
         errors = errors or FirstError()
         with errors:
@@ -196,9 +193,6 @@ class Engine:
             table = parameter_table(parameters, axes, named)
         is_derived = comm is None
         comm = resolve_comm(table.groups, table.axes, comm, errors, table.num_reached)
-        if replaced is not None and replaced.comm is comm and comm.size > 1:
-            # A rank that goes on to its next step instead enters an all-reduce of another length.
-            replaced.agree("GradClipper.rebind", errors)
 
         # Arguments must be the same on all ranks, and a layout alone may not show which ranks hold a parameter.
         # The address of an object in memory differs between ranks.

@@ -9,24 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
-from distclip import (
-    ArgumentError,
-    DisagreementError,
-    GradClipper,
-    LayoutError,
-    adagc,
-    agc,
-    global_norm,
-    per_tensor_norm,
-    value,
-    zclip,
-)
+from distclip import ArgumentError, GradClipper, LayoutError, adagc, agc, global_norm, per_tensor_norm, value, zclip
 from distclip.extend import FirstError
 from distclip.monitor import Recorder
 from tests.ranks import on_ranks
-from tests.rig import assert_raises_on_ranks
-from tests.tables.layouts.meshes import world_mesh
 
 
 def make_model() -> nn.Module:
@@ -89,24 +78,23 @@ def test_objects_in_messages_are_short_and_on_one_line() -> None:
         assert len(message.partition(":")[0]) < 120
 
 
-@on_ranks(2)
-@pytest.mark.parametrize("policy", [global_norm(1.0), per_tensor_norm(1.0)])
-def test_a_rank_that_steps_instead_is_told(policy: object) -> None:
-    (weight,) = params = [nn.Parameter(torch.zeros(4))]
-    mesh = world_mesh("pp")
-    clipper = GradClipper([("w", weight)], policy, split_over=mesh["pp"])  # type: ignore[arg-type]
-    is_first = dist.get_rank() == 0
-
-    def rebind() -> None:
-        clipper.rebind([("w", weight)], split_over=mesh["pp"])
-
-    for _ in range(2):
-        fill_with_ones(params)
-        assert_raises_on_ranks(
-            rebind if is_first else clipper.clip, DisagreementError, "rebind", "clip", unchanged=weight.grad
-        )
-        rebind()
-        assert float(clipper.clip().norms.norm()) == pytest.approx(8**0.5)
+@on_ranks(3)
+@pytest.mark.parametrize("has_earlier_call", [False, True])
+def test_ranks_that_begin_with_different_communicators_rebind(has_earlier_call: bool) -> None:
+    """Rank 2 finds a communicator of all ranks at once, and the others widen that of an earlier call."""
+    rank, named = dist.get_rank(), []
+    for name, members in (("w", [0, 1]), ("expert", [0, 2])):
+        mesh = DeviceMesh("cpu", members)
+        if rank in members:
+            named.append((name, nn.Parameter(DTensor.from_local(torch.zeros(4), mesh, [Shard(0)]))))
+        if name == "w" and has_earlier_call and named:
+            fill_with_ones([param for _, param in named])
+            GradClipper(named, global_norm(1.0)).clip()
+    clipper = GradClipper(named, global_norm(1.0))
+    for _ in range(3):
+        fill_with_ones([param for _, param in named])
+        assert float(clipper.clip().norm) == 4.0
+        clipper.rebind(named)
 
 
 @pytest.mark.parametrize("policy", [global_norm(0.1), per_tensor_norm(0.1), agc(0.01), value(0.1)])
