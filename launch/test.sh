@@ -4,7 +4,7 @@
 #     bash launch/test.sh --quick
 #     bash launch/test.sh tests/norms -k norm
 # --quick is `-m quick`, see tests/quick.py. All other arguments go to pytest. Without any, files of tests run side by
-# side, in one process more than there are cores, because ranks wait for each other, and in four at most.
+# side in up to four processes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/setup.sh
@@ -18,7 +18,7 @@ for argument in "$@"; do
     fi
 done
 if [ "${arguments[*]-}" = "" ] || [ "${arguments[*]}" = "-m quick" ]; then
-    processes=$("$PYTHON" -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
+    processes=$("$PYTHON" -c 'import os; print(min(4, os.cpu_count() or 1))')
     arguments+=(--numprocesses "$processes" --dist loadfile --no-loadscope-reorder)
 fi
 # Each process and each rank would compile all modules that it imports.
