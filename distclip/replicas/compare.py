@@ -6,6 +6,7 @@ gathered on such a step only.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,8 @@ class ReplicaDifference:
     >>> names = ("head.weight",) * 4
     >>> print(ReplicaDifference("gradient", "head.weight", (2,), (0, 1, 2, 3), 0.25, 30, True, "", 16, names))
     the gradient of head.weight on rank 2 differs from that on ranks 0, 1, 3 (norm by 25 %, bit 30)
+    >>> print(ReplicaDifference("gradient", "bias", (1,), (0, 1), float("inf"), None, True, "", 16, ("bias",) * 2))
+    the gradient of bias on rank 1 differs from that on rank 0 (a norm is not finite)
     """
 
     kind: Kind
@@ -89,7 +92,9 @@ class ReplicaDifference:
         return len(self.ranks) < len(self.group)
 
     def __str__(self) -> str:
-        size = f"norm by {100 * self.norm:.2g} %" + ("" if self.bit is None else f", bit {self.bit}")
+        size = f"norm by {100 * self.norm:.2g} %" if math.isfinite(self.norm) else "a norm is not finite"
+        if self.bit is not None:
+            size += f", bit {self.bit}"
         others = [rank for rank in self.group if rank not in self.ranks]
         if not others:
             return f"the {self.kind} of {self.name} differs between {rank_list(self.group)} ({size})"
