@@ -273,20 +273,17 @@ class IsolatedEngine(Engine):
         skipped, num_present = self.counters.record(are_present, are_skipped), sum(are_present)
         names = self.counters.names if skipped else ()
         for slot in skipped:
-            counts = self.counters[names[slot]]
-            if are_finite[slot]:
-                reason = POLICY_SKIPS
-            else:
-                found = culprits.get(slot, ())
-                reason = describe_skip(found)
+            counts, is_finite, found = self.counters[names[slot]], are_finite[slot], culprits.get(slot, ())
+            if not is_finite:
                 self.counter.incidents.append(Incident(step, "skip", found))
+            reason = POLICY_SKIPS if is_finite else describe_skip(found)
             if error := too_many_skips(step, counts.in_a_row, self.counter.max_skips, reason):
                 # The other groups make their step first.
                 self._due.append(TooManySkippedSteps(f"group {names[slot]!r}: {error}"))
-            elif not (are_finite[slot] or quiet):
+            elif not (is_finite or quiet):
                 warn_user(
                     f"step {step} was skipped in group {names[slot]!r} ({counts.skipped} in total): "
-                    f"{describe_culprits(culprits.get(slot, ()))}.",
+                    f"{describe_culprits(found)}.",
                     NonFiniteWarning,
                     is_printed=self.counter.prints,
                 )

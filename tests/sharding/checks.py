@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -104,6 +105,16 @@ def check_scaled(grad: Tensor, old: Tensor, coef: float, where: str) -> None:
     rtol = 1e-3 if grad.dtype == torch.float16 else rtol
     tiny = torch.finfo(grad.dtype).tiny
     torch.testing.assert_close(grad.to(wide), old.to(wide) * coef, rtol=rtol, atol=tiny, msg=lambda m: f"{where}: {m}")
+
+
+@contextmanager
+def enabled(switch: Callable[[bool], None]) -> Iterator[None]:
+    """Turn a setting of torch on within the block, which is off otherwise: `torch.__future__.set_swap_…`."""
+    switch(True)
+    try:
+        yield
+    finally:
+        switch(False)
 
 
 class CountOperators(TorchDispatchMode):  # type: ignore[misc]

@@ -20,6 +20,7 @@ from distclip import LayoutError
 from distclip.sharding import attributes
 from tests.ranks import on_ranks
 from tests.rig import assert_raises_on_ranks
+from tests.sharding.checks import enabled
 from tests.tables.layouts.meshes import world_mesh
 
 
@@ -46,20 +47,14 @@ def emptied(model: nn.Module) -> nn.Module:
 
 def widened(model: nn.Module) -> nn.Module:
     """Convert by new Parameters, as torch does for parameters that it cannot change in place."""
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
-    try:
+    with enabled(torch.__future__.set_overwrite_module_params_on_conversion):
         return model.double()
-    finally:
-        torch.__future__.set_overwrite_module_params_on_conversion(False)
 
 
 def swapped(model: nn.Module) -> nn.Module:
     """Convert by exchanging the contents of Parameters, which torch refuses where anything refers to one weakly."""
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
+    with enabled(torch.__future__.set_swap_module_params_on_conversion):
         return model.double()
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(False)
 
 
 def parametrized(model: nn.Module) -> nn.Module:

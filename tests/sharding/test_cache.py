@@ -18,7 +18,7 @@ from distclip import reference
 from distclip.sharding import cache, cached_table
 from distclip.sharding.shard import ShardInfos
 from tests.ranks import on_ranks
-from tests.sharding.checks import CountOperators
+from tests.sharding.checks import CountOperators, enabled
 
 
 def make_params(count: int, numel: int = 3, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -109,15 +109,12 @@ def test_parameters_of_fsdp2_can_be_converted_after_a_call() -> None:
 
 
 def test_parameters_can_be_swapped_after_a_call() -> None:
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
+    with enabled(torch.__future__.set_swap_module_params_on_conversion):
         model = nn.Linear(3, 3)
         model.weight.grad = torch.ones(3, 3)
         assert float(distclip.clip_grad_norm_(model, 1.0)) == 3.0
         model.zero_grad()
         assert model.double().weight.dtype == torch.float64
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(False)
 
 
 def test_new_tensor_at_the_address_of_a_deleted_one() -> None:

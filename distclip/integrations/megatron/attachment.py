@@ -54,9 +54,9 @@ def attach(
         The attachment, with the clipper and the report of each step. It is `optimizer.distclip` too.
 
     Raises:
-        ArgumentError: `optimizer` is not Megatron's, is attached already, or is that of
-            Megatron-FSDP; the policy needs names and `model` is missing or incomplete; some ranks
-            have a loss scale and others do not. Raised on every rank. In a step: see `GradClipper.clip`.
+        ArgumentError: `optimizer` is not Megatron's, is attached already, or is that of Megatron-FSDP; the policy needs
+            names and `model` is missing or incomplete; some ranks have a loss scale and others do not. Raised on every
+            rank. In a step: see `GradClipper.clip`.
 
     Collectives: gathers and all-reduces, so call it on every rank. A step has one all-reduce of a few float64 numbers
     over all ranks, in place of those of Megatron's norm and overflow check. Host syncs: in a step the host waits for
