@@ -4,7 +4,9 @@
 #   docker run --rm --init -e NPROC=4 distclip:cpu bash launch/mpirun.sh parallel=tp clip=zclip
 # Every launch/*.sh that needs no setup runs in the image. Runs are written to /home/distclip/outputs. Keep them with
 # -v runs:/home/distclip/outputs, or in a folder with -v "$PWD/outputs:/home/distclip/outputs" -u "$(id -u)".
-ARG BASE=python:3.12-slim-bookworm
+# The digest is that of the index of all architectures. To refresh it, replace it with the output of
+#   docker buildx imagetools inspect --format '{{.Manifest.Digest}}' python:3.12-slim-bookworm
+ARG BASE=python:3.12-slim-bookworm@sha256:34386ef0cb081344d7ec1c103ba398e6e9f64e9ab3a1509accc92a4e24a07258
 
 FROM ${BASE} AS python
 RUN python3 -m venv /opt/venv
@@ -42,6 +44,18 @@ RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
     && install -d -o distclip -g distclip outputs
 COPY conf conf
 COPY launch launch
+# What a registry shows of the image. REVISION and CREATED are empty unless the build gets them by
+#   --build-arg REVISION="$(git rev-parse HEAD)" --build-arg CREATED="$(date -u +%Y-%m-%dT%H:%M:%SZ)"
+ARG VERSION=0.1.0
+ARG REVISION
+ARG CREATED
+LABEL org.opencontainers.image.title="distclip" \
+    org.opencontainers.image.description="Gradient clipping that stays correct when gradients are sharded across processes" \
+    org.opencontainers.image.version="$VERSION" \
+    org.opencontainers.image.revision="$REVISION" \
+    org.opencontainers.image.created="$CREATED" \
+    org.opencontainers.image.source="https://github.com/distclip/distclip" \
+    org.opencontainers.image.licenses="Apache-2.0"
 USER 10001
 # No HEALTHCHECK, because this is a job that ends with an exit status.
 CMD ["bash", "launch/torchrun.sh"]

@@ -4,8 +4,10 @@
 # The comments on launch/ and outputs in cpu.Dockerfile apply here too.
 # torch's wheels contain CUDA 13.0 without the driver, so that a small base is enough. DeepSpeed's optimizers, which the
 # training job does not use, compile CUDA at run time. They need g++ and
-# --build-arg BASE=nvidia/cuda:13.0.2-devel-ubuntu24.04.
-ARG BASE=nvidia/cuda:13.0.2-base-ubuntu24.04
+# --build-arg BASE=nvidia/cuda:13.0.2-devel-ubuntu24.04@sha256:5dc1bca23d05bd37b011be68ec470c03b403a5da07ec3a86e41af9470e9d0cc6
+# The digest is that of the index of all architectures. To refresh it, replace it with the output of
+#   docker buildx imagetools inspect --format '{{.Manifest.Digest}}' nvidia/cuda:13.0.2-base-ubuntu24.04
+ARG BASE=nvidia/cuda:13.0.2-base-ubuntu24.04@sha256:2ab6381d970b211fb93853796dc6707eb8a72575a375c422b17cf4d8b2641701
 
 FROM ${BASE} AS python
 # The final image needs the compiler and Python's headers, because Triton compiles the launcher of each kernel. Ubuntu
@@ -43,6 +45,18 @@ RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
     && install -d -o distclip -g distclip outputs
 COPY conf conf
 COPY launch launch
+# What a registry shows of the image. REVISION and CREATED are empty unless the build gets them by
+#   --build-arg REVISION="$(git rev-parse HEAD)" --build-arg CREATED="$(date -u +%Y-%m-%dT%H:%M:%SZ)"
+ARG VERSION=0.1.0
+ARG REVISION
+ARG CREATED
+LABEL org.opencontainers.image.title="distclip" \
+    org.opencontainers.image.description="Gradient clipping that stays correct when gradients are sharded across processes" \
+    org.opencontainers.image.version="$VERSION" \
+    org.opencontainers.image.revision="$REVISION" \
+    org.opencontainers.image.created="$CREATED" \
+    org.opencontainers.image.source="https://github.com/distclip/distclip" \
+    org.opencontainers.image.licenses="Apache-2.0"
 USER 10001
 # No HEALTHCHECK, because this is a job that ends with an exit status.
 CMD ["bash", "launch/torchrun.sh"]

@@ -71,13 +71,19 @@ for path in $named ${VERIFY_MOUNTS:-}; do
     case $path in /etc/ssl/certs/* | /etc/xdg/pip/*) ;; *) mount_path "$path" ;; esac
 done
 
-arguments=(--build-arg "BASE=$base")
+revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)
+arguments=(--build-arg "BASE=$base" --build-arg "REVISION=$revision" --build-arg "CREATED=$(date -u +%Y-%m-%dT%H:%M:%SZ)")
 [ "${1:-cpu}" != cuda ] || TORCH_INDEX=${TORCH_INDEX-https://download.pytorch.org/whl/cpu}
 [ -z "${TORCH_INDEX+set}" ] || arguments+=(--build-arg "TORCH_INDEX=$TORCH_INDEX")
 image=localhost/distclip-verify
 silent buildah bud "${arguments[@]}" "${mounts[@]}" -f "$file" -t "$image" .
 size=$(buildah images --format '{{.Size}}' "$image")
 log "$file: builds, $size with the base"
+
+labels=$(buildah inspect --type image --format '{{range .OCIv1.Config.Labels}}{{println .}}{{end}}' "$image")
+for value in "$revision" Apache-2.0 "$(sed -n 's/^version: //p' CITATION.cff)"; do
+    grep -qx "$value" <<<"$labels" || refuse "no label of the image is $value:"$'\n'"$labels"
+done
 
 box=$(buildah from "$image")
 boxes+=("$box")

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+import distclip
+
 ROOT = Path(__file__).parents[2]
 DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
 SCRIPTS = [
@@ -20,6 +22,7 @@ SCRIPTS = [
     *sorted(ROOT.glob("docker/*.sh")),
     ROOT / ".ci/run",
 ]
+CITATION: dict[str, Any] = yaml.safe_load((ROOT / "CITATION.cff").read_text())
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())
 
 each_dockerfile = pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
@@ -72,6 +75,54 @@ def test_torch_is_pinned_as_in_the_setup(path: Path) -> None:
     pins = [set(re.findall(r"torch==([\d.]+)", text.read_text())) for text in (path, ROOT / "launch/setup.sh")]
     assert pins[0] == pins[1]
     assert len(pins[0]) == 1
+
+
+def first_stages(text: str) -> list[str]:
+    """Return the images that a Dockerfile takes from a registry, with the defaults of its arguments."""
+    defaults = dict(re.findall(r"^ARG (\w+)=(.*)$", text.partition("\nFROM ")[0], flags=re.MULTILINE))
+    stages: set[str] = set()
+    images = []
+    for image, name in re.findall(r"^FROM (\S+)(?: AS (\S+))?$", text, flags=re.MULTILINE):
+        if image not in stages:
+            images.append(re.sub(r"\$\{(\w+)\}", lambda match: defaults[match[1]], image))
+        stages.add(name)
+    return images
+
+
+@each_dockerfile
+def test_base_images_are_pinned_by_tag_and_digest(path: Path) -> None:
+    text = path.read_text()
+    # A FROM of another form would not be checked.
+    assert len(re.findall("^FROM ", text, flags=re.MULTILINE)) == 3
+    (base,) = first_stages(text)
+    named = re.findall(r"(?:python|nvidia/cuda):\S+", text)
+    assert base in named
+    for image in named:
+        tag, _, digest = image.partition("@sha256:")
+        # The command that refreshes the digest names the tag alone.
+        if f"imagetools inspect --format '{{{{.Manifest.Digest}}}}' {image}\n" not in text:
+            assert re.fullmatch("[0-9a-f]{64}", digest), image
+            assert re.fullmatch(r"[\w./-]+:[\w.-]+", tag), image
+    assert f"imagetools inspect --format '{{{{.Manifest.Digest}}}}' {base.partition('@')[0]}\n" in text
+
+
+def test_labels_describe_the_project() -> None:
+    title, _, description = CITATION["title"].partition(": ")
+    for path in DOCKERFILES:
+        text = path.read_text()
+        final = text.rpartition("\nFROM ")[2]
+        arguments = dict(re.findall(r"^ARG (\w+)(?:=(.*))?$", final, flags=re.MULTILINE))
+        labels = dict(re.findall(r'org\.opencontainers\.image\.(\w+)="([^"]*)"', final))
+        assert arguments | {"VERSION": distclip.__version__, "REVISION": "", "CREATED": ""} == arguments
+        assert labels == {
+            "title": title,
+            "description": description[0].upper() + description[1:],
+            "version": "$VERSION",
+            "revision": "$REVISION",
+            "created": "$CREATED",
+            "source": CITATION["repository-code"],
+            "licenses": CITATION["license"],
+        }
 
 
 @each_dockerfile
