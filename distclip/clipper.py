@@ -728,7 +728,7 @@ class GradClipper:
         >>> GradClipper(torch.nn.Linear(2, 1), global_norm(1.0)).agree("save")
         """
         if self.comm.size > 1:
-            self._engine.agree(function, FirstError())
+            self._engine.calls.agree(function, FirstError())
 
     def observe(self, observer: Observer, *, undo: Callable[[int], None] | None = None) -> None:
         """Call `observer(outcome)` at every step, on every rank.
@@ -825,7 +825,7 @@ class GradClipper:
 
         Collectives: none. Host syncs: none.
         """
-        self._engine.write_(outcome, self._engine.table.shards_at(positions, grads))
+        self._engine.execution.write_(outcome, self._engine.table.shards_at(positions, grads))
         if outcome.skips is not None:
             skipped = set(self.skipped_parameters(outcome))
             for position, grad in zip(positions, grads, strict=True):
@@ -850,13 +850,8 @@ class GradClipper:
         >>> clipper.skipped_parameters(clipper.decide(loss_scale=8.0))
         ('bob/parameters[0]',)
         """
-        names = self._engine.table.names
-        if self._groups is None:
-            return tuple(names) if outcome.skip.read() else ()
-        skipped = self._isolated("skipped_parameters")[1].skipped_ids(outcome)
-        return tuple(
-            name for name, tensor in zip(names, self._engine.table.tensors, strict=True) if id(tensor) in skipped
-        )
+        table, skipped = self._engine.table, self._engine.execution.skipped_ids(outcome)
+        return tuple(name for name, tensor in zip(table.names, table.tensors, strict=True) if id(tensor) in skipped)
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -1040,7 +1035,7 @@ class GradClipper:
         if len(turns.optimizers) > 1:
             comm = engine.step_comm
             if comm.size > 1:
-                engine.agree(f"GradClipper.attach, step of optimizer {turns.index(optimizer)}", errors)
+                engine.calls.agree(f"GradClipper.attach, step of optimizer {turns.index(optimizer)}", errors)
             elif errors.error is not None:
                 raise errors.error
             chosen = turns.to_clip(optimizer, comm)

@@ -29,7 +29,7 @@ def as_list(optimizer: Any) -> list[Optimizer]:
     """Return one optimizer, or several, as a list.
 
     Raises:
-        ArgumentError: it is neither.
+        ArgumentError: it is neither, or one of them is there twice.
     """
     is_one = isinstance(optimizer, Tensor | str | bytes) or hasattr(optimizer, "step")
     several = isinstance(optimizer, Iterable) and not is_one
@@ -39,6 +39,8 @@ def as_list(optimizer: Any) -> list[Optimizer]:
             f"optimizer={short_repr(optimizer)}: not a torch.optim.Optimizer. Pass an optimizer, or a list of "
             "optimizers."
         )
+    if len(set(map(id, optimizers))) < len(optimizers):
+        raise ArgumentError("optimizer: the list has one optimizer twice, which would step twice. Pass each one once.")
     return optimizers
 
 
@@ -52,7 +54,7 @@ class OptimizerSteps:
     Args:
         table: of this rank.
         comm: all ranks concerned.
-        agree: checks that every rank calls a function that is about to gather, see `Engine.agree`.
+        agree: checks that every rank calls a function that is about to gather, see `Calls.agree`.
         on_host: returns whether the host reads totals without a sync, see `Engine.on_host`.
         coverage: compares the optimizers' parameters with those of the table.
     """

@@ -39,6 +39,7 @@ from ..engine import Engine
 from ..errors import ArgumentError, LayoutError, NonFiniteError
 from ..nonfinite.culprits import Culprit, describe_culprits, gather_culprits
 from ..outcome import Outcome, Report
+from ..policies.description import describe
 from ..policies.policy import Allocation, BackwardPolicy
 from ..sharding.fsdp1 import is_flattened
 from ..sharding.fsdp2 import before_reduction, param_groups
@@ -108,7 +109,7 @@ class InBackward:
             self._owners = Owners(optimizers)
             self._check_owned(engine)
             modules = _ddp_modules(engine.table.tensors)
-        engine.agree(_FUNCTION, errors)
+        engine.calls.agree(_FUNCTION, errors)
         if engine.tensor_norms is None:
             engine.measure_tensors()
         averaged = frozenset(id(param) for module in modules for param in _managed(module))
@@ -467,7 +468,7 @@ class InBackward:
             if id(param) in self._averaged:
                 param.grad = None
         try:
-            totals = engine.add_powers(_FUNCTION, powers, errors)
+            totals = engine.calls.add_powers(_FUNCTION, powers, errors)
         except BaseException:
             self._abandon(backward)
             raise
@@ -546,13 +547,13 @@ def _check_policy(policy: Any) -> BackwardPolicy:
     """
     if not isinstance(policy, BackwardPolicy):
         raise ArgumentError(
-            f"policy={policy!r:.120}: it needs the norms of all gradients, and within backward they do not exist yet. "
-            "Use distclip.budget(max_norm), or distclip.lagged(policy, budget=max_norm)."
+            f"policy={describe(policy)}: it needs the norms of all gradients, and within backward they do not exist "
+            "yet. Use distclip.budget(max_norm), or distclip.lagged(policy, budget=max_norm)."
         )
     spec = policy.spec
     if not spec.has_only_tensor_norms:
         raise ArgumentError(
-            f"policy={policy!r:.120}: in_backward measures Euclidean norms of tensors, and the policy needs others. "
+            f"policy={describe(policy)}: in_backward measures Euclidean norms of tensors, and the policy needs others. "
             "Use distclip.budget(max_norm)."
         )
     return policy

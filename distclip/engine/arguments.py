@@ -14,6 +14,7 @@ from ..errors import ArgumentError, short_repr
 from ..nonfinite.rules import OnNonFinite
 from ..norms.spec import NormSpec
 from ..policies import Policy
+from ..policies.description import describe
 from ..replicas.rules import Replicas
 
 __all__ = ["Passed", "check_arguments", "check_passed"]
@@ -64,8 +65,8 @@ def check_arguments(policy: Any, on_nonfinite: Any, max_skips: Any, replicas: An
         )
     if policy.spec.moment_eps is not None and (policy.spec.per == "row" or policy.spec.norm_type != 2):
         raise ArgumentError(
-            f"policy={policy!r:.120}: second moments are compared by model, group or tensor, with Euclidean norms. Use "
-            'per="tensor" and norm_type=2.0.'
+            f"policy={describe(policy)}: second moments are compared by model, group or tensor, with Euclidean norms. "
+            'Use per="tensor" and norm_type=2.0.'
         )
     if on_nonfinite not in get_args(OnNonFinite):
         raise ArgumentError(f"on_nonfinite={on_nonfinite!r}: unknown. Use one of {', '.join(get_args(OnNonFinite))}.")

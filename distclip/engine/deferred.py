@@ -1,8 +1,9 @@
-"""Read numbers of a step on the host one step late, so that no step waits for the device."""
+"""Put off to the next call what a step must not wait for: host reads, and errors that one rank has alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .. import devices
 from ..comm import Comm
+from ..comm.consensus import FirstError
 from ..errors import PeerError, warn_user
 from ..nonfinite.culprits import gather_culprits, suspect_nonfinite
 from ..nonfinite.rules import NonFiniteRule
@@ -22,7 +24,7 @@ from ..policies import State
 from ..policies.restart import ClipRate
 from ..replicas.guard import ReplicaGuard
 
-__all__ = ["DeferredReads", "Unread"]
+__all__ = ["DeferredReads", "LateErrors", "Unread"]
 
 
 @dataclass(frozen=True)
@@ -142,3 +144,38 @@ class DeferredReads:
         elif engine.rule.leaves_step_out or quiet:
             culprits = gather_culprits(suspect_nonfinite(per_tensor_powers), engine.step_comm)
             counter.record_skip(step, culprits, expected=quiet)
+
+
+class LateErrors:
+    """Keep errors of this rank alone until all ranks can raise them together, in the next call.
+
+    Until then the ranks stay in one step. Such an error is a warning that is an error, or comes from a function of the
+    user behind the all-reduce.
+
+    Args:
+        is_alone: returns whether this rank makes its steps without others.
+    """
+
+    def __init__(self, is_alone: Callable[[], bool]) -> None:
+        self._is_alone = is_alone
+        self._errors = FirstError()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep an error of the block. A rank that is alone raises it at once."""
+        try:
+            yield
+        except Exception as error:
+            if self._is_alone():
+                # No other rank can get out of step.
+                raise
+            self._errors.add(error)
+
+    def add(self, error: Exception) -> None:
+        """Keep an error."""
+        self._errors.add(error)
+
+    def take(self) -> BaseException | None:
+        """Return the first error since the last call, if there is one."""
+        errors, self._errors = self._errors, FirstError()
+        return errors.error

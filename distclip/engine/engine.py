@@ -9,38 +9,27 @@ for bit, so that every rank takes the same branch into the same collectives.
 from __future__ import annotations
 
 import math
-import re
-import weakref
-import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from .. import devices
-from ..apply.consumed import find_stepped, mark_clipped, warn_of_late_clip, watch_steps_of
-from ..apply.coverage import Coverage
-from ..apply.declined import watch_steps
-from ..apply.fused import supports_grad_scale
+from ..apply.consumed import find_stepped, warn_of_late_clip, watch_steps_of
 from ..apply.grad_scaler import ScalerState, enabled
 from ..apply.optimizers import OptimizerSteps, as_list
-from ..apply.scale import clamp_, scale_
-from ..apply.step_gate import hold_still, release, undone_on_error
-from ..apply.updates import ScaledUpdates, scale_next_step
+from ..apply.step_gate import undone_on_error
 from ..apply.writes import GradientWrites
 from ..comm import Comm, LocalComm
-from ..comm.agreement import Call, CallCounter
 from ..comm.consensus import FirstError
-from ..comm.discovery import global_rank, resolve_comm
-from ..comm.ranks import Axis
+from ..comm.discovery import global_rank
 from ..devices import ALWAYS, NEVER, Fact, as_fact, device_constant, outside_fake_mode
 from ..errors import ArgumentError, warn_user
 from ..nonfinite.culprits import count_nonfinite, gather_culprits, suspect_nonfinite
@@ -48,32 +37,30 @@ from ..nonfinite.rules import RULES, OnNonFinite, Skip
 from ..nonfinite.skip_counter import SkipCounter
 from ..norms.measure import Partials
 from ..norms.moments import SecondMoments
-from ..norms.reduce import Totals, gather_facts, reduce
+from ..norms.reduce import Totals
 from ..norms.spec import NormSpec
 from ..norms.tensor_norms import TensorNorms
-from ..norms.watch import NO_WATCH, Watch
+from ..norms.watch import NO_WATCH
 from ..outcome import Observer, Outcome
 from ..policies import Policy, State
 from ..policies.checked import as_checked
 from ..policies.fixed import bounds_nothing
-from ..policies.validation import check_flags
 from ..replicas import rules as replica_rules
 from ..replicas.guard import ReplicaGuard
 from ..replicas.incidents import ReplicaLog
 from ..replicas.rules import Replicas
-from ..replicas.unlinked import compare_tensors, is_unlinked
-from ..sharding.annotations import whole_shape
-from ..sharding.ddp import ddp_modules, is_joining
-from ..sharding.exchange import exchange_setup
-from ..sharding.members import Members, resolve_groups
+from ..replicas.unlinked import compare_tensors
+from ..sharding.ddp import is_joining
 from ..sharding.parameters import Named, Parameters, is_frozen
 from ..sharding.shard import Shards
-from ..sharding.slots import ParamInfo, SlotMap, assign_slots, describe_params, exchange_params, parent_slots
-from ..sharding.split_over import SplitOver, split_axes
-from ..sharding.table import ShardTable, parameter_table, warn_if_nothing_trains
-from .arguments import Passed, check_arguments, check_passed
-from .deferred import DeferredReads, Unread
-from .measuring import NO_SHARDS, Measuring, covering, measure_all_ranks
+from ..sharding.slots import ParamInfo, assign_slots, describe_params, exchange_params, parent_slots
+from ..sharding.split_over import SplitOver
+from .arguments import Passed, check_passed
+from .calls import Calls
+from .deferred import DeferredReads, LateErrors, Unread
+from .execution import Execution, ScalerRound
+from .measuring import NO_SHARDS, Measuring, measure_all_ranks
+from .setup import Setup, set_up
 from .stages import begin, complete
 
 __all__ = ["Engine"]
@@ -85,69 +72,43 @@ class Engine:
     """Clip the gradients of a table by a policy, and keep the policy's state.
 
     Args:
-        table: parameters of this rank, with their layouts.
-        comm: all ranks concerned.
+        setup: what the ranks have agreed on.
         policy: decides about the norms.
-        slots: slots of the norms.
         on_nonfinite: rule for steps that are not finite, see `GradClipper`.
         counter: counts steps and skipped steps.
-        coverage: compares the parameters with those of optimizers.
-        replicas: rule for replicas that differ, see `GradClipper`.
     """
 
-    def __init__(
-        self,
-        table: ShardTable,
-        comm: Comm,
-        policy: Policy,
-        slots: SlotMap,
-        on_nonfinite: OnNonFinite,
-        counter: SkipCounter,
-        coverage: Coverage,
-        replicas: Replicas = "warn",
-    ) -> None:
-        self.table, self.comm, self.policy, self.slots = table, comm, as_checked(policy), slots
+    def __init__(self, setup: Setup, policy: Policy, on_nonfinite: OnNonFinite, counter: SkipCounter) -> None:
+        self.table, self.comm, self.slots, self.spec = setup.table, setup.comm, setup.slots, setup.spec
+        self.coverage, self.replicas, self.token = setup.coverage, setup.replicas, setup.token
+        self._ddp_modules, self._compares_tensors = setup.ddp_modules, setup.compares_tensors
+        self.policy = as_checked(policy)
         self.on_nonfinite, self.rule, self.counter = on_nonfinite, RULES[on_nonfinite], counter
-        self.spec = policy.spec
-        self.state: State = self.policy.init(slots.total, torch.device("cpu"))
+        # All ranks emit the same warnings, and one of them prints them.
+        counter.prints = self.comm.rank == 0
+        self.guard = ReplicaGuard(self.table, replica_rules.RULES[self.replicas], ReplicaLog())
+        self.guard.log.prints = counter.prints
+
+        # What the steps change.
+        self.state: State = self.policy.init(self.slots.total, torch.device("cpu"))
         self.tensor_norms: TensorNorms | None = None
         self.observers: list[Observer] = []
         self.undo_observers: list[Callable[[int], None]] = []
         self._observed_step = 0
-        # All ranks emit the same warnings, and one of them prints them.
-        counter.prints = comm.rank == 0
-        self.deferred = DeferredReads(self)
-        self.coverage = coverage
-        self.optimizers = OptimizerSteps(table, comm, self.agree, self.is_on_host, coverage)
-        self.replicas = replicas
-        self.guard = ReplicaGuard(table, replica_rules.RULES[replicas], ReplicaLog())
-        self.guard.log.prints = counter.prints
-        self._calls = CallCounter()
-        # Coefficients of the last step, which the ranks compare in the next one.
-        self._last_coefs: Tensor | None = None
-        self._scaler_round: _ScalerRound | None = None
-        # State before the last decision, for a step that is not made.
-        self._undo: _Trace | None = None
-        self._ddp_modules: list[weakref.ref[Any]] = []
-        # Errors that this rank had alone, behind the all-reduce of its last call.
-        self._late_errors = FirstError()
-        self._only_measures = bounds_nothing(policy)
-        if not self._only_measures:
-            watch_steps_of(table)
-        # Whether ranks that no communicator connects may still tell this one that their tensors differ.
-        self._compares_tensors = False
-        # Optimizers that are about to step, which are read if the spec has `moment_eps`. None if they are not known. An
-        # optimizer that the caller no longer has must not stay alive.
-        self._about_to_step: list[weakref.ref[Optimizer]] | None = None
-        # Whether coefficients multiply what the step adds to parameters, and not the gradients.
-        self._scales_updates = policy.spec.moment_eps is not None
-        self._next_steps: Sequence[RemovableHandle] = ()
-        # Scalars of the user in the current call, the names and reductions that the ranks have agreed on, and the
-        # number of elements that every message has for them since then.
-        self._watch, self._known_watches, self._watch_length = NO_WATCH, {NO_WATCH.kinds}, 0
+        # Scalars of the user in the current call.
+        self._watch = NO_WATCH
         # The step between `start` and `finish`.
         self.started: _Started | None = None
-        self.token = ""
+        # State before the last decision, for a step that is not made.
+        self._undo: _Trace | None = None
+
+        self.deferred, self.late_errors = DeferredReads(self), LateErrors(self.is_alone)
+        self.calls = Calls(self)
+        self._only_measures = bounds_nothing(policy)
+        if not self._only_measures:
+            watch_steps_of(self.table)
+        self.optimizers = self._optimizer_steps()
+        self.execution = self._make_execution()
 
     @classmethod
     @outside_fake_mode
@@ -181,51 +142,27 @@ class Engine:
             reference. A few more if ranks hold different parameters (see `exchange_texts`). Without `comm`, the ranks
             find each other through the store of torch.distributed first.
         """
-        errors = errors or FirstError()
-        with errors:
-            check_arguments(policy, on_nonfinite, counter.max_skips, replicas)
-            check_flags(flat_grads=flat_grads, partial=partial)
-        axes: tuple[Axis, ...] = ()
-        with errors:
-            axes = split_axes(split_over, comm)
-        table = ShardTable.empty(axes)
-        with errors:
-            table = parameter_table(parameters, axes, named)
-        is_derived = comm is None
-        comm = resolve_comm(table.groups, table.axes, comm, errors, table.num_reached)
+        setup = set_up(
+            parameters,
+            policy,
+            split_over,
+            comm,
+            on_nonfinite,
+            counter.max_skips,
+            flat_grads,
+            partial,
+            replicas,
+            named,
+            errors or FirstError(),
+        )
+        return cls(setup, policy, on_nonfinite, counter)
 
-        # Arguments must be the same on all ranks, and a layout alone may not show which ranks hold a parameter.
-        # The address of an object in memory differs between ranks.
-        arguments = f"{policy!r}, on_nonfinite={on_nonfinite!r}, max_skips={counter.max_skips}, replicas={replicas!r}"
-        arguments = re.sub(r" at 0x\w+", "", arguments)
-        errors.add(table.error)
-        # A communicator of an earlier call may be too small for the meshes of this one.
-        comm = covering(comm, table, errors)
-        token = exchange_setup(table, comm, errors.error, arguments)
+    def _optimizer_steps(self) -> OptimizerSteps:
+        return OptimizerSteps(self.table, self.comm, self.calls.agree, self.is_on_host, self.coverage)
 
-        # Slots must be the same on all ranks too, and follow from the parameters of all of them.
-        slots, spec = SlotMap(), policy.spec
-        if any(type(pattern) is Members for pattern in spec.groups.values()):
-            spec = replace(spec, groups=resolve_groups(spec.groups, table, comm, errors))
-        if spec.per != "model" or spec.exclude or spec.needs_weights:
-            params: list[ParamInfo] = []
-            with errors:
-                module = parameters if isinstance(parameters, nn.Module) else None
-                params = describe_params(table, global_rank(comm), spec, module)
-            slots = assign_slots(*exchange_params(comm, errors.error, params), spec)
-        table.assign_slots(slots.by_name, slots.frozen)
-        table.flat_grads = flat_grads
-        warn_if_nothing_trains(parameters, table)
-        coverage = Coverage(table, partial=partial, module=parameters if isinstance(parameters, nn.Module) else None)
-        engine = cls(table, comm, policy, slots, on_nonfinite, counter, coverage, replicas)
-        if isinstance(parameters, nn.Module) and table.is_complete:
-            engine._ddp_modules = ddp_modules(parameters)
-        # The policy has references, and the engine has the names that they stand for on all ranks.
-        engine.spec = spec
-        engine.token = token
-        if is_derived and replicas != "off" and not table.is_complete and is_unlinked(table, comm):
-            engine._compares_tensors = not compare_tensors("GradClipper", table, comm, may_call_alone=False)
-        return engine
+    def _make_execution(self) -> Execution:
+        """Return what carries the decisions out."""
+        return Execution(self.table, self.spec, self.optimizers, self.coverage, self.late_errors, self._only_measures)
 
     @cached_property
     def on_host(self) -> bool:
@@ -245,13 +182,21 @@ class Engine:
         Args:
             memo: see `copy.deepcopy`.
         """
+        # A copy may be made within a round of the scaler.
+        scaler_round = self.execution.round
         self.coverage = self.coverage.of_copy(self.table, memo)
-        self.optimizers = OptimizerSteps(self.table, self.comm, self.agree, self.is_on_host, self.coverage)
+        self.optimizers = self._optimizer_steps()
+        self.execution = self._make_execution()
+        self.execution.round = scaler_round
 
     @property
     def step_comm(self) -> Comm:
         """Communicator of a step: all ranks concerned, or this one alone while DDP joins uneven inputs."""
         return LocalComm() if self._ddp_modules and is_joining(self._ddp_modules) else self.comm
+
+    def is_alone(self) -> bool:
+        """Return whether this rank makes its steps without others."""
+        return self.step_comm.size == 1
 
     @property
     def num_measured_slots(self) -> int:
@@ -333,7 +278,7 @@ class Engine:
             with errors:
                 optimizers = as_list(optimizer)
         used, function = optimizers or [], "GradClipper.step"
-        self._expect_steps(optimizers)
+        self._expect(optimizers)
         scaler, state, loss_scale = enabled(scaler), None, None
         if scaler is not None and optimizer is None:
             error = ArgumentError("scaler: it scales by optimizer. Call clipper.start(optimizer, scaler).")
@@ -346,11 +291,11 @@ class Engine:
         if scaler is not None:
             with errors:
                 state = ScalerState(scaler, used)
-        earlier = self._scaler_round
+        earlier = self.execution.round
         if state is not None and earlier is not None and earlier.round is state.round:
             # An earlier call since the last scaler.update() has decided about all gradients.
             passed = yield
-            return earlier.outcome if passed is None else self._step_again(earlier, used, state)
+            return earlier.outcome if passed is None else self.execution.step_again(used, state)
         was_scaled = state is not None and len(state.scaled_optimizers()) == len(used)
         if state is not None:
             with errors:
@@ -385,7 +330,19 @@ class Engine:
             raise late.error
 
         # 6. Write and step, or skip.
-        return self._carry_out(outcome, optimizers, state, is_scaled=loss_scale is not None, was_scaled=was_scaled)
+        declined = self.execution.step(
+            outcome, optimizers, state, is_scaled=loss_scale is not None, was_scaled=was_scaled
+        )
+        if declined:
+            # The ranks have decided together, and the optimizers have declined together.
+            self.discard()
+            return replace(outcome, skip=ALWAYS)
+        if self._undo is None and state is None and not outcome.skip.host:
+            raise ArgumentError(
+                "optimizer: it has loaded another state into the clipper within its step, after the clipper had "
+                "decided. With torchft, call distclip.integrations.torchft.attach(optimizer, policy) instead."
+            )
+        return outcome
 
     def _compare_last(self, passed: Passed, errors: FirstError, late: FirstError) -> tuple[list[Optimizer], bool]:
         """Compare the optimizers of `finish` with those of the other ranks, because `start` had none.
@@ -410,102 +367,13 @@ class Engine:
             self.coverage.check(optimizers, all_now=True)
         return optimizers, all_fused
 
-    def _carry_out(
-        self,
-        outcome: Outcome,
-        optimizers: list[Optimizer],
-        state: ScalerState | None,
-        *,
-        is_scaled: bool,
-        was_scaled: bool,
-    ) -> Outcome:
-        """Write the decision of a step into gradients, and step the optimizers.
-
-        Args:
-            outcome: the decision.
-            optimizers: of this rank.
-            state: of the GradScaler.
-            is_scaled: whether the gradients carry a loss scale.
-            was_scaled: whether those of all these optimizers do.
-        """
-        # Fused optimizers apply one factor themselves, which saves a pass over the gradients if these must be
-        # multiplied anyway. With a loss scale it has been checked already that the parameters are the table's.
-        written = self._written(outcome)
-        fuse = (
-            (is_scaled or outcome.skip.host is None)
-            and outcome.limits is None
-            and len(written.coefs) == 1
-            and all(map(supports_grad_scale, optimizers))
-            and (is_scaled or self.coverage.owns(optimizers))
-        )
-        if fuse:
-            self._mark_clipped()
-        elif not outcome.skip.host:
-            self.write_(written, outcome.shards)
-        watched = self.coverage.watch(optimizers)
-        steps = None if outcome.skip.host or state is not None else watch_steps(optimizers)
-        self._advance(optimizers, outcome, state, fuse)
-        if not outcome.skip.host:
-            with self._raised_late():
-                self.coverage.check_kept(watched, optimizers)
-        if steps is not None and steps.all_declined():
-            # The ranks have decided together, and the optimizers have declined together.
-            self.discard()
-            return replace(outcome, skip=ALWAYS)
-        if steps is not None and self._undo is None:
-            raise ArgumentError(
-                "optimizer: it has loaded another state into the clipper within its step, after the clipper had "
-                "decided. With torchft, call distclip.integrations.torchft.attach(optimizer, policy) instead."
-            )
-        if state is not None:
-            self._end_call(outcome, optimizers, state, written=not fuse, was_scaled=was_scaled)
-        return outcome
-
-    def _written(self, outcome: Outcome) -> Outcome:
-        """Return the outcome with the coefficients that multiply gradients."""
-        return replace(outcome, coefs=torch.ones_like(outcome.coefs[:1])) if self._scales_updates else outcome
-
-    def _scaled_updates(self, outcome: Outcome, optimizers: Sequence[Optimizer]) -> ScaledUpdates | None:
-        """Return what scales the movements of a step that is about to be made, if the policy does."""
-        if not self._scales_updates or outcome.skip.host:
-            return None
-        coefs = outcome.coefs if self.tensor_norms is None else self.tensor_norms.expand(outcome.coefs)
-        slots = [info.slot for info in self.table.metadata.infos(self.table.holders)]
-        return ScaledUpdates(self.table.tensors, slots, coefs, optimizers)
-
-    def _optimizers_about_to_step(self) -> list[Optimizer]:
-        found = [one() for one in self._about_to_step or ()]
-        return [one for one in found if one is not None]
-
-    def _expect_steps(self, optimizers: Sequence[Optimizer] | None) -> None:
-        """Set the optimizers that are about to step, and call off what the last call has left for them.
+    def _expect(self, optimizers: Sequence[Optimizer] | None) -> None:
+        """Set the optimizers of a call, whose second moments it may read.
 
         Args:
             optimizers: of this rank. None if they are not known.
         """
-        self._forget_next_steps()
-        if self.spec.moment_eps is not None and optimizers is not None:
-            self._about_to_step = list(map(weakref.ref, optimizers))
-
-    def _forget_next_steps(self) -> None:
-        """Forget the optimizers of the last call, and call off what scales their next steps."""
-        for handle in self._next_steps:
-            handle.remove()
-        self._next_steps, self._about_to_step = (), None
-
-    def _end_call(
-        self, outcome: Outcome, optimizers: list[Optimizer], state: ScalerState, *, written: bool, was_scaled: bool
-    ) -> None:
-        """Keep the decision for optimizers of the GradScaler's round that step in other calls.
-
-        Args:
-            outcome, optimizers, state, was_scaled: see `_carry_out`.
-            written: whether the gradients have been multiplied already.
-        """
-        self._scaler_round = _ScalerRound(state.round, outcome.without_gradients(), written, was_scaled)
-        if outcome.skip.host is False:
-            # A caller may leave the other optimizers out of a step that is skipped.
-            self.coverage.await_others(optimizers)
+        self.execution.expect(optimizers if self.spec.moment_eps is not None else None)
 
     @torch.no_grad()
     def clip(
@@ -543,7 +411,7 @@ class Engine:
             with invalid:
                 optimizers = as_list(optimizer)
         errors.add(invalid.error)
-        self._expect_steps(optimizers)
+        self._expect(optimizers)
         if scaler is not None:
             used = optimizers or []
             are_known = invalid.error is None and isinstance(scaler, GradScaler)
@@ -557,27 +425,8 @@ class Engine:
         outcome = self.decide(errors, loss_scale, expect_overflow=is_scaled, function=function, watch=watch)
 
         # 6. Scale in place, or drop the gradients, so that the caller's optimizer.step() changes nothing.
-        self._write_or_drop(outcome, state)
+        self.execution.write_or_drop(outcome, state)
         return outcome
-
-    def _write_or_drop(self, outcome: Outcome, state: ScalerState | None) -> None:
-        """Write the decision of `clip` into gradients, or drop those of a skipped step.
-
-        Args:
-            outcome: the decision.
-            state: of the GradScaler.
-        """
-        if state is not None:
-            state.set_found_inf(outcome.overflow.on(outcome.coefs.device).to(torch.float32))
-        if not outcome.skip.host:
-            self.write_(self._written(outcome), outcome.shards)
-            if self._about_to_step is not None:
-                pairs = [(one, self._scaled_updates(outcome, [one])) for one in self._optimizers_about_to_step()]
-                self._next_steps = scale_next_step([(one, scaled) for one, scaled in pairs if scaled is not None])
-        else:
-            # Nor may an optimizer move by what it remembers of earlier gradients.
-            self.table.drop_gradients()
-            hold_still(self, self.table.selected())
 
     @contextmanager
     def _undone_on_error(self, before: _Trace | None = None) -> Iterator[_Trace]:
@@ -606,9 +455,9 @@ class Engine:
             return
         with FirstError():
             complete(started.stages, None)
-        if self.step_comm.size == 1:
+        if self.is_alone():
             self.restore(started.before)
-        self._late_errors.add(
+        self.late_errors.add(
             ArgumentError(
                 "start: the last step was started on this rank and not finished. Call clipper.finish(optimizer) once "
                 "after each clipper.start()."
@@ -632,15 +481,15 @@ class Engine:
         counter, deferred = self.counter, self.deferred
         counts = counter.steps, counter.skipped, counter.in_a_row
         clip_rate = deferred.clip_rate.trace()
-        return _Trace(self.state, self._last_coefs, self._scaler_round, deferred.unread, counts, clip_rate)
+        return _Trace(self.state, self.calls.last_coefs, self.execution.round, deferred.unread, counts, clip_rate)
 
     def restore(self, before: _Trace) -> None:
         """Restore the trace from before a step that an exception has ended, or that was not made."""
-        self.state, self._last_coefs, self._scaler_round = before.state, before.last_coefs, before.scaler_round
+        self.state, self.calls.last_coefs, self.execution.round = before.state, before.last_coefs, before.scaler_round
         self.deferred.unread = before.unread
         self.deferred.clip_rate.restore(before.clip_rate)
         self._undo = None
-        self._forget_next_steps()
+        self.execution.call_off()
         counter = self.counter
         was_observed = self._observed_step > before.counts[0]
         counter.steps, counter.skipped, counter.in_a_row = before.counts
@@ -819,26 +668,10 @@ class Engine:
             outcome: the decision.
             before: state before the step. None if the step cannot be discarded.
         """
-        self._last_coefs, self._observed_step, self._undo = outcome.coefs, outcome.step, before
+        self.calls.last_coefs, self._observed_step, self._undo = outcome.coefs, outcome.step, before
         for observe in self.observers:
             self._observe(observe, outcome)
         return outcome
-
-    @outside_fake_mode
-    @torch.no_grad()
-    def write_(self, outcome: Outcome, shards: Shards) -> None:
-        """Scale gradients, and clamp their elements if the outcome has limits.
-
-        Collectives: none. Host syncs: none.
-        """
-        scale_(shards, outcome.factors)
-        if outcome.limits is not None:
-            clamp_(shards, *outcome.limits, magnitudes=self.spec.limits_magnitudes)
-        self._mark_clipped()
-
-    def _mark_clipped(self) -> None:
-        if not self._only_measures:
-            mark_clipped(self.table)
 
     def measure_tensors(self) -> None:
         """Measure the norm of every parameter from now on, in addition to the norms that the policy needs.
@@ -853,7 +686,7 @@ class Engine:
             self.tensor_norms = TensorNorms(slots.names, None, parameters, slots.total, slots.total)
             return
         errors = FirstError(self.table.error)
-        self.agree("GradClipper.measure_tensors", errors)
+        self.calls.agree("GradClipper.measure_tensors", errors)
         params: list[ParamInfo] = []
         per_tensor = NormSpec(per="tensor")
         with errors:
@@ -873,7 +706,7 @@ class Engine:
                     f"measure_updates: the policy has per={self.spec.per!r} and norm_type={self.spec.norm_type}. Use a "
                     "policy per model, group or tensor with norm_type=2.0."
                 )
-        self.agree("GradClipper.measure_updates", errors)
+        self.calls.agree("GradClipper.measure_updates", errors)
         self.spec = replace(self.spec, moment_eps=1e-8)
 
     def _measure(
@@ -887,13 +720,13 @@ class Engine:
     def _start_measuring(
         self, errors: FirstError, loss_scale: Tensor | None, function: str, *, overlap: bool
     ) -> Measuring:
-        spec, call = self.spec, self._call(function, loss_scale, self._watch)
+        spec, call = self.spec, self.calls.describe(function, loss_scale, self._watch)
         if spec.limits is not None and loss_scale is not None:
             # The gradients carry the loss scale, so the limits must carry it too.
             low, high = spec.limits
             spec = replace(spec, limits=(low * float(loss_scale), high * float(loss_scale)))
-        moments = None
-        if spec.moment_eps is not None and self.policy.spec.moment_eps is not None and self._about_to_step is None:
+        moments, about_to_step = None, self.execution.about_to_step
+        if spec.moment_eps is not None and self.policy.spec.moment_eps is not None and about_to_step is None:
             errors.add(
                 ArgumentError(
                     f"{function}: the policy reads the second moments of the optimizer that is about to step. Use "
@@ -902,8 +735,7 @@ class Engine:
                 )
             )
         elif spec.moment_eps is not None:
-            is_alone = self.step_comm.size == 1
-            moments = SecondMoments(self._optimizers_about_to_step(), spec.moment_eps, loss_scale, is_alone)
+            moments = SecondMoments(about_to_step or [], spec.moment_eps, loss_scale, self.is_alone())
         return measure_all_ranks(
             self.table,
             spec,
@@ -922,7 +754,7 @@ class Engine:
         self, measuring: Measuring, loss_scale: Tensor | None
     ) -> tuple[Shards, Partials, Totals, Totals]:
         shards, partials, totals = complete(measuring, None)
-        with self._raised_late():
+        with self.late_errors.kept():
             self.coverage.record_call(len(shards))
         if self._compares_tensors:
             self._compares_tensors = not compare_tensors("GradClipper", self.table, self.comm, may_call_alone=False)
@@ -935,7 +767,7 @@ class Engine:
         try:
             observe(outcome)
         except Exception as error:
-            with self._raised_late():
+            with self.late_errors.kept():
                 warn_user(
                     f"observer={observe!r:.100}: it raised {error!r:.200} in step {outcome.step}, which went on. "
                     "Pass a function that does not raise.",
@@ -951,82 +783,14 @@ class Engine:
 
         Collectives: one all-reduce the first time with these names of watched scalars.
         """
-        errors.add(self._late_errors.error)
-        self._late_errors = FirstError()
-        release(self)
-        self._watch = Watch.of(watch, errors)
-        if self.step_comm.size > 1:
-            # A message gets longer only once all ranks know by how much. A rank that has failed makes the call below
-            # all the same, which is as long as this one, so that all ranks raise its error.
-            if errors.error is None and self._watch.kinds not in self._known_watches:
-                new = self._call(f"{function} with new watched scalars", loss_scale, self._watch)
-                self._agree(new, None, errors)
-                self._known_watches.add(self._watch.kinds)
-                self._watch_length = max(self._watch_length, self._watch.num_elements(self.step_comm.size))
-            self._watch = replace(self._watch, length=self._watch_length)
+        errors.add(self.late_errors.take())
+        # The gradients of a new backward have taken the place of those that a skipped step dropped.
+        self.execution.release()
+        self._watch = self.calls.agree_on_watch(watch, function, loss_scale, errors)
         if not self._only_measures:
             with errors:
                 warn_of_late_clip(function, self.table, find_stepped(self.table))
         return self.trace()
-
-    @contextmanager
-    def _raised_late(self) -> Iterator[None]:
-        """Keep an error of this rank alone until all ranks can raise it together.
-
-        This is in the next call. Until then the ranks stay in one step. Such an error is a warning that is an error.
-        """
-        try:
-            yield
-        except Exception as error:
-            if self.step_comm.size == 1:
-                raise
-            self._late_errors.add(error)
-
-    def agree(self, function: str, errors: FirstError) -> None:
-        """Check that every rank calls a function that is about to gather.
-
-        A rank that called another one would enter another collective: a step adds numbers up, and does not gather.
-
-        Args:
-            function: as the user knows it.
-            errors: of this rank so far. All ranks raise them together.
-
-        Raises:
-            DisagreementError: another rank calls another function; on every rank.
-
-        Collectives: one all-reduce of the size of a step's. Host syncs: one on an accelerator.
-        """
-        self._agree(Call(function, self._calls.next()), None, errors)
-
-    def add_powers(self, function: str, powers: Tensor, errors: FirstError) -> Totals:
-        """Add up power sums that this rank has measured itself, and raise the errors of all ranks.
-
-        Args:
-            function: as the user knows it.
-            powers: (measured slots,), each divided by its number of replicas.
-            errors: of this rank so far.
-
-        Raises:
-            DistclipError: the first error of this rank, or of the lowest other rank with one; on every rank.
-            DisagreementError: the ranks make different calls, or differ in the state of the policy; on every rank.
-
-        Collectives: one all-reduce of the size of a step's. Host syncs: one on an accelerator.
-        """
-        return self._agree(self._call(function, None), powers, errors)
-
-    def _agree(self, call: Call, powers: Tensor | None, errors: FirstError) -> Totals:
-        device = self.comm.device or self.table.device
-        partials = Partials.empty(self.spec, device, self.num_measured_slots)
-        if powers is not None:
-            partials.powers = powers.to(partials.powers)
-        partials.call, partials.failed = call, errors.error is not None
-        partials.watch = Watch(length=self._watch_length)
-        totals = reduce(partials, self.spec, self.comm)
-        if totals.same_call.host is False:
-            totals = gather_facts(totals, partials, self.spec, errors.error, self.comm)
-        if errors.error is not None:
-            raise errors.error
-        return totals
 
     @torch.no_grad()
     def conclude(self, step: int, measured: Totals, kept_powers: Tensor) -> Outcome:
@@ -1052,81 +816,6 @@ class Engine:
         )
         return self._publish(outcome, None)
 
-    def _call(self, function: str, loss_scale: Tensor | None, watch: Watch = NO_WATCH) -> Call:
-        """Describe a step to the other ranks, with all that its decision follows from except the gradients."""
-        if self.step_comm.size == 1:
-            return Call(function, self._calls)
-        # First what is on the device already in the first step.
-        state: list[tuple[str, Sequence[Tensor]]] = []
-        if loss_scale is not None:
-            state.append(("loss scale", [loss_scale]))
-        if self._last_coefs is not None:
-            state.append(("coefficients of the last step", [self._last_coefs]))
-        if self.state:
-            state.append(("state of the policy", list(self.state.values())))
-        facts: tuple[tuple[str, Any], ...] = (
-            ("number of steps so far", self.counter.steps),
-            ("has a loss scale", loss_scale is not None),
-        )
-        if watch.kinds:
-            facts += (("watch", watch.kinds),)
-        if self.table.only is not None:
-            facts += (("only", self._selection()),)
-        return Call(function, self._calls.next(), facts, tuple(state))
-
-    def _selection(self) -> str:
-        """Describe which of the parameters that all ranks hold a call clips."""
-        only, table = self.table.only or frozenset(), self.table
-        selected = [(t, layout) for t, layout in zip(table.tensors, table.layouts, strict=True) if id(t) in only]
-        # A rank may have other parameters that no other rank has. Names can be numbers.
-        shapes = sorted(whole_shape(t, layout) for t, layout in selected if layout.num_members == self.comm.size)
-        return f"{len(shapes)} of the parameters of all ranks ({zlib.crc32(repr(shapes).encode()):08x})"
-
-    def _step_again(self, earlier: _ScalerRound, optimizers: Sequence[Optimizer], state: ScalerState) -> Outcome:
-        """Step further optimizers by the decision of an earlier call since the last `scaler.update()`."""
-        outcome = earlier.outcome
-        # The other ranks have no collective in this call. If it raises, the gradients that this rank has not stepped
-        # raise on all ranks in the next one, see `Coverage.begin_round`.
-        self._check_again(earlier, optimizers, state)
-        self.coverage.step_others(optimizers)
-        fuse = not earlier.written and all(map(supports_grad_scale, optimizers))
-        if not earlier.written and not fuse and not outcome.skip.host:
-            # The earlier call has left the factor to the kernels of the optimizers that it stepped.
-            with torch.no_grad():
-                scale_(self.optimizers.shards_of(optimizers), self._written(outcome).factors)
-        self._advance(optimizers, outcome, state, fuse)
-        return outcome
-
-    def _check_again(self, earlier: _ScalerRound, optimizers: Sequence[Optimizer], state: ScalerState) -> None:
-        """Raise unless the decision of an earlier call holds for these optimizers.
-
-        Raises:
-            ArgumentError: see above; on this rank alone.
-        """
-        self.optimizers.check_owns(optimizers)
-        if len(state.scaled_optimizers()) != (len(optimizers) if earlier.was_scaled else 0):
-            raise ArgumentError(
-                "scaler: an earlier call has clipped all of the clipper's gradients since the last scaler.update(), "
-                f"and {'unscaled them' if earlier.was_scaled else 'found them unscaled'}. Call scaler.unscale_ for all "
-                "optimizers before the first call or for none, or pass all of them: clipper.step([one, other], scaler)."
-            )
-
-    def _advance(
-        self, optimizers: Sequence[Optimizer], outcome: Outcome, state: ScalerState | None, fuse: bool
-    ) -> None:
-        """Step optimizers by a decision, and scale the movements if the policy does."""
-        updates, written = self._scaled_updates(outcome, optimizers), self._written(outcome)
-        self.optimizers.advance(
-            optimizers,
-            written.factors if fuse else written.coefs,
-            outcome.skip,
-            overflow=outcome.overflow,
-            state=state,
-            fuse=fuse,
-        )
-        if updates is not None:
-            updates.apply_()
-
     def _excluded(self, device: torch.device) -> Tensor:
         """Return a mask of the slots that are measured and never clipped, (slots,) bool."""
         return device_constant(self.slots.excluded_by_slot, device, torch.bool)
@@ -1151,7 +840,7 @@ class _Trace(NamedTuple):
 
     state: State
     last_coefs: Tensor | None
-    scaler_round: _ScalerRound | None
+    scaler_round: ScalerRound | None
     unread: Unread | None
     counts: tuple[int, int, int]
     clip_rate: tuple[int, int, deque[float], bool]
@@ -1167,20 +856,3 @@ class _Started(NamedTuple):
 
     stages: Generator[None, Passed | None, Outcome]
     before: _Trace
-
-
-@dataclass(frozen=True)
-class _ScalerRound:
-    """The decision that holds until `scaler.update()`.
-
-    Args:
-        round: identity of the round, see `ScalerState.round`.
-        outcome: the decision.
-        written: whether it was written into the gradients, or left to the kernels of the optimizers.
-        was_scaled: whether the gradients carried the loss scale when they were measured.
-    """
-
-    round: object
-    outcome: Outcome
-    written: bool
-    was_scaled: bool

@@ -14,6 +14,7 @@ from ..devices import device_constant
 from ..errors import ArgumentError
 from ..norms.reduce import Totals
 from ..norms.spec import NormSpec
+from .description import describe
 from .fixed import Fixed
 from .norm_policy import NormPolicy
 from .policy import Policy, State, Verdict
@@ -81,7 +82,8 @@ class Isolated:
             self._batches.append(_Batch(checked[key], tuple(slots), key[0]))
 
     def __repr__(self) -> str:
-        return f"Isolated({self.policies!r})"
+        policies = ", ".join(f"{name!r}: {describe(policy)}" for name, policy in self.policies.items())
+        return f"{{{policies}}}"
 
     @cached_property
     def spec(self) -> NormSpec:
@@ -233,17 +235,17 @@ def check_group_policy(name: str, policy: Any, norm_type: float | None) -> None:
     spec = policy.spec
     if spec.moment_eps is not None:
         raise ArgumentError(
-            f"policy={policy!r:.120}: the group {name!r} is decided about alone, and the policy reads the optimizer. "
-            "Use update_clip without isolate=True."
+            f"policy={describe(policy)}: the group {name!r} is decided about alone, and the policy reads the "
+            "optimizer. Use update_clip without isolate=True."
         )
     if spec.per != "model" or spec.exclude or spec.limits is not None:
         kind = f"per={spec.per!r}" if spec.per != "model" else "exclude=" if spec.exclude else "limits of elements"
         raise ArgumentError(
-            f"policy={policy!r:.120}: the group {name!r} has one norm with isolate=True, and the policy has {kind}. "
+            f"policy={describe(policy)}: the group {name!r} has one norm with isolate=True, and the policy has {kind}. "
             'Use per="model", without exclude=.'
         )
     if norm_type is not None and spec.norm_type != norm_type:
         raise ArgumentError(
-            f"policy={policy!r:.120}: the group {name!r} has norm_type={spec.norm_type}, and the others have "
+            f"policy={describe(policy)}: the group {name!r} has norm_type={spec.norm_type}, and the others have "
             f"{norm_type}. Use one norm_type, because one all-reduce measures all groups."
         )

@@ -107,8 +107,8 @@ def resolve_groups(groups: Mapping[str, str], table: ShardTable, comm: Comm, err
     for group, members in names.items():
         if type(groups[group]) is Members and not members:
             raise ArgumentError(
-                f"groups[{group!r}]: {groups[group]} has none of the clipper's parameters. Construct the clipper with "
-                "the parameters that it steps, or leave the group out."
+                f"groups[{group!r}]={groups[group]}: the clipper has none of them. Construct it with the parameters of "
+                "the group, or leave the group out."
             )
         for name in members:
             if owner.setdefault(name, group) != group:

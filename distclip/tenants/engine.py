@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +11,6 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from ..apply.grad_scaler import ScalerState, parameters_of
-from ..apply.step_gate import hold_still
 from ..comm.consensus import FirstError
 from ..devices import Fact, as_fact
 from ..engine import Engine, begin
@@ -35,6 +32,7 @@ from ..outcome import Outcome
 from ..policies.isolated import Isolated
 from ..sharding.shard import Shards
 from .counts import GroupCounters
+from .execution import IsolatedExecution
 
 __all__ = ["IsolatedEngine"]
 
@@ -55,55 +53,17 @@ class IsolatedEngine(Engine):
         self.is_busy = False
         self._due: list[TooManySkippedSteps] = []
         self._marks = self.counters.columns
-        self._ids_by_slot = self._find_ids()
 
-    def _find_ids(self) -> list[set[int]]:
-        slots: list[set[int]] = [set() for _ in self.policy.policies]
-        for name, tensor in zip(self.table.names, self.table.tensors, strict=True):
-            slot, _ = self.slots.by_name.get(name, (0, None))
-            slots[slot].add(id(tensor))
-        return slots
-
-    def forget_original(self, memo: dict[int, Any]) -> None:
-        super().forget_original(memo)
-        self._ids_by_slot = self._find_ids()
-
-    def _carry_out(
-        self,
-        outcome: Outcome,
-        optimizers: list[Optimizer],
-        state: ScalerState | None,
-        *,
-        is_scaled: bool,
-        was_scaled: bool,
-    ) -> Outcome:
-        """Write the decision into the gradients, and step the groups that do not skip, see `Engine`."""
-        if not outcome.skip.host:
-            self.write_(outcome, outcome.shards)
-        skipped = self.skipped_ids(outcome)
-        watched = None if outcome.skip.host or skipped else self.coverage.watch(optimizers)
-        self._advance_without(skipped, optimizers, outcome, state)
-        if not outcome.skip.host:
-            with self._raised_late():
-                self.coverage.check_kept(watched, optimizers)
-        if state is not None:
-            self._end_call(outcome, optimizers, state, written=True, was_scaled=was_scaled)
-        self._raise_too_many()
-        return outcome
-
-    def _advance(
-        self, optimizers: Sequence[Optimizer], outcome: Outcome, state: ScalerState | None, fuse: bool
-    ) -> None:
-        self._advance_without(self.skipped_ids(outcome), optimizers, outcome, state)
-
-    def _advance_without(
-        self, skipped: frozenset[int], optimizers: Sequence[Optimizer], outcome: Outcome, state: ScalerState | None
-    ) -> None:
-        """Step optimizers as if they did not have the parameters with these ids."""
-        # The scale follows the overflow of any group, as the scale of several optimizers follows that of any of them.
-        step, overflow = partial(_step_without, skipped=skipped), outcome.overflow
-        self.optimizers.advance(
-            optimizers, outcome.coefs, outcome.skip, overflow=overflow, state=state, fuse=False, step=step
+    def _make_execution(self) -> IsolatedExecution:
+        return IsolatedExecution(
+            self.table,
+            self.spec,
+            self.optimizers,
+            self.coverage,
+            self.late_errors,
+            self._only_measures,
+            slots=self.slots,
+            raise_too_many=self._raise_too_many,
         )
 
     def _clip(
@@ -116,20 +76,6 @@ class IsolatedEngine(Engine):
         outcome = super()._clip(optimizer, scaler, errors, watch)
         self._raise_too_many()
         return outcome
-
-    def _write_or_drop(self, outcome: Outcome, state: ScalerState | None) -> None:
-        if state is not None:
-            # The caller's `scaler.step` makes the step of the groups that are finite.
-            overflow = outcome.overflow.on(outcome.coefs.device).to(torch.float32)
-            state.set_found_inf(overflow * outcome.skip.read(), elsewhere=overflow)
-        if not outcome.skip.host:
-            self.write_(outcome, outcome.shards)
-        if skipped := self.skipped_ids(outcome):
-            # An optimizer's step must not move what is skipped, nor by what it remembers of earlier gradients.
-            selected = skipped if self.table.only is None else skipped & self.table.only
-            self.table.only = frozenset(selected)
-            self.table.drop_gradients()
-            hold_still(self, self.table.selected())
 
     def _prepare(self, errors: FirstError, function: str, loss_scale: Tensor | None, watch: Any) -> Any:
         # The caller of `decide` has stepped the other groups since then.
@@ -292,48 +238,7 @@ class IsolatedEngine(Engine):
         self.counter.in_a_row = self.counter.in_a_row + 1 if all_skipped else 0
         return all_skipped
 
-    def skipped_ids(self, outcome: Outcome) -> frozenset[int]:
-        """Return the ids of this rank's parameters in groups that skip the step."""
-        assert outcome.skips is not None
-        if not bool(outcome.skips.any()):
-            return frozenset()
-        ids = (self._ids_by_slot[slot] for slot, skipped in enumerate(outcome.skips.tolist()) if skipped)
-        return frozenset[int]().union(*ids)
-
     def _raise_too_many(self) -> None:
         due, self._due = self._due, []
         if due:
             raise due[0]
-
-
-def _step_without(optimizer: Optimizer, skipped: frozenset[int]) -> None:
-    """Step an optimizer as if it did not have some of its parameters.
-
-    Args:
-        optimizer: of any library.
-        skipped: ids of the parameters.
-    """
-    params = parameters_of([optimizer])
-    left_out = [param for param in params if id(param) in skipped] if skipped else []
-    if not left_out:
-        optimizer.step()
-        return
-    # An optimizer of skipped groups alone makes no step, as if each of them were trained alone.
-    if all(param.grad is None for param in params if id(param) not in skipped):
-        return
-    grads = [param.grad for param in left_out]
-    groups: list[tuple[dict[str, Any], Sequence[Tensor]]] = [
-        (group, group["params"]) for group in optimizer.param_groups
-    ]
-    try:
-        for param in left_out:
-            param.grad = None
-        for group, kept in groups:
-            # An optimizer that is not torch's may move parameters without a gradient, by momentum or weight decay.
-            group["params"] = [param for param in kept if id(param) not in skipped]
-        optimizer.step()
-    finally:
-        for group, kept in groups:
-            group["params"] = kept
-        for param, grad in zip(left_out, grads, strict=True):
-            param.grad = grad

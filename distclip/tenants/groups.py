@@ -102,7 +102,7 @@ class Groups:
                 changed._check_free(name, members)
                 changed._members[name], changed._policies[name] = members, policy
                 new += members
-        old.agree(f"GradClipper.{function}", errors)
+        old.calls.agree(f"GradClipper.{function}", errors)
         ids = {id(tensor) for _, tensor in new}
         changed._rest = [(key, tensor) for key, tensor in self._rest if id(tensor) not in ids]
         changed._policies[REST] = rest
@@ -118,7 +118,7 @@ class Groups:
             _refuse_within_step(old, f"remove_group({name!r})")
             if name not in self._members:
                 raise ArgumentError(f"name={name!r}: no such group. Use one of {list(self._members)}.")
-        old.agree(f"GradClipper.remove_group({name!r})", errors)
+        old.calls.agree(f"GradClipper.remove_group({name!r})", errors)
         changed = self._copy()
         del changed._members[name], changed._policies[name]
         return self._replaced(changed, old, [])

@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import functional
 from ..apply.optimizers import OptimizerSteps
-from ..engine import engine, measuring
+from ..engine import calls, execution, measuring, setup
 from ..errors import ArgumentError
 from ..policies import NormPolicy, Value, checked
 
@@ -17,22 +17,22 @@ __all__ = ["STAGES", "Fault", "InjectedFault", "check_stage", "stage_functions"]
 
 _FUNCTIONS: dict[str, tuple[tuple[ModuleType | type, str], ...]] = {
     "table": (
-        (engine, "parameter_table"),
+        (setup, "parameter_table"),
         (functional, "cached_table"),
         (functional, "gradient_table"),
     ),
-    "rendezvous": ((engine, "resolve_comm"), (functional, "resolve_comm")),
-    "gather": ((engine, "exchange_setup"),),
+    "rendezvous": ((setup, "resolve_comm"), (functional, "resolve_comm")),
+    "gather": ((setup, "exchange_setup"),),
     "shards": ((measuring, "read_gradients"),),
     "measure": ((measuring, "measure"),),
-    "all_reduce": ((engine, "reduce"), (measuring, "start_reduce")),
+    "all_reduce": ((calls, "reduce"), (measuring, "start_reduce")),
     "decide": (
         (NormPolicy, "decide"),
         (Value, "decide"),
         (checked._CheckedPolicy, "decide"),
         (functional, "coefficient"),
     ),
-    "write": ((engine, "scale_"), (functional, "scale_")),
+    "write": ((execution, "scale_"), (functional, "scale_")),
     "step": ((OptimizerSteps, "advance"),),
 }
 

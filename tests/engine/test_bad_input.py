@@ -206,13 +206,20 @@ def test_invalid_optimizers_raise_on_all_ranks(only: int | None) -> None:
         # The first call with an optimizer compares ranks, a later one does not.
         clipper.step(optimizer)
     weights = param.to_local().clone()
-    for wrong in (3, None, param, [optimizer, "sgd"]):
+    no_optimizer = "not a torch.optim.Optimizer"
+    for wrong, text in (
+        (3, no_optimizer),
+        (None, no_optimizer),
+        (param, no_optimizer),
+        ([optimizer, "sgd"], no_optimizer),
+        ([optimizer, optimizer], "one optimizer twice"),
+    ):
         passed: Any = wrong if only in (None, dist.get_rank()) else optimizer
         assert_raises_on_ranks(
             lambda passed=passed: clipper.step(passed),
             ArgumentError,
-            "optimizer=",
-            "not a torch.optim.Optimizer",
+            "optimizer",
+            text,
             unchanged=param.grad.to_local(),
         )
         assert torch.equal(param.to_local(), weights)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import distclip
 from distclip import GradClipper
-from distclip.engine import Engine
+from distclip.engine.calls import Calls
 from distclip.monitor import Recorder
 from tests.tables.policies import POLICIES
 
@@ -70,7 +70,7 @@ class Fused(torch.optim.Optimizer):
 @pytest.fixture(autouse=True)
 def agreement(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what reads numbers before the first step: the check before a gather, and the exchange of texts."""
-    monkeypatch.setattr(Engine, "agree", lambda self, function, errors: None)
+    monkeypatch.setattr(Calls, "agree", lambda self, function, errors: None)
     monkeypatch.setattr("distclip.comm.distinct._reduced", lambda comm, operation, values: values)
 
 

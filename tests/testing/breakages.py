@@ -11,7 +11,7 @@ import torch
 
 from distclip.comm import LocalComm, consensus, rendezvous
 from distclip.comm.process_group import ProcessGroupComm
-from distclip.engine import engine, measuring
+from distclip.engine import engine, measuring, setup
 from distclip.norms import message, reduce
 from distclip.norms.measure import Partials
 from distclip.testing.scenarios import Condition, Scenario
@@ -129,9 +129,9 @@ def the_last_rank_tells_nobody_that_a_round_is_complete() -> Patch:
 
 @breakage("clipper", "stages", ("different arguments", 1))
 def a_clipper_compares_no_arguments() -> Patch:
-    real = engine.exchange_setup
+    real = setup.exchange_setup
     return mock.patch.object(
-        engine, "exchange_setup", lambda table, comm, error, arguments: real(table, comm, error, "arguments")
+        setup, "exchange_setup", lambda table, comm, error, arguments: real(table, comm, error, "arguments")
     )
 
 

@@ -36,7 +36,7 @@ def test_wrong_numbers_are_noticed(what: str) -> None:
         if what == "replicas":
             patch.setattr(tables, "num_replicas", lambda size, layout, axes, num_meshes=None: size / layout.num_pieces)
         elif what == "factor":
-            patch.setattr(distclip.engine.engine, "scale_", lambda shards, factors: None)
+            patch.setattr(distclip.engine.execution, "scale_", lambda shards, factors: None)
             patch.setattr(distclip.functional, "scale_", lambda shards, factors, foreach=None: None)
         else:
             real = distclip.testing.check.clip_grad_norm_
