@@ -24,6 +24,8 @@ With `attach`, norm and overflow check are one all-reduce over all ranks. It fix
 - In bfloat16 and float32 a step with NaN is made.
 - Experts that overflow lower only their own loss scale, while the loss is multiplied by the other one.
 - Without a distributed optimizer, ranks with other experts make the step that the overflowing ranks skip.
+- Megatron-FSDP's strategy `no_shard` counts each parameter once for every data-parallel rank. Without
+  `overlap_grad_reduce` it also leaves gradients unreduced, and the step raises `ReplicaError`.
 """
 
 from ..attachment import detach

@@ -32,8 +32,9 @@ def attach(
     """Replace Megatron's own clipping in `optimizer.step()` by a policy.
 
     Works with FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer and LayerWiseDistributedOptimizer
-    (that of Muon), and with chains of them, under tensor, pipeline, expert and data parallelism, with loss scaling. A
-    policy per tensor or row gets whole parameters, wherever a distributed optimizer cuts them. If the optimizer is
+    (that of Muon), and with chains of them, under tensor, pipeline, expert and data parallelism, also under
+    Megatron-FSDP, with loss scaling. A policy per tensor or row gets whole parameters, wherever a distributed optimizer
+    or Megatron-FSDP cuts them. If the optimizer is
     precision-aware, a policy that reads weights gets those of the model, because TransformerEngine keeps the float32
     ones. A tied embedding is one parameter, by its name on the first stage.
     `config.clip_grad` is ignored. `step()` returns (True, norm, zeros) as usual, or (False, None, None) for a skipped
@@ -54,9 +55,9 @@ def attach(
         The attachment, with the clipper and the report of each step. It is `optimizer.distclip` too.
 
     Raises:
-        ArgumentError: `optimizer` is not Megatron's, is attached already, or is that of Megatron-FSDP; the policy needs
-            names and `model` is missing or incomplete; some ranks have a loss scale and others do not. Raised on every
-            rank. In a step: see `GradClipper.clip`.
+        ArgumentError: `optimizer` is not Megatron's, or is attached already; the policy needs names and `model` is
+            missing or incomplete; some ranks have a loss scale and others do not. Raised on every rank. In a step: see
+            `GradClipper.clip`.
 
     Collectives: gathers and all-reduces, so call it on every rank. A step has one all-reduce of a few float64 numbers
     over all ranks, in place of those of Megatron's norm and overflow check. Host syncs: in a step the host waits for

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["LossScaler", "Optimizer", "Parameter"]
+__all__ = ["FsdpParameter", "LossScaler", "Optimizer", "Parameter"]
 
 
 class LossScaler(Protocol):
@@ -38,6 +38,8 @@ class Optimizer(Protocol):
     shard_fp32_groups: list[list[Tensor]]
     shard_float16_groups: list[list[Tensor]]  # stepped by their `decoupled_grad` if the optimizer is precision-aware
     gbuf_ranges: Any
+    ddp_config: Any
+    model_chunks: list[Any]  # wrapped by Megatron-FSDP, they have `param_and_grad_buffer`
     data_parallel_group: dist.ProcessGroup
 
     def prepare_grads(self) -> bool: ...
@@ -62,3 +64,10 @@ class Parameter(Protocol):
     partition_dim: int
     shared: bool  # True on a copy that must not be counted
     shared_embedding: bool  # True on an embedding that several stages have
+
+
+class FsdpParameter(Protocol):
+    """A DTensor that an optimizer steps under Megatron-FSDP. Its shards may be of any size, also empty."""
+
+    orig_param: Tensor  # the parameter of the model, with Megatron's attributes. Between steps it has no memory
+    megatron_fsdp_dist_index: Any  # FSDPDistributedIndex, the groups

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ...extend import ArgumentError, Layout, group_ranks, name_tensors, replica_group, set_layout
+from ...extend import ArgumentError, Layout, group_ranks, is_dtensor, name_tensors, replica_group, set_layout
 
 if TYPE_CHECKING:
-    from .foreign import Optimizer
+    from .foreign import FsdpParameter, Optimizer
 
 __all__ = ["Groups", "Piece", "flatten_chain", "layer_wise_in", "names_of", "pieces_of", "share_names"]
 
@@ -41,8 +41,9 @@ class Piece:
 
     @property
     def grad(self) -> Tensor | None:
-        """Gradient that the optimizer reads."""
-        return getattr(self.stepped, "decoupled_grad", None) if self.is_decoupled else self.stepped.grad
+        """Gradient that the optimizer reads, in the shape of the stand-in."""
+        grad = getattr(self.stepped, "decoupled_grad", None) if self.is_decoupled else self.stepped.grad
+        return None if grad is None else self._local(grad)
 
     def attach_grad(self, weights: bool) -> None:
         """Attach the current gradient to the stand-in.
@@ -53,7 +54,10 @@ class Piece:
         """
         self.stand_in.main_grad = self.grad  # type: ignore[attr-defined]
         if weights:
-            self.stand_in.data = self.stepped.detach()
+            self.stand_in.data = self._local(self.stepped.detach())
+
+    def _local(self, tensor: Tensor) -> Tensor:
+        return tensor.to_local().view(self.stand_in.shape) if is_dtensor(tensor) else tensor
 
     def drop_grad(self) -> None:
         """Remove the gradient from the stand-in, so that Megatron can free it."""
@@ -79,15 +83,22 @@ class Groups:
         axes = {name: self._group(name) for name in names}
         self.split_over = {name: group for name, group in axes.items() if group is not None}
 
-    def layout(self, param: Tensor, sliced_over: dist.ProcessGroup | None, layer_wise: bool = False) -> Layout:
+    def layout(
+        self,
+        param: Tensor,
+        sliced_over: dist.ProcessGroup | None,
+        layer_wise: bool = False,
+        copied_over: dist.ProcessGroup | None = None,
+    ) -> Layout:
         """Return the layout of a parameter, by the attributes that Megatron gives it.
 
         Args:
             param: a parameter of the model, see `foreign.Parameter`.
             sliced_over: the ranks that have slices of it. None if each rank has all of it.
             layer_wise: True if one data-parallel rank steps all of it, and the others none.
+            copied_over: the ranks that have the same slice of it. None if no other rank has.
         """
-        is_expert = getattr(param, "allreduce", True) is False
+        is_expert = is_expert_param(param)
         tensor_parallel = bool(getattr(param, "tensor_model_parallel", False))
         # Experts have a separate tensor-parallel group. It often has one rank, and experts carry the tag even then.
         cut = {"tp": tensor_parallel and not is_expert, "expt_tp": tensor_parallel and is_expert}
@@ -102,6 +113,10 @@ class Groups:
         ranks = (dist.get_rank(),) if group is None else group_ranks(group)
         # Megatron has averaged the gradients that are not sliced. A tensor-parallel rank computes its replica itself.
         replicas = () if sliced_over else replica_group(ranks)
+        groups: tuple[tuple[int, ...], ...] = (ranks,)
+        if copied_over is not None:
+            groups += (group_ranks(copied_over),)
+            replicas += replica_group(groups[1])
         tied = getattr(param, "shared_embedding", False)
         if (embedding := self._group("embd")) and tied and not (sliced_over or layer_wise):
             # It has also added up the gradients of embeddings that the first and the last stage share.
@@ -110,7 +125,7 @@ class Groups:
         if tensor_axis in self.split_over and not tensor_parallel:
             replicas += replica_group(group_ranks(self.split_over[tensor_axis]), is_exact=False)
         return Layout(
-            groups=(ranks,),
+            groups=groups,
             num_pieces=1 if sliced_over is None else len(ranks),
             split=tuple(split[axis] for axis in self.split_over),
             cut=tuple(cut.get(axis, False) for axis in self.split_over),
@@ -145,9 +160,12 @@ def flatten_chain(optimizer: Any) -> list[Optimizer]:
             f"optimizer={type(optimizer).__name__}: expected what megatron.core.optimizer.get_megatron_optimizer "
             "returns. For an optimizer of torch call distclip.GradClipper(model, policy).attach(optimizer)."
         )
-    if getattr(getattr(optimizer, "ddp_config", None), "use_megatron_fsdp", False):
-        raise _unknown("Megatron-FSDP")
     return [optimizer]
+
+
+def is_expert_param(param: Tensor) -> bool:
+    """Return whether a parameter is that of an expert."""
+    return getattr(param, "allreduce", True) is False
 
 
 def pieces_of(
@@ -167,24 +185,36 @@ def pieces_of(
     """
     if leaf.is_stub_optimizer:
         return
+    is_fsdp = _is_fsdp(leaf)
     sliced_over = leaf.data_parallel_group if hasattr(leaf, "gbuf_ranges") else None
-    decoupled = _is_precision_aware(leaf)
+    copied_over = None
+    decoupled = _has_decoupled_grads(leaf) if is_fsdp else _is_precision_aware(leaf)
     for i, (param, stepped) in enumerate(_stepped_params(leaf)):
-        if names and id(param) not in names:
+        # During a step, the modules of Megatron-FSDP have one or the other.
+        name = names.get(id(param), names.get(id(stepped)))
+        if names and name is None:
             raise ArgumentError(
                 f"attach: the optimizer steps a parameter of shape {tuple(param.shape)} that model= does not have. "
                 "Pass what get_megatron_optimizer was given: all model chunks of this rank."
             )
-        # Without weights only the shape is used, so one element is expanded instead of allocating memory.
-        stand_in = stepped.detach() if weights else stepped.detach().new_empty(()).expand(stepped.shape)
-        piece = None
-        if sliced_over is not None:
+        piece, local = None, stepped.detach()
+        if is_fsdp:
+            fsdp_param: FsdpParameter = stepped  # type: ignore[assignment]
+            local = local.to_local()  # type: ignore[attr-defined]
+            if not local.numel():
+                continue
+            sliced_over, copied_over = _fsdp_groups(leaf, fsdp_param)
+            if sliced_over is not None:
+                piece, local = (tuple(param.shape), _fsdp_start(leaf, param)), local.view(-1)
+        elif sliced_over is not None:
             piece = tuple(param.shape), int(leaf._get_model_param_range_map(param)["param"].start)
-        set_layout(stand_in, groups.layout(param, sliced_over, layer_wise), piece)
+        # Without weights only the shape is used, so one element is expanded instead of allocating memory.
+        stand_in = local if weights else local.new_empty(()).expand(local.shape)
+        set_layout(stand_in, groups.layout(param, sliced_over, layer_wise, copied_over), piece)
         if hasattr(param, "partition_dim"):
             stand_in.partition_dim = param.partition_dim  # type: ignore[attr-defined]
         is_original = not getattr(param, "shared", False) if getattr(param, "shared_embedding", False) else None
-        yield Piece(names.get(id(param), f"optimizer.parameters[{i}]"), stepped, stand_in, is_original, decoupled)
+        yield Piece(name or f"optimizer.parameters[{i}]", stepped, stand_in, is_original, decoupled)
 
 
 def share_names(pieces: list[Piece], by_rank: Iterable[Iterable[tuple[str, bool]]]) -> list[Piece]:
@@ -229,6 +259,16 @@ def names_of(model: nn.Module | Iterable[nn.Module]) -> dict[int, str]:
 
 def _stepped_params(leaf: Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (parameter of the model, tensor that is stepped in its place)."""
+    if _is_fsdp(leaf):
+        for param in (param for group in leaf.optimizer.param_groups for param in group["params"]):
+            if not hasattr(param, "orig_param"):
+                raise ArgumentError(
+                    "attach: this version of Megatron-FSDP keeps its gradients where distclip cannot find them. "
+                    "Replace get_grad_norm_fp32 and clip_grad_by_total_norm_fp32 instead: see "
+                    "distclip.integrations.megatron."
+                )
+            yield param.orig_param, param
+        return
     if hasattr(leaf, "gbuf_ranges") and _is_precision_aware(leaf):
         # TransformerEngine's FusedAdam keeps the float32 copies of these slices.
         half = (leaf.model_float16_groups, leaf.shard_float16_groups)
@@ -250,8 +290,37 @@ def _is_precision_aware(leaf: Optimizer) -> bool:
     return bool(getattr(leaf.config, "use_precision_aware_optimizer_no_fp8_or_ds_fp8", False))
 
 
-def _unknown(what: str) -> ArgumentError:
-    return ArgumentError(
-        f"attach: {what} keeps its gradients where distclip cannot find them. Replace get_grad_norm_fp32 and "
-        "clip_grad_by_total_norm_fp32 instead: see distclip.integrations.megatron."
+def _is_fsdp(leaf: Optimizer) -> bool:
+    return bool(getattr(getattr(leaf, "ddp_config", None), "use_megatron_fsdp", False))
+
+
+def _has_decoupled_grads(leaf: Optimizer) -> bool:
+    """Return whether Megatron-FSDP leaves gradients in `.decoupled_grad`: since 0.17 by its config."""
+    buffers = [chunk.param_and_grad_buffer for chunk in leaf.model_chunks]
+    by_buffer = any(getattr(buffer, "use_precision_aware_optimizer", False) for buffer in buffers)
+    return by_buffer or bool(getattr(leaf.ddp_config, "megatron_fsdp_use_decoupled_grad", False))
+
+
+def _fsdp_groups(leaf: Optimizer, param: FsdpParameter) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """Return the ranks that have slices of a parameter of Megatron-FSDP, and those that have the same slice."""
+    if leaf.ddp_config.data_parallel_sharding_strategy == "no_shard":
+        return None, None
+    index, is_expert = param.megatron_fsdp_dist_index, is_expert_param(param.orig_param)
+    if index.hsdp_outer_dp_shard:
+        return index.get_dp_group(is_expert), None
+    # Before 0.17, the groups of experts have no outer dimension.
+    outer = getattr(index, "expt_outer_fsdp_group", None) if is_expert else index.get_outer_fsdp_group()
+    return index.get_fsdp_group(is_expert), outer
+
+
+def _fsdp_start(leaf: Optimizer, param: Tensor) -> int:
+    """Return the index of the first element of this rank's slice in a flattened parameter of Megatron-FSDP."""
+    for buffer in (chunk.param_and_grad_buffer for chunk in leaf.model_chunks):
+        if param in buffer.param_to_param_group:
+            group = buffer.parameter_groups[buffer.param_to_param_group[param]]
+            weights = group.main_weight_buffer or group.model_weight_buffer
+            return int(weights._get_item_slice_in_shard(weights.param_idx[param])[0])
+    raise ArgumentError(
+        f"attach: the optimizer steps a parameter of shape {tuple(param.shape)} that no model chunk of it has in its "
+        "buffers. Build the optimizer with get_megatron_optimizer from the wrapped chunks."
     )

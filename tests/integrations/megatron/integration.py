@@ -358,6 +358,7 @@ class Megatron(Integration):
             by_layer = LayerWiseDistributedOptimizer(
                 [build_optimizer(build_model(setting), setting)], leaf.config, collection
             )
+            # As in a later version of Megatron-FSDP, with other parameters.
             fsdp = replace(leaf.ddp_config, use_megatron_fsdp=True)
             policy, per_tensor = global_norm(1.0), per_tensor_norm(1.0)
             wrong: Any = 1.0
@@ -381,8 +382,11 @@ class Megatron(Integration):
                 (lambda: detach(optimizer), "nothing is attached"),
             ):
                 assert text in error_on_ranks(call)
-            with mock.patch.object(leaf, "ddp_config", fsdp if first else leaf.ddp_config):
-                assert "attach: Megatron-FSDP " in error_on_ranks(lambda: attach(scaled, policy))
+            with (
+                mock.patch.object(leaf, "ddp_config", fsdp if first else leaf.ddp_config),
+                mock.patch.object(leaf.model_chunks[0], "param_and_grad_buffer", None, create=True),
+            ):
+                assert "this version of Megatron-FSDP keeps" in error_on_ranks(lambda: attach(scaled, policy))
             assert (vars(optimizer), vars(scaled)) == before
             attach(optimizer, policy)
             assert "has a policy already" in error_on_ranks(lambda: attach(optimizer, policy))

@@ -36,6 +36,8 @@ class Setting:
         distributed: use DistributedOptimizer.
         layer_wise: use LayerWiseDistributedOptimizer.
         precision_aware: let the optimizer keep the float32 weights, and read gradients of another dtype.
+        fsdp: wrap the model in Megatron-FSDP with this sharding strategy.
+        instances: number of replicas of the sharded model.
     """
 
     tp: int = 1
@@ -46,6 +48,8 @@ class Setting:
     distributed: bool = False
     layer_wise: bool = False
     precision_aware: bool = False
+    fsdp: str = ""
+    instances: int = 1
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -118,6 +122,8 @@ class AsIfCuda(TorchFunctionMode):
             kwargs["device"] = "cpu"
         if func is torch.Tensor.cuda:
             return args[0]
+        if func is torch.device and str(args[0]).startswith("cuda"):
+            return torch.device("cpu")
         result = func(*args, **kwargs)
         is_type_name = func is torch.Tensor.type and len(args) == 1
         return result.replace("torch.", "torch.cuda.") if is_type_name else result
@@ -140,6 +146,7 @@ def megatron(setting: Setting) -> Iterator[None]:
             setting.pp,
             expert_model_parallel_size=setting.ep,
             expert_tensor_parallel_size=setting.etp,
+            num_distributed_optimizer_instances=setting.instances,
         )
         try:
             yield
@@ -162,7 +169,7 @@ class Coordinates:
 
 
 def build_model(setting: Setting, trained: bool = True) -> Any:
-    """Build this rank's stage of the model, wrapped in Megatron's DistributedDataParallel."""
+    """Build this rank's stage of the model, wrapped in Megatron's DistributedDataParallel or Megatron-FSDP."""
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -220,8 +227,40 @@ def build_model(setting: Setting, trained: bool = True) -> Any:
                 if coordinates.pp:
                     param.shared = True
             param.copy_(local_part_of(name, param, setting, "weights") * 0.1)
+    if setting.fsdp:
+        return _fully_sharded(config, setting.fsdp, setting.instances, stage)
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=setting.distributed)
     return DistributedDataParallel(config, ddp, stage)
+
+
+def _fully_sharded(config: Any, strategy: str, instances: int, stage: Any) -> Any:
+    """Wrap a stage in Megatron-FSDP, which creates meshes of GPUs and looks for layers of TransformerEngine."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.distributed.fsdp import mcore_fsdp_adapter as adapter
+
+    ddp = DistributedDataParallelConfig(
+        use_megatron_fsdp=True,
+        data_parallel_sharding_strategy=strategy,
+        use_distributed_optimizer=True,
+        num_distributed_optimizer_instances=instances,
+        grad_reduce_in_fp32=True,
+        overlap_param_gather=True,
+        gradient_reduce_div_fusion=False,  # gloo cannot scale while it reduces
+    )
+    from_group = adapter.DeviceMesh.from_group
+
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        return from_group(*args, **{**kwargs, "device_type": "cpu"})
+
+    with (
+        mock.patch.object(adapter.DeviceMesh, "from_group", on_cpu),
+        mock.patch.object(adapter, "TELinear", torch.nn.Identity),
+        mock.patch.object(adapter.FullyShardedDataParallel, "sync_rng_states_across_tp_group"),
+        mock.patch.object(torch.cuda, "Stream"),
+        mock.patch.object(torch.cuda, "empty_cache"),
+    ):
+        units = [type(stage.up), type(stage.down)]
+        return adapter.FullyShardedDataParallel(config, ddp, stage, fsdp_unit_modules=units, device=torch.device("cpu"))
 
 
 def build_optimizer(model: Any, setting: Setting, **options: Any) -> Any:
