@@ -302,7 +302,7 @@ def _has_decoupled_grads(leaf: Optimizer) -> bool:
 
 
 def _fsdp_groups(leaf: Optimizer, param: FsdpParameter) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-    """Return the ranks that have slices of a parameter of Megatron-FSDP, and those that have the same slice."""
+    """Return the ranks that have slices of a parameter, and the ranks that have the same slice."""
     if leaf.ddp_config.data_parallel_sharding_strategy == "no_shard":
         return None, None
     index, is_expert = param.megatron_fsdp_dist_index, is_expert_param(param.orig_param)
@@ -314,7 +314,7 @@ def _fsdp_groups(leaf: Optimizer, param: FsdpParameter) -> tuple[dist.ProcessGro
 
 
 def _fsdp_start(leaf: Optimizer, param: Tensor) -> int:
-    """Return the index of the first element of this rank's slice in a flattened parameter of Megatron-FSDP."""
+    """Return the index of the first element of this rank's slice in the flattened parameter."""
     for buffer in (chunk.param_and_grad_buffer for chunk in leaf.model_chunks):
         if param in buffer.param_to_param_group:
             group = buffer.parameter_groups[buffer.param_to_param_group[param]]
