@@ -187,7 +187,8 @@ def _places_of(optimizer: Optimizer) -> list[tuple[int, int]]:
 
 
 def _is_late(grad: Tensor | None) -> bool:
-    return grad is not None and vars(grad).get(_MARK) == (_version_of(grad), _LATE)
+    version, mark = (None, None) if grad is None else vars(grad).get(_MARK, (None, None))
+    return mark == _LATE and version == _version_of(grad)
 
 
 def _version_of(grad: Tensor | None) -> int | None:

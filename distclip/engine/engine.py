@@ -30,7 +30,7 @@ from ..apply.writes import GradientWrites
 from ..comm import Comm, LocalComm
 from ..comm.consensus import FirstError
 from ..comm.discovery import global_rank
-from ..devices import ALWAYS, NEVER, Fact, as_fact, device_constant, outside_fake_mode
+from ..devices import ALWAYS, NEVER, Fact, as_fact, device_constant, outside_fake_mode, without_autograd
 from ..errors import ArgumentError, warn_user
 from ..nonfinite.culprits import count_nonfinite, gather_culprits, suspect_nonfinite
 from ..nonfinite.rules import RULES, OnNonFinite, Skip
@@ -375,7 +375,7 @@ class Engine:
         """
         self.execution.expect(optimizers if self.spec.moment_eps is not None else None)
 
-    @torch.no_grad()
+    @without_autograd
     def clip(
         self,
         optimizer: Optimizer | Iterable[Optimizer] | None,
@@ -792,7 +792,7 @@ class Engine:
                 warn_of_late_clip(function, self.table, find_stepped(self.table))
         return self.trace()
 
-    @torch.no_grad()
+    @without_autograd
     def conclude(self, step: int, measured: Totals, kept_powers: Tensor) -> Outcome:
         """Update the policy's state and call the observers after a step that was clipped piece by piece.
 
@@ -822,14 +822,14 @@ class Engine:
 
 
 @outside_fake_mode
-@torch.no_grad()
+@without_autograd
 def _begin_decision(decision: Generator[Shards, bool, Outcome]) -> Shards:
     """Run `Engine._decide` until the all-reduce has begun, and return this rank's shards."""
     return begin(decision)
 
 
 @outside_fake_mode
-@torch.no_grad()
+@without_autograd
 def _finish_decision(decision: Generator[Shards, bool, Outcome], *, must_read: bool) -> Outcome:
     """Run `Engine._decide` from the all-reduce to its end."""
     return complete(decision, must_read)

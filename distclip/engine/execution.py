@@ -19,7 +19,7 @@ from ..apply.optimizers import OptimizerSteps
 from ..apply.scale import clamp_, scale_
 from ..apply.step_gate import hold_still, release
 from ..apply.updates import ScaledUpdates, scale_next_step
-from ..devices import outside_fake_mode
+from ..devices import outside_fake_mode, without_autograd
 from ..errors import ArgumentError
 from ..norms.spec import NormSpec
 from ..outcome import Outcome
@@ -215,7 +215,7 @@ class Execution:
         return frozenset(map(id, self.table.tensors)) if outcome.skip.read() else frozenset()
 
     @outside_fake_mode
-    @torch.no_grad()
+    @without_autograd
     def write_(self, outcome: Outcome, shards: Shards) -> None:
         """Scale gradients, and clamp their elements if the outcome has limits.
 
