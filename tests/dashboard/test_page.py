@@ -129,8 +129,8 @@ def test_long_run_is_drawn_by_its_extremes(tmp_path: Path) -> None:
 
 def test_panels_of_the_page(tmp_path: Path) -> None:
     panels = make_panels([make_full_log()])[0]
-    assert [panel.key for panel in panels] == ["norm", "coef", "clip_rate", "loss", "lr", "tokens"]
-    assert [panel.log for panel in panels] == [True, False, False, False, False, False]
+    assert [panel.key for panel in panels] == ["norm", "coef", "clip_rate", "loss", "lr"]
+    assert [panel.log for panel in panels] == [True, False, False, False, False]
     figure = draw_curves(panels, assign_styles(["run"]))
     drawn = [trace.meta for trace in figure.data]
     assert drawn[:5] == ["bound", "norm", "clipped", "skipped", "nonfinite"]
@@ -431,6 +431,9 @@ def test_axes_of_the_curves() -> None:
             assert np.interp(5000, tokens.steps[run], tokens.positions[run]) == pytest.approx(512 * 5000)
             assert np.interp(5001, hours.steps[run], hours.positions[run]) == pytest.approx(10_000 / 3600)
         assert sum(map(len, tokens.steps)) <= 4000
+        # The tokens of a step are a curve. Those since the start would be a straight line.
+        drawn = [panel.key for panel in make_panels(logs)[0]]
+        assert ("tokens" in drawn, "num_input_tokens_seen" in drawn) == (any(log is each for log in logs), False)
     assert make_x_axes([total, make_log([1.0] * 3)]) == []
     assert make_x_axes([make_log([1.0], columns={"tokens": np.ones(1), "time": np.ones(1)})]) == []
 

@@ -15,6 +15,7 @@ from ..analysis.log import Log
 from ..analysis.statistics import Numbers
 from .downsample import Indices, bucket_medians, bucket_peaks, downsample, sample_evenly
 from .palette import MARKS
+from .x_axes import token_counts
 
 __all__ = ["Curve", "Markers", "Panel", "make_panels"]
 
@@ -100,7 +101,8 @@ class Panel:
 
 def make_panels(logs: Sequence[Log]) -> tuple[list[Panel], list[str]]:
     """Prepare the panels for which there are values, and notes about those without."""
-    names = list(dict.fromkeys(name for log in logs for name in log.columns if name not in ("loss", "time")))
+    no_curves = {"loss", "time"} | token_counts(logs)
+    names = list(dict.fromkeys(name for log in logs for name in log.columns if name not in no_curves))
     with_values = [name for name in names if any(np.isfinite(_column(log, name)).any() for log in logs)]
     buckets = max(100, min(MAX_BUCKETS, MAX_POINTS // (len(logs) * (4 + min(len(with_values), MAX_COLUMNS)))))
     panels, notes = [_norm_panel(logs, buckets)], _norm_notes(logs)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..analysis.log import Log
 from ..analysis.statistics import Numbers
 
-__all__ = ["XAxis", "make_x_axes"]
+__all__ = ["XAxis", "make_x_axes", "token_counts"]
 
 TOKENS = re.compile(r"(.*[/_.])?tokens(_seen)?")
 """Names of a column of tokens, such as that of transformers (`num_input_tokens_seen`)."""
@@ -53,6 +53,14 @@ def make_x_axes(logs: Sequence[Log]) -> list[XAxis]:
     return axes
 
 
+def token_counts(logs: Sequence[Log]) -> frozenset[str]:
+    """Return the columns with the tokens since the start, which are an axis of all runs and need no curve."""
+    if not all(_tokens(log) for log in logs):
+        return frozenset()
+    names = [(log, name) for log in logs for name in (_token_column(log),) if name is not None]
+    return frozenset(name for log, name in names if (known := _known(log, name)) and _rises(known[1]))
+
+
 def _make_axis(title: str, pairs: Sequence[tuple[Any, Any]], divisor: float) -> XAxis:
     steps, positions = [], []
     for known_steps, known in pairs:
@@ -64,12 +72,20 @@ def _make_axis(title: str, pairs: Sequence[tuple[Any, Any]], divisor: float) -> 
 
 
 def _tokens(log: Log) -> tuple[NDArray[np.int64], Numbers] | None:
-    name = next((name for name in log.columns if TOKENS.fullmatch(name)), None)
+    name = _token_column(log)
     if name is None or (known := _known(log, name)) is None:
         return None
     steps, tokens = known
     # A column that does not rise at every step has the tokens of single steps.
-    return steps, tokens if (np.diff(tokens) > 0).all() else np.cumsum(tokens)
+    return steps, tokens if _rises(tokens) else np.cumsum(tokens)
+
+
+def _token_column(log: Log) -> str | None:
+    return next((name for name in log.columns if TOKENS.fullmatch(name)), None)
+
+
+def _rises(values: Numbers) -> bool:
+    return bool((np.diff(values) > 0).all())
 
 
 def _seconds(log: Log) -> tuple[NDArray[np.int64], Numbers] | None:
