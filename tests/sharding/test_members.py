@@ -94,7 +94,7 @@ def test_frozen_parameters_need_no_group() -> None:
 _WRONG: dict[str, tuple[Callable[[nn.Module, dict[str, Any]], Any], str]] = {
     "missing": (lambda m, o: {"adamw": o["adamw"]}, "no group has 0.weight, 2.weight"),
     "overlap": (lambda m, o: {**o, "head": m[2]}, "2.bias is in 'adamw' and in 'head'"),
-    "nothing": (lambda m, o: {**o, "sgd": SGD([nn.Parameter(torch.ones(1))])}, "parameters of SGD: the clipper has none of them"),
+    "nothing": (lambda m, o: {**o, "sgd": SGD([nn.Parameter(torch.ones(1))])}, "the clipper has none of them"),
     "number": (lambda m, o: {"adamw": 3}, "regular expressions or optimizers"),
     "tensor": (lambda m, o: {"adamw": m[0].weight}, "regular expressions or optimizers"),
 }
