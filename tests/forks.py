@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-__all__ = ["TIMEOUT", "Done", "end_with_parent", "forkserver", "run_forked"]
+__all__ = ["TIMEOUT", "Done", "become", "end_with_parent", "forkserver", "run_forked"]
 
 TIMEOUT = 400
 """Seconds after which a job counts as hung."""
@@ -110,6 +110,24 @@ def run_forked(
         return Done([str(script), *arguments], code, out.read_text("utf-8"), err.read_text("utf-8"))
 
 
+def become(cwd: str, env: Mapping[str, str], files: Sequence[int]) -> None:
+    """Make this process, which was forked, one that another command seems to have started.
+
+    Args:
+        cwd: its folder.
+        env: its environment.
+        files: descriptors of its output and of its errors.
+    """
+    for stream, file in enumerate(files, start=1):
+        os.dup2(file, stream)
+        os.close(file)
+    # OMP_NUM_THREADS is read when torch is loaded, which was before the fork.
+    torch.set_num_threads(1)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+
+
 def _run_script(
     script: str,
     cwd: str,
@@ -121,15 +139,8 @@ def _run_script(
     before: Callable[[], None] | None,
 ) -> None:
     """Run a script in this process, with its output in files."""
-    for path, stream in ((out, 1), (err, 2)):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, stream)
-        os.close(file)
-    # OMP_NUM_THREADS is read when torch is loaded, which was before the fork.
-    torch.set_num_threads(1)
-    os.environ.clear()
-    os.environ.update(env)
-    os.chdir(cwd)
+    files = [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) for path in (out, err)]
+    become(cwd, env, files)
     sys.path.insert(0, str(Path(script).parent))
     sys.argv = [script, *arguments]
     if strict:

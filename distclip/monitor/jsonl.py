@@ -41,7 +41,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 __all__ = ["COLUMNS", "FORMAT", "MIN_BETWEEN_UPDATES", "UPDATE_RMS_ALARM", "JsonLines", "finite"]
 
@@ -57,23 +57,23 @@ UPDATE_RMS_ALARM = 3.0
 MIN_BETWEEN_UPDATES = 50
 """Minimum number of steps without such an `update_rms` before the next alarm about it."""
 
+_BLOCK = 1 << 16
+"""Number of bytes to look for the last line break in at once."""
+
 
 class JsonLines:
     """A file of JSON lines to append to.
 
     Args:
         path: of the file. It is created with its directory if it does not exist. If a crash left it in the middle of a
-            line, a line break is appended first.
+            line, that line is removed first.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
-            if file.tell():
-                file.seek(-1, 2)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
+            _repair_end(file)
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write one line per row, and close the file."""
@@ -84,6 +84,29 @@ class JsonLines:
     def convert_vector(self, values: Any) -> Any:
         """Return a vector as it is in a line: a list of numbers with six digits."""
         return [float(f"{x:.6g}") for x in values.tolist()]
+
+
+def _repair_end(file: BinaryIO) -> None:
+    """Remove the last line of a file if it is torn. Add the line break if that alone is missing."""
+    end = begin = file.seek(0, 2)
+    tail = b""
+    while begin and b"\n" not in tail:
+        after, begin = begin, file.seek(max(0, begin - _BLOCK))
+        tail = file.read(after - begin) + tail
+    last = tail.rpartition(b"\n")[2]
+    if last and _is_torn(last):
+        file.truncate(end - len(last))
+    elif last:
+        file.write(b"\n")
+
+
+def _is_torn(line: bytes) -> bool:
+    """Return whether a line is the beginning of an object. Another program's text is not."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return line.startswith(b"{")
+    return False
 
 
 def finite(value: Any) -> Any:

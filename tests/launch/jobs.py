@@ -18,7 +18,6 @@ from typing import Any
 import torch.distributed as dist
 
 from tests.forks import TIMEOUT, Done, run_forked
-from tests.launch.kills import install_from_environment
 from tests.ranks import raise_if_replicas_differ
 
 ROOT = Path(__file__).parents[2]
@@ -50,23 +49,8 @@ def torchrun(cwd: Path, num_ranks: int, *overrides: str) -> Done:
 
 def train(cwd: Path, num_ranks: int, *overrides: str) -> Done:
     """Train on forked ranks, with the variables that torchrun sets."""
-    return train_again(cwd, agent_store(), num_ranks, *overrides)
-
-
-def agent_store() -> dist.TCPStore:
-    """Return a store in this process. Ranks connect to it, as they connect to torchrun's."""
-    # The system picks the port.
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-
-
-def train_again(cwd: Path, store: dist.TCPStore, num_ranks: int, *overrides: str, **variables: str) -> Done:
-    """Train in another attempt of an elastic job.
-
-    Args:
-        cwd, num_ranks, overrides: see `train`.
-        store: of all attempts.
-        variables: of the ranks' environment.
-    """
+    # A store in this process, as that of torchrun's agent. The system picks the port.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
         "WORLD_SIZE": str(num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks),
@@ -74,7 +58,6 @@ def train_again(cwd: Path, store: dist.TCPStore, num_ranks: int, *overrides: str
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
-        **variables,
     }
     ranks = [environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(num_ranks)]
     return run_ranks(cwd, ranks, overrides)
@@ -82,13 +65,7 @@ def train_again(cwd: Path, store: dist.TCPStore, num_ranks: int, *overrides: str
 
 def run_ranks(cwd: Path, environments: Sequence[Mapping[str, str]], overrides: Sequence[str]) -> Done:
     """Run launch/train.py in a forked process for each environment. If one fails, the others are ended."""
-    return run_forked(TRAIN, cwd, environments, overrides, before=_prepare_rank)
-
-
-def _prepare_rank() -> None:
-    """Prepare a rank before it runs the script."""
-    install_from_environment()
-    raise_if_replicas_differ()
+    return run_forked(TRAIN, cwd, environments, overrides, before=raise_if_replicas_differ)
 
 
 def succeed(done: Done) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,16 +13,50 @@ import pytest
 import torch.distributed as dist
 
 from job.elastic import find_job_directory, handshake
-from tests.launch.jobs import STATEFUL, agent_store, read_rows, succeed, train, train_again
+from tests.launch import launchers
+from tests.launch.jobs import STATEFUL, list_files, read_rows, succeed, train
+from tests.launch.kills import check_left
 
 SETTINGS = [*STATEFUL, "steps=8", "checkpoint.every=2", "data.held_out=0.02", "log=quiet"]
-KILLS = ["forward:1:3", "in the all-reduce:0:9", "after the all-reduce:1:2", "checkpoint:1:3", "rename:0:1", "log:0:2"]
-"""Kills of one attempt after another, as `tests.launch.kills` reads them."""
+SCRIPT = str(Path(__file__).with_name("kills.py"))
+KILLS = [
+    "forward:1:3",
+    "before the all-reduce:0:2",
+    "in the all-reduce:1:5",
+    "after the all-reduce:1:2",
+    "log:0:2",
+    "checkpoint:0:1",
+    "rename:0:1",
+    "stopped:1:2",
+]
+"""Kills of one start after another, as `kills` reads them. In the last one a rank is stopped for a while instead."""
+MODULES = {"deepspeed": ["deepspeed.runtime.zero.muon.muon_optimizer", "distclip.integrations.deepspeed"]}
+"""Modules that take each rank seconds to import, by launcher."""
+UNFINISHED = ("checkpoint", "rename")
+"""Stages at which a kill leaves an unfinished checkpoint."""
 
 
-def read_lines(run: Path) -> list[dict[str, object]]:
-    """Return the lines of the log, each of which must be whole."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+def check(run: Path, whole: Path, *, is_equal: bool) -> None:
+    """Check the files of a run that was killed and has continued to its end.
+
+    Args:
+        run: its directory.
+        whole: directory of a run that was never interrupted.
+        is_equal: whether both have the same layout.
+    """
+    assert not check_left(run)
+    assert all(json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines())
+    assert sorted(path.name for path in run.glob("checkpoints/*")) == [f"step_00000{i}" for i in (2, 4, 6, 8)]
+    rows: dict[object, list[dict[str, object]]] = {}
+    for row in read_rows(run):
+        rows.setdefault(row["step"], []).append(row)
+    expected = read_rows(whole)
+    assert list(rows) == [row["step"] for row in expected]
+    assert max(map(len, rows.values())) > 1
+    for repeated, row in zip(rows.values(), expected, strict=True):
+        # A step that was repeated after a kill has the same bits.
+        assert all(other == repeated[0] for other in repeated)
+        assert repeated[0] == (row if is_equal else pytest.approx(row, rel=1e-4))
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +67,39 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cwd / "run"
 
 
-def test_restarted_job_continues_in_its_directory(whole: Path, tmp_path: Path) -> None:
-    """The ranks are killed at every stage, and find the run directory, whose default name has the time."""
-    store = agent_store()
-    for kill in KILLS:
-        done = train_again(tmp_path, store, 2, *SETTINGS, KILL=kill)
-        assert done.returncode < 0, done.stdout + done.stderr
-        (run,) = (tmp_path / "outputs").iterdir()
-        read_lines(run)
-        for checkpoint in run.glob("checkpoints/*"):
-            assert checkpoint.suffix == ".unfinished" or (checkpoint / ".metadata").exists()
-    succeed(train_again(tmp_path, store, 2, *SETTINGS))
-    assert [path.name for path in (tmp_path / "outputs").iterdir()] == [run.name]
-    assert {row["step"]: row for row in read_rows(run)} == {row["step"]: row for row in read_rows(whole)}
-    assert sorted(path.name for path in run.glob("checkpoints/*")) == [f"step_00000{i}" for i in (2, 4, 6, 8)]
+def test_torchrun_restarts_the_job(whole: Path, tmp_path: Path) -> None:
+    """All attempts find the run directory, whose default name has the time."""
+    with launchers.Loaded() as loaded:
+        num_restarts = len(KILLS) - 1
+        done = loaded.run(tmp_path, *launchers.torchrun(2, num_restarts), SCRIPT, *SETTINGS, KILLS=";".join(KILLS))
+    succeed(done)
+    assert (tmp_path / "kills").read_text("utf-8").splitlines() == KILLS
+    (run,) = (tmp_path / "outputs").iterdir()
+    check(run, whole, is_equal=True)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "command", "overrides"),
+    [
+        ("mpirun", launchers.mpirun, ["comm=mpi"]),
+        ("deepspeed", launchers.deepspeed, ["parallel=zero2"]),
+    ],
+)
+def test_job_started_again_continues(
+    whole: Path, tmp_path: Path, launcher: str, command: Callable[[int], list[str]], overrides: list[str]
+) -> None:
+    pytest.importorskip({"mpirun": "mpi4py"}.get(launcher, launcher))
+    settings = [*SETTINGS, *overrides, "hydra.run.dir=run", "resume=auto"]
+    with launchers.Loaded(MODULES.get(launcher, ())) as loaded:
+        for kill in KILLS[:-1]:
+            done = loaded.run(tmp_path, *command(2), SCRIPT, *settings, KILLS=kill)
+            # It is that of the killed rank, or that of another one, which may have failed before the launcher looked.
+            assert done.returncode > 0, f"{kill}: {done.stdout}{done.stderr}"
+            if kill.startswith(UNFINISHED):
+                assert check_left(tmp_path), list_files(tmp_path)
+        succeed(loaded.run(tmp_path, *command(2), SCRIPT, *settings, KILLS=KILLS[-1]))
+    assert (tmp_path / "kills").read_text("utf-8").splitlines() == KILLS
+    check(tmp_path / "run", whole, is_equal=False)
 
 
 def test_continues_on_fewer_ranks_and_after_damage(whole: Path, tmp_path: Path) -> None:

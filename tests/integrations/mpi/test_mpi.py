@@ -15,7 +15,7 @@ import torch
 
 from tests.integrations.mpi import cases
 from tests.launch import jobs
-from tests.launch.jobs import ROOT, STATEFUL, TRAIN, compare, read_rows
+from tests.launch.jobs import ROOT, STATEFUL, compare, read_rows
 
 pytest.importorskip("mpi4py")
 
@@ -200,27 +200,6 @@ def test_launcher_rank_that_fails_ends_the_job(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "IsADirectoryError" in done.stderr
     assert "MPI rank 0 has failed" in done.stderr
-
-
-KILLED = f"""
-import itertools, os, runpy, signal, sys
-from torch.optim.optimizer import register_optimizer_step_post_hook
-steps = itertools.count(1)
-def kill_at_third_step(*_):
-    if next(steps) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
-    register_optimizer_step_post_hook(kill_at_third_step)
-sys.path.insert(0, {str(ROOT / "launch")!r})
-runpy.run_path({str(TRAIN)!r}, run_name="__main__")
-"""
-
-
-def test_launcher_rank_that_is_killed_ends_the_job(tmp_path: Path) -> None:
-    (tmp_path / "killed.py").write_text(KILLED, encoding="utf-8")
-    done = mpirun(tmp_path, 2, "killed.py", "comm=mpi", "steps=100000", *SHORT)
-    assert done.returncode == 128 + 9
-    assert "signal 9" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
