@@ -146,7 +146,7 @@ class InBackward:
             _register_comm_hook(module, partial(self._on_bucket, weakref.ref(module)))
 
     @property
-    def report(self) -> Report | None:
+    def report(self) -> Report | Any:
         """Measurements of the last backward that stepped, see `Report`. None before the first one."""
         return None if self._outcome is None else self._outcome.report()
 

@@ -181,7 +181,7 @@ class Attachment(base.Attachment):
         return self._deferred.clipper
 
     @property
-    def report(self) -> Report | None:
+    def report(self) -> Report | Any:
         """Report of the last step, or None before the first step."""
         return self._deferred.report
 

@@ -53,8 +53,9 @@ class Attachment:
         """Clipper that decides, or None before there is one."""
         return self._clipper
 
+    # With `Any`, type checkers accept `attachment.report.norm` after a step without a test for None.
     @property
-    def report(self) -> Report | None:
+    def report(self) -> Report | Any:
         """Report of the last step, or None before the first step."""
         return self._report
 

@@ -214,7 +214,7 @@ class DeepSpeedAttachment(base.Attachment):
         return None if self._of_engine is None else self._of_engine.clipper
 
     @property
-    def report(self) -> Report | None:
+    def report(self) -> Report | Any:
         """Report of the last step, or None before the first step."""
         return None if self._of_engine is None else self._of_engine.report
 

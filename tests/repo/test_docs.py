@@ -25,6 +25,7 @@ from distclip import NonFiniteWarning
 from tests.conftest import ROOT
 from tests.forks import run_forked
 from tests.ranks import World
+from tests.repo.source import relative, tracked
 
 README = ROOT / "README.md"
 PAGES = [README, ROOT / ".github" / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -162,6 +163,28 @@ def test_links_of_the_readme_work_on_pypi() -> None:
     named = set(re.findall(r"^\[([^]]+)\]:", text, flags=re.MULTILINE))
     used = {(second or first).lower() for first, second in re.findall(r"\[([^]]+)\]\[([^]]*)\]", text)}
     assert named == used
+
+
+def test_addresses_lead_to_the_repository() -> None:
+    """Every link to the repository has its address and an existing file, and no text waits to be replaced."""
+    owner = repository().rpartition("/")[0].removeprefix("https://github.com/")
+    kept = re.compile(rf"https://(?:raw\.githubusercontent|github)\.com/{owner}/[^\s)\"'>`}}]*")
+    waiting = re.compile(r"\b(?:TODO|FIXME|XXX|CHANGEME|YOUR[-_][A-Z]+|your-(?:name|org|username|repo)|USERNAME)\b")
+    num_links = 0
+    for path in tracked():
+        name = relative(path)
+        if path.suffix in (".ipynb", ".svg", ".png") or name.startswith("tests/"):
+            continue
+        text = path.read_text(encoding="utf-8")
+        assert waiting.findall(text) == [], name
+        for link in kept.findall(text):
+            num_links += 1
+            address = link.replace("raw.githubusercontent.com", "github.com").rstrip(".,")
+            assert address.startswith(repository()), (name, link)
+            page = address.removeprefix(repository()).lstrip("/")
+            known = re.fullmatch(r"(?:issues|commits/main|security/advisories/new)?", page)
+            assert known or (ROOT / re.sub("^(?:blob/|tree/)?main/", "", page).partition("#")[0]).exists(), (name, link)
+    assert num_links > 20
 
 
 def test_readme_shows_the_two_commands() -> None:

@@ -45,3 +45,19 @@ def test_drop_ins_have_the_signatures_of_torch(name: str) -> None:
 
 def test_reference_is_public() -> None:
     assert float(reference.total_norm([torch.tensor([3.0]), torch.tensor([4.0])])) == 5.0
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("integrations.attachment", "Attachment"),
+        ("integrations.accelerate", "Attachment"),
+        ("integrations.transformers", "DeepSpeedAttachment"),
+        ("integrations.lightning", "GradientClipping"),
+        ("backward.in_backward", "InBackward"),
+    ],
+)
+def test_reports_need_no_test_for_none(module: str, name: str) -> None:
+    """`attachment.report.norm` passes strict type checkers. `Report | None` does not, and `Any` has no completion."""
+    owner = getattr(pytest.importorskip(f"distclip.{module}"), name)
+    assert owner.report.fget.__annotations__["return"] == "Report | Any"

@@ -109,7 +109,7 @@ class GradientClipping(Callback):  # type: ignore[misc, unused-ignore]
         return [deferred.clipper for deferred in self._deferred]
 
     @property
-    def report(self) -> Report | None:
+    def report(self) -> Report | Any:
         """Report of the last step, or None before the first step."""
         return self._deferred[self._last_index].report
 
