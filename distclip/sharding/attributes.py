@@ -175,13 +175,14 @@ def _give(param: Tensor, attributes: dict[str, Any], shape: tuple[int, ...]) -> 
 def _owners_of(param: Tensor) -> Iterator[tuple[nn.Module, str]]:
     """Yield the modules that have a parameter, with its name in each."""
     found = list(_known_owners(param))
-    if not found:
+    # A module has no other tensors in its place for parameters. Stand-ins of an integration, for instance, have none.
+    if not found and isinstance(param, nn.Parameter):
         # `to_empty`, `fully_shard` and others exchange parameters without registering the new ones.
         _index(list(_modules))
         found = list(_known_owners(param))
-    if not found and _num_scans < _MAX_SCANS:
-        _scan()
-        found = list(_known_owners(param))
+        if not found and _num_scans < _MAX_SCANS:
+            _scan()
+            found = list(_known_owners(param))
     yield from found
 
 

@@ -7,6 +7,7 @@ import math
 import pydoc_data.topics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -82,10 +83,7 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 def topics(batch: int, length: int, held_out: float) -> Text:
     """Load Python's help topics as `batch` streams of characters, whose end is held out."""
-    texts = pydoc_data.topics.topics
-    text = "\n".join(texts[name] for name in sorted(texts))
-    index = {character: i for i, character in enumerate(sorted(set(text)))}
-    ids = torch.tensor([index[character] for character in text])
+    ids, vocabulary = _characters()
     num_train = int(len(ids) * (1 - held_out))
     train, test = _streams(ids[:num_train], batch, length), _streams(ids[num_train:], batch, length)
 
@@ -93,9 +91,18 @@ def topics(batch: int, length: int, held_out: float) -> Text:
         while True:
             yield from train
 
-    vocabulary = len(index)
     guess = math.log(vocabulary)
     return Text(passes, test, cross_entropy, vocabulary, guess, "tokens", None, len(train), vocabulary, length)
+
+
+# The runs of one job share it.
+@cache
+def _characters() -> tuple[Tensor, int]:
+    """Return Python's help topics as indices of characters, and the number of different characters."""
+    texts = pydoc_data.topics.topics
+    text = "\n".join(texts[name] for name in sorted(texts))
+    index = {character: i for i, character in enumerate(sorted(set(text)))}
+    return torch.tensor([index[character] for character in text]), len(index)
 
 
 def _streams(ids: Tensor, batch: int, length: int) -> list[Batch]:

@@ -37,7 +37,13 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def run_command(cwd: Path, *command: str, **variables: str) -> Done:
-    """Run a command to its end. It may fail."""
+    """Run a command to its end. It may fail.
+
+    Args:
+        cwd: folder in which it runs.
+        command: its words.
+        variables: of its environment. Launchers start PYTHON, see `tests.interpreter`.
+    """
     env = environment(**variables)
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=TIMEOUT, check=False)
 

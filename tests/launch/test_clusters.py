@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.interpreter import forked_python
 from tests.launch.jobs import ROOT, environment, read_header, read_rows
 
 yaml = pytest.importorskip("yaml")
@@ -33,7 +33,7 @@ def run_together(folder: Path, jobs: Sequence[tuple[Sequence[str], Mapping[str, 
         subprocess.Popen(
             command,
             cwd=folder,
-            env=environment(**variables),
+            env=environment(**variables, PYTHON=str(forked_python())),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -135,6 +135,6 @@ def test_kubernetes_starts_one_world(tmp_path: Path) -> None:
     assert all(command[0] == "python" for command, _ in jobs)
     for part in ("launch", "conf"):
         (tmp_path / part).symlink_to(ROOT / part)
-    run_together(tmp_path, [([sys.executable, *command[1:], *SHORT], variables) for command, variables in jobs])
+    run_together(tmp_path, [([str(forked_python()), *command[1:], *SHORT], variables) for command, variables in jobs])
     assert len(read_rows(tmp_path / "run")) == 3
     assert read_header(tmp_path / "run")["world_size"] == 2

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.frameworks import skip_without
+from tests.interpreter import forked_python
 from tests.launch.jobs import ROOT, STATEFUL, compare, read_rows, read_summary, run_command, succeed, train
 
 skip_without("deepspeed")
@@ -33,7 +34,9 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Without NPROC the launcher starts two ranks if there is no GPU.
     num_ranks = "2" if torch.cuda.is_available() else ""
     command = ["bash", str(ROOT / "launch/deepspeed.sh"), compare(RUNS), "steps=4", "hydra.run.dir=two", *SHORT]
-    (cwd / "out").write_text(succeed(run_command(cwd, *command, NPROC=num_ranks)), encoding="utf-8")
+    (cwd / "out").write_text(
+        succeed(run_command(cwd, *command, NPROC=num_ranks, PYTHON=str(forked_python()))), encoding="utf-8"
+    )
     return cwd / "two"
 
 

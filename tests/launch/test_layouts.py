@@ -21,7 +21,8 @@ FOUR_RANKS = ["hsdp", "fsdp2_tp", "pp"]
 STEPS = 5
 OVERRIDES = [f"steps={STEPS}", "data.held_out=0.012", "log.every=2"]
 # All models in each layout that cuts them in its own way, and one in the others. All are runs of one job.
-ON_TWO = [(parallel, model) for parallel in ("ddp", "tp", "fsdp2_tp", "pp") for model in MODELS]
+ON_TWO = [("ddp", "rnn")]
+ON_TWO += [(parallel, model) for parallel in ("tp", "fsdp2_tp", "pp") for model in MODELS]
 ON_TWO += [(parallel, "gpt") for parallel in TWO_RANKS if parallel not in ("ddp", "tp", "fsdp2_tp", "pp")]
 ON_FOUR = ("gpt", "mlp")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from job.slurm import torchrun_variables
+from tests.interpreter import forked_python
 from tests.launch.jobs import ROOT, environment, run_ranks
 
 pytest.importorskip("hydra")
@@ -45,9 +45,9 @@ def test_number_of_ranks(tmp_path: Path, has_gpus: bool, variables: dict[str, st
 
 
 LEAVE = """
+import time
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from job import processes
@@ -56,7 +56,7 @@ store = dist.FileStore("store")
 dist.init_process_group("gloo", store=store, rank=processes.RANK, world_size=processes.WORLD_SIZE)
 ready = Path("ready")
 if processes.RANK == 1:
-    torch.randn(2000, 2000).svd()
+    time.sleep(3)
     ready.touch()
 processes.leave()
 assert ready.exists()
@@ -68,7 +68,7 @@ def test_ranks_leave_together(tmp_path: Path) -> None:
     # A process that exits before gloo's threads have released their tensors would abort.
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", LEAVE],
+            [str(forked_python()), "-c", LEAVE],
             cwd=tmp_path,
             env=environment(RANK=str(rank), WORLD_SIZE="2", PYTHONPATH=f"{ROOT / 'launch'}:{ROOT}"),
         )

@@ -48,6 +48,7 @@ ARGUMENTS: dict[str, set[str]] = {
     "distclip/policies/fixed.py": {"NormPolicy"},
     "distclip/policies/isolated.py": {"Policy"},
     "distclip/policies/lagged.py": {"Budget", "Policy"},
+    "distclip/sharding/attributes.py": {"Parameter"},
 }
 """Classes that a module may test for with isinstance, because it checks the argument of a caller."""
 

