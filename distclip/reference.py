@@ -28,6 +28,7 @@ __all__ = [
     "mean_std_bounds",
     "median_mad_bounds",
     "total_norm",
+    "update_coefficients",
     "update_rms",
     "zclip_bounds",
 ]
@@ -100,6 +101,30 @@ def update_rms(grad: Tensor, moment: Tensor, beta: float, step: int, eps: float 
     squares = grad.double().square()
     current = (beta * moment.double() + (1 - beta) * squares) / (1 - beta**step)
     return float((squares / current.clamp(min=eps**2)).mean().sqrt())
+
+
+def update_coefficients(
+    rms: Sequence[float], beta: float, max_rms: float = 1.0, recovery: float = 1.0, headroom: float = 1.25
+) -> list[float]:
+    """Compute the factors of one tensor's steps, from the RMS of every step with second moments.
+
+    Args:
+        rms: > 0, step by step.
+        beta: β2.
+        max_rms, recovery: see `distclip.update_clip`.
+        headroom: RMS in units of `max_rms` from which on the factors rise slowly.
+
+    Source: Wortsman et al. 2023, arXiv 2304.13013, algorithm 2, for recovery=0. The warm-up is ours.
+
+    >>> update_coefficients([1.0, 5.0, 2.0, 1.0], 0.5, recovery=2.0)
+    [1.0, 0.2, 0.5, 0.75]
+    """
+    coefs, ceiling = [], 1.0
+    for value in rms:
+        if recovery:
+            ceiling = min(1.0, ceiling + (1 - beta) / recovery, headroom * max_rms / value)
+        coefs.append(min(ceiling, max_rms / value))
+    return coefs
 
 
 def autoclip_bounds(

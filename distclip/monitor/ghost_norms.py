@@ -34,8 +34,6 @@ LEAF = 32
 MIN_SQUARE, MAX_SQUARE = 1e-15, 1e14
 """Squared norms of positions whose squares and sums are exact enough in float32."""
 
-MAX_PATCH_COST = 1 << 20
-"""Multiplications of a sample from which on a convolution takes less time than patches on a CPU."""
 
 Products = list[Tensor]
 """Products of the positions of each sample: of halves, of halves of halves, and last of leaves with themselves."""
@@ -229,6 +227,11 @@ class Convolution(Use):
         elif padding == "same":
             padding = tuple(d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
         self.padding: tuple[int, ...] = padding
+        # The weight of a sharded layer is not whole during backward.
+        channels = (layer.out_channels, layer.in_channels // layer.groups)
+        if layer.transposed:
+            channels = (layer.in_channels, layer.out_channels // layer.groups)
+        self._shape: tuple[int, ...] = (*channels, *layer.kernel_size)
 
     def squares(self) -> Tensor:
         """Return the squared norms."""
@@ -237,8 +240,8 @@ class Convolution(Use):
         num_patches = maps[0, 0].numel()
         patch_size = images.shape[1] * math.prod(self.layer.kernel_size)
         cost = num_patches * patch_size * maps.shape[1] // self.layer.groups
-        if images.is_cpu and cost > MAX_PATCH_COST and gram_cost(num_patches, patch_size + maps.shape[1]) > cost / 2:
-            return self._squares_by_sample()
+        if images.is_cpu and gram_cost(num_patches, patch_size + maps.shape[1]) > cost / 2:
+            return self._squares_of_gradients()
         rows = self.rows_per_sample * max(1, MAX_GRAM // max(1, self.rows_per_sample * patch_size * num_patches))
         parts = zip(torch.split(images, rows), torch.split(maps, rows), strict=True)
         return torch.cat([self._squares_by_patches(some_images, some_maps) for some_images, some_maps in parts])
@@ -255,10 +258,11 @@ class Convolution(Use):
         use = Outer(left, right)
         return squared_norms([use]).view(-1, groups).sum(1)
 
-    def _squares_by_sample(self) -> Tensor:
+    def _squares_of_gradients(self) -> Tensor:
+        block = max(1, MAX_GRAM // math.prod(self._shape))
+        parts = [slice(begin, begin + block) for begin in range(0, self.num_samples, block)]
         for is_last in (False, True):
-            gradients = (self.gradient(i).flatten() for i in range(self.num_samples))
-            squares = torch.stack([torch.dot(gradient, gradient) for gradient in gradients])
+            squares = torch.cat([_squares_of_last(self._gradients(part).flatten(1)) for part in parts])
             if is_last or _is_exact(squares):
                 break
             (inputs, one), (grads, other) = (
@@ -287,25 +291,32 @@ class Convolution(Use):
 
     def gradient(self, sample: int) -> Tensor:
         """Return the gradient of one sample."""
-        layer, part = self.layer, slice(sample * self.rows_per_sample, (sample + 1) * self.rows_per_sample)
-        channels = (layer.in_channels, layer.out_channels // layer.groups)
-        if not layer.transposed:
-            channels = (layer.out_channels, layer.in_channels // layer.groups)
+        return self._gradients(slice(sample, sample + 1))[0]
+
+    def _gradients(self, part: slice) -> Tensor:
+        """Return the gradients of some samples, whose channels are groups of one convolution."""
+        layer = self.layer
+        # (rows of a sample, samples and channels, ...)
+        grads, inputs = (
+            values.reshape(self.num_samples, -1, *values.shape[1:])[part].transpose(0, 1).flatten(1, 2)
+            for values in (self.grads, self.inputs)
+        )
+        num_samples = inputs.shape[1] // layer.in_channels
         _, gradient, _ = torch.ops.aten.convolution_backward(
-            self.grads[part],
-            self.inputs[part],
-            # Only the shape is read. The weight of a sharded layer is not whole during backward.
-            self.inputs.new_empty(()).expand(*channels, *layer.kernel_size),
+            grads,
+            inputs,
+            # Only the shape is read.
+            self.inputs.new_empty(()).expand(num_samples * self._shape[0], *self._shape[1:]),
             None,
             layer.stride,
             self.padding,
             layer.dilation,
             layer.transposed,
             layer.output_padding,
-            layer.groups,
+            num_samples * layer.groups,
             (False, True, False),
         )
-        return gradient  # type: ignore[no-any-return]
+        return gradient.view(num_samples, -1, *gradient.shape[1:])  # type: ignore[no-any-return]
 
 
 def squared_norms(uses: Sequence[Use]) -> Tensor:
@@ -376,7 +387,7 @@ def _linear(
     if "weight" in keys:
         uses["weight"] = Outer(left, _positions(inputs, num_samples), cache)
     if "bias" in keys:
-        uses["bias"] = Vectors(left.sum(1))
+        uses["bias"] = Vectors(left.sum(1) if left.shape[1] > 1 else left[:, 0])
     return uses
 
 
@@ -481,9 +492,9 @@ def _is_exact(squares: Tensor) -> bool:
     """Return whether the host knows that squares are far from overflow and underflow in float32."""
     if not host_reads_free(squares.device) or not squares.numel():
         return False
-    values = squares.flatten().tolist()
-    # NaN is in no range, wherever it stands.
-    return all(MIN_SQUARE < value < MAX_SQUARE for value in values)
+    # NaN is both the least and the largest, and in no range.
+    least, largest = torch.aminmax(squares)
+    return float(least) > MIN_SQUARE and float(largest) < MAX_SQUARE
 
 
 def _squares_of_last(values: Tensor) -> Tensor:

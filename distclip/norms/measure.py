@@ -52,6 +52,7 @@ class Partials:
         weight_powers: (slots,), the same of the parameters. None unless the policy needs it.
         update_powers: (slots,), Σ g² / max(v, ε²) / num_replicas, see `moments`. None unless the spec has `moment_eps`.
         update_counts: (slots,), number of elements with second moments, each divided by its number of replicas.
+        update_rates: (slots,), Σ (1 − β2) over these elements, likewise.
         out_of_limits: whether some element is outside of the policy's limits; a 0-d bool on an accelerator.
         has_partial_grads: whether some gradient is partial, and therefore missing from `powers`.
         has_fp64: whether some gradient is float64 or complex128.
@@ -71,6 +72,7 @@ class Partials:
     weight_powers: Tensor | None = None
     update_powers: Tensor | None = None
     update_counts: Tensor | None = None
+    update_rates: Tensor | None = None
     out_of_limits: Tensor | bool = False
     has_partial_grads: bool = False
     has_fp64: bool = False
@@ -90,7 +92,7 @@ class Partials:
         """Return the contribution of a rank that has no gradient, or that has failed."""
         nothing = identity(spec.norm_type, device).repeat(num_slots)
         none = identity(2.0, device).repeat(num_slots) if spec.moment_eps is not None else None
-        return cls(nothing, nothing if spec.needs_weights else None, none, none)
+        return cls(nothing, nothing if spec.needs_weights else None, none, none, none)
 
 
 def measure_updates(
@@ -109,18 +111,20 @@ def measure_updates(
     """
     # They are written before anything can fail, because the message has room for them on every rank.
     num_slots = len(partials.powers)
-    partials.update_powers = partials.update_counts = identity(2.0, device).repeat(num_slots)
-    sums, numels = sum_ratios(shards, tensors, moments)
+    partials.update_powers = partials.update_counts = partials.update_rates = identity(2.0, device).repeat(num_slots)
+    sums, numels, rates = sum_ratios(shards, tensors, moments)
     if not sums:
         return
     infos, pairs = shards.infos, torch.stack([one.to(device) for one in sums])
     counts = device_constant(tuple(numels), device, pairs.dtype)
-    # Both of them, so that it does not matter which of the replicas have moments.
+    totals = device_constant(tuple(rates), device, pairs.dtype)
+    # All of them, so that it does not matter which of the replicas have moments.
     if infos.num_replicas:
         replicas = device_constant(infos.num_replicas, device, pairs.dtype)
-        pairs, counts = pairs / replicas, counts / replicas
+        pairs, counts, totals = pairs / replicas, counts / replicas, totals / replicas
     partials.update_powers = sum_by_slot(pairs, infos, 2.0, num_slots)
     partials.update_counts = sum_by_slot(counts, infos, 2.0, num_slots)
+    partials.update_rates = sum_by_slot(totals, infos, 2.0, num_slots)
 
 
 def measure(

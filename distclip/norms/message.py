@@ -164,6 +164,7 @@ FIELDS = (
     Field("weight_powers", lambda partials: partials.weight_powers, lambda spec: spec.needs_weights),
     Field("update_powers", lambda partials: partials.update_powers, lambda spec: spec.moment_eps is not None),
     Field("update_counts", lambda partials: partials.update_counts, lambda spec: spec.moment_eps is not None),
+    Field("update_rates", lambda partials: partials.update_rates, lambda spec: spec.moment_eps is not None),
 )
 """Vectors of the message, in order."""
 

@@ -48,7 +48,9 @@ class SecondMoments:
     is_alone: bool = False
 
 
-def sum_ratios(shards: Shards, tensors: Sequence[Tensor], moments: SecondMoments) -> tuple[list[Tensor], list[float]]:
+def sum_ratios(
+    shards: Shards, tensors: Sequence[Tensor], moments: SecondMoments
+) -> tuple[list[Tensor], list[float], list[float]]:
     """Sum g² / v of each shard, see above.
 
     Args:
@@ -57,8 +59,8 @@ def sum_ratios(shards: Shards, tensors: Sequence[Tensor], moments: SecondMoments
         moments: of the optimizers that step these parameters.
 
     Returns:
-        0-d sums in the accumulation dtype, and the number of elements of each. Both are 0 for a parameter without
-        second moments, before its first step for example.
+        0-d sums in the accumulation dtype, the number of elements of each, and that number times 1 − β2. All are 0 for
+        a parameter without second moments, before its first step for example.
 
     Raises:
         ArgumentError: an optimizer has a state without second moments.
@@ -70,6 +72,7 @@ def sum_ratios(shards: Shards, tensors: Sequence[Tensor], moments: SecondMoments
     known = _find_moments(moments)
     sums: list[Tensor] = []
     counts: list[float] = []
+    rates: list[float] = []
     for info, grad, tensor in zip(shards.infos, shards.grads, tensors, strict=True):
         moment = known.get(id(tensor))
         values = torch.view_as_real(grad) if grad.is_complex() else grad
@@ -78,6 +81,7 @@ def sum_ratios(shards: Shards, tensors: Sequence[Tensor], moments: SecondMoments
             # A summand for every shard, so that these numbers are in the same order in every step.
             sums.append(torch.zeros((), dtype=devices.accumulation_dtype(grad.device), device=grad.device))
             counts.append(0.0)
+            rates.append(0.0)
             continue
         if info.partial_sums or grad.layout is not torch.strided:
             kind = "partial" if info.partial_sums else "sparse"
@@ -87,7 +91,8 @@ def sum_ratios(shards: Shards, tensors: Sequence[Tensor], moments: SecondMoments
             )
         sums.append(_sum_ratios(values, moment, moments))
         counts.append(float(values.numel()))
-    return sums, counts
+        rates.append(values.numel() * (1 - moment[1]))
+    return sums, counts, rates
 
 
 def _sum_ratios(grad: Tensor, moment: _Moment, moments: SecondMoments) -> Tensor:

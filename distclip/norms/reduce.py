@@ -43,6 +43,7 @@ class Totals:
         weight_powers: (slots,) float64, the same of the parameters. None unless the policy needs it.
         update_powers: (slots,), Σ g² / max(v, ε²) with Adam's second moments v, for `update_rms`. None likewise.
         update_counts: (slots,), number of elements with second moments.
+        update_rates: (slots,), Σ (1 − β2) over these elements.
         same_call: whether all ranks make one call, in one situation. An accelerator's host may not have read it. If
             they do not, the other facts are those of this rank until `gather_facts`.
         failed: whether some rank has failed, or made another call.
@@ -62,6 +63,7 @@ class Totals:
     weight_powers: Tensor | None = None
     update_powers: Tensor | None = None
     update_counts: Tensor | None = None
+    update_rates: Tensor | None = None
     same_call: Fact = ALWAYS
     failed: Fact = NEVER
     uncovered: Fact = NEVER
@@ -114,6 +116,15 @@ class Totals:
                 "NormSpec, or call clipper.measure_updates()."
             )
         return (self.update_powers / self.update_counts).sqrt()
+
+    @cached_property
+    def update_rate(self) -> Tensor:
+        """Mean 1 − β2 of each slot, (slots,) float64, for a policy whose spec has `moment_eps`. NaN likewise."""
+        if self.update_rates is None or self.update_counts is None:
+            raise AttributeError(
+                "update_rate: no second moments were read. Set moment_eps=1e-8 in the policy's NormSpec."
+            )
+        return self.update_rates / self.update_counts
 
     @cached_property
     def finite(self) -> Fact:

@@ -54,23 +54,20 @@ class TensorNorms:
             return measured
         index, num_slots = self.policy_slots, self.num_policy_slots
         # Each is a vector of sums, or of maxima, and so is the coarser one.
-        weight_powers, update_powers, update_counts = (
-            measured.weight_powers,
-            measured.update_powers,
-            measured.update_counts,
-        )
+        weight_powers = measured.weight_powers
         if weight_powers is not None:
             weight_powers = self._sum(weight_powers, index, measured, num_slots)
-        if update_powers is not None and update_counts is not None:
-            update_powers, update_counts = (
-                sum_by_slot(vector, index, 2.0, num_slots) for vector in (update_powers, update_counts)
-            )
+        update_powers, update_counts, update_rates = (
+            None if vector is None else sum_by_slot(vector, index, 2.0, num_slots)
+            for vector in (measured.update_powers, measured.update_counts, measured.update_rates)
+        )
         return replace(
             measured,
             powers=self._sum(measured.powers, index, measured, num_slots),
             weight_powers=weight_powers,
             update_powers=update_powers,
             update_counts=update_counts,
+            update_rates=update_rates,
         )
 
     def per_parameter(self, measured: Totals) -> Tensor:

@@ -83,6 +83,13 @@ class _CustomRule(Rule):
         floors = self._threshold.floors(totals, state)
         return as_vector(f"threshold={self._threshold!r:.80}", "floors", floors, totals.norms)
 
+    def ceilings(self, totals: Totals, state: State) -> Tensor | None:
+        """Return the threshold's ceilings, if it has any."""
+        ceilings = getattr(self._threshold, "ceilings", None)
+        values = None if ceilings is None else ceilings(totals, state)
+        who = f"threshold={self._threshold!r:.80}"
+        return None if values is None else as_vector(who, "ceilings", values, totals.norms)
+
     def restart(self, norms: Tensor, state: State) -> State:
         """Return the threshold's state after a restart."""
         return check_next_state(f"threshold={self._threshold!r:.80}", self._threshold.restart(norms, state), state)

@@ -216,6 +216,11 @@ class NormPolicy:
             floors = torch.minimum(self._rule.floors(totals, rule_state), bounds)
             raised = (floors / norms).clamp(max=self._rule.max_coef)
             coefs = torch.where((norms < floors) & (norms > 0), raised, coefs)
+        ceilings = self._rule.ceilings(totals, new_state)
+        if ceilings is not None:
+            coefs = torch.minimum(coefs, ceilings)
+            # The norms that the coefficients leave.
+            bounds = torch.where(coefs < 1, norms * coefs, bounds)
         verdict = Verdict(coefs, skip, bounds, max_coef=self._rule.max_coef)
         if not state:
             return verdict, state

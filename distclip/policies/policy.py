@@ -173,6 +173,13 @@ class Rule(Threshold):
         """
         return torch.zeros_like(totals.norms)
 
+    def ceilings(self, totals: Totals, state: State) -> Tensor | None:
+        """Return the largest coefficients, (slots,), in [0, 1]. None by default, for 1.
+
+        It is called with the state after the step. In contrast to a bound, a ceiling never skips a step.
+        """
+        return None
+
     def restart(self, norms: Tensor, state: State) -> State:
         """Return the state after a restart from the last norms.
 

@@ -10,17 +10,18 @@ loss by itself:
 
 A spike is a loss above mean + 6 standard deviations of the last 128 steps, at the earliest one step after the change.
 It is announced if the largest RMS of g / sqrt(v) reaches the alarm of `distclip.monitor` at an earlier step. It is
-prevented if the same steps with `distclip.update_clip()` have no such loss. All other steps are healthy: an alarm there
-is false.
+prevented if the same steps with `distclip.update_clip()` have no such loss. The published rule, without a warm-up after
+a spike, is `update_clip(recovery=0)`. All other steps are healthy: an alarm there is false.
 
-`python -m launch.comparison.adam_spikes` takes 7 minutes of one core. `--seeds 2` shows how it works.
+`python -m launch.comparison.adam_spikes` takes 8 minutes of one core. `--seeds 2` shows how it works.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,10 +111,10 @@ class Training:
             clipper.step(self.optimizer)
             yield float(main.detach() + other.detach()), float(found.pop())
 
-    def clipper(self, max_rms: float | None) -> distclip.GradClipper:
+    def clipper(self, policy: distclip.Policy | None) -> distclip.GradClipper:
         """Return a clipper that scales updates, or one that only measures them."""
-        if max_rms is not None:
-            return distclip.GradClipper(self.model, distclip.update_clip(max_rms))
+        if policy is not None:
+            return distclip.GradClipper(self.model, policy)
         clipper = distclip.GradClipper(self.model, distclip.global_norm(float("inf")))
         clipper.measure_tensors()
         clipper.measure_updates()
@@ -127,8 +128,8 @@ class Result:
     Args:
         spike: first step after the change with a spike, 0-based. None without one.
         alarm: first step with an alarm, likewise.
-        prevented: whether there is no spike with update_clip.
-        sizes: largest loss after the change, relative to the usual one, without and with update_clip.
+        prevented: whether there is no spike with each policy.
+        sizes: largest loss after the change, relative to the usual one, without a policy and with each.
         false_alarms: number of healthy steps with an alarm.
         healthy: number of healthy steps.
         largest: largest RMS of a healthy step.
@@ -136,34 +137,40 @@ class Result:
 
     spike: int | None
     alarm: int | None
-    prevented: bool
-    sizes: tuple[float, float]
+    prevented: list[bool]
+    sizes: list[float]
     false_alarms: int
     healthy: int
     largest: float
 
 
-def measure(kind: str, seed: int, lr: float, noise: float, max_rms: float) -> Result:
-    """Train one seed up to the change, and on from there with and without update_clip."""
+def measure(kind: str, seed: int, lr: float, noise: float, policies: Sequence[distclip.Policy], after: int) -> Result:
+    """Train one seed up to the change, and on from there without a policy and with each.
+
+    Args:
+        kind, seed, lr, noise: see `Training`.
+        policies: update_clip with several arguments.
+        after: number of steps with a policy.
+    """
     training = Training(kind, seed, lr, noise)
     losses, sizes = zip(*training.run(training.clipper(None), WARM_UP), strict=True)
     healthy = torch.tensor(sizes[SKIPPED:])
     usual = torch.tensor(losses[-WINDOW:])
     bound = float(usual.mean() + 6 * usual.std())
-    after: list[tuple[list[float], list[float]]] = []
-    for bound_of_rms in (None, max_rms):
+    branches: list[tuple[list[float], list[float]]] = []
+    for policy in (None, *policies):
         branch = copy.copy(training)
         branch.model, branch.optimizer = copy.deepcopy((training.model, training.optimizer))
         branch.generator = torch.Generator().set_state(training.generator.get_state())
         branch.change()
-        numbers = list(branch.run(branch.clipper(bound_of_rms), AFTER))
-        after.append(([loss for loss, _ in numbers], [rms for _, rms in numbers]))
-    spikes = [next((i for i, loss in enumerate(losses) if loss > bound), None) for losses, _ in after]
+        numbers = list(branch.run(branch.clipper(policy), AFTER if policy is None else after))
+        branches.append(([loss for loss, _ in numbers], [rms for _, rms in numbers]))
+    spikes = [next((i for i, loss in enumerate(losses) if loss > bound), None) for losses, _ in branches]
     return Result(
         spikes[0],
-        next((i for i, rms in enumerate(after[0][1]) if rms >= UPDATE_RMS_ALARM), None),
-        spikes[1] is None,
-        (max(after[0][0]) / float(usual.mean()), max(after[1][0]) / float(usual.mean())),
+        next((i for i, rms in enumerate(branches[0][1]) if rms >= UPDATE_RMS_ALARM), None),
+        [spike is None for spike in spikes[1:]],
+        [max(losses) / float(usual.mean()) for losses, _ in branches],
         int((healthy >= UPDATE_RMS_ALARM).sum()),
         len(healthy),
         float(healthy.max()),
@@ -176,24 +183,31 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=80, help="number of seeds of each kind (default: 80)")
     parser.add_argument("--first", type=int, default=0, help="first seed (default: 0)")
     parser.add_argument("--max-rms", type=float, default=1.0, help="of update_clip (default: 1.0)")
+    parser.add_argument(
+        "--recovery", type=float, nargs="+", default=[0.0, 1.0], help="of update_clip, one after another"
+    )
+    parser.add_argument("--after", type=int, default=AFTER, help=f"steps with update_clip (default: {AFTER})")
     parser.add_argument("--lr", type=float, nargs="+", default=[0.005, 0.01], help="learning rates, in turn")
     parser.add_argument("--noise", type=float, default=0.02)
     options = parser.parse_args()
     torch.set_num_threads(1)
     rates = ", ".join(map(str, options.lr))
     print(f"alarm at an RMS of {UPDATE_RMS_ALARM}, lr {rates}, noise {options.noise}, max_rms {options.max_rms}\n")
-    print("| change | seeds | spikes | announced | prevented | median size | with update_clip | false alarms | steps |")
-    print("|---|" + "--:|" * 8)
+    policies = [distclip.update_clip(options.max_rms, recovery=recovery) for recovery in options.recovery]
+    titles = [f"prevented, recovery={recovery:g} | size" for recovery in options.recovery]
+    print(f"| change | seeds | spikes | announced | size | {' | '.join(titles)} | false alarms | steps |")
+    print("|---|" + "--:|" * (6 + 2 * len(titles)))
     everything: list[Result] = []
     for kind in KINDS:
         results = [
-            measure(kind, seed, options.lr[seed % len(options.lr)], options.noise, options.max_rms)
+            measure(kind, seed, options.lr[seed % len(options.lr)], options.noise, policies, options.after)
             for seed in range(options.first, options.first + options.seeds)
         ]
         everything += results
         print(describe(kind, results), flush=True)
     print(describe("all", everything))
-    print(f"\nLargest RMS of a healthy step: {max(result.largest for result in everything):.2f}")
+    print("\nSizes are medians of the largest loss after the change, in units of the usual loss.")
+    print(f"Largest RMS of a healthy step: {max(result.largest for result in everything):.2f}")
 
 
 def describe(name: str, results: list[Result]) -> str:
@@ -201,9 +215,11 @@ def describe(name: str, results: list[Result]) -> str:
     # A loss that is unusual in the step of the change itself is no consequence of a step.
     spikes = [result for result in results if result.spike]
     announced = [r for r in spikes if r.alarm is not None and r.spike is not None and r.alarm < r.spike]
-    prevented = sum(result.prevented for result in spikes)
-    sizes = [f"{torch.tensor([r.sizes[i] for r in spikes]).median():.1f}" if spikes else "-" for i in (0, 1)]
-    cells = [name, len(results), len(spikes), len(announced), prevented, *sizes]
+    num_policies = len(results[0].prevented)
+    sizes = [f"{statistics.median(r.sizes[i] for r in spikes):.1f}" if spikes else "-" for i in range(1 + num_policies)]
+    prevented = [sum(r.prevented[i] for r in spikes) for i in range(num_policies)]
+    cells = [name, len(results), len(spikes), len(announced), *sizes[:1]]
+    cells += [cell for pair in zip(prevented, sizes[1:], strict=True) for cell in pair]
     cells += [sum(r.false_alarms for r in results), sum(r.healthy for r in results)]
     return f"| {' | '.join(map(str, cells))} |"
 

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.tensor.debug import CommDebugMode
 
 import distclip
 from distclip import ArgumentError, GradClipper, reference, update_clip
+from distclip.norms.reduce import Totals
 from tests.ranks import gather_from_ranks, on_ranks
 from tests.rig import Rig, build_rig
 from tests.tables.layouts.data_parallel import mlp
@@ -22,18 +25,22 @@ FACTORS = (1.0, 0.5, 1.0, 30.0, 1.0)
 
 
 class StableAdamW:
-    """The algorithm of the paper on one whole tensor, in float64."""
+    """The algorithm of the paper on one whole tensor, in float64, with the warm-up after a spike."""
 
-    def __init__(self, weight: Tensor, max_rms: float = 1.0) -> None:
-        self.weight, self.max_rms = weight.detach().double().clone(), max_rms
+    def __init__(self, weight: Tensor, max_rms: float = 1.0, recovery: float = 1.0) -> None:
+        self.weight, self.max_rms, self.recovery = weight.detach().double().clone(), max_rms, recovery
         self.first, self.second, self.steps = torch.zeros_like(self.weight), torch.zeros_like(self.weight), 0
+        self.all_rms: list[float] = []
 
     def step(self, grad: Tensor) -> float:
         """Step, and return the coefficient of the learning rate."""
         grad, (beta1, beta2) = grad.double(), BETAS
         self.steps += 1
         rms = reference.update_rms(grad, self.second, beta2, self.steps)
-        coef = min(1.0, self.max_rms / rms) if rms and self.steps > 1 else 1.0
+        coef = 1.0
+        if rms and self.steps > 1:
+            self.all_rms.append(rms)
+            coef = reference.update_coefficients(self.all_rms, beta2, self.max_rms, self.recovery)[-1]
         self.first = beta1 * self.first + (1 - beta1) * grad
         self.second = beta2 * self.second + (1 - beta2) * grad.square()
         root = (self.second / (1 - beta2**self.steps)).sqrt() + EPS
@@ -181,6 +188,71 @@ def test_rows_that_return_do_not_dominate_a_tensor() -> None:
     assert float(clipper.step(optimizer).coefs) > 0.9
 
 
+@given(
+    trace=st.lists(st.floats(0.05, 40.0), min_size=1, max_size=30),
+    beta=st.sampled_from([0.9, 0.99, 0.999]),
+    recovery=st.sampled_from([0.0, 0.3, 1.0, 7.0]),
+)
+def test_rule_equals_its_twin(trace: list[float], beta: float, recovery: float) -> None:
+    """Compare one slot with a loop over floats, next to a slot without second moments."""
+    policy = update_clip(recovery=recovery)
+    state = policy.init(2, torch.device("cpu"))
+    expected = reference.update_coefficients(trace, beta, recovery=recovery)
+    for rms, coef in zip(trace, expected, strict=True):
+        sums = torch.tensor([[6 * rms**2, 0.0], [6.0, 0.0], [6 * (1 - beta), 0.0]], dtype=torch.float64)
+        powers = torch.ones(2, dtype=torch.float64)
+        totals = Totals(powers, update_powers=sums[0], update_counts=sums[1], update_rates=sums[2])
+        verdict, state = policy.decide(totals, state)
+        assert verdict.coefs.tolist() == pytest.approx([coef, 1.0], rel=1e-9)
+        assert verdict.bounds is not None
+        assert bool((verdict.bounds >= verdict.coefs).all())
+
+
+@pytest.mark.parametrize("recovery", [0.0, 1.0])
+def test_coefficients_return_slowly(recovery: float) -> None:
+    """Follow a spike through a checkpoint: the published rule returns at once, the default one by 1 - β2 a step."""
+    weight = nn.Parameter(torch.ones(4))
+    optimizer, coefs = torch.optim.Adam([weight], 1e-3, (0.9, 0.98)), []
+    clipper = GradClipper([("weight", weight)], update_clip(recovery=recovery))
+    for step in range(40):
+        weight.grad = torch.full((4,), 100.0 if step == 10 else 1.0)
+        if step == 20:
+            saved = clipper.state_dict()
+            clipper = GradClipper([("weight", weight)], update_clip(recovery=recovery))
+            clipper.load_state_dict(saved)
+        coefs.append(float(clipper.step(optimizer).coefs))
+    assert min(coefs[:10]) > 0.99999
+    assert coefs[10] < 0.5
+    rises = [after - before for before, after in zip(coefs[10:], coefs[11:], strict=False)]
+    # The first rise is that from 1 / RMS to 1.25 / RMS.
+    assert max(rises[1:]) == pytest.approx(0.02, rel=1e-5) if recovery else rises[0] > 0.5
+
+
+def test_no_warning_about_frequent_clipping() -> None:
+    weight = nn.Parameter(torch.ones(4))
+    optimizer, clipper = adamw([weight]), GradClipper([("weight", weight)], update_clip(0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(130):
+            weight.grad = torch.ones(4)
+            assert float(clipper.step(optimizer).coefs) < 1 or clipper.steps == 1
+
+
+def test_ordinary_steps_are_those_of_the_published_rule() -> None:
+    trace = [0.4, 1.0, 1.2, 1.25, 0.9]
+    assert reference.update_coefficients(trace, 0.99) == reference.update_coefficients(trace, 0.99, recovery=0)
+
+
+def test_a_spike_that_is_skipped_skips_no_later_step() -> None:
+    weight = nn.Parameter(torch.ones(4))
+    policy = distclip.NormPolicy(update_clip().threshold, per="tensor", skip=True)
+    optimizer, clipper, skipped = adamw([weight]), GradClipper([("weight", weight)], policy), []
+    for factor in (1.0, 1.0, 100.0, 1.0, 1.0):
+        weight.grad = factor * torch.ones(4)
+        skipped.append(bool(clipper.step(optimizer).skipped))
+    assert skipped == [False, False, True, False, False]
+
+
 def test_skip_and_exclude() -> None:
     weight, bias = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
     named = [("weight", weight), ("bias", bias)]
@@ -219,6 +291,7 @@ REFUSED: dict[str, tuple[str, Any]] = {
     "start without the optimizer": ("clipper.start", lambda: _of(update_clip()).start()),
     "rows": ('per="tensor"', lambda: update_clip(per="row")),
     "a number": ("max_rms=0", lambda: update_clip(0.0)),
+    "recovery": ("recovery=-1", lambda: update_clip(recovery=-1)),
     "isolated groups": ("isolate", lambda: _of(update_clip(per="model"), isolate=True)),
     "lagged": ("more than", lambda: distclip.lagged(update_clip())),
 }
