@@ -102,9 +102,9 @@ def attach(
         The attachment, with the clipper and the report of each step. It is `accelerator.distclip` too.
 
     Raises:
-        ArgumentError: `policy` is not a policy; the accelerator is attached already, or leaves steps to DeepSpeed,
-            Megatron or XLA. In the call: wrong parameters; ranks that have prepared different numbers of models.
-            Otherwise see `GradClipper.clip`.
+        ArgumentError: `accelerator` or `policy` is something else; the accelerator is attached already, or leaves steps
+            to DeepSpeed, Megatron or XLA. In the call: wrong parameters; ranks that have prepared different numbers of
+            models. Otherwise see `GradClipper.clip`.
 
     Collectives: none here. The first clip, and the first clip after another `prepare` (on every rank or on none), has a
     gather and those of `GradClipper`. Each clip has those of `GradClipper.clip` over all processes: one all-reduce of a
@@ -138,12 +138,18 @@ def check(accelerator: Any, policy: Policy) -> None:
 
 
 def check_kind(accelerator: Any) -> None:
-    """Raise if an accelerator leaves its steps to another library.
+    """Raise if the object is no Accelerator, or leaves its steps to another library.
 
     Raises:
-        ArgumentError: it does.
+        ArgumentError: see above.
     """
-    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    distributed_type = getattr(accelerator, "distributed_type", None)
+    if distributed_type is None:
+        raise ArgumentError(
+            f"attach: accelerator={type(accelerator).__name__}: expected an accelerate.Accelerator. Without Accelerate "
+            "call distclip.GradClipper(model, policy)."
+        )
+    kind = str(getattr(distributed_type, "value", distributed_type))
     if kind in ("DEEPSPEED", "MEGATRON_LM", "XLA"):
         raise ArgumentError(
             f"attach: Accelerate does not clip under {kind}. With DeepSpeed call "

@@ -11,6 +11,11 @@ else:
     try:
         from lightning.pytorch import Callback
     except ModuleNotFoundError:
-        from pytorch_lightning import Callback
+        try:
+            from pytorch_lightning import Callback
+        except ModuleNotFoundError:
+            raise ImportError(
+                "GradientClipping: Lightning is not installed. Use pip install 'distclip[lightning]'."
+            ) from None
 
 __all__ = ["Callback"]
