@@ -265,3 +265,15 @@ def test_invalid_files(tmp_path: Path, name: str, text: str, excerpt: str, capsy
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert excerpt in err
+
+
+@pytest.mark.parametrize("path", ["run-1.wandb", ".", ".."])
+def test_file_of_wandb_is_refused_with_a_way_to_read_it(tmp_path: Path, path: str) -> None:
+    record = tmp_path / "wandb" / "offline-run-20260101_000000-1" / "run-1.wandb"
+    record.parent.mkdir(parents=True)
+    record.write_bytes(b":W&B\x7f\x00")
+    with pytest.raises(RunError, match="wandb sync"):
+        find_runs([record.parent / path])
+    # Runs that can be read may be next to it.
+    write_wandb(tmp_path)
+    assert find_runs([tmp_path / "wandb_export.csv"])

@@ -142,7 +142,7 @@ def render_page(
 @cache
 def _pack_plotly() -> str:
     """Return plotly.js compressed to a third, in characters that HTML leaves alone."""
-    return b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0, compresslevel=5)).decode()
+    return b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0, compresslevel=4)).decode()
 
 
 def _subtitle(logs: Sequence[Log]) -> str:

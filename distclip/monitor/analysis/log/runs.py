@@ -84,12 +84,18 @@ def _runs_at(path: Path) -> list[Path]:
         if not path.exists():
             raise RunError(f"{path} does not exist")
         if not path.is_dir():
+            if path.suffix == ".wandb":
+                raise RunError(_wandb_hint(path))
             return [path]
         runs = sorted(_runs_below(path, MAX_DEPTH))
         content = [entry.name + "/" * entry.is_dir() for entry in path.iterdir() if not entry.name.startswith(".")]
         content.sort(key=lambda name: (not name.endswith(".jsonl"), name))
+        # A run of W&B, or its directory of runs. Other directories may have one next to runs that can be read.
+        records = [] if runs else [*path.glob("*.wandb"), *path.glob("*run-*/*.wandb")]
     except OSError as error:
         raise RunError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
+    if records:
+        raise RunError(_wandb_hint(min(records)))
     if not runs:
         some = ", ".join(content[:5]) + (", …" if len(content) > 5 else "")
         raise RunError(
@@ -98,6 +104,14 @@ def _runs_at(path: Path) -> list[Path]:
             f"(it contains {some or 'nothing'})"
         )
     return runs
+
+
+def _wandb_hint(path: Path) -> str:
+    """Return how to read a run of W&B, whose own files change from version to version."""
+    return (
+        f"{path} is a file of W&B that only W&B reads. Use `wandb sync {path.parent}`, and then "
+        '`wandb.Api().run("ENTITY/PROJECT/RUN").history(samples=10**9).to_csv("run.csv")`'
+    )
 
 
 def _runs_below(directory: Path, depth: int) -> Iterator[Path]:
