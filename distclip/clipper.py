@@ -215,7 +215,11 @@ class GradClipper:
         Args:
             parameters, split_over, comm, flat_grads: see `GradClipper`.
 
-        Raises, Collectives: see `GradClipper`. Call it on every rank.
+        Raises: see `GradClipper`.
+            DisagreementError: another rank makes another call, such as its next step; on every rank.
+
+        Collectives: one of the size of a step's over the ranks that the clipper had until now, and those of
+            `GradClipper`. Call it on every rank.
 
         >>> weight = torch.nn.Parameter(torch.zeros(2))
         >>> from distclip import per_tensor_norm
@@ -229,8 +233,12 @@ class GradClipper:
                 "rebind: a clipper with isolate=True has the parameters of its groups. Call remove_group and add_group "
                 "with the new parameters."
             )
-        self._engine.refuse_between("rebind")
-        state_dict, old = self.state_dict(), self._engine
+        old, errors = self._engine, FirstError()
+        with errors:
+            old.refuse_between("rebind")
+        # Before the ranks look for a communicator of the new parameters: each may begin with another one.
+        old.calls.agree_to_end("GradClipper.rebind", comm, errors)
+        state_dict = self.state_dict()
         options = old.on_nonfinite, self._counter, flat_grads, old.coverage.partial, old.replicas
         engine = Engine.build(parameters, self.policy, split_over, comm, *options)
         engine.guard.log = old.guard.log

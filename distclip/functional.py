@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .apply.consumed import find_stepped, mark_clipped, warn_of_late_clip
+from .apply.elsewhere import warn_if_elsewhere
 from .apply.scale import clamp_, scale_
 from .comm import Comm, global_ranks
 from .comm.agreement import Call
@@ -310,6 +311,8 @@ def _measure(
             table.metadata.was_compared = compare_tensors(function, table, comm)
     if not shards:
         warn_if_nothing_trains(tensors, table)
+        if clips and (comm.size == 1 or table.is_complete):
+            warn_if_elsewhere(function, table)
     return table, shards, totals
 
 

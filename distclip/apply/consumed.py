@@ -23,7 +23,14 @@ from ..sharding.dtensor import local_of
 from ..sharding.table import ShardTable, TableMetadata
 from .by_hand import find_steps_by_hand, watch_backward
 
-__all__ = ["find_stepped", "mark_clipped", "warn_of_late_clip", "watch_steps_of"]
+__all__ = [
+    "find_stepped",
+    "has_had_gradients",
+    "is_clipped_anywhere",
+    "mark_clipped",
+    "warn_of_late_clip",
+    "watch_steps_of",
+]
 
 _MARK = "_distclip_mark"
 """Attribute of a gradient: its version when it was clipped or stepped last, and `_CLIPPED`, `_STEPPED` or `_LATE`."""
@@ -82,6 +89,16 @@ def find_stepped(table: ShardTable) -> list[Tensor]:
     return [param for param in sample if _is_late(param.grad)] or by_hand
 
 
+def has_had_gradients(table: ShardTable) -> bool:
+    """Return whether a call that clips has found a gradient in this table before."""
+    return table.metadata in _positions
+
+
+def is_clipped_anywhere(params: Sequence[Tensor]) -> bool:
+    """Return whether some of these parameters may have been clipped in earlier calls, of any table."""
+    return len(_watched) >= _MAX_WATCHED or any(id(param) in _watched for param in params)
+
+
 def mark_clipped(table: ShardTable) -> None:
     """Mark the gradients of a table, because they have been clipped. Collectives: none. Host syncs: none."""
     for param in _sample(table):
@@ -116,8 +133,9 @@ def _sample(table: ShardTable) -> list[Tensor]:
     sample = [tensor for i in _positions.get(metadata, ()) if (tensor := tensors[i]).grad is not None]
     if not sample:
         with_grad = [i for i, tensor in enumerate(tensors) if tensor.grad is not None]
-        positions = _positions[metadata] = with_grad[:: _stride(len(with_grad))]
-        sample = [tensors[i] for i in positions]
+        if with_grad:
+            _positions[metadata] = with_grad[:: _stride(len(with_grad))]
+            sample = [tensors[i] for i in _positions[metadata]]
     return sample if table.only is None else [param for param in sample if id(param) in table.only]
 
 

@@ -36,6 +36,7 @@ __all__ = [
     "check_covered",
     "forget_all",
     "global_rank",
+    "is_current",
     "is_dry_run",
     "is_mixed",
     "job_size",
@@ -160,6 +161,14 @@ def raise_in_first_call(ranks: Ranks, error: BaseException) -> NoReturn:
     """
     _rendezvous([ranks], (), error, ())
     raise error
+
+
+def is_current(comm: Comm) -> bool:
+    """Return whether a derived communicator belongs to the present initialization of torch.distributed."""
+    if not _is_initialized():
+        return False
+    session = _session()
+    return any(one is comm for one in (*session.comms.values(), *session.wider.values()))
 
 
 def is_mixed(comm: Comm) -> bool:

@@ -19,7 +19,7 @@ from torch._C._distributed_c10d import _resolve_process_group
 
 from ..errors import DisagreementError, PeerError
 from .ranks import Ranks, rank_list
-from .waiting import Meetings, meetings_of, patience, ranks_of_first_call
+from .waiting import Meetings, meetings_of, patience, present_call, ranks_of_first_call
 
 __all__ = ["MisplacedError", "ProcessGroupComm", "group_of_name"]
 
@@ -167,8 +167,10 @@ class ProcessGroupComm:
 
     def _lost(self, error: RuntimeError, kind: str = "an all-reduce") -> PeerError:
         """Return the error for a collective that has failed."""
+        calls = self._meetings.exchange_calls(present_call()) if self._is_gloo else {}
+        known = "".join(f" {rank_list(ranks).capitalize()} made {call}." for call, ranks in calls.items())
         return PeerError(
-            f"{kind} over {rank_list(self.ranks)} failed: {error!s:.300} A rank has ended, or has "
+            f"{kind} over {rank_list(self.ranks)} failed: {error!s:.300}{known} A rank has ended, or has "
             "left out this call, or has made another one. Make the same calls on every rank."
         )
 
@@ -189,16 +191,21 @@ class ProcessGroupComm:
                 # Either the time has passed, or the all-reduce has failed.
                 if work.is_completed():
                     raise
+                if self._is_gloo:
+                    self._meetings.raise_if_failed()
                 return False
             return True
 
-        if has_ended(self._log_after):
-            return
-        other = self._meetings.wait("all-reduce", number, has_ended, may_leave=self.covers_holders)
-        if other is not None:
-            # The destructor of the group would wait for the all-reduce.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.group))
-            raise MisplacedError(self, _derived.get(other), ranks_of_first_call(other))
+        try:
+            if has_ended(self._log_after):
+                return
+            other = self._meetings.wait("all-reduce", number, has_ended, may_leave=self.covers_holders)
+            if other is not None:
+                raise MisplacedError(self, _derived.get(other), ranks_of_first_call(other))
+        finally:
+            if not work.is_completed():
+                # The destructor of the group would wait for the all-reduce.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.group))
         work.wait()
 
     @contextmanager

@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import distributed_c10d
@@ -28,6 +31,7 @@ __all__ = [
     "meetings_of",
     "note_left_groups",
     "patience",
+    "present_call",
     "ranks_of_first_call",
 ]
 
@@ -38,6 +42,15 @@ _GRACE = 2.0
 
 _NUM_LOOKS = 12
 """Number of times that a waiting rank looks at the store. Each pause is twice the one before: more than two hours."""
+
+_SOON = 0.5
+"""Seconds within which ranks fail whose peers have failed, mostly because connections are closed."""
+
+_MAX_READ = 64
+"""Number of ranks whose failed calls are read."""
+
+_DECORATORS = ("call", "wrapper")
+"""Names of functions that decorators of distclip put around others."""
 
 _FIRST_CALL = "first call of "
 
@@ -100,6 +113,45 @@ class Meetings:
                     self.is_left = True
                     return other
         return None
+
+    def exchange_calls(self, call: str) -> dict[str, list[int]]:
+        """Write which call of this rank has failed, and read those of the other ranks.
+
+        The others may fail a little later.
+
+        Args:
+            call: of this rank, see `present_call`.
+
+        Returns:
+            {call: global ranks that made it}, as far as the ranks have written it.
+        """
+        found = {self.here: call}
+        # The process that has ended may be the one with the store.
+        with suppress(Exception):
+            store, end = _store(), time.monotonic() + _SOON
+            store.set(f"failed/{self.name}/{self.here}", call)
+            store.set(f"failed/{self.name}", "")
+            others = [rank for rank in self.ranks if rank != self.here][:_MAX_READ]
+            while True:
+                for rank in set(others).difference(found):
+                    if store.check([f"failed/{self.name}/{rank}"]):
+                        found[rank] = store.get(f"failed/{self.name}/{rank}").decode()
+                if len(found) > len(others) or time.monotonic() > end:
+                    break
+                time.sleep(_SOON / 10)
+        calls: dict[str, list[int]] = {}
+        for rank, one in sorted(found.items()):
+            calls.setdefault(one, []).append(rank)
+        return calls
+
+    def raise_if_failed(self) -> None:
+        """Raise if another rank has failed in a collective, so that no other one can end.
+
+        Raises:
+            RuntimeError: see above.
+        """
+        if _store().check([f"failed/{self.name}"]):
+            raise RuntimeError("another rank has failed in a collective, so that this one cannot end.")
 
     def _key(self, number: int) -> str:
         return f"{self.name}/{number}"
@@ -212,6 +264,30 @@ def is_left(group: object) -> bool:
     """Return whether a process group cannot be used any more, because a rank has left it."""
     meetings = _by_group.get(group)
     return meetings is not None and meetings.is_left
+
+
+def present_call() -> str:
+    """Return the function of distclip that the program has called, with the line of the call.
+
+    >>> present_call()
+    'a call'
+    """
+    frame, function = sys._getframe(1), "a call"
+    # Decorators of torch are between the program and a function.
+    while frame.f_back is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith("distclip.") and not module.startswith("distclip.testing"):
+            code = frame.f_code
+            if code.co_name not in _DECORATORS:
+                # A method has the class of its `self`: code has a qualified name from Python 3.11 on.
+                owner = type(frame.f_locals["self"]).__name__ if "self" in frame.f_locals else ""
+                function = f"{owner}.{code.co_name}".removeprefix(".").removesuffix(".__init__")
+        elif module.partition(".")[0] not in ("torch", "contextlib", "functools", "distclip"):
+            break
+        frame = frame.f_back
+    if function == "a call":
+        return function
+    return f"{function} ({os.path.basename(frame.f_code.co_filename)}, line {frame.f_lineno})"
 
 
 def patience(default: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from ..comm import Comm
 from ..comm.agreement import Call, CallCounter
 from ..comm.consensus import FirstError
+from ..comm.discovery import is_current
+from ..comm.process_group import MisplacedError
 from ..nonfinite.skip_counter import SkipCounter
 from ..norms.measure import Partials
 from ..norms.reduce import Totals, gather_facts, reduce
@@ -128,6 +131,28 @@ class Calls:
         Collectives: one all-reduce of the size of a step's. Host syncs: one on an accelerator.
         """
         self._compare(Call(function, self._counter.next()), None, errors)
+
+    def agree_to_end(self, function: str, comm: Comm | None, errors: FirstError) -> None:
+        """Check that every rank replaces the engine, over the communicator that it has had.
+
+        There is no check if that communicator is gone: torch.distributed was initialized again, or the caller has
+        passed another one.
+
+        Args:
+            function: as the user knows it.
+            comm: communicator for the next engine that the caller has passed, or None.
+            errors: of this rank so far. All ranks raise them together.
+
+        Raises, Collectives, Host syncs: see `agree`.
+        """
+        old = self._engine.comm
+        lasts = old is comm if comm is not None else is_current(old)
+        if old.size > 1 and lasts:
+            # A group that a rank has left in an earlier call is replaced by a new one.
+            with suppress(MisplacedError):
+                self.agree(function, errors)
+        if errors.error is not None:
+            raise errors.error
 
     def add_powers(self, function: str, powers: Tensor, errors: FirstError) -> Totals:
         """Add up power sums that this rank has measured itself, and raise the errors of all ranks.

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from .. import devices
 from ..apply.consumed import find_stepped, warn_of_late_clip, watch_steps_of
+from ..apply.elsewhere import warn_if_elsewhere
 from ..apply.grad_scaler import ScalerState, enabled
 from ..apply.optimizers import OptimizerSteps, as_list
 from ..apply.step_gate import undone_on_error
@@ -756,6 +757,9 @@ class Engine:
         shards, partials, totals = complete(measuring, None)
         with self.late_errors.kept():
             self.coverage.record_call(len(shards))
+            is_alone = self.table.is_complete or self.step_comm.size == 1
+            if not shards and is_alone and not self._only_measures:
+                warn_if_elsewhere("GradClipper", self.table)
         if self._compares_tensors:
             self._compares_tensors = not compare_tensors("GradClipper", self.table, self.comm, may_call_alone=False)
         if loss_scale is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import warnings
@@ -20,6 +21,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import distclip
 from distclip import GradClipper, UnclippedStepWarning
+from distclip.apply import consumed
 from tests.ranks import gather_from_ranks, on_ranks
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
@@ -197,3 +199,62 @@ def test_warning_that_is_an_error_is_raised_on_all_ranks() -> None:
     assert all(map(torch.equal, before, after))
     clipper.clip()
     assert gather_from_ranks(clipper.steps) == [1, 1]
+
+
+@pytest.fixture
+def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the parameters of earlier tests: with too many, no call can tell which of them are clipped."""
+    monkeypatch.setattr(consumed, "_watched", {})
+
+
+def pairs_of_modules() -> tuple[nn.Module, nn.Module]:
+    """Return a module, and a copy of it."""
+    one = nn.Linear(2, 2)
+    return one, copy.deepcopy(one)
+
+
+OF_MODULE: dict[str, Callable[[nn.Module], Callable[[], object]]] = {
+    "clipper": lambda module: GradClipper(module, distclip.global_norm(1.0)).clip,
+    "clip_grad_norm_": lambda module: lambda: distclip.clip_grad_norm_(module.parameters(), 1.0),
+}
+
+
+def train_module(module: nn.Module, clips: list[Callable[[], object]], num_steps: int = 6) -> None:
+    optimizer = SGD(module.parameters(), lr=0.1)
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        module(torch.ones(1, 2)).sum().backward()
+        for clip in clips:
+            clip()
+        optimizer.step()
+
+
+@pytest.mark.usefixtures("new_process")
+@pytest.mark.parametrize("function", OF_MODULE)
+def test_parameters_of_another_module_warn_once(function: str) -> None:
+    clipped, trained = pairs_of_modules()
+    (text,) = texts_of(lambda: train_module(trained, [OF_MODULE[function](clipped)]))
+    assert "SGD steps 2 parameters of another module" in text
+
+
+@pytest.mark.usefixtures("new_process")
+@pytest.mark.parametrize("case", ["clipped as well", "frozen", "had gradients", "no step", "other optimizer is quiet"])
+@pytest.mark.parametrize("function", OF_MODULE)
+def test_modules_that_wait_for_their_turn_do_not_warn(function: str, case: str) -> None:
+    idle, trained = pairs_of_modules()
+    clips, make = [OF_MODULE[function](idle)], OF_MODULE[function]
+    if case == "clipped as well":
+        clips.append(make(trained))
+    elif case == "frozen":
+        idle.requires_grad_(False)
+    elif case == "had gradients":
+        train_module(idle, clips, num_steps=1)
+        for param in idle.parameters():
+            param.grad = None
+    if case == "no step":
+        assert texts_of(lambda: [clip() for _ in range(6) for clip in clips]) == []
+    elif case == "other optimizer is quiet":
+        quiet = SGD(params_of(1), lr=0.1)
+        assert texts_of(lambda: [call() for _ in range(6) for call in (*clips, quiet.step)]) == []
+    else:
+        assert texts_of(lambda: train_module(trained, clips)) == []

@@ -14,8 +14,8 @@ from torch.distributed import distributed_c10d
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import distclip
-from distclip import DisagreementError, GradClipper
-from distclip.comm import ProcessGroupComm, waiting
+from distclip import DisagreementError, GradClipper, PeerError
+from distclip.comm import ProcessGroupComm, process_group, waiting
 from distclip.comm.waiting import Meetings
 from tests.ranks import gather_from_ranks, on_ranks
 from tests.tables.layouts.meshes import world_mesh
@@ -59,6 +59,31 @@ def test_one_rank_logs_who_is_missing(kind: str) -> None:
     by_rank = gather_from_ranks(messages)
     assert sum(map(len, by_rank)) == 1
     assert f"1 of 4 ranks (rank 2) have not entered the same {kind}" in str(by_rank)
+
+
+@on_ranks(2, 4)
+def test_ranks_whose_calls_fail_read_which_call_each_has_made(num_ranks: int) -> None:
+    rank, weight = dist.get_rank(), nn.Parameter(torch.zeros(2))
+    options = {"split_over": world_mesh("pp")["pp"]}
+    clipper = GradClipper([weight], distclip.global_norm(1.0), **options)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("connection closed")
+
+    store = dist.PrefixStore("failed calls", distributed_c10d._get_default_store())
+    with (
+        mock.patch.object(waiting, "_store", return_value=store),
+        mock.patch.object(process_group, "begin_all_reduce", fail),
+    ):
+        with pytest.raises(PeerError) as caught:
+            clipper.clip() if rank == 0 else GradClipper([weight], distclip.global_norm(1.0), **options)
+        # A rank that waits for those that have failed ends as well.
+        with pytest.raises(RuntimeError, match="another rank has failed"):
+            clipper.comm._meetings.raise_if_failed()  # type: ignore[attr-defined]
+    message, others = str(caught.value), "rank 1" if num_ranks == 2 else "ranks 1, 2, 3"
+    assert "Rank 0 made GradClipper.clip (test_waiting.py, line" in message
+    assert f"{others.capitalize()} made GradClipper (test_waiting.py, line" in message
+    dist.barrier()
 
 
 def sharded(mesh: str) -> nn.Parameter:

@@ -11,11 +11,25 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.optim import SGD
 
-from distclip import ArgumentError, GradClipper, LayoutError, adagc, agc, global_norm, per_tensor_norm, value, zclip
+from distclip import (
+    ArgumentError,
+    DisagreementError,
+    GradClipper,
+    LayoutError,
+    adagc,
+    agc,
+    global_norm,
+    per_tensor_norm,
+    value,
+    zclip,
+)
 from distclip.extend import FirstError
 from distclip.monitor import Recorder
 from tests.ranks import on_ranks
+from tests.rig import assert_raises_on_ranks
+from tests.tables.layouts.meshes import world_mesh
 
 
 def make_model() -> nn.Module:
@@ -95,6 +109,44 @@ def test_ranks_that_begin_with_different_communicators_rebind(has_earlier_call: 
         fill_with_ones([param for _, param in named])
         assert float(clipper.clip().norm) == 4.0
         clipper.rebind(named)
+
+
+@on_ranks(2, 4)
+@pytest.mark.parametrize("policy", [global_norm(1.0), per_tensor_norm(1.0)])
+def test_a_rank_that_steps_instead_is_named(policy: object, num_ranks: int) -> None:
+    (weight,) = params = [nn.Parameter(torch.zeros(4))]
+    mesh = world_mesh("pp")
+    clipper = GradClipper([("w", weight)], policy, split_over=mesh["pp"])  # type: ignore[arg-type]
+    is_first = dist.get_rank() == 0
+
+    def rebind() -> None:
+        clipper.rebind([("w", weight)], split_over=mesh["pp"])
+
+    for _ in range(2):
+        fill_with_ones(params)
+        assert_raises_on_ranks(
+            rebind if is_first else clipper.clip, DisagreementError, "rebind", "clip", unchanged=weight.grad
+        )
+        rebind()
+        assert float(clipper.clip().norms.norm()) == pytest.approx((4 * num_ranks) ** 0.5)
+
+
+@on_ranks(2)
+def test_a_step_that_one_rank_has_not_finished_raises_on_all() -> None:
+    (weight,) = params = [nn.Parameter(torch.zeros(4))]
+    mesh = world_mesh("pp")
+    clipper, optimizer = GradClipper([("w", weight)], global_norm(1.0), split_over=mesh["pp"]), SGD(params, lr=0.0)
+    fill_with_ones(params)
+    clipper.start(optimizer)
+    if dist.get_rank() == 0:
+        clipper.finish(optimizer)
+    assert_raises_on_ranks(
+        lambda: clipper.rebind([("w", weight)], split_over=mesh["pp"]), ArgumentError, "finish", unchanged=weight
+    )
+    if dist.get_rank() == 1:
+        clipper.finish(optimizer)
+    clipper.rebind([("w", weight)], split_over=mesh["pp"])
+    assert float(clipper.clip().norm) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("policy", [global_norm(0.1), per_tensor_norm(0.1), agc(0.01), value(0.1)])
