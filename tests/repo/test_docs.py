@@ -221,3 +221,7 @@ def test_site_builds_without_a_warning() -> None:
     environ = os.environ | {"PYTHON": sys.executable}
     done = subprocess.run(["bash", "docs/build.sh"], cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    page = (ROOT / "build/site/index.html").read_text(encoding="utf-8")
+    stylesheets = re.findall(r'<link rel="stylesheet" href="([^"]+)"', page)
+    assert "site/site.css" in stylesheets
+    assert [name for name in stylesheets if not (ROOT / "build/site" / name).is_file()] == []
