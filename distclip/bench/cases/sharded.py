@@ -7,24 +7,26 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import distclip
 
 from ..competitors import Bound, Competitor, Setup, clipper, drop_ins
 from ..errors import BenchError
-from ..models import GPT, Adapters, Tiny
+from ..models import GPT, Adapters, Tiny, gpt_shapes
 from ..race import Options, race
 from ..results import Outcome, Standing, merge
 from ..timing import Sample
 from ..world import default_size, on_ranks
+from .local import make_parameters
 
 __all__ = ["SHARDED", "FirstCalls", "ShardedCase"]
 
@@ -155,6 +157,25 @@ def tenants(model: Adapters) -> list[Competitor]:
     ]
 
 
+def replicated(options: Options) -> nn.Module:
+    """Make parameters of GPT-2 that all ranks hold, with equal gradients."""
+    parameters = make_parameters(gpt_shapes(options.scale), torch.float32, options.device)
+    mesh = init_device_mesh(options.device, (dist.get_world_size(),), mesh_dim_names=("dp",))
+    for parameter in parameters:
+        distclip.annotate_(parameter, mesh, [Replicate()])
+    return nn.ParameterList(parameters)
+
+
+def replica_checks(model: nn.Module) -> list[Competitor]:
+    """Return clippers that compare no replicas, and all of them."""
+
+    def make(name: str, replicas: Literal["off", "warn"]) -> Competitor:
+        grad_clipper = distclip.GradClipper(model, distclip.global_norm(1e9), replicas=replicas)
+        return Competitor(name, lambda: grad_clipper.clip().norm, own=True)
+
+    return [make('replicas="off"', "off"), make('replicas="warn"', "warn")]
+
+
 def _race_on_rank(name: str, options: Options, advance: Callable[[], object]) -> Outcome:
     """Run a sharded case on one rank."""
     case = SHARDED[name]
@@ -214,11 +235,12 @@ _ALL: list[ShardedCase | FirstCalls] = [
     ShardedCase("fsdp2_gpt2", "GPT-2's 148 parameters, 124 M elements, fp32, under FSDP2", gpt),
     ShardedCase("fsdp2_tp_100", f"100 {_TP}", partial(tiny, count=100, tensor_parallel=True), divisor=2),
     ShardedCase("fsdp2_tp_500", f"500 {_TP}", partial(tiny, count=500, tensor_parallel=True), divisor=2),
+    ShardedCase("replicas", "GPT-2's 148 parameters, fp32, on all ranks, which compare them or not", replicated),
     ShardedCase("tenants", "256 adapters of a frozen layer under FSDP2", adapters),
     FirstCalls("first_call", f"the first call in a new world; 100 {_FSDP2}", partial(tiny, count=100)),
 ]
 
-_CONTESTS: dict[str, Callable[[Any], list[Competitor]]] = {"tenants": tenants}
+_CONTESTS: dict[str, Callable[[Any], list[Competitor]]] = {"replicas": replica_checks, "tenants": tenants}
 """Competitors of a case, other than functions with the signature of torch and a `GradClipper`."""
 
 SHARDED = {case.name: case for case in _ALL}
