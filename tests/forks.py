@@ -116,9 +116,9 @@ def become(cwd: str, env: Mapping[str, str], files: Sequence[int]) -> None:
     Args:
         cwd: its folder.
         env: its environment.
-        files: descriptors of its output and of its errors.
+        files: descriptors of its input, its output and its errors. Without that of the input, it stays as it is.
     """
-    for stream, file in enumerate(files, start=1):
+    for stream, file in enumerate(files, start=3 - len(files)):
         os.dup2(file, stream)
         os.close(file)
     # OMP_NUM_THREADS is read when torch is loaded, which was before the fork.

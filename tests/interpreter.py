@@ -12,6 +12,8 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import gc
+import importlib
 import multiprocessing as mp
 import os
 import runpy
@@ -25,10 +27,11 @@ import threading
 import traceback
 import types
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tests.forks import end_with_parent, forkserver
+from tests.forks import become, end_with_parent, forkserver
 
 __all__ = ["forked_python"]
 
@@ -57,14 +60,18 @@ os._exit(status)
 
 
 @functools.cache
-def forked_python() -> Path:
-    """Return the path of a `python` that runs programs in forked processes. It works until this process ends."""
+def forked_python(*modules: str) -> Path:
+    """Return the path of a `python` that runs programs in forked processes. It works until this process ends.
+
+    Args:
+        modules: names of more modules that the processes have loaded.
+    """
     folder = Path(tempfile.mkdtemp(prefix="python-"))
     mp.util.Finalize(None, shutil.rmtree, (folder, True), exitpriority=0)  # type: ignore[attr-defined]
     address = str(folder / "server")
     here, there = mp.Pipe()
     python = folder / "python"
-    server = forkserver().Process(target=_serve, args=(address, str(python), there), daemon=True)
+    server = forkserver().Process(target=_serve, args=(address, str(python), modules, there), daemon=True)
     server.start()
     there.close()
     assert here.recv() == "listening"
@@ -76,8 +83,14 @@ def forked_python() -> Path:
     return python
 
 
-def _serve(address: str, python: str, ready: Any) -> None:
+def _serve(address: str, python: str, modules: Sequence[str], ready: Any) -> None:
     """Fork a process for each connection, and tell it how that process ended."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for module in modules:
+            importlib.import_module(module)
+    # A full collection visits a million objects otherwise, and DeepSpeed asks for many of them.
+    gc.freeze()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
@@ -147,21 +160,14 @@ def _become(python: str, files: list[int], arguments: list[str], env: dict[str, 
     # The script sends signals to the group, which the process that runs the script may not be in.
     os.setsid()
     end_with_parent()
-    for file, number in zip(files, range(3), strict=True):
-        os.dup2(file, number)
-        os.close(file)
-    os.environ.clear()
-    os.environ.update(env)
-    os.chdir(cwd)
-    import torch
-
-    # OMP_NUM_THREADS is read when torch is loaded, which was before the fork.
-    torch.set_num_threads(1)
+    become(cwd, env, files)
     warnings.resetwarnings()
     warnings.filters[:] = _FILTERS
     unbuffered = bool(env.get("PYTHONUNBUFFERED"))
-    while arguments and arguments[0] == "-u":
-        unbuffered, arguments = True, arguments[1:]
+    while arguments[0] in ("-u", "-W"):
+        if arguments[0] == "-W":
+            warnings.simplefilter(arguments.pop(1))  # type: ignore[arg-type]
+        unbuffered |= arguments.pop(0) == "-u"
     # Lines reach the log of a launcher at once.
     buffering = 1 if unbuffered else -1
     sys.stdin = sys.__stdin__ = open(0, closefd=False)  # type: ignore[misc]  # noqa: SIM115

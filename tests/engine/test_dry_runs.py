@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import distclip
 from distclip import GradClipper, LayoutError
+from tests.interpreter import forked_python
 from tests.ranks import on_ranks
 from tests.rig import assert_raises_on_ranks
 from tests.tables.layouts.meshes import world_mesh
@@ -123,7 +123,8 @@ with FakeTensorMode():
 
 def test_fake_process_group() -> None:
     """Run in another process, because the fake process group is the default one there."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", PROGRAM], capture_output=True, text=True, check=False)
+    command = [str(forked_python()), "-W", "ignore", "-c", PROGRAM]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -24,6 +24,8 @@ RUNS = {
     "spike": ["parallel=zero1", "inject=spike", "inject.step=2"],
     "own settings": [*MLP, "+parallel.place.config.zero_optimization.round_robin_gradients=true"],
 }
+MODULES = ["deepspeed.runtime.zero.muon.muon_optimizer", "distclip.integrations.deepspeed"]
+"""Modules that take each rank seconds to import."""
 SHORT = ["data.held_out=0.02", "log=quiet"]
 
 
@@ -35,7 +37,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     num_ranks = "2" if torch.cuda.is_available() else ""
     command = ["bash", str(ROOT / "launch/deepspeed.sh"), compare(RUNS), "steps=4", "hydra.run.dir=two", *SHORT]
     (cwd / "out").write_text(
-        succeed(run_command(cwd, *command, NPROC=num_ranks, PYTHON=str(forked_python()))), encoding="utf-8"
+        succeed(run_command(cwd, *command, NPROC=num_ranks, PYTHON=str(forked_python(*MODULES)))), encoding="utf-8"
     )
     return cwd / "two"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import textwrap
 import weakref
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import distclip
 from distclip import GradClipper
 from distclip.monitor import Recorder, sinks
+from tests.interpreter import forked_python
 
 SIZE = 4
 
@@ -130,7 +130,7 @@ def test_crash_loses_few_steps_and_file_can_be_appended_to(tmp_path: Path) -> No
             clipper.clip()
         os._exit(1)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
+    done = subprocess.run([str(forked_python()), "-c", textwrap.dedent(code)], check=False)
     assert done.returncode == 1
     assert [row["step"] for row in read_steps(tmp_path)] == list(range(1, 9))
     file = tmp_path / "metrics.jsonl"
@@ -155,7 +155,7 @@ def test_exit_of_the_process_writes_remaining_steps(tmp_path: Path) -> None:
         clipper.clip()
         raise ValueError
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False, stderr=subprocess.DEVNULL)
+    subprocess.run([str(forked_python()), "-c", textwrap.dedent(code)], check=False, stderr=subprocess.DEVNULL)
     assert len(read_steps(tmp_path)) == 1
 
 

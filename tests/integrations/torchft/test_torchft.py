@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from distclip import ArgumentError, GradClipper, NonFiniteError, Policy
 from distclip.integrations.torchft import attach, detach
 from tests.commands import output
 from tests.integrations.one_process import SKIPPING
+from tests.interpreter import forked_python
 from tests.tables import policies
 
 torchft = pytest.importorskip("torchft", reason="torchft is not installed: pip install torchft")
@@ -189,7 +189,7 @@ def test_finds_the_model_in_ddp() -> None:
 
 def test_random_faults() -> None:
     """Kill real replicas. The process ends itself, because torchft's threads outlive replicas that were killed."""
-    command = [sys.executable, str(Path(__file__).with_name("kills.py")), "--faults", "4", "--seed", "2"]
+    command = [str(forked_python()), str(Path(__file__).with_name("kills.py")), "--faults", "4", "--seed", "2"]
     out = output(*command, cwd=ROOT, timeout=200, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     assert "4 faults" in out
     assert "0 steps after which replicas differed" in out
