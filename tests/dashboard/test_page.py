@@ -110,6 +110,18 @@ def test_rolling_clip_rate() -> None:
     assert rolling_rate(clipped[:1], 50).tolist() == [100]
 
 
+def test_constant_curves_are_inside_of_their_axes() -> None:
+    log = make_log(
+        [2.0] * 300, clipped=np.ones(300, np.bool_), coefs=np.full(300, 0.5), columns={"lr": np.full(300, 3e-4)}
+    )
+    panels = make_panels([log])[0]
+    figure = draw_curves(panels, assign_styles(["run"]))
+    ranges = [figure.layout[f"yaxis{i + 1 if i else ''}"].range for i in range(len(panels))]
+    found = dict(zip([panel.key for panel in panels], ranges, strict=True))
+    assert found["clip_rate"] == pytest.approx((0, 106))
+    assert found["lr"] == pytest.approx((0, 6e-4))
+
+
 def test_long_run_is_drawn_by_its_extremes(tmp_path: Path) -> None:
     """Spikes, skipped and non-finite steps are drawn, and the page without plotly.js is small."""
     log = make_full_log(200_000)

@@ -191,7 +191,8 @@ def _axis(panel: Panel, domain: tuple[float, float]) -> dict[str, Any]:
         values = values[np.isfinite(values)]
         if len(values) and values.min() == values.max() != 0:
             # Plotly's range of a constant is one unit below it to one unit above, so that 0.0003 would be at 0.
-            axis["range"] = sorted([0.0, 2 * float(values[0])])
+            # A rate of 100 % has nothing above it.
+            axis["range"] = sorted([0.0, (1.06 if panel.key == "clip_rate" else 2) * float(values[0])])
     if panel.key == "clip_rate":
         axis |= {"rangemode": "tozero"}
     if panel.key == "coef":
