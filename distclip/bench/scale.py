@@ -40,7 +40,7 @@ MAX_OPERATIONS, MAX_BYTES = 8, 4096
 """Budget of one rank in a rendezvous."""
 
 MAX_SEARCH_BYTES = 64 * 1024
-"""Budget of the rank that leads a search. It reads the message of every rank, so that a large job exceeds it."""
+"""Budget of one rank in a search."""
 
 _BYTES_PER_RANK = 8192
 """Memory that a simulated rank takes in this process."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
 import itertools
 import math
+import zlib
 from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,15 +26,20 @@ __all__ = [
     "encode_ranks",
     "grid_of_lines",
     "is_tensor_axis",
+    "pack_ranks",
     "rank_list",
     "rank_set",
     "shifted",
+    "unpack_ranks",
 ]
 
 Ranks = tuple[int, ...]
 """Global ranks, in the order of their process group."""
 
 T = TypeVar("T")
+
+_MAX_TEXT = 500
+"""Number of characters up to which ranks are always written as ranges."""
 
 
 class Grid:
@@ -312,6 +319,30 @@ def decode_ranks(text: str) -> Ranks:
         last, _, step = rest.partition(":")
         ranks.extend(range(int(first), int(last or first) + 1, int(step or 1)))
     return tuple(ranks)
+
+
+def pack_ranks(ranks: Ranks | Sequence[int]) -> str:
+    """Write ascending ranks as ranges, or as one bit for each rank up to the last one if that is shorter.
+
+    >>> pack_ranks((0, 1, 2, 3)), unpack_ranks(pack_ranks([i * i for i in range(200)]))[-1]
+    ('0-3', 39601)
+    """
+    text = encode_ranks(ranks)
+    if len(text) < _MAX_TEXT:
+        return text
+    bits = bytearray(ranks[-1] // 8 + 1)
+    for rank in ranks:
+        bits[rank >> 3] |= 1 << (rank & 7)
+    packed = "*" + base64.b85encode(zlib.compress(bytes(bits))).decode()
+    return min(text, packed, key=len)
+
+
+def unpack_ranks(text: str) -> Ranks:
+    """Read ranks that `pack_ranks` has written."""
+    if not text.startswith("*"):
+        return decode_ranks(text)
+    bits = zlib.decompress(base64.b85decode(text[1:]))
+    return tuple(8 * i + bit for i, byte in enumerate(bits) for bit in range(8) if byte >> bit & 1)
 
 
 def shifted(span: Ranks, ranks: Collection[int]) -> list[Ranks]:

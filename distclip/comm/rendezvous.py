@@ -10,7 +10,10 @@ after the first:
 2. Compare. All ranks are present, and some arguments differ: an error on one rank, or another number of process groups.
    Every distinct set of arguments is written once, and the last rank compares them.
 3. Search. Ranks know different parts of the component, or contradict each other. Every rank posts the groups that it
-   has, and the lowest rank reads from post to post until it has the whole component.
+   has, and the lowest rank reads from post to post until it has the whole component. In a large job it reads some of
+   them, and passes the lead on to a rank that it has read. So the ranks that have led form a chain. At the end each of
+   them withdraws the posts that it has read, from the last rank to the first, and then publishes the result, from the
+   first one to the last.
 
 A rank that waits in stage 1 for ranks that are in stage 3 is sent there too: either by the first rank of its component,
 which watches for such ranks, or by the rank of stage 3 that needs it. The counters have a number of the round in the
@@ -30,8 +33,21 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 from ..errors import DisagreementError, from_wire, to_wire
+from .agreement import zero_sum_weight
 from .consensus import axes_contradiction, describe_axes
-from .ranks import Axis, Grid, Ranks, ascending, decode_ranks, digest_of, encode_ranks, grid_of_lines, rank_list
+from .ranks import (
+    Axis,
+    Grid,
+    Ranks,
+    ascending,
+    decode_ranks,
+    digest_of,
+    encode_ranks,
+    grid_of_lines,
+    pack_ranks,
+    rank_list,
+    unpack_ranks,
+)
 from .waiting import patience
 
 __all__ = ["Clock", "Component", "KeyValueStore", "Known", "Post", "Rendezvous", "derive_component"]
@@ -104,7 +120,7 @@ class Post:
         error: (class name, message) of the error that this rank has run into, or None.
         num_reached: numbers of ranks that the layouts of this rank reach.
         known: the component, if this rank can derive it.
-        token: text that is unique to this rank and call. The result of a search is published under it.
+        token: text that is unique to this rank and call. Other ranks send the result of a search to it.
     """
 
     groups: tuple[Ranks, ...]
@@ -153,6 +169,11 @@ _SEARCH: dict[str, Any] = {"stage": "search"}
 _COMPARE: dict[str, Any] = {"stage": "compare"}
 """Result of a round whose ranks must compare their arguments."""
 
+_ENDED = (
+    "a rank has ended while the ranks of a first call were finding each other. The traceback of that rank has the "
+    "reason. Make the same calls on every rank."
+)
+
 _WITHDRAWN = "-"
 """Value in place of a post. `Store.get` blocks on a deleted key, so withdrawn posts are overwritten instead."""
 
@@ -186,11 +207,14 @@ _MARGIN = 20.0
 _WINDOW = 64
 """Number of ranks that a watching or leading rank looks for at once."""
 
+_MAX_POSTS = 128
+"""Number of posts that a leading rank reads before it passes the lead on. They are 32 KiB."""
+
 
 def _success(ranks: Ranks | None, num_groups: int, *, is_mixed: bool) -> dict[str, Any]:
     return {
         "error": None,
-        "ranks": None if ranks is None else encode_ranks(ranks),
+        "ranks": None if ranks is None else pack_ranks(ranks),
         "num_groups": num_groups,
         "is_mixed": is_mixed,
     }
@@ -233,6 +257,96 @@ class _Place:
 
 
 _NOWHERE = _Place()
+
+
+@dataclass(slots=True)
+class _Lead:
+    """Facts of a search, which a rank that leads it passes on to the next one.
+
+    Args:
+        search: name of the search.
+        first: rank that has begun it, the lowest one.
+        axes: of that rank, as in its post.
+        before: token of the rank that has passed the lead on, empty on the first one.
+        known: ranks of the component, as far as they are known.
+        read: those whose posts were read.
+        error: (rank, class name, message) of the lowest rank with an error.
+        num_groups, num_reached: see `Post`, of all posts.
+        checksum: of all axes. It is 0 if every rank along each axis has passed it.
+        differs: whether ranks have passed other numbers of axes, or other names.
+        log_at: time of the next log line.
+        is_logged: whether there was one.
+        deadline: of the search.
+    """
+
+    search: str
+    first: int
+    axes: tuple[tuple[str, str | None, str], ...]
+    before: str
+    known: set[int]
+    read: set[int]
+    log_at: float
+    deadline: float
+    error: tuple[int, str, str] | None = None
+    num_groups: int = 0
+    num_reached: set[float] = field(default_factory=set)
+    checksum: int = 0
+    differs: bool = False
+    is_logged: bool = False
+
+    def encode(self, before: str, now: float) -> dict[str, Any]:
+        """Return a message to the next rank. Clocks differ between ranks, so it has times relative to now."""
+        return {
+            "do": "lead",
+            "search": self.search,
+            "first": self.first,
+            "axes": self.axes,
+            "before": before,
+            "read": pack_ranks(sorted(self.read)),
+            # Shorter than all known ranks, most of which were read.
+            "missing": pack_ranks(sorted(self.known - self.read)),
+            "error": self.error,
+            "numbers": [self.num_groups, sorted(self.num_reached), self.checksum, self.differs, self.is_logged],
+            "times": [self.log_at - now, self.deadline - now],
+        }
+
+    @staticmethod
+    def decode(message: Mapping[str, Any], now: float) -> _Lead:
+        """Read what `encode` has written."""
+        num_groups, num_reached, checksum, differs, is_logged = message["numbers"]
+        log_in, seconds = message["times"]
+        return _Lead(
+            message["search"],
+            message["first"],
+            tuple(map(tuple, message["axes"])),
+            message["before"],
+            {*unpack_ranks(message["read"]), *unpack_ranks(message["missing"])},
+            set(unpack_ranks(message["read"])),
+            now + log_in,
+            now + seconds,
+            None if message["error"] is None else tuple(message["error"]),
+            num_groups,
+            set(num_reached),
+            checksum,
+            differs,
+            is_logged,
+        )
+
+
+@dataclass(slots=True)
+class _Part:
+    """Part of a search that this rank has led.
+
+    Args:
+        posts: that it has read, by rank. More are added while it leads.
+        before, after: tokens of the ranks that have led before and after it. They are empty at the ends of the chain.
+        late: ranks that have given up.
+    """
+
+    posts: dict[int, _Found]
+    before: str
+    after: str = ""
+    late: list[int] = field(default_factory=list)
 
 
 class Rendezvous:
@@ -282,7 +396,7 @@ class Rendezvous:
         if result["ranks"] is None:
             assert post.known is not None, "only ranks that have derived the component omit it"
             return Component(post.known.ranks, result["num_groups"], result["is_mixed"])
-        return Component(decode_ranks(result["ranks"]), result["num_groups"], result["is_mixed"])
+        return Component(unpack_ranks(result["ranks"]), result["num_groups"], result["is_mixed"])
 
     def _now(self) -> float:
         return self._clock.monotonic()
@@ -413,33 +527,74 @@ class Rendezvous:
         self._store.set(self._at(self._rank), self._encode(post))
         result = None
         try:
-            leader = min(post.neighbours)
-            if leader == self._rank:
-                leader = self._lead(post, deadline)
-            result = self._follow(post, leader, deadline)
+            result = self._follow(post, deadline)
         finally:
             if result is None and self._claim(post.token):
                 # Interrupted. No rank publishes a result for this post from now on.
                 self._store.set(self._at(self._rank), _WITHDRAWN)
-        for key in (post.token, f"claim/{post.token}"):
-            self._store.delete_key(key)
         return result
 
-    def _follow(self, post: Post, leader: int, deadline: float) -> dict[str, Any]:
-        """Wait for the result that the leader publishes."""
+    def _follow(self, post: Post, deadline: float) -> dict[str, Any]:
+        """Wait for the result that the leader publishes, and lead meanwhile if it is this rank's turn.
+
+        Args:
+            post, deadline: of this rank.
+        """
         give_up_at, pause, since = deadline + _MARGIN, _FIRST_PAUSE, dict[str, float]()
         log_at, is_logged = self._now() + patience(_LOG_AFTER), False
-        while not self._store.check([post.token]):
+        parts: dict[str, _Part] = {}
+        num_messages = 0
+        leader = lowest = min(post.neighbours)
+        current = None
+        if leader == self._rank:
+            own = self._parse(self._encode(post))
+            current = _Lead(post.token, leader, own.axes, "", set(post.neighbours), {leader}, log_at, deadline)
+            parts[post.token] = _Part({leader: own}, "")
+        while True:
+            key = f"{post.token}/{num_messages + 1}"
+            if self._store.check([key]):
+                message = json.loads(self._store.get(key))
+                num_messages += 1
+                match message["do"]:
+                    case "lead" if message["first"] <= lowest:
+                        current, lowest = _Lead.decode(message, self._now()), message["first"]
+                        current.deadline = min(current.deadline, deadline)
+                        parts[current.search] = _Part({}, current.before)
+                    case "lead":
+                        pass  # The search of a lower rank contains it.
+                    case "withdraw":
+                        self._withdraw(parts[message["search"]], message)
+                    case kind:
+                        if kind == "publish":
+                            self._publish(parts[message["search"]], message)
+                        # A rank that gives up leaves its claim, because another rank may have read its post.
+                        for name in (f"claim/{post.token}", *(f"{post.token}/{i}" for i in range(num_messages + 1))):
+                            self._store.delete_key(name)
+                        result: dict[str, Any] = message["result"]
+                        return self._read(result["key"], self._now() + _MARGIN) if "key" in result else result
+                continue
+            # After the messages, because one may end this search.
+            if current is not None:
+                lower = self._lead(current, post, parts[current.search], key)
+                if lower is not None:
+                    leader, current = lower, None
+                    lowest = min(lowest, leader)
+                continue
             now, place = self._now(), self._place(leader)
-            if place.found is not None and leader != self._rank:
+            if place.found is not None:
                 # The leader reads the posts, and logs the missing ones.
-                self._is_written(post.token, give_up_at)
+                if self._is_written(key, give_up_at):
+                    continue
+                now = self._now()
             if now >= give_up_at:
                 missing = DisagreementError(_describe_missing([leader], len(post.neighbours), {self._rank: post.axes}))
                 if self._claim(post.token):
                     self._store.set(self._at(self._rank), _WITHDRAWN)
                     return _failure(None, *to_wire(missing))
-                return self._read_result(post.token, now + _MARGIN)
+                give_up_at = now + _MARGIN
+                if not self._is_written(key, give_up_at):
+                    raise DisagreementError(_ENDED)
+                continue
             self._send_to_search(place, since)
             if now >= log_at:
                 log_at = now + patience(_LOG_AFTER)
@@ -451,36 +606,49 @@ class Rendezvous:
                 self._call([leader], sorted(post.neighbours))
             self._clock.sleep(pause)
             pause = min(2 * pause, _MAX_PAUSE)
-        return self._read_result(post.token, self._now() + _MARGIN)
 
-    def _lead(self, post: Post, deadline: float) -> int:
-        """Read posts until the component is complete, and publish it.
+    def _lead(self, lead: _Lead, post: Post, part: _Part, key: str) -> int | None:
+        """Read posts until the component is complete, or pass the lead on.
+
+        Args:
+            lead: of the search.
+            post: of this rank.
+            part: of this rank.
+            key: of the next message to this rank.
 
         Returns:
-            This rank, or a lower rank of the component, which leads in place of this one.
+            The rank to follow: the first one of the search, or a lower rank of the component, which leads in its place.
+            None if there is a message, after which this rank leads again.
         """
-        own = self._parse(self._encode(post))
-        posts, known, expanded = {self._rank: own}, set(post.neighbours), set(own.groups)
-        missing, begin, width = sorted(known - posts.keys()), 0, _WINDOW
+        known, posts = lead.known, part.posts
+        expanded = {text for found in posts.values() for text in found.groups}
+        missing, begin, width = sorted(known - lead.read), 0, _WINDOW
         pause, since = _FIRST_PAUSE / 10, dict[str, float]()
-        log_at, is_logged = self._now() + patience(_LOG_AFTER), False
         while missing:
-            if missing[0] < self._rank:
+            if missing[0] < lead.first:
                 return missing[0]
+            if len(posts) >= _MAX_POSTS:
+                # As below.
+                if self._is_claimed(post):
+                    return lead.first
+                part.after = self._pass_on(lead, post, posts)
+                return lead.first
             num_known, num_posts = len(known), len(posts)
+            width = min(width, _MAX_POSTS - num_posts)
             for rank in missing[begin : begin + width]:
                 place = self._place(rank)
-                if place.found is None or not self._belongs(rank, place.found, posts):
+                if place.found is None or not self._belongs(rank, place.found, lead.read):
                     self._send_to_search(place, since)
                     continue
                 posts[rank] = place.found
+                lead.read.add(rank)
                 for text in {*place.found.groups} - expanded:
                     # Thousands of ranks share a group.
                     expanded.add(text)
                     known |= self._ranks_of(text)
             if len(posts) > num_posts:
                 if len(known) > num_known:
-                    missing = sorted(known - posts.keys())
+                    missing = sorted(known - lead.read)
                 else:
                     missing = [rank for rank in missing if rank not in posts]
                 # Where all ranks are present, the list of missing ones is made few times.
@@ -488,27 +656,114 @@ class Rendezvous:
                 pause, begin = _FIRST_PAUSE / 10, 0
                 continue
             begin, width = begin + width, _WINDOW
-            if self._store.check([post.token]):
-                return self._rank  # A lower rank, which this one has not reached yet, has published.
-            if (now := self._now()) >= deadline:
+            if self._store.check([key]):
+                return None  # A lower rank, which this one has not reached yet, may have published.
+            if (now := self._now()) >= lead.deadline:
                 break
-            if now >= log_at:
-                log_at = now + patience(_LOG_AFTER)
-                if not is_logged:
-                    _log.warning("still waiting: %s", self._describe_search(missing, known, posts))
-                is_logged = True
+            if now >= lead.log_at:
+                lead.log_at = now + patience(_LOG_AFTER)
+                if not lead.is_logged:
+                    _log.warning("still waiting: %s", self._describe_search(missing, known, posts, post))
+                lead.is_logged = True
                 self._call(missing, sorted(known))
-            if begin >= len(missing):
-                self._clock.sleep(pause)
-                pause, begin = min(2 * pause, _GRACE), 0
+            # It does not look for all of them at once, so that the number of messages in a second is limited.
+            self._clock.sleep(pause)
+            pause, begin = min(2 * pause, _GRACE), begin if begin < len(missing) else 0
+        if self._is_claimed(post):
+            # Another leader publishes. Ranks that it has reached may have posted for their next call.
+            return lead.first
         if missing:
-            message = self._describe_search(missing, known, posts)
-            self._publish(posts, _failure(None, *to_wire(DisagreementError(message))))
+            message = self._describe_search(missing, known, posts, post)
+            result = _failure(None, *to_wire(DisagreementError(message)))
         else:
-            self._publish(posts, self._component_of(posts))
-        return self._rank
+            self._add_up(lead, posts)
+            result = self._result_of_search(lead)
+        if len(_compact(result)) > 10 * _MAX_INLINE:
+            # The messages have the name of the result.
+            key = f"result/{lead.search}"
+            self._store.set(key, _compact(result))
+            result = {"error": result["error"] and "in the result", "key": key}
+        self._withdraw(part, {"search": lead.search, "result": result, "late": []})
+        return lead.first
 
-    def _belongs(self, rank: int, found: _Found, posts: Mapping[int, _Found]) -> bool:
+    def _pass_on(self, lead: _Lead, post: Post, posts: dict[int, _Found]) -> str:
+        """Pass the lead on to a rank that has posted, and return its token."""
+        self._add_up(lead, posts)
+        # Any of them will do: while its post stands, a rank waits for messages.
+        after = next(found.token for rank, found in reversed(posts.items()) if rank != self._rank)
+        self._send(after, lead.encode(post.token, self._now()))
+        return after
+
+    def _add_up(self, lead: _Lead, posts: Mapping[int, _Found]) -> None:
+        """Add the facts of posts to those of a search."""
+        texts = {text for found in posts.values() for text, _, _ in found.axes}
+        ranks_of = {text: self._ranks_in_order(text) for text in sorted(texts)}
+        for rank, found in sorted(posts.items()):
+            if found.error is not None and (lead.error is None or rank < lead.error[0]):
+                lead.error = rank, *found.error
+            lead.num_groups = max(lead.num_groups, found.num_groups)
+            lead.num_reached.update(found.num_reached)
+            lead.differs |= [name for _, name, _ in found.axes] != [name for _, name, _ in lead.axes]
+            for i, (text, name, identity) in enumerate(found.axes):
+                ranks = ranks_of[text]
+                # The weights of all ranks along an axis add up to 0.
+                weight = zero_sum_weight(0 if rank == ranks[0] else 1, len(ranks))
+                lead.checksum += weight * zlib.crc32(repr((i, digest_of(ranks), name, identity)).encode())
+
+    def _result_of_search(self, lead: _Lead) -> dict[str, Any]:
+        """Return the result to publish: the lowest rank's error, a contradiction, or the component."""
+        if lead.error is not None:
+            return _failure(*lead.error)
+        if lead.differs or lead.checksum:
+            # The posts still stand. Only a search that fails reads them twice.
+            places = {rank: self._place(rank) for rank in sorted(lead.read)}
+            axes = {rank: self._axes_of(place.found) for rank, place in places.items() if place.found is not None}
+            contradiction = axes_contradiction(axes)
+            if contradiction is not None:
+                return _failure(None, *to_wire(contradiction))
+        is_mixed = any(num != len(lead.read) for num in lead.num_reached)
+        return _success(tuple(sorted(lead.read)), lead.num_groups, is_mixed=is_mixed)
+
+    def _withdraw(self, part: _Part, message: Mapping[str, Any]) -> None:
+        """Remove the posts that this rank has read, and leave the others to the rank before it.
+
+        All posts are withdrawn before any rank can leave, so that none is taken for one of a later call.
+        """
+        # A rank that gives up and a rank that publishes claim the post. Only one of them is the first.
+        part.late = [rank for rank, found in part.posts.items() if not self._claim(found.token)]
+        for rank in part.posts:
+            if rank not in part.late:
+                self._store.set(self._at(rank), _WITHDRAWN)
+        late, result = [*message["late"], *part.late], message["result"]
+        if part.before:
+            # A few of them are enough for the message.
+            self._send(
+                part.before, {"do": "withdraw", "search": message["search"], "result": result, "late": late[:16]}
+            )
+            return
+        if late and result["error"] is None:
+            text = f"{rank_list(late)} waited for other ranks until the timeout. Make the call on every rank in time."
+            result = _failure(None, *to_wire(DisagreementError(text)))
+        self._publish(part, {"do": "publish", "search": message["search"], "result": result})
+
+    def _publish(self, part: _Part, message: Mapping[str, Any]) -> None:
+        """Send the result to the ranks whose posts this rank has read, the one that leads after it last."""
+        last = None
+        for rank, found in part.posts.items():
+            if found.token == part.after:
+                last = found
+            elif rank not in part.late:
+                self._send(found.token, {"do": "end", "result": message["result"]})
+        # It publishes too, so that its message is another one.
+        if last is not None:
+            self._send(last.token, message)
+
+    def _send(self, token: str, message: Mapping[str, Any]) -> None:
+        """Send a message to the rank of a post, which reads its messages in order."""
+        number = self._store.add(f"{token}/0", 1)
+        self._store.set(f"{token}/{number}", _compact(message))
+
+    def _belongs(self, rank: int, found: _Found, posts: Collection[int]) -> bool:
         """Return whether a post belongs to this rendezvous, and not to another one that the rank joins first.
 
         While its post stands, no rank has left the rendezvous of that post. So a rank whose post was read is in the
@@ -538,45 +793,16 @@ class Rendezvous:
         if place.round and self._now() >= since.setdefault(place.round, self._now()) + _GRACE:
             self._close(place.round, place.size, _SEARCH)
 
-    def _publish(self, posts: Mapping[int, _Found], result: dict[str, Any]) -> None:
-        """Write the result for all ranks whose posts were read."""
-        # A rank that gives up and a rank that publishes claim the post. Only one of them is the first.
-        late = [rank for rank, post in posts.items() if not self._claim(post.token)]
-        if late and result["error"] is None:
-            message = (
-                f"{rank_list(late)} waited for other ranks until the timeout. Make the call on every rank in time."
-            )
-            result = _failure(None, *to_wire(DisagreementError(message)))
-        # All posts are withdrawn before any rank can leave, so that none is taken for one of a later call.
-        for rank in posts:
-            self._store.set(self._at(rank), _WITHDRAWN)
-        text = _compact(result)
-        if len(text) > 10 * _MAX_INLINE:
-            key = f"result/{posts[self._rank].token}"
-            self._store.set(key, text)
-            text = json.dumps({"key": key})
-        for rank, post in posts.items():
-            if rank not in late:
-                self._store.set(post.token, text)
+    def _is_claimed(self, post: Post) -> bool:
+        return self._store.add(f"claim/{post.token}", 0) > 0
 
     def _claim(self, token: str) -> bool:
         return self._store.add(f"claim/{token}", 1) == 1
 
-    def _component_of(self, posts: Mapping[int, _Found]) -> dict[str, Any]:
-        """Return the result to publish: the lowest rank's error, a contradiction, or the component."""
-        for rank, post in sorted(posts.items()):
-            if post.error is not None:
-                return _failure(rank, *post.error)
-        if any(post.axes for post in posts.values()):
-            contradiction = axes_contradiction({rank: self._axes_of(post) for rank, post in posts.items()})
-            if contradiction is not None:
-                return _failure(None, *to_wire(contradiction))
-        num_groups = max(post.num_groups for post in posts.values())
-        is_mixed = any(num != len(posts) for post in posts.values() for num in post.num_reached)
-        return _success(tuple(sorted(posts)), num_groups, is_mixed=is_mixed)
-
-    def _describe_search(self, missing: Sequence[int], known: Collection[int], posts: Mapping[int, _Found]) -> str:
-        axes = {rank: self._axes_of(posts[rank]) for rank in sorted(posts)[:4]}
+    def _describe_search(
+        self, missing: Sequence[int], known: Collection[int], posts: Mapping[int, _Found], post: Post
+    ) -> str:
+        axes = {rank: self._axes_of(posts[rank]) for rank in sorted(posts)[:4]} or {self._rank: post.axes}
         return _describe_missing(missing, len(known), axes)
 
     # ---- Reading and writing ----
@@ -638,16 +864,9 @@ class Rendezvous:
     def _read(self, key: str, until: float) -> dict[str, Any]:
         """Read a result that another rank is about to write."""
         if not self._is_written(key, until):
-            raise DisagreementError(
-                "a rank has ended while the ranks of a first call were finding each other. The traceback of that rank "
-                "has the reason. Make the same calls on every rank."
-            )
+            raise DisagreementError(_ENDED)
         result: dict[str, Any] = json.loads(self._store.get(key))
         return result
-
-    def _read_result(self, token: str, until: float) -> dict[str, Any]:
-        result = self._read(token, until)
-        return self._read(result["key"], until) if "key" in result else result
 
 
 def derive_component(groups: Iterable[Ranks], axes: Sequence[Axis], rank: int, num_ranks: int) -> Known | None:

@@ -18,12 +18,12 @@ def test_rendezvous_is_within_budget(layout: str, size: int) -> None:
     assert costs.store_operations == 6 * size
 
 
-def test_search_is_within_budget_up_to_256_ranks() -> None:
-    small, large = (measure_search("FSDP2 + experts", size) for size in (64, 256))
+def test_search_is_within_budget() -> None:
+    small, large = (measure_search("FSDP2 + experts", size) for size in (256, 512))
     assert large.is_within_budget, large
-    # The leader reads and answers every rank once.
-    assert large.sent + large.received < 5 * (small.sent + small.received)
-    assert large.store_operations < 17 * 256
+    # Ranks read the messages in turn.
+    assert large.sent + large.received < 1.1 * (small.sent + small.received)
+    assert large.store_operations < 17 * 512
 
 
 def test_bytes_of_slots_do_not_grow_with_the_job() -> None:

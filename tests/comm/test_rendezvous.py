@@ -6,18 +6,21 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from torch.distributed import HashStore
 
 from distclip import ArgumentError, DisagreementError
 from distclip.bench.simulated import RankCosts, SimulatedStore, run_ranks
-from distclip.comm.ranks import Axis, Grid, Ranks, ascending, decode_ranks, encode_ranks
-from distclip.comm.rendezvous import Post, Rendezvous, derive_component
+from distclip.comm import rendezvous
+from distclip.comm.ranks import Axis, Grid, Ranks, ascending, decode_ranks, encode_ranks, pack_ranks, unpack_ranks
+from distclip.comm.rendezvous import Post, Rendezvous
 from distclip.errors import DistclipError
 
-MINUTES = timedelta(minutes=30)
+MINUTES, SECONDS = timedelta(minutes=30), timedelta(seconds=5)
 
 
 def grid(pp: int, dp: int) -> Callable[[int], tuple[Ranks, Ranks]]:
@@ -31,7 +34,7 @@ def grid(pp: int, dp: int) -> Callable[[int], tuple[Ranks, Ranks]]:
 def make_post(rank: int, size: int, groups: Sequence[Ranks], axes: Sequence[Axis] = (), **more: object) -> Post:
     """Return the post of a rank that has these groups and axes."""
     spans = {ascending(ranks) for ranks in (*groups, *(axis.ranks for axis in axes))}
-    known = derive_component(groups, axes, rank, size)
+    known = rendezvous.derive_component(groups, axes, rank, size)
     return Post(tuple(sorted(spans)), tuple(axes), known=known, **more)  # type: ignore[arg-type]
 
 
@@ -56,12 +59,20 @@ def agree(posts: dict[int, Post], timeout: timedelta = MINUTES, seed: int | None
     return {rank: results[rank] for rank in posts}
 
 
+@pytest.fixture(params=[128, 2], ids=["one leads", "each leads"])
+def chain(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make ranks pass the lead of a search on after two posts."""
+    monkeypatch.setattr(rendezvous, "_MAX_POSTS", request.param)
+
+
+@pytest.mark.usefixtures("chain")
 def test_finds_neighbors_of_neighbors() -> None:
     assert agree({rank: stage_post(rank) for rank in range(4)}) == dict.fromkeys(range(4), [0, 1, 2, 3])
 
 
 @pytest.mark.parametrize("empty", [{3}, {0}, {2, 3}, {0, 3}])
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.usefixtures("chain")
 def test_ranks_that_hold_nothing_take_part(empty: set[int], seed: int) -> None:
     results = agree({rank: stage_post(rank, empty=rank in empty) for rank in range(4)}, seed=seed)
     assert results == dict.fromkeys(range(4), [0, 1, 2, 3])
@@ -76,16 +87,15 @@ def test_repeats_on_the_same_store() -> None:
     store = HashStore()
 
     def join(rank: int) -> list[list[int]]:
-        rendezvous = Rendezvous(store, rank)
-        return [
-            list(rendezvous.join(stage_post(rank, empty=rank == 3 and i % 4 == 1), MINUTES).ranks) for i in range(9)
-        ]
+        finder = Rendezvous(store, rank)
+        return [list(finder.join(stage_post(rank, empty=rank == 3 and i % 4 == 1), MINUTES).ranks) for i in range(9)]
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(join, range(4))) == [[[0, 1, 2, 3]] * 9] * 4
 
 
 @pytest.mark.parametrize("knows", [True, False])
+@pytest.mark.usefixtures("chain")
 def test_error_of_one_rank_is_raised_by_all(knows: bool) -> None:
     failed = ("ArgumentError", "max_norm=-1.0: negative")
     results = agree({r: stage_post(r, empty=r == 2 and not knows, error=failed if r == 3 else None) for r in range(4)})
@@ -95,6 +105,7 @@ def test_error_of_one_rank_is_raised_by_all(knows: bool) -> None:
 
 @pytest.mark.parametrize("other", ["another axis", "nothing", "another line"])
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.usefixtures("chain")
 def test_disagreement_is_raised_by_all(other: str, seed: int) -> None:
     posts = {rank: stage_post(rank) for rank in range(4)}
     dp = grid(2, 2)(3)[1]
@@ -114,6 +125,7 @@ def test_disagreement_is_raised_by_all(other: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("stage", ["count", "search"])
+@pytest.mark.usefixtures("chain")
 def test_one_rank_logs_who_is_missing_and_all_raise(
     stage: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +139,37 @@ def test_one_rank_logs_who_is_missing_and_all_raise(
     assert "1 of 5 ranks (rank 3)" in caplog.records[0].getMessage()
     assert {type(error) for error in results.values()} == {DisagreementError}
     assert all("1 of 5 ranks (rank 3) have not made this call" in str(error) for error in results.values())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_missing_rank_of_a_search_is_named_by_all(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error of the rank that waits goes back to all that have led before it."""
+    monkeypatch.setattr(rendezvous, "_MAX_POSTS", 2)
+    missing = random.Random(seed).randrange(1, 12)
+    posts = {rank: Post(grid(3, 4)(rank)) for rank in range(12) if rank != missing}
+    errors = agree(posts, timedelta(seconds=5), seed).values()
+    assert {type(error) for error in errors} == {DisagreementError}
+    assert len({str(error) for error in errors}) == 1
+    assert all(f"1 of 12 ranks (rank {missing})" in str(error) for error in errors)
+
+
+@pytest.mark.usefixtures("chain")
+@pytest.mark.parametrize("seed", range(2))
+def test_rank_that_gives_up_fails_the_search_on_all(seed: int) -> None:
+    """One rank comes while the others give up. No rank succeeds without the others."""
+    late = random.Random(seed).randrange(6)
+    for delay in (4.999, 5.001, 24.99, 25.001):
+        posts = [Post(grid(2, 3)(rank)) for rank in range(6)]
+
+        def join(store: SimulatedStore, delay: float = delay, posts: list[Post] = posts) -> object:
+            store.sleep(delay if store.rank == late else 0)
+            try:
+                return list(Rendezvous(store, store.rank, store).join(posts[store.rank], SECONDS).ranks)
+            except DistclipError as error:
+                return error
+
+        results, _ = run_ranks(join, 6, seed)
+        assert {isinstance(result, list) for result in results} in ({True}, {False}), (delay, results)
 
 
 # ---- Sequences of calls ----
@@ -174,20 +217,31 @@ def random_call(rng: random.Random, size: int) -> dict[int, tuple[Post, list[int
     return calls
 
 
-def test_sequences_of_first_calls_with_late_ranks() -> None:
-    for seed in range(200):
+def as_searches(call: dict[int, tuple[Post, Any]], rng: random.Random) -> dict[int, tuple[Post, Any]]:
+    """Return a call in which no rank, or not every rank, can derive the component."""
+    num = rng.choice([0, len(call) // 2, len(call), len(call)])
+    unaware = rng.sample(sorted(call), num)
+    return {r: (replace(post, known=None) if r in unaware else post, expected) for r, (post, expected) in call.items()}
+
+
+def test_sequences_of_first_calls_with_late_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(240):
+        monkeypatch.setattr(rendezvous, "_MAX_POSTS", (128, 2, 3)[seed % 3])
         rng = random.Random(seed)
         size = rng.randint(2, 6)
         calls = [random_call(rng, size) for _ in range(rng.randint(2, 4))]
+        if seed % 3:
+            # In half of the calls all ranks search, in some others a part of them.
+            calls = [as_searches(call, rng) for call in calls]
         delays = [[rng.choice([0, 0, 0.01, 0.1]) for _ in range(size)] for _ in calls]
 
         def join_all(store: SimulatedStore, calls=calls, delays=delays) -> list[object]:  # type: ignore[no-untyped-def]
-            rendezvous, results = Rendezvous(store, store.rank, store), list[object]()
+            finder, results = Rendezvous(store, store.rank, store), list[object]()
             for call, delay in zip(calls, delays, strict=True):
                 store.sleep(delay[store.rank])
                 if store.rank in call:
                     try:
-                        results.append(list(rendezvous.join(call[store.rank][0], MINUTES).ranks))
+                        results.append(list(finder.join(call[store.rank][0], MINUTES).ranks))
                     except DistclipError as error:
                         results.append(error)
             return results
@@ -224,15 +278,35 @@ def test_stages_of_process_groups_cost_constant_messages(size: int) -> None:
     assert max(one.sent + one.received for one in costs) <= 512
 
 
-@pytest.mark.parametrize("size", [64, 256])
-def test_search_costs_at_most_64_kib(size: int) -> None:
-    def ring(rank: int, size: int) -> tuple[list[Ranks], list[Axis]]:
-        """Return groups of which no rank can derive the component."""
-        return [ascending((rank, (rank + 1) % size)), ascending((rank, (rank - 1) % size))], []
+def ring(rank: int, size: int) -> tuple[list[Ranks], list[Axis]]:
+    """Return groups of which no rank can derive the component."""
+    return [ascending((rank, (rank + 1) % size)), ascending((rank, (rank - 1) % size))], []
 
-    costs = costs_of(ring, size)
-    assert max(one.sent + one.received for one in costs) <= 64 * 1024
-    assert sum(one.operations for one in costs) <= 20 * size
+
+def shuffled_ring(rank: int, size: int) -> tuple[list[Ranks], list[Axis]]:
+    """Return groups of a ring whose ranks are in a random order. Many of them begin to lead."""
+    order = random.Random(0).sample(range(size), size)
+    i = order.index(rank)
+    return [ascending((rank, order[(i + 1) % size])), ascending((rank, order[i - 1]))], []
+
+
+def group_of_all(rank: int, size: int) -> tuple[list[Ranks], list[Axis]]:
+    """Return a group of all ranks. In this test no rank derives that it is the component."""
+    return [tuple(range(size))], []
+
+
+@pytest.mark.parametrize("layout", [ring, shuffled_ring, group_of_all, pp_of_groups])
+def test_no_rank_of_a_search_sends_more_in_a_larger_job(
+    layout: Callable[[int, int], tuple[list[Ranks], list[Axis]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendezvous, "derive_component", lambda *args: None)
+    small, large = (costs_of(layout, size) for size in (64, 256))
+    assert max(one.sent + one.received for one in large) <= 64 * 1024
+    assert sum(one.operations for one in large) <= 25 * 256
+    monkeypatch.setattr(rendezvous, "_MAX_POSTS", 16)
+    small, large = (costs_of(layout, size) for size in (64, 256))
+    ratio = max(one.sent + one.received for one in large) / max(one.sent + one.received for one in small)
+    assert ratio < 1.5
 
 
 def test_ranks_are_written_as_ranges() -> None:
@@ -241,4 +315,7 @@ def test_ranks_are_written_as_ranges() -> None:
         ranks = tuple(rng.sample(range(30), rng.randint(0, 12)))
         assert decode_ranks(encode_ranks(ranks)) == ranks
         assert decode_ranks(encode_ranks(sorted(ranks))) == tuple(sorted(ranks))
+        many = tuple(sorted(rng.sample(range(3000), rng.choice([0, 1, 50, 1500]))))
+        assert unpack_ranks(pack_ranks(many)) == many
+        assert len(pack_ranks(many)) < 600
     assert len(encode_ranks(range(3, 65536, 8))) < 16
