@@ -267,11 +267,7 @@ def is_left(group: object) -> bool:
 
 
 def present_call() -> str:
-    """Return the function of distclip that the program has called, with the line of the call.
-
-    >>> present_call()
-    'a call'
-    """
+    """Return the function of distclip that the program has called, with the line of the call."""
     frame, function = sys._getframe(1), "a call"
     # Decorators of torch are between the program and a function.
     while frame.f_back is not None:
