@@ -38,6 +38,9 @@ _NUM_ELEMENTS = 64
 _MAX_WATCHED = 64
 """Number of parameters of all calls that have a hook."""
 
+_LOOKED_AT = "_distclip_looked_at"
+"""Attribute of a parameter that all calls have looked at: its id, which a copy of its attributes does not have."""
+
 
 @dataclass(slots=True)
 class _Record:
@@ -47,7 +50,7 @@ class _Record:
         handle: of the hook.
         num_calls: number of calls that have looked so far.
         num_passes: number of backward passes so far.
-        version: see `_version_of`. None before the first backward pass. The last one after all calls.
+        version: see `_version_of`. None before the first backward pass, and after a call.
         values: its first elements.
     """
 
@@ -59,10 +62,7 @@ class _Record:
 
     def is_of(self, param: Tensor) -> bool:
         """Return whether the record belongs to a parameter, and not to one that is gone and had the same id."""
-        if self.num_calls < _NUM_CALLS:
-            return self.handle.id in (param._post_accumulate_grad_hooks or ())
-        # A new tensor begins with version 0, and one that was trained has been written.
-        return self.version is None or _version_of(param) >= self.version
+        return self.handle.id in (param._post_accumulate_grad_hooks or ())
 
 
 # Ids only: torch.utils.swap_tensors refuses a tensor with weak references.
@@ -72,7 +72,7 @@ _records: dict[int, _Record] = {}
 def watch_backward(param: Tensor) -> None:
     """Watch the next backward passes of a parameter. Collectives: none. Host syncs: none."""
     known = _records.get(id(param))
-    if known is not None and known.is_of(param):
+    if vars(param).get(_LOOKED_AT) == id(param) or (known is not None and known.is_of(param)):
         return
     local = local_of(param)
     if not (param.requires_grad and param.is_leaf):
@@ -96,7 +96,7 @@ def find_steps_by_hand(params: Sequence[Tensor]) -> list[Tensor]:
     written = []
     for param in params:
         record = _records.get(id(param))
-        if record is None or record.version is None or record.num_calls >= _NUM_CALLS:
+        if record is None or record.version is None or not record.is_of(param):
             continue
         version = _version_of(param)
         if record.version != version or devices.host_reads_free(local_of(param).device):
@@ -106,7 +106,8 @@ def find_steps_by_hand(params: Sequence[Tensor]) -> list[Tensor]:
         record.num_calls += 1
         if record.num_calls == _NUM_CALLS:
             record.handle.remove()
-            record.version = version
+            del _records[id(param)]
+            vars(param)[_LOOKED_AT] = id(param)
     return [param for param, values in written if _is_step(param, values)]
 
 

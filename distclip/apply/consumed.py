@@ -38,6 +38,9 @@ _MARK = "_distclip_mark"
 _WARNED = "_distclip_warned"
 """Attribute of a parameter that a warning has named."""
 
+_WATCHED = "_distclip_watched"
+"""Attribute of a parameter that is or was watched: its id. A new one can have the id of one that is gone."""
+
 _CLIPPED, _STEPPED, _LATE = "clipped", "stepped after it was clipped", "stepped and not clipped"
 
 _MAX_SAMPLE = 4
@@ -80,7 +83,7 @@ def find_stepped(table: ShardTable) -> list[Tensor]:
     sample = _sample(table)
     ids = list(map(id, sample))
     # Mostly they are the last ones that were watched, in this order.
-    if list(itertools.islice(reversed(_watched), len(ids))) != ids[::-1]:
+    if list(itertools.islice(reversed(_watched), len(ids))) != ids[::-1] or not all(map(_is_watched, sample)):
         for param in sample:
             _watch(param)
     for param in sample:
@@ -95,8 +98,8 @@ def has_had_gradients(table: ShardTable) -> bool:
 
 
 def is_clipped_anywhere(params: Sequence[Tensor]) -> bool:
-    """Return whether some of these parameters may have been clipped in earlier calls, of any table."""
-    return len(_watched) >= _MAX_WATCHED or any(id(param) in _watched for param in params)
+    """Return whether some of these parameters were watched in earlier calls, of any table."""
+    return any(vars(param).get(_WATCHED) == id(param) for param in params)
 
 
 def mark_clipped(table: ShardTable) -> None:
@@ -146,15 +149,20 @@ def _stride(count: int) -> int:
 def _watch(param: Tensor) -> None:
     global _num_changes
     key = id(param)
-    # The id can be that of a tensor that is gone, and about to be removed with it.
-    _num_changes += key not in _watched
+    _num_changes += not _is_watched(param)
+    # The id is about to be removed if it is that of a tensor that is gone.
     _watched.pop(key, None)
     _watched[key] = None
+    vars(param)[_WATCHED] = key
     while len(_watched) > _MAX_WATCHED:
         _watched.pop(next(iter(_watched)), None)
     if not _handles:
         _handles.append(register_optimizer_step_pre_hook(_remember_versions))
         _handles.append(register_optimizer_step_post_hook(_mark_stepped))
+
+
+def _is_watched(param: Tensor) -> bool:
+    return (key := id(param)) in _watched and vars(param).get(_WATCHED) == key
 
 
 @_disable_dynamo
@@ -186,10 +194,10 @@ def _gradients_of(optimizer: Optimizer) -> list[tuple[int, Tensor, int]]:
     for group, index in _places_of(optimizer):
         # A step can be made without some parameters, which are put back behind it.
         params = groups[group]["params"]
-        if index < len(params) and (key := id(params[index])) in _watched:
-            grad = params[index].grad
+        if index < len(params) and _is_watched(param := params[index]):
+            grad = param.grad
             if grad is not None and (version := _version_of(grad)) is not None:
-                found.append((key, grad, version))
+                found.append((id(param), grad, version))
     return found
 
 
@@ -200,7 +208,7 @@ def _places_of(optimizer: Optimizer) -> list[tuple[int, int]]:
     known = _places.get(optimizer)
     if known is None or known[0] != key:
         pairs = ((i, j, param) for i, group in enumerate(groups) for j, param in enumerate(group["params"]))
-        known = _places[optimizer] = key, [(i, j) for i, j, param in pairs if id(param) in _watched]
+        known = _places[optimizer] = key, [(i, j) for i, j, param in pairs if _is_watched(param)]
     return known[1]
 
 

@@ -91,6 +91,16 @@ def test_other_writes_are_silent(write: str) -> None:
         assert find(make_model(), nothing, lambda *args, s=step: (STEPS[s](*args), WRITES[write](*args))) == []
 
 
+def test_a_parameter_at_the_address_of_an_earlier_one_is_looked_at() -> None:
+    ids: list[int] = []
+    for _ in range(20):
+        model = nn.Linear(5, 3, bias=False)
+        ids.append(id(model.weight))
+        assert len(find(model, STEPS["other data"], nothing)) == 1
+        del model
+    assert len(set(ids)) < len(ids)
+
+
 @on_ranks(2)
 @pytest.mark.parametrize("step", ["sgd", "data", "adam"])
 def test_shards_of_fsdp2(step: str) -> None:

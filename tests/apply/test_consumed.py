@@ -21,7 +21,6 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import distclip
 from distclip import GradClipper, UnclippedStepWarning
-from distclip.apply import consumed
 from tests.ranks import gather_from_ranks, on_ranks
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
@@ -201,12 +200,6 @@ def test_warning_that_is_an_error_is_raised_on_all_ranks() -> None:
     assert gather_from_ranks(clipper.steps) == [1, 1]
 
 
-@pytest.fixture
-def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget the parameters of earlier tests: with too many, no call can tell which of them are clipped."""
-    monkeypatch.setattr(consumed, "_watched", {})
-
-
 def pairs_of_modules() -> tuple[nn.Module, nn.Module]:
     """Return a module, and a copy of it."""
     one = nn.Linear(2, 2)
@@ -229,7 +222,6 @@ def train_module(module: nn.Module, clips: list[Callable[[], object]], num_steps
         optimizer.step()
 
 
-@pytest.mark.usefixtures("new_process")
 @pytest.mark.parametrize("function", OF_MODULE)
 def test_parameters_of_another_module_warn_once(function: str) -> None:
     clipped, trained = pairs_of_modules()
@@ -237,7 +229,20 @@ def test_parameters_of_another_module_warn_once(function: str) -> None:
     assert "SGD steps 2 parameters of another module" in text
 
 
-@pytest.mark.usefixtures("new_process")
+@pytest.mark.parametrize("function", OF_MODULE)
+def test_parameters_at_the_addresses_of_earlier_ones_are_new_ones(function: str) -> None:
+    ids: list[int] = []
+    for _ in range(30):
+        clipped, trained = pairs_of_modules()
+        # The first pair is clipped as it should be.
+        module = clipped if ids else trained
+        ids += [id(param) for one in (clipped, trained) for param in one.parameters()]
+        texts = texts_of(lambda one=trained, other=module: train_module(one, [OF_MODULE[function](other)]))
+        assert len(texts) == (module is clipped)
+        del clipped, trained, module
+    assert len(set(ids)) < len(ids)
+
+
 @pytest.mark.parametrize("case", ["clipped as well", "frozen", "had gradients", "no step", "other optimizer is quiet"])
 @pytest.mark.parametrize("function", OF_MODULE)
 def test_modules_that_wait_for_their_turn_do_not_warn(function: str, case: str) -> None:
