@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -147,13 +148,7 @@ class Execution:
         # An optimizer may replace a parameter within its step, or decline to make it.
         watched = self.coverage.watch(optimizers)
         steps = None if outcome.skip.host or state is not None else watch_steps(optimizers)
-        self._advance(optimizers, outcome, state, fuse)
-        if not outcome.skip.host:
-            # This rank has no further collective in which the other ranks could raise its error.
-            with self.late_errors.kept():
-                self.coverage.check_kept(watched, optimizers)
-        if state is not None:
-            self._end_call(outcome, optimizers, state, written=not fuse, was_scaled=was_scaled)
+        self._make_step(optimizers, outcome, state, watched, fuse=fuse, was_scaled=was_scaled)
         return steps is not None and steps.all_declined()
 
     def step_again(self, optimizers: Sequence[Optimizer], state: ScalerState) -> Outcome:
@@ -241,6 +236,31 @@ class Execution:
         coefs = outcome.coefs if outcome.tensor_norms is None else outcome.tensor_norms.expand(outcome.coefs)
         slots = [info.slot for info in self.table.metadata.infos(self.table.holders)]
         return ScaledUpdates(self.table.tensors, slots, coefs, optimizers)
+
+    def _make_step(
+        self,
+        optimizers: list[Optimizer],
+        outcome: Outcome,
+        state: ScalerState | None,
+        watched: list[Tensor | None] | None,
+        *,
+        fuse: bool,
+        was_scaled: bool,
+    ) -> None:
+        """Step optimizers by a decision, check what they stepped, and end the call.
+
+        Args:
+            optimizers, outcome, state, was_scaled: see `step`.
+            watched: see `Coverage.watch`.
+            fuse: whether the optimizers apply the factor themselves.
+        """
+        self._advance(optimizers, outcome, state, fuse)
+        if not outcome.skip.host:
+            # This rank has no further collective in which the other ranks could raise its error.
+            with self.late_errors.kept():
+                self.coverage.check_kept(watched, optimizers)
+        if state is not None:
+            self._end_call(outcome, optimizers, state, written=not fuse, was_scaled=was_scaled)
 
     def _advance(
         self, optimizers: Sequence[Optimizer], outcome: Outcome, state: ScalerState | None, fuse: bool

@@ -52,14 +52,9 @@ class IsolatedExecution(Execution):
     ) -> bool:
         if not outcome.skip.host:
             self.write_(outcome, outcome.shards)
-        skipped = self.skipped_ids(outcome)
-        watched = None if outcome.skip.host or skipped else self.coverage.watch(optimizers)
-        self._advance_without(skipped, optimizers, outcome, state)
-        if not outcome.skip.host:
-            with self.late_errors.kept():
-                self.coverage.check_kept(watched, optimizers)
-        if state is not None:
-            self._end_call(outcome, optimizers, state, written=True, was_scaled=was_scaled)
+        # A skipped group keeps gradients that no optimizer has stepped.
+        watched = None if outcome.skip.host or self.skipped_ids(outcome) else self.coverage.watch(optimizers)
+        self._make_step(optimizers, outcome, state, watched, fuse=False, was_scaled=was_scaled)
         # The other groups have made their step.
         self._raise_too_many()
         return False
@@ -89,14 +84,9 @@ class IsolatedExecution(Execution):
     def _advance(
         self, optimizers: Sequence[Optimizer], outcome: Outcome, state: ScalerState | None, fuse: bool
     ) -> None:
-        self._advance_without(self.skipped_ids(outcome), optimizers, outcome, state)
-
-    def _advance_without(
-        self, skipped: frozenset[int], optimizers: Sequence[Optimizer], outcome: Outcome, state: ScalerState | None
-    ) -> None:
-        """Step optimizers as if they did not have the parameters with these ids."""
+        """Step optimizers as if they did not have the parameters of skipped groups."""
         # The scale follows the overflow of any group, as the scale of several optimizers follows that of any of them.
-        step, overflow = partial(_step_without, skipped=skipped), outcome.overflow
+        step, overflow = partial(_step_without, skipped=self.skipped_ids(outcome)), outcome.overflow
         self.optimizers.advance(
             optimizers, outcome.coefs, outcome.skip, overflow=overflow, state=state, fuse=False, step=step
         )
