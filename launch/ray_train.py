@@ -19,6 +19,8 @@ except ModuleNotFoundError as error:
         f"ray_train.py: {error.name} is not installed. Use {sys.executable} -m pip install 'ray[train]'"
     ) from None
 
+from job.overrides import check
+
 TRAIN = Path(__file__).resolve().with_name("train.py")
 
 
@@ -33,6 +35,7 @@ def run_rank(config: dict[str, list[str] | str]) -> None:
 
 def main(overrides: list[str]) -> None:
     """Start the ranks and wait for them."""
+    check(overrides)
     ray.init()
     gpus = ray.cluster_resources().get("GPU", 0) > 0
     TorchTrainer(

@@ -1,25 +1,34 @@
 """Train a model and clip its gradients: `torchrun ... launch/train.py [Hydra overrides]`, or `mpirun ...`."""
 
 import contextlib
+import os
 import sys
+import time
 import traceback
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from distclip.errors import printable
 from job import loop, replay
 from job.config import headline, run_configs
 from job.elastic import find_job_directory, join_attempt
 from job.log import RunLog
+from job.overrides import REFUSED, explain
 from job.processes import RANK, WORLD_SIZE, abort_mpi_job, leave
 from job.run import build_run
 from job.terminal import Terminal
 
+PATIENCE = 10
+"""Seconds in which launchers end the other ranks, once rank 0 has printed what is wrong."""
+
+WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 ATTEMPT = join_attempt()
 JOB_DIRECTORY = find_job_directory(ATTEMPT, sys.argv)
 
@@ -27,6 +36,16 @@ JOB_DIRECTORY = find_job_directory(ATTEMPT, sys.argv)
 def folder(name: str) -> str:
     """Return the name of a run's folder in the directory of the job."""
     return name.replace(" ", "_")
+
+
+def refuse(text: str) -> SystemExit:
+    """Print on one rank what is wrong with the settings, and return the end of this rank."""
+    # Ranks do not communicate yet. If rank 0 does not reject the settings, the launcher does not end this rank.
+    if RANK != 0:
+        time.sleep(PATIENCE)
+    # It may name what is in the files of another run.
+    print("\n".join(map(printable, text.splitlines())), file=sys.stderr, flush=True)
+    return SystemExit(REFUSED)
 
 
 def remove_if_empty(directory: Path) -> None:
@@ -55,6 +74,11 @@ def main(cfg: DictConfig) -> None:
     except SystemExit:
         remove_if_empty(output)
         raise
+    except (HydraException, OmegaConfBaseException) as error:
+        remove_if_empty(output)
+        if WANTS_TRACEBACK:
+            raise
+        raise SystemExit(explain(error, hydra_cfg.overrides.task)) from None
     directory = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
     terminal = Terminal(RANK)
     terminal.title(f"{headline()}, {WORLD_SIZE} rank(s)")
@@ -86,6 +110,9 @@ def main(cfg: DictConfig) -> None:
 if __name__ == "__main__":
     # Hydra accepts this flag before or after the overrides, but not between them.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
+    overrides = sys.argv[1:]
+    # Hydra would print its own text on every rank. With the variable, it raises the error.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         # Hydra creates directories and files in every process. Ranks other than 0 get a temporary directory.
         with TemporaryDirectory() as scratch:
@@ -99,8 +126,10 @@ if __name__ == "__main__":
             main()
             leave()
     except SystemExit as reason:
-        if isinstance(reason.code, str):
-            # It may name what is in the files of another run.
-            reason.code = "\n".join(map(printable, reason.code.splitlines()))
-        abort_mpi_job(reason)
-        raise
+        end = refuse(reason.code) if isinstance(reason.code, str) else reason
+        abort_mpi_job(int(end.code or 0))
+        raise end from None
+    except (HydraException, OmegaConfBaseException) as error:
+        if WANTS_TRACEBACK:
+            raise
+        raise refuse(explain(error, overrides)) from None

@@ -12,5 +12,6 @@
     log, replay            files of a run; one step of a run again
     config, table          Hydra's config into run configs; the closing table
     run, terminal          one run, validated; terminal output
+    overrides              wrong overrides, explained
     loop                   training and evaluation
 """

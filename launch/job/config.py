@@ -18,18 +18,20 @@ from omegaconf import (
     ValidationError,
 )
 
-from .replay import replay_config
-
 NODES: dict[type, Callable[..., Node]] = {bool: BooleanNode, int: IntegerNode, float: FloatNode, str: StringNode}
+KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
 
 
 def run_configs(cfg: DictConfig) -> dict[str, DictConfig]:
     """Return the config of each run by its name: one run named "", or those of `compare`."""
     hydra = HydraConfig.get()
     if cfg.replay is not None:
-        return {"": replay_config(cfg)}
+        # It imports torch, which `launch/check_overrides.py` does without.
+        from .replay import replay_config
+
+        return {"": check_values(replay_config(cfg))}
     if not cfg.compare:
-        return {"": check_types(cfg, list(hydra.overrides.task))}
+        return {"": check_values(check_types(cfg, list(hydra.overrides.task)))}
     is_mapping = isinstance(cfg.compare, DictConfig)
     if not is_mapping or not all(isinstance(overrides, ListConfig) for overrides in cfg.compare.values()):
         raise SystemExit(
@@ -37,7 +39,8 @@ def run_configs(cfg: DictConfig) -> dict[str, DictConfig]:
             "Use \"+compare={with: [], without: ['clip=off']}\""
         )
     return {
-        str(name): check_types(None, [*hydra.overrides.task, *overrides]) for name, overrides in cfg.compare.items()
+        str(name): check_values(check_types(None, [*hydra.overrides.task, *overrides]))
+        for name, overrides in cfg.compare.items()
     }
 
 
@@ -60,12 +63,28 @@ def check_types(cfg: DictConfig | None, overrides: list[str]) -> DictConfig:
     cfg = compose(name, [*hydra_overrides, *overrides]) if cfg is None else cfg
     # The defaults depend on the choices of the config groups, and on no other override.
     choices = [override for override in overrides if override.split("=")[0].lstrip("+~") in hydra.runtime.choices]
+    defaults = OmegaConf.create(_to_nodes(_defaults(name, *hydra_overrides, *choices)))
     try:
-        typed = OmegaConf.merge(OmegaConf.create(_to_nodes(_defaults(name, *hydra_overrides, *choices))), cfg)
+        typed = OmegaConf.merge(defaults, cfg)
     except ValidationError as error:
-        raise SystemExit(f"{error}") from None
+        key = str(error.full_key)
+        default = OmegaConf.select(defaults, key)
+        raise SystemExit(
+            f"{key}={OmegaConf.select(cfg, key)}: not {KINDS.get(type(default), 'of the type of the default')}. "
+            f"Use a value like the default, {default}"
+        ) from None
     assert isinstance(typed, DictConfig)
     return typed
+
+
+def check_values(cfg: DictConfig) -> DictConfig:
+    """Return a config whose numbers are in their ranges, or exit with the one that is not."""
+    for key in ("steps", "batch", "log.every"):
+        if (value := OmegaConf.select(cfg, key)) < 1:
+            raise SystemExit(f"{key}={value}: too small. Use 1 or more")
+    if cfg.precision.dtype not in ("float32", "bfloat16", "float16"):
+        raise SystemExit(f"precision.dtype={cfg.precision.dtype}: unknown. Use precision=fp32, bf16 or fp16")
+    return cfg
 
 
 @cache

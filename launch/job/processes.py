@@ -2,7 +2,6 @@
 
 import gc
 import os
-import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import cache
@@ -129,12 +128,14 @@ def leave() -> None:
         gc.collect()
 
 
-def abort_mpi_job(reason: SystemExit) -> None:
-    """End all MPI ranks if this one exits with an error. torchrun does so by itself."""
-    if reason.code and mpi_size() > 1:
-        if isinstance(reason.code, str):
-            print(reason.code, file=sys.stderr)
-        abort(reason.code if isinstance(reason.code, int) else 1)
+def abort_mpi_job(status: int) -> None:
+    """End all MPI ranks if this one exits with an error. torchrun does so by itself.
+
+    Args:
+        status: of this process at its exit.
+    """
+    if status and mpi_size() > 1:
+        abort(status)
 
 
 def world_comm() -> Comm:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from distclip import ArgumentError, GradClipper, LocalComm, Policy
@@ -48,11 +48,6 @@ def build_run(cfg: DictConfig, directory: Path | None = None, *, is_restart: boo
         directory: of the run, if all ranks know it.
         is_restart: an earlier attempt of this job has started the run.
     """
-    for key in ("steps", "batch", "log.every"):
-        if (value := OmegaConf.select(cfg, key)) < 1:
-            raise SystemExit(f"{key}={value}: too small. Use 1 or more")
-    if cfg.precision.dtype not in ("float32", "bfloat16", "float16"):
-        raise SystemExit(f"precision.dtype={cfg.precision.dtype}: unknown. Use precision=fp32, bf16 or fp16")
     source = find_source(cfg, directory, is_restart=is_restart)
     step = first_step(cfg, source)
     parallelism: Parallelism = instantiate(cfg.parallel)

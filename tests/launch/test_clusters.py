@@ -90,7 +90,11 @@ def slurm_environment(folder: Path) -> dict[str, str]:
 def test_slurm_starts_one_world(tmp_path: Path) -> None:
     launch = tmp_path / "launch"
     launch.mkdir()
-    for script in (ROOT / "launch").glob("*.sh"):
+    for script in [
+        *(ROOT / "launch").glob("*.sh"),
+        ROOT / "launch" / "check_overrides.py",
+        ROOT / "launch" / "run_torchrun.py",
+    ]:
         (launch / script.name).symlink_to(script)
     (launch / "train.py").write_text(TRAIN)
     command = ["bash", str(ROOT / "launch" / "slurm.sbatch"), "clip=zclip", "steps=3"]

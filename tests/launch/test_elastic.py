@@ -119,7 +119,7 @@ def test_continues_on_fewer_ranks_and_after_damage(whole: Path, tmp_path: Path) 
         assert row == pytest.approx(expected, rel=1e-4)
     assert sorted(path.name for path in run.glob("checkpoints/*")) == [f"step_00000{i}" for i in (2, 4, 6, 8)]
     again = train(tmp_path, 1, *SETTINGS, "hydra.run.dir=run")
-    assert again.returncode == 1
+    assert again.returncode == 2
     assert "has the checkpoints of an earlier run. Use resume=auto to continue it" in again.stderr
 
 

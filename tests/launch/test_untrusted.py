@@ -206,7 +206,7 @@ def test_accepts_targets_of_the_command_line(tmp_path: Path) -> None:
 def test_job_refuses_a_crafted_run(run: Path) -> None:
     evil_metadata(run / "checkpoints/step_000002")
     done = train(run, 1, "parallel=single", f"resume={run}", "hydra.run.dir=out")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "step_000002 is not loaded, because it could run code" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (run / MARK).exists()

@@ -13,15 +13,17 @@ from torch import nn
 
 from distclip import GradClipper, LocalComm, Policy, adagc, autoclip, global_norm, group_norm, zclip
 from job.checkpoint import check_policy
+from job.overrides import check
 from job.run import build_run
+from tests.interpreter import forked_python
 from tests.launch.jobs import ROOT, environment, run_command, run_ranks
 
 
 @pytest.mark.parametrize(
     ("world_size", "overrides", "message"),
     [
-        (1, "stepz=3", "Key 'stepz' is not in struct"),
-        (1, "steps=abc", "Value 'abc' of type 'str' could not be converted to Integer"),
+        (1, "stepz=3", "stepz=3: the job has no setting stepz. Use steps"),
+        (1, "note=${no}", "Interpolation key 'no' not found"),
         (1, "clip.max_norm=-1", "max_norm=-1"),
         (1, "on_nonfinite=ignore", "on_nonfinite='ignore'"),
         (1, "max_skips=0", "max_skips=0"),
@@ -37,16 +39,64 @@ from tests.launch.jobs import ROOT, environment, run_command, run_ranks
 )
 def test_rejects_before_a_process_group_starts(tmp_path: Path, world_size: int, overrides: str, message: str) -> None:
     # This is one rank of a world whose other ranks never come. A process group would wait for them.
-    env = environment(RANK="1", WORLD_SIZE=str(world_size))
+    env = environment(RANK="0", WORLD_SIZE=str(world_size))
     done = run_ranks(tmp_path, [env], overrides.split())
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert message in done.stderr
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("clip=zclp", "clip=zclp: not a choice of clip. Use clip=zclip, or one of adagc, agc, "),
+        ("hydra/launcher=nonsense", "hydra/launcher=nonsense: not a choice of hydra/launcher. Use one of basic"),
+        ("max_norm=1", "max_norm=1: the job has no setting max_norm. Use clip.max_norm"),
+        ("~every", "~every: the job has no setting every. Use log.every or checkpoint.every"),
+        ("xyz=1", "xyz=1: the job has no setting xyz. Use --cfg job to print all settings"),
+        ("+steps=3", "+steps=3: the job has this setting already. Use steps=3"),
+        ("+clip=zclip", "+clip=zclip: the job has this setting already. Use clip=zclip"),
+        ("clip=[", "clip=[: not an override (no viable alternative at input '[')"),
+        ("clip", "clip: not an override (no valid syntax). Use KEY=VALUE"),
+        ("seed=1,2", "seed=1,2: several values. Use -m seed=1,2 for a run with each, or seed=[1,2] for a list"),
+        ("clip=zclip,nonsense -m seed=1,2", "clip=nonsense: not a choice of clip"),
+        ("steps=abc", "steps=abc: not an integer. Use a value like the default, 400"),
+        ("optim.lr=fast", "optim.lr=fast: not a number. Use a value like the default, 1.0"),
+        ("+compare={a:['log.every=0']}", "log.every=0: too small. Use 1 or more"),
+        ("compare=3", "compare=3: not a mapping of names to lists of overrides"),
+    ],
+)
+def test_explains_a_wrong_override(arguments: str, message: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        check(arguments.split())
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "arguments", ["", "experiment=lstm", "-m seed=1,2 optim.lr=interval(0,1)", "--cfg job", "replay=3"]
+)
+def test_accepts_overrides_that_ranks_may_still_reject(arguments: str) -> None:
+    check(arguments.split())
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "mpirun.sh", "deepspeed.sh"])
+def test_launchers_report_a_wrong_override_once(tmp_path: Path, script: str) -> None:
+    done = run_command(tmp_path, "bash", f"{ROOT}/launch/{script}", "clip=zclp")
+    assert done.returncode == 2
+    assert (done.stdout, done.stderr.splitlines()[1:]) == ("", [])
+    assert done.stderr.startswith("clip=zclp: ")
+
+
+def test_torchrun_omits_its_traceback_if_ranks_reject_a_setting(tmp_path: Path) -> None:
+    command = ["bash", f"{ROOT}/launch/torchrun.sh", "batch=21"]
+    done = run_command(tmp_path, *command, PYTHON=str(forked_python()), NPROC="2")
+    message = "batch=21: not divisible by 2 data-parallel ranks. Use batch=22\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+
+
 def test_a_refused_start_leaves_no_directory(tmp_path: Path) -> None:
     done = run_ranks(tmp_path, [environment(RANK="0", WORLD_SIZE="1")], ["steps=0"])
-    assert (done.returncode, done.stderr.strip()) == (1, "steps=0: too small. Use 1 or more")
+    assert (done.returncode, done.stderr.strip()) == (2, "steps=0: too small. Use 1 or more")
     assert not list(tmp_path.iterdir())
 
 

@@ -40,9 +40,9 @@ LAUNCH_STAGES = [
     ["job.inject", "job.checkpoint", "job.probes", "comparison.table"],
     ["job.parallel", "job.log", "job.replay"],
     ["job.config", "job.table"],
-    ["job.run", "job.terminal"],
+    ["job.run", "job.terminal", "job.overrides"],
     ["job.loop"],
-    ["train", "truth", "in_backward", "ray_train", "job", "comparison"],
+    ["train", "truth", "in_backward", "ray_train", "check_overrides", "run_torchrun", "job", "comparison"],
 ]
 """Parts of the training job and scripts of launch/, from the bottom of the import graph to its top."""
 
@@ -144,7 +144,7 @@ def test_launch_imports_come_from_rows_above() -> None:
 def test_launch_has_few_top_level_modules() -> None:
     """The path of a script contains launch/, so its top-level modules could hide installed packages."""
     top = {module.split(".")[0] for module in module_imports("launch")}
-    assert top == {"train", "truth", "in_backward", "ray_train", "job", "comparison"}
+    assert top == {"train", "truth", "in_backward", "ray_train", "check_overrides", "run_torchrun", "job", "comparison"}
 
 
 def test_few_modules_at_the_top() -> None:
