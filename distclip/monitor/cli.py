@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 import warnings
 import webbrowser
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .._version import __version__
 from ..errors import printable
@@ -88,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         3 if a run diverged, and otherwise 4 if a run recovered or has a finding; 130 if the user interrupted it.
     """
     parser = _make_parser()
-    args = parser.parse_args(arguments)
+    args = parser.parse_arguments(arguments)
     try:
         if args.print_completion is not None:
             print(import_module("shtab").complete(parser, args.print_completion), flush=True)
@@ -275,13 +277,39 @@ def _fail(args: argparse.Namespace, text: str) -> int:
     return 1
 
 
-def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """Parser whose errors end with the nearest valid word, as those of argparse do from Python 3.14 on."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and an error, and exit with 2."""
+        if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            message += _hint(found[1], re.findall(r"[\w-]+", found[2]))
+        super().error(message)
+
+    def parse_arguments(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+        """Parse arguments, or exit with an error about the first option that no command has."""
+        args, unknown = self.parse_known_args(arguments)
+        if unknown:
+            options = re.findall(r"--[\w-]+", args.parser.format_help())
+            args.parser.error(
+                f"unrecognized arguments: {' '.join(unknown)}{_hint(unknown[0].partition('=')[0], options)}"
+            )
+        return args
+
+
+def _hint(word: str, words: Sequence[str]) -> str:
+    near = get_close_matches(word, words, n=1)
+    return f". Did you mean {near[0]}?" if near else ""
+
+
+def _make_parser() -> _Parser:
+    parser = _Parser(
         prog="distclip",
         description="Analyze the gradient norms that distclip.monitor.Recorder wrote.",
         epilog=_format_examples(""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(parser=parser)
     parser.add_argument("--version", action="version", version=f"distclip {__version__}")
     parser.add_argument(
         "--print-completion",
@@ -290,8 +318,8 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    def add_command(name: str, function: Callable[..., None], text: str, several: bool) -> argparse.ArgumentParser:
-        command = commands.add_parser(
+    def add_command(name: str, function: Callable[..., None], text: str, several: bool) -> _Parser:
+        command: _Parser = commands.add_parser(
             name,
             help=text,
             description=f"{text[0].upper()}{text[1:]}.",
@@ -312,6 +340,7 @@ def _make_parser() -> argparse.ArgumentParser:
         command.add_argument("--norm", metavar="KEY", help="column of the gradient norm in a log of another tool")
         command.add_argument("--loss", metavar="KEY", help="column of the training loss in such a log")
         command.set_defaults(function=function, several=several, follows=name in ("watch", "serve"), check=False)
+        command.set_defaults(parser=command)
         return command
 
     report = add_command("report", _report, "write an HTML page that compares runs", several=True)

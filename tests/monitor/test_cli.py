@@ -152,7 +152,11 @@ def test_invalid_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "excerpt"),
     [
         (["suggest"], "RUN"),
-        (["plot", "x"], "plot"),
+        (["plot", "x"], "'plot' (choose from"),
+        (["sugest", "x"], ". Did you mean suggest?"),
+        (["export", "x", "--to", "cvs"], ". Did you mean csv?"),
+        (["report", "x", "--jsn"], "distclip report: error: unrecognized arguments: --jsn. Did you mean --json?"),
+        (["--vershun"], "distclip: error: unrecognized arguments: --vershun. Did you mean --version?"),
         (["suggest", "x", "--batch", "0"], "Pass 1 or more"),
     ],
 )
