@@ -210,11 +210,13 @@ def build_model(setting: Setting, trained: bool = True) -> Any:
                 self.more = nn.Parameter(torch.zeros(37, dtype=dtype))
             if setting.ep > 1:
                 group = parallel_state.get_expert_tensor_parallel_group()
-                self.expert = ColumnParallelLinear(
+                experts = ColumnParallelLinear(
                     8, 6, bias=False, gather_output=False, is_expert=True, tp_group=group, **shared
                 )
-                self.expert_scale = nn.Parameter(torch.zeros(5, dtype=dtype))
-                self.expert_scale.allreduce = False
+                experts.scale = nn.Parameter(torch.zeros(5, dtype=dtype))
+                experts.scale.allreduce = False
+                # Megatron-FSDP knows experts by this name.
+                self.moe = nn.ModuleDict({"experts": experts})
 
         def forward(self, x: Tensor) -> Tensor:
             return self.down(torch.relu(self.up(self.norm(x))[0]))[0]
@@ -228,7 +230,10 @@ def build_model(setting: Setting, trained: bool = True) -> Any:
                     param.shared = True
             param.copy_(local_part_of(name, param, setting, "weights") * 0.1)
     if setting.fsdp:
-        return _fully_sharded(config, setting.fsdp, setting.instances, stage)
+        model = _fully_sharded(config, setting.fsdp, setting.instances, stage)
+        # Megatron-core 0.16 reads it, and later versions have a setting for it.
+        model.param_and_grad_buffer.use_precision_aware_optimizer = setting.precision_aware
+        return model
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=setting.distributed)
     return DistributedDataParallel(config, ddp, stage)
 

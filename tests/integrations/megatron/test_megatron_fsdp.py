@@ -25,6 +25,7 @@ from tests.integrations.megatron.model import (
     build_model,
     build_optimizer,
     full_tensor,
+    key_of,
     local_part_of,
     megatron,
     shape_of,
@@ -46,6 +47,11 @@ SETTINGS = {
     "replicated": (2, Setting(fsdp="no_shard", distributed=True)),
     "with tp": (4, Setting(tp=2, fsdp="optim_grads_params", dtype="bf16", distributed=True)),
     "in two instances": (4, Setting(fsdp="optim_grads_params", instances=2, distributed=True)),
+    "decoupled gradients": (
+        2,
+        Setting(fsdp="optim_grads_params", dtype="bf16", distributed=True, precision_aware=True),
+    ),
+    "experts": (4, Setting(ep=2, fsdp="optim_grads_params", distributed=True)),
 }
 
 
@@ -80,8 +86,10 @@ def fill(model: Any, setting: Setting, kind: str = "gradients", factor: float = 
 
 
 def full_tensors_of(model: Any, setting: Setting, kind: str) -> dict[str, Tensor]:
-    shapes = {name: shape_of(name, param, setting) for name, param, *_ in stepped_params(model)}
-    return {name: full_tensor(name, shape, kind, 0, 0) for name, shape in shapes.items()}
+    """Return every parameter or gradient of the full model once, by `key_of`. Call it on every rank."""
+    local = [(name, shape_of(name, param, setting), Coordinates().ep) for name, param, *_ in stepped_params(model)]
+    entries = [entry for of_rank in gather_from_ranks(local) for entry in of_rank]
+    return {key_of(name, 0, ep): full_tensor(name, shape, kind, 0, ep) for name, shape, ep in entries}
 
 
 @contextmanager
@@ -118,7 +126,7 @@ def test_steps_as_one_process(name: str) -> None:
                 torch.testing.assert_close(seen, [exact, exact, float(expected.coef)], rtol=1e-5, atol=0)
                 check_equal_on_ranks((report.norm.numpy().tobytes(), report.coefs.numpy().tobytes()))
             for n, param, local, start in stepped_params(model):
-                full = one_process.params[n].detach()
+                full = one_process.params[key_of(n, 0, Coordinates().ep)].detach()
                 if full.shape != param.shape:
                     full = full.chunk(setting.tp, param.partition_dim)[Coordinates().tp]
                 piece = full.float().reshape(-1)[start : start + local.numel()]
