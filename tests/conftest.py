@@ -66,6 +66,10 @@ def ranks() -> Iterator[Callable[[int], World]]:
         yield world_of
 
 
+EPOCH = 1_700_000_000
+"""Time that the files of `built` have, in seconds."""
+
+
 class Built(NamedTuple):
     """The two files that would be published, and an environment with the wheel."""
 
@@ -97,7 +101,8 @@ def _build(folder: Path) -> Built:
         shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source)
-    output(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(source))
+    environ = os.environ | {"SOURCE_DATE_EPOCH": str(EPOCH)}
+    output(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(source), env=environ)
     venv.create(folder / "venv", with_pip=False, symlinks=True)
     files = _files_in(folder)
     pip = (sys.executable, "-m", "pip", "--python", str(files.python))

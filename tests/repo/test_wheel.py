@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from importlib import metadata
@@ -13,7 +14,7 @@ import pytest
 
 import distclip
 from tests.commands import output
-from tests.conftest import ROOT, Built
+from tests.conftest import EPOCH, ROOT, Built
 
 
 def run(built: Built, folder: Path, *command: str) -> str:
@@ -53,10 +54,25 @@ def test_wheel_is_for_any_python(built: Built) -> None:
     assert (kernels, tag[2] == "any") in [(["distclip/norms/kernels/_native.so"], False), ([], True)]
 
 
+def test_files_do_not_depend_on_when_and_where_they_are_built(built: Built) -> None:
+    assert int.from_bytes(built.sdist.read_bytes()[4:8], "little") == EPOCH
+    with tarfile.open(built.sdist) as sdist:
+        assert {(member.mtime, member.uname) for member in sdist.getmembers()} == {(EPOCH, "root")}
+    wheel = zipfile.ZipFile(built.wheel)
+    assert len({entry.date_time for entry in wheel.infolist()}) == 1
+    # The wheel is built in a temporary folder, whose path debug information would contain.
+    assert all(b".debug_info" not in wheel.read(name) for name in wheel.namelist() if name.endswith(".so"))
+
+
 def test_wheel_without_a_compiler_is_pure_and_clips(built: Built, tmp_path: Path) -> None:
     with tarfile.open(built.sdist) as sdist:
         sdist.extractall(tmp_path, filter="data")
     (source,) = tmp_path.iterdir()
+    # An earlier build with a compiler.
+    for folder in ("lib", f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"):
+        kernel = source / "build" / folder / "distclip" / "norms" / "kernels" / "_native.so"
+        kernel.parent.mkdir(parents=True)
+        kernel.touch()
     command = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source))
     output(*command, env=os.environ | {"CC": "false"})
     (wheel,) = tmp_path.glob("*.whl")

@@ -1,12 +1,15 @@
 """Build wheels for any version of Python, because the kernel has no Python ABI, and an sdist with docs and tests.
 
-pyproject.toml names these commands of setuptools. Nothing of the library imports this module.
+pyproject.toml names these commands of setuptools. Nothing of the library imports this module. With the environment
+variable SOURCE_DATE_EPOCH, a time in seconds, both files have the same bytes whenever and wherever they are built.
 """
 
 from __future__ import annotations
 
+import gzip
 import os
 from pathlib import Path
+from typing import Any
 
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
@@ -37,9 +40,12 @@ class BuildWheel(bdist_wheel):
         """Build, and inspect what was built before the wheel is written."""
         if os.environ.get("DISTCLIP_PURE") == "1":
             self.distribution.ext_modules = []
+        build_lib = Path(self.get_finalized_command("build").build_lib)
+        # An earlier build may have left a kernel.
+        for kernel in build_lib.rglob("_native.*"):
+            kernel.unlink()
         self.run_command("build")
         self.skip_build = True
-        build_lib = Path(self.get_finalized_command("build").build_lib)
         self.root_is_pure = not any(build_lib.rglob("_native.*"))
         if self.root_is_pure:
             # Otherwise the files would be in a folder of the wheel for a platform.
@@ -61,3 +67,13 @@ class BuildSource(sdist):
             paths = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
             files += [str(path) for path in paths if "__pycache__" not in path.parts and str(path) not in files]
         super().make_release_tree(base_dir, files)
+        if (epoch := os.environ.get("SOURCE_DATE_EPOCH")) is not None:
+            for path in (Path(base_dir), *Path(base_dir).rglob("*")):
+                os.utime(path, (int(epoch), int(epoch)))
+
+    def make_archive(self, base_name: str, format: str, *args: Any, **options: Any) -> str:
+        """Write the archive, with the time in its header that is given."""
+        path = str(super().make_archive(base_name, format, *args, **{**options, "owner": "root", "group": "root"}))
+        if (epoch := os.environ.get("SOURCE_DATE_EPOCH")) is not None and format == "gztar":
+            Path(path).write_bytes(gzip.compress(gzip.decompress(Path(path).read_bytes()), mtime=int(epoch)))
+        return path
