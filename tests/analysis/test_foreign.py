@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import sqlite3
+import struct
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -80,6 +82,44 @@ def write_wandb(root: Path) -> Path:
     return write_csv(root / "wandb_export.csv", lines)
 
 
+def encode_field(number: int, value: bytes) -> bytes:
+    """Encode a field of protocol buffers with fewer than 2,097,152 bytes."""
+    sizes = [len(value) & 0x7F | 0x80, len(value) >> 7 & 0x7F | 0x80, len(value) >> 14]
+    tag = number << 3 | 2
+    return bytes([tag & 0x7F | 0x80, tag >> 7, *sizes]) + value
+
+
+def write_wandb_record(root: Path) -> Path:
+    """Write W&B's own file as in offline mode. Every tenth row has a text that is longer than a block."""
+    content = b":W&B\xe1\xbe\x00"
+
+    def add(kind: int, data: bytes) -> None:
+        nonlocal content
+        content += struct.pack("<IHB", zlib.crc32(bytes([kind]) + data), len(data), kind) + data
+
+    add(1, b"\x80\x01\x05" + encode_field(17, b"a header, and a field of 8 and one of 4 bytes") + b"\x09" + bytes(8))
+    for i, row in enumerate(rows(step="_step", norm="train/grad_norm", loss="train/loss")):
+        numbers = row | {"note": "x" * 70_000 if i % 10 == 0 else "x"}
+        history = b""
+        for name, value in numbers.items():
+            parts = b"".join(encode_field(2, part.encode()) for part in name.split("/"))
+            history += encode_field(1, parts + encode_field(16, json.dumps(value).encode()))
+        record = encode_field(2, history)
+        first = True
+        while first or record:
+            left = (1 << 15) - len(content) % (1 << 15)
+            if left < 7:
+                content += bytes(left)
+                continue
+            part, record = record[: left - 7], record[left - 7 :]
+            add((1 if first else 4) if not record else 2 if first else 3, part)
+            first = False
+    path = root / "job/wandb/offline-run-20260101_000000-1/run-1.wandb"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    return root / "job"
+
+
 def write_events(root: Path) -> Path:
     """Write event files of TensorBoard."""
     pytest.importorskip("tensorboard")
@@ -118,8 +158,10 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "lightning": write_lightning,
     "wandb chart": write_wandb,
     "wandb history": write_jsonl,
+    "wandb offline": write_wandb_record,
     "tensorboard": write_events,
     "trackio": write_trackio,
+    "directory of trackio": lambda root: write_trackio(root).parent,
     "old trackio": lambda root: write_trackio(root, columns=""),
     "list": lambda root: write_json(root / "x.json", rows(step="iteration", norm="gnorm", loss="training_loss")),
 }
@@ -267,13 +309,35 @@ def test_invalid_files(tmp_path: Path, name: str, text: str, excerpt: str, capsy
     assert excerpt in err
 
 
-@pytest.mark.parametrize("path", ["run-1.wandb", ".", ".."])
-def test_file_of_wandb_is_refused_with_a_way_to_read_it(tmp_path: Path, path: str) -> None:
-    record = tmp_path / "wandb" / "offline-run-20260101_000000-1" / "run-1.wandb"
-    record.parent.mkdir(parents=True)
-    record.write_bytes(b":W&B\x7f\x00")
-    with pytest.raises(RunError, match="wandb sync"):
-        find_runs([record.parent / path])
-    # Runs that can be read may be next to it.
-    write_wandb(tmp_path)
-    assert find_runs([tmp_path / "wandb_export.csv"])
+def test_torn_file_of_wandb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (path,) = find_runs(write_wandb_record(tmp_path))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])  # a job that is running
+    assert read(path).steps.tolist() == list(STEPS)[:-1]
+    path.write_bytes(whole[:100_000] + b"\0" * 100 + whole[100_100:])
+    assert 0 < len(read(path).steps) < 300
+    for damaged in (b":W&B\xe1\xbe\x01" + whole[7:], b"", b":W&B\xe1\xbe\x00"):
+        path.write_bytes(damaged)
+        assert main(("diagnose", str(path.parent))) == 1
+        err = capsys.readouterr().err
+        assert ("wandb sync" if damaged != whole[:7] else "no column for the step") in err
+        assert err.count("\n") == 1
+
+
+def test_runs_of_a_recorder_come_before_those_of_trackers(tmp_path: Path) -> None:
+    write_wandb_record(tmp_path)
+    write_trackio(tmp_path / "job")
+    assert [run.name for run in find_runs(tmp_path / "job")] == ["calm-sea-0"]
+    write_run(tmp_path / "job/recorded", make_lines(NORMS))
+    (tmp_path / "job/other.db").write_text("of another program")
+    assert find_runs(tmp_path / "job") == [tmp_path / "job/recorded"]
+
+
+def test_runs_of_one_name_in_a_database(tmp_path: Path) -> None:
+    database = write_trackio(tmp_path)
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("UPDATE metrics SET run_id = '0123456789ab' WHERE id > 100")
+        connection.commit()
+    runs = find_runs(tmp_path)
+    assert [run.name for run in runs] == ["calm-sea-0 7f", "calm-sea-0 01234567"]
+    assert [len(read(run).steps) for run in runs] == [100, 200]

@@ -17,6 +17,8 @@ from ..formatting import format_list
 from .columns import Line
 from .reader import LineReader
 from .trackio import read_run, split_run
+from .wandb import SUFFIX as WANDB
+from .wandb import read_history
 
 __all__ = ["EVENTS", "FILES", "Keys", "convert", "find_file", "is_foreign", "read_rows"]
 
@@ -26,8 +28,8 @@ EVENTS = "*tfevents*"
 FILES = ("trainer_state.json", "metrics.csv", EVENTS)
 """Patterns of the files of other tools that make a directory a run."""
 
-STEPS = ("step", "_step", "global_step", "trainer/global_step", "iteration", "iter")
-"""Names of the step, most specific first, in lower case."""
+STEPS = ("clip/step", "step", "_step", "global_step", "trainer/global_step", "iteration", "iter")
+"""Names of the step, most specific first, in lower case. The first one is that of distclip's sink for W&B."""
 
 NORMS: tuple[str, ...] = (
     "norm",
@@ -87,15 +89,15 @@ def find_file(directory: Path) -> Path | None:
 
 def is_foreign(path: Path) -> bool:
     """Return whether a path is that of a log in a format of another tool, and not of JSON lines."""
-    return path.is_dir() or path.suffix in (".csv", ".json") or path.match(EVENTS) or split_run(path) is not None
+    return path.is_dir() or path.suffix in (".csv", ".json", WANDB) or path.match(EVENTS) or split_run(path) is not None
 
 
 def read_rows(path: Path) -> Rows:
     """Read the rows of a log as dictionaries.
 
     Args:
-        path: of a CSV file, a file of JSON or JSON lines, an event file of TensorBoard, a directory of event files, or
-            a run in a Trackio database.
+        path: of a CSV file, a file of JSON or JSON lines, an event file of TensorBoard, a directory of event files, a
+            file of W&B, or a run in a Trackio database.
 
     Raises:
         RunError: the file cannot be read.
@@ -105,6 +107,8 @@ def read_rows(path: Path) -> Rows:
             return read_run(*run)
         if path.is_dir() or path.match(EVENTS):
             return _read_events(path)
+        if path.suffix == WANDB:
+            return read_history(path)
         if path.suffix == ".csv":
             return _read_csv(path)
         if path.suffix == ".json":

@@ -10,7 +10,9 @@ from pathlib import Path
 from ...jsonl import COLUMNS
 from ..errors import RunError
 from .foreign import find_file
-from .trackio import list_runs, split_run
+from .trackio import find_databases, list_runs, split_run
+from .wandb import SUFFIX as WANDB
+from .wandb import find_records
 
 __all__ = ["LINES", "find_runs", "find_store", "name_runs"]
 
@@ -72,7 +74,7 @@ def _if_distinct(shorter: list[str], names: list[str]) -> list[str]:
 
 
 def _directory(run: Path) -> Path:
-    return run.parent if run.name == LINES else run
+    return run.parent if run.name == LINES or run.suffix == WANDB else run
 
 
 def _runs_at(path: Path) -> list[Path]:
@@ -84,34 +86,22 @@ def _runs_at(path: Path) -> list[Path]:
         if not path.exists():
             raise RunError(f"{path} does not exist")
         if not path.is_dir():
-            if path.suffix == ".wandb":
-                raise RunError(_wandb_hint(path))
             return [path]
         runs = sorted(_runs_below(path, MAX_DEPTH))
         content = [entry.name + "/" * entry.is_dir() for entry in path.iterdir() if not entry.name.startswith(".")]
         content.sort(key=lambda name: (not name.endswith(".jsonl"), name))
-        # A run of W&B, or its directory of runs. Other directories may have one next to runs that can be read.
-        records = [] if runs else [*path.glob("*.wandb"), *path.glob("*run-*/*.wandb")]
+        # A job that uses W&B or Trackio next to a recorder has the same steps in both.
+        runs = runs or [run for database in find_databases(path) for run in list_runs(database)] or find_records(path)
     except OSError as error:
         raise RunError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
-    if records:
-        raise RunError(_wandb_hint(min(records)))
     if not runs:
         some = ", ".join(content[:5]) + (", …" if len(content) > 5 else "")
         raise RunError(
             f"{path} is not a run: neither it nor a directory up to {MAX_DEPTH} levels below has a {LINES}, or a log "
-            "of TensorBoard, transformers or Lightning "
+            "of TensorBoard, transformers, Lightning, Trackio or W&B "
             f"(it contains {some or 'nothing'})"
         )
     return runs
-
-
-def _wandb_hint(path: Path) -> str:
-    """Return how to read a run of W&B, whose own files change from version to version."""
-    return (
-        f"{path} is a file of W&B that only W&B reads. Use `wandb sync {path.parent}`, and then "
-        '`wandb.Api().run("ENTITY/PROJECT/RUN").history(samples=10**9).to_csv("run.csv")`'
-    )
 
 
 def _runs_below(directory: Path, depth: int) -> Iterator[Path]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,7 +17,7 @@ from ..errors import RunError
 from ..formatting import format_list
 from .columns import Line
 
-__all__ = ["list_runs", "read_run", "split_run"]
+__all__ = ["find_databases", "list_runs", "read_run", "split_run"]
 
 SUFFIX = ".db"
 
@@ -32,15 +33,18 @@ def split_run(path: Path) -> tuple[Path, str] | None:
     return None
 
 
+def find_databases(directory: Path) -> list[Path]:
+    """Return the databases of Trackio in a directory, sorted. Other files with their ending are left out."""
+    return sorted(path for path in directory.glob(f"*{SUFFIX}") if path.is_file() and _has_runs(path))
+
+
 def list_runs(database: Path) -> list[Path]:
     """Return the paths of all runs of a database, in the order of their first steps.
 
     Raises:
         RunError: the file is not a database of Trackio, or has no run.
     """
-    names = [
-        str(name) for (name,) in _query(database, "SELECT run_name FROM metrics GROUP BY run_name ORDER BY MIN(id)")
-    ]
+    names = _find_names(database)
     if not names:
         raise RunError(f"{database} is a Trackio database without steps")
     return [database / name for name in names]
@@ -52,12 +56,13 @@ def read_run(database: Path, run: str) -> list[Line]:
     Raises:
         RunError: the file is not a database of Trackio, or has no such run.
     """
-    found = _query(database, "SELECT step, metrics FROM metrics WHERE run_name = ? ORDER BY id", [run])
-    if not found:
-        names = format_list([printable(path.relative_to(database)) for path in list_runs(database)], 12)
-        raise RunError(f"{database} has no run {printable(run)}. It has {names}")
+    names = _find_names(database)
+    if run not in names:
+        known = format_list(list(map(printable, names)), 12) or "none"
+        raise RunError(f"{database} has no run {printable(run)}. It has {known}")
+    condition, values = names[run]
     rows = []
-    for step, text in found:
+    for step, text in _query(database, f"SELECT step, metrics FROM metrics WHERE {condition} ORDER BY id", values):
         try:
             metrics = json.loads(text)
         except (TypeError, ValueError):
@@ -65,6 +70,30 @@ def read_run(database: Path, run: str) -> list[Line]:
         if isinstance(metrics, dict):
             rows.append({**metrics, "step": step})
     return rows
+
+
+def _find_names(database: Path) -> dict[str, tuple[str, list[Any]]]:
+    """Return the condition of each run's rows by the name of the run, in the order of their first steps.
+
+    A name that several runs have is followed by the beginning of the run's id.
+    """
+    columns = {name for (name,) in _query(database, "SELECT name FROM pragma_table_info('metrics')")}
+    key = "run_id" if "run_id" in columns else "NULL"
+    runs = _query(database, f"SELECT run_name, {key} FROM metrics GROUP BY 1, 2 ORDER BY MIN(id)")
+    counts = Counter(name for name, _ in runs)
+    names: dict[str, tuple[str, list[Any]]] = {}
+    for name, run_id in runs:
+        if counts[name] == 1:
+            names[str(name)] = "run_name = ?", [name]
+        else:
+            names[f"{name} {str(run_id)[:8]}"] = "run_name = ? AND run_id = ?", [name, run_id]
+    return names
+
+
+def _has_runs(database: Path) -> bool:
+    with suppress(RunError):
+        return bool(_find_names(database))
+    return False
 
 
 def _query(database: Path, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
