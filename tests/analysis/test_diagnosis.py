@@ -141,6 +141,10 @@ CLEAN = {
         {**HEADER, **NAMES},
         make_lines(steady_norms(300), dominant_tensor(0.6)),
     ),
+    "most of the squared norm in one tensor, which has its own bound": (
+        {**HEADER, **NAMES, "per": "tensor"},
+        make_lines(steady_norms(300), dominant_tensor(0.9)),
+    ),
     "two tensors, one of them larger": (
         {**HEADER, "tensors": ["a", "b"]},
         make_lines(steady_norms(300), tensor_norms=[1.0, 9.0]),

@@ -57,9 +57,28 @@ def test_steady_updates_are_no_alarm(tmp_path: Path) -> None:
     assert "old moments" not in {finding.rule for finding in diagnose(log)}
 
 
+def test_a_bound_on_norms_is_no_remedy_for_a_bound_on_updates(tmp_path: Path) -> None:
+    lines = make_lines(steady_norms(300), bound=0.1)
+    for policy, remedy in (("update_clip(1.0)", "raise max_rms"), ("global_norm(0.1)", "distclip suggest")):
+        (finding,) = diagnose(read(write_run(tmp_path / policy, {**HEADER, "policy": policy}, lines)))
+        assert finding.rule == "clip rate"
+        assert remedy in finding.advice
+
+
+@pytest.mark.parametrize(("loss", "expected"), [(2.0, False), (None, True)])
+def test_alarms_without_a_rise_of_the_loss_are_no_finding(tmp_path: Path, loss: float | None, expected: bool) -> None:
+    lines = make_lines(steady_norms(300), lambda step: {"update_rms": 9.0 if step == 200 else 1.0, "loss": loss})
+    log = read(write_run(tmp_path / "run", HEADER, lines))
+    assert find_alarms(log)
+    assert [finding.rule for finding in diagnose(log)] == ["old moments"] * expected
+
+
 @pytest.mark.parametrize("policy", ["global_norm(1.0)", "update_clip(2.3)"])
 def test_the_policy_that_a_run_has_is_not_recommended(tmp_path: Path, policy: str) -> None:
-    lines = make_lines(steady_norms(300), lambda step: {"update_rms": 9.0 if step == 200 else 1.0})
+    lines = make_lines(
+        steady_norms(300),
+        lambda step: {"update_rms": 9.0 if step == 200 else 1.0, "loss": 5.0 if step == 205 else 2.0},
+    )
     log = read(write_run(tmp_path / "run", {**HEADER, "policy": policy}, lines))
     (finding,) = [finding for finding in diagnose(log) if finding.rule == "old moments"]
     assert ("Use distclip.update_clip()" in finding.advice) is policy.startswith("global_norm")

@@ -101,7 +101,8 @@ class Panel:
 
 def make_panels(logs: Sequence[Log]) -> tuple[list[Panel], list[str]]:
     """Prepare the panels for which there are values, and notes about those without."""
-    no_curves = {"loss", "time"} | token_counts(logs)
+    # The index of a tensor is no quantity.
+    no_curves = {"loss", "time", "update_slot"} | token_counts(logs)
     names = list(dict.fromkeys(name for log in logs for name in log.columns if name not in no_curves))
     with_values = [name for name in names if any(np.isfinite(_column(log, name)).any() for log in logs)]
     buckets = max(100, min(MAX_BUCKETS, MAX_POINTS // (len(logs) * (4 + min(len(with_values), MAX_COLUMNS)))))

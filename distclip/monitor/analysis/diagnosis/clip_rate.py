@@ -36,6 +36,9 @@ def check_clip_rate(context: Context) -> Iterator[Finding]:
     at = "" if lr is None or not np.isfinite(lr).any() else f", at learning rate {format_range(lr)}"
     under = f" under a bound of {format_range(bounds)}" if len(bounds) else ""
     scope = f"steps after the warm-up (step {log.steps[start]} on)" if context.regimes.warm_up else "steps"
+    # The bound of update_clip is not one on norms.
+    is_update_clip = str(log.header.get("policy", "")).startswith("update_clip(")
+    raised = "raise max_rms" if is_update_clip else "raise the bound to the one that `distclip suggest` finds"
     yield Finding(
         "clip rate",
         "The bound is too low",
@@ -43,5 +46,5 @@ def check_clip_rate(context: Context) -> Iterator[Finding]:
         f"above {format_percent(MAX_CLIP_RATE)} in {num_often} of {NUM_PARTS} parts of the run, and "
         f"{format_percent(parts[-1])} in the last part. The mean coefficient is {log.coefs[start:].mean():.2g}.",
         "Clipping that often has the effect of a smaller learning rate. If the loss falls as you want, lower the "
-        "learning rate instead. Otherwise raise the bound to the one that `distclip suggest` finds.",
+        f"learning rate instead. Otherwise {raised}.",
     )
