@@ -13,8 +13,9 @@ import math
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,9 @@ from ..recorder import Recorder
 from .diagnosis import diagnose
 from .formatting import format_percent
 from .log import read
+from .suggest import suggest
 
-__all__ = ["KINDS", "count", "main", "make_run"]
+__all__ = ["KINDS", "count", "count_stationary", "main", "make_run"]
 
 KINDS: Mapping[str, str] = {
     "healthy": "",
@@ -62,30 +64,68 @@ def make_run(kind: str, seed: int, directory: Path) -> Path:
     return _train(kind, seed, directory) if seed % 2 == 0 else _simulate(kind, seed, directory)
 
 
-def count(num_runs: int) -> dict[str, Counter[str]]:
+def count(num_runs: int, kinds: Sequence[str] = tuple(KINDS)) -> dict[str, Counter[str]]:
     """Make and diagnose runs.
 
     Args:
         num_runs: of all kinds together.
+        kinds: of `KINDS`.
 
     Returns:
         {kind: {rule that came first, "" for none: number of runs}}.
     """
-    table: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
+    table: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for i in range(num_runs):
-            kind = list(KINDS)[i % len(KINDS)]
-            findings = diagnose(read(make_run(kind, i // len(KINDS), Path(folder) / str(i))))
+            kind = kinds[i % len(kinds)]
+            findings = diagnose(read(make_run(kind, i // len(kinds), Path(folder) / str(i))))
             table[kind][findings[0].rule if findings else ""] += 1
     return table
+
+
+def count_stationary(num_runs: int) -> Counter[str]:
+    """Diagnose stationary runs that are clipped at the bound which `suggest` finds in another one.
+
+    Args:
+        num_runs: with a scatter of the logarithms from 0.1 to 0.9, and 400 or 1,500 steps.
+
+    Returns:
+        {rule that came first, "" for none: number of runs}.
+    """
+    found: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(num_runs):
+            random = np.random.default_rng(seed)
+            steps, scatter = (400, 1500)[seed % 2], random.uniform(0.1, 0.9)
+            bound, losses = math.inf, np.full(steps, 2.0)
+            for i in range(2):
+                norms, directory = np.exp(random.normal(0, scatter, steps)), Path(folder) / f"{seed}-{i}"
+                _write(directory, {"distclip": "0.1.0", "format": 1}, norms, losses, bound)
+                log = read(directory)
+                bound = suggest(log).max_norm
+            findings = diagnose(log)
+            found[findings[0].rule if findings else ""] += 1
+    return found
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--runs", type=int, default=320, metavar="N", help="number of runs (default: 320)")
-    counts = count(parser.parse_args().runs)
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help="of runs (default: all)"
+    )
+    parser.add_argument(
+        "--stationary", type=int, metavar="N", help="clip N stationary runs at the bound that `suggest` finds instead"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.stationary:
+        stationary = count_stationary(arguments.stationary)
+        print(f"{arguments.stationary - stationary['']:,} of {arguments.stationary:,} stationary runs have a finding")
+        return
+    counts = count(arguments.runs, arguments.kinds)
     table = Table(title="runs by their kind and the finding that came first")
     table.add_column("kind")
     rules = list(KINDS.values())
@@ -167,9 +207,9 @@ def _write(
     norms: np.ndarray[Any, Any],
     losses: np.ndarray[Any, Any],
     bound: float,
-    shares: np.ndarray[Any, Any],
-    scale: np.ndarray[Any, Any],
-    extra: Mapping[int, Mapping[str, Any]],
+    shares: np.ndarray[Any, Any] | None = None,
+    scale: np.ndarray[Any, Any] | None = None,
+    extra: Mapping[int, Mapping[str, Any]] = MappingProxyType({}),
 ) -> None:
     """Write the lines of a recorder."""
     directory.mkdir(parents=True)
@@ -183,9 +223,9 @@ def _write(
                 "coef": coef, "clipped": finite and norm > bound, "finite": finite, "skipped": not finite,
                 "loss": float(losses[i]), **extra.get(i, {}),
             }  # fmt: skip
-            if math.isfinite(scale[i]):
+            if scale is not None and math.isfinite(scale[i]):
                 line["scale"] = float(scale[i])
-            if finite:
+            if finite and shares is not None:
                 line["tensor_norms"] = (norm * np.sqrt(shares)).tolist()
             file.write(json.dumps(line) + "\n")
 

@@ -24,7 +24,7 @@ DEVIATIONS = 6.0
 
 
 def check_old_moments(context: Context) -> Iterator[Finding]:
-    """Find steps that Adam took with second moments that were too old, if the loss rose then or was not recorded."""
+    """Find steps of Adam with moments that were too old, if the loss rose then or was not recorded."""
     log = context.log
     alarms = find_update_alarms(log)
     followed = [index for index in alarms if _rises_after(context, index)]
