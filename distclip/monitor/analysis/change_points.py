@@ -16,7 +16,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from .log import Log
+from .log import Log, once_per_log
 from .statistics import Numbers, robust_scale
 
 __all__ = ["Regimes", "Segment", "find_regimes"]
@@ -88,6 +88,7 @@ class Regimes:
         return self.norms[segment.start : segment.stop]
 
 
+@once_per_log
 def find_regimes(log: Log) -> Regimes:
     """Divide a run into its warm-up and the regimes after it.
 

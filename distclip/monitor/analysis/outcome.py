@@ -13,7 +13,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from .formatting import format_number
-from .log import Log
+from .log import Log, once_per_log
 from .statistics import Numbers, robust_scale
 
 __all__ = ["MIN_STEPS", "Outcome", "Verdict", "find_outcome"]
@@ -66,6 +66,7 @@ class Outcome:
     start: float = math.nan
 
 
+@once_per_log
 def find_outcome(log: Log) -> Outcome:
     """Compare the losses at the end of a run with those at its start, the best ones, and chance level.
 

@@ -1,8 +1,8 @@
 """Read runs, and logs of other tools: find them, parse them, and return their columns as a `Log`."""
 
 from .foreign import Keys
-from .log import Log, read, read_all
+from .log import Log, once_per_log, read, read_all
 from .reader import Session
 from .runs import LINES, find_runs, name_runs
 
-__all__ = ["LINES", "Keys", "Log", "Session", "find_runs", "name_runs", "read", "read_all"]
+__all__ = ["LINES", "Keys", "Log", "Session", "find_runs", "name_runs", "once_per_log", "read", "read_all"]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,9 @@ from .reader import LineReader, LogParser, Session
 from .runs import LINES, find_runs, find_store, name_runs
 from .trackio import split_run
 
-__all__ = ["Log", "read", "read_all"]
+__all__ = ["Log", "once_per_log", "read", "read_all"]
+
+T = TypeVar("T")
 
 _ANY = Keys()
 
@@ -91,6 +94,7 @@ class Log:
     checkpoints: tuple[int, ...] = ()
     unknown: tuple[str, ...] = ()
     replays: tuple[Mapping[str, Any], ...] = ()
+    _results: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Take the norms as peaks if there are no others."""
@@ -101,6 +105,19 @@ class Log:
     def clip_rate(self) -> float:
         """Share of the clipped steps, 0 to 1. NaN if the log does not tell which steps were clipped."""
         return float(self.clipped.mean()) if len(self.steps) and not self.unknown else float("nan")
+
+
+def once_per_log(compute: Callable[[Log], T]) -> Callable[[Log], T]:
+    """Return a function that computes its result once for each log, and keeps it as long as the log."""
+
+    @wraps(compute)
+    def look_up(log: Log) -> T:
+        if compute not in log._results:
+            log._results[compute] = compute(log)
+        result: T = log._results[compute]
+        return result
+
+    return look_up
 
 
 def read(path: Path, name: str | None = None, keys: Keys = _ANY) -> Log:
