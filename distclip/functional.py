@@ -22,7 +22,7 @@ from .comm.discovery import call_counter, resolve_comm
 from .comm.ranks import Axis
 from .devices import Fact, accumulation_dtype, device_constant, is_capturing, outside_fake_mode
 from .engine import measure_all_ranks, run
-from .errors import ArgumentError, NonFiniteError
+from .errors import ArgumentError, NonFiniteError, short_repr
 from .graphs import functional as graph
 from .graphs import in_graph
 from .norms.memory import read_gradients
@@ -321,7 +321,7 @@ def _checked_bound(max_norm: float) -> float:
     bound = to_float(max_norm)
     if not bound >= 0:
         raise ArgumentError(
-            f"max_norm={max_norm!r}: the bound must be a number ≥ 0. Pass max_norm=1.0, or max_norm=inf to measure "
+            f"max_norm={short_repr(max_norm)}: the bound must be a number ≥ 0. Pass max_norm=1.0, or max_norm=inf to measure "
             "without clipping."
         )
     return bound

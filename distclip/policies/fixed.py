@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..devices import device_constant
-from ..errors import ArgumentError
+from ..errors import ArgumentError, short_repr
 from ..norms.reduce import Totals
 from ..sharding.members import are_references, members_of
 from .by_group import ByGroup
@@ -148,7 +148,7 @@ class Fixed(Rule):
         bounds = tuple(map(to_float, self.max_norm)) if many else (to_float(self.max_norm),)  # type: ignore[arg-type]
         if not all(bound >= 0 for bound in bounds) or not bounds:
             raise ArgumentError(
-                f"max_norm={self.max_norm!r}: the bound must be a number ≥ 0. "
+                f"max_norm={short_repr(self.max_norm)}: the bound must be a number ≥ 0. "
                 "Use max_norm=1.0, or max_norm=inf to measure without clipping."
             )
         object.__setattr__(self, "max_norm", bounds if many else bounds[0])

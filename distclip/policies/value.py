@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, short_repr
 from ..norms.reduce import Totals
 from ..norms.spec import NormSpec
 from .policy import State, Verdict
@@ -39,8 +39,9 @@ class Value:
     def __post_init__(self) -> None:
         low, high = to_float(self.low), to_float(self.high)
         if not low <= high:
+            given = self.high if low == -high else (self.low, self.high)
             raise ArgumentError(
-                f"clip_value={(self.low, self.high)!r}: the bounds must be two numbers, the lower one first. "
+                f"clip_value={short_repr(given)}: the bounds must be two numbers, the lower one first. "
                 "Use clip_value=0.5 for [-0.5, 0.5], or clip_value=(low, high)."
             )
         object.__setattr__(self, "low", low)
