@@ -321,8 +321,8 @@ def _checked_bound(max_norm: float) -> float:
     bound = to_float(max_norm)
     if not bound >= 0:
         raise ArgumentError(
-            f"max_norm={short_repr(max_norm)}: the bound must be a number ≥ 0. Pass max_norm=1.0, or max_norm=inf to measure "
-            "without clipping."
+            f"max_norm={short_repr(max_norm)}: the bound must be a number ≥ 0. Pass max_norm=1.0, or max_norm=inf to "
+            "measure without clipping."
         )
     return bound
 
