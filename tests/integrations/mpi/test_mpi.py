@@ -209,12 +209,12 @@ def test_launcher_rank_that_fails_ends_the_job(tmp_path: Path) -> None:
     ("env", "overrides", "message"),
     [
         ({"OMPI_COMM_WORLD_SIZE": "2"}, ["comm=mpi", "parallel=fsdp2"], "Use comm=mpi without parallel="),
-        ({"WORLD_SIZE": "2", "RANK": "1"}, ["comm=mpi"], "Use bash launch/mpirun.sh comm=mpi"),
-        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, ["comm=mpi"], "each of them is alone"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, ["comm=mpi"], "Use bash launch/mpirun.sh comm=mpi"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "0"}, ["comm=mpi"], "each of them is alone"),
     ],
 )
 def test_wrong_start_is_refused(tmp_path: Path, env: dict[str, str], overrides: list[str], message: str) -> None:
     done = jobs.run_ranks(tmp_path, [jobs.environment(**env)], overrides)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
