@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 
 from tests.forks import TIMEOUT, Done, run_forked
@@ -26,6 +27,8 @@ FILES = {"config.yaml", "metrics.jsonl", "recorder.json", "summary.json"}
 """Files of every run."""
 STATEFUL = ["model=lstm", "data.length=10", "optim=adam", "clip=adagc", "clip.warmup=2"]
 """Overrides for a run with state in the model, the optimizer and the policy."""
+DEEPSPEED = ["deepspeed.runtime.zero.muon.muon_optimizer", "distclip.integrations.deepspeed"]
+"""Modules that take a rank of DeepSpeed seconds to import."""
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -102,6 +105,16 @@ def read_summary(run: Path) -> dict[str, Any]:
     """Return summary.json."""
     summary: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     return summary
+
+
+def assert_equal_runs(run: Path, expected: Path, num_steps: int) -> None:
+    """Compare a run with one of another layout: the numbers of each step, and the held-out loss."""
+    rows, expected_rows = read_rows(run), read_rows(expected)
+    assert [row["step"] for row in rows] == list(range(1, num_steps + 1))
+    for row, expected_row in zip(rows, expected_rows, strict=True):
+        assert row.keys() == expected_row.keys()
+        assert row == pytest.approx(expected_row, rel=1e-4, abs=1e-5)
+    assert read_summary(run)["held_out"] == pytest.approx(read_summary(expected)["held_out"], rel=1e-4)
 
 
 def list_files(folder: Path) -> set[str]:

@@ -9,14 +9,30 @@ import torch
 
 from tests.frameworks import skip_without
 from tests.interpreter import forked_python
-from tests.launch.jobs import ROOT, STATEFUL, compare, read_rows, read_summary, run_command, succeed, train
+from tests.launch.jobs import (
+    DEEPSPEED,
+    ROOT,
+    STATEFUL,
+    assert_equal_runs,
+    compare,
+    read_rows,
+    read_summary,
+    run_command,
+    succeed,
+    train,
+)
 
 skip_without("deepspeed")
 
+GPT = ["model=gpt", "model.layers=2", "data.length=10"]
 MLP = ["model=mlp", "data=digits", "optim=adam"]
+NUM_STEPS = 4
+STAGES = (0, 2, 3)
+"""Stages whose runs in float32 are compared with one process."""
 RUNS = {
     "whole": [*STATEFUL, "steps=6"],
     "stopped": [*STATEFUL, "steps=5", "checkpoint.every=3"],
+    **{f"gpt {n}": [*GPT, f"parallel=zero{n}"] for n in STAGES},
     **{f"bf16 {n}": [*MLP, f"parallel=zero{n}", "precision=bf16"] for n in range(4)},
     **{f"fp16 {n}": [*MLP, f"parallel=zero{n}", "precision=fp16", "precision.init_scale=256"] for n in (0, 2)},
     "overflow": [*MLP, "precision=fp16", "precision.init_scale=1e12"],
@@ -24,8 +40,6 @@ RUNS = {
     "spike": ["parallel=zero1", "inject=spike", "inject.step=2"],
     "own settings": [*MLP, "+parallel.place.config.zero_optimization.round_robin_gradients=true"],
 }
-MODULES = ["deepspeed.runtime.zero.muon.muon_optimizer", "distclip.integrations.deepspeed"]
-"""Modules that take each rank seconds to import."""
 SHORT = ["data.held_out=0.02", "log=quiet"]
 
 
@@ -35,11 +49,25 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cwd = tmp_path_factory.mktemp("job")
     # Without NPROC the launcher starts two ranks if there is no GPU.
     num_ranks = "2" if torch.cuda.is_available() else ""
-    command = ["bash", str(ROOT / "launch/deepspeed.sh"), compare(RUNS), "steps=4", "hydra.run.dir=two", *SHORT]
+    settings = [compare(RUNS), f"steps={NUM_STEPS}", "hydra.run.dir=two", *SHORT]
+    command = ["bash", str(ROOT / "launch/deepspeed.sh"), *settings]
     (cwd / "out").write_text(
-        succeed(run_command(cwd, *command, NPROC=num_ranks, PYTHON=str(forked_python(*MODULES)))), encoding="utf-8"
+        succeed(run_command(cwd, *command, NPROC=num_ranks, PYTHON=str(forked_python(*DEEPSPEED)))), encoding="utf-8"
     )
     return cwd / "two"
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in one process."""
+    cwd = tmp_path_factory.mktemp("single")
+    succeed(train(cwd, 1, "parallel=single", *GPT, f"steps={NUM_STEPS}", "hydra.run.dir=run", *SHORT))
+    return cwd / "run"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_trains_as_one_process(job: Path, single: Path, stage: int) -> None:
+    assert_equal_runs(job / f"gpt_{stage}", single, NUM_STEPS)
 
 
 def test_resumes_bit_for_bit(job: Path, tmp_path: Path) -> None:

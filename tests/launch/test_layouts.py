@@ -1,29 +1,26 @@
-"""Train in every layout: all must train as one process does."""
+"""Train in every layout: all must train as one process does. Those of DeepSpeed are in `test_deepspeed`."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from tests.launch.jobs import FILES, Job, compare, list_files, succeed, torchrun, train
+from tests.launch.jobs import FILES, Job, assert_equal_runs, compare, list_files, succeed, torchrun, train
 
 MODELS = {
     "rnn": ["data.length=10"],
     "gpt": ["model=gpt", "model.layers=2", "data.length=10"],
     "mlp": ["model=mlp", "data=digits"],
 }
-ZERO = ["zero0", "zero2", "zero3"] if find_spec("deepspeed") else []
-TWO_RANKS = ["ddp", "fsdp1", "fsdp2", "hsdp", "tp", "fsdp2_tp", "pp", *ZERO]
 # Layouts with two axes.
 FOUR_RANKS = ["hsdp", "fsdp2_tp", "pp"]
 STEPS = 5
 OVERRIDES = [f"steps={STEPS}", "data.held_out=0.012", "log.every=2"]
-# All models in each layout that cuts them in its own way, and one in the others. All are runs of one job.
-ON_TWO = [("ddp", "rnn")]
-ON_TWO += [(parallel, model) for parallel in ("tp", "fsdp2_tp", "pp") for model in MODELS]
-ON_TWO += [(parallel, "gpt") for parallel in TWO_RANKS if parallel not in ("ddp", "tp", "fsdp2_tp", "pp")]
+# All models in each layout that cuts them in its own way, and one in the others. All are runs of one job, and torchrun
+# starts another one.
+ON_TWO = [(parallel, model) for parallel in ("tp", "fsdp2_tp", "pp") for model in MODELS]
+ON_TWO += [(parallel, "gpt") for parallel in ("fsdp1", "fsdp2", "hsdp")]
 ON_FOUR = ("gpt", "mlp")
 
 
@@ -43,7 +40,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Job:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Job:
     cwd = tmp_path_factory.mktemp("two")
     runs = {f"{parallel}-{model}": [f"parallel={parallel}", *MODELS[model]] for parallel, model in ON_TWO}
-    return find_job(cwd, succeed(torchrun(cwd, 2, compare(runs), *OVERRIDES)))
+    return find_job(cwd, succeed(train(cwd, 2, compare(runs), *OVERRIDES)))
 
 
 @pytest.fixture(scope="module")
@@ -53,26 +50,21 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return find_job(cwd, succeed(train(cwd, 4, "-m", f"parallel={','.join(FOUR_RANKS)}", runs, *OVERRIDES)))
 
 
-def assert_equal_runs(single: Job, job: Job, run: str, model: str) -> None:
-    """Compare a run with that of the same model in one process."""
-    rows, expected = job.rows(run), single.rows(model)
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    for row, expected_row in zip(rows, expected, strict=True):
-        assert row.keys() == expected_row.keys()
-        assert row == pytest.approx(expected_row, rel=1e-4, abs=1e-5)
-    held_out = job.summary(run)["held_out"]
-    assert held_out == pytest.approx(single.summary(model)["held_out"], rel=1e-4)
-
-
 @pytest.mark.parametrize(("parallel", "model"), ON_TWO)
 def test_two_ranks_train_as_one_process(single: Job, two: Job, parallel: str, model: str) -> None:
-    assert_equal_runs(single, two, f"{parallel}-{model}", model)
+    assert_equal_runs(two.directory / f"{parallel}-{model}", single.directory / model, STEPS)
+
+
+def test_torchrun_trains_as_one_process(single: Job, tmp_path: Path) -> None:
+    """Run the documented script in interpreters that have imported nothing before."""
+    job = find_job(tmp_path, succeed(torchrun(tmp_path, 2, "parallel=ddp", *MODELS["rnn"], *OVERRIDES)))
+    assert_equal_runs(job.directory, single.directory / "rnn", STEPS)
 
 
 @pytest.mark.parametrize("model", ON_FOUR)
 @pytest.mark.parametrize("parallel", FOUR_RANKS)
 def test_four_ranks_train_as_one_process(single: Job, four: Job, parallel: str, model: str) -> None:
-    assert_equal_runs(single, four, f"{FOUR_RANKS.index(parallel)}/{model}", model)
+    assert_equal_runs(four.directory / f"{FOUR_RANKS.index(parallel)}" / model, single.directory / model, STEPS)
 
 
 @pytest.mark.quick
