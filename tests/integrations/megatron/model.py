@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 import warnings
@@ -10,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -117,16 +117,17 @@ class AsIfCuda(TorchFunctionMode):
     """Create tensors for "cuda" on the CPU. Megatron asks for that device, and for types by name."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if str(kwargs.get("device")).startswith("cuda"):
-            kwargs["device"] = "cpu"
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.device and str(args[0]).startswith("cuda"):
             return torch.device("cpu")
-        result = func(*args, **kwargs)
-        is_type_name = func is torch.Tensor.type and len(args) == 1
-        return result.replace("torch.", "torch.cuda.") if is_type_name else result
+        if not kwargs:
+            result = func(*args)
+            is_type_name = func is torch.Tensor.type and len(args) == 1
+            return result.replace("torch.", "torch.cuda.") if is_type_name else result
+        if str(kwargs.get("device")).startswith("cuda"):
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
 
 
 @contextmanager
@@ -138,24 +139,36 @@ def megatron(setting: Setting) -> Iterator[None]:
         warnings.simplefilter("ignore")
         from megatron.core import parallel_state
 
-        # Models of the last job keep its groups alive. Later collections skip what survives this one.
-        gc.collect()
-        gc.freeze()
-        parallel_state.initialize_model_parallel(
-            setting.tp,
-            setting.pp,
-            expert_model_parallel_size=setting.ep,
-            expert_tensor_parallel_size=setting.etp,
-            num_distributed_optimizer_instances=setting.instances,
-        )
+        new_group = partial(group_of, parallel_state.create_group)
+        with mock.patch.object(parallel_state, "create_group", new_group):
+            parallel_state.initialize_model_parallel(
+                setting.tp,
+                setting.pp,
+                expert_model_parallel_size=setting.ep,
+                expert_tensor_parallel_size=setting.etp,
+                num_distributed_optimizer_instances=setting.instances,
+            )
         try:
             yield
         finally:
             parallel_state.destroy_model_parallel()
-            # It leaves the groups, each with several threads.
+            # Megatron-FSDP and a layer-wise optimizer leave other groups, each with several threads.
+            kept = {dist.group.WORLD, *_groups.values()}
             for group in list(dist.distributed_c10d._world.pg_map):
-                if group is not dist.group.WORLD and group.group_desc != "distclip":
+                if group not in kept and group.group_desc != "distclip":
                     dist.destroy_process_group(group)
+
+
+_groups: dict[Any, Any] = {}
+"""Groups of this process by their ranks and by what Megatron has them for."""
+
+
+def group_of(create: Callable[..., Any], ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Return a group of Megatron, which a job before this one may have created: it takes longer than most tests."""
+    key = tuple(ranks), args, str(sorted(kwargs.items()))
+    if key not in _groups:
+        _groups[key] = create(ranks, *args, **kwargs)
+    return _groups[key]
 
 
 class Coordinates:

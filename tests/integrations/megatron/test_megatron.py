@@ -49,15 +49,15 @@ from tests.ranks import gather_from_ranks, on_ranks, replicas_may_differ
 skip_without("megatron.core")
 
 POLICIES = [
-    distclip.global_norm(1.0),
-    distclip.value(0.5),
     distclip.per_tensor_norm(0.2),
     distclip.agc(0.02, exclude=["norm"]),
     # The last stage's name of the tied parameter does not match.
     distclip.group_norm({"in": (r"^(tied|up)\.", 0.05), "norms": ("norm", 0.1)}, 0.3),
 ]
-"""One of each granularity, for all settings."""
+"""One of each granularity with several slots, for all settings. Each of them has the total norm too."""
 MORE_POLICIES = [
+    distclip.global_norm(1.0),
+    distclip.value(0.5),
     distclip.global_norm(0.5, math.inf),
     distclip.zclip(cap=30.0, warmup=2),
     distclip.adagc(1.04, warmup=1),
