@@ -4,7 +4,7 @@
 #     bash launch/test.sh --quick
 #     bash launch/test.sh tests/norms -k norm
 # --quick is `-m quick`, see tests/quick.py. All other arguments go to pytest. Without any, files of tests run side by
-# side in up to four processes.
+# side in up to four processes, see tests/schedule.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/setup.sh

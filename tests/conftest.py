@@ -10,7 +10,7 @@ import sysconfig
 import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -44,6 +44,17 @@ ROOT = Path(__file__).parents[1]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the quick subset, before `-m quick` selects it."""
     mark_quick(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let one process run all tests of a framework."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    # Tests run without pytest-xdist too.
+    from tests.schedule import Schedule
+
+    return Schedule(config, log)
 
 
 @pytest.fixture(autouse=True)
