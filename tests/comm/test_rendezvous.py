@@ -224,8 +224,9 @@ def as_searches(call: dict[int, tuple[Post, Any]], rng: random.Random) -> dict[i
     return {r: (replace(post, known=None) if r in unaware else post, expected) for r, (post, expected) in call.items()}
 
 
-def test_sequences_of_first_calls_with_late_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for seed in range(240):
+@pytest.mark.parametrize("first_seed", range(0, 240, 40))
+def test_sequences_of_first_calls_with_late_ranks(first_seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(first_seed, first_seed + 40):
         monkeypatch.setattr(rendezvous, "_MAX_POSTS", (128, 2, 3)[seed % 3])
         rng = random.Random(seed)
         size = rng.randint(2, 6)

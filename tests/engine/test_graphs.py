@@ -27,7 +27,8 @@ from tests.tables.layouts.model_parallel import PLAN, Block, _Replicated
 
 NAN = float("nan")
 
-BACKENDS = ("eager", "aot_eager")
+BACKENDS = ("aot_eager", pytest.param("eager", marks=pytest.mark.slow))
+"""Backends that compile in seconds. The first one traces autograd as well."""
 
 POLICIES: dict[str, Callable[[], Any]] = {
     "global_norm": lambda: distclip.global_norm(0.1),
@@ -199,6 +200,7 @@ def test_forward_backward_and_step_are_one_graph(policy: str, optimizer: str, ba
     )
 
 
+@pytest.mark.slow
 def test_inductor_differs_by_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile forward, backward and step by inductor, whose kernels of the model round differently than torch's.
 
@@ -282,6 +284,7 @@ def test_step_on_ranks_is_a_graph(kind: str, backend: str) -> None:
     assert_steps_are_equal(make, OPTIMIZERS["adamw"], POLICIES["median_mad"], backend, **options)
 
 
+@pytest.mark.slow
 @on_ranks(2)
 def test_forward_backward_and_step_on_ranks_are_one_graph() -> None:
     torch._dynamo.reset()
@@ -290,6 +293,7 @@ def test_forward_backward_and_step_on_ranks_are_one_graph() -> None:
         assert_steps_are_equal(make, OPTIMIZERS["adamw"], POLICIES["median_mad"], "aot_eager", replicas="warn")
 
 
+@pytest.mark.slow
 @on_ranks(2)
 def test_the_function_of_torch_on_ranks_is_a_graph() -> None:
     torch._dynamo.reset()

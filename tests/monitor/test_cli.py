@@ -324,6 +324,7 @@ def test_completion(capsys: pytest.CaptureFixture[str]) -> None:
         assert "diagnose" in run_command(capsys, "--print-completion", shell)
 
 
+@pytest.mark.slow
 def test_commands_do_not_import_torch(runs: Path) -> None:
     code = (
         "import sys\nfrom distclip.monitor.cli import main\nmain(['diagnose', sys.argv[1]])\nimport distclip.monitor\n"

@@ -41,6 +41,9 @@ WAYS: list[tuple[str, str, str, tuple[float, ...]]] = [
 WITH_ALL_WAYS = [("fsdp2", 2), ("stages_fsdp2", 4)]
 SKIPS = [(*rig, *way) for rig in RIG_CASES for way in (WAYS if rig in WITH_ALL_WAYS else WAYS[3:])]
 """Every way in two rigs, and two ways in every rig."""
+WITH_REPLICAS = [("tp", 2), ("megatron", 4)]
+RANDOM_STEPS = [(*rig, kind) for rig in RIG_CASES for kind in (OPTIMIZERS if rig in WITH_REPLICAS else ["fused"])]
+"""Every optimizer in two rigs, and in every rig the one that reads on the device whether a step is skipped."""
 
 
 @pytest.mark.parametrize(("name", "num_ranks", "kind", "policy", "method", "values"), SKIPS)
@@ -210,9 +213,8 @@ def test_raises_after_max_skips_in_a_row(name: str) -> None:
     assert_same_on_ranks(clipper)
 
 
-@each_rig
+@pytest.mark.parametrize(("name", "num_ranks", "kind"), RANDOM_STEPS)
 @on_ranks()
-@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_random_steps_have_one_all_reduce_and_one_outcome(name: str, kind: str) -> None:
     """Take ten steps, of which random ones have a NaN on a random rank."""
     rig = build_rig(name)

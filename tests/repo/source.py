@@ -68,8 +68,13 @@ def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def docstrings(path: Path) -> Iterator[Docstring]:
-    """Yield all docstrings of a module, including those below constants and dataclass fields."""
+@cache
+def docstrings(path: Path) -> tuple[Docstring, ...]:
+    """Return all docstrings of a module, including those below constants and dataclass fields."""
+    return tuple(_find_docstrings(path))
+
+
+def _find_docstrings(path: Path) -> Iterator[Docstring]:
     for node in ast.walk(parse(path)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             text = ast.get_docstring(node, clean=True)

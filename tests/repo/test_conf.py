@@ -20,6 +20,9 @@ from tests.tables import policies as tables
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
 JOB_CHOICES = [choice for choice in CHOICES if choice[0] != "distclip"]
+EXPERIMENTS = [name for group, name in JOB_CHOICES if group == "experiment"]
+OTHER_CHOICES = [choice for choice in JOB_CHOICES if choice[0] not in ("clip", "experiment")]
+"""Choices that no other test composes."""
 POLICIES = [name for group, name in CHOICES if group == "distclip"]
 REQUIRED = {"group_norm": {"groups": {"embedding": {"pattern": "embed", "max_norm": 0.1}}}}  # without defaults
 
@@ -36,17 +39,23 @@ def load(path: Path) -> DictConfig:
     return loaded
 
 
-@pytest.mark.usefixtures("conf")
-@pytest.mark.parametrize(("group", "name"), JOB_CHOICES)
-def test_every_choice_composes(group: str, name: str) -> None:
-    cfg = compose("config", [f"{group}={name}"])
+def compose_whole(*overrides: str) -> DictConfig:
+    """Compose the config of the job, in which no value may be missing."""
+    cfg = compose("config", list(overrides))
     assert OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    return cfg
 
 
 @pytest.mark.usefixtures("conf")
-@pytest.mark.parametrize("name", [name for group, name in JOB_CHOICES if group == "experiment"])
+@pytest.mark.parametrize(("group", "name"), OTHER_CHOICES)
+def test_every_choice_composes(group: str, name: str) -> None:
+    compose_whole(f"{group}={name}")
+
+
+@pytest.mark.usefixtures("conf")
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_run_of_an_experiment_composes(name: str) -> None:
-    cfg = compose("config", [f"experiment={name}"])
+    cfg = compose_whole(f"experiment={name}")
     assert cfg.compare
     assert cfg.note
     for run, changes in cfg.compare.items():
@@ -80,7 +89,7 @@ def test_every_preset_is_a_choice() -> None:
 @pytest.mark.usefixtures("conf")
 @pytest.mark.parametrize("name", POLICIES)
 def test_choices_of_clip_instantiate(name: str) -> None:
-    assert isinstance(instantiate(compose("config", [f"clip={name}"]).clip), distclip.Policy)
+    assert isinstance(instantiate(compose_whole(f"clip={name}").clip), distclip.Policy)
 
 
 @pytest.mark.parametrize("name", POLICIES)

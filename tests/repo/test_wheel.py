@@ -134,13 +134,23 @@ with Recorder(clipper, "runs/first") as recorder:
         clipper.step(optimizer)
         optimizer.zero_grad()
 """
+COMMANDS = """
+from distclip.bench.__main__ import main as bench
+from distclip.monitor.cli import main
+
+for command in (["suggest"], ["diagnose"], ["report", "--png", "pictures"]):
+    assert main([*command, "runs/first"]) == 0
+    print("--")
+assert bench(["--list"]) == 0
+"""
 
 
 def test_commands_of_the_wheel_run(built: Built, tmp_path: Path) -> None:
+    """Record and analyze a run in one process, which takes seconds to start."""
     pytest.importorskip("plotly")
-    run(built, tmp_path, "python", "-c", RECORDED)
-    for command in (["suggest"], ["diagnose"], ["report", "--png", "pictures"]):
-        assert run(built, tmp_path, "distclip", *command, "runs/first")
+    *analyses, listing = run(built, tmp_path, "python", "-c", RECORDED + COMMANDS).split("--\n")
+    assert len(analyses) == 3
+    assert all(analyses)
     assert list(tmp_path.rglob("*.html"))
     assert list(tmp_path.rglob("*.png"))
-    assert "gpt2" in run(built, tmp_path, "python", "-m", "distclip.bench", "--list")
+    assert "gpt2" in listing

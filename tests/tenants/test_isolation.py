@@ -522,6 +522,7 @@ def parameters_by_adapter(model: Any, names: Any) -> dict[str, list[tuple[str, T
     return {n: [(k, p) for k, p in model.named_parameters() if f".{n}." in k and "lora" in k] for n in names}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_adapters", [3])
 def test_lora_of_peft(num_adapters: int) -> None:
     """Train adapters of PEFT in one step, add one at run time, and skip the one whose gradient is not finite."""

@@ -11,7 +11,7 @@ from tests.interpreter import forked_python
 from tests.testing import simulated_layouts
 
 
-@pytest.mark.parametrize("num_ranks", [16, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_ranks", [8, pytest.param(64, marks=pytest.mark.slow)])
 def test_local_tensor_mode(num_ranks: int) -> None:
     command = [str(forked_python()), "-W", "ignore", "-m", simulated_layouts.__name__, str(num_ranks)]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
