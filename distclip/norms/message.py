@@ -3,20 +3,22 @@
 A message has four parts:
 
 1. `FIELDS`: vectors with an element per slot, which are added up, or combined by a maximum for p = ±inf.
-2. `WATCH`: scalars of the user, whose names and number the ranks have agreed on before.
+2. `Partials.watch`: scalars of the user, whose names and number the ranks have agreed on before.
 3. `COUNTS`: bools that may well differ between ranks. A sum counts the ranks.
 4. `CHECKS`: summands that add up to exactly 0 in an ordinary step. Where they do not, the host gathers the reason.
    `FACTS` travel in such a checksum: bools that are equal on all ranks in an ordinary step.
 
-To add one, add a line to the tuple here, an attribute to `Partials` for its writer, and an attribute of the same name
-to `Totals` for its reader.
+To add one, add a name to the tuple here, and an attribute of this name to `Partials` for its writer and to `Totals` for
+its reader. `NormSpec.measured` has the names of the vectors and counts of a call.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from torch import Tensor
 from .. import devices
 from ..comm import Comm, start_sum
 from ..comm.agreement import zero_sum_weight
-from ..devices import Fact, as_fact
+from ..devices import ALWAYS, Fact, as_fact
 from .measure import Partials
 from .replica_sums import weighted_sum
 from .spec import NormSpec
@@ -35,62 +37,17 @@ __all__ = [
     "COUNTS",
     "FACTS",
     "FIELDS",
-    "WATCH",
     "Check",
-    "Count",
     "FactField",
-    "Field",
     "Message",
-    "WatchField",
     "check_bits",
+    "facts_anywhere",
     "maximum",
+    "own_counts",
+    "own_facts",
+    "own_vectors",
     "start_all_reduce",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """One vector of the message, with an element per slot.
-
-    Args:
-        name: attribute of `Totals` that it becomes.
-        write: this rank's value, (slots,).
-        included: whether a call has the field; it must depend on the spec alone, which all ranks share.
-    """
-
-    name: str
-    write: Callable[[Partials], Tensor | None]
-    included: Callable[[NormSpec], bool] = lambda spec: True
-
-
-@dataclass(frozen=True, slots=True)
-class WatchField:
-    """Scalars of the user, of which all ranks learn the mean, the sum or the maximum.
-
-    Args:
-        name: attribute of `Totals` that they become.
-        write: this rank's numbers. None for no scalars in a job that has never watched any.
-        read: the totals, from the sums of the numbers over ranks.
-    """
-
-    name: str
-    write: Callable[[Partials, Comm], Tensor | None]
-    read: Callable[[Partials, Tensor | None, Comm], WatchedTotals]
-
-
-@dataclass(frozen=True, slots=True)
-class Count:
-    """One bool per rank, of which all ranks learn whether it holds on any of them.
-
-    Args:
-        name: attribute of `Totals` that it becomes, a `Fact`.
-        write: this rank's value, a bool or a 0-d bool tensor.
-        included: see `Field`.
-    """
-
-    name: str
-    write: Callable[[Partials], Tensor | bool]
-    included: Callable[[NormSpec], bool] = lambda spec: True
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,19 +55,13 @@ class FactField:
     """One bool per rank that is equal on all ranks in an ordinary step.
 
     Args:
-        name: attribute of `Totals` that it becomes, a `Fact`: whether it holds on any rank.
-        write: this rank's value.
-        agreed: the value of all ranks, if an earlier gather has brought it. It needs no comparison then.
+        name: attribute of `Partials` with this rank's value. On `Totals`, a `Fact`: whether it holds on any rank.
+        agreed: attribute of `Partials` with the value of all ranks, if an earlier gather has brought it, else None. It
+            needs no comparison then.
     """
 
     name: str
-    write: Callable[[Partials], bool]
-    agreed: Callable[[Partials], bool | None] = lambda partials: None
-
-    def anywhere(self, partials: Partials) -> bool:
-        """Return whether the fact holds on any rank, if all ranks have one checksum."""
-        agreed = self.agreed(partials)
-        return self.write(partials) if agreed is None else agreed
+    agreed: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +82,9 @@ class Check:
 
 def _call_summand(partials: Partials, comm: Comm) -> Tensor | int:
     """Return the weighted checksum of the call and of all facts."""
-    facts = (fact.write(partials) if fact.agreed(partials) is None else None for fact in FACTS)
+    facts: list[bool | None] = [*_own_facts(partials)]
+    for i, agreed in _AGREED:
+        facts[i] = None if agreed(partials) is not None else facts[i]
     checksum: Tensor | int = partials.call.checksum(*facts) % 2 ** check_bits(partials.powers.dtype, comm.size)
     return checksum * zero_sum_weight(comm.rank, comm.size)
 
@@ -139,9 +92,11 @@ def _call_summand(partials: Partials, comm: Comm) -> Tensor | int:
 def _replica_summand(partials: Partials, comm: Comm) -> Tensor | int:
     """Return the weighted checksums of all replicas on this rank."""
     # 32-bit checksums do not fit into a float32.
-    return weighted_sum(partials.replica_sums, comm) if partials.powers.dtype == torch.float64 else 0
+    sums = partials.replica_sums
+    return weighted_sum(sums, comm) if sums and partials.powers.dtype == torch.float64 else 0
 
 
+@functools.cache
 def check_bits(dtype: torch.dtype, size: int) -> int:
     """Return the number of bits that a checksum may have, so that weighted sums of it are exact.
 
@@ -159,41 +114,56 @@ def check_bits(dtype: torch.dtype, size: int) -> int:
     return min(32, mantissa - 3 - size.bit_length())
 
 
-FIELDS = (
-    Field("powers", lambda partials: partials.powers),
-    Field("weight_powers", lambda partials: partials.weight_powers, lambda spec: spec.needs_weights),
-    Field("update_powers", lambda partials: partials.update_powers, lambda spec: spec.moment_eps is not None),
-    Field("update_counts", lambda partials: partials.update_counts, lambda spec: spec.moment_eps is not None),
-    Field("update_rates", lambda partials: partials.update_rates, lambda spec: spec.moment_eps is not None),
-)
-"""Vectors of the message, in order."""
+FIELDS = ("powers", "weight_powers", "update_powers", "update_counts", "update_rates")
+"""Vectors of the message, in order: attributes of `Partials` and of `Totals`, if `NormSpec.measured` has them."""
 
-WATCH = WatchField(
-    "watch",
-    lambda partials, comm: partials.watch.write(partials.powers, comm),
-    lambda partials, numbers, comm: partials.watch.read(numbers, comm),
-)
-"""Scalars of the user. They have the numbers that `norms.watch` declares for each kind of scalar."""
-
-COUNTS = (Count("out_of_limits", lambda partials: partials.out_of_limits, lambda spec: spec.limits is not None),)
-"""Bools that differ between ranks also in an ordinary step, in order. One number each."""
+COUNTS = ("out_of_limits",)
+"""Bools that differ between ranks also in an ordinary step, in order. One number each. They are attributes likewise."""
 
 FACTS = (
-    FactField("failed", lambda partials: partials.failed),
-    FactField("uncovered", lambda partials: partials.uncovered),
-    FactField("widens_anew", lambda partials: partials.widens_anew),
-    FactField("new_layouts", lambda partials: partials.new_layouts),
-    FactField("has_partial_grads", lambda partials: partials.has_partial_grads),
+    FactField("failed"),
+    FactField("uncovered"),
+    FactField("widens_anew"),
+    FactField("new_layouts"),
+    FactField("has_partial_grads"),
     # Pipeline stages may have different dtypes, so that the ranks would gather this in every step.
-    FactField("has_fp64", lambda partials: partials.has_fp64, lambda partials: partials.fp64_anywhere),
+    FactField("has_fp64", agreed="fp64_anywhere"),
 )
 """Bools that are equal on all ranks in an ordinary step. They add nothing to the length of the message."""
+
+# Read at the speed of C in every step.
+own_vectors: Callable[[Partials], tuple[Tensor | None, ...]] = attrgetter(*FIELDS)
+"""Returns the vectors of this rank in order, None for those that are not measured."""
+_own_facts: Callable[[Partials], tuple[bool, ...]] = attrgetter(*(fact.name for fact in FACTS))
+_READ_COUNTS = [(name, attrgetter(name)) for name in COUNTS]
+_AGREED = [(i, attrgetter(fact.agreed)) for i, fact in enumerate(FACTS) if fact.agreed is not None]
+
+
+def own_counts(partials: Partials, spec: NormSpec) -> dict[str, Tensor | bool]:
+    """Return the counts of this rank by name."""
+    return {name: read(partials) for name, read in _READ_COUNTS if name in spec.measured}
+
+
+def own_facts(partials: Partials) -> dict[str, bool]:
+    """Return the facts of this rank by name."""
+    return dict(zip((fact.name for fact in FACTS), _own_facts(partials), strict=True))
+
+
+def facts_anywhere(partials: Partials) -> dict[str, Fact]:
+    """Return the facts that hold on any rank, if all ranks have one checksum. All others hold on none."""
+    facts = [*_own_facts(partials)]
+    for i, agreed in _AGREED:
+        facts[i] = facts[i] if (known := agreed(partials)) is None else known
+    return {fact.name: ALWAYS for fact, holds in zip(FACTS, facts, strict=True) if holds} if any(facts) else {}
+
 
 CHECKS = (Check("call", _call_summand), Check("replicas", _replica_summand))
 """Summands that add up to 0, in order. One number each on an accelerator, and one for all of them on a CPU."""
 
+_CHECK_NAMES = [check.name for check in CHECKS]
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class Message:
     """The combined message of all ranks.
 
@@ -230,7 +200,8 @@ def start_all_reduce(
     Collectives: one all-reduce over `comm`, and a second one for p = ±inf unless a check failed.
     Host syncs: one on an accelerator with `on_host`, or for p = ±inf unless `is_same_norm`. Otherwise none.
     """
-    vectors, watched, tail = _vectors(partials, spec), WATCH.write(partials, comm), _tail(partials, spec, comm)
+    vectors, tail = _vectors(partials, spec), _tail(partials, spec, comm)
+    watched = partials.watch.write(partials.powers, comm)
     # Every call begins with a sum, also if it needs a maximum: ranks that passed different p must find out.
     takes_maximum = math.isinf(spec.norm_type)
     head = torch.zeros_like(vectors) if takes_maximum else vectors
@@ -244,42 +215,28 @@ def start_all_reduce(
     def finish() -> Message:
         if wait is not None:
             wait()
-        return _read(buffer, len(head), len(tail), partials, spec, comm, on_host=on_host, is_same_norm=is_same_norm)
+        num_head, first_of_tail = head.numel(), buffer.numel() - tail.numel()
+        counts, checks = _read_tail(buffer[first_of_tail:], spec, on_host=on_host)
+        watched = buffer[num_head:first_of_tail] if first_of_tail > num_head else None
+        message = Message(partials.watch.read(watched, comm), {}, counts, checks)
+        # A rank that passed another p enters no maximum, and its host reads nothing, so that this one must.
+        must_read = takes_maximum and not (is_same_norm or buffer.is_meta or devices.is_capturing())
+        if not takes_maximum:
+            message.fields = _named(buffer[:num_head], spec)
+        elif (checks["call"].read() if must_read else checks["call"].host) is not False:
+            message.fields = maximum(partials, spec, comm)
+        return message
 
     return finish
 
 
-def _read(
-    buffer: Tensor,
-    num_head: int,
-    num_tail: int,
-    partials: Partials,
-    spec: NormSpec,
-    comm: Comm,
-    *,
-    on_host: bool,
-    is_same_norm: bool,
-) -> Message:
-    """Return the message in a buffer that the ranks have added up, see `start_all_reduce`."""
-    takes_maximum = math.isinf(spec.norm_type)
-    first_of_tail = len(buffer) - num_tail
-    tail = buffer[first_of_tail:]
-    counts = [count.name for count in COUNTS if count.included(spec)]
-    checks = [check.name for check in CHECKS]
+def _read_tail(tail: Tensor, spec: NormSpec, *, on_host: bool) -> tuple[dict[str, Fact], dict[str, Fact]]:
+    """Return the counts and checks of the combined message, see `Message`."""
     # On a device, all numbers are compared by one kernel.
-    nonzero = [as_fact(x) for x in ([number != 0 for number in tail.tolist()] if on_host else (tail != 0).unbind())]
-    failed = nonzero[len(counts) :]
-    passed = [~fact for fact in (failed * len(checks) if len(failed) < len(checks) else failed)]
-    watched = buffer[num_head:first_of_tail] if first_of_tail > num_head else None
-    watch = WATCH.read(partials, watched, comm)
-    message = Message(watch, {}, dict(zip(counts, nonzero, strict=False)), dict(zip(checks, passed, strict=True)))
-    if not takes_maximum:
-        return replace(message, fields=_named(buffer[:num_head], spec))
-    # A rank that passed another p enters no maximum, and its host reads nothing, so that this one must.
-    can_read = not is_same_norm and not (tail.is_meta or devices.is_capturing())
-    if (message.checks["call"].read() if can_read else message.checks["call"].host) is False:
-        return message
-    return replace(message, fields=maximum(partials, spec, comm))
+    are_zero = [as_fact(x) for x in ([number == 0 for number in tail.tolist()] if on_host else (tail == 0).unbind())]
+    counts = {name: ~are_zero.pop(0) for name in COUNTS if name in spec.measured}
+    passed = are_zero if len(are_zero) == len(CHECKS) else are_zero * len(CHECKS)
+    return counts, dict(zip(_CHECK_NAMES, passed, strict=True))
 
 
 def maximum(partials: Partials, spec: NormSpec, comm: Comm) -> dict[str, Tensor]:
@@ -302,20 +259,24 @@ def maximum(partials: Partials, spec: NormSpec, comm: Comm) -> dict[str, Tensor]
 
 def _vectors(partials: Partials, spec: NormSpec) -> Tensor:
     """Return the vectors of this rank, one after another."""
-    vectors = [vector for field in FIELDS if field.included(spec) and (vector := field.write(partials)) is not None]
+    measured = spec.measured
+    own = zip(FIELDS, own_vectors(partials), strict=True)
+    vectors = [vector for name, vector in own if name in measured and vector is not None]
     return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
 
 
 def _named(vectors: Tensor, spec: NormSpec) -> dict[str, Tensor]:
     """Return the vectors by the names of their fields."""
-    names = [field.name for field in FIELDS if field.included(spec)]
+    names = [name for name in FIELDS if name in spec.measured]
+    if len(names) == 1:
+        return {names[0]: vectors}
     return dict(zip(names, vectors.view(len(names), -1), strict=True))
 
 
 def _tail(partials: Partials, spec: NormSpec, comm: Comm) -> Tensor:
     """Return the counts and checks of this rank, of the dtype and on the device of the power sums."""
     like = partials.powers
-    values: list[Tensor | float] = [count.write(partials) for count in COUNTS if count.included(spec)]
+    values: list[Tensor | float] = [*own_counts(partials, spec).values()]
     checks = [check.write(partials, comm) for check in CHECKS]
     # The latency of gloo grows with the number of elements: 2 travel five times as fast as 6 over four ranks. The
     # device is that of the communicator, so that all ranks join their checks or none does.

@@ -24,7 +24,7 @@ from ..devices import ALWAYS, NEVER, Fact, as_fact
 from ..errors import LayoutError, PeerError
 from .kernels.torch_ops import combine
 from .measure import Partials
-from .message import COUNTS, FACTS, FIELDS, WATCH, maximum, start_all_reduce
+from .message import FIELDS, facts_anywhere, maximum, own_counts, own_facts, own_vectors, start_all_reduce
 from .replica_sums import any_differ, to_host
 from .spec import NormSpec
 from .watch import NO_WATCHED_TOTALS, WatchedTotals
@@ -90,7 +90,7 @@ class Totals:
     @cached_property
     def norm(self) -> Tensor:
         """Norm of the whole gradient, all slots together, 0-d float64."""
-        if len(self.powers) == 1:
+        if self.powers.numel() == 1:
             return self.norms[0]
         return self._unscaled(root(combine(self.powers, self.norm_type), self.norm_type))
 
@@ -137,18 +137,21 @@ class Totals:
     @cached_property
     def powers_finite(self) -> Fact:
         """Fact that every element is finite and no power sum exceeds float64, unless a rank has failed."""
-        if len(self.powers) == 1:
+        if self.powers.numel() == 1:
             # One number on the host is read faster than compared in a tensor.
             is_free = devices.host_reads_free(self.powers.device)
             return as_fact(math.isfinite(self.powers.item())) if is_free else Fact(self.powers.isfinite()[0])
-        with devices.on_one_thread(len(self.powers), self.powers.device):
+        with devices.on_one_thread(self.powers.numel(), self.powers.device):
+            # A sum takes an eighth of the time. If it is not finite, it may only have overflowed.
+            if devices.host_reads_free(self.powers.device) and math.isfinite(self.powers.sum().item()):
+                return ALWAYS
             return Fact(self.powers.isfinite().all())
 
     @property
     def needs_attention(self) -> bool:
         """True if the host knows that the ranks are not in one ordinary situation."""
-        facts = (self.failed, self.uncovered, self.new_layouts, self.has_partial_grads)
-        return self.same_call.host is False or any(fact.host for fact in facts)
+        is_ordinary = self.same_call.host is not False and not (self.failed.host or self.uncovered.host)
+        return not is_ordinary or bool(self.new_layouts.host or self.has_partial_grads.host)
 
     def read(self, fact: Fact) -> bool:
         """Return a fact on the host.
@@ -263,14 +266,14 @@ def start_reduce(
 
     def finish() -> Totals:
         message = read_message()
-        facts, same_call = _local_facts(partials), message.checks["call"]
+        facts, same_call = facts_anywhere(partials), message.checks["call"]
         if not read_facts:
             facts["failed"] = ~same_call
         # A maximum is only taken once the ranks agree.
-        fields = dict[str, Any](message.fields or {"powers": partials.powers}, **{WATCH.name: message.watch})
+        fields: dict[str, Any] = {**(message.fields or {"powers": partials.powers}), **message.counts, **facts}
         differ = ~message.checks["replicas"]
         return Totals(
-            norm_type=spec.norm_type, same_call=same_call, replicas_differ=differ, **fields | message.counts | facts
+            norm_type=spec.norm_type, same_call=same_call, replicas_differ=differ, watch=message.watch, **fields
         )
 
     return finish
@@ -278,10 +281,10 @@ def start_reduce(
 
 def _local_totals(partials: Partials, spec: NormSpec, comm: Comm) -> Totals:
     """Return the totals of a single rank."""
-    fields: dict[str, Any] = {field.name: field.write(partials) for field in FIELDS}
-    fields |= {count.name: as_fact(count.write(partials)) for count in COUNTS}
-    fields[WATCH.name] = WATCH.read(partials, WATCH.write(partials, comm), comm)
-    return Totals(norm_type=spec.norm_type, **fields | _local_facts(partials))
+    fields: dict[str, Any] = dict(zip(FIELDS, own_vectors(partials), strict=True))
+    fields |= {name: as_fact(value) for name, value in own_counts(partials, spec).items()}
+    watch = partials.watch.read(partials.watch.write(partials.powers, comm), comm)
+    return Totals(norm_type=spec.norm_type, watch=watch, **fields | facts_anywhere(partials))
 
 
 def gather_facts(totals: Totals, partials: Partials, spec: NormSpec, error: BaseException | None, comm: Comm) -> Totals:
@@ -303,7 +306,7 @@ def gather_facts(totals: Totals, partials: Partials, spec: NormSpec, error: Base
 
     Collectives: one gather over `comm`, and for p = ±inf the all-reduce that was put off. Host syncs: none.
     """
-    own = {fact.name: fact.write(partials) for fact in FACTS}
+    own = own_facts(partials)
     call = partials.call
     sums = to_host(partials.replica_sums)
     gathered = comm.gather_objects((wire_of(error), own, call.counter.count, call.as_dict(), sums))
@@ -319,8 +322,3 @@ def gather_facts(totals: Totals, partials: Partials, spec: NormSpec, error: Base
     if math.isinf(spec.norm_type):
         found |= maximum(partials, spec, comm)
     return replace(totals, **found)
-
-
-def _local_facts(partials: Partials) -> dict[str, Fact]:
-    """Return the facts of this rank, which are those of all ranks in an ordinary step."""
-    return {fact.name: as_fact(fact.anywhere(partials)) for fact in FACTS}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 from ..errors import ArgumentError
@@ -20,7 +21,7 @@ parameter. A parameter with a single dim counts as one row.
 """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class NormSpec:
     """Norms that a policy wants measured.
 
@@ -59,6 +60,18 @@ class NormSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", check_groups(self.groups))
         object.__setattr__(self, "exclude", check_patterns("exclude", self.exclude))
+
+    @cached_property
+    def measured(self) -> frozenset[str]:
+        """Names of what is measured, as attributes of `Partials` and `Totals`."""
+        measured = {"powers"}
+        if self.needs_weights:
+            measured |= {"weight_powers"}
+        if self.moment_eps is not None:
+            measured |= {"update_powers", "update_counts", "update_rates"}
+        if self.limits is not None:
+            measured |= {"out_of_limits"}
+        return frozenset(measured)
 
     @property
     def has_only_tensor_norms(self) -> bool:

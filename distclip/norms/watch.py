@@ -131,7 +131,7 @@ class Watch:
 
         Host syncs: none, unless a value is on an accelerator and `like` is not.
         """
-        num_elements = self.num_elements(comm.size)
+        num_elements = self.num_elements(comm.size) if self.kinds else self.length
         if num_elements == 0:
             return None
         numbers: list[Tensor | float] = []

@@ -19,7 +19,7 @@ from distclip.norms.spec import NormSpec
 
 NAN, INF = float("nan"), float("inf")
 
-BOOLS = [field.name for field in (*COUNTS, *FACTS)]
+BOOLS = [*COUNTS, *(fact.name for fact in FACTS)]
 """Names of all bools of the message."""
 
 
@@ -45,11 +45,14 @@ def vector(*values: float) -> torch.Tensor:
 def test_every_field_has_its_writer_and_its_reader() -> None:
     written = {field.name for field in fields(Partials)}
     read = {field.name for field in fields(Totals)}
-    for field in (*FIELDS, *COUNTS, *FACTS):
-        assert field.name in written, f"Partials lacks {field.name}"
-        assert field.name in read, f"Totals lacks {field.name}"
-    names = [field.name for field in (*FIELDS, *COUNTS, *FACTS)]
+    names = [*FIELDS, *BOOLS]
+    for name in names:
+        assert name in written, f"Partials lacks {name}"
+        assert name in read, f"Totals lacks {name}"
     assert len(set(names)) == len(names)
+    # What a spec can ask for is in the message.
+    everything = NormSpec(needs_weights=True, moment_eps=1e-8, limits=(-1.0, 1.0)).measured
+    assert everything == {*FIELDS, *COUNTS}
 
 
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, INF, -INF])
