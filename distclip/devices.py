@@ -45,6 +45,7 @@ __all__ = [
     "rounds_grad_scale",
     "runs_triton",
     "simulated_ranks",
+    "with_real_numbers",
     "without_autograd",
 ]
 
@@ -225,7 +226,8 @@ def host_reads_free(device: torch.device) -> bool:
     >>> host_reads_free(torch.device("cpu")), host_reads_free(torch.device("cuda"))
     (True, False)
     """
-    return device.type == "cpu" and not is_tracing()
+    # A device is compared in a third of the time in which its type is read.
+    return (device == _CPU or device.type == "cpu") and not is_tracing()
 
 
 def is_tracing() -> bool:
@@ -234,7 +236,7 @@ def is_tracing() -> bool:
     >>> is_tracing()
     False
     """
-    if torch.compiler.is_dynamo_compiling():
+    if _is_dynamo_compiling():
         return True
     if _len_stack() > 0 and torch._C._get_dispatch_mode(_PROXY) is not None:
         return True
@@ -242,7 +244,10 @@ def is_tracing() -> bool:
     return _is_key_included(_PRE_DISPATCH) and _mode_above_autograd(_PROXY) is not None
 
 
+_CPU = torch.device("cpu")
+
 # Names without a module, because each step asks many times.
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _len_stack, _is_key_included = torch._C._len_torch_dispatch_stack, torch._C._dispatch_tls_is_dispatch_key_included
 _mode_above_autograd: Callable[[Any], Any] = torch._ops._get_dispatch_mode_pre_dispatch
 _PROXY, _PRE_DISPATCH = torch._C._TorchDispatchModeKey.PROXY, torch._C.DispatchKey.PreDispatch
@@ -376,6 +381,22 @@ def without_autograd(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def with_real_numbers(function: Callable[P, R]) -> Callable[P, R]:
+    """Compute a function without autograd, outside of FakeTensorMode and LocalTensorMode."""
+    without_modes = outside_fake_mode(without_autograd(function))
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch._C._len_torch_dispatch_stack() > 0:
+            return without_modes(*args, **kwargs)
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
         with torch.no_grad():

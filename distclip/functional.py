@@ -20,7 +20,7 @@ from .comm.agreement import Call
 from .comm.consensus import FirstError
 from .comm.discovery import call_counter, resolve_comm
 from .comm.ranks import Axis
-from .devices import Fact, accumulation_dtype, device_constant, is_capturing, outside_fake_mode
+from .devices import Fact, accumulation_dtype, device_constant, is_capturing, with_real_numbers
 from .engine import measure_all_ranks, run
 from .errors import ArgumentError, NonFiniteError, short_repr
 from .graphs import functional as graph
@@ -37,7 +37,7 @@ from .replicas.rules import RULES as REPLICA_RULES
 from .replicas.unlinked import compare_ddp_gradients, compare_tensors, is_unlinked
 from .sharding.cache import cached_table
 from .sharding.parameters import Parameters
-from .sharding.replicas import assumed_groups
+from .sharding.replicas import assumed_without_axes
 from .sharding.shard import Shards
 from .sharding.split_over import SplitOver, split_axes
 from .sharding.table import ShardTable, gradient_table, local_table, warn_if_nothing_trains
@@ -50,8 +50,7 @@ _REPLICA_LOG = ReplicaLog()
 
 
 @in_graph(graph.clip_grad_norm_, graph.reason_against_clip)
-@outside_fake_mode
-@torch.no_grad()
+@with_real_numbers
 def clip_grad_norm_(
     parameters: Parameters,
     max_norm: float,
@@ -132,8 +131,7 @@ def clip_grad_norm_(
 
 
 @in_graph(graph.get_total_norm, graph.reason_against_norm)
-@outside_fake_mode
-@torch.no_grad()
+@with_real_numbers
 def get_total_norm(
     tensors: Parameters,
     norm_type: float = 2.0,
@@ -173,8 +171,7 @@ def get_total_norm(
 
 
 @in_graph(graph.clip_grads_with_norm_, graph.reason_against_bound)
-@outside_fake_mode
-@torch.no_grad()
+@with_real_numbers
 def clip_grads_with_norm_(
     parameters: Parameters, max_norm: float, total_norm: Tensor, foreach: bool | None = None
 ) -> None:
@@ -212,8 +209,7 @@ def clip_grads_with_norm_(
 
 
 @in_graph(graph.clip_grad_value_, graph.reason_against_limits)
-@outside_fake_mode
-@torch.no_grad()
+@with_real_numbers
 def clip_grad_value_(
     parameters: Parameters, clip_value: float | tuple[float, float], foreach: bool | None = None
 ) -> None:
@@ -292,8 +288,8 @@ def _measure(
     counter.next()
     if not axes:
         # All ranks are assumed to hold the same plain tensors. With axes, a gather would be needed to find out.
-        rank = global_ranks(comm)[comm.rank]
-        table.metadata.assume_replicas(assumed_groups(dict.fromkeys(global_ranks(comm), ()), rank))
+        ranks = tuple(global_ranks(comm))
+        table.metadata.assume_replicas(assumed_without_axes(ranks, ranks[comm.rank]))
     # An accelerator's host reads the comparison in the first call of these ranks, which is slow anyway.
     is_first = counter.count == 1 and comm.covers_holders and comm.ranks is not None
     guard = ReplicaGuard(

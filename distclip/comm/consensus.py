@@ -54,7 +54,8 @@ class FirstError:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
-        self.add(error)
+        if error is not None:
+            self.add(error)
         return True
 
 

@@ -132,7 +132,7 @@ def widened(
 
 def widens_as_before(comm: Comm, groups: Collection[Ranks], axes: Sequence[Axis]) -> bool:
     """Return whether this rank has the same meshes outside of a communicator as when it was widened last."""
-    last = None if comm.ranks is None else _session().last_wider.get(tuple(comm.ranks))
+    last = None if comm.ranks is None else _memory_of_session().last_wider.get(tuple(comm.ranks))
     return last is not None and not last[1].is_left and last[0] == _outside(comm, groups, axes)
 
 
@@ -176,12 +176,12 @@ def is_mixed(comm: Comm) -> bool:
 
     Such ranks may find in any call that their layouts have changed, so that the host must read the facts of the call.
     """
-    return comm.ranks is not None and _is_initialized() and tuple(comm.ranks) in _session().mixed
+    return comm.ranks is not None and _is_initialized() and tuple(comm.ranks) in _memory_of_session().mixed
 
 
 def memory_of(comm: Comm) -> dict[str, Any]:
     """Return a dict that lasts as long as torch.distributed, for what ranks have exchanged."""
-    memory = _session().memory if _is_initialized() else _memory
+    memory = _memory_of_session().memory if _is_initialized() else _memory
     return memory.setdefault(() if comm.ranks is None else tuple(comm.ranks), {})
 
 
@@ -211,7 +211,10 @@ def call_counter(comm: Comm) -> CallCounter:
     """
     if not comm.covers_holders or comm.ranks is None:
         return CallCounter()
-    return _session().counters.setdefault(tuple(comm.ranks), CallCounter())
+    counters, ranks = _memory_of_session().counters, tuple(comm.ranks)
+    if (counter := counters.get(ranks)) is None:
+        counter = counters[ranks] = CallCounter()
+    return counter
 
 
 def check_covered(comm: Comm, groups: Collection[Ranks], axes: Sequence[Axis]) -> None:
@@ -339,29 +342,42 @@ _numbers = itertools.count()
 _num_forgotten = 0
 
 
-def _session() -> _Session:
+def _memory_of_session() -> _Session:
     """Return the present session, and drop the process groups of an earlier one."""
     world = dist.group.WORLD
     assert world is not None
     # A program may destroy its process groups and initialize again: the old groups are unusable then.
     if not _sessions or _sessions[0].world() is not world:
         _sessions[:] = [_Session(world)]
+    return _sessions[0]
+
+
+def _session() -> _Session:
+    """Return the present session, whose process groups are about to be used.
+
+    Raises:
+        DistclipError: one of them was destroyed.
+    """
+    session = _memory_of_session()
     # A new group would get the name of the old one, and with it the addresses that the old one has left in the store.
-    if not distributed_c10d._world.pg_map.keys() >= set(_sessions[0].groups.values()):
+    if not distributed_c10d._world.pg_map.keys() >= set(session.groups.values()):
         raise DistclipError(
             "a process group of distclip was destroyed, and torch.distributed is still initialized. Leave groups whose "
             'group_desc is "distclip" alone, or call dist.destroy_process_group() without a group and initialize again.'
         )
-    return _sessions[0]
+    return session
 
 
 def _derived(
     groups: Collection[Ranks], axes: Sequence[Axis], errors: FirstError, num_reached: Collection[float]
 ) -> LocalComm | DryRunComm | ProcessGroupComm:
     """Look up the communicator of these groups and axes, or run a rendezvous for it."""
+    key, is_initialized = _cache_key(groups, axes), _is_initialized()
+    if is_initialized and _sessions and (comm := _session().comms.get(key)) is not None and not comm.is_left:
+        return comm
     spans = _spans(groups, axes)
     # A program may use DTensors on a mesh of one rank, or name a pipeline of one stage.
-    if not _is_initialized() or all(len(ranks) == 1 for ranks in spans):
+    if not is_initialized or all(len(ranks) == 1 for ranks in spans):
         with errors:
             _check_ranks(groups)
         return LocalComm()
@@ -371,15 +387,12 @@ def _derived(
         ranks = everybody if simulated is None else component_around(dist.get_rank(), spans, simulated)
         return DryRunComm(dist.get_rank(), ranks)
     comms = _session().comms
-    key = _cache_key(groups, axes)
-    comm = comms.get(key)
-    if comm is None or comm.is_left:
-        with errors:
-            _check_ranks(groups)
-        comm = comms[key] = _known(key) or _rendezvous(groups, axes, errors.error, num_reached)
-        alone = _cache_key((), axes)
-        if axes and (alone not in comms or comms[alone].is_left):
-            comms[alone] = comm
+    with errors:
+        _check_ranks(groups)
+    comm = comms[key] = _known(key) or _rendezvous(groups, axes, errors.error, num_reached)
+    alone = _cache_key((), axes)
+    if axes and (alone not in comms or comms[alone].is_left):
+        comms[alone] = comm
     return comm
 
 

@@ -116,12 +116,15 @@ def measure_all_ranks(
             if moments is not None:
                 tensors = table.tensors_with_gradient() if shards.grads else ()
                 measure_updates(partials, shards, tensors, moments, device)
-            if compares:
-                partials.replica_sums = add_sums(partials.replica_sums, guard.parameter_sums(step))
+            if compares and (parameter_sums := guard.parameter_sums(step)):
+                partials.replica_sums = add_sums(partials.replica_sums, parameter_sums)
     if partials is None:
         partials = Partials.empty(spec, device, num_slots)
     # A cached communicator may be too small for a mesh that this rank uses for the first time.
-    partials.uncovered = comm.covers_holders and bool(uncovered_ranks(comm, table.groups, table.axes))
+    # The groups and axes of a table never change.
+    if comm.covers_holders and table.metadata.covering_ranks is not comm.ranks:
+        partials.uncovered = bool(uncovered_ranks(comm, table.groups, table.axes))
+        table.metadata.covering_ranks = None if partials.uncovered else comm.ranks
     partials.widens_anew = partials.uncovered and not widens_as_before(comm, table.groups, table.axes)
     partials.new_layouts = not knows
     partials.fp64_anywhere = table.fp64_anywhere(partials.has_fp64)

@@ -73,7 +73,9 @@ def local_of(tensor: Tensor) -> Tensor:
     # Each step asks for several tensors, most of which are plain.
     if type(tensor) in _PLAIN_TYPES:
         return tensor
-    return tensor._local_tensor if is_dtensor(tensor) else tensor
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    is_local = module is None or not isinstance(tensor, module.DTensor)
+    return tensor if is_local else tensor._local_tensor  # type: ignore[attr-defined]
 
 
 def _read_layout(name: str, tensor: Tensor, known: Layout | None) -> Layout | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,14 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor.placement_types import Placement
 
-__all__ = ["ReplicaGroup", "assumed_groups", "mesh_replicas", "replica_group", "replica_weight"]
+__all__ = [
+    "ReplicaGroup",
+    "assumed_groups",
+    "assumed_without_axes",
+    "mesh_replicas",
+    "replica_group",
+    "replica_weight",
+]
 
 _MAX_WEIGHTS = 1 << 20
 """Bound on (number of ranks) · (largest weight), which keeps a weighted sum of 32-bit numbers below 2^51."""
@@ -99,6 +107,17 @@ def assumed_groups(
         same = (one for one, at in coords.items() if _along(at, split) == _along(coords[rank], split))
         groups[split] = replica_group(tuple(sorted(same)), is_exact=False)
     return groups
+
+
+@functools.lru_cache(maxsize=64)
+def assumed_without_axes(ranks: Sequence[int], rank: int) -> Mapping[tuple[bool, ...], tuple[ReplicaGroup, ...]]:
+    """Return `assumed_groups` of ranks that passed no axes: all of them hold the same plain tensors.
+
+    Args:
+        ranks: of the communicator, global.
+        rank: global rank of this process.
+    """
+    return assumed_groups(dict.fromkeys(ranks, ()), rank)
 
 
 def _along(coords: tuple[int, ...], split: tuple[bool, ...]) -> tuple[int, ...]:

@@ -35,6 +35,8 @@ def split_axes(split_over: SplitOver, comm: Comm | None = None) -> tuple[Axis, .
     Raises:
         ArgumentError: an element has another type, does not contain this rank, or is a `Comm` although `comm` is None.
     """
+    if split_over is None:
+        return ()
     # Read once, because an iterable may be a generator.
     pairs = list(_named(split_over))
     if comm is None and any(_is_comm(one) for _, one in pairs):

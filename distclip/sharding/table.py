@@ -76,6 +76,7 @@ _NEVER_SEEN = object()
 
 _grad_of: Callable[[Tensor], Tensor | None] = attrgetter("grad")
 _spec_attribute: Callable[[Tensor], Any] = attrgetter("_spec")
+_local_attribute: Callable[[Tensor], Tensor] = attrgetter("_local_tensor")
 
 
 class ShardTable:
@@ -362,6 +363,8 @@ class TableMetadata:
         self._training: tuple[int, ...] | None = None
         self._weights: TableMetadata | None = None
         self._assumed: Mapping[tuple[bool, ...], tuple[ReplicaGroup, ...]] = {}
+        # Ranks of the last communicator that contains the groups and axes of the tensors, one object for all calls.
+        self.covering_ranks: Sequence[int] | None = None
         # Whether a rank that measures alone has compared itself with others, see `replicas.unlinked`.
         self.was_compared = False
 
@@ -540,10 +543,13 @@ class TableMetadata:
         infos, types = self.infos(holders), set(map(type, grads))
         if types <= _PLAIN:
             return Shards(infos, grads)
-        specs = list(map(_spec_attribute if types == {dtensor_class()} else _spec_of, grads))
+        are_dtensors = types == {dtensor_class()}
+        specs = list(map(_spec_attribute if are_dtensors else _spec_of, grads))
         # Autograd mostly hands out the very spec of the parameter, or one that was seen in an earlier step.
         if not all(map(is_, specs, self._specs)):
             infos = self._updated_infos(infos, tensors, grads, specs, holders)
+        if are_dtensors and _PLAIN.issuperset(map(type, local := list(map(_local_attribute, grads)))):
+            return Shards(infos, local)
         return Shards(infos, [g if spec is None else _local(g) for g, spec in zip(grads, specs, strict=True)])
 
     def _updated_infos(

@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distclip
 from distclip import ArgumentError, DisagreementError, DistclipError, GradClipper, PeerError
-from distclip.comm import threads
-from distclip.comm.agreement import Call, CallCounter, disagreement, zero_sum_weight
+from distclip.comm import agreement, threads
+from distclip.comm.agreement import Call, CallCounter, checksum_of, disagreement, zero_sum_weight
 from distclip.comm.consensus import FirstError
 from distclip.comm.discovery import resolve_comm, world_comm
 from distclip.outcome import Outcome
@@ -373,3 +373,13 @@ def test_ranks_with_inputs_left_clip_alone_in_a_join() -> None:
             right = float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
             assert float(clipper.step(optimizer).norm) == pytest.approx(right, rel=1e-6)
             assert float(distclip.clip_grad_norm_(model, float("inf"))) == pytest.approx(0.5, rel=1e-5)
+
+
+@given(st.lists(st.floats(width=64), min_size=1, max_size=40))
+def test_host_and_operators_compute_one_checksum(numbers: list[float]) -> None:
+    """Ranks whose gradients are on a CPU compare themselves with ranks whose gradients are on an accelerator."""
+    tensors = [torch.tensor(numbers, dtype=torch.float64)]
+    with mock.patch.object(agreement, "_FEW", 0):
+        expected = checksum_of(tensors)
+    assert checksum_of(tensors) == expected
+    assert checksum_of([tensors[0][:1], tensors[0][1:]]) == expected
