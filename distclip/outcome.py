@@ -84,7 +84,8 @@ class Report:
         }
 
 
-@dataclass(frozen=True)
+# Not frozen, because a frozen dataclass takes three times as long to make, at every step.
+@dataclass(eq=False)
 class Outcome:
     """The decision about the gradients of one step, the same on every rank.
 
@@ -142,20 +143,20 @@ class Outcome:
 
     @cached_property
     def _report(self) -> Report:
-        with on_one_thread(len(self.coefs), self.coefs.device):
+        with on_one_thread(self.coefs.numel(), self.coefs.device):
             return self._make_report()
 
     def _make_report(self) -> Report:
         totals, coefs, device = self.totals, self.coefs, self.coefs.device
-        has_one_slot = len(coefs) == 1
-        clipped = coefs[0].ne(1.0) if has_one_slot else coefs.ne(1.0).any()
+        coef = coefs[0] if coefs.numel() == 1 else None
+        clipped = is_scaled = coefs.ne(1.0).any() if coef is None else coef.ne(1.0)
         # A group that is not finite changes nothing, and must not hide what became of the others.
         norms = totals.norms if self.skips is None else totals.norms.where(~self.skips, 0.0)
         if totals.out_of_limits.host is not False:
             clipped = clipped | (totals.out_of_limits & ~self.skip).on(device)
         return Report(
             norm=totals.as_user_dtype(),
-            coef=coefs[0] if has_one_slot else _overall_coef(norms, coefs, totals.norm_type),
+            coef=_overall_coef(norms, coefs, totals.norm_type, is_scaled) if coef is None else coef,
             clipped=clipped,
             finite=totals.finite.on(device),
             skipped=self.skip.on(device),
@@ -182,12 +183,12 @@ def make_report(
         has_fp64: whether some gradient is float64.
     """
     has_one_slot = len(coefs) == 1
-    clipped = coefs.ne(1.0).any()
+    clipped = is_scaled = coefs.ne(1.0).any()
     if totals.out_of_limits.host is not False:
         clipped = clipped | (totals.out_of_limits.on(coefs.device) & ~skip)
     return Report(
         norm=totals.norm if has_fp64 else totals.norm.to(torch.float32),
-        coef=coefs[0] if has_one_slot else _overall_coef(totals.norms, coefs, totals.norm_type),
+        coef=coefs[0] if has_one_slot else _overall_coef(totals.norms, coefs, totals.norm_type, is_scaled),
         clipped=clipped,
         finite=finite,
         skipped=skip,
@@ -203,10 +204,10 @@ Observer: TypeAlias = Callable[[Outcome], None]
 """Function that is called with every outcome, before any gradient is written. It must not raise."""
 
 
-def _overall_coef(norms: Tensor, coefs: Tensor, norm_type: float) -> Tensor:
-    """Return the factor by which the whole gradient gets shorter, 1 where nothing is clipped."""
-    if host_reads_free(coefs.device) and bool((coefs == 1).all()):
+def _overall_coef(norms: Tensor, coefs: Tensor, norm_type: float, is_scaled: Tensor) -> Tensor:
+    """Return the factor by which the whole gradient gets shorter, 1 where no coefficient scales anything."""
+    if host_reads_free(coefs.device) and not bool(is_scaled):
         return coefs.new_ones(())
     before = torch.linalg.vector_norm(norms, norm_type)
     after = torch.linalg.vector_norm(norms * coefs, norm_type)
-    return torch.where((coefs == 1).all() | (before == 0), 1.0, after / before)
+    return torch.where(~is_scaled | (before == 0), 1.0, after / before)

@@ -19,7 +19,7 @@ from .. import devices
 from ..comm.agreement import Call, CallCounter
 from ..comm.ranks import Ranks
 from ..devices import device_constant, on_one_thread
-from ..sharding.shard import ShardInfos, Shards
+from ..sharding.shard import ShardInfo, ShardInfos, Shards
 from .kernels import checksums, power_sums, powers_by_row
 from .kernels.torch_ops import identity
 from .limits import any_out_of_limits
@@ -31,7 +31,7 @@ from .watch import NO_WATCH, Watch
 __all__ = ["Partials", "PerTensorChecksums", "PerTensorPowers", "measure", "measure_updates", "sum_by_slot"]
 
 PerTensorPowers: TypeAlias = tuple[tuple[str, ...], Tensor]
-"""Parameter names with the power sums of their local gradients: (names,), or (1, rows) of a single parameter."""
+"""Parameter names with the power sums of their local gradients: (names,), or (rows,) of a single parameter."""
 
 PerTensorChecksums: TypeAlias = tuple[ShardInfos, Tensor, Tensor]
 """Metadata of n gradients, with their power sums and checksums."""
@@ -170,8 +170,8 @@ def measure(
     weight_powers = None
     if spec.needs_weights and weights is not None:
         weight_powers = _powers_by_slot(weights, spec.norm_type, device, num_slots, None)[0]
-    # Only shards that are not measured as whole tensors can be partial, and there are few of them.
-    has_partial_grads = any(shards[i].partial_sums for i in shards.infos.whole[2])
+    # A shard that is measured neither as a whole tensor nor by row is partial.
+    has_partial_grads = len(shards.infos.by_row) < len(shards.infos.whole[2])
     partials = Partials(
         powers,
         weight_powers,
@@ -195,8 +195,11 @@ def _powers_by_slot(
         shards = shards.merged
     infos, whole, others = shards.infos.whole
     # Metadata and gradients are columns. A `Shard` for each of many gradients takes longer than its norm.
-    by_row = [(shards.infos[i], shards.grads[i]) for i in others if not shards.infos[i].partial_sums]
-    has_fp64 = any(shards.grads[i].dtype in _FLOAT64 for i in others)
+    by_row: list[tuple[ShardInfo, Tensor]] = []
+    has_fp64 = False
+    if others:
+        by_row = [(shards.infos[i], shards.grads[i]) for i in others if not shards.infos[i].partial_sums]
+        has_fp64 = any(shards.grads[i].dtype in _FLOAT64 for i in others)
     per_tensor: list[PerTensorPowers] = []
     replicas: list[PerTensorChecksums] = []
 
@@ -223,7 +226,7 @@ def _powers_by_slot(
         powers = powers_by_row([grad for _, grad in by_row], rows, norm_type, device)
         pieces = torch.split(powers, [one.count for one in rows])
         for (info, grad), piece in zip(by_row, pieces, strict=True):
-            per_tensor.append(((info.name,), piece.view(1, -1)))
+            per_tensor.append(((info.name,), piece))
             if rounded is not None and info.replicas:
                 # The kernel for rows computes no checksums.
                 replicas.append((ShardInfos((info,)), piece.sum(0, keepdim=True), checksums([grad], device)))

@@ -76,4 +76,4 @@ class RelativeToWeight(Rule):
 
     def __call__(self, totals: Totals, state: State) -> tuple[Tensor, State]:
         """Return the bounds, which do not depend on the norms of the gradient."""
-        return self.ratio * totals.weight_norms.clamp(min=self.eps), state
+        return totals.weight_norms.clamp(min=self.eps).mul_(self.ratio), state

@@ -61,9 +61,9 @@ class TensorTable:
         """True if any tensor is float64."""
         return 0 in self.dtypes
 
-    def pointers(self) -> list[int]:
+    def pointers(self) -> tuple[int, int, int]:
         """Return the addresses of the three arrays."""
-        return [column.buffer_info()[0] for column in (self.addresses, self.lengths, self.dtypes)]
+        return self.addresses.buffer_info()[0], self.lengths.buffer_info()[0], self.dtypes.buffer_info()[0]
 
 
 def describe_tensors(tensors: Sequence[Tensor], device: str) -> TensorTable | None:
