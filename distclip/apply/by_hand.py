@@ -88,6 +88,8 @@ def watch_backward(param: Tensor) -> None:
 def find_steps_by_hand(params: Sequence[Tensor]) -> list[Tensor]:
     """Return the parameters that have moved along their gradients since the backward pass.
 
+    The next backward passes are watched.
+
     Args:
         params: parameters with a gradient.
 
@@ -95,8 +97,13 @@ def find_steps_by_hand(params: Sequence[Tensor]) -> list[Tensor]:
     """
     written = []
     for param in params:
+        if vars(param).get(_LOOKED_AT) == id(param):
+            continue
         record = _records.get(id(param))
-        if record is None or record.version is None or not record.is_of(param):
+        if record is None or not record.is_of(param):
+            watch_backward(param)
+            continue
+        if record.version is None:
             continue
         version = _version_of(param)
         if record.version != version or devices.host_reads_free(local_of(param).device):
@@ -108,7 +115,7 @@ def find_steps_by_hand(params: Sequence[Tensor]) -> list[Tensor]:
             record.handle.remove()
             del _records[id(param)]
             vars(param)[_LOOKED_AT] = id(param)
-    return [param for param, values in written if _is_step(param, values)]
+    return [param for param, values in written if _is_step(param, values)] if written else []
 
 
 @_disable_dynamo

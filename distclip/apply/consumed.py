@@ -54,7 +54,7 @@ _watched: dict[int, None] = {}
 _num_changes = 0
 _positions: weakref.WeakKeyDictionary[TableMetadata, list[int]] = weakref.WeakKeyDictionary()
 # Places of watched parameters in an optimizer, (group, index), and what they were found for.
-_places: weakref.WeakKeyDictionary[Optimizer, tuple[tuple[int, int, int], list[tuple[int, int]]]] = (
+_places: weakref.WeakKeyDictionary[Optimizer, tuple[tuple[int, ...], list[tuple[int, int]]]] = (
     weakref.WeakKeyDictionary()
 )
 _before: dict[int, int] = {}
@@ -83,13 +83,12 @@ def find_stepped(table: ShardTable) -> list[Tensor]:
     sample = _sample(table)
     ids = list(map(id, sample))
     # Mostly they are the last ones that were watched, in this order.
-    if list(itertools.islice(reversed(_watched), len(ids))) != ids[::-1] or not all(map(_is_watched, sample)):
+    are_last = list(itertools.islice(reversed(_watched), len(ids))) == ids[::-1]
+    if not are_last or [vars(param).get(_WATCHED) for param in sample] != ids:
         for param in sample:
             _watch(param)
-    for param in sample:
-        watch_backward(param)
     by_hand = find_steps_by_hand(sample)
-    return [param for param in sample if _is_late(param.grad)] or by_hand
+    return [param for param in sample if _MARK in vars(param.grad) and _is_late(param.grad)] or by_hand
 
 
 def has_had_gradients(table: ShardTable) -> bool:
@@ -204,7 +203,7 @@ def _gradients_of(optimizer: Optimizer) -> list[tuple[int, Tensor, int]]:
 def _places_of(optimizer: Optimizer) -> list[tuple[int, int]]:
     """Return where an optimizer has watched parameters. They are searched again if their number changes."""
     groups = optimizer.param_groups
-    key = len(groups), sum(len(group["params"]) for group in groups[:1] + groups[-1:]), _num_changes
+    key = len(groups), len(groups[0]["params"]), len(groups[-1]["params"]), _num_changes
     known = _places.get(optimizer)
     if known is None or known[0] != key:
         pairs = ((i, j, param) for i, group in enumerate(groups) for j, param in enumerate(group["params"]))
@@ -212,14 +211,14 @@ def _places_of(optimizer: Optimizer) -> list[tuple[int, int]]:
     return known[1]
 
 
-def _is_late(grad: Tensor | None) -> bool:
-    version, mark = (None, None) if grad is None else vars(grad).get(_MARK, (None, None))
-    return mark == _LATE and version == _version_of(grad)
+def _is_late(grad: Any) -> bool:
+    version, mark = vars(grad)[_MARK]
+    return bool(mark == _LATE and version == _version_of(grad))
 
 
 def _version_of(grad: Tensor | None) -> int | None:
     """Return a number that changes with every write, or None for a gradient without one."""
     if grad is None:
         return None
-    local = local_of(grad)
+    local = grad if type(grad) is Tensor else local_of(grad)
     return None if local.is_inference() else local._version

@@ -230,9 +230,9 @@ class Coverage:
         Raises:
             ArgumentError: a parameter of the module has a gradient and is not the clipper's.
         """
-        if len(shards) == self._num_gradients:
+        if len(shards.grads) == self._num_gradients:
             return
-        self._num_gradients = len(shards)
+        self._num_gradients = len(shards.grads)
         module = None if self._module is None else self._module()
         if module is None or self.partial or self._num_walks >= _MAX_WALKS:
             return

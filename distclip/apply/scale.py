@@ -20,8 +20,6 @@ _PLAIN = {Tensor, torch.nn.Parameter}
 _HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
-# Under inference mode, tensors that were made under it can be written as well as all others.
-@torch.inference_mode()
 def scale_(shards: Shards, coefs: Tensor, foreach: bool | None = None) -> None:
     """Multiply every gradient by the coefficient of its slot in place.
 
@@ -34,6 +32,15 @@ def scale_(shards: Shards, coefs: Tensor, foreach: bool | None = None) -> None:
 
     Collectives: none. Host syncs: none (one if `coefs` is on another device than a gradient).
     """
+    if coefs.numel() == 1 and host_reads_free(coefs.device) and coefs.item() == 1:
+        return
+    # Under inference mode, tensors that were made under it can be written as well as all others.
+    with torch.inference_mode():
+        _scale_by_slot(shards, coefs, foreach)
+
+
+def _scale_by_slot(shards: Shards, coefs: Tensor, foreach: bool | None) -> None:
+    """Multiply every gradient by the coefficient of its slot."""
     if coefs.numel() == 1:
         _scale_all(shards.grads, coefs.view(()), foreach)
     elif host_reads_free(coefs.device):

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial, wraps
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,24 +23,31 @@ from .grad_scaler import parameters_of
 
 __all__ = ["StepGate", "StepListener", "gate_of", "hold_still", "is_of_torch", "release", "undone_on_error"]
 
+T = TypeVar("T")
 
-@contextmanager
-def undone_on_error(undo: Callable[[], None], *others: type[BaseException]) -> Iterator[None]:
+
+class undone_on_error(Generic[T]):
     """Undo what a step within the block has changed, if an exception ends it.
 
     Args:
         undo: function that does so.
+        before: its argument, and the value of the block.
         others: classes of exceptions that undo nothing.
     """
-    # A step that a decision refuses or skips is counted.
-    kept: tuple[type[BaseException], ...] = (NonFiniteError, *others)
-    try:
-        yield
-    except kept:
-        raise
-    except BaseException:
-        undo()
-        raise
+
+    __slots__ = ("_before", "_kept", "_undo")
+
+    def __init__(self, undo: Callable[[T], None], before: T, *others: type[BaseException]) -> None:
+        self._undo, self._before = undo, before
+        # A step that a decision refuses or skips is counted.
+        self._kept: tuple[type[BaseException], ...] = (NonFiniteError, *others)
+
+    def __enter__(self) -> T:
+        return self._before
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None and not isinstance(error, self._kept):
+            self._undo(self._before)
 
 
 class StepListener(Protocol):
@@ -62,6 +68,15 @@ class StepListener(Protocol):
     def after_step(self, optimizer: Optimizer) -> None:
         """Check a step that was made."""
         ...
+
+
+Marks: TypeAlias = "list[tuple[StepListener, Any]]"
+"""Listeners with what each of them has returned as its mark."""
+
+
+def _undo(marks: Marks) -> None:
+    for listener, mark in marks:
+        listener.undo(mark)
 
 
 class _CancelledStep(BaseException):
@@ -111,19 +126,15 @@ class StepGate:
     def _step(self, optimizer: Any, call: Callable[..., Any], has_hooks: bool, args: Any, kwargs: Any) -> Any:
         if not self.listeners or self._depth:
             return call(*args, **kwargs)
-        marks = [(listener, listener.mark()) for listener in self.listeners]
+        marks: Marks = [(listener, listener.mark()) for listener in self.listeners]
         # The classes of torch change nothing before the closure has returned, except LBFGS.
         may_move = isinstance(optimizer, LBFGS) or not is_of_torch(optimizer)
         closure = _closure_in(args, kwargs)
         saved = _Snapshot(optimizer) if closure is not None and may_move else None
         self._depth, self._has_run = 1, False
 
-        def undo() -> None:
-            for listener, mark in marks:
-                listener.undo(mark)
-
         try:
-            with undone_on_error(undo, _CancelledStep):
+            with undone_on_error(_undo, marks, _CancelledStep):
                 if not has_hooks:
                     args, kwargs = self._before(optimizer, (optimizer, *args), kwargs) or ((optimizer, *args), kwargs)
                     args = args[1:]

@@ -114,7 +114,7 @@ class Calls:
             self._compare(self.describe(f"{function} with new watched scalars", loss_scale, watched), None, errors)
             self._known_watches.add(watched.kinds)
             self._watch_length = max(self._watch_length, watched.num_elements(size))
-        return replace(watched, length=self._watch_length)
+        return watched if watched.length == self._watch_length else replace(watched, length=self._watch_length)
 
     def agree(self, function: str, errors: FirstError) -> None:
         """Check that every rank calls a function that is about to gather.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -162,16 +161,15 @@ class LateErrors:
         self._is_alone = is_alone
         self._errors = FirstError()
 
-    @contextmanager
-    def kept(self) -> Iterator[None]:
+    def __enter__(self) -> None:
         """Keep an error of the block. A rank that is alone raises it at once."""
-        try:
-            yield
-        except Exception as error:
-            if self._is_alone():
-                # No other rank can get out of step.
-                raise
-            self._errors.add(error)
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        # No other rank can get out of step with a rank that is alone.
+        if not isinstance(error, Exception) or self._is_alone():
+            return False
+        self._errors.add(error)
+        return True
 
     def add(self, error: Exception) -> None:
         """Keep an error."""
@@ -179,5 +177,6 @@ class LateErrors:
 
     def take(self) -> BaseException | None:
         """Return the first error since the last call, if there is one."""
-        errors, self._errors = self._errors, FirstError()
-        return errors.error
+        if (error := self._errors.error) is not None:
+            self._errors = FirstError()
+        return error

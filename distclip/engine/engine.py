@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
@@ -31,7 +31,16 @@ from ..apply.writes import GradientWrites
 from ..comm import Comm, LocalComm
 from ..comm.consensus import FirstError
 from ..comm.discovery import global_rank
-from ..devices import ALWAYS, NEVER, Fact, as_fact, device_constant, outside_fake_mode, without_autograd
+from ..devices import (
+    ALWAYS,
+    NEVER,
+    Fact,
+    as_fact,
+    device_constant,
+    outside_fake_mode,
+    with_real_numbers,
+    without_autograd,
+)
 from ..errors import ArgumentError, warn_user
 from ..nonfinite.culprits import count_nonfinite, gather_culprits, suspect_nonfinite
 from ..nonfinite.rules import RULES, OnNonFinite, Skip
@@ -218,8 +227,8 @@ class Engine:
             optimizer, scaler, watch: see `GradClipper.step`.
             error: that this rank has already, for all ranks to raise.
         """
-        with self._undone_on_error():
-            stages = self._step(optimizer, scaler, watch, FirstError(error), overlap=False)
+        with self._undone_on_error() as before:
+            stages = self._step(optimizer, scaler, watch, FirstError(error), before, overlap=False)
             begin(stages)
             return complete(stages, (None, scaler))
 
@@ -239,7 +248,7 @@ class Engine:
         """
         errors = FirstError(error)
         with self._undone_on_error() as before:
-            stages = self._step(optimizer, scaler, watch, errors, overlap=True)
+            stages = self._step(optimizer, scaler, watch, errors, before, overlap=True)
             begin(stages)
             self.started = _Started(stages, before)
         if errors.error is not None:
@@ -262,6 +271,7 @@ class Engine:
         scaler: GradScaler | None,
         watch: Any,
         errors: FirstError,
+        before: _Trace,
         *,
         overlap: bool,
     ) -> Generator[None, Passed | None, Outcome]:
@@ -272,6 +282,7 @@ class Engine:
         Args:
             optimizer, scaler, watch: of `start`.
             errors: of this rank so far.
+            before: state before the step.
             overlap: yield before the all-reduce is complete, and refuse gradients that are written until then.
         """
         optimizers: list[Optimizer] | None = None
@@ -307,8 +318,9 @@ class Engine:
                 self.coverage.check(used, all_now=state is None)
 
         # Stages 1 and 2, and the beginning of 3.
+        is_scaled = state is not None
         decision = self._decide(
-            errors, loss_scale, expect_overflow=state is not None, function=function, watch=watch, overlap=overlap
+            errors, loss_scale, before, expect_overflow=is_scaled, function=function, watch=watch, overlap=overlap
         )
         shards = _begin_decision(decision)
         writes = GradientWrites(self.table, shards) if overlap else None
@@ -391,10 +403,10 @@ class Engine:
             optimizer, scaler, errors, watch: see `GradClipper.clip`.
             only: ids of the parameters whose gradients are clipped. None for all.
         """
-        with self._undone_on_error():
+        with self._undone_on_error() as before:
             self.table.only = only
             try:
-                return self._clip(optimizer, scaler, errors, watch)
+                return self._clip(optimizer, scaler, errors, watch, before)
             finally:
                 self.table.only = None
 
@@ -404,6 +416,7 @@ class Engine:
         scaler: GradScaler | None,
         errors: FirstError,
         watch: Any,
+        before: _Trace,
     ) -> Outcome:
         scaler, state, loss_scale = enabled(scaler), None, None
         optimizers: list[Optimizer] | None = None
@@ -423,14 +436,17 @@ class Engine:
 
         # Stages 1 to 5.
         is_scaled, function = scaler is not None, "GradClipper.clip"
-        outcome = self.decide(errors, loss_scale, expect_overflow=is_scaled, function=function, watch=watch)
+        decision = self._decide(
+            errors, loss_scale, before, expect_overflow=is_scaled, function=function, watch=watch, overlap=False
+        )
+        _begin_decision(decision)
+        outcome = _finish_decision(decision, must_read=True)
 
         # 6. Scale in place, or drop the gradients, so that the caller's optimizer.step() changes nothing.
         self.execution.write_or_drop(outcome, state)
         return outcome
 
-    @contextmanager
-    def _undone_on_error(self, before: _Trace | None = None) -> Iterator[_Trace]:
+    def _undone_on_error(self, before: _Trace | None = None) -> AbstractContextManager[_Trace]:
         """Undo what the step within the block has changed, if an exception ends it.
 
         Args:
@@ -441,9 +457,7 @@ class Engine:
             self._abandon()
             self.deferred.raise_due()
             before = self.trace()
-        kept = before
-        with undone_on_error(lambda: self.restore(kept)):
-            yield kept
+        return undone_on_error(self.restore, before)
 
     def _abandon(self) -> None:
         """Complete a step that was started and never finished, without stepping.
@@ -552,11 +566,17 @@ class Engine:
         and with "zero" those of `measure_all_ranks` again.
         Host syncs: on an accelerator one with `must_read`, unless the rule is "propagate" and the policy never skips.
         """
-        # Those of `step` and `clip` have done so before they took their trace.
+        # `step` and `clip` do so before they take their trace.
         self._abandon()
         self.deferred.raise_due()
         decision = self._decide(
-            errors, loss_scale, expect_overflow=expect_overflow, function=function, watch=watch, overlap=False
+            errors,
+            loss_scale,
+            self.trace(),
+            expect_overflow=expect_overflow,
+            function=function,
+            watch=watch,
+            overlap=False,
         )
         _begin_decision(decision)
         return _finish_decision(decision, must_read=must_read)
@@ -565,6 +585,7 @@ class Engine:
         self,
         errors: FirstError,
         loss_scale: Tensor | None,
+        before: _Trace,
         *,
         expect_overflow: bool,
         function: str,
@@ -577,10 +598,11 @@ class Engine:
 
         Args:
             errors, loss_scale, expect_overflow, function, watch: see `decide`.
+            before: state before the step.
             overlap: yield before the all-reduce is complete.
         """
         # 0. What the last step postponed is due now, on all ranks.
-        before = self._prepare(errors, function, loss_scale, watch)
+        self._prepare(errors, function, loss_scale, watch)
         step, rule = self.counter.steps + 1, Skip(expected=True) if expect_overflow else self.rule
 
         # 1.-3. This rank's shards, their power sums, and ONE all-reduce. A step in which a rank fails does not count.
@@ -755,10 +777,9 @@ class Engine:
         self, measuring: Measuring, loss_scale: Tensor | None
     ) -> tuple[Shards, Partials, Totals, Totals]:
         shards, partials, totals = complete(measuring, None)
-        with self.late_errors.kept():
-            self.coverage.record_call(len(shards))
-            is_alone = self.table.is_complete or self.step_comm.size == 1
-            if not shards and is_alone and not self._only_measures:
+        with self.late_errors:
+            self.coverage.record_call(len(shards.grads))
+            if not shards.grads and not self._only_measures and (self.table.is_complete or self.is_alone()):
                 warn_if_elsewhere("GradClipper", self.table)
         if self._compares_tensors:
             self._compares_tensors = not compare_tensors("GradClipper", self.table, self.comm, may_call_alone=False)
@@ -771,15 +792,15 @@ class Engine:
         try:
             observe(outcome)
         except Exception as error:
-            with self.late_errors.kept():
+            with self.late_errors:
                 warn_user(
                     f"observer={observe!r:.100}: it raised {error!r:.200} in step {outcome.step}, which went on. "
                     "Pass a function that does not raise.",
                     RuntimeWarning,
                 )
 
-    def _prepare(self, errors: FirstError, function: str, loss_scale: Tensor | None, watch: Any) -> _Trace:
-        """Raise the late errors of the last step, end the hold on what it skipped, and return the trace.
+    def _prepare(self, errors: FirstError, function: str, loss_scale: Tensor | None, watch: Any) -> None:
+        """Add the late errors of the last step, and end the hold on what it skipped.
 
         Args:
             errors: of this rank; it gets those that the rank had alone behind its last all-reduce.
@@ -794,7 +815,6 @@ class Engine:
         if not self._only_measures:
             with errors:
                 warn_of_late_clip(function, self.table, find_stepped(self.table))
-        return self.trace()
 
     @without_autograd
     def conclude(self, step: int, measured: Totals, kept_powers: Tensor) -> Outcome:
@@ -825,15 +845,13 @@ class Engine:
         return device_constant(self.slots.excluded_by_slot, device, torch.bool)
 
 
-@outside_fake_mode
-@without_autograd
+@with_real_numbers
 def _begin_decision(decision: Generator[Shards, bool, Outcome]) -> Shards:
     """Run `Engine._decide` until the all-reduce has begun, and return this rank's shards."""
     return begin(decision)
 
 
-@outside_fake_mode
-@without_autograd
+@with_real_numbers
 def _finish_decision(decision: Generator[Shards, bool, Outcome], *, must_read: bool) -> Outcome:
     """Run `Engine._decide` from the all-reduce to its end."""
     return complete(decision, must_read)

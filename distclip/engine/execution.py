@@ -20,7 +20,7 @@ from ..apply.optimizers import OptimizerSteps
 from ..apply.scale import clamp_, scale_
 from ..apply.step_gate import hold_still, release
 from ..apply.updates import ScaledUpdates, scale_next_step
-from ..devices import outside_fake_mode, without_autograd
+from ..devices import with_real_numbers
 from ..errors import ArgumentError
 from ..norms.spec import NormSpec
 from ..outcome import Outcome
@@ -199,8 +199,9 @@ class Execution:
             hold_still(self, self.table.selected())
             return
         self.write_(self._written(outcome), outcome.shards)
-        pairs = [(one, self._scaled_updates(outcome, [one])) for one in self.about_to_step or ()]
-        self._next_steps = scale_next_step([(one, scaled) for one, scaled in pairs if scaled is not None])
+        if self._scales_updates:
+            pairs = [(one, self._scaled_updates(outcome, [one])) for one in self.about_to_step or ()]
+            self._next_steps = scale_next_step([(one, scaled) for one, scaled in pairs if scaled is not None])
 
     def skipped_ids(self, outcome: Outcome) -> frozenset[int]:
         """Return the ids of this rank's parameters that skip the step.
@@ -209,8 +210,7 @@ class Execution:
         """
         return frozenset(map(id, self.table.tensors)) if outcome.skip.read() else frozenset()
 
-    @outside_fake_mode
-    @without_autograd
+    @with_real_numbers
     def write_(self, outcome: Outcome, shards: Shards) -> None:
         """Scale gradients, and clamp their elements if the outcome has limits.
 
@@ -257,7 +257,7 @@ class Execution:
         self._advance(optimizers, outcome, state, fuse)
         if not outcome.skip.host:
             # This rank has no further collective in which the other ranks could raise its error.
-            with self.late_errors.kept():
+            with self.late_errors:
                 self.coverage.check_kept(watched, optimizers)
         if state is not None:
             self._end_call(outcome, optimizers, state, written=not fuse, was_scaled=was_scaled)

@@ -72,20 +72,22 @@ class IsolatedEngine(Engine):
         scaler: GradScaler | None,
         errors: FirstError,
         watch: Any,
+        before: Any,
     ) -> Outcome:
-        outcome = super()._clip(optimizer, scaler, errors, watch)
+        outcome = super()._clip(optimizer, scaler, errors, watch, before)
         self._raise_too_many()
         return outcome
 
-    def _prepare(self, errors: FirstError, function: str, loss_scale: Tensor | None, watch: Any) -> Any:
+    def _prepare(self, errors: FirstError, function: str, loss_scale: Tensor | None, watch: Any) -> None:
         # The caller of `decide` has stepped the other groups since then.
         self._raise_too_many()
-        return super()._prepare(errors, function, loss_scale, watch)
+        super()._prepare(errors, function, loss_scale, watch)
 
     def _decide(
         self,
         errors: FirstError,
         loss_scale: Tensor | None,
+        before: Any,
         *,
         expect_overflow: bool,
         function: str,
@@ -96,7 +98,7 @@ class IsolatedEngine(Engine):
 
         Collectives: those of `Engine.decide`. Host syncs: on an accelerator one.
         """
-        before = self._prepare(errors, function, loss_scale, watch)
+        self._prepare(errors, function, loss_scale, watch)
         step, rule = self.counter.steps + 1, Skip(expected=True) if expect_overflow else self.rule
         measuring = self._start_measuring(errors, loss_scale, function, overlap=overlap)
         yield begin(measuring)

@@ -84,6 +84,20 @@ def test_a_function_finds_it_from_its_second_call_on() -> None:
     assert len(find(make_model(), STEPS["sgd"], nothing, function=True)) == 1
 
 
+def test_parameters_are_watched_again_after_many_others_were() -> None:
+    others: list[GradClipper] = []
+
+    def watch_others(*args: object) -> None:
+        if not others:
+            others.extend(GradClipper(make_model(), distclip.adagc()) for _ in range(20))
+
+    def step_later(*args: object) -> None:
+        if others:
+            STEPS["sgd"](*args)  # type: ignore[arg-type]
+
+    assert len(find(make_model(), step_later, watch_others)) == 1
+
+
 @pytest.mark.parametrize("write", WRITES)
 def test_other_writes_are_silent(write: str) -> None:
     for step in STEPS:
