@@ -107,12 +107,13 @@ def test_other_writes_are_silent(write: str) -> None:
 
 def test_a_parameter_at_the_address_of_an_earlier_one_is_looked_at() -> None:
     ids: list[int] = []
-    for _ in range(20):
+    # Models are in cycles of references, so that it depends on the garbage collector when an address is used again.
+    while len(set(ids)) == len(ids):
         model = nn.Linear(5, 3, bias=False)
         ids.append(id(model.weight))
         assert len(find(model, STEPS["other data"], nothing)) == 1
+        assert len(ids) < 1000
         del model
-    assert len(set(ids)) < len(ids)
 
 
 @on_ranks(2)
