@@ -1,4 +1,4 @@
-"""`NormSpec`: the norms that a policy wants measured."""
+"""`NormSpec`: the norms that a policy needs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ parameter. A parameter with a single dim counts as one row.
 
 @dataclass(frozen=True)
 class NormSpec:
-    """Norms that a policy wants measured.
+    """Norms that a policy needs.
 
     The spec must be equal on every rank, because it determines the all-reduce.
 

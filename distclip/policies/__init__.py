@@ -1,7 +1,7 @@
-"""Decide what is allowed, from norms that are equal on every rank: Totals → Verdict.
+"""Compute the allowed norms from the measured ones, which are equal on every rank: Totals → Verdict.
 
-A policy that clips by norm is a granularity (`per`: the unit that has a norm) times a threshold (the largest norm that
-is allowed). The well-known rules are functions that return a `NormPolicy`. Each module contains one rule and the
+A policy that clips by norm combines a granularity (`per`: the unit that has a norm) with a threshold (the largest norm
+that is allowed). The well-known rules are functions that return a `NormPolicy`. Each module contains one rule and the
 function that documents it. A policy is a frozen dataclass of pure functions: it uses no ranks, process groups or
 gradients, its state is tensors that are passed in and out, and it never waits for a device.
 """
