@@ -131,6 +131,21 @@ def pods(spec: Mapping[str, Any], port: int) -> list[tuple[list[str], dict[str, 
     return jobs
 
 
+def test_both_kubernetes_jobs_run_the_same() -> None:
+    """`launch/trainjob.yaml` runs the command of `launch/k8s.yaml` in as many pods and ranks."""
+    old, new = (
+        yaml.safe_load((ROOT / "launch" / name).read_text(encoding="utf-8"))["spec"]
+        for name in ("k8s.yaml", "trainjob.yaml")
+    )
+    (container,) = old["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"]
+    assert {key: new["trainer"][key] for key in ("image", "command", "args", "env")} == {
+        key: container[key] for key in ("image", "command", "args", "env")
+    }
+    assert new["trainer"]["resourcesPerNode"] == container["resources"]
+    assert new["trainer"]["numNodes"] == sum(kind["replicas"] for kind in old["pytorchReplicaSpecs"].values())
+    assert str(new["trainer"]["numProcPerNode"]) == old["nprocPerNode"]
+
+
 def test_kubernetes_starts_one_world(tmp_path: Path) -> None:
     job = yaml.safe_load((ROOT / "launch" / "k8s.yaml").read_text(encoding="utf-8"))
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
