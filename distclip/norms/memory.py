@@ -353,7 +353,9 @@ def _operators_work(tensor: Tensor, writable: bool) -> bool:
     try:
         before, half = power_sum(tensor, 2.0), tensor
         if writable:
-            half = tensor.clone()
+            half = _clone(tensor)
+            if type(half) is not type(tensor):
+                return False
             half.mul_(0.5)
         # A power sum of the class itself must convert to a number.
         whole, quarter = torch.zeros(2, dtype=before.dtype, device=before.device)
@@ -363,6 +365,21 @@ def _operators_work(tensor: Tensor, writable: bool) -> bool:
     except Exception:
         # Whatever the class raises, it does not have the operators.
         return False
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor of an unknown class, in other memory.
+
+    A class may compute with what it makes of its inner tensors. Its copy is a plain tensor then, and what is written to
+    the result is lost.
+    """
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.clone()
+    odd: Any = tensor
+    names, context = odd.__tensor_flatten__()
+    inner = {name: _clone(getattr(tensor, name)) for name in names}
+    copy: Tensor = odd.__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
+    return copy
 
 
 def _copies(

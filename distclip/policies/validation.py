@@ -81,7 +81,8 @@ def to_float(value: Any) -> float:
     """
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        # torch raises RuntimeError for a meta tensor, and for one with several elements.
         return math.nan
 
 

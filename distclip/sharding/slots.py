@@ -182,6 +182,15 @@ def describe_params(table: ShardTable, rank: int, spec: Granularity, module: nn.
                 # The rows of what does not train do not matter.
                 if trains:
                     raise
+        shape = tuple(tensor.shape) if annotation.slice is None else annotation.slice.shape
+        if tensor.is_nested:
+            # The size of a ragged dim is no number.
+            shape = ()
+            if trains:
+                raise LayoutError(
+                    f"{name} is a {type(tensor).__name__} of layout {tensor.layout}, whose elements cannot be scaled "
+                    "in place. Use a dense tensor, or freeze the parameter."
+                )
         # Every piece is one part of the parameter, and the replicas of a piece share that part.
         num_pieces = layout.num_pieces * _num_pieces_along(layout, table.axes)
         share = 1 / (table.num_replicas(i) * num_pieces)
@@ -189,7 +198,7 @@ def describe_params(table: ShardTable, rank: int, spec: Granularity, module: nn.
             ParamInfo(
                 name,
                 _axis_coords(layout, table.axes, rank),
-                tuple(tensor.shape) if annotation.slice is None else annotation.slice.shape,
+                shape,
                 share,
                 is_whole=num_pieces == 1,
                 tied=bool(annotation.layout.groups) and annotation.slice is None,

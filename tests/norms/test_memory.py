@@ -252,9 +252,29 @@ class Forgetful(Packed):
         return args[0]
 
 
+class Sum(Packed):
+    """Computes with the sum of two tensors, so that what is written to the sum is lost."""
+
+    def __init__(self, codes: Tensor) -> None:
+        self.codes, self.other = codes, codes.clone()
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["codes"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], *_: Any) -> Sum:
+        return Sum(inner["codes"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        one, *rest = (arg.codes + arg.other if isinstance(arg, Sum) else arg for arg in args)
+        return func(one, *rest, **(kwargs or {}))
+
+
 REFUSED: dict[str, Callable[[], Tensor]] = {
     "few operators": lambda: Packed(torch.ones(4, dtype=torch.int8)),
     "operators that do nothing": lambda: Forgetful(torch.ones(4, dtype=torch.int8)),
+    "writes that are lost": lambda: Sum(torch.ones(4)),
     "meta": lambda: torch.ones(4, device="meta"),
     "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(2)]),
     "jagged": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(2)], layout=torch.jagged),
@@ -311,6 +331,16 @@ def test_classes_whose_operators_work_are_clipped() -> None:
     distclip.clip_grad_norm_([param, other], 1.0)
     torch.testing.assert_close(param.grad.a, torch.full((3,), 5**-0.5))
     torch.testing.assert_close(other.grad, torch.full((2,), 5**-0.5))
+
+
+def test_refuses_jagged_parameters_where_shapes_matter() -> None:
+    """A frozen one has no slot."""
+    (other,) = make_parameters([torch.full((3,), 10.0)])
+    odd = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    with pytest.raises(LayoutError, match="odd is a NestedTensor"):
+        GradClipper([("other", other), ("odd", odd.requires_grad_())], distclip.per_tensor_norm(1.0))
+    frozen = nn.Parameter(odd.detach(), requires_grad=False)
+    assert GradClipper([("other", other), ("odd", frozen)], distclip.per_tensor_norm(1.0)).slots == ("other",)
 
 
 def test_refuses_weights_that_cannot_be_read() -> None:

@@ -21,6 +21,7 @@ FOREIGN = {
     "distclip/apply/declined.py": 1,  # the optimizer of a caller
     "distclip/comm/__init__.py": 2,  # the communicator of a caller
     "distclip/comm/mpi.py": 1,  # mpi4py, if it was imported
+    "distclip/norms/memory.py": 2,  # tensors of any class
     "distclip/norms/moments.py": 2,  # an optimizer of any library
     "distclip/norms/kernels/native_library.py": 1,  # torch.Tensor has no DLPack API up to torch 2.10
     "distclip/policies/custom.py": 8,  # the threshold of a caller
