@@ -191,7 +191,7 @@ class GradClipper:
         kept = {key: value for key, value in self.__dict__.items() if key not in ("_turns", "_in_backward")}
         clipper.__dict__.update(copy.deepcopy(kept, memo), _turns=Turns(), _in_backward=None)
         clipper._engine.forget_original(memo)
-        if self._turns.optimizers or (self._in_backward is not None and not self._in_backward.is_removed):
+        if self._turns.optimizers or self._is_in_backward:
             warn_user(
                 "copy.deepcopy: the copy of an attached clipper is attached to no optimizer. Call attach on the copy "
                 "with the optimizers that it clips for.",
@@ -404,7 +404,8 @@ class GradClipper:
         self._count_graphs()
         self._is_stepping = True
         try:
-            return self._engine.step(optimizer, scaler, watch, error=_step_within_backward()).report()
+            error = _step_within_backward() or self._refuse_in_backward("step")
+            return self._engine.step(optimizer, scaler, watch, error=error).report()
         finally:
             self._is_stepping = False
 
@@ -536,6 +537,7 @@ class GradClipper:
     ) -> Report:
         self._count_graphs()
         errors, ids = errors or FirstError(), None
+        errors.add(self._refuse_in_backward("clip"))
         if only is not None:
             with errors:
                 ids = self._ids_of(only)
@@ -609,6 +611,8 @@ class GradClipper:
                 "would clip twice in a step. Call handle = clipper.attach(optimizer) once, and handle.remove() before "
                 "the next call."
             )
+        if (error := self._refuse_in_backward("attach")) is not None:
+            raise error
         self._turns.add(optimizers)
         return _Attached(_Listener(self, watch), self._turns, optimizers)
 
@@ -656,13 +660,26 @@ class GradClipper:
         5.0
         >>> handle.remove()
         """
-        if self._turns.optimizers or (self._in_backward is not None and not self._in_backward.is_removed):
+        if self._turns.optimizers or self._is_in_backward:
             raise ArgumentError(
                 "in_backward: the clipper is attached to optimizers already, so that it would clip twice. Call "
                 "handle.remove() first."
             )
         self._in_backward = InBackward(self._engine, self.policy, optimizers)
         return self._in_backward
+
+    @property
+    def _is_in_backward(self) -> bool:
+        return self._in_backward is not None and not self._in_backward.is_removed
+
+    def _refuse_in_backward(self, function: str) -> ArgumentError | None:
+        """Return the error for a call while the clipper steps within backward, or None."""
+        if not self._is_in_backward:
+            return None
+        return ArgumentError(
+            f"{function}: the clipper steps within backward since in_backward, which leaves no gradients to clip. "
+            f"Leave out clipper.{function}, or call handle.remove() first."
+        )
 
     @torch.no_grad()
     def measure_tensors(self) -> None:

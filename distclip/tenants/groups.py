@@ -88,11 +88,12 @@ class Groups:
 
         Raises, Collectives: see `GradClipper.add_group`. Nothing has changed then.
         """
+        _refuse_within_step(old, function)
         errors, changed, new = FirstError(), self._copy(), Named()
         policy = self._policies[REST] if policy is None else policy
         rest = changed._policies.pop(REST)
         with errors:
-            _refuse_within_step(old, function)
+            old.refuse_between(function)
             for name, parameters in groups.items():
                 _check_name(name)
                 if name in changed._members:
@@ -113,9 +114,10 @@ class Groups:
 
         Raises, Collectives: see `GradClipper.remove_group`. Nothing has changed then.
         """
+        _refuse_within_step(old, f"remove_group({name!r})")
         errors = FirstError()
         with errors:
-            _refuse_within_step(old, f"remove_group({name!r})")
+            old.refuse_between(f"remove_group({name!r})")
             if name not in self._members:
                 raise ArgumentError(f"name={name!r}: no such group. Use one of {list(self._members)}.")
         old.calls.agree(f"GradClipper.remove_group({name!r})", errors)
@@ -184,7 +186,7 @@ def _check_name(name: Any) -> None:
 
 
 def _refuse_within_step(engine: IsolatedEngine, call: str) -> None:
-    engine.refuse_between(call)
+    # Without communication: a hook of one rank may call, and the other ranks have no collective left in their step.
     if engine.is_busy:
         raise ArgumentError(
             f"{call}: a step is being made, and it has decided about this group. Call it after the step."

@@ -372,6 +372,23 @@ def test_bad_arguments_are_refused(make: Callable[[], Any], message: str) -> Non
         make()
 
 
+def test_other_calls_are_refused_while_the_clipper_steps_within_backward() -> None:
+    model = make_model()
+    optimizer = SGD(model.parameters(), lr=1.0)
+    clipper = GradClipper(model, distclip.budget(1.0))
+    handle = clipper.in_backward(optimizer)
+    for name, call in {
+        "step": lambda: clipper.step(optimizer),
+        "clip": clipper.clip,
+        "attach": lambda: clipper.attach(optimizer),
+    }.items():
+        with pytest.raises(ArgumentError, match=rf"^{name}: .*Leave out clipper\.{name}"):
+            call()
+    assert clipper.steps == 0
+    handle.remove()
+    clipper.clip()
+
+
 def test_ordinary_ways_to_step_are_refused() -> None:
     model = make_model(1)
     optimizer = SGD(model.parameters(), lr=1.0)

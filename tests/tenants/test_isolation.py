@@ -27,7 +27,7 @@ from distclip import (
     global_norm,
     group_norm,
 )
-from tests.ranks import on_ranks
+from tests.ranks import gather_from_ranks, on_ranks
 
 NAMES = [f"tenant{i}" for i in range(6)]
 
@@ -370,6 +370,29 @@ def test_a_tenant_is_not_removed_within_a_step() -> None:
 
 
 # ---- Ranks ----
+
+
+@on_ranks(2)
+def test_a_tenant_that_one_rank_removes_within_a_step_raises_there_and_then_everywhere() -> None:
+    one, two = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+    for module in (one, two):
+        fully_shard(module)
+    clipper = GradClipper([], global_norm(1.0), isolate=True)
+    clipper.add_groups({"a": one, "b": two})
+    optimizer = torch.optim.SGD([*one.parameters(), *two.parameters()], lr=1.0)
+    optimizer.register_step_pre_hook(lambda *_: clipper.remove_group("a") if dist.get_rank() == 1 else None)
+
+    def step() -> str:
+        one.weight.grad, two.weight.grad = torch.ones_like(one.weight), torch.ones_like(two.weight)
+        try:
+            clipper.step(optimizer)
+        except distclip.DistclipError as error:
+            return type(error).__name__
+        return ""
+
+    assert gather_from_ranks(step()) == ["", "ArgumentError"]
+    assert gather_from_ranks(step()) == ["DisagreementError"] * 2
+    assert clipper.slots == ("a", "b", "rest")
 
 
 class Lora(nn.Module):
