@@ -59,7 +59,8 @@ def audit(
         `raise_if_wrong()`.
 
     Raises:
-        DisagreementError: a rank that shares a mesh or an axis did not call within the timeout of the process group.
+        DisagreementError: a rank that shares a mesh or an axis did not call within the timeout of the process group, or
+            waits in another call for this rank. That call raises PeerError then.
 
     Collectives: one gather. Without `comm`, ranks find each other through the store of torch.distributed first.
     Host syncs: a few per parameter.

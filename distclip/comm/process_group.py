@@ -192,7 +192,7 @@ class ProcessGroupComm:
                 if work.is_completed():
                     raise
                 if self._is_gloo:
-                    self._meetings.raise_if_failed()
+                    self._meetings.raise_if_failed(number)
                 return False
             return True
 

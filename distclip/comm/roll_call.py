@@ -23,6 +23,7 @@ from torch.distributed import distributed_c10d
 from ..errors import DisagreementError
 from .discovery import world_comm
 from .ranks import Ranks
+from .waiting import end_waits_of
 
 __all__ = ["Roster", "call_roll", "components"]
 
@@ -53,7 +54,8 @@ def call_roll(spans: Collection[Ranks], patience: float) -> Roster:
         The ranks, equal on all of them.
 
     Raises:
-        DisagreementError: a rank of `spans` did not call within the timeout of the process group.
+        DisagreementError: a rank of `spans` did not call within the timeout of the process group, or waits for this
+            rank in another call.
 
     Collectives: none, only messages through the store of torch.distributed.
     """
@@ -122,6 +124,12 @@ def _wait_for_round(store: Store, number: int, rank: int, size: int, patient_unt
         }
         needed = {r for post in posts.values() for r in post}
         late = sorted(needed - posts.keys())
+        if late and time.monotonic() > patient_until and (waiting := end_waits_of(late)):
+            calls = " ".join(f"Rank {one} waits in {call}." for one, call in waiting.items())
+            raise DisagreementError(
+                f"rank(s) {late} share a mesh or an axis of split_over= with this one, and make another call. {calls} "
+                "Make the same calls on every rank."
+            )
         if late and time.monotonic() > deadline:
             raise DisagreementError(
                 f"rank(s) {late} share a mesh or an axis of split_over= with this one, and have not made this call. "

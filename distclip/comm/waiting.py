@@ -26,6 +26,7 @@ from .ranks import Ranks, decode_ranks, encode_ranks, rank_list
 __all__ = [
     "Meetings",
     "call_to_first_call",
+    "end_waits_of",
     "is_left",
     "log_missing",
     "meetings_of",
@@ -144,13 +145,17 @@ class Meetings:
             calls.setdefault(one, []).append(rank)
         return calls
 
-    def raise_if_failed(self) -> None:
+    def raise_if_failed(self, number: int) -> None:
         """Raise if another rank has failed in a collective, so that no other one can end.
+
+        Args:
+            number: 1-based index of the collective in which this rank waits.
 
         Raises:
             RuntimeError: see above.
         """
-        if _store().check([f"failed/{self.name}"]):
+        store, key = _store(), f"failed/{self.name}"
+        if store.check([key]) and store.get(key).decode() in ("", str(number)):
             raise RuntimeError("another rank has failed in a collective, so that this one cannot end.")
 
     def _key(self, number: int) -> str:
@@ -160,6 +165,7 @@ class Meetings:
         store = _store()
         store.set(f"{self._key(number)}/{self.here}", "")
         store.set(f"at/{self.here}", f"{number} {len(self.ranks)} {self.name}")
+        store.set(f"doing/{self.here}", present_call())
         return store
 
     def _call_missing(self, store: Store, number: int) -> None:
@@ -205,6 +211,31 @@ def call_to_first_call(missing: Sequence[int], ranks: Sequence[int]) -> None:
         ranks: global ranks of the first call.
     """
     _call(_store(), missing, f"0 {_FIRST_CALL}{encode_ranks(ranks)}")
+
+
+def end_waits_of(missing: Sequence[int]) -> dict[int, str]:
+    """End the collectives in which missing ranks wait for this one, which waits for them in another call.
+
+    Args:
+        missing: global ranks.
+
+    Returns:
+        {rank: its call, see `present_call`} of those that can never come, because this rank has not entered the
+        collective in which they wait.
+    """
+    store, call, found = _store(), present_call(), {}
+    for rank in missing[:_MAX_CALLED]:
+        if not store.check([f"at/{rank}", f"doing/{rank}"]):
+            continue
+        number, _, name = store.get(f"at/{rank}").decode().split(" ", 2)
+        its = _meetings.get(name)
+        if its is None or its.num_entered >= int(number):
+            continue
+        found[rank] = store.get(f"doing/{rank}").decode()
+        store.set(f"failed/{name}/{its.here}", call)
+        # This rank may go on, and enter the collective after all.
+        store.set(f"failed/{name}", number)
+    return found
 
 
 def ranks_of_first_call(name: str) -> Ranks | None:

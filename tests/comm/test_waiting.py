@@ -79,7 +79,7 @@ def test_ranks_whose_calls_fail_read_which_call_each_has_made(num_ranks: int) ->
             clipper.clip() if rank == 0 else GradClipper([weight], distclip.global_norm(1.0), **options)
         # A rank that waits for those that have failed ends as well.
         with pytest.raises(RuntimeError, match="another rank has failed"):
-            clipper.comm._meetings.raise_if_failed()  # type: ignore[attr-defined]
+            clipper.comm._meetings.raise_if_failed(1)  # type: ignore[attr-defined]
     message, others = str(caught.value), "rank 1" if num_ranks == 2 else "ranks 1, 2, 3"
     assert "Rank 0 made GradClipper.clip (test_waiting.py, line" in message
     assert f"{others.capitalize()} made GradClipper (test_waiting.py, line" in message
@@ -121,3 +121,22 @@ def test_rank_that_waits_in_a_wider_call_than_its_peers(call: str, halves_are_kn
         for params in ([wide], [half], [half, wide]):
             assert len(set(gather_from_ranks(make(params)))) == 1
         assert make([wide]) == pytest.approx(8**0.5)
+
+
+@on_ranks(2)
+def test_audit_on_one_rank_while_the_other_steps_raises_on_both() -> None:
+    """Each error names the call of the other rank. The ranks need not wait for the timeout of the process group."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+    model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), world_mesh("dp"), [Shard(0)]))
+    # Its all-reduce fails, so that no other test can use it.
+    group = dist.new_group([0, 1])
+    with impatient():
+        clipper = GradClipper(model, distclip.global_norm(1.0), comm=ProcessGroupComm(group))
+        if dist.get_rank() == 1:
+            with pytest.raises(DisagreementError, match=r"Rank 0 waits in GradClipper\.clip"):
+                distclip.audit(model, patience=0.05)
+        else:
+            with pytest.raises(PeerError, match=r"Rank 1 made audit \(test_waiting.py"):
+                clipper.clip()
+    assert gather_from_ranks(clipper.steps) == [0, 0]
