@@ -18,6 +18,7 @@ from .functional import clip_grad_norm_, get_total_norm
 from .nonfinite.rules import OnNonFinite
 from .outcome import Outcome, Report
 from .policies import Fixed, NormPolicy, Policy
+from .policies.description import describe
 from .sharding.annotations import set_layout
 from .sharding.dtensor import is_dtensor
 from .sharding.layout import Layout
@@ -48,6 +49,7 @@ __all__ = [
     "SplitOver",
     "abort_on_exception",
     "clip_grad_norm_",
+    "describe",
     "gather_or_raise",
     "get_total_norm",
     "group_ranks",

@@ -1,7 +1,8 @@
 """Compare clipping within backward with ordinary clipping: the bound, what it costs, and held-out losses.
 
 `python launch/in_backward.py --steps 100000` divides the bound over synthetic norms of 200 tensors.
-`python launch/in_backward.py rescue lstm gpt --seeds 3` trains these experiments both ways, in one process.
+`python launch/in_backward.py rescue lstm gpt --seeds 3` trains these experiments both ways, in one process. With
+`--perturb 0.001` it compares ordinary clipping with itself at a bound that is larger by 0.1 %.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import nn
 
 from distclip import GradClipper, budget, global_norm
 from distclip.norms.reduce import Totals
+from distclip.outcome import Outcome
 from job.data import Data
 from job.models.recurrent import reset_states
 
@@ -66,9 +68,23 @@ def divide(num_steps: int, scatter: float, ratio: float) -> None:
     )
 
 
-def train(experiment: str, seed: int, num_steps: int | None, decay: float, *, in_backward: bool) -> tuple[float, float]:
-    """Train, and return the held-out loss and the largest norm of a step, divided by the bound."""
+def train(
+    experiment: str, seed: int, num_steps: int | None, decay: float, *, in_backward: bool, perturb: float = 0.0
+) -> tuple[float, float, list[tuple[float, float]]]:
+    """Train, and return what became of it.
+
+    Args:
+        experiment: key of `OVERRIDES`.
+        seed, num_steps, decay: see the options.
+        in_backward: clip within backward, with `budget`.
+        perturb: fraction by which the bound is larger.
+
+    Returns:
+        The held-out loss, the largest norm of a step divided by the bound, and for each step two numbers: its norm
+        divided by that of ordinary clipping, and the cosine between the clipped and the whole gradient.
+    """
     overrides, max_norm = OVERRIDES[experiment]
+    max_norm *= 1 + perturb
     cfg = compose("config", [*overrides, f"seed={seed}"])
     data: Data = instantiate(cfg.data)(batch=cfg.batch)
     torch.manual_seed(cfg.seed)
@@ -84,6 +100,8 @@ def train(experiment: str, seed: int, num_steps: int | None, decay: float, *, in
     clipper = GradClipper(model, budget(max_norm, decay) if in_backward else global_norm(max_norm))
     if in_backward:
         clipper.in_backward(optimizer)
+    steps: list[tuple[float, float]] = []
+    clipper.observe(lambda outcome: steps.append(_compare(outcome, max_norm)))
     largest = 0.0
     for batch in islice(data.train(cfg.seed), num_steps or cfg.steps):
         if batch.starts_pass:
@@ -99,7 +117,24 @@ def train(experiment: str, seed: int, num_steps: int | None, decay: float, *, in
     reset_states(model)
     with torch.no_grad():
         losses = [float(data.criterion(model(batch.x), batch.y)) for batch in data.held_out]
-    return sum(losses) / len(losses), largest
+    return sum(losses) / len(losses), largest, steps
+
+
+def _compare(outcome: Outcome, max_norm: float) -> tuple[float, float]:
+    """Return the norm of a clipped gradient by that of ordinary clipping, and its cosine with the whole."""
+    norms = outcome.totals.norms
+    kept, norm = float((outcome.coefs * norms).norm()), float(norms.norm())
+    return kept / min(norm, max_norm), float((outcome.coefs * norms.square()).sum()) / (kept * norm)
+
+
+def _describe(steps: list[tuple[float, float]]) -> str:
+    """Return the means of both numbers over the first steps and the later ones."""
+    parts = {"step 1": steps[:1], "steps 2 to 10": steps[1:10], "to 30": steps[10:30], "later": steps[30:]}
+    return ", ".join(
+        f"{name} {np.mean([kept for kept, _ in part]):.3f} at cosine {np.mean([cosine for _, cosine in part]):.3f}"
+        for name, part in parts.items()
+        if part
+    )
 
 
 def main() -> None:
@@ -109,6 +144,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--decay", type=float, default=0.99, help="decay of the budget")
     parser.add_argument("--steps", type=int, help="synthetic steps, or steps of each training")
+    parser.add_argument("--perturb", type=float, default=0.0, help="compare with a larger bound, and not with budget")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if not options.experiments:
@@ -120,12 +156,15 @@ def main() -> None:
     with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "conf"), version_base="1.3"):
         for experiment in options.experiments:
             for seed in range(options.seeds):
-                ordinary, _ = train(experiment, seed, options.steps, options.decay, in_backward=False)
-                divided, largest = train(experiment, seed, options.steps, options.decay, in_backward=True)
+                common = experiment, seed, options.steps, options.decay
+                ordinary, _, _ = train(*common, in_backward=False)
+                perturb = options.perturb
+                other, largest, steps = train(*common, in_backward=not perturb, perturb=perturb)
                 exceeded |= largest > 1
                 print(
-                    f"{experiment}, seed {seed}: held-out loss {ordinary:.4f} with global_norm, {divided:.4f} with "
-                    f"budget ({divided / ordinary - 1:+.2%}), largest norm of a step {largest:.7f} of the bound",
+                    f"{experiment}, seed {seed}: held-out loss {ordinary:.4f} with global_norm, {other:.4f} with "
+                    f"{f'a bound {perturb:+.2%}' if perturb else 'budget'} ({other / ordinary - 1:+.2%}), largest norm "
+                    f"of a step {largest:.7f} of the bound, norm by that of ordinary clipping: {_describe(steps)}",
                     flush=True,
                 )
     if exceeded:

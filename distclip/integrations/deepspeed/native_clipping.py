@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ...extend import ArgumentError, Fixed, NormPolicy, Policy
+from ...extend import ArgumentError, Fixed, NormPolicy, Policy, describe
 
 __all__ = ["config"]
 
@@ -41,7 +41,7 @@ def config(policy: Policy) -> dict[str, Any]:
         or rule.max_norm == 0
     ):
         raise ArgumentError(
-            f"policy={policy!r:.80}: DeepSpeed itself clips only the 2-norm of the whole gradient, at a fixed bound "
-            "above 0. Call attach(engine, policy) for any other policy."
+            f"policy={describe(policy)}: DeepSpeed itself clips only the 2-norm of the whole gradient, at a fixed "
+            "bound above 0. Call attach(engine, policy) for any other policy."
         )
     return {"gradient_clipping": 0.0 if math.isinf(rule.max_norm) else rule.max_norm}
