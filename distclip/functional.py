@@ -15,6 +15,7 @@ from torch import Tensor
 from .apply.consumed import find_stepped, mark_clipped, warn_of_late_clip
 from .apply.elsewhere import warn_if_elsewhere
 from .apply.scale import clamp_, scale_
+from .apply.unstepped import await_steps, warn_if_unstepped
 from .comm import Comm, global_ranks
 from .comm.agreement import Call
 from .comm.consensus import FirstError
@@ -31,6 +32,7 @@ from .norms.spec import NormSpec
 from .policies.norm_policy import coefficient
 from .policies.validation import check_flags, to_float
 from .policies.value import value
+from .replicas.described import compare_split, warn_of_missing_stages
 from .replicas.guard import ReplicaGuard
 from .replicas.incidents import ReplicaLog
 from .replicas.rules import RULES as REPLICA_RULES
@@ -127,6 +129,7 @@ def clip_grad_norm_(
     scale_(shards, totals.mask_if_failed(coef), foreach)
     if clips:
         mark_clipped(table)
+        await_steps(table)
     return totals.as_user_dtype()
 
 
@@ -280,6 +283,7 @@ def _measure(
     if clips:
         with errors:
             warn_of_late_clip(function, table, find_stepped(table))
+            warn_if_unstepped(function, table)
     facts = (("norm_type", spec.norm_type), *arguments)
     counter = call_counter(comm)
     if not is_capturing():
@@ -299,16 +303,20 @@ def _measure(
     if totals.replicas_differ.host:
         guard.resolve(counter.count, shards, comm)
         counter.rounded_replicas = guard.rounded
+    if is_derived and clips and warn_of_missing_stages(function, table):
+        table.metadata.was_compared = True
     if is_derived and not table.metadata.was_compared:
         # No communicator connects this rank with all others, and later calls need not look for them either.
         if table.is_complete:
             table.metadata.was_compared = compare_ddp_gradients(function, table, shards)
         elif is_unlinked(table, comm):
             table.metadata.was_compared = compare_tensors(function, table, comm)
+        elif clips and axes:
+            table.metadata.was_compared = compare_split(function, table, shards)
     if not shards:
         warn_if_nothing_trains(tensors, table)
-        if clips and (comm.size == 1 or table.is_complete):
-            warn_if_elsewhere(function, table)
+        if clips:
+            warn_if_elsewhere(function, table, is_alone=comm.size == 1 or table.is_complete)
     return table, shards, totals
 
 
@@ -342,6 +350,8 @@ def _local_shards(parameters: Parameters, function: str, *, clips: bool) -> tupl
     shards = read_gradients(table)
     if not shards:
         warn_if_nothing_trains(parameters, table)
+        if clips:
+            warn_if_elsewhere(function, table)
     return table, shards
 
 

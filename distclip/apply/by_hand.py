@@ -24,7 +24,7 @@ from torch._compile import _disable_dynamo
 from .. import devices
 from ..sharding.dtensor import local_of
 
-__all__ = ["find_steps_by_hand", "watch_backward"]
+__all__ = ["find_steps_by_hand", "num_passes", "watch_backward"]
 
 _NUM_CALLS = 4
 """Number of calls that look. A wrong order is wrong in every step."""
@@ -83,6 +83,16 @@ def watch_backward(param: Tensor) -> None:
     record.handle = param.register_post_accumulate_grad_hook(_remember)  # type: ignore[no-untyped-call]
     while len(_records) > _MAX_WATCHED:
         _records.pop(next(iter(_records))).handle.remove()
+
+
+def num_passes(key: int) -> int:
+    """Return the number of backward passes of a parameter that were looked at.
+
+    Args:
+        key: id of the parameter.
+    """
+    record = _records.get(key)
+    return 0 if record is None else record.num_passes
 
 
 def find_steps_by_hand(params: Sequence[Tensor]) -> list[Tensor]:

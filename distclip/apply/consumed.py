@@ -4,6 +4,9 @@ A program that clips after `optimizer.step()` steps unclipped gradients, and the
 norms and coefficients look right. So a hook after every step of any optimizer marks a few gradients, unless they were
 clipped before, and a call that clips the very same gradients finds the mark. See `by_hand` for steps without an
 optimizer.
+
+Two more orders lose a clip. A step whose closure runs backward makes other gradients than those that were clipped
+before it. An optimizer within backward leaves gradients that were set to 0 in place.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
@@ -21,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ..errors import UnclippedStepWarning, warn_user
 from ..sharding.dtensor import local_of
 from ..sharding.table import ShardTable, TableMetadata
-from .by_hand import find_steps_by_hand, watch_backward
+from .by_hand import find_steps_by_hand, num_passes, watch_backward
 
 __all__ = [
     "find_stepped",
@@ -41,10 +45,18 @@ _WARNED = "_distclip_warned"
 _WATCHED = "_distclip_watched"
 """Attribute of a parameter that is or was watched: its id. A new one can have the id of one that is gone."""
 
+_UNMARKED = (None, None)
+
+_EMPTIED = "_distclip_emptied"
+"""Attribute of a gradient: number of calls in a row that found it stepped, not clipped, and set to 0."""
+
 _CLIPPED, _STEPPED, _LATE = "clipped", "stepped after it was clipped", "stepped and not clipped"
 
 _MAX_SAMPLE = 4
 """Number of gradients of one call that are looked at."""
+
+_MANY_EMPTIED = 3
+"""Number of calls in a row that find gradients set to 0 after a step until there is a warning."""
 
 _MAX_WATCHED = 64
 """Number of parameters of all calls whose gradients the hook looks at."""
@@ -59,6 +71,10 @@ _places: weakref.WeakKeyDictionary[Optimizer, tuple[tuple[int, ...], list[tuple[
 )
 _before: dict[int, int] = {}
 """Versions of gradients before the step that is being made."""
+_clipped_before: dict[int, tuple[Tensor, int, int]] = {}
+"""Clipped gradients before the step with a closure that is being made: gradient, version, number of backward passes."""
+_replaced: dict[int, None] = {}
+"""Ids of parameters whose clipped gradients a closure has replaced by others, which were stepped."""
 _handles: list[Any] = []
 
 
@@ -88,7 +104,8 @@ def find_stepped(table: ShardTable) -> list[Tensor]:
         for param in sample:
             _watch(param)
     by_hand = find_steps_by_hand(sample)
-    return [param for param in sample if _MARK in vars(param.grad) and _is_late(param.grad)] or by_hand
+    late = [param for param in sample if _MARK in vars(param.grad) and _is_late(param.grad)]
+    return late or by_hand or (sample if _are_emptied(sample) else [])
 
 
 def has_had_gradients(table: ShardTable) -> bool:
@@ -116,17 +133,27 @@ def warn_of_late_clip(function: str, table: ShardTable, stepped: Sequence[Tensor
         table: of the parameters.
         stepped: see `find_stepped`.
     """
+    replaced = [param for param in _sample(table) if _replaced.pop(id(param), ()) is None]
+    found = stepped or replaced
     # A wrong order is wrong in every step.
-    if not stepped or any(vars(param).get(_WARNED) for param in stepped):
+    if not found or any(vars(param).get(_WARNED) for param in found):
         return
-    vars(stepped[0])[_WARNED] = True
-    ids = set(map(id, stepped))
-    names = [name for name, tensor in zip(table.names, table.tensors, strict=True) if id(tensor) in ids]
-    warn_user(
-        f"{function}: an optimizer, or a step by hand, has stepped with these gradients already "
-        f"({', '.join(names[:3])}), so that the step was not clipped. Call it between backward() and the step.",
-        UnclippedStepWarning,
-    )
+    vars(found[0])[_WARNED] = True
+    ids = set(map(id, found))
+    names = ", ".join([name for name, one in zip(table.names, table.tensors, strict=True) if id(one) in ids][:3])
+    if stepped:
+        warn_user(
+            f"{function}: an optimizer, or a step by hand, has stepped with these gradients already ({names}), so that "
+            "the step was not clipped. Call it between backward() and the step.",
+            UnclippedStepWarning,
+        )
+    else:
+        warn_user(
+            f"{function}: the closure of the last optimizer step made other gradients than those that were clipped "
+            f"before the step ({names}), so that the step was not clipped. Call it within the closure, after "
+            "backward(), or GradClipper.attach(optimizer) once.",
+            UnclippedStepWarning,
+        )
 
 
 def _sample(table: ShardTable) -> list[Tensor]:
@@ -148,7 +175,9 @@ def _stride(count: int) -> int:
 def _watch(param: Tensor) -> None:
     global _num_changes
     key = id(param)
-    _num_changes += not _is_watched(param)
+    if not _is_watched(param):
+        _num_changes += 1
+        _replaced.pop(key, None)
     # The id is about to be removed if it is that of a tensor that is gone.
     _watched.pop(key, None)
     _watched[key] = None
@@ -167,7 +196,11 @@ def _is_watched(param: Tensor) -> bool:
 @_disable_dynamo
 def _remember_versions(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Remember the versions of gradients before a step, in which some optimizers write gradients."""
-    _before.update({key: version for key, _, version in _gradients_of(optimizer)})
+    has_closure = _has_closure(args, kwargs)
+    for key, grad, version in _gradients_of(optimizer):
+        _before[key] = version
+        if has_closure and vars(grad).get(_MARK) == (version, _CLIPPED):
+            _clipped_before[key] = grad, version, num_passes(key)
 
 
 @_disable_dynamo
@@ -175,6 +208,8 @@ def _mark_stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Mark the gradients of watched parameters that an optimizer has just stepped."""
     for key, grad, now in _gradients_of(optimizer):
         before = _before.pop(key, now)
+        if key in _clipped_before:
+            _note_replaced(key, grad)
         then, mark = vars(grad).get(_MARK, (before, _LATE))
         # An attached clipper clips after `_remember_versions`.
         if then < before:
@@ -182,6 +217,26 @@ def _mark_stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         elif mark == _CLIPPED:
             mark = _STEPPED
         vars(grad)[_MARK] = now, mark
+
+
+def _note_replaced(key: int, grad: Tensor) -> None:
+    """Note a gradient that a closure has made in place of a clipped one, and not clipped.
+
+    Args:
+        key: id of the parameter.
+        grad: its gradient after the step.
+    """
+    old, version, passes = _clipped_before.pop(key)
+    marked = vars(grad).get(_MARK)
+    was_clipped_again = marked is not None and (grad is not old or marked[0] > version)
+    # An optimizer may write gradients too, but it runs no backward pass.
+    if num_passes(key) > passes and not was_clipped_again:
+        _replaced[key] = None
+
+
+def _has_closure(args: Any, kwargs: Any) -> bool:
+    # The first argument is the optimizer.
+    return any(map(callable, (*args[1:2], kwargs.get("closure"))))
 
 
 def _gradients_of(optimizer: Optimizer) -> list[tuple[int, Tensor, int]]:
@@ -214,6 +269,29 @@ def _places_of(optimizer: Optimizer) -> list[tuple[int, int]]:
 def _is_late(grad: Any) -> bool:
     version, mark = vars(grad)[_MARK]
     return bool(mark == _LATE and version == _version_of(grad))
+
+
+def _are_emptied(sample: Sequence[Tensor]) -> bool:
+    """Return whether several calls have found gradients that were stepped unclipped, then set to 0.
+
+    Host syncs: one per gradient, if all of them were written after a step that was not clipped.
+    """
+    first = vars(sample[0].grad) if sample else {}
+    count = first.pop(_EMPTIED, 0) + 1
+    # Mostly it was clipped.
+    if first.get(_MARK, _UNMARKED)[1] != _LATE:
+        return False
+    grads = [grad for param in sample if (grad := param.grad) is not None]
+    if any(vars(grad).get(_MARK, _UNMARKED)[1] != _LATE for grad in grads) or any(map(_has_values, grads)):
+        return False
+    first[_EMPTIED] = count
+    return bool(count == _MANY_EMPTIED)
+
+
+def _has_values(grad: Tensor) -> bool:
+    """Return whether a gradient may have an element other than 0 on this rank."""
+    local = local_of(grad)
+    return local.layout is not torch.strided or local.is_meta or bool(local.any())
 
 
 def _version_of(grad: Tensor | None) -> int | None:

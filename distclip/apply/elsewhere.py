@@ -1,7 +1,7 @@
-"""Find calls that clip the parameters of another module than the one that is trained.
+"""Find calls that find no gradient, while an optimizer steps with gradients that nothing clips.
 
-Such a call finds no gradient: its parameters are those of a copy, of a module that was replaced, or a list of another
-model. Meanwhile an optimizer steps other parameters, which nothing clips.
+Either the parameters are those of another module: a copy, a module that was replaced, or a list of another model. Or
+the gradients are gone: an optimizer within backward has stepped and freed them, or zero_grad() came first.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..errors import UnclippedStepWarning, warn_user
 from ..sharding.parameters import is_frozen
-from ..sharding.table import ShardTable, TableMetadata
+from ..sharding.table import ShardTable
 from .consumed import has_had_gradients, is_clipped_anywhere
 from .grad_scaler import parameters_of
 
@@ -24,50 +25,72 @@ __all__ = ["warn_if_elsewhere"]
 _MANY = 3
 """Number of calls without a gradient, each after another step of an optimizer, until there is a warning."""
 
-_num_calls: weakref.WeakKeyDictionary[TableMetadata, tuple[int, int]] = weakref.WeakKeyDictionary()
-"""Number of calls without a gradient by table, and number of steps when the last one was made."""
+_CALLS = "_distclip_calls"
+"""Attribute of the first parameter of a table: number of its calls without a gradient, and of steps until the last."""
 
 _last_to_step: list[weakref.ref[Optimizer]] = []  # At most one.
 _num_steps = 0
 _handles: list[Any] = []
 
 
-def warn_if_elsewhere(function: str, table: ShardTable) -> None:
+def warn_if_elsewhere(function: str, table: ShardTable, *, is_alone: bool = True, finds_own: bool = True) -> None:
     """Warn if calls find no gradient while an optimizer steps parameters that nothing clips.
 
     Args:
         function: that the user called.
         table: of the parameters. No parameter has a gradient.
+        is_alone: whether no other rank can have gradients of the table. Only then another module is looked for.
+        finds_own: warn also if the optimizer steps parameters of the table. A clipper checks that elsewhere.
 
     Collectives: none. Host syncs: none.
     """
-    num_calls, at = _num_calls.get(table.metadata, (0, -1))
-    if num_calls > _MANY or at == _num_steps or has_had_gradients(table) or all(map(is_frozen, table.tensors)):
+    if not table.tensors or has_had_gradients(table) or all(map(is_frozen, table.tensors)):
+        return
+    # A clipper watches its parameters from the start.
+    if finds_own and is_clipped_anywhere(table.tensors):
+        return
+    # Functions that need no layouts make another table in every call.
+    attributes = vars(table.tensors[0])
+    num_calls, at = attributes.get(_CALLS, (0, -1))
+    if num_calls > _MANY or at == _num_steps:
         return
     if not _handles:
         # Only from now on: a program whose calls find gradients needs no hook.
         _handles.append(register_optimizer_step_post_hook(_remember))
-    _num_calls[table.metadata] = num_calls + 1, _num_steps
+    attributes[_CALLS] = num_calls + 1, _num_steps
     optimizer = _last_to_step[0]() if _last_to_step else None
     if num_calls + 1 < _MANY or optimizer is None:
         return
     params, ids = parameters_of([optimizer]), set(map(id, table.tensors))
-    num_stepped = sum(param.grad is not None for param in params)
-    if not num_stepped or any(id(param) in ids for param in params) or is_clipped_anywhere(params):
+    is_own = any(id(param) in ids for param in params)
+    if not (finds_own if is_own else is_alone) or is_clipped_anywhere(params):
         return
-    _num_calls[table.metadata] = _MANY + 1, _num_steps
+    # The gradients of parameters in the table are gone by now.
+    num_stepped = sum(param.grad is not None for param in params)
+    if not is_own and not num_stepped:
+        return
+    attributes[_CALLS] = _MANY + 1, _num_steps
+    name = type(optimizer).__name__
     warn_user(
-        f"{function}: it has found no gradient in {_MANY} calls, and {type(optimizer).__name__} steps {num_stepped} "
-        "parameters of another module with gradients that nothing clips. Pass the parameters that the optimizer steps.",
+        f"{function}: it has found no gradient in {_MANY} calls, and {name} has stepped these parameters each time, so "
+        "that they move unclipped. Call it between backward() and the step, before zero_grad(). If the optimizer steps "
+        "within backward, use GradClipper.in_backward with distclip.budget."
+        if is_own
+        else f"{function}: it has found no gradient in {_MANY} calls, and {name} steps {num_stepped} parameters of "
+        "another module with gradients that nothing clips. Pass the parameters that the optimizer steps.",
         UnclippedStepWarning,
     )
 
 
 @_disable_dynamo
 def _remember(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Remember the optimizer that has stepped last."""
+    """Remember the optimizer that has stepped last, if it had gradients."""
     global _num_steps
     # The step of an optimizer that shows its parameters in another way must not fail.
-    if vars(optimizer).get("param_groups"):
+    if vars(optimizer).get("param_groups") and any(map(_has_gradient, parameters_of([optimizer]))):
         _num_steps += 1
         _last_to_step[:] = [weakref.ref(optimizer)]
+
+
+def _has_gradient(param: Tensor) -> bool:
+    return param.grad is not None

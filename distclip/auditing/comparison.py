@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..comm.ranks import Ranks
+from ..comm.ranks import Ranks, is_data_axis, is_model_axis, is_stage_axis
 from .facts import Facts, Holding
 from .instances import Instance, Member
 from .lines import AxisLines, axis_lines, find_axis
@@ -25,8 +25,6 @@ __all__ = ["compare_values"]
 _STAGES = (r"(^|_)(pp|pipe\w*|stages?)(_|$)",)
 _EXPERTS = (r"(^|_)(ep|experts?|moe)(_|$)",)
 _SHARDS = (r"(^|_)(tp|tensor\w*|mp|model\w*)(_|$)",)
-_MODEL_PARALLEL = re.compile(r"(^|_)(pp|pipe\w*|stages?|ep|experts?|moe|tp|tensor\w*|mp|model\w*)(_|$)")
-_DATA_PARALLEL = re.compile(r"(^|_)(dp|ddp|data\w*|fsdp|hsdp|replicate|replicas?)(_|$)")
 _EXPERT_NAME = re.compile(r"expert|moe", flags=re.IGNORECASE)
 
 
@@ -432,7 +430,7 @@ class _Comparison:
                 for one, two in self._pairs_along(j)
                 if one.holding.is_informative and one.value[:2] == two.value[:2]
             )
-            if _MODEL_PARALLEL.search(name) or not (_DATA_PARALLEL.search(name) or others_differ):
+            if is_model_axis(name) or not (is_data_axis(name) or others_differ):
                 self.findings.note(
                     f"Assumed: {describe_names(names)} and all other values are equal along {words}, which split_over= "
                     "declares as different. Ranks that started from one seed look so too. If they are replicas, each "
@@ -511,7 +509,7 @@ class _Comparison:
             )
             return
         annotated = next((m for m in (one, two) if "annotate_" in m.holding.source), None)
-        is_stage = not any(_MODEL_PARALLEL.search(name) and not re.search(_STAGES[0], name) for name in along)
+        is_stage = not any(is_model_axis(name) and not is_stage_axis(name) for name in along)
         kind = "wrong mesh" if annotated else "tied without annotation" if is_stage else "missing annotation"
         spread = ""
         if annotated is not None:

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import math
+import re
 import zlib
 from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -197,6 +198,38 @@ def is_tensor_axis(name: str | None) -> bool:
     (True, True, False, False)
     """
     return name is not None and (name == "tp" or "tensor" in name)
+
+
+_STAGES = re.compile(r"(^|_)(pp|pipe\w*|stages?)(_|$)")
+_MODEL_PARALLEL = re.compile(r"(^|_)(ep|experts?|moe|tp|tensor\w*|mp|model\w*)(_|$)")
+_DATA_PARALLEL = re.compile(r"(^|_)(dp|ddp|data\w*|fsdp|hsdp|replicate|replicas?)(_|$)")
+
+
+def is_stage_axis(name: str | None) -> bool:
+    """Return whether the name of an axis is one of pipeline stages.
+
+    >>> is_stage_axis("pp"), is_stage_axis("pipeline_model_parallel"), is_stage_axis("dp"), is_stage_axis(None)
+    (True, True, False, False)
+    """
+    return name is not None and bool(_STAGES.search(name))
+
+
+def is_model_axis(name: str | None) -> bool:
+    """Return whether the name of an axis is one of model parallelism: stages, experts, tensors.
+
+    >>> is_model_axis("ep"), is_model_axis("pp"), is_model_axis("dp"), is_model_axis(None)
+    (True, True, False, False)
+    """
+    return is_stage_axis(name) or (name is not None and bool(_MODEL_PARALLEL.search(name)))
+
+
+def is_data_axis(name: str | None) -> bool:
+    """Return whether the name of an axis is one of data parallelism, with replicas or shards.
+
+    >>> is_data_axis("dp_replicate"), is_data_axis("fsdp"), is_data_axis("pp"), is_data_axis(None)
+    (True, True, False, False)
+    """
+    return name is not None and bool(_DATA_PARALLEL.search(name))
 
 
 def rank_list(ranks: Sequence[int]) -> str:

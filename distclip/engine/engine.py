@@ -27,6 +27,7 @@ from ..apply.elsewhere import warn_if_elsewhere
 from ..apply.grad_scaler import ScalerState, enabled
 from ..apply.optimizers import OptimizerSteps, as_list
 from ..apply.step_gate import undone_on_error
+from ..apply.unstepped import warn_if_unstepped
 from ..apply.writes import GradientWrites
 from ..comm import Comm, LocalComm
 from ..comm.consensus import FirstError
@@ -56,6 +57,7 @@ from ..policies import Policy, State
 from ..policies.checked import as_checked
 from ..policies.fixed import bounds_nothing
 from ..replicas import rules as replica_rules
+from ..replicas.described import compare_split
 from ..replicas.guard import ReplicaGuard
 from ..replicas.incidents import ReplicaLog
 from ..replicas.rules import Replicas
@@ -92,6 +94,7 @@ class Engine:
         self.table, self.comm, self.slots, self.spec = setup.table, setup.comm, setup.slots, setup.spec
         self.coverage, self.replicas, self.token = setup.coverage, setup.replicas, setup.token
         self._ddp_modules, self._compares_tensors = setup.ddp_modules, setup.compares_tensors
+        self._compares_split = setup.compares_split
         self.policy = as_checked(policy)
         self.on_nonfinite, self.rule, self.counter = on_nonfinite, RULES[on_nonfinite], counter
         # All ranks emit the same warnings, and one of them prints them.
@@ -780,9 +783,12 @@ class Engine:
         with self.late_errors:
             self.coverage.record_call(len(shards.grads))
             if not shards.grads and not self._only_measures and (self.table.is_complete or self.is_alone()):
-                warn_if_elsewhere("GradClipper", self.table)
+                warn_if_elsewhere("GradClipper", self.table, finds_own=False)
         if self._compares_tensors:
             self._compares_tensors = not compare_tensors("GradClipper", self.table, self.comm, may_call_alone=False)
+        if self._compares_split:
+            with self.late_errors:
+                self._compares_split = not compare_split("GradClipper", self.table, shards)
         if loss_scale is not None:
             totals = replace(totals, loss_scale=loss_scale)
         return shards, partials, totals, totals if self.tensor_norms is None else self.tensor_norms.for_policy(totals)
@@ -815,6 +821,7 @@ class Engine:
         if not self._only_measures:
             with errors:
                 warn_of_late_clip(function, self.table, find_stepped(self.table))
+                warn_if_unstepped(function, self.table)
 
     @without_autograd
     def conclude(self, step: int, measured: Totals, kept_powers: Tensor) -> Outcome:

@@ -19,6 +19,7 @@ from ..apply.grad_scaler import ScalerState
 from ..apply.optimizers import OptimizerSteps
 from ..apply.scale import clamp_, scale_
 from ..apply.step_gate import hold_still, release
+from ..apply.unstepped import await_steps
 from ..apply.updates import ScaledUpdates, scale_next_step
 from ..devices import with_real_numbers
 from ..errors import ArgumentError
@@ -199,6 +200,8 @@ class Execution:
             hold_still(self, self.table.selected())
             return
         self.write_(self._written(outcome), outcome.shards)
+        if not self._only_measures:
+            await_steps(self.table)
         if self._scales_updates:
             pairs = [(one, self._scaled_updates(outcome, [one])) for one in self.about_to_step or ()]
             self._next_steps = scale_next_step([(one, scaled) for one, scaled in pairs if scaled is not None])

@@ -28,7 +28,7 @@ from .compare import ReplicaInfo, compare_replicas
 from .incidents import describe_differences
 from .scrubber import scrubbed_positions
 
-__all__ = ["compare_ddp_gradients", "compare_tensors", "is_unlinked"]
+__all__ = ["compare", "compare_ddp_gradients", "compare_tensors", "is_unlinked"]
 
 _NUMBERED = re.compile(r"^(parameters|tensors|gradients)(\[\d+\])?$")
 """Names that only tell the position in a list of the caller."""
@@ -60,7 +60,7 @@ def compare_tensors(function: str, table: ShardTable, comm: Comm, *, may_call_al
 
     Collectives: none. Host syncs: none.
     """
-    return _compare(
+    return compare(
         f"{function} of unlinked tensors", lambda posting: _compare_tensors(posting, table, comm, may_call_alone)
     )
 
@@ -131,7 +131,7 @@ def compare_ddp_gradients(function: str, table: ShardTable, gradients: Shards) -
     """
     if devices.is_capturing():
         return False
-    return _compare(f"{function} of gradients of DDP", lambda posting: _compare_gradients(posting, table, gradients))
+    return compare(f"{function} of gradients of DDP", lambda posting: _compare_gradients(posting, table, gradients))
 
 
 def _compare_gradients(posting: Posting, table: ShardTable, gradients: Shards) -> str | None:
@@ -171,18 +171,19 @@ def _compare_gradients(posting: Posting, table: ShardTable, gradients: Shards) -
     return text
 
 
-def _compare(name: str, difference: Callable[[Posting], str | None]) -> bool:
+def compare(name: str, difference: Callable[[Posting], str | None], size: int | None = None) -> bool:
     """Compare with other ranks by their postings of a name, and warn if this rank differs.
 
     Args:
         name: of the postings.
         difference: returns how this rank differs from the first one that posted, or None.
+        size: number of ranks that may compare. None for all ranks of the job.
 
     Returns:
         Whether nothing is left to compare in later calls.
     """
     try:
-        posting = posting_of(name)
+        posting = posting_of(name, size)
         if posting is None or posting.is_settled:
             return True
         text = difference(posting)

@@ -13,7 +13,7 @@ from ..comm import Comm, missing_members
 from ..comm.ranks import Axis, Grid, Ranks
 from ..errors import ArgumentError, LayoutError
 
-__all__ = ["SplitOver", "group_ranks", "mesh_ranks", "name_from_description", "split_axes"]
+__all__ = ["SplitOver", "axis_ranks", "group_ranks", "mesh_ranks", "name_from_description", "split_axes"]
 
 _One: TypeAlias = DeviceMesh | dist.ProcessGroup | Comm
 SplitOver: TypeAlias = _One | Iterable[_One] | Mapping[str, _One] | None
@@ -73,7 +73,7 @@ def mesh_ranks(mesh: DeviceMesh) -> Ranks:
 _ranks_of_axes: weakref.WeakKeyDictionary[DeviceMesh, tuple[Ranks, ...]] = weakref.WeakKeyDictionary()
 
 
-def _axis_ranks(mesh: DeviceMesh) -> tuple[Ranks, ...]:
+def axis_ranks(mesh: DeviceMesh) -> tuple[Ranks, ...]:
     """Return the global ranks along each axis of a mesh, through this rank and in the order of the mesh.
 
     Raises:
@@ -132,7 +132,7 @@ def _axes(one: Any, name: str | None) -> Iterator[Axis]:
     """Yield the axes of one element of `split_over=`."""
     try:
         if isinstance(one, DeviceMesh):
-            ranks_of, grid = _axis_ranks(one), _root_grid(one)
+            ranks_of, grid = axis_ranks(one), _root_grid(one)
             for i, dim_name in enumerate(one.mesh_dim_names or (None,) * one.ndim):
                 yield Axis(ranks_of[i], name or dim_name, one.get_group(i).group_name, grid)
         elif isinstance(one, dist.ProcessGroup) or one == dist.GroupMember.NON_GROUP_MEMBER:

@@ -691,7 +691,9 @@ def warn_if_nothing_trains(parameters: Parameters, table: ShardTable) -> None:
 
 
 def _may_train(tensor: Tensor) -> bool:
-    if tensor.requires_grad or is_frozen(tensor) or not SOURCE_ATTRIBUTES.isdisjoint(tensor.__dict__):
+    # A gradient that was made for a further derivative requires one itself.
+    trains = tensor.requires_grad and (tensor.is_leaf or tensor.retains_grad)
+    if trains or is_frozen(tensor) or not SOURCE_ATTRIBUTES.isdisjoint(tensor.__dict__):
         return True
     return tensor.grad is not None or read_main_grad(tensor) is not None
 

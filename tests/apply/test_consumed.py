@@ -209,6 +209,8 @@ def pairs_of_modules() -> tuple[nn.Module, nn.Module]:
 OF_MODULE: dict[str, Callable[[nn.Module], Callable[[], object]]] = {
     "clipper": lambda module: GradClipper(module, distclip.global_norm(1.0)).clip,
     "clip_grad_norm_": lambda module: lambda: distclip.clip_grad_norm_(module.parameters(), 1.0),
+    "clip_grad_value_": lambda module: lambda: distclip.clip_grad_value_(module.parameters(), 0.1),
+    "clip_grads_with_norm_": lambda module: lambda: distclip.clip_grads_with_norm_(module, 1.0, torch.tensor(9.0)),
 }
 
 
@@ -263,3 +265,107 @@ def test_modules_that_wait_for_their_turn_do_not_warn(function: str, case: str) 
         assert texts_of(lambda: [call() for _ in range(6) for call in (*clips, quiet.step)]) == []
     else:
         assert texts_of(lambda: train_module(trained, clips)) == []
+
+
+# ---- Gradients that are gone, or that a closure replaces ----
+
+
+def train_within_backward(module: nn.Module, clip: Callable[[], object], *, set_to_none: bool, clips: bool) -> None:
+    """Step each parameter in a hook of the backward pass, and clip before that, or after the backward pass."""
+    optimizers = {param: SGD([param], lr=0.1) for param in module.parameters()}
+
+    def hook(param: Tensor) -> None:
+        if clips:
+            clip()
+        optimizers[param].step()  # type: ignore[index]
+        optimizers[param].zero_grad(set_to_none=set_to_none)  # type: ignore[index]
+
+    handles = [param.register_post_accumulate_grad_hook(hook) for param in module.parameters()]
+    for _ in range(6):
+        module(torch.ones(1, 2)).sum().backward()
+        if not clips:
+            clip()
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("function", OF_MODULE)
+def test_clip_after_an_optimizer_within_backward_warns_once(function: str, set_to_none: bool) -> None:
+    module, _ = pairs_of_modules()
+    clip = OF_MODULE[function](module)
+    (text,) = texts_of(lambda: train_within_backward(module, clip, set_to_none=set_to_none, clips=False))
+    if not set_to_none:
+        assert "has stepped with these gradients already" in text
+    elif function == "clipper":
+        assert "no gradient in 3 calls in a row" in text
+    else:
+        assert "SGD has stepped these parameters each time" in text
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("function", ["clip_grad_norm_", "clip_grad_value_"])
+def test_clip_within_backward_and_zero_gradients_are_silent(function: str, set_to_none: bool) -> None:
+    module, _ = pairs_of_modules()
+    clip = OF_MODULE[function](module)
+    assert texts_of(lambda: train_within_backward(module, clip, set_to_none=set_to_none, clips=True)) == []
+    # The first steps are not clipped, and the gradients of the later ones are 0.
+    still, _ = pairs_of_modules()
+    optimizer, late = SGD(still.parameters(), lr=0.1), OF_MODULE[function](still)
+
+    def train_with_zeros() -> None:
+        for step in range(12):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            (still(torch.ones(1, 2)).sum() * float(step < 4)).backward()
+            if step >= 4:
+                late()
+            optimizer.step()
+
+    assert texts_of(train_with_zeros) == []
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("place", ["before the step", "within the closure", "before a closure without backward"])
+@pytest.mark.parametrize("function", OF_MODULE)
+def test_clips_of_gradients_that_a_closure_replaces_warn_once(function: str, place: str, set_to_none: bool) -> None:
+    module, _ = pairs_of_modules()
+    clip, optimizer = OF_MODULE[function](module), SGD(module.parameters(), lr=0.1)
+
+    def closure() -> float:
+        optimizer.zero_grad(set_to_none=set_to_none)
+        loss = (module(torch.ones(1, 2)) + 3).square().sum()
+        loss.backward()
+        if place == "within the closure":
+            clip()
+        return float(loss.detach())
+
+    def run() -> None:
+        for _ in range(6):
+            if place != "within the closure":
+                closure()
+                clip()
+            optimizer.step(closure if place != "before a closure without backward" else lambda: 0.0)
+
+    texts = texts_of(run)
+    assert len(texts) == (place == "before the step")
+    assert all("the closure of the last optimizer step made other gradients" in text for text in texts)
+
+
+def test_an_attached_clipper_clips_what_a_closure_makes() -> None:
+    module, _ = pairs_of_modules()
+    optimizer = SGD(module.parameters(), lr=0.1)
+    clipper = GradClipper(module, distclip.global_norm(1.0))
+    clipper.attach(optimizer)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        module(torch.ones(1, 2)).sum().backward()
+        return 0.0
+
+    def run() -> None:
+        for _ in range(6):
+            closure()
+            clipper.clip()
+            optimizer.step(closure)
+
+    assert texts_of(run) == []
