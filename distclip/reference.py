@@ -103,27 +103,33 @@ def update_rms(grad: Tensor, moment: Tensor, beta: float, step: int, eps: float 
     return float((squares / current.clamp(min=eps**2)).mean().sqrt())
 
 
-def update_coefficients(
-    rms: Sequence[float], beta: float, max_rms: float = 1.0, recovery: float = 1.0, headroom: float = 1.25
-) -> list[float]:
+def update_coefficients(rms: Sequence[float], beta: float, max_rms: float = 1.0, recovery: float = 1.0) -> list[float]:
     """Compute the factors of one tensor's steps, from the RMS of every step with second moments.
 
     Args:
         rms: > 0, step by step.
         beta: β2.
         max_rms, recovery: see `distclip.update_clip`.
-        headroom: RMS in units of `max_rms` from which on the factors rise slowly.
 
-    Source: Wortsman et al. 2023, arXiv 2304.13013, algorithm 2, for recovery=0. The warm-up is ours.
+    Source: Wortsman et al. 2023, arXiv 2304.13013, algorithm 2, for recovery=0. The usual RMS and the warm-up are ours.
 
-    >>> update_coefficients([1.0, 5.0, 2.0, 1.0], 0.5, recovery=2.0)
-    [1.0, 0.2, 0.5, 0.75]
+    >>> [round(coef, 2) for coef in update_coefficients([2.0, 5.0, 2.5, 0.5], 0.99)]
+    [1.0, 0.2, 0.21, 0.26]
+    >>> update_coefficients([2.0, 5.0, 2.5, 0.5], 0.99, recovery=0)
+    [0.5, 0.2, 0.4, 1.0]
     """
-    coefs, ceiling = [], 1.0
+    if not recovery:
+        return [min(1.0, max_rms / value) for value in rms]
+    coefs, coef, usual = [], 1.0, 1.0
     for value in rms:
-        if recovery:
-            ceiling = min(1.0, ceiling + (1 - beta) / recovery, headroom * max_rms / value)
-        coefs.append(min(ceiling, max_rms / value))
+        before, coef = coef, min(1.0, coef + (1 - beta) / recovery)
+        if value <= max(max_rms, 1.5 * usual):
+            coef = max(coef, min(1.0, before + 0.05, max(max_rms, usual) / value))
+        if value > max(max_rms, 3 * usual):
+            coef = min(coef, max_rms / value)
+        coefs.append(coef)
+        if coef == 1:
+            usual += 0.01 * (value - usual)
     return coefs
 
 

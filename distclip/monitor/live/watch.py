@@ -175,7 +175,7 @@ def make_view(log: Log | None, screen: Screen, *, is_over: bool) -> RenderableTy
         lines.append(Text(f"and {len(alarms) - MAX_ALARMS:,} earlier alarms", "dim"))
     elif not alarms:
         lines.append(Text("no alarms", "green"))
-    lines.append(Text("the run has ended" if is_over else "running, Ctrl-C ends this view", "dim"))
+    lines.append(Text("the run has ended" if is_over else "running", "dim"))
     return Group(*lines)
 
 
