@@ -32,7 +32,7 @@ from .norms.spec import NormSpec
 from .policies.norm_policy import coefficient
 from .policies.validation import check_flags, to_float
 from .policies.value import value
-from .replicas.described import compare_split, warn_of_missing_stages
+from .replicas.described import compare_split, undescribed_stages
 from .replicas.guard import ReplicaGuard
 from .replicas.incidents import ReplicaLog
 from .replicas.rules import RULES as REPLICA_RULES
@@ -303,16 +303,15 @@ def _measure(
     if totals.replicas_differ.host:
         guard.resolve(counter.count, shards, comm)
         counter.rounded_replicas = guard.rounded
-    if is_derived and clips and warn_of_missing_stages(function, table):
-        table.metadata.was_compared = True
     if is_derived and not table.metadata.was_compared:
         # No communicator connects this rank with all others, and later calls need not look for them either.
         if table.is_complete:
             table.metadata.was_compared = compare_ddp_gradients(function, table, shards)
-        elif is_unlinked(table, comm):
-            table.metadata.was_compared = compare_tensors(function, table, comm)
-        elif clips and axes:
-            table.metadata.was_compared = compare_split(function, table, shards)
+        else:
+            settled = not is_unlinked(table, comm) or compare_tensors(function, table, comm)
+            if axes or undescribed_stages(table) is not None:
+                settled = (clips and compare_split(function, table, shards)) and settled
+            table.metadata.was_compared = settled
     if not shards:
         warn_if_nothing_trains(tensors, table)
         if clips:

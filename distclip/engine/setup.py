@@ -19,7 +19,7 @@ from ..norms.spec import NormSpec
 from ..policies import Policy
 from ..policies.description import describe
 from ..policies.validation import check_flags
-from ..replicas.described import warn_of_missing_stages
+from ..replicas.described import undescribed_stages
 from ..replicas.rules import Replicas
 from ..replicas.unlinked import compare_tensors, is_unlinked
 from ..sharding.ddp import ddp_modules
@@ -49,7 +49,7 @@ class Setup:
         token: equal on the ranks of this clipper, and of no other one.
         ddp_modules: that may join uneven inputs.
         compares_tensors: whether ranks that no communicator connects may still tell this one that their tensors differ.
-        compares_split: whether ranks along an axis of `split_over=` may still tell this one that they are replicas.
+        compares_split: whether other ranks may still show that `split_over=` is wrong, see `compare_split`.
     """
 
     table: ShardTable
@@ -130,12 +130,7 @@ def set_up(
     # Ranks that no communicator connects compare names and shapes through the store, without waiting.
     compares_tensors = False
     checks = is_derived and replicas != "off"
-    if (
-        checks
-        and not warn_of_missing_stages("GradClipper", table)
-        and not table.is_complete
-        and is_unlinked(table, comm)
-    ):
+    compares_split = checks and (bool(axes) or undescribed_stages(table) is not None)
+    if checks and not table.is_complete and is_unlinked(table, comm):
         compares_tensors = not compare_tensors("GradClipper", table, comm, may_call_alone=False)
-    compares_split = checks and bool(axes)
     return Setup(table, comm, slots, spec, coverage, replicas, token, joining, compares_tensors, compares_split)

@@ -1,22 +1,23 @@
-"""Compare `split_over=` with what shows in the first call: an axis of stages that it lacks, or an axis of replicas.
+"""Compare `split_over=` with what shows in the first calls: an axis of stages that it lacks, or an axis of replicas.
 
 `distclip.audit` proves a layout. These two mistakes show without a collective. Parameters on a part of a mesh have the
-names of its other axes, and one of them can be that of pipeline stages. Replicas have equal parameters and equal
-gradients, which ranks with different parameters do not.
+names of its other axes, and one of them can be that of pipeline stages, which call as well. Replicas have equal
+parameters and equal gradients, which ranks with different parameters do not.
 """
 
 from __future__ import annotations
 
 import weakref
 import zlib
+from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from .. import devices
 from ..comm.postings import Posting
-from ..comm.ranks import Axis, is_data_axis, is_stage_axis, rank_list, rank_set
-from ..errors import ReplicaWarning, warn_user
+from ..comm.ranks import Axis, Ranks, is_data_axis, is_stage_axis, rank_list, rank_set
 from ..norms.kernels import checksums
 from ..sharding.dtensor import is_dtensor
 from ..sharding.shard import Shards
@@ -24,47 +25,59 @@ from ..sharding.split_over import axis_ranks
 from ..sharding.table import ShardTable, TableMetadata
 from .unlinked import compare
 
-__all__ = ["compare_split", "warn_of_missing_stages"]
-
-_checked: weakref.WeakSet[TableMetadata] = weakref.WeakSet()
-"""Tables whose meshes have been looked at."""
+__all__ = ["compare_split", "undescribed_stages"]
 
 
-def warn_of_missing_stages(function: str, table: ShardTable) -> bool:
-    """Warn if the mesh of the parameters has an axis of stages that nothing describes.
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Axis of pipeline stages that neither placements nor `split_over=` describe.
 
     Args:
-        function: that the user called, without `comm`.
-        table: of this rank.
-
-    Returns:
-        Whether there was a warning.
-
-    Collectives: none. Host syncs: none.
+        name: of the axis.
+        ranks: along it, through this rank.
+        mesh: description of the mesh that the parameters are on.
+        number: of the stages along these ranks so far. Only calls with the same one are compared.
     """
-    if table.metadata in _checked:
-        return False
-    _checked.add(table.metadata)
+
+    name: str
+    ranks: Ranks
+    mesh: str
+    number: int
+
+
+_found: weakref.WeakKeyDictionary[TableMetadata, Stages | None] = weakref.WeakKeyDictionary()
+_numbers: Counter[Ranks] = Counter()
+
+
+def undescribed_stages(table: ShardTable) -> Stages | None:
+    """Return the axis of stages that the meshes of parameters have and nothing describes, or None.
+
+    Equal meshes can be parts of different ones, and torch hands out any of them. So it may be an axis of another model,
+    and `compare_split` warns only if the other stages call too.
+
+    Args:
+        table: of this rank.
+    """
+    if table.metadata not in _found:
+        _found[table.metadata] = _find_stages(table)
+    return _found[table.metadata]
+
+
+def _find_stages(table: ShardTable) -> Stages | None:
     sharded = [tensor for tensor in table.tensors if is_dtensor(tensor)]
     covered = [frozenset(axis.ranks) for axis in table.axes]
     covered += [layout.members for layout in {id(one): one for one in table.layouts}.values()]
     for mesh in {id(tensor.device_mesh): tensor.device_mesh for tensor in sharded}.values():
         root = mesh._get_root_mesh()
         for name, ranks in zip(root.mesh_dim_names or (), axis_ranks(root), strict=False):
-            if not is_stage_axis(name) or len(ranks) == 1 or any(other.issuperset(ranks) for other in covered):
-                continue
-            warn_user(
-                f"{function}: the parameters are on {mesh}, and neither their placements nor split_over= describe "
-                f'mesh["{name}"], with stages on {rank_list(ranks)}, so that the stages clip by different norms. '
-                f'Pass split_over=mesh["{name}"].',
-                ReplicaWarning,
-            )
-            return True
-    return False
+            if is_stage_axis(name) and len(ranks) > 1 and not any(other.issuperset(ranks) for other in covered):
+                _numbers[ranks] += 1
+                return Stages(name, ranks, str(mesh), _numbers[ranks])
+    return None
 
 
 def compare_split(function: str, table: ShardTable, gradients: Shards) -> bool:
-    """Compare this rank with others along the axes of `split_over=` named as data parallelism.
+    """Compare this rank with others along undescribed stages, and along axes named as data parallelism.
 
     Args:
         function: that the user called; only calls of the same function are compared.
@@ -76,14 +89,35 @@ def compare_split(function: str, table: ShardTable, gradients: Shards) -> bool:
 
     Collectives: none. Host syncs: a few on an accelerator, in the first call.
     """
+    stages = undescribed_stages(table)
     named = [(i, axis) for i, axis in enumerate(table.axes) if is_data_axis(axis.name) and len(axis.ranks) > 1]
-    if not named or devices.is_capturing():
-        return not named
+    if devices.is_capturing():
+        return stages is None and not named
     settled = [
         compare(f"{function} along {axis.identity}", partial(_compare, table, gradients, i, axis), size=len(axis.ranks))
         for i, axis in named
     ]
+    if stages is not None:
+        find = partial(_find_other_stage, function, stages)
+        name = f"{function} on stages {stages.ranks} {stages.number}"
+        settled.append(compare(name, find, size=len(stages.ranks)))
     return all(settled)
+
+
+def _find_other_stage(function: str, stages: Stages, posting: Posting) -> str | None:
+    """Return a description of stages that call with norms that do not include each other, or None."""
+    reads = posting.begin_call()
+    if posting.num_calls > 1:
+        return posting.read_difference() if reads else None
+    if posting.post("") is None:
+        return None
+    text = (
+        f"{function}: the parameters are on {stages.mesh}, and neither their placements nor split_over= describe "
+        f'mesh["{stages.name}"], with stages on {rank_list(stages.ranks)}, so that the stages clip by different norms. '
+        f'Pass split_over=mesh["{stages.name}"].'
+    )
+    posting.settle_different(text)
+    return text
 
 
 def _compare(table: ShardTable, gradients: Shards, i: int, axis: Axis, posting: Posting) -> str | None:

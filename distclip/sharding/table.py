@@ -691,8 +691,8 @@ def warn_if_nothing_trains(parameters: Parameters, table: ShardTable) -> None:
 
 
 def _may_train(tensor: Tensor) -> bool:
-    # A gradient that was made for a further derivative requires one itself.
-    trains = tensor.requires_grad and (tensor.is_leaf or tensor.retains_grad)
+    # A gradient that was made for a further derivative requires one itself. FSDP1's parameters are views after forward.
+    trains = tensor.requires_grad and (tensor.is_leaf or tensor.retains_grad or tensor._is_view())
     if trains or is_frozen(tensor) or not SOURCE_ATTRIBUTES.isdisjoint(tensor.__dict__):
         return True
     return tensor.grad is not None or read_main_grad(tensor) is not None

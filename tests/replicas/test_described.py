@@ -47,7 +47,7 @@ def calls_of(function: str, params: Any, **split: Any) -> Callable[[], object]:
 @on_ranks(4)
 @pytest.mark.parametrize("function", CALLS)
 def test_stages_along_an_axis_that_nothing_describes_warn_on_all_ranks(function: str) -> None:
-    mesh = world_mesh("pp", "dp")
+    mesh = world_mesh("dp", "pp")
     stage = mesh["pp"].get_local_rank()
     for split in ({}, {"split_over": mesh["dp"]}):
         found = texts_of(

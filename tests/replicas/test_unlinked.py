@@ -137,9 +137,9 @@ def in_groups(call: Callable[[], object]) -> list[int]:
     return [sum(counts[:2]), sum(counts[2:])]
 
 
-def stage_tensors(*shapes: tuple[int, ...], of: str = "dtensor", axis: str = "half") -> list[torch.Tensor]:
+def stage_tensors(*shapes: tuple[int, ...], of: str = "dtensor") -> list[torch.Tensor]:
     """Return tensors that ranks 0 and 1 share, and ranks 2 and 3: DTensors, or plain tensors with an annotation."""
-    mesh = world_mesh(axis, "dp")["dp"]
+    mesh = world_mesh("half", "part")["part"]
     grads = [random_grad(*shape) for shape in shapes]
     if of == "dtensor":
         return [dtensor_param(grad, mesh, [Shard(0)]) for grad in grads]
