@@ -71,4 +71,6 @@ else:
         return globals()[name]
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__getattr__("__all__")})
+        modules = ("errors", "extend", "integrations", "monitor", "policies", "recipes", "reference", "testing")
+        own = (name for name in globals() if name.startswith("__") and name.endswith("__"))
+        return sorted({*own, *modules, *__getattr__("__all__")})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import pytest
 import torch
 
 import distclip
 from distclip import reference
+from tests.repo.source import ROOT
 
 DROP_INS = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
 
@@ -17,6 +19,14 @@ def test_all_is_complete() -> None:
     public = [n for n, v in vars(distclip).items() if not n.startswith("_") and not inspect.ismodule(v)]
     # ruff checks the order.
     assert sorted(distclip.__all__) == sorted([*public, "__version__"])
+
+
+def test_completion_shows_the_names_of_the_reference() -> None:
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "reference").glob("*.md"))
+    modules = {name for name in re.findall(r"^::: distclip[.](\w+)", pages, re.M) if name not in distclip.__all__}
+    shown = {name for name in dir(distclip) if not name.startswith("__")}
+    # Pages about single modules that the names of the package come from.
+    assert shown | {"__version__"} == {*distclip.__all__, *modules - {"auditing", "comm"}}
 
 
 @pytest.mark.parametrize("name", [n for n in distclip.__all__ if not n.startswith("__")])
