@@ -79,6 +79,8 @@ def watch_backward(param: Tensor) -> None:
         return
     if type(local) not in (Tensor, torch.nn.Parameter) or local.device.type == "meta" or local.is_inference():
         return
+    # The record of a tensor that is gone, and had the same id, has the place of an older one.
+    _records.pop(id(param), None)
     record = _records[id(param)] = _Record(None)
     record.handle = param.register_post_accumulate_grad_hook(_remember)  # type: ignore[no-untyped-call]
     while len(_records) > _MAX_WATCHED:

@@ -133,10 +133,11 @@ def warn_of_late_clip(function: str, table: ShardTable, stepped: Sequence[Tensor
         table: of the parameters.
         stepped: see `find_stepped`.
     """
-    replaced = [param for param in _sample(table) if _replaced.pop(id(param), ()) is None]
+    sample = _sample(table)
+    replaced = [param for param in sample if _replaced.pop(id(param), ()) is None]
     found = stepped or replaced
-    # A wrong order is wrong in every step.
-    if not found or any(vars(param).get(_WARNED) for param in found):
+    # A wrong order is wrong in every step, and may be found for some parameters later than for others.
+    if not found or any(vars(param).get(_WARNED) for param in sample):
         return
     vars(found[0])[_WARNED] = True
     ids = set(map(id, found))

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 
 import distclip
 from distclip import GradClipper, UnclippedStepWarning
+from distclip.apply import by_hand
 from tests.ranks import on_ranks
 
 Write = Callable[[nn.Module, list[nn.Parameter], list[Tensor]], object]
@@ -114,6 +115,17 @@ def test_a_parameter_at_the_address_of_an_earlier_one_is_looked_at() -> None:
         assert len(find(model, STEPS["other data"], nothing)) == 1
         assert len(ids) < 1000
         del model
+
+
+def test_many_watched_parameters_and_one_at_an_earlier_address_warn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_hand, "_records", {})
+    model, others = make_model(), [nn.Parameter(torch.ones(2)) for _ in range(by_hand._MAX_WATCHED)]
+    for other in others:
+        by_hand.watch_backward(other)
+    # The oldest record is that of a parameter that is gone, and had the id of one of the model.
+    (_, oldest), *records = by_hand._records.items()
+    monkeypatch.setattr(by_hand, "_records", dict([(id(model[0].weight), oldest), *records]))
+    assert len(find(model, STEPS["sgd"], nothing)) == 1
 
 
 @on_ranks(2)
