@@ -45,7 +45,6 @@ __all__ = [
     "rounds_grad_scale",
     "runs_triton",
     "simulated_ranks",
-    "with_real_numbers",
     "without_autograd",
 ]
 
@@ -381,22 +380,6 @@ def without_autograd(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.is_grad_enabled():
-            return function(*args, **kwargs)
-        with torch.no_grad():
-            return function(*args, **kwargs)
-
-    return call
-
-
-def with_real_numbers(function: Callable[P, R]) -> Callable[P, R]:
-    """Compute a function without autograd, outside of FakeTensorMode and LocalTensorMode."""
-    without_modes = outside_fake_mode(without_autograd(function))
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch._C._len_torch_dispatch_stack() > 0:
-            return without_modes(*args, **kwargs)
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
         with torch.no_grad():

@@ -21,7 +21,7 @@ from .comm.agreement import Call
 from .comm.consensus import FirstError
 from .comm.discovery import call_counter, resolve_comm
 from .comm.ranks import Axis
-from .devices import Fact, accumulation_dtype, device_constant, is_capturing, with_real_numbers
+from .devices import Fact, accumulation_dtype, device_constant, is_capturing, outside_fake_mode, without_autograd
 from .engine import measure_all_ranks, run
 from .errors import ArgumentError, NonFiniteError, short_repr
 from .graphs import functional as graph
@@ -52,7 +52,8 @@ _REPLICA_LOG = ReplicaLog()
 
 
 @in_graph(graph.clip_grad_norm_, graph.reason_against_clip)
-@with_real_numbers
+@outside_fake_mode
+@without_autograd
 def clip_grad_norm_(
     parameters: Parameters,
     max_norm: float,
@@ -134,7 +135,8 @@ def clip_grad_norm_(
 
 
 @in_graph(graph.get_total_norm, graph.reason_against_norm)
-@with_real_numbers
+@outside_fake_mode
+@without_autograd
 def get_total_norm(
     tensors: Parameters,
     norm_type: float = 2.0,
@@ -174,7 +176,8 @@ def get_total_norm(
 
 
 @in_graph(graph.clip_grads_with_norm_, graph.reason_against_bound)
-@with_real_numbers
+@outside_fake_mode
+@without_autograd
 def clip_grads_with_norm_(
     parameters: Parameters, max_norm: float, total_norm: Tensor, foreach: bool | None = None
 ) -> None:
@@ -212,7 +215,8 @@ def clip_grads_with_norm_(
 
 
 @in_graph(graph.clip_grad_value_, graph.reason_against_limits)
-@with_real_numbers
+@outside_fake_mode
+@without_autograd
 def clip_grad_value_(
     parameters: Parameters, clip_value: float | tuple[float, float], foreach: bool | None = None
 ) -> None:

@@ -24,7 +24,7 @@ from torch._compile import _disable_dynamo
 from .. import devices
 from ..sharding.dtensor import local_of
 
-__all__ = ["find_steps_by_hand", "num_passes", "watch_backward"]
+__all__ = ["find_steps_by_hand", "first_elements", "num_passes", "watch_backward"]
 
 _NUM_CALLS = 4
 """Number of calls that look. A wrong order is wrong in every step."""
@@ -127,7 +127,7 @@ def find_steps_by_hand(params: Sequence[Tensor]) -> list[Tensor]:
             record.handle.remove()
             del _records[id(param)]
             vars(param)[_LOOKED_AT] = id(param)
-    return [param for param, values in written if _is_step(param, values)] if written else []
+    return [param for param, values in written if _is_step(param, values)]
 
 
 @_disable_dynamo
@@ -137,7 +137,7 @@ def _remember(param: Tensor) -> None:
     if record is None or record.num_passes >= _MAX_PASSES or devices.is_capturing():
         return
     record.num_passes += 1
-    record.version, record.values = _version_of(param), _first_elements(param).clone()
+    record.version, record.values = _version_of(param), first_elements(param).clone()
 
 
 def _version_of(param: Tensor) -> int:
@@ -146,7 +146,8 @@ def _version_of(param: Tensor) -> int:
     return param._version + local_of(param)._version
 
 
-def _first_elements(tensor: Tensor) -> Tensor:
+def first_elements(tensor: Tensor) -> Tensor:
+    """Return a view of the first elements of a tensor on this rank, which show whether it was written."""
     return local_of(tensor).detach().reshape(-1)[:_NUM_ELEMENTS]
 
 
@@ -160,7 +161,7 @@ def _is_step(param: Tensor, old: Tensor | None) -> bool:
     grad = param.grad
     if grad is None or old is None or local_of(grad).layout is not torch.strided:
         return False
-    now, grad = _first_elements(param), _first_elements(grad)
+    now, grad = first_elements(param), first_elements(grad)
     if not now.shape == grad.shape == old.shape or not now.is_floating_point():
         return False
     eps = torch.finfo(now.dtype).eps

@@ -26,6 +26,7 @@ from ..errors import UnclippedStepWarning, warn_user
 from ..sharding.dtensor import local_of
 from ..sharding.table import ShardTable, TableMetadata
 from .by_hand import find_steps_by_hand, num_passes, watch_backward
+from .step_gate import closure_in
 
 __all__ = [
     "find_stepped",
@@ -197,7 +198,8 @@ def _is_watched(param: Tensor) -> bool:
 @_disable_dynamo
 def _remember_versions(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Remember the versions of gradients before a step, in which some optimizers write gradients."""
-    has_closure = _has_closure(args, kwargs)
+    # The first argument is the optimizer.
+    has_closure = closure_in(args[1:], kwargs) is not None
     for key, grad, version in _gradients_of(optimizer):
         _before[key] = version
         if has_closure and vars(grad).get(_MARK) == (version, _CLIPPED):
@@ -233,11 +235,6 @@ def _note_replaced(key: int, grad: Tensor) -> None:
     # An optimizer may write gradients too, but it runs no backward pass.
     if num_passes(key) > passes and not was_clipped_again:
         _replaced[key] = None
-
-
-def _has_closure(args: Any, kwargs: Any) -> bool:
-    # The first argument is the optimizer.
-    return any(map(callable, (*args[1:2], kwargs.get("closure"))))
 
 
 def _gradients_of(optimizer: Optimizer) -> list[tuple[int, Tensor, int]]:
@@ -299,5 +296,5 @@ def _version_of(grad: Tensor | None) -> int | None:
     """Return a number that changes with every write, or None for a gradient without one."""
     if grad is None:
         return None
-    local = grad if type(grad) is Tensor else local_of(grad)
+    local = local_of(grad)
     return None if local.is_inference() else local._version

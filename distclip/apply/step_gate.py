@@ -21,7 +21,16 @@ from ..errors import NonFiniteError
 from ..sharding.megatron import read_main_grad
 from .grad_scaler import parameters_of
 
-__all__ = ["StepGate", "StepListener", "gate_of", "hold_still", "is_of_torch", "release", "undone_on_error"]
+__all__ = [
+    "StepGate",
+    "StepListener",
+    "closure_in",
+    "gate_of",
+    "hold_still",
+    "is_of_torch",
+    "release",
+    "undone_on_error",
+]
 
 T = TypeVar("T")
 
@@ -129,7 +138,7 @@ class StepGate:
         marks: Marks = [(listener, listener.mark()) for listener in self.listeners]
         # The classes of torch change nothing before the closure has returned, except LBFGS.
         may_move = isinstance(optimizer, LBFGS) or not is_of_torch(optimizer)
-        closure = _closure_in(args, kwargs)
+        closure = closure_in(args, kwargs)
         saved = _Snapshot(optimizer) if closure is not None and may_move else None
         self._depth, self._has_run = 1, False
 
@@ -157,7 +166,7 @@ class StepGate:
         if not self.listeners or (self._depth and self._has_run):
             return None
         self._has_run = True
-        closure = _closure_in(args[1:], kwargs)
+        closure = closure_in(args[1:], kwargs)
         if closure is None:
             if not self._is_cancelled(optimizer):
                 return None
@@ -218,7 +227,8 @@ def _copy(state: Any) -> Any:
     return {key: list(value) if isinstance(value, list) else value for key, value in copies.items()}
 
 
-def _closure_in(args: Sequence[Any], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
+def closure_in(args: Sequence[Any], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
+    """Return the closure among the arguments of an optimizer's step, or None."""
     found = kwargs.get("closure", args[0] if args else None)
     return found if callable(found) else None
 
@@ -260,7 +270,7 @@ def _hold(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
     for key, (reference, _) in _held.copy().items():
         if reference() is None:
             del _held[key]
-    if is_of_torch(optimizer) or _closure_in(args[1:], kwargs) or "param_groups" not in vars(optimizer):
+    if is_of_torch(optimizer) or closure_in(args[1:], kwargs) or "param_groups" not in vars(optimizer):
         # A wrapper that shows the groups of other optimizers steps these, which have their hooks.
         return None
     params = parameters_of([optimizer])

@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..errors import UnclippedStepWarning, warn_user
 from ..sharding.dtensor import local_of
 from ..sharding.table import ShardTable, TableMetadata
+from .by_hand import first_elements
 from .grad_scaler import parameters_of
 
 __all__ = ["await_steps", "warn_if_unstepped"]
@@ -38,9 +39,6 @@ _MAX_CALLS = 16
 
 _MAX_NAMED = 3
 """Number of parameters whose values are compared, and that the warning names."""
-
-_NUM_ELEMENTS = 64
-"""Number of elements of a parameter that are compared."""
 
 _MAX_OPTIMIZERS = 64
 """Number of optimizers that are remembered. With more, nothing is found."""
@@ -116,7 +114,7 @@ def warn_if_unstepped(function: str, table: ShardTable) -> None:
     still = (known.unstepped or unstepped) & unstepped
     if still != known.unstepped:
         known.unstepped, known.num_missed = still, 0
-        known.values = {i: _first_elements(tensors[i]).clone() for i in sorted(still)[:_MAX_NAMED]}
+        known.values = {i: first_elements(tensors[i]).clone() for i in sorted(still)[:_MAX_NAMED]}
     known.num_missed += 1
     if not still or known.num_missed < _MANY:
         return
@@ -136,15 +134,11 @@ def warn_if_unstepped(function: str, table: ShardTable) -> None:
 
 def _is_idle(param: Tensor, old: Tensor) -> bool:
     """Return whether a parameter with a gradient other than 0 has the same values as before."""
-    now = _first_elements(param)
+    now = first_elements(param)
     if param.grad is None or local_of(param.grad).is_meta or now.shape != old.shape:
         return False
     local = local_of(param.grad)
     return bool((local._values() if local.is_sparse else local).any()) and torch.equal(now, old)
-
-
-def _first_elements(tensor: Tensor) -> Tensor:
-    return local_of(tensor).detach().reshape(-1)[:_NUM_ELEMENTS]
 
 
 @_disable_dynamo

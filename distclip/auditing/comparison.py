@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..comm.ranks import Ranks, is_data_axis, is_model_axis, is_stage_axis
+from ..comm.ranks import EXPERTS, STAGES, TENSORS, Ranks, is_data_axis, is_model_axis, is_stage_axis
 from .facts import Facts, Holding
 from .instances import Instance, Member
 from .lines import AxisLines, axis_lines, find_axis
@@ -22,9 +22,6 @@ from .words import describe_names, describe_ranks, on_ranks, parameter_code, pla
 
 __all__ = ["compare_values"]
 
-_STAGES = (r"(^|_)(pp|pipe\w*|stages?)(_|$)",)
-_EXPERTS = (r"(^|_)(ep|experts?|moe)(_|$)",)
-_SHARDS = (r"(^|_)(tp|tensor\w*|mp|model\w*)(_|$)",)
 _EXPERT_NAME = re.compile(r"expert|moe", flags=re.IGNORECASE)
 
 
@@ -241,7 +238,7 @@ class _Comparison:
         members = [member for member in conflict.held.values() if member is not None]
         first = next(member for member in members if "annotate_" in member.holding.source)
         unannotated = [m.rank for m in members if "annotate_" not in m.holding.source]
-        axis = self._axis_of_conflicts([conflict], _SHARDS)
+        axis = self._axis_of_conflicts([conflict], (TENSORS,))
         where = axis.code("tp") if axis else "mesh[...]"
         if unannotated:
             kind, what = (
@@ -273,9 +270,9 @@ class _Comparison:
         )
         are_experts = all(_EXPERT_NAME.search(name) for name in names)
         equal = self._equal_plain_names(names)
-        preferred: tuple[str, ...] = (*_STAGES, *_EXPERTS, *_SHARDS)
+        preferred: tuple[str, ...] = (STAGES, EXPERTS, TENSORS)
         if are_experts or (equal and not is_absent):
-            preferred = (*_EXPERTS, *_SHARDS, *_STAGES) if are_experts else (*_SHARDS, *_EXPERTS, *_STAGES)
+            preferred = (EXPERTS, TENSORS, STAGES) if are_experts else (TENSORS, EXPERTS, STAGES)
         axis = self._axis_of_conflicts(conflicts, preferred)
         placeholder = "pp" if is_absent or not (are_experts or equal) else "ep" if are_experts else "tp"
         code = axis.code(placeholder) if axis else f'mesh["{placeholder}"]'
@@ -398,7 +395,7 @@ class _Comparison:
             a, b = held.get(one), held.get(two)
             return a is not None and b is not None and a.equals(b) is equal
 
-        return find_axis(self.axes, sorted(held), is_so, lambda one, two: not is_so(one, two), _SHARDS)
+        return find_axis(self.axes, sorted(held), is_so, lambda one, two: not is_so(one, two), (TENSORS,))
 
     def _describe_difference(self, conflict: _Conflict) -> str:
         ranks = sorted(conflict.held)
@@ -489,7 +486,7 @@ class _Comparison:
         holders = frozenset(ranks)
         axes = [AxisLines(axis.name, tuple(filter(holders.issuperset, axis.lines))) for axis in self.axes]
         along = [axis.name or "" for axis in self.by_rank[one.rank].axes if two.rank in axis.ranks]
-        patterns = (*(rf"^{re.escape(name)}$" for name in along if name), *_STAGES)
+        patterns = (*(rf"^{re.escape(name)}$" for name in along if name), STAGES)
         axis = find_axis(
             [axis for axis in axes if axis.lines],
             {one.rank, two.rank},

@@ -16,6 +16,9 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 __all__ = [
+    "EXPERTS",
+    "STAGES",
+    "TENSORS",
     "Axis",
     "Grid",
     "Ranks",
@@ -26,6 +29,9 @@ __all__ = [
     "digest_of",
     "encode_ranks",
     "grid_of_lines",
+    "is_data_axis",
+    "is_model_axis",
+    "is_stage_axis",
     "is_tensor_axis",
     "pack_ranks",
     "rank_list",
@@ -200,9 +206,14 @@ def is_tensor_axis(name: str | None) -> bool:
     return name is not None and (name == "tp" or "tensor" in name)
 
 
-_STAGES = re.compile(r"(^|_)(pp|pipe\w*|stages?)(_|$)")
-_MODEL_PARALLEL = re.compile(r"(^|_)(ep|experts?|moe|tp|tensor\w*|mp|model\w*)(_|$)")
-_DATA_PARALLEL = re.compile(r"(^|_)(dp|ddp|data\w*|fsdp|hsdp|replicate|replicas?)(_|$)")
+STAGES = r"(^|_)(pp|pipe\w*|stages?)(_|$)"
+"""Pattern of the names of axes of pipeline stages."""
+EXPERTS = r"(^|_)(ep|experts?|moe)(_|$)"
+"""Pattern of the names of axes of expert parallelism."""
+TENSORS = r"(^|_)(tp|tensor\w*|mp|model\w*)(_|$)"
+"""Pattern of the names of axes of tensor parallelism."""
+_DATA = r"(^|_)(dp|ddp|data\w*|fsdp|hsdp|replicate|replicas?)(_|$)"
+"""Pattern of the names of axes of data parallelism."""
 
 
 def is_stage_axis(name: str | None) -> bool:
@@ -211,7 +222,7 @@ def is_stage_axis(name: str | None) -> bool:
     >>> is_stage_axis("pp"), is_stage_axis("pipeline_model_parallel"), is_stage_axis("dp"), is_stage_axis(None)
     (True, True, False, False)
     """
-    return name is not None and bool(_STAGES.search(name))
+    return name is not None and bool(re.search(STAGES, name))
 
 
 def is_model_axis(name: str | None) -> bool:
@@ -220,7 +231,7 @@ def is_model_axis(name: str | None) -> bool:
     >>> is_model_axis("ep"), is_model_axis("pp"), is_model_axis("dp"), is_model_axis(None)
     (True, True, False, False)
     """
-    return is_stage_axis(name) or (name is not None and bool(_MODEL_PARALLEL.search(name)))
+    return name is not None and any(re.search(pattern, name) for pattern in (STAGES, EXPERTS, TENSORS))
 
 
 def is_data_axis(name: str | None) -> bool:
@@ -229,7 +240,7 @@ def is_data_axis(name: str | None) -> bool:
     >>> is_data_axis("dp_replicate"), is_data_axis("fsdp"), is_data_axis("pp"), is_data_axis(None)
     (True, True, False, False)
     """
-    return name is not None and bool(_DATA_PARALLEL.search(name))
+    return name is not None and bool(re.search(_DATA, name))
 
 
 def rank_list(ranks: Sequence[int]) -> str:

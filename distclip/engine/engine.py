@@ -39,7 +39,6 @@ from ..devices import (
     as_fact,
     device_constant,
     outside_fake_mode,
-    with_real_numbers,
     without_autograd,
 )
 from ..errors import ArgumentError, warn_user
@@ -852,13 +851,15 @@ class Engine:
         return device_constant(self.slots.excluded_by_slot, device, torch.bool)
 
 
-@with_real_numbers
+@outside_fake_mode
+@without_autograd
 def _begin_decision(decision: Generator[Shards, bool, Outcome]) -> Shards:
     """Run `Engine._decide` until the all-reduce has begun, and return this rank's shards."""
     return begin(decision)
 
 
-@with_real_numbers
+@outside_fake_mode
+@without_autograd
 def _finish_decision(decision: Generator[Shards, bool, Outcome], *, must_read: bool) -> Outcome:
     """Run `Engine._decide` from the all-reduce to its end."""
     return complete(decision, must_read)

@@ -19,7 +19,7 @@ from .. import devices
 from ..comm.agreement import Call, CallCounter
 from ..comm.ranks import Ranks
 from ..devices import device_constant, on_one_thread
-from ..sharding.shard import ShardInfo, ShardInfos, Shards
+from ..sharding.shard import ShardInfos, Shards
 from .kernels import checksums, power_sums, powers_by_row
 from .kernels.torch_ops import identity
 from .limits import any_out_of_limits
@@ -195,11 +195,8 @@ def _powers_by_slot(
         shards = shards.merged
     infos, whole, others = shards.infos.whole
     # Metadata and gradients are columns. A `Shard` for each of many gradients takes longer than its norm.
-    by_row: list[tuple[ShardInfo, Tensor]] = []
-    has_fp64 = False
-    if others:
-        by_row = [(shards.infos[i], shards.grads[i]) for i in others if not shards.infos[i].partial_sums]
-        has_fp64 = any(shards.grads[i].dtype in _FLOAT64 for i in others)
+    by_row = [(shards.infos[i], shards.grads[i]) for i in others if not shards.infos[i].partial_sums]
+    has_fp64 = any(shards.grads[i].dtype in _FLOAT64 for i in others)
     per_tensor: list[PerTensorPowers] = []
     replicas: list[PerTensorChecksums] = []
 
