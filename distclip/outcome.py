@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .devices import NEVER, Fact, host_reads_free, on_one_thread, outside_fake_mode
-from .norms.measure import PerTensorPowers
+from .norms.per_tensor import PerTensorPowers
 from .norms.reduce import Totals
 from .norms.tensor_norms import TensorNorms
 from .sharding.shard import Shards
@@ -132,6 +132,23 @@ class Outcome:
             factors = self.skip.select(torch.ones_like(factors), factors)
         return factors if self.tensor_norms is None else self.tensor_norms.expand(factors)
 
+    @cached_property
+    def is_scaled(self) -> Tensor:
+        """Whether any coefficient is not 1, a 0-d bool on their device."""
+        with on_one_thread(self.coefs.numel(), self.coefs.device):
+            if not self.coefs.numel() or not host_reads_free(self.coefs.device):
+                return self.coefs.ne(1.0).any()
+            # A fifth of the time on a CPU. A NaN is the least and the largest, and is not 1.
+            least, most = self.coefs.aminmax()
+            return least.ne(1.0) | most.ne(1.0)
+
+    @property
+    def scales_nothing(self) -> bool:
+        """True if the host finds without a sync that every factor is 1."""
+        if not host_reads_free(self.coefs.device) or self.factors is not self.coefs:
+            return False
+        return self.coefs.item() == 1 if self.coefs.numel() == 1 else not self.is_scaled
+
     def without_gradients(self) -> Outcome:
         """Return a copy that keeps no gradient alive."""
         return replace(self, shards=Shards.of(()), per_tensor_powers=())
@@ -149,7 +166,7 @@ class Outcome:
     def _make_report(self) -> Report:
         totals, coefs, device = self.totals, self.coefs, self.coefs.device
         coef = coefs[0] if coefs.numel() == 1 else None
-        clipped = is_scaled = coefs.ne(1.0).any() if coef is None else coef.ne(1.0)
+        clipped = is_scaled = self.is_scaled if coef is None else coef.ne(1.0)
         # A group that is not finite changes nothing, and must not hide what became of the others.
         norms = totals.norms if self.skips is None else totals.norms.where(~self.skips, 0.0)
         if totals.out_of_limits.host is not False:

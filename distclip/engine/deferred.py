@@ -17,7 +17,7 @@ from ..errors import PeerError, warn_user
 from ..nonfinite.culprits import gather_culprits, suspect_nonfinite
 from ..nonfinite.rules import NonFiniteRule
 from ..nonfinite.skip_counter import SkipCounter
-from ..norms.measure import PerTensorChecksums, PerTensorPowers
+from ..norms.per_tensor import PerTensorChecksums, PerTensorPowers
 from ..outcome import Outcome
 from ..policies import State
 from ..policies.restart import ClipRate

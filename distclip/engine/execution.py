@@ -220,7 +220,9 @@ class Execution:
 
         Collectives: none. Host syncs: none.
         """
-        scale_(shards, outcome.factors)
+        # One look at the coefficients serves the gradients and the report.
+        if not outcome.scales_nothing:
+            scale_(shards, outcome.factors)
         if outcome.limits is not None:
             clamp_(shards, *outcome.limits, magnitudes=self._limits_magnitudes)
         self._mark_clipped()

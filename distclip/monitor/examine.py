@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..clipper import GradClipper
 from ..comm import global_ranks
 from ..errors import ArgumentError
-from ..norms.measure import PerTensorPowers, measure
+from ..norms.measure import measure
+from ..norms.per_tensor import PerTensorPowers
 from ..norms.reduce import reduce
 from ..norms.spec import NormSpec
 from ..outcome import Outcome
@@ -384,9 +385,8 @@ def _median(values: Sequence[float]) -> float:
 def _powers_by_name(per_tensor_powers: Sequence[PerTensorPowers]) -> dict[str, float]:
     return {
         name: float(power)
-        for names, powers in per_tensor_powers
-        if names
-        for name, power in zip(names, powers.view(len(names), -1).sum(1).tolist(), strict=True)
+        for one in per_tensor_powers
+        for name, power in zip(one.names, one.sums().tolist(), strict=True)
     }
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..norms.kernels.torch_ops import combine
-from ..norms.measure import PerTensorPowers
+from ..norms.per_tensor import PerTensorPowers
 from ..outcome import Outcome
 
 __all__ = ["VECTORS", "Step", "read_steps"]
@@ -89,16 +89,16 @@ class Step:
         Host syncs: one or two per entry of `per_tensor_powers`.
         """
         largest = None
-        for names, powers in self.per_tensor_powers:
-            if names:
-                power, index = powers.view(len(names), -1).sum(1).max(0)
+        for one in self.per_tensor_powers:
+            if one.names:
+                power, index = one.sums().max(0)
                 if largest is None or float(power) > largest[1]:
-                    largest = names[int(index)], float(power)
+                    largest = one.names[int(index)], float(power)
         return largest
 
     def local_power(self) -> float:
         """Return the power sum of all gradients on this rank."""
-        return sum(float(powers.sum()) for names, powers in self.per_tensor_powers if names)
+        return sum(float(one.powers.sum()) for one in self.per_tensor_powers)
 
 
 def read_steps(steps: Sequence[Step]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..comm import Comm, global_ranks
-from ..norms.measure import PerTensorPowers
+from ..norms.per_tensor import PerTensorPowers
 from ..sharding.shard import Shard, Shards, coalesce_, element_values, stored_values
 
 __all__ = [
@@ -105,10 +105,12 @@ def suspect_nonfinite(per_tensor_powers: Iterable[PerTensorPowers]) -> list[tupl
     Host syncs: one per element of the argument.
     """
     suspects = []
-    for names, powers in per_tensor_powers:
-        rows = powers.view(len(names), -1)
-        counts = torch.stack([rows.isnan().any(1), rows.isinf().any(1)], dim=1).tolist()
-        suspects += [(name, int(nan), int(inf)) for name, (nan, inf) in zip(names, counts, strict=True) if nan or inf]
+    for one in per_tensor_powers:
+        has_nan, has_inf = one.any(one.powers.isnan()), one.any(one.powers.isinf())
+        counts = torch.stack([has_nan, has_inf], dim=1).tolist()
+        suspects += [
+            (name, int(nan), int(inf)) for name, (nan, inf) in zip(one.names, counts, strict=True) if nan or inf
+        ]
     return suspects
 
 

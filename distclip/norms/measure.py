@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,23 +17,18 @@ from torch import Tensor
 from .. import devices
 from ..comm.agreement import Call, CallCounter
 from ..comm.ranks import Ranks
-from ..devices import device_constant, on_one_thread
+from ..devices import accumulation_dtype, device_constant, on_one_thread
 from ..sharding.shard import ShardInfos, Shards
 from .kernels import checksums, power_sums, powers_by_row
 from .kernels.torch_ops import identity
 from .limits import any_out_of_limits
 from .moments import SecondMoments, sum_ratios
+from .per_tensor import PerTensorChecksums, PerTensorPowers
 from .replica_sums import ReplicaSums, add_sums, sum_by_group
 from .spec import NormSpec
 from .watch import NO_WATCH, Watch
 
-__all__ = ["Partials", "PerTensorChecksums", "PerTensorPowers", "measure", "measure_updates", "sum_by_slot"]
-
-PerTensorPowers: TypeAlias = tuple[tuple[str, ...], Tensor]
-"""Parameter names with the power sums of their local gradients: (names,), or (rows,) of a single parameter."""
-
-PerTensorChecksums: TypeAlias = tuple[ShardInfos, Tensor, Tensor]
-"""Metadata of n gradients, with their power sums and checksums."""
+__all__ = ["Partials", "measure", "measure_updates", "sum_by_slot"]
 
 _FLOAT64 = (torch.float64, torch.complex128)
 
@@ -171,7 +165,7 @@ def measure(
     if spec.needs_weights and weights is not None:
         weight_powers = _powers_by_slot(weights, spec.norm_type, device, num_slots, None)[0]
     # A shard that is measured neither as a whole tensor nor by row is partial.
-    has_partial_grads = len(shards.infos.by_row) < len(shards.infos.whole[2])
+    has_partial_grads = len(shards.infos.by_row[1]) < len(shards.infos.whole[2])
     partials = Partials(
         powers,
         weight_powers,
@@ -193,14 +187,14 @@ def _powers_by_slot(
     # With one slot it does not matter where a tensor ends, so that gradients in one storage are read as one tensor.
     if num_slots == 1 and shards.merged is not None and devices.host_reads_free(device):
         shards = shards.merged
-    infos, whole, others = shards.infos.whole
     # Metadata and gradients are columns. A `Shard` for each of many gradients takes longer than its norm.
-    by_row = [(shards.infos[i], shards.grads[i]) for i in others if not shards.infos[i].partial_sums]
+    (infos, whole, others), (row_infos, by_row) = shards.infos.whole, shards.infos.by_row
     has_fp64 = any(shards.grads[i].dtype in _FLOAT64 for i in others)
     per_tensor: list[PerTensorPowers] = []
     replicas: list[PerTensorChecksums] = []
 
     # 1. All shards that count in one slot each, in one kernel.
+    sums = torch.empty(0, dtype=accumulation_dtype(device), device=device)
     grads = [shards.grads[i] for i in whole] if others else shards.grads
     if grads:
         compares = rounded is not None and bool(infos.by_replica_group)
@@ -209,40 +203,46 @@ def _powers_by_slot(
         has_fp64 = has_fp64 or some_fp64
         if words is not None:
             replicas.append((infos, sums, words))
-        per_tensor.append((infos.names, sums))
+        per_tensor.append(PerTensorPowers(infos.names, sums))
         # Every replica contributes its share, so that no rank has to own the shard and a NaN in any replica is seen.
         if infos.num_replicas and not math.isinf(norm_type):
             sums = sums / device_constant(infos.num_replicas, sums.device, sums.dtype)
-        total = sum_by_slot(sums, infos, norm_type, num_slots)
-    else:
-        total = identity(norm_type, device).repeat(num_slots)
 
     # 2. Shards whose rows have a slot each, likewise.
     if by_row:
-        rows = [info.rows for info, _ in by_row if info.rows is not None]
-        powers = powers_by_row([grad for _, grad in by_row], rows, norm_type, device)
-        pieces = torch.split(powers, [one.count for one in rows])
-        for (info, grad), piece in zip(by_row, pieces, strict=True):
-            per_tensor.append(((info.name,), piece))
-            if rounded is not None and info.replicas:
-                # The kernel for rows computes no checksums.
-                replicas.append((ShardInfos((info,)), piece.sum(0, keepdim=True), checksums([grad], device)))
-        row_infos = shards.infos.by_row
+        grads, counts = [shards.grads[i] for i in by_row], row_infos.row_counts
+        powers = powers_by_row(grads, row_infos.rows, norm_type, device)
+        per_tensor.append(PerTensorPowers(row_infos.names, powers, counts))
+        if rounded is not None and row_infos.by_replica_group:
+            for info, grad, piece in zip(row_infos, grads, torch.split(powers, list(counts)), strict=True):
+                if info.replicas:
+                    # The kernel for rows computes no checksums.
+                    replicas.append((ShardInfos((info,)), piece.sum(0, keepdim=True), checksums([grad], device)))
         with on_one_thread(num_slots, device):
-            _add_rows(total, row_infos, powers, pieces, norm_type)
+            is_plain = devices.host_reads_free(device) and not row_infos.num_replicas
+            positions = shards.infos.only_summands(num_slots) if is_plain else None
+            if positions is not None:
+                # One rank has all rows: there is nothing to add.
+                total = torch.cat([sums, powers]).index_select(0, positions)
+            else:
+                total = sum_by_slot(sums, infos, norm_type, num_slots)
+                _add_rows(total, row_infos, powers, norm_type)
+    elif grads:
+        total = sum_by_slot(sums, infos, norm_type, num_slots)
+    else:
+        total = identity(norm_type, device).repeat(num_slots)
     return total, has_fp64, tuple(per_tensor), tuple(replicas)
 
 
-def _add_rows(total: Tensor, infos: ShardInfos, powers: Tensor, pieces: Sequence[Tensor], norm_type: float) -> None:
+def _add_rows(total: Tensor, infos: ShardInfos, powers: Tensor, norm_type: float) -> None:
     """Add the power sums of rows to those of their slots, or take the maximum, in place."""
     if devices.host_reads_free(total.device) and not math.isinf(norm_type) and not infos.num_replicas:
         # One operator for all shards. On a GPU it would add in any order.
         total.index_add_(0, infos.row_slots, powers)
         return
-    for info, piece in zip(infos, pieces, strict=True):
-        assert info.rows is not None
-        first = info.slot + info.rows.first
-        row_slots = total[first : first + info.rows.count]
+    for info, rows, piece in zip(infos, infos.rows, torch.split(powers, list(infos.row_counts)), strict=True):
+        first = info.slot + rows.first
+        row_slots = total[first : first + rows.count]
         if math.isinf(norm_type):
             row_slots.copy_(torch.maximum(row_slots, piece))
         else:

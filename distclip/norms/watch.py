@@ -19,6 +19,7 @@ from ..comm.consensus import FirstError
 from ..devices import ALWAYS, Fact, as_fact, host_reads_free, is_fake, is_tracing
 from ..errors import ArgumentError
 from ..sharding.dtensor import is_dtensor, local_of
+from .per_tensor import PerTensorPowers
 
 __all__ = ["MAX_WATCHED", "NO_WATCH", "NO_WATCHED_TOTALS", "Reduction", "Watch", "Watched", "WatchedTotals"]
 
@@ -63,7 +64,7 @@ class WatchedTotals:
 
     values: Mapping[str, Tensor]
     finite: Fact = ALWAYS
-    local: tuple[tuple[tuple[str, ...], Tensor], ...] = ()
+    local: tuple[PerTensorPowers, ...] = ()
 
 
 NO_WATCHED_TOTALS = WatchedTotals({})
@@ -159,7 +160,7 @@ class Watch:
         # Only if the step is not finite are the values of each rank looked at, to name the culprit.
         names = tuple(f"watch[{name!r}]" for name, _ in self.kinds)
         own = torch.stack([_on_device_of(numbers, 0.0 if value is None else value) for value in self.values])
-        return WatchedTotals(values, as_fact(torch.stack(finite).all()), ((names, own),))
+        return WatchedTotals(values, as_fact(torch.stack(finite).all()), (PerTensorPowers(names, own),))
 
 
 NO_WATCH = Watch()

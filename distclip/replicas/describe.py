@@ -8,7 +8,7 @@ import torch
 
 from ..comm import Comm, global_ranks
 from ..norms.kernels import power_sums
-from ..norms.measure import PerTensorChecksums
+from ..norms.per_tensor import PerTensorChecksums
 from ..sharding.shard import ShardInfo, ShardInfos, Shards
 from ..sharding.table import ShardTable
 from .compare import Comparison, Kind, ReplicaInfo, compare_replicas

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..comm import Comm
 from ..comm.ranks import Ranks
-from ..norms.measure import PerTensorChecksums
+from ..norms.per_tensor import PerTensorChecksums
 from ..norms.replica_sums import ReplicaSums
 from ..sharding.shard import Shards
 from ..sharding.table import ShardTable

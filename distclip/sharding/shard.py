@@ -139,9 +139,20 @@ class ShardInfos(tuple[ShardInfo, ...]):
         return (ShardInfos(self[i] for i in whole) if others else self), whole, others
 
     @cached_property
-    def by_row(self) -> ShardInfos:
-        """Metadata of the shards whose rows have a slot each, except partial gradients."""
-        return ShardInfos(info for info in self if info.rows is not None and not info.partial_sums)
+    def by_row(self) -> tuple[ShardInfos, tuple[int, ...]]:
+        """Metadata and positions of the shards whose rows have a slot each, except partial gradients."""
+        positions = tuple(i for i in self.whole[2] if not self[i].partial_sums)
+        return ShardInfos(self[i] for i in positions), positions
+
+    @cached_property
+    def rows(self) -> tuple[Rows, ...]:
+        """Rows of each shard, for shards `by_row`."""
+        return tuple(info.rows for info in self if info.rows is not None)
+
+    @cached_property
+    def row_counts(self) -> tuple[int, ...]:
+        """Number of rows of each shard, for shards `by_row`."""
+        return tuple(rows.count for rows in self.rows)
 
     @property
     def row_slots(self) -> Tensor:
@@ -154,6 +165,25 @@ class ShardInfos(tuple[ShardInfo, ...]):
         return self._row_slots
 
     _row_slots: Tensor | None = None
+
+    def only_summands(self, num_slots: int) -> Tensor | None:
+        """Return for each slot the position of its only summand, (num_slots,) int64 on a CPU.
+
+        The summands are those of the shards in `whole`, and then those of the rows in `by_row`.
+
+        Returns:
+            None if a slot has no summand, or several.
+        """
+        # Computed once, see `by_slot`.
+        if self._only_summands is None:
+            with torch.utils._python_dispatch._disable_current_modes():
+                slots = torch.cat([torch.tensor(self.whole[0].slots, dtype=torch.int64), self.by_row[0].row_slots])
+                positions = slots.argsort()
+                is_filled = len(slots) == num_slots and torch.equal(slots[positions], torch.arange(num_slots))
+                self._only_summands = (positions if is_filled else None,)
+        return self._only_summands[0]
+
+    _only_summands: tuple[Tensor | None] | None = None
 
     @cached_property
     def by_replica_group(self) -> dict[ReplicaGroup, tuple[int, ...]]:

@@ -269,6 +269,18 @@ def test_the_bits_of_a_row_do_not_depend_on_its_neighbours(dtype: torch.dtype, w
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("width", [1, 16, 40, 515, 2047])
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e-15, 1.0, 1e15, 1e30])
+def test_rows_of_bfloat16_overflow_and_vanish_nowhere(width: int, size: float) -> None:
+    """Sum rows whose squares float32 cannot hold, between ordinary ones, and rows with single odd elements."""
+    grad = torch.randn((9, width), generator=torch.Generator().manual_seed(0)).bfloat16()
+    grad[1::2] *= size
+    grad[4, -1], grad[6, width // 2], grad[8, 0] = math.nan, math.inf, size
+    found = native.row_powers(grad, Rows(0, 9), 2.0)
+    expected = grad.double().square().sum(1)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0, equal_nan=True)
+
+
 def test_rows_of_many_tensors_equal_those_of_each() -> None:
     """Sum rows of different widths and dtypes in one call, some of them cut, empty, or wider than a block."""
     shapes = [(5, 7), (3, 300_000), (700, 130), (0, 4), (6, 0)]

@@ -85,10 +85,10 @@ def powers_by_row(grads: Sequence[Tensor], rows: Sequence[Rows], norm_type: floa
     tensor([16.,  1.], dtype=torch.float64)
     """
     library = load_library()
-    if norm_type not in OPERATIONS or library is None or any(grad.layout is not torch.strided for grad in grads):
+    if norm_type not in OPERATIONS or library is None or (table := describe_tensors(grads, "cpu")) is None:
         return None
     # Rows of a dense tensor that is not contiguous are not ranges of memory.
-    if not all(map(Tensor.is_contiguous, grads)) or (table := describe_tensors(grads, "cpu")) is None:
+    if not all(map(Tensor.is_contiguous, grads)):
         return None
     widths = (one.width or length // max(1, one.count) for one, length in zip(rows, table.lengths, strict=True))
     columns = [array("q", [one.count for one in rows]), array("q", [one.lead for one in rows]), array("q", widths)]

@@ -153,13 +153,23 @@ static double NAME(LARGEST)(f64v a, f64v b, f64v c, f64v d) {
 }
 
 /* Four rows at a time: a single short row is one stream of memory, and its sum waits for its last addition. The sum of a
-   row depends on the elements of that row alone, so that rows may be repeated to make four. */
+   row depends on the elements of that row alone, so that rows may be repeated to make four. The next rows of a stream
+   are fetched ahead, because they follow in memory. */
 #define ROWS(name, type, load, step) \
     static void NAME(name)(const void *const *rows, int64_t n, double *sums) { \
+        enum { LINE = 2 * sizeof(u32w) / sizeof(type) }; \
         const type *p[4] = {rows[0], rows[1], rows[2], rows[3]}; \
-        f64v s[4] = {{0}}, none = {0}, x; \
-        int64_t whole = n - n % LANES; \
-        for (int64_t i = 0; i < whole; i += LANES) \
+        f64v s[4] = {{0}}, t[4] = {{0}}, none = {0}, x; \
+        int64_t whole = n - n % LANES, i = 0; \
+        for (; i < n - n % LINE; i += LINE) { \
+            for (int j = 0; j < 4; j++) PREFETCH(p[j] + i); \
+            for (int k = 0; k < LINE; k += 2 * LANES) \
+                for (int j = 0; j < 4; j++) { \
+                    load(x, p[j] + i + k); step(s[j], x); \
+                    load(x, p[j] + i + k + LANES); step(t[j], x); \
+                } \
+        } \
+        for (; i < whole; i += LANES) \
             for (int j = 0; j < 4; j++) { load(x, p[j] + i); step(s[j], x); } \
         if (whole < n) \
             for (int j = 0; j < 4; j++) { \
@@ -167,7 +177,7 @@ static double NAME(LARGEST)(f64v a, f64v b, f64v c, f64v d) {
                 memcpy(tail, p[j] + whole, (n - whole) * sizeof(type)); \
                 load(x, tail); step(s[j], x); \
             } \
-        for (int j = 0; j < 4; j++) sums[j] = NAME(step)(s[j], none, none, none); \
+        for (int j = 0; j < 4; j++) sums[j] = NAME(step)(s[j], t[j], none, none); \
     }
 
 LOOP(square_f64, double, LOAD_F64, SQUARE, WORDS_32)
@@ -275,8 +285,42 @@ static const loop NAME(loops)[4][4] = {
 
 ROWS(square_rows_f64, double, LOAD_F64, SQUARE)
 ROWS(square_rows_f32, float, LOAD_F32, SQUARE)
-ROWS(square_rows_bf16, uint16_t, LOAD_BF16, SQUARE)
 ROWS(square_rows_f16, uint16_t, LOAD_F16, SQUARE)
+
+/* Four rows of bfloat16, in float32 like a run: each of 16 sums adds at most 32 squares. A part of a row is summed again
+   in float64 if its sum is not finite, or so small that a square may have underflowed. */
+static void NAME(square_rows_bf16)(const void *const *rows, int64_t n, double *sums) {
+    enum { STEP = sizeof(u32w) / sizeof(uint16_t), PART = 32 * STEP };
+    const uint16_t *p[4] = {rows[0], rows[1], rows[2], rows[3]};
+    for (int j = 0; j < 4; j++) sums[j] = 0;
+    for (int64_t start = 0; start < n; start += PART) {
+        int64_t length = n - start < PART ? n - start : PART, left = length % STEP, i = start;
+        f32w odd[4] = {{0}}, even[4] = {{0}};
+        for (; i < start + length - left; i += STEP)
+            for (int j = 0; j < 4; j++) {
+                u32w two;
+                memcpy(&two, p[j] + i, sizeof two);
+                SQUARE(odd[j], (f32w)(two & 0xffff0000u));
+                SQUARE(even[j], (f32w)(two << 16));
+            }
+        if (left)
+            for (int j = 0; j < 4; j++) {
+                uint16_t tail[STEP] = {0}; /* zeros add nothing */
+                u32w two;
+                memcpy(tail, p[j] + i, left * sizeof *tail);
+                memcpy(&two, tail, sizeof two);
+                SQUARE(odd[j], (f32w)(two & 0xffff0000u));
+                SQUARE(even[j], (f32w)(two << 16));
+            }
+        for (int j = 0; j < 4; j++) {
+            f32w all = odd[j] + even[j];
+            double part = 0;
+            for (int k = 0; k < 2 * LANES; k++) part += all[k];
+            if (!(part >= PART * 1.2e-31 && part <= 3e38)) part = NAME(square_bf16_wide)(p[j] + start, length, NULL);
+            sums[j] += part;
+        }
+    }
+}
 
 static const loop_of_rows NAME(loops_of_rows)[4] = {
     NAME(square_rows_f64), NAME(square_rows_f32), NAME(square_rows_bf16), NAME(square_rows_f16)};

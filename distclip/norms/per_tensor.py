@@ -1,0 +1,46 @@
+"""Hold what one rank has measured of each of its gradients, to find the one that is not finite or that differs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..sharding.shard import ShardInfos
+
+__all__ = ["PerTensorChecksums", "PerTensorPowers"]
+
+PerTensorChecksums: TypeAlias = tuple[ShardInfos, Tensor, Tensor]
+"""Metadata of n gradients, with their power sums and checksums."""
+
+
+class PerTensorPowers(NamedTuple):
+    """Power sums of n local gradients.
+
+    Args:
+        names: of the parameters.
+        powers: (n,), those of whole gradients, or those of the rows of all gradients, one gradient after another.
+        rows: number of rows of each gradient. None for whole gradients.
+
+    >>> by_row = PerTensorPowers(("w", "b"), torch.tensor([1.0, 2.0, 4.0]), (2, 1))
+    >>> by_row.sums(), by_row.any(by_row.powers > 3)
+    (tensor([3., 4.]), tensor([False,  True]))
+    """
+
+    names: tuple[str, ...]
+    powers: Tensor
+    rows: tuple[int, ...] | None = None
+
+    def sums(self) -> Tensor:
+        """Return the power sum of each gradient, (n,)."""
+        return self.powers if self.rows is None else torch.stack([rows.sum() for rows in self._split(self.powers)])
+
+    def any(self, marked: Tensor) -> Tensor:
+        """Return for each gradient whether one of its power sums is marked, (n,) bool."""
+        return marked if self.rows is None else torch.stack([rows.any() for rows in self._split(marked)])
+
+    def _split(self, values: Tensor) -> Sequence[Tensor]:
+        # Not where they are measured, because few steps look at single gradients.
+        return torch.split(values, list(self.rows or ()))
