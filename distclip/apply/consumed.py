@@ -11,7 +11,6 @@ before it. An optimizer within backward leaves gradients that were set to 0 in p
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from ..errors import UnclippedStepWarning, warn_user
 from ..sharding.dtensor import local_of
-from ..sharding.table import ShardTable, TableMetadata
+from ..sharding.table import ShardTable
 from .by_hand import find_steps_by_hand, num_passes, watch_backward
 from .step_gate import closure_in
 
@@ -65,7 +64,8 @@ _MAX_WATCHED = 64
 # Ids only: torch.utils.swap_tensors refuses a tensor with weak references. The number counts changes.
 _watched: dict[int, None] = {}
 _num_changes = 0
-_positions: weakref.WeakKeyDictionary[TableMetadata, list[int]] = weakref.WeakKeyDictionary()
+# Ids of the parameters that the last call watched, unless others were watched since.
+_last_watched: list[int] = []
 # Places of watched parameters in an optimizer, (group, index), and what they were found for.
 _places: weakref.WeakKeyDictionary[Optimizer, tuple[tuple[int, ...], list[tuple[int, int]]]] = (
     weakref.WeakKeyDictionary()
@@ -99,19 +99,19 @@ def find_stepped(table: ShardTable) -> list[Tensor]:
     """
     sample = _sample(table)
     ids = list(map(id, sample))
-    # Mostly they are the last ones that were watched, in this order.
-    are_last = list(itertools.islice(reversed(_watched), len(ids))) == ids[::-1]
-    if not are_last or [vars(param).get(_WATCHED) for param in sample] != ids:
+    # Mostly they are the last ones that were watched.
+    if _last_watched != ids or [vars(param).get(_WATCHED) for param in sample] != ids:
         for param in sample:
             _watch(param)
+        _last_watched[:] = ids
     by_hand = find_steps_by_hand(sample)
-    late = [param for param in sample if _MARK in vars(param.grad) and _is_late(param.grad)]
+    late = [param for param in sample if _is_late(param.grad)]
     return late or by_hand or (sample if _are_emptied(sample) else [])
 
 
 def has_had_gradients(table: ShardTable) -> bool:
     """Return whether a call that clips has found a gradient in this table before."""
-    return table.metadata in _positions
+    return table.metadata.sample is not None
 
 
 def is_clipped_anywhere(params: Sequence[Tensor]) -> bool:
@@ -134,6 +134,8 @@ def warn_of_late_clip(function: str, table: ShardTable, stepped: Sequence[Tensor
         table: of the parameters.
         stepped: see `find_stepped`.
     """
+    if not (stepped or _replaced):
+        return
     sample = _sample(table)
     replaced = [param for param in sample if _replaced.pop(id(param), ()) is None]
     found = stepped or replaced
@@ -161,12 +163,12 @@ def warn_of_late_clip(function: str, table: ShardTable, stepped: Sequence[Tensor
 def _sample(table: ShardTable) -> list[Tensor]:
     """Return a few parameters of a table that have a gradient, mostly the same ones in every call."""
     tensors, metadata = table.tensors, table.metadata
-    sample = [tensor for i in _positions.get(metadata, ()) if (tensor := tensors[i]).grad is not None]
+    sample = [tensor for i in metadata.sample or () if (tensor := tensors[i]).grad is not None]
     if not sample:
         with_grad = [i for i, tensor in enumerate(tensors) if tensor.grad is not None]
         if with_grad:
-            _positions[metadata] = with_grad[:: _stride(len(with_grad))]
-            sample = [tensors[i] for i in _positions[metadata]]
+            metadata.sample = with_grad[:: _stride(len(with_grad))]
+            sample = [tensors[i] for i in metadata.sample]
     return sample if table.only is None else [param for param in sample if id(param) in table.only]
 
 
@@ -180,6 +182,7 @@ def _watch(param: Tensor) -> None:
     if not _is_watched(param):
         _num_changes += 1
         _replaced.pop(key, None)
+    _last_watched.clear()
     # The id is about to be removed if it is that of a tensor that is gone.
     _watched.pop(key, None)
     _watched[key] = None
@@ -265,7 +268,7 @@ def _places_of(optimizer: Optimizer) -> list[tuple[int, int]]:
 
 
 def _is_late(grad: Any) -> bool:
-    version, mark = vars(grad)[_MARK]
+    version, mark = vars(grad).get(_MARK, _UNMARKED)
     return bool(mark == _LATE and version == _version_of(grad))
 
 

@@ -367,6 +367,8 @@ class TableMetadata:
         self.covering_ranks: Sequence[int] | None = None
         # Whether a rank that measures alone has compared itself with others, see `replicas.unlinked`.
         self.was_compared = False
+        # Positions of the parameters whose steps are watched, see `apply.consumed`. None before the first call.
+        self.sample: list[int] | None = None
 
     @cached_property
     def groups(self) -> frozenset[Ranks]:
