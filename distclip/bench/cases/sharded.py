@@ -149,12 +149,28 @@ def adapters(options: Options) -> nn.Module:
 
 def tenants(model: Adapters) -> list[Competitor]:
     """Return clippers of all adapters as one group, and of each as a group that is isolated."""
-    isolated = distclip.GradClipper(model, distclip.global_norm(1e9), isolate=True)
-    isolated.add_groups(dict(model.adapters.items()))
+    isolated = isolated_adapters(model)
     return [
         clipper(model.adapters, distclip.global_norm(1e9), "one group"),
         Competitor("isolated groups", lambda: isolated.clip().norm, own=True),
     ]
+
+
+def tenants_step(model: Adapters) -> list[Competitor]:
+    """Return the steps of AdamW with the clippers of `tenants`."""
+    optimizer = torch.optim.AdamW(model.adapters.parameters(), lr=1e-8)
+    one_group, isolated = distclip.GradClipper(model.adapters, distclip.global_norm(1e9)), isolated_adapters(model)
+    return [
+        Competitor("one group", lambda: one_group.step(optimizer).norm, own=True),
+        Competitor("isolated groups", lambda: isolated.step(optimizer).norm, own=True),
+    ]
+
+
+def isolated_adapters(model: Adapters) -> distclip.GradClipper:
+    """Return a clipper with an isolated group for each adapter."""
+    isolated = distclip.GradClipper(model, distclip.global_norm(1e9), isolate=True)
+    isolated.add_groups(dict(model.adapters.items()))
+    return isolated
 
 
 def replicated(options: Options) -> nn.Module:
@@ -226,6 +242,7 @@ def _first_error(error: str | None) -> str | None:
 
 
 _FSDP2 = "tiny parameters under FSDP2"
+_ADAPTERS = "256 adapters of a frozen layer under FSDP2"
 _TP = "tiny parameters under FSDP2 x tensor parallelism"
 
 _ALL: list[ShardedCase | FirstCalls] = [
@@ -236,11 +253,16 @@ _ALL: list[ShardedCase | FirstCalls] = [
     ShardedCase("fsdp2_tp_100", f"100 {_TP}", partial(tiny, count=100, tensor_parallel=True), divisor=2),
     ShardedCase("fsdp2_tp_500", f"500 {_TP}", partial(tiny, count=500, tensor_parallel=True), divisor=2),
     ShardedCase("replicas", "GPT-2's 148 parameters, fp32, on all ranks, which compare them or not", replicated),
-    ShardedCase("tenants", "256 adapters of a frozen layer under FSDP2", adapters),
+    ShardedCase("tenants", f"the gradients of {_ADAPTERS}", adapters),
+    ShardedCase("tenants_step", f"a step of AdamW on {_ADAPTERS}", adapters),
     FirstCalls("first_call", f"the first call in a new world; 100 {_FSDP2}", partial(tiny, count=100)),
 ]
 
-_CONTESTS: dict[str, Callable[[Any], list[Competitor]]] = {"replicas": replica_checks, "tenants": tenants}
+_CONTESTS: dict[str, Callable[[Any], list[Competitor]]] = {
+    "replicas": replica_checks,
+    "tenants": tenants,
+    "tenants_step": tenants_step,
+}
 """Competitors of a case, other than functions with the signature of torch and a `GradClipper`."""
 
 SHARDED = {case.name: case for case in _ALL}
