@@ -134,7 +134,7 @@ class Outcome:
 
     @cached_property
     def is_scaled(self) -> Tensor:
-        """Whether any coefficient is not 1, a 0-d bool on their device."""
+        """0-d bool, true if any coefficient is not 1."""
         with on_one_thread(self.coefs.numel(), self.coefs.device):
             if not self.coefs.numel() or not host_reads_free(self.coefs.device):
                 return self.coefs.ne(1.0).any()
