@@ -67,7 +67,7 @@ __all__ = ["Attachment", "attach", "detach"]
 AcceleratorT = TypeVar("AcceleratorT")
 
 _MAX_BATCHES = 1024
-"""Number of batches whose losses and sample ids are kept, in a program that never clips."""
+"""Maximum number of batches whose losses and sample ids are kept, in case a program never clips."""
 
 
 def attach(
@@ -82,12 +82,13 @@ def attach(
 ) -> Attachment:
     """Clip all models of an accelerator by a policy, in `accelerator.clip_grad_norm_`.
 
-    Works with DDP and FSDP2 as Accelerate prepares them, gradient accumulation and fp16. The call's `max_norm` and
-    `norm_type` are ignored, because the policy has its own. The call clips the models whose parameters it is passed, so
-    that several models can train in turn. Foreign parameters, or a list that lacks a parameter with a gradient of such
-    a model, raise. While gradients are accumulated, the call does nothing and
-    returns None. A skipped step sets the gradients to None, `accelerator.optimizer_step_was_skipped` is True, and
-    prepared schedulers wait, as after an overflow. `accelerator.save_state` saves the policy's state.
+    Works with DDP and FSDP2 as Accelerate prepares them, with gradient accumulation and with fp16. The call's
+    `max_norm` and `norm_type` are ignored, because the policy has its own. The call clips the models whose parameters
+    it is passed, so that several models can train in turn. It raises if a parameter belongs to no prepared model, or if
+    a parameter of such a model has a gradient and is missing from the list. While gradients are accumulated, the call
+    does nothing and returns None. A skipped step sets the gradients to None, `accelerator.optimizer_step_was_skipped`
+    is True, and prepared schedulers do not step, as after an overflow. `accelerator.save_state` saves the policy's
+    state.
 
     Args:
         accelerator: an Accelerator, before or after `prepare`.
@@ -102,9 +103,9 @@ def attach(
         The attachment, with the clipper and the report of each step. It is `accelerator.distclip` too.
 
     Raises:
-        ArgumentError: `accelerator` or `policy` is something else; the accelerator is attached already, or leaves steps
-            to DeepSpeed, Megatron or XLA. In the call: wrong parameters; ranks that have prepared different numbers of
-            models. Otherwise see `GradClipper.clip`.
+        ArgumentError: `accelerator` is no Accelerator, or `policy` is no policy; the accelerator has a policy already,
+            or leaves its steps to DeepSpeed, Megatron or XLA. In the call: wrong parameters; ranks that have prepared
+            different numbers of models. Otherwise see `GradClipper.clip`.
 
     Collectives: none here. The first clip, and the first clip after another `prepare` (on every rank or on none), has a
     gather and those of `GradClipper`. Each clip has those of `GradClipper.clip` over all processes: one all-reduce of a
@@ -158,7 +159,7 @@ def check_kind(accelerator: Any) -> None:
 
 
 class Attachment(base.Attachment):
-    """A policy that decides the steps of an accelerator's optimizers.
+    """A policy that clips or skips the steps of an accelerator's optimizers.
 
     Args:
         accelerator: the accelerator.
@@ -176,7 +177,7 @@ class Attachment(base.Attachment):
         self._params: list[tuple[str, Tensor]] = []
         self._by_model: list[set[int]] = []
         self._skips: dict[int, bool] = {}
-        # Of the batches since the last step. Accelerate does not see the ids of samples, and a subclass may.
+        # These are of the batches since the last step. Accelerate does not see sample ids, but a subclass may.
         self._losses: deque[Tensor] = deque(maxlen=_MAX_BATCHES)
         self._ids: deque[list[Any]] = deque(maxlen=_MAX_BATCHES)
         self._use(accelerator)
@@ -205,7 +206,7 @@ class Attachment(base.Attachment):
         self._leave()
 
     def move(self, accelerator: Any, next_params: Iterable[Tensor]) -> None:
-        """Clip in another accelerator, which replaces the one so far.
+        """Clip in another accelerator, which replaces the current one.
 
         Call it on every rank. Collectives: none.
 
@@ -250,7 +251,7 @@ class Attachment(base.Attachment):
         @wraps(backward)
         def backward_and_note(_: Any, loss: Any, **kwargs: Any) -> None:
             if isinstance(loss, Tensor) and loss.numel() == 1:
-                # Each batch of an accumulated step has an equal part in its loss.
+                # Each batch of an accumulated step contributes equally to its loss.
                 self._losses.append(loss.detach() / accelerator.gradient_accumulation_steps)
             backward(loss, **kwargs)
 
@@ -277,7 +278,7 @@ class Attachment(base.Attachment):
         ids = self._ids_of_models(passed)
         with errors:
             self._check_passed(passed, ids)
-        # With an error too, because these optimizers decide which collectives follow.
+        # This is done after an error too, because these optimizers determine which collectives follow.
         optimizers = [optimizer for optimizer in optimizers if _steps_any(optimizer, ids)]
         only = [param for _, param in self._params if id(param) in ids]
         report = self._deferred.clip(
@@ -328,7 +329,7 @@ class Attachment(base.Attachment):
     def _ids_of_models(self, passed: list[Tensor]) -> set[int]:
         """Return the ids of all parameters of the models whose parameters were passed, or of all models."""
         passed_ids = set(map(id, passed))
-        # A parameter that models share belongs to the call if another one of its model does.
+        # A parameter that models share does not show which of them is meant. A model's other parameters do.
         shared = {id_ for i, one in enumerate(self._by_model) for other in self._by_model[:i] for id_ in one & other}
         chosen = [ids for ids in self._by_model if not passed_ids.isdisjoint((ids - shared) or ids)]
         return set[int]().union(*(chosen or self._by_model))

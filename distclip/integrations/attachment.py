@@ -1,6 +1,6 @@
-"""Hold a clipper and a framework's object together, from `attach` until `detach`.
+"""Connect a clipper to a framework's object, from `attach` until `detach`.
 
-An integration derives its `Attachment` from the one here and replaces methods of the object through `_patches`.
+Each integration derives its `Attachment` from the one here, and replaces methods of the object through `_patches`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _ATTRIBUTE = "distclip"
 
 
 class Attachment:
-    """A policy that decides the steps of a framework's object.
+    """A policy that clips or skips the steps of a framework's object.
 
-    The object has it as its attribute `distclip`.
+    The object holds it in its attribute `distclip`.
 
     Args:
         owners: the framework's objects. `detach` takes any of them.
-        clipper: the clipper that decides. None if a subclass has it later.
+        clipper: the clipper that decides. None if the subclass constructs it later.
 
     >>> import torch
     >>> from distclip import GradClipper, global_norm
@@ -50,7 +50,7 @@ class Attachment:
 
     @property
     def clipper(self) -> GradClipper | None:
-        """Clipper that decides, or None before there is one."""
+        """Clipper that decides, or None before it is constructed."""
         return self._clipper
 
     # With `Any`, type checkers accept `attachment.report.norm` after a step without a test for None.
@@ -80,7 +80,7 @@ class Attachment:
                 delattr(owner, _ATTRIBUTE)
 
     def _replace_owner(self, old: Any, new: Any) -> None:
-        """Attach to an object that the framework uses in place of an old one.
+        """Attach to an object that the framework uses instead of an old one.
 
         Raises:
             ArgumentError: the new object has another attachment.
@@ -91,15 +91,15 @@ class Attachment:
             delattr(old, _ATTRIBUTE)
         setattr(new, _ATTRIBUTE, self)
 
-    # The methods below are for frameworks that measure and write at two moments of a step. Only this class and
-    # `DeferredClipper` read an Outcome.
+    # The methods below are for frameworks that measure and scale gradients at two different points of a step. In this
+    # package only this class and `DeferredClipper` read an Outcome.
 
     @torch.no_grad()
     def _decide(self, errors: FirstError, loss_scale: float | None) -> bool:
-        """Measure and decide, on all ranks together.
+        """Measure the gradients and decide, on all ranks together.
 
         Args:
-            errors: an error of this rank is raised on every rank.
+            errors: the error of this rank, if there is one. It is raised on every rank.
             loss_scale: the factor that the gradients carry, or None without loss scaling.
 
         Returns:
@@ -121,7 +121,7 @@ class Attachment:
 
         Args:
             indices: for each gradient, the position of its parameter in the clipper.
-            grads: local pieces with the shapes that were measured.
+            grads: local pieces, in the shapes that were measured.
         """
         assert self._clipper is not None
         assert self._outcome is not None
@@ -187,7 +187,7 @@ def bind(
 
     Args:
         policy: a policy, or a clipper that keeps its own policy, rules and state.
-        params: (name, stand-in) of every parameter of which this rank has a piece.
+        params: (name, stand-in) of every parameter that this rank has a piece of.
         split_over: the axes along which ranks have different parameters.
         comm: all ranks that step together.
         on_nonfinite: see `GradClipper`. Ignored for a clipper.
@@ -202,6 +202,6 @@ def bind(
 
 
 def _attachment_of(owner: Any) -> Attachment | None:
-    # `vars` rather than `getattr`: an engine of DeepSpeed looks missing attributes up in its module.
+    # `getattr` would not do, because a DeepSpeed engine looks up missing attributes in its module.
     attachment = getattr(owner, "__dict__", {}).get(_ATTRIBUTE)
     return attachment if isinstance(attachment, Attachment) else None

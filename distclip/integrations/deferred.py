@@ -1,4 +1,4 @@
-"""Construct a clipper later, once a framework has wrapped the model. Its state may be loaded before that."""
+"""Construct a clipper once a framework has wrapped the model. Its state can be loaded before that."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ __all__ = ["DeferredClipper", "OnBind", "find_ids"]
 OnBind = Callable[[GradClipper], object]
 """Function that is called on every rank with a new clipper, for example to attach a Recorder.
 
-If it returns the Recorder, the integration notes the loss, the learning rate and the sample ids of each step."""
+If it returns the Recorder, the integration adds the loss, the learning rate and the sample ids of each step."""
 
 
 ID_KEYS = ("ids", "id", "sample_ids", "sample_id", "idx", "index")
-"""Keys of a batch that may have the ids of its samples."""
+"""Keys under which a batch may have the ids of its samples."""
 
 
 def find_ids(batch: Any) -> Any:
-    """Return the sample ids of a batch, or None if it is no dictionary with a key for them.
+    """Return the sample ids of a batch, or None if it is not a dictionary with one of `ID_KEYS`.
 
     >>> find_ids({"x": [0.5, 0.25], "idx": [7, 4]})
     [7, 4]
@@ -133,14 +133,16 @@ class DeferredClipper:
         """Add values to the step that was clipped last, if `on_bind` returned a Recorder.
 
         Args:
-            optimizer: whose learning rate to add. Several groups of parameters have the one of the first.
-            values: numbers or tensors of one element, and `ids`, see `distclip.monitor.Recorder.note`. None is ignored.
+            optimizer: the optimizer whose learning rate to add. If it has several parameter groups, the first one's is
+                added.
+            values: numbers or tensors of one element, and `ids`, see `distclip.monitor.Recorder.note`. Values of None
+                are ignored.
         """
         if self._recorder is None:
             return
         groups = getattr(optimizer, "param_groups", None) or [{}]
         found = {"lr": groups[0].get("lr"), **values}
-        # A program may have written the step by flush() already.
+        # The program may have already written the step with flush().
         with suppress(ArgumentError):
             self._recorder.note(**{key: value for key, value in found.items() if value is not None})
 

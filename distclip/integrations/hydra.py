@@ -6,8 +6,8 @@
 
     register()  # before @hydra.main's function is called; the app's YAML then has `distclip@trainer.clip: zclip`
 
-Or without Python, in the app's YAML: `hydra: {searchpath: [pkg://distclip.conf]}`. Hydra then also finds the groups of
-distclip's own training job (`model`, `optim` …), after the groups of the app.
+To do this without Python, add `hydra: {searchpath: [pkg://distclip.conf]}` to the app's YAML. Hydra then also finds the
+groups of distclip's own training job (`model`, `optim` …), after the groups of the app.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Clip in an optimizer of Keras 3 on torch, by any policy, in `fit` and in a custom loop.
+"""Clip in a Keras 3 optimizer on the torch backend by any policy, in `fit` and in a custom loop.
 
 ::
 
@@ -16,8 +16,9 @@
     model.fit(np.ones((8, 4)), np.ones(8), verbose=0)
     print(attachment.report.as_dict())
 
-Keras has no skipped steps and no record. Its `clipnorm` clips each variable, as `distclip.per_tensor_norm` does, its
-`global_clipnorm` is `NormPolicy(Fixed(c))`, and its `clipvalue` is `distclip.value`.
+Keras itself never skips a step, and does not report its clipping. Its `clipnorm` clips each variable, as
+`distclip.per_tensor_norm` does, its `global_clipnorm` is `NormPolicy(Fixed(c))`, and its `clipvalue` is
+`distclip.value`.
 """
 
 from __future__ import annotations
@@ -42,15 +43,15 @@ def attach(
     split_over: SplitOver = None,
     comm: Comm | None = None,
 ) -> Attachment:
-    """Clip in every update of a Keras optimizer, in place of Keras's clipping.
+    """Clip in every update of a Keras optimizer, instead of Keras's clipping.
 
-    The policy replaces `clipnorm`, `clipvalue` and `global_clipnorm`, also if they are set. With
+    The policy replaces `clipnorm`, `clipvalue` and `global_clipnorm`, even if they are set. With
     `gradient_accumulation_steps` it clips the mean of the gradients once per update. A skipped step changes neither the
     variables nor the slots of the optimizer, and `optimizer.iterations` counts it. `model.save` does not save the
     policy's state: save `attachment.state_dict()`.
 
     Args:
-        optimizer: an optimizer of Keras 3 with the backend torch, or a LossScaleOptimizer around it.
+        optimizer: a Keras 3 optimizer on the torch backend, or a LossScaleOptimizer around it.
         policy: for example `distclip.global_norm(1.0)`.
         on_nonfinite, max_skips, split_over: see `GradClipper`.
         comm: the ranks that step together. None for all ranks of torch.distributed.
@@ -60,8 +61,8 @@ def attach(
         `optimizer.distclip` too.
 
     Raises:
-        ArgumentError: `optimizer` is no optimizer of Keras on torch, or has a policy already; `policy` is no policy. In
-            an update: see `GradClipper.clip`.
+        ArgumentError: `optimizer` is no Keras optimizer on the torch backend, or has a policy already; `policy` is no
+            policy. In an update: see `GradClipper.clip`.
 
     Collectives: those of `GradClipper` in the first update, and in each update those of `GradClipper.clip`. Host syncs:
     those of `GradClipper.clip`.
@@ -79,10 +80,10 @@ def attach(
 
 
 class Attachment(base.Attachment):
-    """A policy that decides the updates of a Keras optimizer.
+    """A policy that clips or skips the updates of a Keras optimizer.
 
     Args:
-        owners: the optimizer, last, and what is around it.
+        owners: the optimizer, preceded by the LossScaleOptimizer around it if there is one.
         policy: the policy.
         options: further arguments of `GradClipper`.
     """
@@ -128,7 +129,7 @@ class Attachment(base.Attachment):
         super().load_state_dict(state_dict)
 
     def _clip(self, grads: list[Tensor | None]) -> list[Tensor | None]:
-        """Clip in place, and return the gradients, in place of the optimizer's method."""
+        """Clip in place, and return the gradients. This replaces the optimizer's method."""
         clipper = self._bound()
         params = [variable.value for variable in self._variables]
         # Accumulated gradients and those of a custom loop are not in `.grad`.

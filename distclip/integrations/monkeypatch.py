@@ -37,7 +37,7 @@ class MethodPatches:
         while self._originals:
             owner, name, value = self._originals.pop()
             if value is _ABSENT:
-                # The attribute was the class's.
+                # The object itself had no such attribute, only its class.
                 delattr(owner, name)
             else:
                 setattr(owner, name, value)

@@ -1,4 +1,4 @@
-"""Start torch.distributed in an MPI job: `mpirun` in place of `torchrun`."""
+"""Start torch.distributed in an MPI job, so that `mpirun` replaces `torchrun`."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def init_process_group(
         model = DistributedDataParallel(model)
 
     It sets the environment that torchrun would set (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
-    MASTER_PORT), and overwrites values of another launcher. The port is a free one. A rank that raises ends the job:
+    MASTER_PORT), and overwrites the values of another launcher. It picks a free port. A rank that raises ends the job:
     see `distclip.comm.mpi.abort_on_exception`.
 
     Args:
-        backend: see `torch.distributed.init_process_group`. None for gloo, and NCCL for CUDA tensors if there is a GPU.
-            With NCCL, each rank gets one of the GPUs of its machine as its current device.
+        backend: see `torch.distributed.init_process_group`. None for gloo, plus NCCL for CUDA tensors if there is a
+            GPU. With NCCL, each rank gets one of the GPUs of its machine as its current device.
         comm: the communicator whose ranks take part. None for MPI.COMM_WORLD.
         address: a name of the first rank's machine that the other ranks can resolve. Only the first rank's value is
             read. None for the host name, or for the loopback address if all ranks are on one machine.

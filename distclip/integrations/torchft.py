@@ -1,4 +1,4 @@
-"""Clip under torchft: replica groups that fail, and come back, keep the same policy state.
+"""Clip under torchft, so that replica groups that fail and come back keep the same policy state as the others.
 
 ::
 
@@ -14,13 +14,14 @@
         return optimizer
 
 The loop stays as it is: `optimizer.zero_grad()`, backward, `optimizer.step()`. torchft averages the gradients over the
-replica groups of the quorum. Every group then has the same ones and decides by itself, so that only the ranks within a
-group communicate, and the quorum may change in any step.
+replica groups of the quorum. Every group then has the same gradients and decides by itself. Only the ranks within a
+group communicate, so the quorum may change at any step.
 
 `optimizer.step()` first asks the manager whether the step takes place. Then it decides, steps, and keeps the policy's
 state. If the manager declines the step, nothing changes. A group that heals gets the policy's state together with the
-weights, before it decides. Without this order a policy goes on from steps that were not made: in torchft 0.2 with
-`clipper.clip()` before `optimizer.step()`, coefficients of replicas drift apart after the first step that fails.
+weights, before it decides. Without this order, a policy's state includes steps that were never made. In torchft 0.2
+with `clipper.clip()` before `optimizer.step()`, the coefficients of replicas drift apart after the first step that
+fails.
 
 Tested with torchft 0.2 on CPUs: `python tests/integrations/torchft/kills.py` kills replicas at random.
 """
@@ -61,27 +62,27 @@ def attach(
     comm: Comm | None = None,
     key: str = "distclip",
 ) -> Attachment:
-    """Clip in every step of a torchft optimizer that its manager commits.
+    """Clip in every step that the manager of a torchft optimizer commits.
 
     Call it on every rank of every replica group, before the first `optimizer.zero_grad()`. A replica that heals loads
     the policy's state with the manager's other state, so it must have the same attachments.
 
     Args:
         optimizer: `torchft.Optimizer(manager, optimizer)`.
-        policy: for example `distclip.ema()`, or a clipper of the caller.
-        parameters: see `GradClipper`; the model inside torchft's DistributedDataParallel is found. None for the
+        policy: for example `distclip.ema()`, or the caller's clipper.
+        parameters: see `GradClipper`. Of torchft's DistributedDataParallel, the model inside is used. None for the
             parameters of the optimizer, which have no names. With a policy per tensor, row or group, pass the model.
             Ignored for a clipper.
         on_nonfinite, max_skips, split_over: see `GradClipper`. Ignored for a clipper.
         comm: the ranks of this replica group. None to find them as `GradClipper` does. Ignored for a clipper.
-        key: name of the policy's state in the manager's state. Several optimizers of a manager need different ones.
+        key: name of the policy's state in the manager's state. Optimizers with the same manager need different keys.
 
     Returns:
         The attachment, with the clipper and the report of the last committed step. It is `optimizer.distclip` too.
 
     Raises:
         ArgumentError: `optimizer` is no optimizer of torchft or has a policy already; `policy` is no policy; `key` is
-            taken. In a step: a closure. Otherwise see `GradClipper.step`.
+            taken. In a step: a closure was passed. Otherwise see `GradClipper.step`.
 
     Collectives: those of `GradClipper` here, and those of `GradClipper.step` in a committed step, within the replica
     group. Host syncs: those of `GradClipper.step`.
@@ -114,7 +115,7 @@ def attach(
 
 
 class Attachment(base.Attachment):
-    """A policy that decides the committed steps of a torchft optimizer.
+    """A policy that clips or skips the committed steps of a torchft optimizer.
 
     Args:
         optimizer: the optimizer of torchft.
@@ -136,7 +137,7 @@ class Attachment(base.Attachment):
         self._manager.register_state_dict_fn(key, self.load_state_dict, self.state_dict)
 
     def detach(self) -> None:
-        """Restore torchft's own step, and take the policy's state out of the manager's."""
+        """Restore torchft's own step, and remove the policy's state from the manager's."""
         super().detach()
         for states in (self._manager._user_state_dicts, self._manager._load_state_dict_fns):
             states.pop(self._key, None)
@@ -167,7 +168,7 @@ def _parameters_of(optimizer: Any, parameters: Parameters | None) -> Parameters:
     if parameters is None:
         return [param for group in optimizer.param_groups for param in group["params"]]
     if isinstance(parameters, DistributedDataParallel):
-        # The process group of torchft's class is none of torch.distributed's.
+        # torchft's class has a process group that torch.distributed does not have.
         module: nn.Module = parameters.module
         return module
     return parameters

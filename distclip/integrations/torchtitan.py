@@ -1,6 +1,6 @@
 """Clip in torchtitan's Trainer by any policy, or replace its `clip_grad_norm_`.
 
-Without an edited file, in a module of the user, here my_run.py::
+To leave torchtitan's files as they are, write a module of your own, here my_run.py::
 
     from torchtitan.models.llama3.config_registry import llama3_debugmodel
 
@@ -10,8 +10,8 @@ Without an edited file, in a module of the user, here my_run.py::
     def llama3_zclip():
         return clipped(llama3_debugmodel(), zclip(cap=1.0))
 
-Then `torchrun ... -m torchtitan.train --module my_run --config llama3_zclip`, with all of torchtitan's options. If the
-program constructs the Trainer itself, call `attach(trainer, zclip(cap=1.0))` after that.
+Then run `torchrun ... -m torchtitan.train --module my_run --config llama3_zclip`, with any of torchtitan's options. If
+the program constructs the Trainer itself, call `attach(trainer, zclip(cap=1.0))` afterwards.
 
 For a fixed norm, a function with torchtitan's signature is enough::
 
@@ -60,17 +60,17 @@ def clipped(
     max_skips: int | None = None,
     on_bind: OnBind | None = None,
 ) -> ConfigT:
-    """Return a config like this one of torchtitan, whose Trainer clips by a policy.
+    """Return a copy of a torchtitan config whose Trainer clips by a policy.
 
-    The command line of torchtitan changes its fields as before.
+    torchtitan's command line can change its fields as before.
 
     Args:
         config: the config of a Trainer, for example `llama3_debugmodel()`.
         policy, on_nonfinite, max_skips, on_bind: see `attach`.
 
     Returns:
-        A config of a class that derives from that of `config`. Its `build()` makes a Trainer of a class that derives
-        from the config's, and attaches the policy.
+        A config whose class derives from that of `config`. Its `build()` makes a Trainer, whose class derives from the
+        Trainer class of `config`, and attaches the policy.
 
     Raises:
         ArgumentError: `config` is no config of a Trainer; `policy` is no policy.
@@ -82,7 +82,7 @@ def clipped(
             f"clipped: config={config!r:.80}: not the config of a torchtitan Trainer. Pass "
             "torchtitan.models.llama3.config_registry.llama3_debugmodel(), for example."
         )
-    # As dataclass() does for `class Config(type(config))` in a class body.
+    # This is what a dataclass `class Config(type(config))` in a class body does.
     config_class: Any = dataclass(kw_only=True, slots=True)(new_class("Config", (type(config),)))
 
     def init(self: Any, config: Any) -> None:
@@ -104,7 +104,7 @@ def attach(
     max_skips: int | None = None,
     on_bind: OnBind | None = None,
 ) -> Attachment:
-    """Clip in a Trainer of torchtitan by a policy.
+    """Clip in a torchtitan Trainer by a policy.
 
     `training.max_norm` is ignored. `grad_norm` in the logs is distclip's norm before clipping, and the metrics also get
     `distclip/coef`, and `distclip/skipped`, the number of skipped steps so far. A skipped step leaves the model and the
@@ -113,7 +113,7 @@ def attach(
     `--checkpoint.exclude_from_loading distclip`.
 
     Args:
-        trainer: a Trainer of torchtitan, or of a class that derives from it, before `train`.
+        trainer: a torchtitan Trainer, or one of a derived class, before `train` is called.
         policy: the policy, for example `distclip.zclip(cap=1.0)`.
         on_nonfinite, max_skips: see `GradClipper`.
         on_bind: called on every rank with the clipper, for example
@@ -126,7 +126,7 @@ def attach(
         ArgumentError: `trainer` is no Trainer of torchtitan, or has a policy already; `policy` is no policy. Otherwise
             see `GradClipper`.
 
-    Collectives: those of `GradClipper` here. A step has those of `GradClipper.clip` in place of torchtitan's. Host
+    Collectives: those of `GradClipper` here. A step has those of `GradClipper.clip` instead of torchtitan's. Host
     syncs: those of `GradClipper.clip`.
     """
     if not all(hasattr(trainer, name) for name in ("train_step", "model_parts", "parallel_dims", "checkpointer")):
@@ -150,7 +150,7 @@ def attach(
 
 
 class Attachment(base.Attachment):
-    """A policy that decides the steps of a Trainer of torchtitan.
+    """A policy that clips or skips the steps of a torchtitan Trainer.
 
     Args:
         trainer: the Trainer.
@@ -165,7 +165,7 @@ class Attachment(base.Attachment):
 
         @wraps(train_step)
         def clip_in_step(*args: Any, **kwargs: Any) -> Any:
-            # The step calls the function of this module, which other Trainers of the process call too.
+            # The step calls this module's function, and so do other Trainers of the process.
             module: Any = import_module("torchtitan.distributed.utils")
             original, module.clip_grad_norm_ = module.clip_grad_norm_, self._clip
             try:
@@ -199,7 +199,7 @@ class Attachment(base.Attachment):
         return hasattr(self._trainer.checkpointer, "states")
 
     def _clip(self, parameters: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Clip as torchtitan's function does. The arguments are those of the same parameters."""
+        """Clip instead of torchtitan's function. The clipper has the parameters, so the arguments are ignored."""
         assert self._clipper is not None
         grads: list[tuple[Tensor, Tensor]] = []
         if not self._trainer.config.training.disable_cuda_graphs:

@@ -1,4 +1,4 @@
-"""Clip the gradients of a Trainer of Hugging Face's transformers by any policy, in place of `max_grad_norm`.
+"""Clip the gradients of a Trainer of Hugging Face's transformers by any policy, instead of `max_grad_norm`.
 
 ::
 
@@ -57,17 +57,17 @@ def attach(
 ) -> Attachment | DeepSpeedAttachment:
     """Clip in a Trainer, or in a class that derives from it, by a policy.
 
-    Works with everything that `accelerate.attach` works with, gradient accumulation and fp16. `max_grad_norm` is
-    ignored, even 0. Pass `distclip.global_norm(float("inf"))` to clip nothing. `grad_norm` in the logs is distclip's
-    norm before clipping, without the loss scale. The logs also get `grad_coef`, and `grad_skipped`, the number of
-    skipped steps so far. A skipped step changes neither the model nor the optimizer nor the scheduler. Checkpoints
-    have the policy's state in a file `distclip.pt`.
+    Works with everything that `accelerate.attach` works with, including gradient accumulation and fp16. `max_grad_norm`
+    is ignored, even if it is 0. Pass `distclip.global_norm(float("inf"))` to clip nothing. `grad_norm` in the logs is
+    distclip's norm before clipping, without the loss scale. The logs also get `grad_coef`, and `grad_skipped`, the
+    number of skipped steps so far. A skipped step changes neither the model nor the optimizer nor the scheduler.
+    Checkpoints have the policy's state in a file `distclip.pt`.
 
     Under DeepSpeed (`TrainingArguments(deepspeed=...)`, ZeRO 0 to 3) the policy is attached to the engine when training
     starts, see `distclip.integrations.deepspeed.attach`, and `gradient_clipping` of its config is ignored too.
 
-    If the Trainer makes another Accelerator, as each trial of `hyperparameter_search` does, the policy goes with it. A
-    trial has a new model, and so it starts with a new clipper, without the history of the trial before.
+    If the Trainer makes another Accelerator, as each trial of `hyperparameter_search` does, the policy is attached to
+    the new one. Each trial has a new model, so it starts with a new clipper, without the history of the previous trial.
 
     Args:
         trainer: a Trainer of transformers, before `train`.
@@ -79,7 +79,7 @@ def attach(
         `trainer.accelerator.distclip` too.
 
     Raises:
-        ArgumentError: `trainer` is not a Trainer, or that of an older transformers. Otherwise see
+        ArgumentError: `trainer` is not a Trainer, or is one of an older version of transformers. Otherwise see
             `distclip.integrations.accelerate.attach`.
 
     Collectives, Host syncs: see `distclip.integrations.accelerate.attach`.
@@ -110,7 +110,7 @@ def patch(trainer: TrainerT, policy: Policy, **options: Any) -> TrainerT:
 
 
 class Attachment(accelerate.Attachment):
-    """A policy that decides the steps of a Trainer.
+    """A policy that clips or skips the steps of a Trainer.
 
     Args:
         trainer: the Trainer.
@@ -143,9 +143,9 @@ class Attachment(accelerate.Attachment):
 
 
 class DeepSpeedAttachment(base.Attachment):
-    """A policy that decides the steps of a Trainer under DeepSpeed.
+    """A policy that clips or skips the steps of a Trainer under DeepSpeed.
 
-    The Trainer makes its engine when training starts. The policy is attached to it then.
+    The Trainer makes its engine when training starts, and the policy is attached to it then.
 
     Args:
         trainer: the Trainer.
@@ -174,7 +174,7 @@ class DeepSpeedAttachment(base.Attachment):
         _follow_accelerators(self._patches, trainer, self._follow)
 
     def _use(self, trainer: Any) -> None:
-        """Attach to each engine that the Trainer's present accelerator makes."""
+        """Attach to each engine that the Trainer's current accelerator makes."""
         self._accelerator = accelerator = trainer.accelerator
         prepare = accelerator._prepare_deepspeed
 

@@ -1,11 +1,12 @@
-"""Record the decisions of a clipper at every step, for people to look at.
+"""Record the decisions of a clipper at every step, and analyze and show them.
 
 `Recorder` writes one line per step and passes the numbers to sinks: `tensorboard`, `wandb`, `mlflow`, `trackio`, or any
-function of a dictionary and a step. `Webhook` posts alerts. `per_sample` measures each sample's part of a gradient, and
-`UpdateRatio` how far a step moves the parameters, `UpdateRms` whether Adam's second moments are too old. They need only
-torch.
+function of a dictionary and a step. `Webhook` posts alerts. `per_sample` measures each sample's part of a gradient,
+`UpdateRatio` how far a step moves the parameters, and `UpdateRms` whether Adam's second moments are too old. All of
+these need only torch.
+
 `analysis` draws conclusions from the lines of a run. `dashboard` and the command `distclip` (`report`, `suggest`,
-`diagnose`, `blame`) show them. These need `distclip[report]`, and do not import torch.
+`diagnose`, `blame`) show the conclusions. They need `distclip[report]`, and do not import torch.
 """
 
 from __future__ import annotations

@@ -50,47 +50,50 @@ _RESERVED |= {"time", "nonfinite", "culprits", "replicas", "spike", "worst", "di
 class Recorder:
     """Records the numbers of every step of a clipper, and writes them periodically on one rank.
 
-    Between two writes all numbers stay on the device, so a step costs a few references. A write is one copy to the
-    host. `distclip.monitor.jsonl` describes the lines. If a line cannot be written (a full disk, a sink that raises),
-    the recorder warns, gives that destination up, and training continues. As a context manager it writes the remaining
-    steps at the end. Steps that a CUDA graph replays are not recorded.
+    Between two writes all numbers stay on the device, so a step only stores a few references. A write copies all of
+    them to the host at once. `distclip.monitor.jsonl` describes the lines. If a line cannot be written (a full disk, a
+    sink that raises), the recorder warns and stops writing to that destination, and training continues. As a context
+    manager it writes the remaining steps at the end. Steps that a CUDA graph replays are not recorded.
 
     Args:
-        clipper: that makes the steps, by `clip`, `step`, `attach` or an engine of DeepSpeed.
-        directory: of `metrics.jsonl`. An existing file is appended to. None for runs/TIME.
+        clipper: the clipper whose steps to record, made by `clip`, `step`, `attach` or a DeepSpeed engine.
+        directory: the directory of `metrics.jsonl`. An existing file is appended to. None for runs/TIME.
         every: number of steps between two writes, ≥ 1; a crash loses at most that many.
-        sinks: one further destination (see `distclip.monitor.sinks`), or several; only those of the rank that writes
-            are used.
+        sinks: one more destination (see `distclip.monitor.sinks`), or several. Only those of the rank that writes are
+            used.
         per_tensor: whether to record the norm of every parameter's gradient, see `GradClipper.measure_tensors`.
-        top: number of most extreme steps whose sample ids, worst rank and worst tensor are recorded, ≥ 0.
-        facts: about the run, for the header: {"batch": 512, "precision": "fp16"}.
-        alerts: one function of a dictionary, or the URL of a webhook, or several of them, for steps whose norm is at
-            least three times the running median or not finite. `distclip.monitor.alerts.make_alert` lists the fields.
-            Only those of the rank that writes are used. A webhook never delays training.
-        on_spike: function of a dictionary with `step`, `norm`, `ratio` (NaN if the norm is not finite), `ids` and
-            `worst`, for the same steps. All ranks call it within the same later step, when the recorder writes, so that
-            it may communicate. `every=1` calls it within the spike's own step, before the optimizer. An exception
-            becomes a warning, so that the ranks stay in step.
-        examine: function of the number of a step that runs the forward pass of this rank's batch of that step again,
-            and returns the loss, as the training loop computed it. For the first outliers of the run it is called
-            within their step. The result is in spikes/STEP.json: sample, numerics, hardware or optimizer state. On an
-            accelerator, each step waits for its norm until `examine_limit` outliers were replayed.
+        top: the number of most extreme steps to record with their sample ids, worst rank and worst tensor, ≥ 0.
+        facts: facts about the run for the header of the file, for example {"batch": 512, "precision": "fp16"}.
+        alerts: a function of a dictionary, the URL of a webhook, or several of them. They are called for each step
+            whose norm is not finite, or is at least three times the running median.
+            `distclip.monitor.alerts.make_alert` lists the fields. Only those of the rank that writes are used. A
+            webhook never delays training.
+        on_spike: a function of a dictionary with `step`, `norm`, `ratio` (NaN if the norm is not finite), `ids` and
+            `worst`, for the same steps as `alerts`. All ranks call it within the same later step, when the recorder
+            writes, so that it may communicate. With `every=1` that is the next step, before its optimizer runs. An
+            exception becomes a warning, so that the ranks stay in step.
+        examine: a function of a step's number. It repeats the forward pass of this rank's batch of that step, and
+            returns the loss as the training loop computed it. It is called for the first outliers of the run, within
+            the step of each. spikes/STEP.json then has the likely cause: sample, numerics, hardware or optimizer state.
+            On an accelerator, each step waits for its norm until `examine_limit` outliers have been replayed.
         examine_limit: maximum number of outliers to replay, ≥ 0.
-        updates: whether to compare gradients with Adam's second moments, see `GradClipper.measure_updates`. Lines have
-            the largest RMS of a step, and `alerts` are called from 3.0 on, mostly before the loss rises.
+        updates: whether to compare gradients with Adam's second moments, see `GradClipper.measure_updates`. Lines then
+            have the largest RMS of their step, and `alerts` are called if it is 3.0 or more, which is mostly before the
+            loss rises.
         log: "jsonl" for one JSON line per step. "columnar" for runs with so many steps and tensors that lines would be
             too large: `distclip.monitor.columnar` describes this format, which needs `distclip[columnar]`.
 
     Raises:
-        ArgumentError: an argument is invalid. DisagreementError: an argument differs between ranks. On every rank that
-            makes a recorder within seconds of the others.
+        ArgumentError: an argument is invalid. DisagreementError: an argument differs between ranks. Both are raised on
+            every rank that makes a recorder within seconds of the others.
 
-    Construct it on every rank of the clipper. If some ranks have none, or differ in their arguments, the others warn
-    and record without communication. The lowest of them writes, and losses and samples of other ranks are missing.
+    Construct a recorder on every rank of the clipper. If some ranks have none, or if arguments differ, those that have
+    one warn and record without communication. The lowest of them writes, without the losses and samples of the other
+    ranks.
 
-    Collectives: none at construction, one gather with `per_tensor`. A step has no collective of the recorder. Every
-    `every` steps there is one all-reduce of 2 · every float64 numbers (losses), and a gather if one of these steps
-    stands out. Host syncs: one every `every` steps.
+    Collectives: none at construction, or one gather with `per_tensor`. The recorder adds none to a step. Every `every`
+    steps there is one all-reduce of 2 · every float64 numbers (losses), and a gather if one of these steps is an
+    outlier. Host syncs: one every `every` steps.
 
     >>> import tempfile, distclip
     >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -128,7 +131,7 @@ class Recorder:
         self._clipper = clipper
         self.path = Path(f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}") / "metrics.jsonl"
         """Path of the file, on the rank that writes."""
-        # A rank that cannot open the file enters itself in the roster all the same, so that all ranks raise.
+        # A rank that cannot open the file still enters itself in the roster, so that all ranks raise.
         errors = FirstError()
         lines = None
         all_sinks: tuple[Sink, ...] = ()
@@ -194,8 +197,8 @@ class Recorder:
         Args:
             values: numbers of Python or NumPy, or tensors of one element, which may stay on their device and must not
                 be modified afterwards. Names that `distclip.monitor.jsonl` lists have the meaning given there. `ids`:
-                this rank's samples, a sequence, array or 1-D tensor of numbers or strings. `step`: number of the step
-                in the file, a whole number, if it is not the clipper's own count.
+                this rank's samples, a sequence, array or 1-D tensor of numbers or strings. `step`: the step's number in
+                the file, a whole number, if it differs from the clipper's count.
 
         Raises:
             ArgumentError: a value is invalid, there is no step yet, or the step is already written. No value is added.
@@ -206,7 +209,7 @@ class Recorder:
             raise ArgumentError(
                 f"note: {', '.join(sorted(reserved))} would replace a number of the clipper. Use another name."
             )
-        # All values are converted before any is added. A write communicates, and must not fail because of one of them.
+        # All values are converted before any is added. A write communicates, and must not fail because of a bad value.
         converted = {key: _convert(key, value) for key, value in values.items()}
         if not self._steps:
             raise ArgumentError(
@@ -219,7 +222,7 @@ class Recorder:
     def flush(self) -> None:
         """Write all steps so far. Call it on every rank.
 
-        If some ranks do not call it within a minute, the others warn, and the steps stay for the next write.
+        If some ranks do not call it within a minute, the others warn, and keep the steps for the next write.
 
         Collectives and host syncs: see `Recorder`.
         """
@@ -228,13 +231,13 @@ class Recorder:
 
     @torch.no_grad()
     def _write(self) -> None:
-        """Write all steps so far. All ranks that have peers call it after the same step."""
+        """Write all steps so far. If all ranks have the recorder, all of them call it after the same step."""
         steps, self._steps = self._steps, []
         self.write_steps(steps)
 
     @torch.no_grad()
     def write_steps(self, steps: Sequence[Step]) -> None:
-        """Write steps. All ranks that have peers call it with the same ones."""
+        """Write steps. If all ranks have the recorder, all of them call it with the same steps."""
         has_peers = self._find_peers(steps)
         comm, rows = self._clipper.comm, read_steps(steps)
         # Sum and number of the losses per step, because some ranks (of a pipeline) have no loss.
@@ -270,7 +273,7 @@ class Recorder:
         details: Sequence[Sequence[RankDetails]],
         ranks: Sequence[int],
     ) -> list[dict[str, Any]]:
-        """Return the fields for `on_spike` of each spike among the outliers. All ranks return the same number."""
+        """Return the fields for `on_spike` of each spike among the outliers. All ranks return equally many."""
         spikes = []
         for n, (i, ratio) in enumerate(outliers):
             if not ratio < MIN_RATIO:
@@ -282,7 +285,7 @@ class Recorder:
         return spikes
 
     def _write_examinations(self, steps: Sequence[Step], has_peers: bool) -> None:
-        """Write the results of the replays since the last write. All ranks have made the same ones."""
+        """Write the results of the replays since the last write. All ranks have replayed the same steps."""
         assert self._examiner is not None
         comm = self._clipper.comm
         pending, self._examiner.pending = self._examiner.pending, {}
@@ -319,13 +322,13 @@ class Recorder:
     def close(self) -> None:
         """Write the steps so far with the details of this rank only, and stop writing.
 
-        The exit of the process calls it.
+        It is also called when the process exits.
 
         Collectives: none, because the other ranks may not call it.
         """
         if self._steps and self._writer is not None:
             rows = read_steps(self._steps)
-            # A copy, because the detectors of the other ranks do not advance here.
+            # This uses a copy, because the detectors of the other ranks do not advance here.
             outliers = copy.deepcopy(self._detector).detect([row["norm"] for row in rows])
             comm = self._clipper.comm
             parameters = set(self._clipper.parameters)
@@ -353,10 +356,10 @@ class Recorder:
         self.close()
 
     def _find_peers(self, steps: Sequence[Step]) -> bool:
-        """Return whether all ranks have the recorder, and choose another rank to write if not.
+        """Return whether all ranks have the recorder. If not, choose the rank that writes.
 
         Args:
-            steps: some of those before.
+            steps: earlier steps, at least one.
         """
         comm = self._clipper.comm
         if self._has_peers and self._clipper.step_comm.size < comm.size:
@@ -406,7 +409,7 @@ class Recorder:
             return
         if len(self._steps) >= self.every:
             self._write()
-        # Groups may have been added or removed since the header was written, which names the slots.
+        # The header names the slots, and groups may have been added or removed since it was written.
         with_slots = self._with_slots and len(outcome.coefs) == self._num_slots
         self._steps.append(Step.of(outcome, with_slots))
         if self._examiner is not None:
@@ -428,7 +431,7 @@ def _close_if_alive(reference: weakref.ref[Recorder]) -> None:
 
 
 def _check_entries(entries: Mapping[int, Entry]) -> None:
-    """Raise the error of the lowest rank that has one, or if the arguments of ranks differ."""
+    """Raise the error of the lowest rank that has one, or an error if arguments differ between ranks."""
     for rank, entry in entries.items():
         if entry.error is not None:
             raise from_wire(rank, *entry.error)
@@ -441,7 +444,7 @@ def _check_entries(entries: Mapping[int, Entry]) -> None:
 
 
 def _open_log(path: Path, log: str) -> JsonLines:
-    """Open the log of a run, which is created if it does not exist."""
+    """Open the log of a run, and create it if it does not exist."""
     if log == "jsonl":
         if path.with_name(COLUMNS).is_dir():
             raise ArgumentError(
@@ -467,7 +470,7 @@ def _is_writer(clipper: GradClipper) -> bool:
 
     Rank 0 of the communicator writes, or rank 0 of the world if every rank clips alone.
     """
-    # Ranks that clip plain tensors alone hold replicas, and one file of them is enough.
+    # Ranks that each clip plain tensors alone hold replicas, so one file for all of them is enough.
     alone = clipper.comm.ranks is None and dist.is_available() and dist.is_initialized()
     return clipper.comm.rank == 0 and not (alone and dist.get_rank() > 0)
 

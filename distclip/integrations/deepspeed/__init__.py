@@ -22,7 +22,7 @@ looks for MPI, and fails with "No module named 'mpi4py'".
         print(attachment.report.as_dict())
 
 An engine keeps its gradients in buffers that depend on its optimizer. `adapter` has the interface that each kind of
-optimizer implements: where the gradients are, when they are complete, and where the copies are that the step consumes.
+optimizer implements: where the gradients are, when they are complete, and where the step reads its copies of them.
 
 - `stage_0`: plain data parallelism in float32, or in float16 and bfloat16 with float32 copies.
 - `stage_1_2`, `stage_3`: ZeRO.
@@ -34,7 +34,7 @@ This integration fixes four errors of DeepSpeed 0.19:
 
 - Norms of experts are averaged, although their squares must be added.
 - Stage 0 in float32 takes a mean of norms, and steps with infinite gradients.
-- Stage 0 in float16 divides by a loss scale that it never multiplied with.
+- Stage 0 in float16 divides by a loss scale that it never multiplied by.
 - Stages 1 to 3 in float16 halve the update of a step at which the loss scale grows.
 """
 

@@ -1,8 +1,9 @@
 """Define the interface of the adapters: one for each kind of DeepSpeed optimizer.
 
 DeepSpeed asks for the norm before it has made the float32 copies that its step consumes, and frees the original
-gradients in between. Measuring and writing are therefore two moments. An adapter attaches the current gradients to
-stand-ins for this rank's pieces of the parameters, and applies the decision to the copies once they exist.
+gradients in between. Measuring and writing therefore happen at different points of the step. An adapter attaches the
+current gradients to stand-ins for this rank's pieces of the parameters, and applies the decision to the copies once
+they exist.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Adapter(ABC):
         self.groups: list[list[Piece]] = []
         """Pieces of this rank, by parameter group of the optimizer."""
         self._num_pieces = 0
-        # Pieces that tensor-parallel ranks may slice at other elements, and their layouts if they do not.
+        # Pieces that tensor-parallel ranks may slice at different elements, and their layouts if they do not.
         self._sliced_together: list[tuple[Piece, Layout, Slice]] = []
         self.find_pieces()
 
@@ -102,9 +103,9 @@ class Adapter(ABC):
         return [hashlib.sha256(repr(text).encode()).hexdigest() for text in texts]
 
     def declare_replicas(self, slices_by_rank: Sequence[list[str]]) -> None:
-        """Declare the replicas of slices.
+        """Declare slices as replicas.
 
-        This is done in groups that all tensor-parallel ranks of this rank cut at the same elements.
+        Only groups that all tensor-parallel ranks of this rank cut at the same elements have such slices.
 
         Args:
             slices_by_rank: `slices` of every rank of the job.
@@ -146,8 +147,8 @@ class Adapter(ABC):
         Args:
             param: the parameter of the module, see `foreign.Parameter`.
             weights: the piece in float32, which the step will change.
-            process_group: the ranks that have the other pieces, or replicas of all of the parameter.
-            start: for a slice, the index of its first element in the parameter. None for all of the parameter.
+            process_group: the ranks that have the other pieces, or replicas of the whole parameter.
+            start: for a slice, the index of its first element in the parameter. None for the whole parameter.
             offset: see `Piece`.
         """
         # Without weights only the shape is used, so one element is expanded instead of allocating memory.
@@ -185,7 +186,10 @@ class Adapter(ABC):
         piece.stand_in.main_grad = None if grad is None else grad.view(piece.stand_in.shape)  # type: ignore[attr-defined]
 
     def share_weights(self, group: int, weights: Tensor) -> None:
-        """Share the memory of a group's flat weights with its stand-ins. Loading a checkpoint moves it."""
+        """Share the memory of a group's flat weights with its stand-ins.
+
+        Call it before each use, because loading a checkpoint moves that memory.
+        """
         if self.weights:
             for piece in self.groups[group]:
                 piece.stand_in.data = piece.view_in(weights.detach())

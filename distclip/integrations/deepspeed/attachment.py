@@ -31,7 +31,7 @@ _ADAPTERS: dict[str, type[Adapter]] = {
     "FP16_UnfusedOptimizer": HalfPrecision,
     "Optimizer": SinglePrecision,
 }
-"""Adapter by the name of the optimizer's class or of a base class, so that DeepSpeed need not be imported."""
+"""Adapter by the name of the optimizer's class or of a base class. Names do not require importing DeepSpeed."""
 
 
 def attach(
@@ -46,13 +46,13 @@ def attach(
     Works with ZeRO stages 0 to 3 in float32, bfloat16 and float16, gradient accumulation, an optimizer on the CPU, and
     DeepSpeed's experts. A policy per tensor or row gets whole parameters, wherever partitions cut them. The
     `gradient_clipping` of the engine's config is ignored. `engine.get_global_grad_norm()` is the norm before clipping,
-    without the loss scale. A skipped step counts in `engine.skipped_steps` and holds the engine's learning-rate
-    scheduler. The loss scale backs off only if the step is non-finite.
+    without the loss scale. A skipped step counts in `engine.skipped_steps`, and the engine's learning-rate scheduler
+    does not step. The loss scale backs off only if the step is non-finite.
 
     Args:
         engine: the engine that `deepspeed.initialize` returned, with an optimizer.
-        policy: the policy, for example `distclip.global_norm(1.0)`. Or a clipper with its policy, rules and state,
-            which is rebound to the engine's gradients.
+        policy: the policy, for example `distclip.global_norm(1.0)`. Or a clipper, which keeps its policy, rules and
+            state and is rebound to the engine's gradients.
         on_nonfinite: see `GradClipper`; "skip" by default. With float16, the loss scaler finds its scale by non-finite
             steps, so they are skipped and counted without a warning.
         max_skips: see `GradClipper`.
@@ -66,7 +66,7 @@ def attach(
             see `GradClipper.clip`.
 
     Collectives: gathers and all-reduces, so call it on every rank. A step has one all-reduce of a few float64 numbers,
-    in place of those of DeepSpeed's norm and overflow check. Host syncs: one per step, as in DeepSpeed.
+    instead of those of DeepSpeed's norm and overflow check. Host syncs: one per step, as in DeepSpeed.
     """
     comm, errors = world_comm(), FirstError()
     adapter: Adapter | None = None
@@ -82,7 +82,7 @@ def attach(
 
 
 class Attachment(base.Attachment):
-    """A policy that decides the steps of an engine.
+    """A policy that clips or skips the steps of an engine.
 
     Args:
         engine: the engine.
@@ -94,7 +94,7 @@ class Attachment(base.Attachment):
         super().__init__([engine], clipper)
         self._adapter = adapter
         self.held = tuple(piece.name for piece in adapter.pieces)
-        """Names of the parameters of which this rank has a piece."""
+        """Names of the parameters that this rank has a piece of."""
         optimizer = engine.optimizer
         adapter.install(self._patches, self._measure, self._write_pieces)
         optimizer_step = optimizer.step
@@ -109,7 +109,7 @@ class Attachment(base.Attachment):
             self._outcome = None
             return result
 
-        # torch's learning-rate schedulers expect a method, and read what they have set on it.
+        # torch's learning-rate schedulers expect a method, and read attributes that they have set on it.
         self._patches.replace(optimizer, "step", MethodType(step, optimizer))
         if hasattr(optimizer, "_update_scale"):
             update_scale = optimizer._update_scale

@@ -76,7 +76,7 @@ class HalfPrecision(_WholeParameters):
         optimizer = self.optimizer
 
         def step(closure: Any = None) -> bool:
-            # DeepSpeed's own step takes an infinite norm for an overflow, regardless of `on_nonfinite`.
+            # DeepSpeed's own step treats an infinite norm as an overflow, regardless of `on_nonfinite`.
             if decide():
                 optimizer._skip_invalid_grad_norm()
                 return True
@@ -134,7 +134,7 @@ class HalfPrecision(_WholeParameters):
             unscaled = 1 / num_micro_batches if scale_wrt_gas else 1.0
 
             def scale_once(grad: Tensor) -> Tensor | None:
-                # A later DeepSpeed may multiply with the scale too. This hook then takes one of the two out again.
+                # A later DeepSpeed may multiply by the scale too. This hook then divides by it once.
                 return grad / scale if scale > 1 and float(grad) > unscaled * scale / 2 else None
 
             product = loss.float() * scale

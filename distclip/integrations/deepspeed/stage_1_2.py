@@ -69,7 +69,7 @@ class Stages12(Adapter):
 
         patches.replace(zero, "scaled_global_norm", scaled_global_norm)
         patches.replace(zero, "unscale_and_clip_grads", unscale_and_clip_grads)
-        # The measurement finds non-finite gradients already. The two flags make DeepSpeed read the norm, because its
+        # The measurement already finds non-finite gradients. The two flags make DeepSpeed read the norm, because its
         # config may turn that off for bfloat16.
         patches.replace(zero, "check_overflow", lambda *args, **kwargs: None)
         patches.replace(zero, "check_grad_overflow", True)

@@ -66,5 +66,5 @@ class Stage3(Adapter):
 
         patches.replace(zero, "_get_norm_groups", get_norm_groups)
         patches.replace(zero, "unscale_and_clip_grads", unscale_and_clip_grads)
-        # The measurement finds non-finite gradients already.
+        # The measurement already finds non-finite gradients.
         patches.replace(zero, "check_overflow", lambda *args, **kwargs: None)

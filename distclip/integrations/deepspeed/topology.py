@@ -37,7 +37,7 @@ class Topology:
             self.split_over["tp"] = tensor_parallel
 
     def replica_group(self, param: Any) -> dist.ProcessGroup:
-        """Return the process group of the ranks that have the same parameter, without partitions."""
+        """Return the process group of the ranks that have the same parameter if nothing is partitioned."""
         if (name := _expert_group_name(param)) is None:
             return self._data_parallel
         from deepspeed.utils import groups
@@ -64,13 +64,14 @@ class Topology:
             param: a parameter of the engine's module, see `foreign.Parameter`.
             process_group: the ranks that have slices of the parameter, or replicas of all of it.
             sliced: True if the ranks have slices.
-            has_equal_slices: False if tensor-parallel ranks may slice the parameter at other elements.
+            has_equal_slices: False if tensor-parallel ranks may slice the parameter at different elements.
         """
         expert = _expert_group_name(param)
         tensor_parallel = _is_tensor_parallel(param)
         split = {f"expert {expert}": expert is not None, "tp": tensor_parallel}
         ranks = group_ranks(process_group)
-        # DeepSpeed has averaged the gradients that are not sliced. A tensor-parallel rank computes its replica itself.
+        # DeepSpeed has averaged the gradients that are not sliced. A tensor-parallel rank computes the gradient of its
+        # replica itself, so it may have other bits.
         replicas = () if sliced else replica_group(ranks)
         if self.is_replicated(param) and has_equal_slices:
             replicas += replica_group(self.tensor_parallel_ranks, is_exact=False)

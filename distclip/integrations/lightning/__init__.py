@@ -32,7 +32,7 @@ __all__ = ["GradientClipping", "clip_gradients"]
 
 
 def __getattr__(name: str) -> Any:
-    # The callback derives from Lightning's class, so its module imports Lightning. Only its first use pays for that.
+    # The callback derives from Lightning's class, so its module imports Lightning. It is imported only on first use.
     if name == "GradientClipping":
         from .callback import GradientClipping
 

@@ -25,7 +25,7 @@ from ..attachment import check_policy
 from ..deferred import DeferredClipper, OnBind, find_ids
 
 if TYPE_CHECKING:
-    # Both of Lightning's packages have a class Callback. Type checkers see the one of `lightning`.
+    # Both of Lightning's packages have a class Callback. Type checkers see that of `lightning`.
     from lightning.pytorch import Callback
 else:
     from .base_callback import Callback
@@ -34,7 +34,7 @@ __all__ = ["GradientClipping"]
 
 
 class GradientClipping(Callback):  # type: ignore[misc, unused-ignore]
-    """Clip between backward and step of Lightning's Trainer.
+    """Clip between the backward pass and the step of Lightning's Trainer.
 
     It works under any strategy and precision plugin except DeepSpeed's.
 
@@ -51,8 +51,8 @@ class GradientClipping(Callback):  # type: ignore[misc, unused-ignore]
 
     Args:
         policy: the policy, for example `distclip.global_norm(1.0)`.
-        on_nonfinite: see `GradClipper`. A GradScaler finds its scale by non-finite steps, so with one they are skipped
-            and counted without a warning under any rule.
+        on_nonfinite: see `GradClipper`. A GradScaler finds its scale by non-finite steps, so if there is one, such
+            steps are skipped and counted without a warning under any rule.
         max_skips: see `GradClipper`.
         split_over: see `GradClipper`.
         on_bind: called on every rank with each clipper when training starts, for example
@@ -86,7 +86,8 @@ class GradientClipping(Callback):  # type: ignore[misc, unused-ignore]
             DeferredClipper, policy, split_over, on_nonfinite, max_skips, on_bind
         )
         self._log = log
-        # One per optimizer. The Trainer loads a checkpoint before it has optimizers.
+        # There is one per optimizer, and one before that, because the Trainer loads a checkpoint before it has
+        # optimizers.
         self._deferred: list[DeferredClipper] = [self._make_deferred()]
         self._last_index = 0
         self._had_backward = False
@@ -95,7 +96,7 @@ class GradientClipping(Callback):  # type: ignore[misc, unused-ignore]
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the arguments and the clippers' states."""
-        # The Trainer lends these methods of the module to its callbacks.
+        # The Trainer sets these methods of the module on its callbacks.
         return {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
 
     @property
@@ -132,7 +133,7 @@ class GradientClipping(Callback):  # type: ignore[misc, unused-ignore]
         errors = FirstError()
         with errors:
             _check(trainer)
-        # A submodule of DistributedDataParallel does not show that it is replicated, so all ranks are named here.
+        # A submodule of DistributedDataParallel does not show that it is replicated, so all ranks are passed here.
         comm = world_comm() if trainer.world_size > 1 else None
         gather_or_raise(comm or LocalComm(), errors.error, None)
         module = trainer.strategy.model
@@ -162,7 +163,8 @@ class GradientClipping(Callback):  # type: ignore[misc, unused-ignore]
         if self._log is not None:
             prefix = self._log if len(self._deferred) == 1 else f"{self._log}{self._last_index}/"
             numbers = {"norm": report.norm, "coef": report.coef, "clipped": report.clipped, "skipped": report.skipped}
-            # Lightning would look for the batch size in the batch, and refuses some batches. Steps have equal weights.
+            # Without a batch size, Lightning would look for it in the batch, and some batches raise. Steps have equal
+            # weights.
             values = {f"{prefix}{name}": number.float() for name, number in numbers.items()}
             pl_module.log_dict(values, batch_size=1)
 

@@ -1,4 +1,4 @@
-"""Clip in Lightning Fabric, in place of Fabric's own `clip_gradients`."""
+"""Clip in Lightning Fabric, instead of Fabric's own `clip_gradients`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["clip_gradients"]
 
 
 def clip_gradients(fabric: Any, clipper: GradClipper, *optimizers: Any) -> Report:
-    """Clip in place of `fabric.clip_gradients(model, optimizer, max_norm=…)`, before `optimizer.step()`.
+    """Clip instead of `fabric.clip_gradients(model, optimizer, max_norm=…)`, before `optimizer.step()`.
 
     ::
 
@@ -29,7 +29,8 @@ def clip_gradients(fabric: Any, clipper: GradClipper, *optimizers: Any) -> Repor
 
     Args:
         fabric: the Fabric that has set up the model.
-        clipper: a clipper over the module that `fabric.setup` returned. Its state has the names of the bare module.
+        clipper: a clipper over the module that `fabric.setup` returned. Its state has the parameter names of the module
+            without Fabric's wrapper.
         optimizers: the optimizers that step the clipper's parameters, as `fabric.setup` returned them.
 
     Returns:

@@ -8,7 +8,7 @@
     attachment = attach(optimizer, distclip.zclip(cap=1.0), model=model_chunks)
     success, grad_norm, num_zeros = optimizer.step()  # unchanged training loop; attachment.report has the details
 
-If only the norm must be right, replace the two functions with which Megatron clips::
+If you only need a correct norm, replace the two functions that Megatron clips with::
 
     from megatron.core.optimizer import optimizer as megatron_optimizer
 
@@ -17,12 +17,13 @@ If only the norm must be right, replace the two functions with which Megatron cl
     megatron_optimizer.get_grad_norm_fp32 = get_grad_norm_fp32
     megatron_optimizer.clip_grad_by_total_norm_fp32 = clip_grad_by_total_norm_fp32
 
-With `attach`, norm and overflow check are one all-reduce over all ranks. It fixes these errors of megatron-core 0.16:
+With `attach`, the norm and the overflow check take one all-reduce over all ranks. It fixes these errors of
+megatron-core 0.16:
 
 - On a rank without gradients the inf-norm raises, and so does every p except 2 and inf.
 - A plain gradient after a DTensor discards the DTensor's group.
-- In bfloat16 and float32 a step with NaN is made.
-- Experts that overflow lower only their own loss scale, while the loss is multiplied by the other one.
+- In bfloat16 and float32, a step with NaN gradients is not skipped.
+- If experts overflow, only their own loss scale is lowered, although the loss is multiplied by the other one.
 - Without a distributed optimizer, ranks with other experts make the step that the overflowing ranks skip.
 - Megatron-FSDP's strategy `no_shard` counts each parameter once for every data-parallel rank. Without
   `overlap_grad_reduce` it also leaves gradients unreduced, and the step raises `ReplicaError`.

@@ -34,17 +34,17 @@ def attach(
     Works with FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer and LayerWiseDistributedOptimizer
     (that of Muon), and with chains of them, under tensor, pipeline, expert and data parallelism, also under
     Megatron-FSDP, with loss scaling. A policy per tensor or row gets whole parameters, wherever a distributed optimizer
-    or Megatron-FSDP cuts them. If the optimizer is
-    precision-aware, a policy that reads weights gets those of the model, because TransformerEngine keeps the float32
-    ones. A tied embedding is one parameter, by its name on the first stage.
-    `config.clip_grad` is ignored. `step()` returns (True, norm, zeros) as usual, or (False, None, None) for a skipped
-    step. Loss scales back off only if the step is non-finite, and then all of a chain together.
+    or Megatron-FSDP cuts them. If the optimizer is precision-aware, a policy that reads weights gets those of the
+    model, because TransformerEngine keeps the float32 copies. A tied embedding counts as one parameter, with its name
+    on the first stage. `config.clip_grad` is ignored. `step()` returns (True, norm, zeros) as usual, or (False, None,
+    None) for a skipped step. Loss scales back off only if the step is non-finite, and then all scales of a chain do so
+    together.
 
     Args:
         optimizer: what `megatron.core.optimizer.get_megatron_optimizer` returned, also on a rank without parameters.
         policy: the policy, for example `distclip.global_norm(1.0)`.
         model: the modules of this rank, which have the names of the parameters. Policies per group, tensor or row need
-            them.
+            the names.
         pg_collection: the process groups `tp`, `pp`, `ep`, `expt_tp`, `dp_cp` and `expt_dp`. None for those of
             `megatron.core.parallel_state`.
         on_nonfinite: see `GradClipper`. With a loss scale, the scaler finds its scale by non-finite steps, so they are
@@ -60,8 +60,8 @@ def attach(
             `GradClipper.clip`.
 
     Collectives: gathers and all-reduces, so call it on every rank. A step has one all-reduce of a few float64 numbers
-    over all ranks, in place of those of Megatron's norm and overflow check. Host syncs: in a step the host waits for
-    the gradients once, and then reads a few numbers.
+    over all ranks, instead of those of Megatron's norm and overflow check. Host syncs: in a step the host waits for the
+    gradients once, and then reads a few numbers.
     """
     comm, errors = world_comm(), FirstError()
     leaves: list[Any] = []
@@ -92,7 +92,7 @@ def attach(
 
 
 class Attachment(base.Attachment):
-    """A policy that decides the steps of an optimizer.
+    """A policy that clips or skips the steps of an optimizer.
 
     Args:
         optimizer: the optimizer, which may be a chain.
@@ -108,7 +108,8 @@ class Attachment(base.Attachment):
         self._optimizer, self._leaves, self._pieces = optimizer, leaves, pieces
         self._weights = clipper.policy.spec.needs_weights
         self._scalers = _scalers(leaves)
-        # Before Megatron-core 0.18 the replaced method gathers the parameters after the step, unless forward does.
+        # Before Megatron-core 0.18 the replaced method gathers the parameters after the step, unless the forward pass
+        # does.
         self._gathers = [
             one
             for one in layer_wise_in(optimizer)
@@ -123,7 +124,7 @@ class Attachment(base.Attachment):
         return self._clipper
 
     def _step(self) -> tuple[bool, float | None, float | None]:
-        """Step as Megatron does, with one decision in place of its overflow check, norm and clipping."""
+        """Step as Megatron does, with one decision instead of its overflow check, norm and clipping."""
         errors = FirstError()
         with errors:
             self._attach_grads()

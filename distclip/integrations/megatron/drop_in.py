@@ -1,4 +1,4 @@
-"""Replace the two functions of `megatron.core.optimizer.clip_grads`, with their signatures."""
+"""Replace the two functions of `megatron.core.optimizer.clip_grads`, with the same signatures."""
 
 from __future__ import annotations
 

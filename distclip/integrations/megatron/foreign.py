@@ -28,7 +28,7 @@ class Optimizer(Protocol):
     is_stub_optimizer: bool  # True on a rank without parameters
     grad_scaler: LossScaler | None  # absent in FP32Optimizer
 
-    # Parameters of the model and what is stepped in their place, by group.
+    # Parameters of the model, and the tensors that are stepped instead of them, by group.
     float16_groups: list[list[Tensor]]  # Float16OptimizerWithFloat16Params
     fp32_from_float16_groups: list[list[Tensor]]
     fp32_from_fp32_groups: list[list[Tensor]]

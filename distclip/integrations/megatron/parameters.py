@@ -96,11 +96,12 @@ class Groups:
             param: a parameter of the model, see `foreign.Parameter`.
             sliced_over: the ranks that have slices of it. None if each rank has all of it.
             layer_wise: True if one data-parallel rank steps all of it, and the others none.
-            copied_over: the ranks that have the same slice of it. None if no other rank has.
+            copied_over: the ranks that have the same slice of it. None if no other rank has it.
         """
         is_expert = is_expert_param(param)
         tensor_parallel = bool(getattr(param, "tensor_model_parallel", False))
-        # Experts have a separate tensor-parallel group. It often has one rank, and experts carry the tag even then.
+        # Experts have a separate tensor-parallel group. It often has one rank, and experts have the attribute even
+        # then.
         cut = {"tp": tensor_parallel and not is_expert, "expt_tp": tensor_parallel and is_expert}
         data_parallel = _DATA_PARALLEL[is_expert]
         split = {
@@ -111,7 +112,8 @@ class Groups:
         }
         group = None if layer_wise else sliced_over or self._group(data_parallel)
         ranks = (dist.get_rank(),) if group is None else group_ranks(group)
-        # Megatron has averaged the gradients that are not sliced. A tensor-parallel rank computes its replica itself.
+        # Megatron has averaged the gradients that are not sliced. A tensor-parallel rank computes the gradient of its
+        # replica itself, so it may have other bits.
         replicas = () if sliced_over else replica_group(ranks)
         groups: tuple[tuple[int, ...], ...] = (ranks,)
         if copied_over is not None:
@@ -119,7 +121,7 @@ class Groups:
             replicas += replica_group(groups[1])
         tied = getattr(param, "shared_embedding", False)
         if (embedding := self._group("embd")) and tied and not (sliced_over or layer_wise):
-            # It has also added up the gradients of embeddings that the first and the last stage share.
+            # Megatron has also added up the gradients of embeddings that the first and the last stage share.
             replicas += replica_group(group_ranks(embedding))
         tensor_axis = "expt_tp" if is_expert else "tp"
         if tensor_axis in self.split_over and not tensor_parallel:
@@ -140,7 +142,7 @@ class Groups:
 def layer_wise_in(optimizer: Any) -> list[Any]:
     """Return the layer-wise optimizers of a chain, or the one optimizer if it is one.
 
-    Each data-parallel rank steps different parameters of the model then, and all of them, as Muon needs them whole.
+    With such an optimizer, each data-parallel rank steps different parameters, and each of them whole, as Muon needs.
     """
     if type(optimizer).__name__ == "LayerWiseDistributedOptimizer":
         return [optimizer]
@@ -190,7 +192,7 @@ def pieces_of(
     copied_over = None
     decoupled = _has_decoupled_grads(leaf) if is_fsdp else _is_precision_aware(leaf)
     for i, (param, stepped) in enumerate(_stepped_params(leaf)):
-        # During a step, the modules of Megatron-FSDP have one or the other.
+        # During a step, the modules of Megatron-FSDP may have either of the two tensors.
         name = names.get(id(param), names.get(id(stepped)))
         if names and name is None:
             raise ArgumentError(
@@ -221,7 +223,7 @@ def share_names(pieces: list[Piece], by_rank: Iterable[Iterable[tuple[str, bool]
     """Return the pieces with one name for an embedding that several stages have.
 
     Megatron ties the weight of the first stage's embedding to the weight of the last stage's output layer. A policy
-    that clipped the two by their own names would let them diverge.
+    that clipped them under two names would let them diverge.
 
     Args:
         pieces: the pieces of this rank.
@@ -258,7 +260,7 @@ def names_of(model: nn.Module | Iterable[nn.Module]) -> dict[int, str]:
 
 
 def _stepped_params(leaf: Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (parameter of the model, tensor that is stepped in its place)."""
+    """Yield (parameter of the model, tensor that is stepped instead of it)."""
     if _is_fsdp(leaf):
         for param in (param for group in leaf.optimizer.param_groups for param in group["params"]):
             if not hasattr(param, "orig_param"):
@@ -295,7 +297,7 @@ def _is_fsdp(leaf: Optimizer) -> bool:
 
 
 def _has_decoupled_grads(leaf: Optimizer) -> bool:
-    """Return whether Megatron-FSDP leaves gradients in `.decoupled_grad`: since 0.17 by its config."""
+    """Return whether Megatron-FSDP leaves gradients in `.decoupled_grad`. Since 0.17, its config decides."""
     buffers = [chunk.param_and_grad_buffer for chunk in leaf.model_chunks]
     by_buffer = any(getattr(buffer, "use_precision_aware_optimizer", False) for buffer in buffers)
     return by_buffer or bool(getattr(leaf.ddp_config, "megatron_fsdp_use_decoupled_grad", False))
