@@ -1,6 +1,6 @@
 """Clip in torchtitan's Trainer by any policy, or replace its `clip_grad_norm_`.
 
-To leave torchtitan's files as they are, write a module of your own, here my_run.py::
+To leave torchtitan's files as they are, write a separate module, here my_run.py::
 
     from torchtitan.models.llama3.config_registry import llama3_debugmodel
 
