@@ -54,7 +54,7 @@ InitT = TypeVar("InitT", bound=Callable[..., None])
 
 
 def _explain_arguments(init: InitT) -> InitT:
-    """Run a constructor without gradients, and explain the arguments of torch's function if it gets them."""
+    """Run a constructor under no_grad, and explain what to pass if it gets arguments of torch's functions."""
 
     @wraps(init)
     def wrapper(self: GradClipper, *args: Any, **kwargs: Any) -> None:
@@ -79,7 +79,7 @@ def _explain_arguments(init: InitT) -> InitT:
 class GradClipper:
     """Clip the gradients of a model by a policy.
 
-    The layout of the parameters is found once, at construction.
+    The clipper finds the layout of the parameters once, at construction.
 
     Args:
         parameters: see `clip_grad_norm_`. With a policy per tensor or row, pass a module or (name, parameter) pairs,
@@ -89,24 +89,25 @@ class GradClipper:
         comm: see `clip_grad_norm_`.
         on_nonfinite: what happens to a step with NaN or Inf on any rank; all ranks do the same. "skip": the step leaves
             parameters, optimizer and the policy's state unchanged, and a `NonFiniteWarning` names the culprits.
-            "raise": `NonFiniteError`, before any gradient changes. "zero": set these elements to 0, warn, and clip the
-            others. "propagate": compute with the numbers as they are, as torch does. A GradScaler finds its scale by
-            such steps, so with one they are skipped and counted without a warning under any of the four.
-        max_skips: number of steps skipped in a row at which `TooManySkippedSteps` is raised, ≥ 1. None for never.
+            "raise": raise `NonFiniteError` before any gradient changes. "zero": set these elements to 0, warn, and clip
+            the others. "propagate": compute with the numbers as they are, as torch does. A GradScaler needs such steps
+            to find its scale, so with a scaler all four rules skip and count them without a warning.
+        max_skips: number of consecutive skipped steps, ≥ 1, at which `TooManySkippedSteps` is raised. None for never.
         flat_grads: move the gradients of the first step into one storage per dtype, as views, so that they are read as
             one tensor. They stay there as long as they are zeroed in place: `zero_grad(set_to_none=False)`. Gradients
             that share a storage already (DDP, FSDP) are not moved.
-        partial: the clipper has only a part of the parameters that its optimizers step, and the others move unclipped.
-            Without it, such a step raises.
+        partial: the clipper has only some of the parameters that its optimizers step, and the others move unclipped.
+            Without `partial`, such a step raises.
         replicas: what happens if a gradient or a parameter that several ranks hold differs between them. "warn": a
             `ReplicaWarning` names the tensor, the ranks and the size of the difference. "raise": `ReplicaError`, before
-            any gradient changes. "repair": overwrite them by those of the majority, and raise without one. "off":
-            compare nothing. Gradients are compared in every step, parameters once in 64 steps. See docs/replicas.md.
-        isolate: decide about each group of parameters as if it were trained alone, for adapters that share a step:
-            norm, bound, policy state, non-finite steps, skips, counters and `max_skips` are those of the group, still
-            with one all-reduce. Groups are those of a policy with per="group", and those of `add_group`. `policy` is
-            that of all other parameters, and the default of `add_group`. `NormPolicy(isolate=True)` means the same. See
-            docs/tenants.md.
+            any gradient changes. "repair": overwrite the replicas that differ with those of the majority, and raise if
+            there is no majority. "off": compare nothing. Gradients are compared in every step, parameters once in 64
+            steps. See docs/replicas.md.
+        isolate: clip each group of parameters as if it were trained alone, for adapters that share a step. Each group
+            has its own norm, bound, policy state, non-finite steps, skips, counters and `max_skips`, still with one
+            all-reduce. The groups are those of a policy with per="group", and those added by `add_group`. `policy`
+            applies to all other parameters, and is the default for `add_group`. `NormPolicy(isolate=True)` means the
+            same. See docs/tenants.md.
 
     Raises:
         ArgumentError, LayoutError, DisagreementError: see `clip_grad_norm_`; on every rank that takes part.
@@ -164,7 +165,7 @@ class GradClipper:
     def describe(self) -> str:
         """Return the policy, and how this rank's tensors are spread over the ranks, in one line.
 
-        `distclip.audit` proves what this line assumes.
+        `distclip.audit` verifies the layout that this line describes.
 
         Collectives: none. Host syncs: none.
 
@@ -185,9 +186,10 @@ class GradClipper:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradClipper:
-        # A model and its clipper can be copied together, within their process. Without the model, the first call warns.
+        # A model and its clipper can be copied together within a process. A clipper copied without its model warns in
+        # its first call.
         clipper = memo[id(self)] = object.__new__(type(self))
-        # The hooks of an attached clipper belong to its optimizers, and their copies have none.
+        # The hooks of an attached clipper belong to its optimizers, and copies of these optimizers have no hooks.
         kept = {key: value for key, value in self.__dict__.items() if key not in ("_turns", "_in_backward")}
         clipper.__dict__.update(copy.deepcopy(kept, memo), _turns=Turns(), _in_backward=None)
         clipper._engine.forget_original(memo)
@@ -208,7 +210,7 @@ class GradClipper:
         comm: Comm | None = None,
         flat_grads: bool = False,
     ) -> None:
-        """Continue with other tensors of the same parameters, after the model was wrapped again.
+        """Continue with new tensors for the same parameters, after the model was wrapped again.
 
         The parameters are found by name. The policy's state, the counters and the incidents are kept.
 
@@ -216,9 +218,9 @@ class GradClipper:
             parameters, split_over, comm, flat_grads: see `GradClipper`.
 
         Raises: see `GradClipper`.
-            DisagreementError: another rank makes another call, such as its next step; on every rank.
+            DisagreementError: another rank makes a different call, such as its next step; on every rank.
 
-        Collectives: one of the size of a step's over the ranks that the clipper had until now, and those of
+        Collectives: one all-reduce of the size of a step's, over the ranks that the clipper had so far, and those of
             `GradClipper`. Call it on every rank.
 
         >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -236,7 +238,8 @@ class GradClipper:
         old, errors = self._engine, FirstError()
         with errors:
             old.refuse_between("rebind")
-        # Before the ranks look for a communicator of the new parameters: each may begin with another one.
+        # This comes before the ranks look for a communicator of the new parameters, because each rank may start from a
+        # different one.
         old.calls.agree_to_end("GradClipper.rebind", comm, errors)
         state_dict = self.state_dict()
         options = old.on_nonfinite, self._counter, flat_grads, old.coverage.partial, old.replicas
@@ -257,21 +260,21 @@ class GradClipper:
         """Add a group to a clipper with isolate=True, on all ranks together.
 
         The other groups keep their states and counters. The ranks need not find each other again, unless the parameters
-        are on ranks that none of the clipper's was on. The slot of the group has its name, and its parameters have the
-        names "name/parameter" in reports, warnings and the recorder.
+        are on ranks that had no parameters of the clipper before. The slot of the group has the group's name, and its
+        parameters are named "name/parameter" in reports, warnings and the recorder.
 
         Args:
-            name: of the group, text without "/".
-            parameters: of the group, see `GradClipper`. All of them train.
-            policy: for the one norm of the group (per="model"). None for the policy of the clipper. The norm type is
-                that of all groups.
+            name: name of the group, without "/".
+            parameters: parameters of the group, see `GradClipper`. All of them must train.
+            policy: policy of the group, for a single norm (per="model"). None for the policy of the clipper. All groups
+                share one norm type.
 
         Raises:
             ArgumentError: the clipper has no isolate=True, the name is taken, a parameter belongs to another group or
-                does not train, the policy is not one for a single norm, or a step is being made; on every rank.
+                does not train, the policy is not for a single norm, or a step is in progress; on every rank.
             LayoutError: a parameter exists on some ranks only; on every rank.
-            DisagreementError: the ranks add different groups or policies, or another rank calls another function; on
-                every rank. Nothing has changed then.
+            DisagreementError: the ranks add different groups or policies, or another rank calls a different function;
+                on every rank. Nothing changes in that case.
 
         Collectives: a small all-reduce and six gathers. Host syncs: one on an accelerator.
 
@@ -287,7 +290,7 @@ class GradClipper:
 
     @torch.no_grad()
     def add_groups(self, groups: Mapping[str, Parameters], policy: Policy | None = None) -> None:
-        """Add several groups at once, which takes as long as one `add_group`.
+        """Add several groups at once, in the time of one `add_group`.
 
         Args:
             groups: {name: parameters}, in the same order on every rank.
@@ -309,10 +312,10 @@ class GradClipper:
         """Remove a group and its state from a clipper with isolate=True, on all ranks together.
 
         Args:
-            name: of a group of `add_group`, or of the policy.
+            name: name of a group, from `add_group` or from the policy.
 
         Raises:
-            ArgumentError: there is no such group, or a step is being made; on every rank.
+            ArgumentError: there is no such group, or a step is in progress; on every rank.
             DisagreementError: see `add_group`.
 
         Collectives, host syncs: see `add_group`.
@@ -358,27 +361,28 @@ class GradClipper:
         accumulation, call it once, after the last micro-batch; a NaN in any of them skips all of them.
 
         Args:
-            optimizer: the optimizer that steps, or several that share a loss (with a scaler also one per call). A rank
-                without parameters passes an empty list.
+            optimizer: the optimizer that steps, or several that share a loss. With a scaler, several may also be passed
+                one per call. A rank without parameters passes an empty list.
             scaler: unscale, clip and check in one pass, and give the scaler the found_inf of all ranks, so that its
-                scale stays equal on them. Call `scaler.update()` once, after all optimizers have stepped. Gradients
-                that `scaler.unscale_` has unscaled are not unscaled again.
-            watch: scalars to add up in the same all-reduce, at most 16: {"loss": loss} for the mean over the ranks that
-                have one, {"tokens": (n, "sum")} or {"slowest": (seconds, "max")}. None where this rank has none. The
-                names are the same on all ranks. A value that is not finite on any rank makes the step non-finite.
+                scale stays equal on all ranks. Call `scaler.update()` once, after all optimizers have stepped.
+                Gradients that `scaler.unscale_` has unscaled are not unscaled again.
+            watch: scalars to reduce in the same all-reduce, at most 16: {"loss": loss} for the mean over the ranks that
+                have one, {"tokens": (n, "sum")} or {"slowest": (seconds, "max")}. A value is None on a rank that has
+                none. The names must be the same on all ranks. A value that is non-finite on any rank makes the step
+                non-finite.
 
         Returns:
             The measurements and the decision, as device scalars.
 
         Raises:
-            ArgumentError: an optimizer steps a parameter with a gradient that the clipper does not have (unless
-                `partial`), or the clipper has a gradient that no optimizer steps; an optimizer needs a closure, or has
-                stepped since the last `scaler.update()`; a gradient is float16 with a scaler; it is called in a hook
-                within backward; on every rank.
+            ArgumentError: an optimizer steps a parameter that has a gradient and is not in the clipper (unless
+                `partial`), or no optimizer steps a parameter of the clipper that has a gradient; an optimizer needs a
+                closure, or has stepped since the last `scaler.update()`; a gradient is float16 with a scaler; `step` is
+                called in a hook within backward; on every rank.
             LayoutError, PeerError, NonFiniteError, TooManySkippedSteps, DisagreementError: see `clip`.
 
-        Collectives: those of `clip`; a gather the first time with these optimizers.
-        Host syncs: on an accelerator one, as a GradScaler has. None if all optimizers are fused and `on_nonfinite` is
+        Collectives: those of `clip`, and a gather in the first call with these optimizers.
+        Host syncs: one on an accelerator, as with a GradScaler. None if all optimizers are fused and `on_nonfinite` is
         "skip" or "propagate": the device skips the step, and warnings, counters and `max_skips` follow one step later,
         on all ranks in the same step.
 
@@ -417,25 +421,26 @@ class GradClipper:
         *,
         watch: Watched | None = None,
     ) -> None:
-        """Begin a step when the last gradient is ready, which `finish` ends.
+        """Begin a step that `finish` ends. Call it when the last gradient is ready.
 
-        The gradients are measured, and their all-reduce begins. It runs while the program does other work: the metrics
-        of the step, the next batch. `step` is `start` and `finish`. With the inf-norm, `finish` has an all-reduce of
-        its own.
+        The clipper measures the gradients and begins their all-reduce, which runs while the program does other work,
+        such as computing metrics or loading the next batch. `step` is `start` followed by `finish`. With the inf-norm,
+        `finish` makes one more all-reduce.
 
         Args:
-            optimizer: that of `finish`. With it, all ranks raise in this step what is wrong with it on any rank. None
-                checks it in `finish`, where a rank raises alone, and the others in the next step.
-            scaler: that of `finish`. It needs the optimizer.
+            optimizer: the optimizer that is passed to `finish`. If it is given here, an error with it on any rank is
+                raised on all ranks in this step. With None, `finish` checks it: a rank with an error raises there
+                alone, and the others raise in the next step.
+            scaler: the scaler that is passed to `finish`. It requires `optimizer`.
             watch: see `step`.
 
         Raises:
-            ArgumentError: the last step was started and not finished; and see `step`. A rank raises here what the
-                others raise in `finish`.
+            ArgumentError: the last step was started and not finished; see also `step`. A rank with an error raises it
+                here, and the others raise it in `finish`.
             DisagreementError: see `clip`.
 
-        Collectives: one asynchronous all-reduce over process groups and MPI. Any other communicator adds up in a thread
-            if it has no method `start_sum`, see `distclip.comm.start_sum`.
+        Collectives: one all-reduce, which is asynchronous over process groups and MPI. Any other communicator without a
+            method `start_sum` runs it in a thread, see `distclip.comm.start_sum`.
         Host syncs: see `step`; none before `finish`.
 
         >>> from distclip import global_norm
@@ -453,8 +458,9 @@ class GradClipper:
     def finish(self, optimizer: Optimizer | Iterable[Optimizer], scaler: GradScaler | None = None) -> Report:
         """Clip and step, or skip, by the norms that `start` has begun to measure.
 
-        No gradient may be written between the two, and the clipper may not be used otherwise. A rank that raises
-        between them goes on with its next step: that step raises on all ranks, and the ones after it are in order.
+        Between `start` and `finish`, no gradient may be written and no other method of the clipper may be called. A
+        rank that raises between them continues with its next step. That step raises on all ranks, and the steps after
+        it work.
 
         Args:
             optimizer, scaler: see `step`.
@@ -463,8 +469,8 @@ class GradClipper:
             The measurements and the decision, as device scalars.
 
         Raises:
-            ArgumentError: no step was started; on every rank. A gradient was written since `start`; on the ranks where
-                this is so, and nothing has changed there. The others raise `DisagreementError` in the next step.
+            ArgumentError: no step was started; on every rank. A gradient was written since `start`; on those ranks
+                only, where nothing changes. The others raise `DisagreementError` in the next step.
             LayoutError, PeerError, NonFiniteError, TooManySkippedSteps, DisagreementError: see `clip`.
 
         Collectives: see `clip`, except the all-reduce that `start` has begun. Host syncs: see `step`.
@@ -486,16 +492,17 @@ class GradClipper:
     ) -> Report:
         """Clip the gradients in place. Call it after backward on every rank, before your own optimizer step.
 
-        A step that is skipped drops its gradients (`.grad = None`, `main_grad` becomes 0), so that an optimizer's step
-        changes nothing and accumulation starts from 0. Until the next call, optimizers that are not torch's do nothing
-        without gradients, because they may move by momentum or weight decay. `report.skipped` tells so.
+        A skipped step drops its gradients (`.grad = None`, `main_grad` becomes 0), so that an optimizer's step changes
+        nothing and accumulation starts from 0. Until the next call, the steps of optimizers that are not torch's do
+        nothing without gradients, because momentum or weight decay could move their parameters. `report.skipped` is
+        true for such a step.
 
         Args:
             optimizer: the optimizer that `scaler` will step, or several. Not needed without a scaler.
-            scaler: unscale in the same pass, unless `scaler.unscale_` has, and give the scaler the found_inf of all
-                ranks. The caller still calls `scaler.step(optimizer)` and `scaler.update()`.
-            only: those of the clipper's parameters whose gradients to measure and clip, as for `parameters`, the same
-                on every rank. None for all.
+            scaler: unscale in the same pass, unless `scaler.unscale_` already has, and give the scaler the found_inf of
+                all ranks. The caller still calls `scaler.step(optimizer)` and `scaler.update()`.
+            only: the subset of the clipper's parameters to measure and clip, in any form that `parameters` takes, the
+                same on every rank. None for all.
             errors: errors that this rank has collected already. Every rank raises the first one.
             watch: see `step`.
 
@@ -503,16 +510,17 @@ class GradClipper:
             The measurements and the decision, as device scalars.
 
         Raises:
-            ArgumentError: see `step`, with a scaler; a watched value that is no scalar, or too many of them; on every
-                rank.
+            ArgumentError: see `step`, with a scaler; a watched value that is not a scalar, or too many of them; on
+                every rank.
             DisagreementError: the ranks make different calls, or watch different scalars; on every rank.
             LayoutError: the policy cannot clip a gradient; on every rank.
-            PeerError: another rank failed, with an exception that is not distclip's, or on an accelerator, where the
-                other ranks may raise it one step later.
-            NonFiniteError, TooManySkippedSteps: see `on_nonfinite` and `max_skips`; on every rank, nothing has changed.
+            PeerError: another rank failed with an exception that distclip does not define, or failed on an accelerator,
+                where the other ranks may raise one step later.
+            NonFiniteError, TooManySkippedSteps: see `on_nonfinite` and `max_skips`; on every rank, before anything
+                changes.
 
-        Collectives: one all-reduce of a few float64 numbers and one per slot, see `clip_grad_norm_`. A gather on a step
-        that is not finite, and the first time with a scaler. Another all-reduce the first time with these names of
+        Collectives: one all-reduce of one float64 number per slot and a few more, see `clip_grad_norm_`. A gather in a
+        non-finite step, and in the first call with a scaler. Another all-reduce in the first call with these names of
         watched scalars.
         Host syncs: one on an accelerator, unless `on_nonfinite="propagate"` and the policy never skips a step, which is
         what a CUDA graph needs; see `clip_grad_norm_`.
@@ -546,13 +554,13 @@ class GradClipper:
     def discard(self) -> None:
         """Forget the last decision, because the step was not made.
 
-        Decide, step, then commit: a policy that goes on from a step which the optimizer declined has seen a norm of no
-        update, and replicas drift apart. Call this after `clip` or `decide` if the step is left out. The policy's
-        state, the counters and the incidents are then those from before the call, and a recorder leaves the step out.
-        The gradients stay clipped. Call it on every rank or on none.
+        If the optimizer declines a step and the policy keeps its decision, the policy's state includes a norm that
+        belongs to no update, and replicas drift apart. So call this after `clip` or `decide` if the step is not made.
+        It restores the policy's state, the counters and the incidents to those before the call, and a recorder leaves
+        the step out. The gradients stay clipped. Call it on every rank or on none.
 
-        `step` and attached optimizers do so by themselves if the optimizer is a wrapper that did not step the optimizer
-        in it.
+        `step` and attached optimizers call it themselves if the optimizer is a wrapper that did not step its inner
+        optimizer.
 
         Raises:
             ArgumentError: there was no decision since the last `discard`, `load_state_dict` or `rebind`.
@@ -575,13 +583,15 @@ class GradClipper:
         """Clip within every `optimizer.step()`, or after the closure in every `optimizer.step(closure)`.
 
         Several optimizers that share a loss are clipped together, before the first of them steps. Optimizers that step
-        in turn, each after another backward, are clipped one by one: gradients that were clipped with those of
-        another optimizer, and never stepped, are left out from the next turn on. A step that is skipped is not made,
-        and its gradients are dropped, as in `clip`. A GradScaler would keep some ranks from calling `optimizer.step()`:
-        use `clipper.step(optimizer, scaler)` with one.
+        in turn, each after its own backward pass, are clipped one by one: gradients that were clipped together with
+        another optimizer's, and never stepped, are left out from the next turn on. If the clipper skips a step, the
+        optimizer does not step, and its gradients are dropped, as in `clip`. With a GradScaler, use
+        `clipper.step(optimizer, scaler)` instead, because the scaler would keep some ranks from calling
+        `optimizer.step()`.
 
         Args:
-            optimizers: the optimizers of the clipper's parameters. All ranks step them in the same order, and as often.
+            optimizers: the optimizers of the clipper's parameters. All ranks step them in the same order, and equally
+                often.
             watch: returns the scalars to watch, see `step`. It is called before every clip, and after the closure.
 
         Returns:
@@ -592,7 +602,7 @@ class GradClipper:
                 GradScaler, or a step within backward, when other gradients do not exist yet.
 
         Collectives and host syncs in a step: those of `clip`, for every evaluation of a closure. With several
-        optimizers, two small all-reduces more per step, and two host syncs on an accelerator.
+        optimizers, two more small all-reduces per step, and two more host syncs on an accelerator.
 
         >>> weight = torch.nn.Parameter(torch.zeros(2))
         >>> optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -621,28 +631,28 @@ class GradClipper:
         """Clip and step each parameter within backward, as soon as its gradient exists, and free the gradient.
 
         `loss.backward()` is the whole step from now on: leave out `optimizer.step()` and `zero_grad()`. At any moment
-        only the gradients of one tensor (of one unit under FSDP2, of one bucket under DDP) are alive. Hooks of the
-        program that step the same optimizers may stay: the clipper makes their steps.
+        only the gradients of one tensor (of one unit under FSDP2, of one bucket under DDP) are alive. The program may
+        keep hooks that step the same optimizers: the clipper makes these steps for them.
 
-        A gradient that is not finite on any rank is dropped on all ranks, its parameter does not move, and
-        `NonFiniteWarning` names it. The others are stepped. `clipper.skipped` counts such steps.
+        A gradient that is non-finite on any rank is dropped on all ranks, its parameter does not move, and a
+        `NonFiniteWarning` names the parameter. The others are stepped. `clipper.skipped` counts such steps.
 
         Args:
             optimizers: the optimizers of all of the clipper's parameters: one, several, or a mapping to optimizers, for
-                example {param: torch.optim.AdamW([param])}. The optimizers of torch step parameter by parameter, also
-                if they have many. An optimizer of another library steps once all of its parameters have gradients.
+                example {param: torch.optim.AdamW([param])}. torch's optimizers step parameter by parameter, even if
+                they have many. An optimizer of another library steps once all of its parameters have gradients.
 
         Returns:
-            A handle: `handle.report` has the measurements of the last backward, `handle.accumulate()` is a context
-            whose backwards step nothing, and `handle.remove()` detaches.
+            A handle: `handle.report` has the measurements of the last backward, `handle.accumulate()` is a context in
+            which backward steps nothing, and `handle.remove()` detaches.
 
         Raises:
             ArgumentError: the policy needs all norms at once (use `budget` or `lagged`); an optimizer owns none of the
-                clipper's parameters, or none owns one of them; on_nonfinite is "zero" or "propagate"; on every rank. In
-                backward: optimizer.step() finds gradients after a backward.
+                clipper's parameters, or no optimizer owns one of them; on_nonfinite is "zero" or "propagate"; on every
+                rank. In backward: optimizer.step() finds gradients after a backward.
             LayoutError: the ranks have different parameters (pipeline stages); FSDP1 or Megatron parameters; a partial
-                gradient; on every rank. What was raised within a backward is raised at its end, when other parameters
-                have been stepped already.
+                gradient; on every rank. An error within a backward is raised at its end, when other parameters have
+                already been stepped.
             NonFiniteError, TooManySkippedSteps: at the end of a backward, see `on_nonfinite` and `max_skips`.
 
         Collectives: two gathers. In a backward: one asynchronous all-reduce for each unit whose shards are on several
@@ -685,8 +695,8 @@ class GradClipper:
     def measure_tensors(self) -> None:
         """Add the norm of every parameter's gradient to the reports from now on, with any policy.
 
-        The norms come out of the same all-reduce, which gets one number longer for each. Gradients in one storage are
-        then read one by one. Call it on every rank.
+        The norms come from the same all-reduce, which grows by one number per parameter. Gradients that share a storage
+        are then read one by one. Call it on every rank.
 
         Collectives: one gather, unless the policy is per tensor or row.
 
@@ -713,7 +723,7 @@ class GradClipper:
         Raises:
             ArgumentError: the policy is per row, has an inf-norm, or isolates groups; on every rank.
 
-        Collectives: one all-reduce of the size of a step's. A step has two numbers more for each slot.
+        Collectives: one all-reduce of the size of a step's. The all-reduce of a step grows by two numbers per slot.
 
         >>> from distclip import global_norm
         >>> weight = torch.nn.Parameter(torch.zeros(1))
@@ -736,7 +746,7 @@ class GradClipper:
             self._plan_graphs()
 
     def agree(self, function: str) -> None:
-        """Check that every rank of the clipper calls a function now that is about to communicate.
+        """Check that every rank of the clipper calls the same function, before it communicates.
 
         Recorders and integrations call it first. Without it, a rank that calls the function alone would enter one
         collective, while the other ranks enter that of their next step.
@@ -745,7 +755,7 @@ class GradClipper:
             function: name for the error message.
 
         Raises:
-            DisagreementError: another rank calls another function; on every rank.
+            DisagreementError: another rank calls a different function; on every rank.
 
         Collectives: one all-reduce of the size of a step's, none for a single rank. Host syncs: one on an accelerator.
 
@@ -759,12 +769,12 @@ class GradClipper:
         """Call `observer(outcome)` at every step, on every rank.
 
         The call comes after the decision, and before any gradient is written. For recorders, see `distclip.monitor`.
-        The observer must not raise. If it communicates, all ranks need it.
+        The observer must not raise. If it communicates, add it on all ranks.
 
         Args:
             observer: the function.
-            undo: called with the number of the last step that was made, if an exception has ended a later step that
-                was observed. It may run on one rank only, so it must not communicate.
+            undo: called with the number of the last completed step, if an exception ended a later step that was already
+                observed. It may run on one rank only, so it must not communicate.
         """
         self._engine.observers.append(observer)
         if undo is not None:
@@ -772,15 +782,15 @@ class GradClipper:
         self._plan_graphs()
 
     def capturable(self) -> bool | list[str]:
-        """Return True if a step can be a graph, or the reasons why not.
+        """Return True if a step can be captured in a graph, or the reasons why not.
 
-        A graph of `torch.compile(fullgraph=True)` or of `make_fx` has the whole call of `clip` or `step`: norms, one
-        functional all-reduce, the policy and its state, the non-finite check, the skip and the counters. `step` needs a
-        fused AdamW, Adam or SGD that has made one step. In a graph the ranks compare neither their calls nor replicas,
-        no warning is given, and `clip` sets the gradients of a skipped step to 0.
+        A graph of `torch.compile(fullgraph=True)` or of `make_fx` contains the whole call of `clip` or `step`: norms,
+        one functional all-reduce, the policy and its state, the non-finite check, the skip and the counters. `step`
+        needs a fused AdamW, Adam or SGD that has made one step. In a graph the ranks compare neither their calls nor
+        replicas, there are no warnings, and `clip` sets the gradients of a skipped step to 0.
 
         Returns:
-            True, or a list of reasons, each with what to change.
+            True, or a list of reasons, each of which states what to change.
 
         Collectives: none. Host syncs: none.
 
@@ -795,7 +805,7 @@ class GradClipper:
 
     @outside_fake_mode
     def _plan_graphs(self) -> None:
-        """Find out what a graph needs, and why a step cannot be one."""
+        """Prepare the graph of a step, and collect the reasons why a step cannot be captured."""
         self._count_graphs()
         self._plan = None
         self._reasons = ["isolated groups skip steps one by one, which the host decides"]
@@ -822,17 +832,18 @@ class GradClipper:
     ) -> Outcome:
         """Measure and decide, and leave it to the caller to `write_` the outcome or to skip the step.
 
-        For integrations whose optimizers keep gradients elsewhere, see `distclip.extend`.
+        This is for integrations whose optimizers keep gradients elsewhere, see `distclip.extend`.
 
         Args:
-            loss_scale: factor that the gradients carry. With one, a step that is not finite is skipped without a
+            loss_scale: factor that the gradients carry. With a loss scale, a non-finite step is skipped without a
                 warning, as with a GradScaler. None if they carry none.
             errors: errors that this rank has collected already. Every rank raises the first one.
             watch: see `step`.
 
         Returns:
-            The outcome. `outcome.skip.read()` tells whether to skip, and `outcome.report()` is for the user. With
-            isolate=True it tells whether all groups skip, and `skipped_parameters` has what some of them skip.
+            The outcome. `outcome.skip.read()` returns whether to skip the step, and `outcome.report()` is for the user.
+            With isolate=True, `outcome.skip` is true only if all groups skip, and `skipped_parameters` returns the
+            names of their parameters for the groups that do.
 
         Raises, Collectives, Host syncs: see `clip`.
         """
@@ -840,10 +851,10 @@ class GradClipper:
         return self._engine.decide(errors or FirstError(), scale, expect_overflow=scale is not None, watch=watch)
 
     def write_(self, outcome: Outcome, positions: Sequence[int], grads: Sequence[Tensor]) -> None:
-        """Write an outcome into gradients that may be elsewhere than where they were measured.
+        """Write an outcome into gradients, which may be stored elsewhere than those that were measured.
 
         Args:
-            outcome: of `decide`, not skipped.
+            outcome: result of `decide` for a step that is not skipped.
             positions: index of each gradient's parameter among those of the clipper.
             grads: local gradients of the shape that was measured, of any floating dtype. Those of a group that skips
                 the step, with isolate=True, become 0.
@@ -860,7 +871,7 @@ class GradClipper:
     def skipped_parameters(self, outcome: Outcome) -> tuple[str, ...]:
         """Return the names of this rank's parameters that a step must leave as they are.
 
-        An optimizer that remembers earlier gradients would move them also by a gradient of 0.
+        An optimizer whose state contains earlier gradients would move them even by a gradient of 0.
 
         Args:
             outcome: of `decide`.
@@ -911,7 +922,7 @@ class GradClipper:
 
     @property
     def comm(self) -> Comm:
-        """Communicator over all ranks concerned."""
+        """Communicator over all ranks that take part."""
         return self._engine.comm
 
     @property
@@ -921,7 +932,7 @@ class GradClipper:
 
     @property
     def incidents(self) -> Sequence[Incident | ReplicaIncident]:
-        """Steps that were not finite, or whose replicas differed, with the culprits: the last hundred of each.
+        """Non-finite steps, and steps whose replicas differed, with the culprits: the last hundred of each.
 
         They are the same on every rank. On an accelerator they may lack the last step (see `step`), until
         `state_dict()` brings them up to date.
@@ -930,13 +941,13 @@ class GradClipper:
 
     @property
     def steps(self) -> int:
-        """Number of calls of `clip`, `step` and `decide` so far, those in graphs included."""
+        """Number of calls of `clip`, `step` and `decide` so far, including those in graphs."""
         self._count_graphs()
         return self._counter.steps
 
     @property
     def token(self) -> str:
-        """Text that no other clipper of the job has, the same on every rank."""
+        """Text that identifies this clipper among all clippers of the job, the same on every rank."""
         return self._engine.token
 
     @property
@@ -948,11 +959,11 @@ class GradClipper:
     def state_dict(self, group: str | None = None) -> dict[str, Any]:
         """Return the policy's state and the counters, the same on every rank.
 
-        The state is stored by parameter names, so that it fits another world size and another layout. Together with
-        `load_state_dict` it makes the clipper a Stateful of torch.distributed.checkpoint.
+        The state is keyed by parameter names, so that it can be loaded with another world size and another layout.
+        Together with `load_state_dict` it makes the clipper a Stateful of torch.distributed.checkpoint.
 
         Args:
-            group: name of a group, with isolate=True: return what this group has, to load it into a group of any
+            group: with isolate=True, the name of the only group to save, whose state can be loaded into a group of any
                 clipper. None for everything.
 
         Returns:
@@ -980,15 +991,16 @@ class GradClipper:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any], group: str | None = None) -> None:
-        """Continue where a clipper with the same kind of policy was saved.
+        """Continue from the saved state of a clipper with the same kind of policy.
 
         Args:
-            state_dict: of `state_dict`. The policy's numbers may have changed, except its windows.
-            group: name of the group that a state of one group is loaded into, with isolate=True.
+            state_dict: result of `state_dict`. The policy's numbers may have changed, except for its windows.
+            group: with isolate=True, the name of the group into which to load the state of one group.
 
         Raises:
             ArgumentError: another kind of policy or another window; an unknown or missing key; a tensor of another
-                shape or dtype; a value that no step of the policy leads to, such as NaN. Nothing has been loaded then.
+                shape or dtype; a value that no step of the policy can produce, such as NaN. Nothing is loaded in that
+                case.
         """
         self._engine.refuse_between("load_state_dict")
         self._count_graphs()
@@ -1114,11 +1126,11 @@ class _Listener:
         return skipped
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Warn if the optimizer has stepped with other gradients."""
+        """Warn if the optimizer has stepped with other gradients than the clipped ones."""
         self._clipper._engine.coverage.check_kept(self._watched, [optimizer])
         declined = self._steps is not None and self._steps.all_declined()
         if self._clipper._turns.end_step(optimizer, declined=declined):
-            # The ranks have decided together, and the optimizers have declined together.
+            # All ranks have made the same decision, and all their optimizers have declined the step.
             self._clipper.discard()
         self._stop()
 
@@ -1127,7 +1139,7 @@ class _Listener:
         return self._clipper._engine.trace()
 
     def undo(self, mark: Any) -> None:
-        """Restore the state of the clipper before a step that an error has ended."""
+        """Restore the state from before a step that an error has ended."""
         self._stop()
         self._clipper._engine.restore(mark)
 

@@ -18,8 +18,8 @@
     UnclippedStepWarning          (UserWarning)   parameters move by gradients that were not clipped
 
 Every rank that takes part in a call raises, before any gradient is changed. On an accelerator the host does not
-synchronize every step, so that the other ranks raise `PeerError` at their next host read, at most one step later.
-A message names the argument or the parameter, states what is wrong, and ends with what to do.
+synchronize in every step, so the other ranks raise `PeerError` at their next host read, at most one step later. A
+message names the argument or the parameter, states what is wrong, and ends with what to do.
 """
 
 from __future__ import annotations
@@ -90,10 +90,10 @@ class DisagreementError(DistclipError, ValueError):
 
 
 class PeerError(DistclipError, RuntimeError):
-    """Another rank failed, and this rank does not know the reason or cannot raise the same exception.
+    """Another rank failed, and this rank lacks the reason or cannot raise the same exception.
 
     Either the other rank raised an exception that distclip does not define, or the tensors are on an accelerator, where
-    this rank does not wait for a message.
+    this rank does not wait for the other rank's message.
     """
 
 
@@ -118,7 +118,7 @@ class ReplicaWarning(UserWarning):
 
 
 class FrequentClippingWarning(UserWarning):
-    """An adaptive policy clips more than half of the steps, so that it limits the norms it learns from."""
+    """An adaptive policy clips more than half of the steps, which limits the norms that it learns from."""
 
 
 class ExplodedWarmupWarning(UserWarning):
@@ -133,11 +133,11 @@ _FRAMEWORKS = (
     *("torch", "accelerate", "deepspeed", "keras", "lightning", "pytorch_lightning", "lightning_fabric"),
     *("megatron", "ray", "torchft", "torchtitan", "transformers"),
 )
-"""Packages whose lines a warning does not point to."""
+"""Packages whose lines a warning must not point to."""
 
 
 def _is_user_code(file: str) -> bool:
-    """Return whether a file is neither of distclip nor of a framework that has called it."""
+    """Return whether a file belongs neither to distclip nor to a framework that calls it."""
     modules = (sys.modules[name] for name in _FRAMEWORKS if name in sys.modules)
     folders = [str(Path(__file__).parent), *(path for module in modules for path in vars(module).get("__path__", ()))]
     return not file.startswith(tuple(f"{folder}{os.sep}" for folder in folders))
@@ -150,7 +150,8 @@ def warn_user(message: str, category: type[Warning], *, is_printed: bool = True)
         message: text of the warning.
         category: class of the warning.
         is_printed: False on the ranks whose stderr need not show a warning that all ranks emit. Filters and
-            `warnings.catch_warnings` work as on the others, so that a warning that is an error is one on all ranks.
+            `warnings.catch_warnings` work as on the other ranks, so that a filter that turns the warning into an error
+            does so on all ranks.
     """
     # The number of frames in between varies: decorators of torch, hooks of optimizers, our own modules.
     level, frame = 1, sys._getframe(1)

@@ -68,7 +68,7 @@ def clip_grad_norm_(
 
     .. math:: g \leftarrow g \cdot \min\left(1, \frac{max\_norm}{\lVert g \rVert_p + 10^{-6}}\right)
 
-    where g is the true gradient of the model: every element counts once, shards are added up, replicas are not.
+    where g is the true gradient of the model: every element counts once, so shards are summed and replicas are not.
 
     Args:
         parameters: a module (FSDP1 needs the wrapped root), a tensor, or an iterable of tensors or (name, tensor)
@@ -76,13 +76,13 @@ def clip_grad_norm_(
         max_norm: bound on the norm, ≥ 0; `inf` only measures and never writes.
         norm_type: p of the norm, any number, `inf` for the largest element.
         error_if_nonfinite: raise, on every rank, if the norm is NaN or infinite, and leave the gradients unchanged.
-            Otherwise they are multiplied by the coefficient that follows, NaN or 0, as in torch.
-        foreach: use torch's multi-tensor operators to scale, or do not. None uses the fastest.
+            Otherwise the gradients are multiplied by the resulting coefficient, NaN or 0, as in torch.
+        foreach: whether to scale with torch's multi-tensor operators. None for the fastest way.
         split_over: axes along which ranks hold *different* parameters without a placement that shows it: mesh["pp"] for
             pipeline stages, the expert group for experts kept as plain tensors. A DeviceMesh, a ProcessGroup, an
             MPIComm, several of them, or {name: one of them}. Every rank passes its own slice of the same axes.
         comm: communicator to use, for example `distclip.comm.mpi.MPIComm()`, instead of the one derived from meshes and
-            `split_over`. Every rank of it makes the call, with the same p.
+            `split_over`. Every rank of the communicator makes the call, with the same p.
 
     Returns:
         The norm before clipping: a plain 0-d tensor on the gradients' device, float32 (float64 if any rank has a
@@ -96,14 +96,14 @@ def clip_grad_norm_(
         NonFiniteError: see `error_if_nonfinite`.
 
     Every rank that takes part raises the error, before any gradient changes. On an accelerator whose host does not wait
-    for the other ranks (see host syncs), the failed rank raises it, and the others leave their gradients unchanged,
-    return NaN, and raise DisagreementError in their next call (PeerError in this one with `error_if_nonfinite`).
+    for the other ranks (see "Host syncs"), only the failed rank raises it. The others leave their gradients unchanged,
+    return NaN, and raise DisagreementError in their next call (with `error_if_nonfinite`, PeerError in this call).
 
-    Collectives: one all-reduce of a few float64 numbers over all ranks concerned, for any number of meshes, and another
-    one for p = ±inf. None if nothing is sharded (one process, DDP). More only if a gradient is partial, see
+    Collectives: one all-reduce of a few float64 numbers over all ranks that take part, for any number of meshes, and
+    another one for p = ±inf. None if nothing is sharded (one process, DDP). More only if a gradient is partial, see
     `distclip.norms.partial_grads`. The first call with new meshes exchanges their ranks through the store of
-    torch.distributed, and creates a process group. Ranks without any compare their tensors,
-    or under DDP their gradients, through the store in the first call, without waiting.
+    torch.distributed, and creates a process group. Ranks without a mesh compare their tensors, or under DDP their
+    gradients, through the store in the first call, without waiting.
     Host syncs: none on CUDA, except one with `error_if_nonfinite`, `split_over`, `comm`, p = ±inf or tensor-parallel
     replicas, and one in the first call under DDP.
 
@@ -160,8 +160,8 @@ def get_total_norm(
     Returns:
         The norm, see `clip_grad_norm_`.
 
-    Raises, Collectives, Host syncs: see `clip_grad_norm_`. A rank without any tensor takes part if it passes
-    `split_over`. Without `split_over` it has no mesh, and cannot take part: prefer `clip_grad_norm_` with parameters.
+    Raises, Collectives, Host syncs: see `clip_grad_norm_`. A rank without any tensor can take part only if it passes
+    `split_over`, because it has no mesh otherwise. Prefer `clip_grad_norm_` with parameters.
 
     >>> get_total_norm([torch.tensor([3.0]), torch.tensor([4.0], dtype=torch.bfloat16)])
     tensor(5.)
@@ -181,7 +181,7 @@ def get_total_norm(
 def clip_grads_with_norm_(
     parameters: Parameters, max_norm: float, total_norm: Tensor, foreach: bool | None = None
 ) -> None:
-    r"""Clip gradients by a norm that is known already.
+    r"""Clip gradients by a norm that is already known.
 
     .. math:: g \leftarrow g \cdot \min\left(1, \frac{max\_norm}{total\_norm + 10^{-6}}\right)
 
@@ -225,7 +225,7 @@ def clip_grad_value_(
     Args:
         parameters: see `clip_grad_norm_`. Every rank clamps its own shards.
         clip_value: ≥ 0, or a pair (low, high).
-        foreach: use torch's multi-tensor operators, or do not. None uses the fastest.
+        foreach: whether to use torch's multi-tensor operators. None for the fastest way.
 
     Raises:
         ArgumentError: a negative or NaN limit, a lower limit above the upper one, an argument without tensors.
@@ -277,10 +277,10 @@ def _measure(
         axes = split_axes(split_over, comm)
     with errors:
         table = make_table(tensors, axes)
-    # A rank without a table takes part in the collectives all the same.
+    # A rank without a table still takes part in the collectives.
     table, is_derived = table or ShardTable.empty(axes), comm is None
-    # Under DDP a rank can measure alone, as torch's functions do. So a rank may also call when the others do not: for
-    # its log, or because it has inputs left (`DDP.join`).
+    # Under DDP a rank can measure alone, as torch's functions do. So a rank may call the function when the others do
+    # not, for its log or because it has inputs left (`DDP.join`).
     groups = () if table.is_complete else table.groups
     comm = resolve_comm(groups, table.axes, comm, errors, table.num_reached)
     function, arguments = call
@@ -291,14 +291,15 @@ def _measure(
     facts = (("norm_type", spec.norm_type), *arguments)
     counter = call_counter(comm)
     if not is_capturing():
-        # What an accelerator's host has not read of the last call.
+        # Errors of the last call that an accelerator's host has not read are raised now.
         counter.raise_due()
     counter.next()
     if not axes:
-        # All ranks are assumed to hold the same plain tensors. With axes, a gather would be needed to find out.
+        # All ranks are assumed to hold the same plain tensors. With axes, only a gather could find out which ranks hold
+        # them.
         ranks = tuple(global_ranks(comm))
         table.metadata.assume_replicas(assumed_without_axes(ranks, ranks[comm.rank]))
-    # An accelerator's host reads the comparison in the first call of these ranks, which is slow anyway.
+    # In the first call of these ranks, which is slow anyway, an accelerator's host reads the comparison.
     is_first = counter.count == 1 and comm.covers_holders and comm.ranks is not None
     guard = ReplicaGuard(
         table, REPLICA_RULES["warn"], _REPLICA_LOG, counter.rounded_replicas, at_once=True, reads_now=is_first
@@ -308,7 +309,7 @@ def _measure(
         guard.resolve(counter.count, shards, comm)
         counter.rounded_replicas = guard.rounded
     if is_derived and not table.metadata.was_compared:
-        # No communicator connects this rank with all others, and later calls need not look for them either.
+        # No communicator connects this rank with all others. One comparison is enough, so later calls need none.
         if table.is_complete:
             table.metadata.was_compared = compare_ddp_gradients(function, table, shards)
         else:
@@ -345,7 +346,7 @@ def _spec(norm_type: float) -> NormSpec:
 
 
 def _local_shards(parameters: Parameters, function: str, *, clips: bool) -> tuple[ShardTable, Shards]:
-    """Return this rank's gradients for a function that needs no other rank, and so no layouts."""
+    """Return this rank's gradients for a function that needs neither other ranks nor layouts."""
     table = local_table(parameters)
     if clips:
         warn_of_late_clip(function, table, find_stepped(table))

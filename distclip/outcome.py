@@ -31,10 +31,10 @@ class Report:
             1 if a policy scaled it up. With one slot it is the coefficient itself; with several it is
             ‖(coefs · norms)‖ / ‖norms‖.
         clipped: 0-d bool, whether the policy changed the gradients.
-        finite: 0-d bool, whether the norm is finite, and every watched scalar of every rank; with on_nonfinite="zero",
-            the norm of the remaining elements.
-        skipped: 0-d bool, whether this step leaves parameters and optimizer unchanged. A scheduler that counts
-            updates only must be stepped where this is False.
+        finite: 0-d bool, whether the norm and every watched scalar of every rank are finite; with on_nonfinite="zero",
+            the norm is that of the remaining elements.
+        skipped: 0-d bool, whether this step leaves parameters and optimizer unchanged. Step a scheduler that counts
+            updates only if this is False.
         replicas_differ: 0-d bool, whether replicas of a gradient, or of a parameter that this step compared, differed
             between ranks; with replicas="repair", before the repair.
         norms: (slots,) float64, norm of each slot; `GradClipper.slots` has the names.
@@ -72,7 +72,7 @@ class Report:
         Returns:
             {"norm", "coef", "clipped", "finite", "skipped"}, and the watched scalars by their names.
 
-        Collectives: none. Host syncs: one per value. No other method has any.
+        Collectives: none. Host syncs: one per value. No other method has host syncs.
         """
         return {
             "norm": float(self.norm),
@@ -100,7 +100,7 @@ class Outcome:
         shards: gradients of this rank.
         per_tensor_powers: power sums of every gradient on this rank.
         measured: totals by measured slot, if these are finer than the policy's.
-        tensor_norms: relation between measured slots and parameters, likewise.
+        tensor_norms: relation between measured slots and parameters. None if the measured slots are the policy's.
         replicas_differ: whether replicas differed when they were compared.
         skips: (slots,) bool, groups that skip the step. None unless the groups are isolated.
     """
@@ -125,10 +125,10 @@ class Outcome:
         scale = self.totals.loss_scale
         factors = self.coefs if scale is None else self.coefs / scale.to(self.coefs)
         if self.skips is not None and scale is not None:
-            # A group that is skipped keeps its gradients, and their scale.
+            # A skipped group keeps its gradients, and these keep their loss scale.
             factors = torch.where(self.skips, 1.0, factors)
         if self.skip.host is None:
-            # The device skips the step, without the host knowing.
+            # The device skips the step, and the host has not read whether it does.
             factors = self.skip.select(torch.ones_like(factors), factors)
         return factors if self.tensor_norms is None else self.tensor_norms.expand(factors)
 
@@ -138,7 +138,8 @@ class Outcome:
         with on_one_thread(self.coefs.numel(), self.coefs.device):
             if not self.coefs.numel() or not host_reads_free(self.coefs.device):
                 return self.coefs.ne(1.0).any()
-            # A fifth of the time on a CPU. A NaN is the least and the largest, and is not 1.
+            # This takes a fifth of the time on a CPU. With a NaN, both the minimum and the maximum are NaN, which is
+            # not 1.
             least, most = self.coefs.aminmax()
             return least.ne(1.0) | most.ne(1.0)
 
@@ -167,7 +168,7 @@ class Outcome:
         totals, coefs, device = self.totals, self.coefs, self.coefs.device
         coef = coefs[0] if coefs.numel() == 1 else None
         clipped = is_scaled = self.is_scaled if coef is None else coef.ne(1.0)
-        # A group that is not finite changes nothing, and must not hide what became of the others.
+        # A non-finite group changes nothing, and must not hide the coefficient of the others.
         norms = totals.norms if self.skips is None else totals.norms.where(~self.skips, 0.0)
         if totals.out_of_limits.host is not False:
             clipped = clipped | (totals.out_of_limits & ~self.skip).on(device)
@@ -191,7 +192,7 @@ class Outcome:
 def make_report(
     totals: Totals, coefs: Tensor, bounds: Tensor | None, skip: Tensor, finite: Tensor, *, has_fp64: bool
 ) -> Report:
-    """Return the report of a step in a graph, where the host knows nothing.
+    """Return the report of a step in a graph, where the host reads no values.
 
     Args:
         totals, coefs, bounds: see `Outcome`.
