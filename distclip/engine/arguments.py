@@ -1,4 +1,4 @@
-"""Check the arguments of a clipper, and that those of `finish` fit those of `start`."""
+"""Check the arguments of a clipper, and that the arguments of `finish` match those of `start`."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Passed: TypeAlias = "tuple[Optimizer | Iterable[Optimizer] | None, GradScaler | 
 
 
 def check_passed(passed: Passed, optimizers: list[Optimizer], *, has_scaler: bool) -> None:
-    """Raise unless the arguments of `finish` fit those of `start`.
+    """Raise unless the arguments of `finish` match those of `start`.
 
     Args:
         passed: arguments of `finish`.
         optimizers: of the step.
-        has_scaler: whether `start` had an enabled one.
+        has_scaler: whether `start` got an enabled scaler.
 
     Raises:
         ArgumentError: see above.

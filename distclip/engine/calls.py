@@ -1,4 +1,4 @@
-"""Compare the calls of all ranks: within the all-reduce of a step, or in an additional one before a gather."""
+"""Compare the calls of all ranks, within the all-reduce of a step or in an additional one before a gather."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["Calls"]
 
 
 class MakesCalls(Protocol):
-    """Engine, as far as its calls are compared here."""
+    """Part of an engine that the comparison of its calls needs."""
 
     table: ShardTable
     comm: Comm
@@ -49,7 +49,7 @@ class Calls:
     """Describe the calls of an engine to the other ranks, and compare them.
 
     Args:
-        engine: whose calls they are.
+        engine: the engine that makes the calls.
 
     Attributes:
         last_coefs: (slots,) coefficients of the last step, which the ranks compare in the next one.
@@ -59,12 +59,12 @@ class Calls:
         self._engine = engine
         self._counter = CallCounter()
         self.last_coefs: Tensor | None = None
-        # The names and reductions of watched scalars that the ranks have agreed on, and the number of elements that
-        # every message has for them since then.
+        # These are the names and reductions of watched scalars that the ranks have agreed on, and the number of
+        # elements that every message has reserved for them since then.
         self._known_watches, self._watch_length = {NO_WATCH.kinds}, 0
 
     def describe(self, function: str, loss_scale: Tensor | None, watch: Watch = NO_WATCH) -> Call:
-        """Describe a step, with all that its decision follows from except the gradients.
+        """Describe a step, with everything that determines its decision except the gradients.
 
         Args:
             function: that the user called.
@@ -73,9 +73,9 @@ class Calls:
         """
         engine = self._engine
         if engine.step_comm.size == 1:
-            # There is no rank to compare with.
+            # There is no other rank to compare with.
             return Call(function, self._counter)
-        # First what is on the device already in the first step.
+        # The order begins with what is on the device in the first step already.
         state: list[tuple[str, Sequence[Tensor]]] = []
         if loss_scale is not None:
             state.append(("loss scale", [loss_scale]))
@@ -94,10 +94,10 @@ class Calls:
         return Call(function, self._counter.next(), facts, tuple(state))
 
     def agree_on_watch(self, watch: Any, function: str, loss_scale: Tensor | None, errors: FirstError) -> Watch:
-        """Return the watched scalars of a step, in a message of a length that all ranks know.
+        """Return the watched scalars of a step, for a message whose length is the same on all ranks.
 
-        A message gets longer only once all ranks know by how much. A rank that has failed makes the call below all the
-        same, which is as long as this one, so that all ranks raise its error.
+        A message gets longer only once all ranks have agreed on its length. A rank that has failed skips this
+        comparison and makes the call that follows, whose message is as long, so that all ranks raise its error.
 
         Args:
             watch: of the user.
@@ -119,7 +119,7 @@ class Calls:
     def agree(self, function: str, errors: FirstError) -> None:
         """Check that every rank calls a function that is about to gather.
 
-        A rank that called another one would enter another collective: a step adds numbers up, and does not gather.
+        A rank that called another function would enter another collective, because a step sums and does not gather.
 
         Args:
             function: as the user knows it.
@@ -133,10 +133,10 @@ class Calls:
         self._compare(Call(function, self._counter.next()), None, errors)
 
     def agree_to_end(self, function: str, comm: Comm | None, errors: FirstError) -> None:
-        """Check that every rank replaces the engine, over the communicator that it has had.
+        """Check that every rank replaces the engine, over the communicator of the old engine.
 
-        There is no check if that communicator is gone: torch.distributed was initialized again, or the caller has
-        passed another one.
+        There is no check if that communicator is gone, because torch.distributed was initialized again or the caller
+        has passed another communicator.
 
         Args:
             function: as the user knows it.
@@ -148,14 +148,14 @@ class Calls:
         old = self._engine.comm
         lasts = old is comm if comm is not None else is_current(old)
         if old.size > 1 and lasts:
-            # A group that a rank has left in an earlier call is replaced by a new one.
+            # If a rank left this group in an earlier call, a new group replaces it.
             with suppress(MisplacedError):
                 self.agree(function, errors)
         if errors.error is not None:
             raise errors.error
 
     def add_powers(self, function: str, powers: Tensor, errors: FirstError) -> Totals:
-        """Add up power sums that this rank has measured itself, and raise the errors of all ranks.
+        """Sum power sums that each rank has measured itself, and raise the errors of all ranks.
 
         Args:
             function: as the user knows it.
@@ -174,7 +174,7 @@ class Calls:
         """Compare a call in an all-reduce without gradients, and raise the errors of all ranks."""
         engine = self._engine
         device = engine.comm.device or engine.table.device
-        # The length is that of a step, because another rank may be in one.
+        # The message is as long as that of a step, because another rank may be in a step.
         partials = Partials.empty(engine.spec, device, engine.num_measured_slots)
         if powers is not None:
             partials.powers = powers.to(partials.powers)
@@ -182,20 +182,20 @@ class Calls:
         partials.watch = Watch(length=self._watch_length)
         totals = reduce(partials, engine.spec, engine.comm)
         if totals.same_call.host is False:
-            # Another call, or an error of a rank, which the gather finds and raises on all ranks.
+            # A rank made another call or has an error, which the gather finds and raises on all ranks.
             totals = gather_facts(totals, partials, engine.spec, errors.error, engine.comm)
         if errors.error is not None:
             raise errors.error
         return totals
 
     def _selection(self, only: frozenset[int]) -> str:
-        """Describe which of the parameters that all ranks hold a call clips.
+        """Describe the parameters that a call clips, among those that all ranks hold.
 
         Args:
             only: ids of the parameters that the call clips.
         """
         table, size = self._engine.table, self._engine.comm.size
         selected = [(t, layout) for t, layout in zip(table.tensors, table.layouts, strict=True) if id(t) in only]
-        # A rank may have other parameters that no other rank has. Names can be numbers.
+        # Parameters that only some ranks have are left out. Names can be mere numbers, so shapes identify the others.
         shapes = sorted(whole_shape(t, layout) for t, layout in selected if layout.num_members == size)
         return f"{len(shapes)} of the parameters of all ranks ({zlib.crc32(repr(shapes).encode()):08x})"

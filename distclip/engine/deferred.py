@@ -1,4 +1,4 @@
-"""Put off to the next call what a step must not wait for: host reads, and errors that one rank has alone."""
+"""Defer to the next call what a step must not wait for: host reads, and errors that one rank has alone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Unread:
 
 
 class CountsSteps(Protocol):
-    """Engine, as far as its steps are counted here."""
+    """Part of an engine that counting its steps needs."""
 
     state: State
     counter: SkipCounter
@@ -61,7 +61,7 @@ class DeferredReads:
     A step is counted at once if the host reads its values without a sync.
 
     Args:
-        engine: whose steps they are.
+        engine: the engine that makes the steps.
     """
 
     def __init__(self, engine: CountsSteps) -> None:
@@ -70,12 +70,12 @@ class DeferredReads:
         self.clip_rate = ClipRate(partial(warn_user, is_printed=engine.counter.prints))
 
     def record(self, outcome: Outcome, checksums: tuple[PerTensorChecksums, ...] | None, *, quiet: bool) -> None:
-        """Count a step that the host does not know to be non-finite.
+        """Count a step that the host has not found to be non-finite.
 
         Args:
             outcome: of the step.
             checksums: of the gradients, if the host has yet to read whether replicas differ. Otherwise None.
-            quiet: do not warn of a non-finite step.
+            quiet: do not warn about a non-finite step.
 
         Host syncs: none on an accelerator.
         """
@@ -88,7 +88,7 @@ class DeferredReads:
             # The host takes no part in the replays of a graph.
             return
         device = coefs.device
-        # The warning is about norms. An RMS is around the bound of update_clip in a steady run.
+        # The warning is about norms. With update_clip, the RMS is close to its bound in a steady run.
         counts = bool(state) and "max_coefs" not in state
         clipped = ((coefs < 1) | outcome.skip.on(device)).to(coefs.dtype).mean() * counts
         restarts = state["restarts"].sum() if "restarts" in state else coefs.new_zeros(())
@@ -102,7 +102,7 @@ class DeferredReads:
             self.raise_due()
 
     def raise_due(self) -> None:
-        """Read what the host has not read of the last step.
+        """Read the values of the last step that the host has not read.
 
         Raises:
             TooManySkippedSteps: on every rank.
@@ -148,13 +148,13 @@ class DeferredReads:
 
 
 class LateErrors:
-    """Keep errors of this rank alone until all ranks can raise them together, in the next call.
+    """Keep errors that only this rank has, until all ranks can raise them together in the next call.
 
-    Until then the ranks stay in one step. Such an error is a warning that is an error, or comes from a function of the
-    user behind the all-reduce.
+    So all ranks stay in the same step. Such an error is a warning that a filter turns into an error, or comes from a
+    user's function after the all-reduce.
 
     Args:
-        is_alone: returns whether this rank makes its steps without others.
+        is_alone: returns whether this rank makes its steps without other ranks.
     """
 
     def __init__(self, is_alone: Callable[[], bool]) -> None:
@@ -165,7 +165,7 @@ class LateErrors:
         """Keep an error of the block. A rank that is alone raises it at once."""
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
-        # No other rank can get out of step with a rank that is alone.
+        # A rank that is alone cannot get out of step with others.
         if not isinstance(error, Exception) or self._is_alone():
             return False
         self._errors.add(error)

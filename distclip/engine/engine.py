@@ -1,9 +1,9 @@
 """Run one step: shards -> norms -> policy -> non-finite rule -> gradients and optimizers.
 
-No other package knows all stages. `Engine.decide` is the pipeline up to the decision, in order, and
-`Engine.step` and `Engine.clip` carry the decision out. A step can be cut in two at its all-reduce: `Engine.start`
-measures and begins it, and `Engine.finish` ends the step. All decisions follow from totals, which all ranks share bit
-for bit, so that every rank takes the same branch into the same collectives.
+No other package contains all stages. `Engine.decide` runs the stages in order up to the decision, and `Engine.step` and
+`Engine.clip` apply the decision. A step can be split in two at its all-reduce: `Engine.start` measures and begins the
+all-reduce, and `Engine.finish` ends the step. All decisions follow from totals, which all ranks share bit for bit, so
+that every rank takes the same branch into the same collectives.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Engine:
     """Clip the gradients of a table by a policy, and keep the policy's state.
 
     Args:
-        setup: what the ranks have agreed on.
+        setup: facts that the ranks have agreed on.
         policy: decides about the norms.
         on_nonfinite: rule for steps that are not finite, see `GradClipper`.
         counter: counts steps and skipped steps.
@@ -101,17 +101,17 @@ class Engine:
         self.guard = ReplicaGuard(self.table, replica_rules.RULES[self.replicas], ReplicaLog())
         self.guard.log.prints = counter.prints
 
-        # What the steps change.
+        # The attributes from here on change from step to step.
         self.state: State = self.policy.init(self.slots.total, torch.device("cpu"))
         self.tensor_norms: TensorNorms | None = None
         self.observers: list[Observer] = []
         self.undo_observers: list[Callable[[int], None]] = []
         self._observed_step = 0
-        # Scalars of the user in the current call.
+        # These are the user's scalars in the current call.
         self._watch = NO_WATCH
-        # The step between `start` and `finish`.
+        # This is the step between `start` and `finish`.
         self.started: _Started | None = None
-        # State before the last decision, for a step that is not made.
+        # `discard` restores this state from before the last decision.
         self._undo: _Trace | None = None
 
         self.deferred, self.late_errors = DeferredReads(self), LateErrors(self.is_alone)
@@ -173,15 +173,15 @@ class Engine:
         return OptimizerSteps(self.table, self.comm, self.calls.agree, self.is_on_host, self.coverage)
 
     def _make_execution(self) -> Execution:
-        """Return what carries the decisions out."""
+        """Return the object that applies the decisions."""
         return Execution(self.table, self.spec, self.optimizers, self.coverage, self.late_errors, self._only_measures)
 
     @cached_property
     def on_host(self) -> bool:
-        """True if the host reads totals without a sync. It follows from the communicator, so all ranks agree."""
+        """True if the host reads totals without a sync. The communicator determines it, so all ranks agree."""
         if self.comm.device is not None:
             return devices.host_reads_free(self.comm.device)
-        # A frozen parameter may be anywhere, also on the meta device.
+        # A frozen parameter may be on any device, even on the meta device.
         return all(devices.host_reads_free(tensor.device) for tensor in self.table.tensors if not is_frozen(tensor))
 
     def is_on_host(self) -> bool:
@@ -203,11 +203,11 @@ class Engine:
 
     @property
     def step_comm(self) -> Comm:
-        """Communicator of a step: all ranks concerned, or this one alone while DDP joins uneven inputs."""
+        """Communicator of a step: all ranks that take part, or this rank alone while DDP joins uneven inputs."""
         return LocalComm() if self._ddp_modules and is_joining(self._ddp_modules) else self.comm
 
     def is_alone(self) -> bool:
-        """Return whether this rank makes its steps without others."""
+        """Return whether this rank makes its steps without other ranks."""
         return self.step_comm.size == 1
 
     @property
@@ -254,7 +254,7 @@ class Engine:
             begin(stages)
             self.started = _Started(stages, before)
         if errors.error is not None:
-            # The other ranks read in `finish` that this one has failed.
+            # The other ranks read in `finish` that this rank has failed.
             self.finish(None, scaler)
 
     def finish(self, optimizer: Optimizer | Iterable[Optimizer] | None, scaler: GradScaler | None) -> Outcome:
@@ -279,7 +279,7 @@ class Engine:
     ) -> Generator[None, Passed | None, Outcome]:
         """Run all stages of a step, and yield once the all-reduce has begun.
 
-        It is sent the arguments of `finish`, or None to complete the collectives and step nothing.
+        The caller sends it the arguments of `finish`, or None to complete the collectives and step nothing.
 
         Args:
             optimizer, scaler, watch: of `start`.
@@ -307,7 +307,7 @@ class Engine:
                 state = ScalerState(scaler, used)
         earlier = self.execution.round
         if state is not None and earlier is not None and earlier.round is state.round:
-            # An earlier call since the last scaler.update() has decided about all gradients.
+            # An earlier call since the last scaler.update() has already made the decision for all gradients.
             passed = yield
             return earlier.outcome if passed is None else self.execution.step_again(used, state)
         was_scaled = state is not None and len(state.scaled_optimizers()) == len(used)
@@ -330,7 +330,7 @@ class Engine:
         if passed is None:
             return _finish_decision(decision, must_read=not all_fused or self.rule.needs_host)
 
-        # The end of stage 3, and stages 4 and 5. What is wrong on this rank alone is raised once it has made all
+        # The end of stage 3, and stages 4 and 5. This rank raises an error that it has alone once it has made all
         # collectives.
         late = FirstError()
         if writes is not None:
@@ -349,7 +349,7 @@ class Engine:
             outcome, optimizers, state, is_scaled=loss_scale is not None, was_scaled=was_scaled
         )
         if declined:
-            # The ranks have decided together, and the optimizers have declined together.
+            # All ranks have made the same decision, and all their optimizers have declined the step.
             self.discard()
             return replace(outcome, skip=ALWAYS)
         if self._undo is None and state is None and not outcome.skip.host:
@@ -365,7 +365,7 @@ class Engine:
         Args:
             passed: arguments of `finish`.
             errors: of this rank before the all-reduce.
-            late: errors of this rank since then; it gets further ones.
+            late: errors of this rank since then; further errors are added to it.
 
         Returns:
             The optimizers, and whether those of all ranks are fused.
@@ -374,7 +374,7 @@ class Engine:
         all_fused = False
         with late:
             optimizers = as_list(passed[0])
-        # The other ranks raise an error of `start` in the comparison too, if they make one.
+        # If the other ranks make this comparison, they also raise an error of `start` in it.
         known = FirstError(errors.error or late.error)
         with late:
             all_fused = self.optimizers.compare_first(optimizers, None, known, are_known=known.error is None)
@@ -383,7 +383,7 @@ class Engine:
         return optimizers, all_fused
 
     def _expect(self, optimizers: Sequence[Optimizer] | None) -> None:
-        """Set the optimizers of a call, whose second moments it may read.
+        """Set the optimizers of a call, because it may read their second moments.
 
         Args:
             optimizers: of this rank. None if they are not known.
@@ -455,17 +455,17 @@ class Engine:
             before: state before the step. None for the state now.
         """
         if before is None:
-            # What is due from the last step is not undone with this one.
+            # An error in this step must not undo what is still due from the last step.
             self._abandon()
             self.deferred.raise_due()
             before = self.trace()
         return undone_on_error(self.restore, before)
 
     def _abandon(self) -> None:
-        """Complete a step that was started and never finished, without stepping.
+        """Complete a step that was started and never finished, without stepping the optimizers.
 
-        All ranks raise the error in this call. The other ranks may have finished the step. So this rank makes the
-        collectives of the decision, and goes on from the same state.
+        All ranks raise the error in this call. The other ranks may have finished the step, so this rank makes the
+        collectives of the decision and continues from the same state.
         """
         started, self.started = self.started, None
         if started is None:
@@ -546,7 +546,7 @@ class Engine:
         function: str = "GradClipper.decide",
         watch: Any = None,
     ) -> Outcome:
-        """Measure, decide, and handle gradients that are not finite.
+        """Measure, decide, and handle non-finite gradients.
 
         Only the rule "zero" writes gradients here.
 
@@ -554,8 +554,8 @@ class Engine:
             errors: of this rank so far. All ranks raise them together.
             loss_scale: factor that the gradients carry, 0-d. None for 1.
             expect_overflow: a GradScaler is in use, so that non-finite steps are skipped without a warning.
-            must_read: the host must know in this step whether to skip it.
-            function: that the user called; the ranks check that it is the same.
+            must_read: whether the host must read in this step whether to skip it.
+            function: that the user called; the ranks check that they all called it.
             watch: scalars of the user, see `GradClipper.step`.
 
         Returns:
@@ -564,11 +564,11 @@ class Engine:
         Raises:
             NonFiniteError, TooManySkippedSteps: on every rank.
 
-        Collectives: see `measure_all_ranks`. On a step that the host knows to be non-finite, a gather of the culprits,
-        and with "zero" those of `measure_all_ranks` again.
-        Host syncs: on an accelerator one with `must_read`, unless the rule is "propagate" and the policy never skips.
+        Collectives: see `measure_all_ranks`. In a step that the host has found to be non-finite, a gather of the
+        culprits, and with "zero" those of `measure_all_ranks` again.
+        Host syncs: one on an accelerator with `must_read`, unless the rule is "propagate" and the policy never skips.
         """
-        # `step` and `clip` do so before they take their trace.
+        # `step` and `clip` do the same before they take their trace.
         self._abandon()
         self.deferred.raise_due()
         decision = self._decide(
@@ -596,14 +596,14 @@ class Engine:
     ) -> Generator[Shards, bool, Outcome]:
         """Run the stages of `decide`, and yield this rank's shards once the all-reduce has begun.
 
-        It is sent whether the host must know in this step whether to skip it.
+        The caller sends it whether the host must read in this step whether to skip it.
 
         Args:
             errors, loss_scale, expect_overflow, function, watch: see `decide`.
             before: state before the step.
             overlap: yield before the all-reduce is complete.
         """
-        # 0. What the last step postponed is due now, on all ranks.
+        # 0. All ranks now do what the last step has postponed.
         self._prepare(errors, function, loss_scale, watch)
         step, rule = self.counter.steps + 1, Skip(expected=True) if expect_overflow else self.rule
 
@@ -613,7 +613,7 @@ class Engine:
         shards, partials, measured, totals = self._finish_measuring(measuring, loss_scale)
         self.counter.steps = step
 
-        # 5a. Replicas that differ, if the host must know it, or reads it without a sync: warn, repair or raise.
+        # 5a. If replicas differ, and the host must read this or reads it without a sync: warn, repair or raise.
         differ, is_resolved = totals.replicas_differ, False
         if differ.host is not False and (self.on_host or self.guard.rule.needs_host):
             if differ.host is None and totals.read(totals.finite & ~differ):
@@ -626,15 +626,15 @@ class Engine:
                 if resolution.repaired:
                     shards, partials, measured, totals = self._measure(FirstError(), loss_scale, function)
 
-        # 5b. A step that is not finite, if the host must know it, or reads it without a sync: skip it, repair or raise.
-        # Whether the host reads is equal on all ranks, also if gradients of some are offloaded to a CPU.
+        # 5b. If the step is non-finite, and the host must read this or reads it without a sync: skip it, repair or
+        # raise. The hosts of all ranks read it or none does, even if some ranks offload gradients to a CPU.
         is_counted = False
         if rule.leaves_step_out and (must_read or self.on_host) and not totals.read(totals.finite):
             is_counted = True
             suspects = count_nonfinite(shards) + suspect_nonfinite(totals.watch.local)
             culprits = gather_culprits(suspects, self.step_comm)
             if rule is RULES["zero"] and not totals.watch.finite.read():
-                # A loss that is not finite cannot be repaired.
+                # A non-finite loss cannot be repaired.
                 rule = RULES["skip"]
             if rule.resolve(step, shards, culprits, self.counter):
                 shards, partials, measured, totals = self._measure(FirstError(), loss_scale, function)
@@ -651,8 +651,8 @@ class Engine:
         if any(self.slots.excluded):
             coefs = torch.where(self._excluded(coefs.device), 1.0, coefs)
 
-        # 5c. Skip a step that is not finite, that the policy leaves out, or of which a rank failed, in tensors where
-        # the host has not read these facts. A skipped step leaves no trace in the policy's state.
+        # 5c. Skip a step that is non-finite, that the policy skips, or in which a rank failed. Where the host has not
+        # read these facts, tensors on the device do it. A skipped step leaves the policy's state unchanged.
         usable = totals.finite & ~totals.failed if rule.leaves_step_out else ALWAYS
         self.state = {key: usable.select(value, state[key]) for key, value in new_state.items()}
         overflow = ~totals.finite if rule.leaves_step_out else NEVER
@@ -681,7 +681,7 @@ class Engine:
             differ,
         )
         if not is_counted:
-            # All ranks agree whether anything is left to do.
+            # All ranks agree on whether the step still needs to be counted.
             checksums = None if is_resolved or differ.host is False else partials.per_tensor_checksums
             self.deferred.record(outcome, checksums, quiet=expect_overflow)
         return self._publish(outcome, before)
@@ -737,7 +737,7 @@ class Engine:
     def _measure(
         self, errors: FirstError, loss_scale: Tensor | None, function: str
     ) -> tuple[Shards, Partials, Totals, Totals]:
-        """Run stages 1 to 3, and return totals by measured slot and by slot of the policy."""
+        """Run stages 1 to 3, and return the totals by measured slot and by policy slot."""
         measuring = self._start_measuring(errors, loss_scale, function, overlap=False)
         begin(measuring)
         return self._finish_measuring(measuring, loss_scale)
@@ -793,7 +793,7 @@ class Engine:
         return shards, partials, totals, totals if self.tensor_norms is None else self.tensor_norms.for_policy(totals)
 
     def _observe(self, observe: Observer, outcome: Outcome) -> None:
-        # The step of this rank must go on like that of the other ranks.
+        # An error must not end the step on this rank, because the other ranks continue theirs.
         try:
             observe(outcome)
         except Exception as error:
@@ -805,16 +805,16 @@ class Engine:
                 )
 
     def _prepare(self, errors: FirstError, function: str, loss_scale: Tensor | None, watch: Any) -> None:
-        """Add the late errors of the last step, and end the hold on what it skipped.
+        """Add the late errors of the last step, and end the hold on the parameters that it skipped.
 
         Args:
-            errors: of this rank; it gets those that the rank had alone behind its last all-reduce.
+            errors: of this rank; the errors that the rank alone had after its last all-reduce are added to it.
             function, loss_scale, watch: see `decide`.
 
         Collectives: one all-reduce the first time with these names of watched scalars.
         """
         errors.add(self.late_errors.take())
-        # The gradients of a new backward have taken the place of those that a skipped step dropped.
+        # A new backward pass has replaced the gradients that a skipped step dropped.
         self.execution.release()
         self._watch = self.calls.agree_on_watch(watch, function, loss_scale, errors)
         if not self._only_measures:
@@ -880,7 +880,7 @@ class _Started(NamedTuple):
     """Step between `start` and `finish`.
 
     Args:
-        stages: of the step, which have begun the all-reduce.
+        stages: stages of the step, which have already begun the all-reduce.
         before: state before the step.
     """
 

@@ -1,4 +1,4 @@
-"""Carry a decision out: scale the gradients and step the optimizers, or leave the step out."""
+"""Apply a decision: scale the gradients and step the optimizers, or skip the step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = ["Execution", "ScalerRound"]
 
 @dataclass(frozen=True)
 class ScalerRound:
-    """The decision that holds until `scaler.update()`.
+    """Decision that holds until `scaler.update()`.
 
     Args:
         round: identity of the round, see `ScalerState.round`.
@@ -50,19 +50,19 @@ class ScalerRound:
 
 
 class Execution:
-    """Carry out the decisions of one engine. No rank communicates here.
+    """Applies the decisions of one engine. No rank communicates here.
 
     Args:
         table: of this rank.
         spec: of the policy.
         optimizers: steps them.
         coverage: compares their parameters with those of the table.
-        late_errors: gets the errors that this rank has alone.
+        late_errors: collects the errors that only this rank has.
         only_measures: whether the policy never clips.
 
     Attributes:
         round: the decision of an earlier call, for optimizers that step in other calls before `scaler.update()`.
-        about_to_step: optimizers of the call. None if the caller has not passed any.
+        about_to_step: optimizers of the call. None if the caller has passed none.
     """
 
     def __init__(
@@ -77,10 +77,10 @@ class Execution:
         self.table, self.optimizers, self.coverage = table, optimizers, coverage
         self.late_errors, self._only_measures = late_errors, only_measures
         self._limits_magnitudes = spec.limits_magnitudes
-        # Whether coefficients multiply what the step adds to parameters, and not the gradients.
+        # This is true if coefficients multiply what the step adds to parameters, and not the gradients.
         self._scales_updates = spec.moment_eps is not None
         self.round: ScalerRound | None = None
-        # An optimizer that the caller no longer has must not stay alive.
+        # The references are weak, so that an optimizer that the caller has dropped does not stay alive.
         self._about_to_step: list[weakref.ref[Optimizer]] | None = None
         self._next_steps: Sequence[RemovableHandle] = ()
 
@@ -92,7 +92,7 @@ class Execution:
         return [optimizer for one in self._about_to_step if (optimizer := one()) is not None]
 
     def expect(self, optimizers: Sequence[Optimizer] | None) -> None:
-        """Set the optimizers of a call, and call off what the last one has left for them.
+        """Set the optimizers of a call, and cancel the scaling that the last call left for their next steps.
 
         Args:
             optimizers: of this rank. None if they are not known.
@@ -102,7 +102,7 @@ class Execution:
             self._about_to_step = list(map(weakref.ref, optimizers))
 
     def call_off(self) -> None:
-        """Forget the optimizers of the last call, and what scales their next steps."""
+        """Forget the optimizers of the last call, and cancel the scaling of their next steps."""
         for handle in self._next_steps:
             handle.remove()
         self._next_steps, self._about_to_step = (), None
@@ -127,13 +127,13 @@ class Execution:
             optimizers: of this rank.
             state: of the GradScaler.
             is_scaled: whether the gradients carry a loss scale.
-            was_scaled: whether those of all these optimizers do.
+            was_scaled: whether the gradients of all these optimizers do.
 
         Returns:
-            Whether all optimizers have declined the step, as they do on all ranks together.
+            Whether all optimizers have declined the step, which then happens on all ranks together.
         """
-        # Fused optimizers apply one factor themselves, which saves a pass over the gradients if these must be
-        # multiplied anyway. With a loss scale it has been checked already that the parameters are the table's.
+        # Fused optimizers apply one factor themselves, which saves a pass over gradients that must be multiplied
+        # anyway. With a loss scale, an earlier check has already ensured that the parameters are the table's.
         written = self._written(outcome)
         fuse = (
             (is_scaled or outcome.skip.host is None)
@@ -153,10 +153,10 @@ class Execution:
         return steps is not None and steps.all_declined()
 
     def step_again(self, optimizers: Sequence[Optimizer], state: ScalerState) -> Outcome:
-        """Step further optimizers by the decision of this round.
+        """Step further optimizers by the decision of this round of the scaler.
 
-        The other ranks have no collective in this call. If it raises, the gradients that this rank has not stepped
-        raise on all ranks in the next one, see `Coverage.begin_round`.
+        This call has no collective. If it raises, all ranks raise in the next round because of the gradients that this
+        rank has not stepped, see `Coverage.begin_round`.
 
         Args:
             optimizers: of this rank.
@@ -194,8 +194,8 @@ class Execution:
         if state is not None:
             state.set_found_inf(outcome.overflow.on(outcome.coefs.device).to(torch.float32))
         if outcome.skip.host:
-            # So the caller's optimizer.step() changes nothing. Nor may an optimizer move by what it remembers of
-            # earlier gradients.
+            # Without gradients, the caller's optimizer.step() changes nothing. The hold stops an optimizer that would
+            # move parameters by its state alone.
             self.table.drop_gradients()
             hold_still(self, self.table.selected())
             return
@@ -220,7 +220,7 @@ class Execution:
 
         Collectives: none. Host syncs: none.
         """
-        # One look at the coefficients serves the gradients and the report.
+        # The coefficients are read once for both the gradients and the report.
         if not outcome.scales_nothing:
             scale_(shards, outcome.factors)
         if outcome.limits is not None:
@@ -236,7 +236,7 @@ class Execution:
         return replace(outcome, coefs=torch.ones_like(outcome.coefs[:1])) if self._scales_updates else outcome
 
     def _scaled_updates(self, outcome: Outcome, optimizers: Sequence[Optimizer]) -> ScaledUpdates | None:
-        """Return what scales the movements of a step that is about to be made, if the policy does."""
+        """Return the scaling of the parameter updates of the coming step, if the policy scales updates."""
         if not self._scales_updates or outcome.skip.host:
             return None
         coefs = outcome.coefs if outcome.tensor_norms is None else outcome.tensor_norms.expand(outcome.coefs)
@@ -262,7 +262,7 @@ class Execution:
         """
         self._advance(optimizers, outcome, state, fuse)
         if not outcome.skip.host:
-            # This rank has no further collective in which the other ranks could raise its error.
+            # This step has no further collective in which the other ranks could raise an error of this rank.
             with self.late_errors:
                 self.coverage.check_kept(watched, optimizers)
         if state is not None:
@@ -271,7 +271,7 @@ class Execution:
     def _advance(
         self, optimizers: Sequence[Optimizer], outcome: Outcome, state: ScalerState | None, fuse: bool
     ) -> None:
-        """Step optimizers by a decision, and scale the movements if the policy does."""
+        """Step optimizers by a decision, and scale the parameter updates if the policy does."""
         updates, written = self._scaled_updates(outcome, optimizers), self._written(outcome)
         self.optimizers.advance(
             optimizers,
@@ -295,5 +295,5 @@ class Execution:
         """
         self.round = ScalerRound(state.round, outcome.without_gradients(), written, was_scaled)
         if outcome.skip.host is False:
-            # A caller may leave the other optimizers out of a step that is skipped.
+            # In a skipped step, the caller need not step the other optimizers.
             self.coverage.await_others(optimizers)

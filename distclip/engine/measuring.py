@@ -45,7 +45,7 @@ __all__ = ["Measuring", "covering", "measure_all_ranks"]
 NO_SHARDS = Shards.of(())
 
 Measuring: TypeAlias = Generator[Shards, None, tuple[Shards, Partials, Totals]]
-"""Stages 1 to 3 of a call, cut where the all-reduce has begun."""
+"""Stages 1 to 3 of a call, split where the all-reduce has begun."""
 
 
 def measure_all_ranks(
@@ -62,12 +62,12 @@ def measure_all_ranks(
     moments: SecondMoments | None = None,
     overlap: bool = False,
 ) -> Measuring:
-    """Run stages 1 to 3 of a call: find this rank's shards, measure them, add up over all ranks.
+    """Run stages 1 to 3 of a call: find this rank's shards, measure them, and sum over all ranks.
 
     Args:
         table: of this rank.
         spec: the norm to measure, the same on all ranks.
-        comm: all ranks concerned.
+        comm: all ranks that take part.
         errors: of this rank so far.
         call: the ranks check that they all make this call.
         guard: compares replicas.
@@ -86,18 +86,18 @@ def measure_all_ranks(
     Raises:
         DistclipError: the first error of this rank, or of the lowest other rank with one. It is raised on every rank if
             the host reads the facts. Otherwise the failed rank raises, and the others get totals with `failed`.
-        DisagreementError: the ranks make different calls; likewise.
+        DisagreementError: the ranks make different calls; on the same ranks as above.
 
-    Collectives: those of `reduce`. Only if the ranks are not in one ordinary situation (one has failed, is uncovered,
-        has new layouts or partial gradients): a gather, and then those of `reduce_partial_grads`, a gather of the
-        layouts and all of them again, or all of them again over a wider communicator.
-    Host syncs: on an accelerator none, or one if ranks may differ in what they have (`split_over`, `comm`, partial
+    Collectives: those of `reduce`. Only if a rank is in a special situation (it has failed, is uncovered, has new
+        layouts or partial gradients): a gather, and then those of `reduce_partial_grads`, or a gather of the layouts
+        and all of these again, or all of these again over a wider communicator.
+    Host syncs: none on an accelerator, or one if the ranks may hold different things (`split_over`, `comm`, partial
         gradients).
     """
     errors.add(table.error)
     table.world_size = comm.size
 
-    # 1. Where: the shards of this rank.
+    # 1. Find the shards of this rank.
     shards = weights = NO_SHARDS
     knows = True
     with errors:
@@ -107,7 +107,7 @@ def measure_all_ranks(
             weights = read_weights(table, comm)
     device = shards.grads[0].device if shards.grads else table.device
 
-    # 2. How long: power sums in float64. A rank that has failed contributes nothing, but it takes part.
+    # 2. Measure them: power sums in float64. A rank that has failed contributes nothing, but it takes part.
     partials = None
     if errors.error is None:
         with errors:
@@ -120,8 +120,8 @@ def measure_all_ranks(
                 partials.replica_sums = add_sums(partials.replica_sums, parameter_sums)
     if partials is None:
         partials = Partials.empty(spec, device, num_slots)
-    # A cached communicator may be too small for a mesh that this rank uses for the first time.
-    # The groups and axes of a table never change.
+    # A cached communicator may be too small for a mesh that this rank uses for the first time. One check is enough,
+    # because the groups and axes of a table never change.
     if comm.covers_holders and table.metadata.covering_ranks is not comm.ranks:
         partials.uncovered = bool(uncovered_ranks(comm, table.groups, table.axes))
         table.metadata.covering_ranks = None if partials.uncovered else comm.ranks
@@ -129,10 +129,10 @@ def measure_all_ranks(
     partials.new_layouts = not knows
     partials.fp64_anywhere = table.fp64_anywhere(partials.has_fp64)
 
-    # 3. ONE all-reduce, of the power sums and of a check that all ranks are in one situation, on which it depends which
-    # collectives follow. The host reads the check if it costs nothing, or if ranks may differ: a rank of a caller's
-    # communicator may have no parameters. The device is that of the communicator, which all ranks share, because some
-    # ranks may offload gradients to a CPU.
+    # 3. ONE all-reduce, of the power sums and of a check that all ranks are in the same situation, which determines the
+    # collectives that follow. The host reads the check if this costs nothing, or if the ranks may differ: a rank of a
+    # caller's communicator may have no parameters. The device that decides this is the communicator's, which all ranks
+    # share, because some ranks may offload gradients to a CPU.
     is_free = devices.host_reads_free(device if comm.device is None else comm.device)
     read_facts = is_free or not comm.covers_holders or bool(table.axes) or table.may_be_partial or guard.reads_now
     read_facts = read_facts or is_mixed(comm)
@@ -149,7 +149,7 @@ def measure_all_ranks(
 
     measured_again = None
     try:
-        # The ranks of a clipper have compared their policies.
+        # The norm is the same on all ranks of a clipper, because they have compared their policies.
         read_totals = start_reduce(
             partials, spec, comm, read_facts=read_facts, overlap=overlap, is_same_norm=not guard.at_once
         )
@@ -164,11 +164,11 @@ def measure_all_ranks(
     if measured_again is not None:
         return measured_again
     if not read_facts:
-        # The host of this rank may read for free what other hosts do not, and must not act on it.
+        # The host of this rank may read for free what other hosts do not read, but must not act on it.
         if errors.error is not None:
             raise errors.error
         if totals.same_call.host is False:
-            # Only hosts of ranks that take a maximum have read it.
+            # Only the hosts of ranks that reduce by a maximum have read it.
             raise unequal_calls(call.function, "this call")
         if guard.at_once:
             totals.replicas_differ = NEVER
@@ -178,13 +178,13 @@ def measure_all_ranks(
     if not totals.needs_attention:
         return shards, partials, totals
 
-    # The rare paths. Every rank has read the same check, so every rank is here.
+    # These are the rare paths. Every rank has read the same check, so every rank takes them.
     are_alike = totals.same_call.host is not False
     if not are_alike:
         totals = gather_facts(totals, partials, spec, errors.error, comm)
         table.remember_fp64(partials.has_fp64, anywhere=totals.has_fp64.read())
     if errors.error is not None:
-        # Every rank has an error.
+        # Every rank has an error here, its own or that of another rank.
         raise errors.error
     if totals.uncovered.host:
         as_before = are_alike and not partials.widens_anew
@@ -192,7 +192,7 @@ def measure_all_ranks(
         call = replace(call, counter=call_counter(wider).next())
         return run(measure_all_ranks(table, spec, wider, errors, call, guard, num_slots, step, watch, moments=moments))
     if totals.new_layouts.host:
-        # The replicas may have been counted wrongly, on any rank.
+        # Any rank may have counted the replicas wrongly.
         exchange_layouts(table, comm)
         return run(measure_all_ranks(table, spec, comm, errors, call, guard, num_slots, step, watch, moments=moments))
     if totals.has_partial_grads.host:
@@ -201,7 +201,7 @@ def measure_all_ranks(
 
 
 def _joined_too_late(table: ShardTable) -> LayoutError:
-    """Return the error for a new mesh that the hosts of other ranks do not wait for."""
+    """Return the error for a new mesh when the hosts of other ranks do not wait for this rank."""
     return LayoutError(
         f"{table.names[0]} or another parameter is on a mesh that was in no earlier call, and that reaches only a part "
         "of the ranks. Other ranks without a new mesh do not wait for the answer on an accelerator. Pass "
@@ -213,11 +213,11 @@ def covering(comm: Comm, table: ShardTable, errors: FirstError) -> Comm:
     """Return a communicator that covers the meshes of all of its ranks: `comm`, or a wider one.
 
     Args:
-        comm: that the ranks begin with.
+        comm: the communicator that the ranks begin with.
         table: of this rank.
-        errors: get the error of a rank that has begun with a larger communicator than its peers.
+        errors: of this rank; the error is added if this rank has begun with a larger communicator than its peers.
 
-    Collectives: a maximum of one number, and those of `widened` if the communicator is too small.
+    Collectives: an all-reduce (maximum) of one number, and those of `widened` if the communicator is too small.
     """
     may_widen = comm.covers_holders
     while True:
@@ -231,11 +231,12 @@ def covering(comm: Comm, table: ShardTable, errors: FirstError) -> Comm:
 
 
 def _placed(misplaced: MisplacedError, errors: FirstError) -> Comm:
-    """Return the communicator to go on with, after this rank has left the group of another one.
+    """Return the communicator to continue with, after this rank has left the group of another one.
 
     Args:
         misplaced: of this rank.
-        errors: gets the error that all ranks of a smaller communicator raise, if they wait for this rank.
+        errors: of this rank; the error that all ranks of a smaller communicator raise is added, if they wait for this
+            rank.
     """
     if misplaced.comm is None and misplaced.first_call is None:
         return rejoined(misplaced.left)

@@ -1,4 +1,4 @@
-"""Set up a clipper on all ranks together: find the ranks concerned, compare what they have, assign slots."""
+"""Set up a clipper on all ranks together: find the ranks that take part, compare what they hold, and assign slots."""
 
 from __future__ import annotations
 
@@ -37,18 +37,19 @@ __all__ = ["Setup", "set_up"]
 
 @dataclass(frozen=True)
 class Setup:
-    """Hold what the ranks of a clipper have agreed on before its first step.
+    """Hold the facts that the ranks of a clipper have agreed on before its first step.
 
     Args:
         table: parameters of this rank, with their layouts.
-        comm: all ranks concerned.
+        comm: all ranks that take part.
         slots: slots of the norms.
-        spec: of the policy, with names in place of references to parameters.
+        spec: of the policy, with names instead of references to parameters.
         coverage: compares the parameters with those of optimizers.
         replicas: rule for replicas that differ, see `GradClipper`.
-        token: equal on the ranks of this clipper, and of no other one.
-        ddp_modules: that may join uneven inputs.
-        compares_tensors: whether ranks that no communicator connects may still tell this one that their tensors differ.
+        token: text that is equal on all ranks of this clipper, and differs from that of any other clipper.
+        ddp_modules: DDP modules that may join uneven inputs.
+        compares_tensors: whether ranks that no communicator connects to this rank may still report that their tensors
+            differ.
         compares_split: whether other ranks may still show that `split_over=` is wrong, see `compare_split`.
     """
 
@@ -77,7 +78,7 @@ def set_up(
     named: Named | None,
     errors: FirstError,
 ) -> Setup:
-    """Set up a clipper. All ranks concerned raise the errors of any rank together.
+    """Set up a clipper. All ranks that take part raise the errors of any rank together.
 
     Args:
         parameters, policy, split_over, comm, on_nonfinite, max_skips, flat_grads, partial, replicas: see `GradClipper`.
@@ -99,21 +100,22 @@ def set_up(
     is_derived = comm is None
     comm = resolve_comm(table.groups, table.axes, comm, errors, table.num_reached)
 
-    # Arguments must be the same on all ranks, and a layout alone may not show which ranks hold a parameter.
+    # Arguments must be the same on all ranks. The exchange also finds the ranks that hold a parameter, which its layout
+    # alone may not show.
     arguments = ""
     with errors:
-        # The policy is an object of the user, whose `repr` can raise.
+        # The policy is a user's object, whose `repr` can raise.
         arguments = f"{describe(policy)}, on_nonfinite={on_nonfinite!r}, max_skips={max_skips}, replicas={replicas!r}"
     errors.add(table.error)
     # A communicator of an earlier call may be too small for the meshes of this one.
     comm = covering(comm, table, errors)
     token = exchange_setup(table, comm, errors.error, arguments)
 
-    # Slots must be the same on all ranks too, and follow from the parameters of all of them.
+    # Slots must be the same on all ranks too, and depend on the parameters of all ranks.
     module = parameters if isinstance(parameters, nn.Module) else None
     slots, spec = SlotMap(), policy.spec
     if any(type(pattern) is Members for pattern in spec.groups.values()):
-        # The policy has references, and the engine has the names that they stand for on all ranks.
+        # The policy has references to parameters, and the engine has the names of these parameters on all ranks.
         spec = replace(spec, groups=resolve_groups(spec.groups, table, comm, errors))
     if spec.per != "model" or spec.exclude or spec.needs_weights:
         params: list[ParamInfo] = []
@@ -124,7 +126,7 @@ def set_up(
     table.flat_grads = flat_grads
     warn_if_nothing_trains(parameters, table)
 
-    # Optimizers are compared with the parameters of this rank alone, in every step.
+    # Every step compares the optimizers with the parameters of this rank alone.
     coverage = Coverage(table, partial=partial, module=module)
     joining = ddp_modules(module) if module is not None and table.is_complete else ()
     # Ranks that no communicator connects compare names and shapes through the store, without waiting.

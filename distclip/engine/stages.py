@@ -1,7 +1,7 @@
-"""Run stages that contain the all-reduce in one go, or cut in two.
+"""Run stages that contain the all-reduce, in one go or split in two.
 
-Such stages are a generator with one `yield`, where the all-reduce has begun. So a step reads as one story, and a caller
-may do other work at the `yield`.
+Such stages are a generator with one `yield`, once the all-reduce has begun. So the code of a step stays in one
+function, and a caller may do other work at the `yield`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def complete(stages: Generator[Any, SentT, T], sent: SentT) -> T:
     """Run stages from their `yield` to their end.
 
     Args:
-        stages: that have come to their `yield`.
+        stages: stages that have reached their `yield`.
         sent: value of the `yield`.
 
     Returns:
@@ -52,6 +52,6 @@ def complete(stages: Generator[Any, SentT, T], sent: SentT) -> T:
 
 
 def _raise_own(error: RuntimeError) -> None:
-    """Raise the StopIteration of a user's function, if Python has replaced it within a generator."""
+    """Raise the StopIteration of a user's function, which a generator turns into a RuntimeError."""
     if isinstance(error.__cause__, StopIteration):
         raise error.__cause__ from None
