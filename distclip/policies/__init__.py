@@ -1,9 +1,9 @@
 """Compute the allowed norms from the measured ones, which are equal on every rank: Totals → Verdict.
 
 A policy that clips by norm combines a granularity (`per`: the unit that has a norm) with a threshold (the largest norm
-that is allowed). The well-known rules are functions that return a `NormPolicy`. Each module contains one rule and the
+allowed). Each well-known rule has a function that returns a `NormPolicy`. Each module contains one rule and the
 function that documents it. A policy is a frozen dataclass of pure functions: it uses no ranks, process groups or
-gradients, its state is tensors that are passed in and out, and it never waits for a device.
+gradients, its state consists of tensors that are passed in and out, and it never waits for a device.
 """
 
 from ..norms.spec import NormSpec

@@ -33,17 +33,17 @@ def adagc(
     .. math:: bound_i = \min(cap, \lambda \gamma_i), \quad
         \gamma_i' = \beta \gamma_i + (1 - \beta) \min(norm_i, bound_i)
 
-    In warm-up one bound holds for the norm of the whole gradient, and γ becomes the least clipped norm. The rule clips
-    most of the steps where norms scatter by a quarter: a bound just above a mean of clipped norms is below many healthy
-    norms. `restart_after` would take that for being stuck, so it is off by default.
+    During warm-up, one bound applies to the norm of the whole gradient, and γ becomes the smallest clipped norm. If
+    norms scatter by a quarter, the rule clips most steps, because a bound slightly above a mean of clipped norms is
+    below many healthy norms. `restart_after` would mistake such a rule for a stuck one, so it is off by default.
 
     Args:
         ratio: λ, > 0.
         decay: β, in [0, 1).
-        warmup: number of warm-up steps, ≥ 1. Steps are counted per slot, so that a slot whose gradients come later
-            (unfreezing) has a separate warm-up.
-        warmup_norm: bound on the norm of all slots together in warm-up, > 0.
-        cap: hard upper bound, in warm-up too, ≥ 0.
+        warmup: number of warm-up steps, ≥ 1. Steps are counted per slot, so that a slot whose first gradient comes
+            later (unfreezing) has a separate warm-up.
+        warmup_norm: bound on the norm of all slots together during warm-up, > 0.
+        cap: hard upper bound, ≥ 0, which also applies during warm-up.
         norm_type: p of the norm.
         per: granularity (see `NormPolicy`).
         restart_after: number of steps after which the rule restarts from the norms before clipping if it has clipped
@@ -71,7 +71,7 @@ class AdaGC(Rule):
         h_t &= \min\left(1, \frac{\lambda \gamma}{norm_t}\right),
         \quad \gamma' = \beta \gamma + (1 - \beta) h_t \, norm_t && \text{after it}
 
-    with c the `warmup_norm`.
+    Here c is the `warmup_norm`.
 
     Args:
         ratio, decay, warmup, warmup_norm, cap: see `adagc`.
@@ -103,7 +103,7 @@ class AdaGC(Rule):
     def __call__(self, totals: Totals, state: State) -> tuple[Tensor, State]:
         """Return the bound from the mean of the steps before, and the mean with the clipped norm."""
         norms, gamma, in_warmup = totals.norms, state["gamma"], state["count"] < self.warmup
-        # The policy divides the bound by the norm, so that every slot has the coefficient of the whole model.
+        # The policy divides a slot's bound by its norm, so this gives every slot the coefficient of the whole model.
         model_coef = (self.warmup_norm / totals.norm).clamp(max=1)
         bound = torch.where(in_warmup, model_coef * norms, self.ratio * gamma)
         clipped = torch.minimum(norms, bound.clamp(max=self.cap))
@@ -114,14 +114,14 @@ class AdaGC(Rule):
         }
 
     def mask_valid(self, state: State) -> dict[str, Tensor]:
-        """Return masks of the values that a loaded state may have, see `Rule.mask_valid`."""
+        """Return masks of the valid values of a loaded state, see `Rule.mask_valid`."""
         gamma, count = state["gamma"], state["count"]
-        # A mean of 0 is one of norms under a cap of 0, because all norms are above 0.
+        # All norms are above 0, so a mean of 0 is valid only with a cap of 0.
         started = is_size(gamma) & ((gamma > 0) | (self.cap == 0))
         return {"gamma": torch.where(count == 0, gamma == math.inf, started), "count": is_count(count)}
 
     def restart(self, norms: Tensor, state: State) -> State:
-        """Return the mean of the last norms before clipping as γ, once the warm-up has left the window."""
-        # In warm-up the bound of the whole model clips, and the minimum that results is where the rule must start.
+        """Return γ as the mean of the last norms before clipping, if none of them is from the warm-up."""
+        # During warm-up the bound of the whole model clips, and the rule must start from the resulting minimum.
         after_warmup = state["count"] >= self.warmup + norms.shape[1]
         return state | {"gamma": torch.where(after_warmup, norms.clamp(max=self.cap).mean(1), state["gamma"])}

@@ -34,8 +34,8 @@ def agc(
         norm_type: p of both norms.
 
     Raises:
-        ArgumentError: a number outside of its range, a norm type that is not a number, or something else than regular
-            expressions.
+        ArgumentError: a number outside of its range, a norm type that is not a number, or an invalid regular
+            expression.
 
     Source: Brock, De, Smith, Simonyan, "High-performance large-scale image recognition without normalization",
     ICML 2021, arXiv 2102.06171, equation 3.

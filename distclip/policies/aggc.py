@@ -47,34 +47,35 @@ def aggc(
         coef = \begin{cases}
             U / norm & norm > U \\ \min(max\_coef, L / norm) & norm < L \\ 1 & \text{else} \end{cases}
 
-    S is the bias-corrected running mean of the norms after this. A norm of 0 stays 0. A floor above U has no effect.
+    S is the bias-corrected running mean of the norms after scaling. A norm of 0 stays 0. A floor above U has no effect.
 
     Args:
         low: α_low, lower end of the band as a multiple of S, ≥ 0. 0 scales nothing up.
         high: α_high, upper end of the band as a multiple of S, > 0.
         groups: functional groups, {name: regular expression that is searched in parameter names}, as in
-            {"query": "q_proj", "value": "v_proj"}. They imply per="group". None for groups by `per`.
+            {"query": "q_proj", "value": "v_proj"}. They imply per="group". None to form groups by `per`.
         decay: β of the mean, in [0, 1).
-        warmup: number of first norms to which only the cap applies, ≥ 1. Steps are counted per group.
-        late_low, late_high: multiples after the transition. None keeps the early ones.
+        warmup: number of norms at the start to which only the cap applies, ≥ 1. Steps are counted per group.
+        late_low, late_high: multiples after the transition. None keeps `low` or `high`.
         switch: number of steps before the transition, ≥ 0.
-        transition: number of steps in which the multiples change linearly, ≥ 0.
-        min_norm: least floor, ≥ 0.
+        transition: number of steps over which the multiples change linearly, ≥ 0.
+        min_norm: lower limit of the floor, ≥ 0.
         max_coef: largest factor by which a norm is scaled up, ≥ 1.
-        cap: hard upper bound, in warm-up too, ≥ 0.
+        cap: hard upper bound, ≥ 0, which also applies during warm-up.
         norm_type: p of the norm.
-        per: granularity (see `NormPolicy`) without `groups`.
+        per: granularity (see `NormPolicy`), if there are no `groups`.
         restart_after: number of steps after which the rule restarts from the norms before clipping if it has scaled
             more than half of them down. 0 for never.
 
     Raises:
-        ArgumentError: a number outside of its range, or something else than regular expressions.
+        ArgumentError: a number outside of its range, or an invalid regular expression.
 
     Source: Li et al., "AGGC: adaptive group gradient clipping for stabilizing large language model training", 2026,
-    arXiv 2601.11864, and its published code (`PerModuleGradClipper`), whose mean has the norms after clipping and whose
-    schedule is a fraction of all steps. β is the default of that code. The published runs use multiples of 0.95 and
-    0.98 from below, of 0.6 to 0.999 from above, and factors between 0.9 and 1.1, because their mean starts at 0. Here
-    it starts from the first norms, so that the band can contain 1. The multiples and the limit of the factor are ours.
+    arXiv 2601.11864, and its published code (`PerModuleGradClipper`), which averages the norms after clipping and gives
+    the schedule as a fraction of all steps. β is the default of that code. The published runs use 0.95 and 0.98 as
+    lower multiples, 0.6 to 0.999 as upper multiples, and factors between 0.9 and 1.1, because their mean starts at 0.
+    Here it starts from the first norms, so that the band can contain 1. The default multiples and the default
+    `max_coef` are ours.
 
     >>> policy = aggc(0.5, 2.0, {"query": "q_proj", "value": "v_proj"}, cap=1.0)
     >>> policy.per, policy.threshold.max_coef
@@ -155,14 +156,14 @@ class Band(Rule):
         return torch.where(count < self.warmup, 0.0, floors)
 
     def mask_valid(self, state: State) -> dict[str, Tensor]:
-        """Return masks of the values that a loaded state may have, see `Rule.mask_valid`."""
+        """Return masks of the valid values of a loaded state, see `Rule.mask_valid`."""
         mean, count = state["mean"], state["count"]
-        # All norms are above 0, so that a mean of 0 is one of no norms, or of norms under a cap of 0.
+        # All norms are above 0, so a mean of 0 is valid only before the first norm, or with a cap of 0.
         return {"mean": is_size(mean) & ((count == 0) | (mean > 0) | (self.cap == 0)), "count": is_count(count)}
 
     def restart(self, norms: Tensor, state: State) -> State:
         """Return the mean of the last norms before clipping."""
-        # The mean has the weight of as many norms.
+        # The mean gets the weight of that many norms.
         count = state["count"].clamp(min=max(self.warmup, norms.shape[1]))
         return {"mean": norms.clamp(max=self.cap).mean(1), "count": count}
 
@@ -171,7 +172,7 @@ class Band(Rule):
         return torch.where(count < self.warmup, math.inf, upper)
 
     def _multiple(self, early: float, late: float | None, mean: Tensor, count: Tensor) -> Tensor:
-        """Return the multiple of each slot's step in the schedule."""
+        """Return the multiple of each slot at its step of the schedule."""
         if late is None or late == early:
             return torch.full_like(mean, early)
         # Without a transition, the first step after `switch` has the late multiple already.

@@ -29,13 +29,13 @@ def autoclip(
 
     .. math:: bound_t = \min(cap, P_p(norm_{t-w+1}, \dots, norm_t))
 
-    A low percentile clips nearly every step, 90 % of them at the default. It normalizes more than it clips, which its
-    authors intend.
+    A low percentile clips nearly every step, 90 % of them at the default. It acts more like normalization than like
+    clipping, as its authors intend.
 
     Args:
         percentile: p, in [0, 100].
         window: w, number of norms in the history, ≥ 1. The paper's history is unbounded.
-        cap: hard upper bound, ≥ 0. Without it the rule learns from bad first batches like from any others.
+        cap: hard upper bound, ≥ 0. Without it, the rule learns from bad first batches as from any others.
         norm_type: p of the norm.
         per: granularity (see `NormPolicy`).
 
@@ -55,8 +55,8 @@ def autoclip(
 class Percentile(Rule):
     """Threshold of `autoclip`.
 
-    The history contains norms before clipping, so that the rule follows any change of the norms. It does not restart,
-    because a restart could only begin from the norms that are in its history already.
+    The history contains norms before clipping, so the rule follows any change of the norms. It does not restart,
+    because a restart could only begin from the norms that its history already contains.
 
     Args:
         p: `percentile` of `autoclip`.
@@ -88,7 +88,7 @@ class Percentile(Rule):
         return quantile(history, count, self.p / 100), {"history": history, "count": count}
 
     def mask_valid(self, state: State) -> dict[str, Tensor]:
-        """Return masks of the values that a loaded state may have, see `Rule.mask_valid`."""
+        """Return masks of the valid values of a loaded state, see `Rule.mask_valid`."""
         history, count = state["history"], state["count"]
         # A norm of 0 is never appended.
         return {"history": is_size(history) & ((history > 0) | ~is_filled(history, count)), "count": is_count(count)}

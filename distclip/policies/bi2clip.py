@@ -24,7 +24,7 @@ class BiClip:
     The report still contains the Euclidean norm of the whole gradient.
 
     Args:
-        low: least magnitude of an element that is not 0, ≥ 0. 0 scales nothing up.
+        low: smallest magnitude of an element that is not 0, ≥ 0. With 0, nothing is scaled up.
         high: largest magnitude, ≥ `low`.
 
     Raises:
@@ -67,12 +67,12 @@ def bi2clip(low: float = 1e-4, high: float = 1.0) -> BiClip:
 
     .. math:: g_i' = \mathrm{sgn}(g_i) \min(\max(|g_i|, low), high)
 
-    With both limits near each other, the step approaches that of sign descent. Bi²Clip applies the operator twice: to
-    the gradients of the inner optimizer, and to the pseudo-gradients of the outer one (DiLoCo). Make a clipper for
+    If the limits are close to each other, the step approaches that of sign descent. Bi²Clip applies the operator twice:
+    to the gradients of the inner optimizer, and to the pseudo-gradients of the outer one (DiLoCo). Make one clipper for
     each. The defaults are examples. The source tunes both limits for each task.
 
     Args:
-        low: least magnitude of an element that is not 0, ≥ 0.
+        low: smallest magnitude of an element that is not 0, ≥ 0.
         high: largest magnitude, ≥ `low`.
 
     Raises:

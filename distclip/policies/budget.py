@@ -3,9 +3,9 @@ r"""Divide one bound between the parameters, so that a gradient can be clipped b
 .. math:: \lVert g_i \rVert^2 \le c^2 s_i^2 + \sum_{j\ before\ i} (c^2 s_j^2 - used_j), \qquad \sum_i s_i^2 = 1
 
 Parameter i has a share s_i² of the squared bound: its usual share of the squared norm. It can also use what the
-parameters before it in the same backward have left over. What is used never exceeds c², in any order and for any
-shares, so that the bound on the norm of the whole gradient holds in every step. The shares only decide how much is
-lost in a step that needs no clipping.
+parameters before it in the same backward have left over. The total never exceeds c², in any order and for any shares,
+so the bound on the norm of the whole gradient holds in every step. The shares only affect how much is clipped
+needlessly in a step whose norm is below the bound.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _MARGIN = 1e-6
 """Relative margin below the bound, for the rounding of coefficients to float32. torch's epsilon has the same size."""
 
 _FLOOR = 0.02
-"""Part of the squared bound that is divided by size, so that a parameter without gradients so far can begin."""
+"""Fraction of the squared bound that is shared by size, so that a parameter without gradients so far has a share."""
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Bound the norm of the whole gradient within backward, without a wait for all of it.
+    """Bound the norm of the whole gradient within backward, without waiting for the other gradients.
 
     Args:
         max_norm: bound of the whole gradient, ≥ 0. `inf` measures and never clips.
-        decay: of the running mean of the shares, in [0, 1). The first steps have equal weight, from the first one on.
+        decay: of the running mean of the shares, in [0, 1). The first steps have equal weights.
         cap: bound of every single parameter, however much is left over, ≥ 0.
 
     Raises:
@@ -66,10 +66,10 @@ class Budget:
         return {"shares": zeros(slots, device=device), "num_seen": zeros(slots, device=device)}
 
     def decide(self, totals: Totals, state: State) -> tuple[Verdict, State]:
-        """Return the verdict on a step whose norms are all known: that of one bound on the whole gradient.
+        """Return the verdict on a step whose norms are all known, from one bound on the whole gradient.
 
-        The shares are learned from the norms before clipping. So the budget divides a gradient as ordinary clipping
-        would, also while most steps are clipped.
+        The shares are learned from the norms before clipping. So the budget divides the bound as ordinary clipping
+        would, even while most steps are clipped.
 
         Collectives: none. Host syncs: none.
         """
@@ -89,16 +89,16 @@ class Budget:
         return _Remainder(self.max_norm, self.cap, mixed)
 
     def mask_valid(self, state: State) -> dict[str, Tensor]:
-        """Return masks of the values that a loaded state may have, see `Rule.mask_valid`."""
+        """Return masks of the valid values of a loaded state, see `Rule.mask_valid`."""
         return {"shares": (state["shares"] >= 0) & (state["shares"] <= 1), "num_seen": is_count(state["num_seen"])}
 
     def _learn(self, powers: Tensor, state: State) -> State:
-        """Return the state after a step. A parameter that is not finite keeps its share."""
+        """Return the state after a step. A parameter whose gradient is not finite keeps its share."""
         shares, num_seen = state["shares"], state["num_seen"]
         finite = powers.isfinite()
         known = powers.where(finite, 0.0)
         total = known.sum()
-        # The shares of all parameters together stay 1.
+        # The shares of all parameters still add up to 1.
         observed = known / total * (1 - shares.where(~finite, 0.0).sum())
         weight = (1 / (num_seen + 1)).clamp(min=1 - self.decay)
         usable = finite & (total > 0)
@@ -109,12 +109,12 @@ class Budget:
 
 
 class _Remainder:
-    """The remainder of a squared bound in one backward.
+    """Unused part of a squared bound in one backward.
 
     Args:
         max_norm: the bound.
         cap: bound of every slot.
-        shares: share of each slot in the squared bound. They add up to 1.
+        shares: each slot's share of the squared bound. They add up to 1.
     """
 
     def __init__(self, max_norm: float, cap: float, shares: Sequence[float]) -> None:
@@ -125,7 +125,7 @@ class _Remainder:
         self._reserved = sum(self._shares)
 
     def take(self, slot: int, power: float) -> float:
-        """Return the coefficient of a gradient, and use what remains of it."""
+        """Return the coefficient of a gradient, and subtract what the scaled gradient uses."""
         self._reserved = max(0.0, self._reserved - self._shares[slot])
         self._shares[slot] = 0.0
         allowed = min(max(0.0, self._left - self._reserved), self._cap)
@@ -137,14 +137,14 @@ class _Remainder:
 def budget(max_norm: float = 1.0, decay: float = 0.99, cap: float = math.inf) -> Budget:
     r"""Bound the norm of the whole gradient within backward, for `GradClipper.in_backward`.
 
-    Every parameter has a share of the squared bound, the running mean of its share of the squared norm, and can use
-    what those before it have left over. So the norm of the whole update's gradient is at most `max_norm` in every
-    step, the first one too, and no parameter waits for another. The price: a parameter whose gradient is much larger
-    than usual is clipped although the norm of the whole may be below the bound. In the first step the share of a
-    parameter follows from the square root of its size.
+    Every parameter has a share of the squared bound: the running mean of its share of the squared norm. It can also use
+    what the parameters before it have left over. So the norm of the whole gradient is at most `max_norm` in every step,
+    including the first, and no parameter waits for another. The price is that a parameter whose gradient is much larger
+    than usual is clipped even where the norm of the whole gradient is below the bound. In the first step, shares are
+    proportional to the square roots of the parameters' sizes.
 
-    In `GradClipper.step`, where all norms are known, it clips the whole gradient by one coefficient, and learns the
-    shares.
+    In `GradClipper.step`, where all norms are known, the policy scales the whole gradient by one coefficient, and
+    learns the shares.
 
     Args:
         max_norm: bound of the whole gradient, ≥ 0. `inf` measures and never clips.

@@ -23,7 +23,7 @@ class ByGroup(Rule):
         thresholds: one for each slot, in order.
 
     Raises:
-        ArgumentError: no threshold, or an object that is none.
+        ArgumentError: `thresholds` is empty, or an element is not a threshold.
     """
 
     thresholds: tuple[Threshold, ...]
@@ -43,7 +43,7 @@ class ByGroup(Rule):
         """Return the states of all thresholds before the first step.
 
         Raises:
-            ArgumentError: the number of thresholds is not that of the slots.
+            ArgumentError: the number of thresholds differs from the number of slots.
         """
         if slots != len(self.thresholds):
             raise ArgumentError(
@@ -60,7 +60,7 @@ class ByGroup(Rule):
         for i, threshold in enumerate(self.thresholds):
             rule, prefix = as_rule(threshold), f"{i}."
             own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            # Each threshold computes a bound for all slots, and one of them is used.
+            # Each threshold computes bounds for all slots, and only the bound of its slot is used.
             all_bounds, own = rule(totals, own)
             bounds.append(all_bounds[i].clamp(max=rule.cap))
             new_state |= {prefix + key: value for key, value in own.items()}

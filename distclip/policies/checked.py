@@ -1,4 +1,4 @@
-"""Check what a policy of the user's returns, so that no wrong coefficient reaches a gradient."""
+"""Check the verdicts of a user's policy, so that no invalid coefficient reaches a gradient."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["as_checked"]
 
 
 def as_checked(policy: Policy) -> CheckedPolicy:
-    """Return a policy of distclip's unchanged, and wrap any other into one that checks its verdicts.
+    """Return one of distclip's policies unchanged, or wrap any other into one that checks its verdicts.
 
     Args:
         policy: any object with the members of `Policy`.
@@ -35,7 +35,7 @@ def as_checked(policy: Policy) -> CheckedPolicy:
     >>> as_checked(zclip()) == zclip()
     True
     """
-    # A subclass can return anything, so that the class itself decides.
+    # A subclass can return anything, so only the exact class is trusted.
     if type(policy) is Value or type(policy) is BiClip or type(policy) is Budget or type(policy) is Isolated:
         return policy
     if type(policy) is NormPolicy and policy.has_own_rule:
@@ -44,7 +44,7 @@ def as_checked(policy: Policy) -> CheckedPolicy:
 
 
 class _CheckedPolicy:
-    """Policy around one of the user's, for one clipper.
+    """Wrapper around a user's policy, for one clipper.
 
     Args:
         policy: see `as_checked`.
@@ -67,9 +67,9 @@ class _CheckedPolicy:
         """Return the policy's verdict and state.
 
         Raises:
-            ArgumentError: they are of another kind, or a coefficient is not in [0, max_coef]. All ranks compute them
-                from the same norms, so that all of them raise. On an accelerator the host has not read the
-                coefficients: an invalid one becomes 0, and the next step raises.
+            ArgumentError: the policy returned something else, or a coefficient is not in [0, max_coef]. All ranks
+                compute the verdict from the same norms, so all of them raise. On an accelerator the host has not read
+                the coefficients yet: an invalid one becomes 0, and the next step raises.
         """
         self._raise_due()
         result = self._policy.decide(totals, state)
@@ -82,7 +82,7 @@ class _CheckedPolicy:
         return verdict, check_next_state(self._who, result[1], state)
 
     def mask_valid(self, state: State) -> dict[str, Tensor]:
-        """Return masks of the values that a loaded state may have, see `Rule.mask_valid`."""
+        """Return masks of the valid values of a loaded state, see `Rule.mask_valid`."""
         if type(self._policy) is NormPolicy:
             return self._policy.mask_valid(state)
         return mask_known(self.init, state)
@@ -103,7 +103,7 @@ class _CheckedPolicy:
             raise ArgumentError(f"{self._who}: max_coef={verdict.max_coef}. Return a finite number ≥ 1.")
         is_valid = (coefs >= 0) & (coefs <= verdict.max_coef)
         if not devices.host_reads_free(norms.device):
-            # A norm that is not finite may have any coefficient: the step is skipped, or NaN is what the user wants.
+            # A norm that is not finite may have any coefficient: the step is skipped, or the user wants a NaN.
             self._read_later((is_valid | ~norms.isfinite().all()).all())
             return replace(verdict, coefs=coefs.where(is_valid | (coefs.isnan() & norms.isnan()), 0.0), bounds=bounds)
         if totals.finite.read() and not bool(is_valid.all()):
@@ -117,7 +117,7 @@ class _CheckedPolicy:
             self._unread = devices.copy_to_host_async(is_valid)
 
     def _raise_due(self) -> None:
-        """Raise for the step before, if the host had not read its coefficients."""
+        """Raise if the previous step had an invalid coefficient that the host did not read at the time."""
         if self._unread is None or devices.is_capturing():
             return
         (is_valid, wait), self._unread = self._unread, None

@@ -1,4 +1,4 @@
-"""Adapt a threshold of the user's, which needs only two methods, to the interface of `Rule`, and check its results."""
+"""Adapt a user's threshold, which needs only two methods, to the interface of `Rule`, and check its results."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ _FACTOR = Range(1, exclude=(math.inf,))
 
 
 def as_rule(threshold: Threshold) -> Rule:
-    """Return a rule of distclip's, or a rule around any other threshold that checks its results.
+    """Return one of distclip's rules unchanged, or wrap any other into one that checks its results.
 
     Args:
-        threshold: an object with the two methods of `Threshold`. Members of `Rule` that it has replace the defaults.
+        threshold: an object with the two methods of `Threshold`. It may also have other members of `Rule`.
 
     Raises:
-        ArgumentError: one of the two methods is missing, or its cap is not a number ≥ 0.
+        ArgumentError: one of the two methods is missing, or `cap` or `max_coef` is invalid.
     """
     if isinstance(threshold, type) or not callable(threshold) or not callable(getattr(threshold, "init", None)):
         raise ArgumentError(
             f"threshold={threshold!r:.80}: expected an object with the methods init(slots, device) and "
             "__call__(totals, state). Use threshold=distclip.Fixed(1.0), for example."
         )
-    # A subclass of a user can return anything, so that the module of its class decides.
+    # A user's subclass can return anything, so only classes of this package are trusted.
     if isinstance(threshold, Rule) and type(threshold).__module__.startswith(f"{__package__}."):
         return threshold
     return _CustomRule(threshold)
 
 
 class _CustomRule(Rule):
-    """Rule around a threshold of the user's.
+    """Rule that wraps a user's threshold.
 
     Args:
         threshold: see `as_rule`.
@@ -57,7 +57,7 @@ class _CustomRule(Rule):
 
     @property
     def moment_eps(self) -> float | None:
-        """Least square root of a second moment, if the threshold has a member of this name."""
+        """Lower limit of √v for second moments v, if the threshold has a member of this name."""
         eps = getattr(self._threshold, "moment_eps", None)
         return None if eps is None else float(eps)
 
@@ -69,8 +69,8 @@ class _CustomRule(Rule):
         """Return the threshold's bounds and state.
 
         Raises:
-            ArgumentError: they have another type, shape or dtype than a threshold's. All ranks compute them from the
-                same norms, so that all of them raise.
+            ArgumentError: they have a wrong type, shape or dtype. All ranks compute them from the same norms, so all of
+                them raise.
         """
         who, result = f"threshold={self._threshold!r:.80}", self._threshold(totals, state)
         if not isinstance(result, tuple) or len(result) != 2:
@@ -95,7 +95,7 @@ class _CustomRule(Rule):
         return check_next_state(f"threshold={self._threshold!r:.80}", self._threshold.restart(norms, state), state)
 
     def mask_valid(self, state: State) -> dict[str, Tensor]:
-        """Return masks of the values that a loaded state may have, see `Rule.mask_valid`."""
+        """Return masks of the valid values of a loaded state, see `Rule.mask_valid`."""
         mask_valid = getattr(self._threshold, "mask_valid", None)
         return mask_known(self.init, state) if mask_valid is None else dict(mask_valid(state))
 
@@ -110,7 +110,7 @@ def as_vector(who: str, name: str, value: Any, norms: Tensor) -> Tensor:
         norms: (slots,).
 
     Raises:
-        ArgumentError: it is no (slots,) tensor of floats on the device of the norms.
+        ArgumentError: it is not a (slots,) tensor of floats on the device of the norms.
 
     Host syncs: none.
     """
@@ -133,7 +133,7 @@ def check_first_state(who: str, state: Any, slots: int) -> State:
         slots: number of norms.
 
     Raises:
-        ArgumentError: it is no dictionary of tensors whose first dim is the slot.
+        ArgumentError: it is not a dictionary of tensors whose first dim is the slot.
     """
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise ArgumentError(f"{who}: init returned {state!r:.80}. Return a dictionary of tensors, empty for no state.")
@@ -155,7 +155,7 @@ def check_next_state(who: str, state: Any, before: State) -> State:
         before: the state before the step.
 
     Raises:
-        ArgumentError: it has other keys, shapes or dtypes than before.
+        ArgumentError: its keys, shapes or dtypes differ from those of `before`.
 
     Host syncs: none.
     """
@@ -174,6 +174,6 @@ def check_next_state(who: str, state: Any, before: State) -> State:
 
 
 def _kind_of(tensor: Tensor) -> tuple[object, ...]:
-    """Return what two steps of a state have in common."""
+    """Return the properties of a state tensor that must not change between steps."""
     # A state may begin in float32 and continue in the dtype of the norms.
     return tensor.shape, tensor.device, "float" if tensor.dtype.is_floating_point else tensor.dtype

@@ -41,10 +41,10 @@ _PRESETS: Sequence[Callable[..., NormPolicy]] = (
 
 
 def describe(policy: Policy) -> str:
-    """Return the call of the preset that makes a policy, without arguments that have their default.
+    """Return the preset's call that makes a policy, without arguments that have their default value.
 
     Args:
-        policy: of any kind. One that no preset makes is described by its `repr`.
+        policy: of any kind. Its `repr` is returned if no preset makes it.
 
     >>> from distclip import global_norm, group_norm, zclip
     >>> describe(global_norm(0.5)), describe(zclip(cap=1.0)), describe(group_norm({"head": ("^head", 0.5)}, 1.0))

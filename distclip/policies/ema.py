@@ -33,16 +33,18 @@ def ema(
 
     .. math:: bound_t = \min(cap, target \cdot fast) \text{ if } norm_t > ratio \cdot slow \text{ else } cap
 
-    Both are bias-corrected means of the clipped norms, so that a burst of large norms does not raise the bound.
+    Here `slow` and `fast` are bias-corrected running means of the clipped norms, so that a burst of large norms does
+    not raise the bound.
 
     Args:
         ratio: largest ratio of a norm to the slow mean that is not clipped, > 0.
         target: ratio of the bound to the fast mean, > 0.
         slow: decay of the slow mean, in [0, 1).
         fast: decay of the fast mean, in [0, 1).
-        warmup: number of first norms to which only the cap applies, ≥ 1.
-        cap: hard upper bound, in warm-up too, ≥ 0: a max_norm of the usual size, such as 1.0. Without it, norms
-            that explode in warm-up are not clipped. The rule then warns, and starts from the norms before that.
+        warmup: number of norms at the start to which only the cap applies, ≥ 1.
+        cap: hard upper bound, ≥ 0, which also applies during warm-up: a max_norm of the usual size, such as 1.0.
+            Without it, norms that explode during warm-up are not clipped. The rule then warns, and starts from the
+            norms before the explosion.
         norm_type: p of the norm.
         per: granularity (see `NormPolicy`).
         restart_after: number of steps after which the rule restarts from the norms before clipping if it has clipped
@@ -68,7 +70,7 @@ class EMA(Rule):
         bound_t &= target \cdot \hat f \text{ if } norm_t > ratio \cdot \hat s \text{ else } \infty \\
         x_t &= \min(norm_t, bound_t, cap), \quad s' = b_s s + (1 - b_s) x_t, \quad \hat s = s / (1 - b_s^t)
 
-    and f, the fast mean, like s, the slow one.
+    Here s is the slow mean. The fast mean f is computed in the same way.
 
     Args:
         ratio, target, slow, fast, warmup, cap: see `ema`.
@@ -117,16 +119,16 @@ class EMA(Rule):
         return bound, new_state
 
     def mask_valid(self, state: State) -> dict[str, Tensor]:
-        """Return masks of the values that a loaded state may have, see `Rule.mask_valid`."""
+        """Return masks of the valid values of a loaded state, see `Rule.mask_valid`."""
         count = state["count"]
         means = {key: state[key] for key in ("slow", "fast")}
-        # All norms are above 0, so that a mean of 0 is one of no norms, or of norms under a cap of 0.
+        # All norms are above 0, so a mean of 0 is valid only before the first norm, or with a cap of 0.
         masks = {key: is_size(mean) & ((count == 0) | (mean > 0) | (self.cap == 0)) for key, mean in means.items()}
         return masks | {"count": is_count(count)}
 
     def restart(self, norms: Tensor, state: State) -> State:
-        """Return the mean of the last norms before clipping for both means."""
-        # The mean has the weight of as many norms.
+        """Return both means as the mean of the last norms before clipping."""
+        # The mean gets the weight of that many norms.
         mean = norms.clamp(max=self.cap).mean(1)
         count = state["count"].clamp(min=max(self.warmup, norms.shape[1]))
         return {"slow": mean, "fast": mean.clone(), "count": count}

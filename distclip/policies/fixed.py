@@ -1,4 +1,4 @@
-"""Bound norms by constants: of the whole gradient, of every tensor, or of named groups of parameters."""
+"""Bound the norm of the whole gradient, of every tensor, or of named groups of parameters by constants."""
 
 from __future__ import annotations
 
@@ -66,18 +66,18 @@ def per_tensor_norm(max_norm: float = 1.0, norm_type: float = 2.0) -> NormPolicy
 def group_norm(
     groups: Mapping[str, Mapping[str, Any] | Sequence[Any]], max_norm: float = 1.0, norm_type: float = 2.0
 ) -> NormPolicy:
-    r"""Clip each group of parameters to a constant bound of the group.
+    r"""Clip each group of parameters to its own constant bound.
 
     .. math:: coef_k = \min\left(1, \frac{max\_norm_k}{\lVert g_k \rVert_p}\right)
 
     All parameters without a group form one more group, "rest".
 
     Args:
-        groups: {name: {"pattern": regular expression, "max_norm": bound ≥ 0}}, or {name: (pattern, bound)}. The
-            pattern is searched in parameter names, and the first group that matches takes a parameter. In place of a
-            pattern: an optimizer, one of its `param_groups`, a module or a list of tensors. If all groups are such
-            references, there is no "rest". The bound `inf` measures a group and never clips it. In place of a bound: a
-            policy that is a `NormPolicy`, such as `zclip(cap=1.0)`, whose threshold the group gets.
+        groups: {name: {"pattern": regular expression, "max_norm": bound ≥ 0}}, or {name: (pattern, bound)}. The pattern
+            is searched in parameter names, and a parameter belongs to the first group that matches. Instead of a
+            pattern, pass a reference: an optimizer, one of its `param_groups`, a module or a list of tensors. If all
+            groups are references, there is no "rest". With the bound `inf`, a group is measured but never clipped.
+            Instead of a bound, pass a `NormPolicy`, such as `zclip(cap=1.0)`, to use its threshold for the group.
         max_norm: bound of the parameters without a group, ≥ 0.
         norm_type: p of the norm.
 
@@ -85,8 +85,8 @@ def group_norm(
         ArgumentError: no group, a group without pattern or bound, a negative or NaN bound, or a norm type that is not a
             number.
 
-    Source: the parameter groups of Megatron-LM's optimizer that are clipped separately (`grad_norm_group`), without the
-    1e-6 that Megatron-LM adds to the norm.
+    Source: the separately clipped parameter groups of Megatron-LM's optimizer (`grad_norm_group`), without the 1e-6
+    that Megatron-LM adds to the norm.
 
     >>> group_norm({"embedding": ("embed", 0.1)}, max_norm=1.0).threshold
     Fixed(max_norm=(0.1, 1.0))

@@ -36,7 +36,7 @@ def append(history: Tensor, count: Tensor, values: Tensor) -> Tensor:
 
 
 def is_filled(history: Tensor, count: Tensor) -> Tensor:
-    """Return a mask of the entries of each slot that values were appended to.
+    """Return a mask of the entries that hold a value.
 
     Args:
         history: (slots, window).
@@ -66,7 +66,7 @@ def quantile(history: Tensor, count: Tensor, q: float) -> Tensor:
     tensor([3.5000, 7.0000])
     """
     filled = count.clamp(max=history.shape[1]).unsqueeze(1)
-    # Missing values are sorted behind all others, which then begin at index 0.
+    # Empty entries are sorted to the end, so that the values begin at index 0.
     ordered = history.masked_fill(~is_filled(history, count), math.inf).sort(dim=1).values
     last = (filled - 1).clamp(min=0)
     rank = q * last.to(history.dtype)

@@ -1,4 +1,4 @@
-"""Decide about groups that share nothing: each has a policy, a state and a verdict."""
+"""Decide about isolated groups, each of which has its own policy, state and verdict."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ SEPARATOR = "/"
 
 @dataclass(frozen=True)
 class _Batch:
-    """Groups with one policy, which decides about all of them at once.
+    """Groups with equal policies, which are evaluated together.
 
     Args:
-        policy: for one norm.
+        policy: with per="model", applied to each slot.
         slots: of the groups.
-        is_own: True for a policy of distclip's, which decides about each slot by itself.
+        is_own: whether the policy is one of distclip's, which decides about each slot independently.
     """
 
     policy: Any
@@ -50,8 +50,8 @@ class GroupVerdicts:
 
     Args:
         coefs: (slots,), coefficients.
-        bounds: (slots,), the norms that were allowed, inf without a bound.
-        skips: (slots,) bool, groups whose policies skip the step.
+        bounds: (slots,), the largest norm allowed for each group, inf for no bound.
+        skips: (slots,) bool, true for a group whose policy skips the step.
         clip_rate: fraction of groups that a policy with state scales down.
     """
 
@@ -65,7 +65,7 @@ class Isolated:
 
     Args:
         policies: {name of the group: policy}. The last one is that of `REST`.
-        as_checked: wraps a policy of the user's into one that checks its verdicts.
+        as_checked: wraps a user's policy into one that checks its verdicts.
     """
 
     def __init__(self, policies: Mapping[str, Policy], as_checked: Any) -> None:
@@ -114,10 +114,10 @@ class Isolated:
         Args:
             totals: with a norm for each group.
             state: before this step.
-            finite: (slots,) bool, groups whose norm is finite.
-            usable: (slots,) bool, groups whose state may change.
+            finite: (slots,) bool, true for a group whose norm is finite.
+            usable: (slots,) bool, true for a group whose state may change.
 
-        Collectives: none. Host syncs: none for policies of distclip's.
+        Collectives: none. Host syncs: none for distclip's own policies.
         """
         norms = totals.norms
         coefs, bounds = torch.ones_like(norms), torch.full_like(norms, float("inf"))
@@ -132,7 +132,7 @@ class Isolated:
             own_usable = usable if everything else usable[index]
             own = {key.partition(".")[2]: value for key, value in state.items() if key.startswith(f"{i}.")}
             if batch.is_own:
-                # A rule must find the norm of its group where it looks for that of the whole model.
+                # A rule that reads the norm of the whole model must get that of its group.
                 vars(part)["norm"] = part.norms
                 verdict, after = batch.policy.decide_each(part, own, own_finite)
             else:
@@ -140,7 +140,7 @@ class Isolated:
             if verdict.skip is not None:
                 skips[index] = verdict.skip if isinstance(verdict.skip, Tensor) else bool(verdict.skip)
             if everything:
-                # Ordinarily all tenants have one policy, and there is nothing to scatter.
+                # Usually all groups have equal policies, and there is nothing to scatter.
                 coefs = verdict.coefs.expand(norms.shape)
                 bounds = bounds if verdict.bounds is None else verdict.bounds.expand(norms.shape)
             else:
@@ -151,7 +151,7 @@ class Isolated:
         return GroupVerdicts(coefs, bounds, skips), new_state
 
     def mask_valid(self, state: State) -> dict[str, Tensor]:
-        """Return masks of the values that a loaded state may have, see `Rule.mask_valid`."""
+        """Return masks of the valid values of a loaded state, see `Rule.mask_valid`."""
         masks: dict[str, Tensor] = {}
         for i, batch in enumerate(self._batches):
             own = {key.partition(".")[2]: value for key, value in state.items() if key.startswith(f"{i}.")}
@@ -159,18 +159,18 @@ class Isolated:
         return masks
 
     def policy_of(self, name: str) -> Any:
-        """Return the policy of a group, which checks its verdicts."""
+        """Return the policy of a group, wrapped so that its verdicts are checked."""
         slot = list(self.policies).index(name)
         return next(batch.policy for batch in self._batches if slot in batch.slots)
 
     def state_of(self, name: str, state: State) -> State:
-        """Return the part of a state that a group has, with one slot."""
+        """Return one group's part of a state, as a state with one slot."""
         i, row = self._row_of(name)
         keys = [key for key in state if key.startswith(f"{i}.")]
         return {key.partition(".")[2]: state[key][row : row + 1] for key in keys}
 
     def with_state_of(self, name: str, state: State, values: State) -> State:
-        """Return a state with other values for a group."""
+        """Return a copy of a state in which one group has new values."""
         i, row = self._row_of(name)
         new_state = dict(state)
         for key, value in values.items():

@@ -1,4 +1,4 @@
-"""Apply the coefficients that a policy found in the step before, because those of this step come too late."""
+"""Apply the coefficients that a policy computed in the step before, because those of this step come too late."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .validation import to_float
 __all__ = ["Lagged", "lagged"]
 
 _OWN = "lagged_coefs"
-"""Key of the coefficients for the next step in the state."""
+"""Key in the state of the coefficients for the next step."""
 
 _INNER = "lagged."
 """Prefix of the keys of the policy's own state."""
@@ -26,7 +26,7 @@ _INNER = "lagged."
 
 @dataclass(frozen=True, slots=True)
 class Lagged:
-    """Apply the coefficients that a policy found in the step before.
+    """Apply the coefficients that a policy computed in the step before.
 
     Args:
         policy: any policy with Euclidean norms per model, group or tensor.
@@ -49,7 +49,7 @@ class Lagged:
                 f"policy={self.policy!r:.120}: it needs more than the Euclidean norms of tensors. Use a policy with "
                 "norm_type=2.0 per model, group or tensor."
             )
-        # Any policy may have the attribute, NormPolicy has.
+        # NormPolicy has this attribute, and any other policy may have it.
         if getattr(self.policy, "skip", False) is True:
             raise ArgumentError(
                 f"policy={self.policy!r:.120}: it skips steps, and the step is over when it decides. Use skip=False."
@@ -72,7 +72,7 @@ class Lagged:
         return self.policy.spec if self._budget is None else NormSpec(per="tensor")
 
     def init(self, slots: int, device: torch.device) -> State:
-        """Return the state before the first step, in which nothing but the budget clips."""
+        """Return the state before the first step, in which only the budget clips."""
         state = {_INNER + key: value for key, value in self.policy.init(slots, device).items()}
         state[_OWN] = torch.ones(slots, dtype=torch.float64, device=device)
         return state if self._budget is None else state | self._budget.init(slots, device)
@@ -100,20 +100,20 @@ class Lagged:
         return _Constant(state[_OWN].tolist(), parents, inner)
 
     def _inner_totals(self, totals: Totals) -> Totals:
-        """Return the totals that the inner policy decides about."""
+        """Return the totals for the inner policy."""
         if self._budget is None or self.policy.spec.per == "tensor":
             return totals
-        # Every slot has the norm of the model, so that the policy finds one coefficient for all, slot by slot.
+        # Every slot gets the norm of the model, so that the policy computes the same coefficient for each.
         return replace(totals, powers=totals.powers.sum().expand(totals.powers.shape).contiguous())
 
 
 class _Constant:
-    """Coefficients that were found before the backward.
+    """Coefficients that were computed before the backward.
 
     Args:
         coefs: of each slot of the policy.
         parents: slot of the policy that each measured slot is part of.
-        inner: allocation of a bound on what these coefficients leave. None for no bound.
+        inner: allocation of a bound on the gradients after these coefficients. None for no bound.
     """
 
     def __init__(self, coefs: Sequence[float], parents: Sequence[int], inner: Allocation | None) -> None:
@@ -126,11 +126,11 @@ class _Constant:
 
 
 def lagged(policy: Policy, budget: Budget | float | None = None) -> Lagged:
-    """Apply the coefficients that a policy found in the step before, for `GradClipper.in_backward`.
+    """Apply the coefficients that a policy computed in the step before, for `GradClipper.in_backward`.
 
-    Within backward the norm of the whole gradient is not known yet, and that of the step before is. The coefficient is
-    the right one as long as norms change slowly. It is late by one step: **a spike passes once**, at its full size, and
-    the step after it is scaled down for nothing. Pass a budget as a bound that holds in every step.
+    Within backward the norm of the whole gradient is not known yet, but that of the step before is. The coefficient is
+    right as long as norms change slowly. It is one step late: **a spike passes once**, at full size, and the step after
+    it is scaled down for nothing. Pass a budget as a bound that holds in every step.
 
     Args:
         policy: any policy with Euclidean norms per model, group or tensor, for example `zclip(cap=1.0)`.

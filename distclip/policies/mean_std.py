@@ -1,4 +1,4 @@
-"""Bound norms by mean and standard deviation of the last norms: the rule of OLMo's SkipStep optimizers."""
+"""Bound norms by the mean and standard deviation of the last norms: the rule of OLMo's SkipStep optimizers."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ class MeanStd(Rule):
 
     .. math:: bound_t = \mu + k s, \quad t - w \le i < t
 
-    with the mean μ and the sample standard deviation s of the last w norms before clipping. Norms of skipped steps
+    Here μ is the mean, and s the sample standard deviation, of the last w norms before clipping. Norms of skipped steps
     count, as in the source. `distclip.recipes.olmo3` skips steps beyond the bound.
 
     Args:
         sigma: k, ≥ 0.
         window: w, ≥ 2.
-        warmup: number of first norms to which only the cap applies, ≥ 2.
-        cap: hard upper bound, in warm-up too, ≥ 0.
+        warmup: number of norms at the start to which only the cap applies, ≥ 2.
+        cap: hard upper bound, ≥ 0, which also applies during warm-up.
 
     Raises:
         ArgumentError: a number outside of its range.
 
-    Source: the SkipStepOptimizer of OLMo-core, `get_step_factor`, for norms. It has the same rule for losses, which a
-    policy does not see.
+    Source: the SkipStepOptimizer of OLMo-core, `get_step_factor`, for norms. The source applies the same rule to
+    losses, which a policy does not see.
 
     >>> MeanStd(cap=1.0)
     MeanStd(sigma=6.0, window=128, warmup=63, cap=1.0)
@@ -56,7 +56,7 @@ class MeanStd(Rule):
         return {"last_norms": zeros(slots, self.window, device=device), "count": count}
 
     def __call__(self, totals: Totals, state: State) -> tuple[Tensor, State]:
-        """Return the bound from the norms before, and the history with the norm of this step."""
+        """Return the bound from the norms of the steps before, and the history with the norm of this step."""
         norms, history, count = totals.norms, state["last_norms"], state["count"]
         filled = is_filled(history, count)
         num = filled.sum(1).to(norms.dtype)
@@ -67,5 +67,5 @@ class MeanStd(Rule):
         return bound, {"last_norms": append(history, count, norms), "count": count + 1}
 
     def mask_valid(self, state: State) -> dict[str, Tensor]:
-        """Return masks of the values that a loaded state may have, see `Rule.mask_valid`."""
+        """Return masks of the valid values of a loaded state, see `Rule.mask_valid`."""
         return {"last_norms": is_size(state["last_norms"]), "count": is_count(state["count"])}

@@ -31,25 +31,27 @@ def median_mad(
     skip: bool = False,
     watch: str | None = None,
 ) -> NormPolicy:
-    r"""Clip to k robust standard deviations above the median of the last norms, in log space: spikes only.
+    r"""Clip spikes to k robust standard deviations above the median of the last norms, in log space.
 
     .. math:: bound_t = \min\left(cap, \exp(m + k \max(1.4826 \, d, 0.1))\right)
 
     m is the median of the logarithms of the last norms, and d their median absolute deviation from m. The rule clips
-    one healthy step in several hundred, holds a burst of twenty steps, and follows a new level within half a window.
+    one healthy step in several hundred, keeps clipping through a burst of twenty steps, and follows a new level within
+    half a window.
 
     Args:
         k: number of standard deviations that are not clipped, ≥ 0.
         window: number of norms in the history, ≥ 1.
-        warmup: number of first norms to which only the cap applies, ≥ 1.
-        cap: hard upper bound, in warm-up too, ≥ 0: a max_norm of the usual size, such as 1.0. Without it, norms
-            that explode in warm-up are not clipped. The rule then warns, and starts from the norms before that.
+        warmup: number of norms at the start to which only the cap applies, ≥ 1.
+        cap: hard upper bound, ≥ 0, which also applies during warm-up: a max_norm of the usual size, such as 1.0.
+            Without it, norms that explode during warm-up are not clipped. The rule then warns, and starts from the
+            norms before the explosion.
         norm_type: p of the norm.
         per: granularity (see `NormPolicy`).
-        skip: skip steps with a spike instead of scaling them down, for example for a bad sample that comes again every
-            epoch. Norms that are only above the cap are scaled down, in warm-up and after it.
+        skip: skip steps with a spike instead of scaling them down, for example for a bad sample that returns every
+            epoch. Norms that exceed only the cap are scaled down, during warm-up and after it.
         watch: with skip=True, name of a watched scalar > 0, such as the loss (see `GradClipper.step`). A step in which
-            it is above k robust standard deviations is skipped too.
+            it is more than k robust standard deviations above its median is skipped too.
 
     Raises:
         ArgumentError: a number outside of its range, or `watch` without skip=True.
@@ -72,12 +74,13 @@ class MedianMAD(Rule):
 
     Norms scatter by factors, so the rule uses logarithms. A few spikes of any height hardly change a median, so the
     history can contain norms before clipping. The rule therefore follows a new level within half a window and does not
-    restart. The norm of the current step is not in the history, because a spike would widen the scatter that it is
-    compared with while the window fills.
+    restart. The norm of the current step is not in the history, because while the window fills, a spike would widen the
+    very scatter that it is compared with.
 
     Args:
         k, window, warmup, cap: see `median_mad`.
-        floor: least standard deviation, ≥ 0. Norms that hardly scatter can still grow by a factor of exp(k · floor).
+        floor: smallest standard deviation to assume, ≥ 0. Even norms that hardly scatter can grow by a factor of
+            exp(k · floor).
 
     Raises:
         ArgumentError: a number outside of its range.
@@ -115,11 +118,11 @@ class MedianMAD(Rule):
         return bound, {"log_norms": append(log_norms, count, totals.norms.log()), "count": count + 1}
 
     def mask_valid(self, state: State) -> dict[str, Tensor]:
-        """Return masks of the values that a loaded state may have, see `Rule.mask_valid`."""
+        """Return masks of the valid values of a loaded state, see `Rule.mask_valid`."""
         return {"log_norms": state["log_norms"].isfinite(), "count": is_count(state["count"])}
 
     def restart(self, norms: Tensor, state: State) -> State:
-        """Return a history of these norms only, as after a warm-up with them."""
+        """Return a history of these norms only, as after a warm-up with these norms."""
         # Each norm is repeated equally often, so that the medians are those of the norms.
         repeated = norms.log().repeat_interleave(-(-self.warmup // norms.shape[1]), dim=1)
         width = min(repeated.shape[1], self.window)

@@ -4,14 +4,14 @@ r"""Clip by norm: a rule gives the bound of every slot, and a gradient with a la
 
 Source: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", ICML 2013, algorithm 1.
 
-A rule with a floor also scales smaller norms up to it. ε is 0, so that a norm up to its bound is left as it is at any
-scale. A constant ε > 0 shrinks norms of the same size, and a mean of clipped norms follows them down to 0. Only
-`global_norm` has torch's ε, 1e-6.
+A rule with a floor also scales smaller norms up to it. ε is 0 by default, so that a norm within its bound stays
+unchanged, however small both are. A constant ε > 0 would shrink norms of about its size, and a mean of clipped norms
+would follow them down to 0. Only `global_norm` has torch's ε, 1e-6.
 
 `NormPolicy` protects every rule with state from four problems. A step with a non-finite norm leaves the state
-unchanged. A norm of 0 leaves the state of its slot unchanged, because a tensor without gradient has no information
-about later norms. A rule that has clipped more than half of its last steps restarts (see `restart.py`). A rule
-without a cap whose norms exploded in its warm-up starts from the norms before that (see `warmup.py`).
+unchanged. A norm of 0 leaves the state of its slot unchanged, because a tensor without a gradient gives no information
+about later norms. A rule that has clipped more than half of its last steps restarts (see `restart.py`). A rule without
+a cap whose norms explode during its warm-up restarts from the norms before the explosion (see `warmup.py`).
 """
 
 from __future__ import annotations
@@ -48,26 +48,27 @@ class NormPolicy:
     Args:
         threshold: the rule that gives the bounds, an object with the two methods of `Threshold`.
         norm_type: p of the norm: any number > 0, `inf` for the largest element.
-        per: granularity, "model", "group", "tensor" or "row" (see `Per`). Every unit of it has a slot.
-        groups: for per="group", {name: regular expression that is searched in parameter names}. The first group that
-            matches takes a parameter. All parameters without a match form the last group, "rest". In place of an
-            expression: an optimizer, one of its `param_groups`, a module or a list of tensors, by reference. A list of
-            optimizers or `param_groups` gives the groups names. If all groups are references, every parameter must be
-            in one of them, and there is no "rest".
-        exclude: a regular expression, or several. Parameters with a matching name are measured and never clipped.
-        eps: ε, ≥ 0. 0 cuts no norm up to its bound, 1e-6 is torch's.
+        per: granularity, "model", "group", "tensor" or "row" (see `Per`). Each unit has a slot.
+        groups: for per="group", {name: regular expression that is searched in parameter names}. A parameter belongs to
+            the first group that matches. All parameters without a match form the last group, "rest". Instead of an
+            expression, a group can be a reference: an optimizer, one of its `param_groups`, a module or a list of
+            tensors. For a list of optimizers or `param_groups`, the groups get names automatically. If all groups are
+            references, every parameter must be in one of them, and there is no "rest".
+        exclude: a regular expression, or several. Parameters with a matching name are measured but never clipped.
+        eps: ε, ≥ 0. With 0, a norm within its bound is never scaled down. torch uses 1e-6.
         restart_after: number of steps after which the rule restarts if it has clipped more than half of them. 0 for
             never. Only a rule with `can_restart` restarts.
-        skip: skip a step with a norm above the rule's bound instead of scaling it down. A norm that is only above the
+        skip: skip a step with a norm above the rule's bound instead of scaling it down. A norm that exceeds only the
             threshold's `cap` is scaled down in any case, because a cap that is too low must not stop training.
-        isolate: for per="group", decide about each group as if it were trained alone: bound, state, skips and
-            non-finite steps are those of the group (see `GradClipper`). Otherwise they are those of the step.
-        watch: with skip=True, name of a watched scalar > 0, such as the loss (see `GradClipper.step`): the same rule
-            keeps a second history for its values, and a step with a value above their bound is skipped too.
+        isolate: for per="group", treat each group as if it were trained alone: its bound and state are separate, and a
+            skip or a non-finite norm affects that group alone (see `GradClipper`). Otherwise a skip or a non-finite
+            norm affects the whole step.
+        watch: with skip=True, name of a watched scalar > 0, such as the loss (see `GradClipper.step`). The same rule
+            keeps a second history, for this scalar, and a step whose value is above the resulting bound is skipped too.
 
     Raises:
-        ArgumentError: an argument outside of its range, something else than a regular expression, or a threshold
-            without the two methods.
+        ArgumentError: an argument outside of its range, an invalid regular expression, or a threshold without the two
+            methods.
 
     >>> NormPolicy(per="tensor")  # doctest: +ELLIPSIS
     NormPolicy(threshold=Fixed(max_norm=1.0), norm_type=2.0, per='tensor', ...)
@@ -154,7 +155,7 @@ class NormPolicy:
         if state and self._watches_warmup:
             state |= init_first_norms(slots, self._rule.unbounded_steps, device)
         if self._witness is not None:
-            # Each slot has a copy, so that a checkpoint of any layout has it under every name.
+            # Each slot has a copy, so that a checkpoint of any layout has the scalar's state under every name.
             state |= {WATCH_PREFIX + key: value for key, value in self._witness.init(slots, device).items()}
         return state
 
@@ -172,7 +173,7 @@ class NormPolicy:
         Args:
             totals: of the step.
             state: before this step.
-            finite: 0-d or (slots,) bool. Elsewhere the state stays as it is. None for that of the totals.
+            finite: 0-d or (slots,) bool. Where it is false, the state stays as it is. None for `totals.finite`.
         """
         with on_one_thread(totals.powers.numel(), totals.powers.device):
             if finite is None and state:
@@ -192,7 +193,7 @@ class NormPolicy:
         """Return the value of the watched scalar as the norm of each slot.
 
         Raises:
-            ArgumentError: the step has no such scalar. All ranks watch the same, so that all of them raise.
+            ArgumentError: the step has no such scalar. All ranks watch the same scalars, so all of them raise.
         """
         value = None if self.watch is None else totals.watch.values.get(self.watch)
         if value is None:
@@ -203,7 +204,7 @@ class NormPolicy:
         watched = replace(
             totals, powers=value.to(totals.powers).expand(len(totals.powers)), norm_type=1.0, loss_scale=None
         )
-        # The rule must find the value where it looks for the norm of the whole gradient.
+        # Rules read `norms` or `norm`, so both must have the value.
         watched.norms, watched.norm = watched.powers, watched.powers[0]
         return watched
 
@@ -221,7 +222,7 @@ class NormPolicy:
         ceilings = self._rule.ceilings(totals, new_state)
         if ceilings is not None:
             coefs = torch.minimum(coefs, ceilings)
-            # The norms that the coefficients leave.
+            # Report the norms that these coefficients result in.
             bounds = torch.where(coefs < 1, norms * coefs, bounds)
         verdict = Verdict(coefs, skip, bounds, max_coef=self._rule.max_coef)
         if not state:
@@ -236,7 +237,7 @@ class NormPolicy:
         return verdict, {key: where_slot(usable, new_state[key], old) for key, old in state.items()}
 
     def mask_valid(self, state: State) -> dict[str, Tensor]:
-        """Return masks of the values that a loaded state may have, see `Rule.mask_valid`."""
+        """Return masks of the valid values of a loaded state, see `Rule.mask_valid`."""
         if self._witness is not None:
             own = {key: value for key, value in state.items() if not key.startswith(WATCH_PREFIX)}
             witness_state = {key[len(WATCH_PREFIX) :]: state[key] for key in state if key not in own}
@@ -249,7 +250,7 @@ class NormPolicy:
 
     @property
     def _watches_warmup(self) -> bool:
-        """True if nothing limits the norms of the warm-up, and the norms are of more than single tensors."""
+        """True if nothing bounds the norms of the warm-up, and each norm covers more than one tensor."""
         rule = self._rule
         unlimited = rule.cap == math.inf and rule.unbounded_steps >= LEAST_WARMUP
         return unlimited and self.per in ("model", "group")
@@ -275,8 +276,8 @@ def coefficient(norm: Tensor, bound: Tensor | float, eps: float = 1e-6) -> Tenso
         eps: ≥ 0.
 
     Returns:
-        A tensor of the shape of `norm`. The coefficient is exactly 1 for an infinite bound with any norm, NaN too, and
-        for a norm of 0.
+        A tensor of the shape of `norm`. The coefficient is exactly 1 for a norm of 0, and for an infinite bound, even
+        if the norm is NaN.
 
     >>> coefficient(torch.tensor(4.0), 1.0)
     tensor(0.2500, dtype=torch.float64)
@@ -291,9 +292,9 @@ def coefficient(norm: Tensor, bound: Tensor | float, eps: float = 1e-6) -> Tenso
     if eps:
         length = length + eps
     if host_reads_free(norm.device):
-        # Three operators in place of eight. Only a NaN needs a closer look: it may come from 0 / 0 or inf / inf.
+        # Three operators suffice instead of eight, unless the result is NaN, which may come from 0 / 0 or inf / inf.
         ratio = (bound / length).clamp_(max=1.0)
         if not math.isnan(ratio.sum().item()):
             return ratio
-    # NaN <= bound is false, so that a NaN reaches the coefficient.
+    # NaN <= bound is false, so a NaN norm gives a NaN coefficient.
     return torch.where((length <= bound) | bound.isposinf() | (norm == 0), 1.0, bound / length)

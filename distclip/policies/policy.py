@@ -35,9 +35,11 @@ class Verdict:
 
     Args:
         coefs: (slots,), in [0, max_coef], in the dtype and on the device of the norms (float64 unless the device lacks
-            it): the factor of the gradients of each slot.
-        skip: 0-d bool on that device: whether the step must change nothing. None for never.
-        bounds: (slots,), like `coefs`: the norms that were allowed, inf for any norm. None without bounds on norms.
+            it): the factor by which the gradients of each slot are multiplied.
+        skip: 0-d bool on that device: whether to skip the step, so that it changes nothing. None for a policy that
+            never skips.
+        bounds: (slots,), like `coefs`: the largest norm allowed for each slot, inf for no bound. None for a policy that
+            does not bound norms.
         limits: (low, high): every element of every gradient is clamped to this interval. None for no clamping.
         max_coef: largest coefficient of the policy, ≥ 1. 1 for a policy that only scales down.
     """
@@ -51,10 +53,10 @@ class Verdict:
 
 @runtime_checkable
 class Policy(Protocol):
-    """Pure function from the norms of a step, declared in its spec, to a verdict on the gradients.
+    """Pure function from the norms of a step to a verdict on the gradients.
 
-    Every rank computes the verdict from equal norms, so it must be deterministic. Any object with these members is a
-    policy.
+    The spec declares which norms the policy needs. Every rank computes the verdict from equal norms, so the function
+    must be deterministic. Any object with these members is a policy.
     """
 
     @property
@@ -75,14 +77,14 @@ class Policy(Protocol):
 
 
 class Allocation(Protocol):
-    """Coefficients of one backward, given out one by one as gradients arrive."""
+    """Coefficients of one backward, computed one by one as gradients arrive."""
 
     def take(self, slot: int, power: float) -> float:
         """Return the coefficient of the gradient of a measured slot.
 
         Args:
             slot: index of the parameter among all measured slots.
-            power: squared norm of its whole gradient, finite. 0 without a gradient.
+            power: squared norm of the parameter's whole gradient, finite. 0 without a gradient.
         """
         ...
 
@@ -91,15 +93,15 @@ class Allocation(Protocol):
 class BackwardPolicy(Policy, Protocol):
     """Policy that can clip a gradient within backward, see `GradClipper.in_backward`.
 
-    After the backward, `decide` is called with all norms. Its state is used in the next backward, and its verdict is
-    not.
+    After the backward, `decide` is called with all norms. The state that it returns is used in the next backward, and
+    its verdict is ignored.
     """
 
     def allocate(self, state: State, sizes: Sequence[float], parents: Sequence[int]) -> Allocation:
         """Return the allocation of one backward.
 
         Args:
-            state: of the policy.
+            state: of the policy, before this backward.
             sizes: number of elements of each measured slot, one for each parameter.
             parents: slot of the policy that each measured slot is part of.
         """
@@ -107,10 +109,10 @@ class BackwardPolicy(Policy, Protocol):
 
 
 class CheckedPolicy(Policy, Protocol):
-    """Policy whose verdicts are valid, and which knows the values that its state may have."""
+    """Policy whose verdicts are always valid, and which can check the values of a loaded state."""
 
     def mask_valid(self, state: State) -> dict[str, Tensor]:
-        """Return masks of the values that a loaded state may have, see `Rule.mask_valid`."""
+        """Return masks of the valid values of a loaded state, see `Rule.mask_valid`."""
         ...
 
 
@@ -143,8 +145,9 @@ class Rule(Threshold):
     Attributes:
         needs_weights: whether the rule reads `totals.weight_norms`. False by default.
         can_restart: whether `restart` is implemented. False by default.
-        cap: hard upper bound, in warm-up too. `NormPolicy` applies it to the bounds of `__call__`, which must be
-            without it, so that a step beyond the cap can be distinguished from a step beyond the rule. inf by default.
+        cap: hard upper bound, which also applies during warm-up. `__call__` returns bounds without the cap, and
+            `NormPolicy` applies it to them, so that a norm above the cap can be distinguished from a norm above the
+            rule's bound. inf by default.
         max_coef: largest factor by which `NormPolicy` scales a norm up to the floor of `floors`, ≥ 1. 1 by default,
             which scales nothing up.
     """
@@ -158,25 +161,25 @@ class Rule(Threshold):
 
     @property
     def moment_eps(self) -> float | None:
-        """Least square root of a second moment, for a rule that reads `totals.update_rms`. None for any other."""
+        """Lower limit of √v for second moments v, for a rule that reads `totals.update_rms`."""
         return None
 
     @property
     def unbounded_steps(self) -> int:
-        """Number of first norms to which only the cap applies. `restart` is implemented if it is not 0."""
+        """Number of norms at the start to which only the cap applies. If it is not 0, `restart` exists."""
         return 0
 
     def floors(self, totals: Totals, state: State) -> Tensor:
-        """Return the norm to which smaller norms are scaled up, (slots,) like the bounds. 0 by default.
+        """Return the floors, to which smaller norms are scaled up, (slots,) like the bounds. 0 by default.
 
-        It is called with the state before the step, if `max_coef` is above 1. A floor above the bound has no effect.
+        This is called with the state before the step, if `max_coef` is above 1. A floor above the bound has no effect.
         """
         return torch.zeros_like(totals.norms)
 
     def ceilings(self, totals: Totals, state: State) -> Tensor | None:
-        """Return the largest coefficients, (slots,), in [0, 1]. None by default, for 1.
+        """Return the largest coefficients, (slots,), in [0, 1]. None by default, which means 1.
 
-        It is called with the state after the step. In contrast to a bound, a ceiling never skips a step.
+        This is called with the state after the step. In contrast to a bound, a ceiling never skips a step.
         """
         return None
 
@@ -190,10 +193,10 @@ class Rule(Threshold):
         return state
 
     def mask_valid(self, state: State) -> dict[str, Tensor]:
-        """Return a mask of the values that each tensor of a loaded state may have, by key.
+        """Return a mask for each tensor of a loaded state, true where the value is valid.
 
-        A rule that was loaded with other values would clip nothing, or everything, for good. By default only NaN is
-        invalid, unless the state before the first step has NaN.
+        With an invalid value, a rule could clip nothing, or everything, from then on. By default only NaN is invalid,
+        and only in a tensor that has no NaN before the first step.
 
         Args:
             state: of a checkpoint, with the keys, shapes and dtypes of the rule's state.
@@ -205,10 +208,10 @@ class Rule(Threshold):
 
 
 def mask_known(init: Callable[[int, torch.device], State], state: State) -> dict[str, Tensor]:
-    """Return masks that are false for a NaN that the state before the first step does not have either.
+    """Return masks that are false for NaN, except in tensors that have NaN before the first step.
 
     Args:
-        init: returns that state.
+        init: returns the state before the first step.
         state: of a checkpoint.
     """
     masks = {}

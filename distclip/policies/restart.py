@@ -50,8 +50,8 @@ def restart_where_stuck(rule: Rule, norms: Tensor, clipped: Tensor, rule_state: 
     Args:
         rule: with `can_restart`.
         norms: (slots,), before clipping.
-        clipped: (slots,) bool: the rule itself clips the slot. A norm that only the cap clips does not count, because
-            a restart would change nothing about it.
+        clipped: (slots,) bool: the rule itself clips the slot. A norm that only the cap clips does not count, because a
+            restart would not change that.
         rule_state: of the rule, after this step.
         window_state: of the window, before this step (`KEYS`).
 
@@ -122,7 +122,7 @@ class ClipRate:
         self._warned = False
 
     def trace(self) -> tuple[int, int, deque[float], bool]:
-        """Return what `restore` needs to forget the steps after this call."""
+        """Return the values that `restore` needs to forget the steps after this call."""
         return self.restarts, self.exploded, self._recent.copy(), self._warned
 
     def restore(self, before: tuple[int, int, deque[float], bool]) -> None:
@@ -134,10 +134,10 @@ class ClipRate:
 
         Args:
             step: 1-based index of the step.
-            clipped: fraction of the slots that was clipped, in [0, 1]. 0 for a policy without state, whose user has
-                chosen the bound.
+            clipped: fraction of the slots that was clipped, in [0, 1]. 0 for a policy without state, because the user
+                has chosen its bound.
             restarts: number of restarts of the policy so far, over all slots.
-            exploded: number of slots whose norms exploded in warm-up, see `warmup.py`.
+            exploded: number of slots whose norms exploded during warm-up, see `warmup.py`.
         """
         if exploded > self.exploded:
             self._warn(

@@ -1,14 +1,14 @@
 """Bound the root mean square of Adam's updates: update clipping, the rule of StableAdamW and Adafactor.
 
-The coefficients divide the step and not the gradients. Adam divides a gradient by moments that follow it within a few
-steps, so that a smaller gradient would leave the step as large as before.
+The coefficients scale the step, not the gradients. Adam divides a gradient by moments that follow it within a few
+steps, so a smaller gradient would leave the step as large as before.
 
-The published rule clips every step above 1, which many tensors exceed in most steps of a healthy run. Here a step must
-exceed three times what is usual for its tensor.
+The published rule clips every step above 1, which many tensors exceed in most steps of a healthy run. Here a step is
+clipped only if its RMS exceeds three times what is usual for its tensor.
 
-If gradients stay large, their RMS falls faster than the moments become right: the moments are then those of a few
-steps, as in the first steps of a training, whose learning rate rises slowly for that reason. So does the coefficient
-here. If gradients return to their size, it returns within 20 steps.
+If gradients stay large, the RMS falls before the moments are accurate again: they are then averages over a few steps,
+as at the beginning of training. The learning rate rises slowly there for that reason, and so does the coefficient here.
+If gradients return to their usual size, the coefficient returns to 1 within 20 steps.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ __all__ = ["UpdateRule", "update_clip"]
 _FINITE = Range(0, exclude=(math.inf,))
 
 SPIKE = 3.0
-"""RMS in units of the usual one beyond which a step is divided."""
+"""Multiple of the usual RMS above which a step is scaled down."""
 
 CALM = 1.5
-"""RMS in units of the usual one up to which the moments fit the gradients again."""
+"""Multiple of the usual RMS up to which the moments count as fitting the gradients again."""
 
 RISE = 0.05
-"""Rise of a coefficient per step while the moments fit."""
+"""Rise of a coefficient per step while the moments fit the gradients."""
 
 RATE = 0.01
-"""Weight of a step in the usual RMS."""
+"""Weight of one step in the moving average that gives the usual RMS."""
 
 
 def update_clip(
@@ -53,33 +53,33 @@ def update_clip(
     exclude: str | Sequence[str] = (),
     recovery: float = 1.0,
 ) -> NormPolicy:
-    r"""Divide the step of each tensor by how much larger its gradient is than Adam's second moments.
+    r"""Scale down the step of a tensor whose gradient is too large for Adam's second moments.
 
     .. math:: RMS_s = \sqrt{\mathrm{mean}_{i \in s} \frac{g_i^2}{\max(\hat v_i, \varepsilon^2)}}, \qquad
         coef_s = \min\left(1, c_s + \frac{1 - \beta_2}{recovery}\right), \text{ and at most }
         \frac{max\_rms}{RMS_s} \text{ if } RMS_s > \max(max\_rms, 3 u_s)
 
-    Here c is the coefficient of the step before, and u a moving average of RMS over 100 steps with a coefficient of 1,
-    which starts at 1. The moments are those of this step: the optimizer's own, this gradient, and the correction of the
-    bias. RMS is about 1 in a steady run, and up to 2 for a tensor whose gradients vary or grow. It rises beyond that
-    where the moments are too old for the gradients, a few steps before the loss. The coefficient multiplies what the
-    optimizer's step adds to the tensor, weight decay included, as if its learning rate were smaller. Gradients stay as
-    they are, so that the moments follow them.
+    Here c is the coefficient of the step before, and u is the usual RMS: a moving average over 100 steps whose
+    coefficient is 1, starting at 1. The moments are those of this step: the optimizer's moments, updated with this
+    gradient and bias-corrected. RMS is about 1 in a steady run, and up to 2 for a tensor whose gradients vary or grow.
+    It rises further where the moments are too old for the gradients, a few steps before the loss rises. The coefficient
+    multiplies what the optimizer's step adds to the tensor, weight decay included, as if its learning rate were
+    smaller. Gradients stay as they are, so that the moments follow them.
 
-    It needs the optimizer: call `clipper.step(optimizer)`, `clipper.attach(optimizer)` or `clipper.clip(optimizer)`. A
-    tensor without second moments, in its first step for example, is not clipped. During a step there is a copy of the
-    parameters whose steps are divided, on an accelerator of all of them.
+    The policy needs the optimizer: call `clipper.step(optimizer)`, `clipper.attach(optimizer)` or
+    `clipper.clip(optimizer)`. A tensor without second moments, in its first step for example, is not clipped. During a
+    step, there is a copy of the parameters whose steps are scaled down, or of all parameters on an accelerator.
 
-    After such a step the coefficient of the tensor rises to 1 in 1 / (1 − β2) steps, a linear warm-up. While RMS is at
-    most max(max_rms, 1.5 u), it rises by 0.05 a step, up to max(max_rms, u) / RMS.
+    After a step that was scaled down, the coefficient of the tensor rises to 1 in a linear warm-up of recovery / (1 −
+    β2) steps. While RMS is at most max(max_rms, 1.5 u), it rises by 0.05 per step, up to max(max_rms, u) / RMS.
 
-    The published rule is `update_clip(recovery=0)`, coef = min(1, max_rms / RMS). It divides most steps of a tensor
-    whose gradients grow. It returns while the moments are those of a few steps, so that each weight still moves by the
-    learning rate in each step, and it prevents about half of the spikes (docs/policies.md).
+    The published rule is `update_clip(recovery=0)`, coef = min(1, max_rms / RMS). It scales down most steps of a tensor
+    whose gradients grow. Its coefficient returns to 1 while the moments are still averages over a few steps, so each
+    weight still moves by the learning rate in each step. It prevents about half of the spikes (docs/policies.md).
 
     Args:
-        max_rms: RMS to which a step is divided, > 0, and that no step below it exceeds. The paper has 1.
-        eps: ε, > 0, least square root of a second moment.
+        max_rms: RMS to which a step is scaled down, > 0. A step with a smaller RMS is never a spike. The paper uses 1.
+        eps: ε, > 0, lower limit of √v for second moments v.
         per: "tensor", "group" or "model": the unit that has one RMS and one coefficient.
         groups: for per="group", see `NormPolicy`.
         exclude: a regular expression that is searched in parameter names, or several. Parameters with a match are not
@@ -127,7 +127,7 @@ class UpdateRule(Rule):
 
     @property
     def moment_eps(self) -> float | None:
-        """Least square root of a second moment."""
+        """Lower limit of √v for second moments v."""
         return self.eps
 
     def init(self, slots: int, device: torch.device) -> State:
@@ -138,9 +138,9 @@ class UpdateRule(Rule):
         return {key: torch.ones(slots, dtype=dtype, device=device) for key in ("max_coefs", "usual_rms")}
 
     def __call__(self, totals: Totals, state: State) -> tuple[Tensor, State]:
-        """Return the norms at the largest RMS, and inf for a slot without second moments."""
+        """Return the norms that give the largest RMS, inf for a slot without a spike."""
         norms, rms = totals.norms, totals.update_rms
-        # Squares that overflow would stay in the moments for good, so that such a gradient becomes 0.
+        # Squares that overflow would stay in the moments for good, so such a gradient becomes 0.
         coefs = (self.max_rms / rms).where(rms.isfinite(), 0.0)
         bounds = (norms * coefs).where(rms.isfinite(), 0.0)
         if not self.recovery:
@@ -157,7 +157,7 @@ class UpdateRule(Rule):
         fast = torch.minimum((before + RISE).clamp(max=1.0), usual.clamp(min=self.max_rms) / rms)
         max_coefs = torch.where(is_calm, torch.maximum(max_coefs, fast), max_coefs)
         max_coefs = torch.minimum(max_coefs, torch.where(is_spike, coefs, 1.0))
-        # During a warm-up, RMS is not the usual one.
+        # During a warm-up, RMS differs from the usual one.
         usual_rms = torch.where(is_known & (max_coefs == 1), usual + RATE * (rms - usual), usual)
         return torch.where(is_spike, bounds, torch.inf), {"max_coefs": max_coefs, "usual_rms": usual_rms}
 

@@ -32,7 +32,7 @@ class Range:
     Args:
         low: lower end.
         high: upper end.
-        exclude: numbers of the interval that are not allowed, such as an open end.
+        exclude: numbers of the interval that are not allowed, such as the end of a half-open interval.
         whole: allow only whole numbers.
 
     >>> 1 in Range(0, 1), 1 in Range(0, 1, exclude=(1,)), 0.5 in Range(0, whole=True)
@@ -60,7 +60,7 @@ NATURAL = Range(1, whole=True)
 FRACTION = Range(0, 1, exclude=(1,))
 
 _MAX_COUNT = 2**53
-"""Largest count of steps. Float64 has every whole number up to it."""
+"""Largest count of steps. float64 represents every whole number up to it."""
 
 
 def is_count(values: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def convert_fields(instance: Any, **allowed: Range) -> None:
     """Convert fields of a frozen dataclass to numbers, from strings of a configuration file for example.
 
     Args:
-        instance: of a dataclass whose fields named in `allowed` have defaults.
+        instance: of a dataclass. Its fields in `allowed` have defaults.
         allowed: {field name: allowed numbers}. Fields of a `whole` range become int, others float.
 
     Raises:
@@ -106,7 +106,7 @@ def convert_fields(instance: Any, **allowed: Range) -> None:
 
 
 def check_flags(**flags: Any) -> None:
-    """Raise if a flag is text, of which any but the empty one counts as true.
+    """Raise if a flag is text, because any non-empty text would count as true.
 
     Raises:
         ArgumentError: see above.

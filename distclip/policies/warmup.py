@@ -1,9 +1,9 @@
-"""Notice a warm-up in which the norms explode, and start the rule from the norms before that.
+"""Detect a warm-up in which the norms explode, and start the rule from the norms before the explosion.
 
 A rule without a cap clips nothing while it has no history. If training diverges in these steps, the rule would take the
-norms of the explosion for the normal level, and would clip nothing ever after. Norms of the whole gradient, or of a
-group, that rise severalfold within a warm-up are such an explosion. Norms of single tensors are not: a tensor behind a
-layer that starts at zero has a gradient that grows from zero.
+norms of the explosion for the normal level, and would clip nothing from then on. The norm of the whole gradient, or of
+a group, explodes if it rises severalfold within a warm-up. The norm of a single tensor may do so in a healthy run: a
+tensor behind a layer that starts at zero has a gradient that grows from zero.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ __all__ = ["KEYS", "LEAST_WARMUP", "RISE", "init_first_norms", "mask_valid_first
 KEYS = ("first_norms", "num_first", "exploded_warmups")
 """Keys of the state.
 
-`first_norms` (slots, warmup) has the norms of the warm-up before clipping. `num_first` (slots,) is their number, and
+`first_norms` (slots, warmup) has the norms of the warm-up before clipping. `num_first` (slots,) counts them, and
 `exploded_warmups` (slots,) is 1 once the rule has started from the norms before an explosion.
 """
 
 LEAST_WARMUP = 8
-"""Fewest norms of a warm-up with which an explosion is looked for."""
+"""Length of the shortest warm-up that is checked for an explosion."""
 
 RISE = 4.0
-"""Least rise of the norms that is an explosion, as a factor.
+"""Factor by which norms must rise to count as an explosion.
 
-It is that from the median of the first quarter of the warm-up to the median of the second half. The scatter of single
-norms hardly reaches it, nor does a learning rate that grows from 0.
+The rise is measured from the median of the first quarter of the warm-up to the median of its second half. Neither the
+scatter of single norms nor a learning rate that grows from 0 is likely to cause such a rise.
 """
 
 
@@ -83,7 +83,7 @@ def restart_where_exploded(rule: Rule, norms: Tensor, rule_state: State, state: 
 
 
 def mask_valid_first_norms(state: State) -> dict[str, Tensor]:
-    """Return masks of the values that a loaded state may have, see `Rule.mask_valid`."""
+    """Return masks of the valid values of a loaded state, see `Rule.mask_valid`."""
     return {key: is_size(value) if key == "first_norms" else is_count(value) for key, value in state.items()}
 
 

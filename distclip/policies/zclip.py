@@ -1,4 +1,4 @@
-"""Bound the z-score of norms among the recent ones: ZClip."""
+"""Bound the z-score of a norm among the recent norms: ZClip."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .validation import FRACTION, NATURAL, NOT_NEGATIVE, POSITIVE, convert_field
 __all__ = ["Statistics", "ZScore", "zclip"]
 
 Statistics: TypeAlias = Literal["capped", "published"]
-"""Norms that the mean and the deviation of `zclip` are made of: with the cap applied, or without it."""
+"""Norms from which `zclip` computes the mean and the deviation: with the cap applied, or without it."""
 
 
 def zclip(
@@ -33,7 +33,7 @@ def zclip(
     restart_after: int = 128,
     statistics: Statistics = "capped",
 ) -> NormPolicy:
-    r"""Clip norms with a z-score above `z`. The larger the score is, the lower is the bound (ZClip).
+    r"""Clip norms with a z-score above `z`. The larger the score, the lower the bound (ZClip).
 
     .. math:: bound_t = \min\left(cap, \mu + \frac{z^2}{z_t} \sigma\right) \text{ if }
         z_t = \frac{norm_t - \mu}{\sigma + 10^{-6} \mu} > z \text{ else } cap
@@ -43,18 +43,20 @@ def zclip(
 
     Args:
         z: largest z-score that is not clipped, > 0.
-        decay: of mean and variance, in [0, 1).
-        warmup: number of first norms to which only the cap applies, ≥ 1.
-        cap: hard upper bound, in warm-up too, ≥ 0: a max_norm of the usual size, such as 1.0. Without it, norms
-            that explode in warm-up are not clipped. The rule then warns, and starts from the norms before that.
+        decay: of the mean and the variance, in [0, 1).
+        warmup: number of norms at the start to which only the cap applies, ≥ 1.
+        cap: hard upper bound, ≥ 0, which also applies during warm-up: a max_norm of the usual size, such as 1.0.
+            Without it, norms that explode during warm-up are not clipped. The rule then warns, and starts from the
+            norms before the explosion.
         norm_type: p of the norm.
         per: granularity (see `NormPolicy`).
         restart_after: number of steps after which the rule restarts from the norms before clipping if it has clipped
             more than half of them. 0 for never.
-        statistics: norms that μ and σ are made of. "capped": norms as they are applied, clipped by the rule and by the
-            cap, so that the rule stays active under a cap that is always reached. "published": norms clipped by the
-            rule only, and those of the warm-up unclipped, as the authors' code has it. Then a rule whose μ is above the
-            cap has no effect, and bounds differ by up to 10 % where the cap clips often. Without a cap both are equal.
+        statistics: norms from which μ and σ are computed. "capped": norms as they are applied, clipped by the rule and
+            by the cap, so that the rule stays active under a cap that clips every step. "published": norms clipped by
+            the rule alone, and unclipped norms during warm-up, as in the authors' code. Then the rule has no effect if
+            μ is above the cap, and bounds differ by up to 10 % where the cap clips often. Without a cap, both choices
+            are equal.
 
     Raises:
         ArgumentError: a number outside of its range, or other statistics.
@@ -80,12 +82,12 @@ class ZScore(Rule):
         x_t &= \min(norm_t, bound_t, c), \quad \mu' = a \mu + (1 - a) x_t,
         \quad \sigma'^2 = a \sigma^2 + (1 - a) (x_t - \mu')^2
 
-    with a the decay, and c the cap, or ∞ with statistics="published". μ and σ² start from the mean and the population
-    variance of the first `warmup` norms.
+    Here a is the decay, and c is the cap, or ∞ with statistics="published". μ and σ² start from the mean and the
+    population variance of the first `warmup` norms.
 
     Args:
         z, decay, warmup, cap, statistics: see `zclip`.
-        eps: ε, > 0. It is the least σ, relative to μ, by which a distance is divided.
+        eps: ε, > 0. It is added to σ, relative to μ, so that the divisor of a distance is never 0.
 
     Raises:
         ArgumentError: a number outside of its range, or other statistics.
@@ -136,9 +138,9 @@ class ZScore(Rule):
         return bound, {"mean": new_mean, "var": (1 - weight) * var + weight * square, "count": count + 1}
 
     def mask_valid(self, state: State) -> dict[str, Tensor]:
-        """Return masks of the values that a loaded state may have, see `Rule.mask_valid`."""
+        """Return masks of the valid values of a loaded state, see `Rule.mask_valid`."""
         mean, var, count = state["mean"], state["var"], state["count"]
-        # All norms are above 0, so that a mean of 0 is one of no norms, or of norms under a cap of 0.
+        # All norms are above 0, so a mean of 0 is valid only before the first norm, or with a cap of 0.
         started = (count == 0) | (mean > 0) | (self.cap == 0)
         return {"mean": is_size(mean) & started, "var": is_size(var), "count": is_count(count)}
 

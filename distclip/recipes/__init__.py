@@ -1,8 +1,8 @@
-"""List what is published about gradient clipping in the training of well-known models, as policies.
+"""Provide the published gradient clipping of well-known models as policies.
 
-Each function returns a policy for `GradClipper`, and its docstring names the source. Nothing is added to what the
-source states, so that some recipes are a plain bound, and one has none. Optimizer, learning rate and batch size
-matter as much, and are not here.
+Each function returns a policy for `GradClipper`, and its docstring names the source. A recipe contains only what its
+source states, so some recipes are a plain bound, and one has no bound. Optimizer, learning rate and batch size matter
+as much, but are not part of a recipe.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ __all__ = ["glm5", "kimi_k2", "llama3", "nanogpt", "olmo3"]
 
 
 def olmo3() -> NormPolicy:
-    """Clip to a norm of 1, and skip steps at 6 standard deviations above the mean of 128 norms.
+    """Clip to a norm of 1, and skip steps more than 6 standard deviations above the mean of 128 norms.
 
     The skips begin once 63 norms are known. The optimizer of the source also skips a step whose *loss* is that far
-    above the mean of the last 128 losses. A policy does not see losses, so that this part is missing here.
+    above the mean of the last 128 losses. A policy does not see losses, so this part is missing here.
 
     Source: Ai2, OLMo-core, `src/scripts/official/OLMo3/OLMo-3-1025-7B-pretrain-1.py` (max_grad_norm=1.0,
     SkipStepAdamWConfig) and `src/olmo_core/optim/skip_step_optimizer.py` (rolling_interval_length=128, sigma_factor=6).
@@ -34,22 +34,23 @@ def olmo3() -> NormPolicy:
 
 
 def glm5(groups: Mapping[str, Any] | None = None) -> NormPolicy:
-    """Clip the parameters that AdamW steps to a norm of 1, and leave those that Muon steps as they are.
+    """Clip AdamW's parameters to a norm of 1, and leave Muon's parameters unclipped.
 
-    Muon orthogonalizes its update, so that the length of its gradients has no effect. The norm is that of AdamW's
-    parameters alone. Name them by `groups`, or make a clipper of them alone:
-    `GradClipper(adamw_params, recipes.glm5(), partial=True)`.
+    Muon orthogonalizes its update, so the norm of its gradients has no effect. The norm that is clipped is that of
+    AdamW's gradients alone. Pass `groups`, or make a clipper for AdamW's parameters alone: `GradClipper(adamw_params,
+    recipes.glm5(), partial=True)`.
 
     Args:
         groups: {"adamw": its optimizer, "muon": its optimizer}, or patterns or parameters as for `group_norm`. The
-            group "adamw" is clipped, and the norms of the others are in the report. None for one group of all.
+            group "adamw" is clipped, and the norms of the others are in the report. None to clip all parameters as one
+            group.
 
     Raises:
         ArgumentError: no group has the name "adamw"; see also `group_norm`.
 
-    Source: InternLM, xtuner, pull request 2001, "Add GLM-5.2 MuonSplit and AdamW-only gradient clipping", 2026, and
-    the default max_grad_norm=1.0 of `xtuner/v1/config/optim.py`. There AdamW steps embeddings, the head, and all
-    parameters with fewer than two dims. The report, "GLM-5: from Vibe Coding to Agentic Engineering", 2026, arXiv
+    Source: InternLM, xtuner, pull request 2001, "Add GLM-5.2 MuonSplit and AdamW-only gradient clipping", 2026, and the
+    default max_grad_norm=1.0 of `xtuner/v1/config/optim.py`. In that code, AdamW updates the embeddings, the head, and
+    all parameters with fewer than two dims. The report, "GLM-5: from Vibe Coding to Agentic Engineering", 2026, arXiv
     2602.15763, describes Muon Split.
 
     >>> glm5().threshold
@@ -88,7 +89,7 @@ def llama3() -> NormPolicy:
     The report, "The Llama 3 herd of models", 2024, arXiv 2407.21783, gives no bound.
 
     Source: PyTorch, torchtitan, `torchtitan/models/llama3/train_configs/llama3_405b.toml` (max_norm = 1.0), a
-    configuration for the architecture, and not the one of Meta's own run.
+    configuration for the architecture, not the one of Meta's run.
 
     >>> llama3().threshold
     Fixed(max_norm=1.0)
