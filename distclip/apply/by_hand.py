@@ -1,14 +1,14 @@
 """Find steps that were made by hand before the gradients are clipped.
 
 No hook runs after `param -= lr * param.grad`. But such a step writes the parameter after the backward pass, and it adds
-a multiple of the gradient. So a hook of the backward pass keeps a few elements of a few parameters. A parameter that
-has other elements in the call is compared with what a step would have made of it.
+a multiple of the gradient. So a hook of the backward pass keeps a few elements of a few parameters. If the elements of
+a parameter have changed by the time of the call, they are compared with the result of such a step.
 
-Other code may write parameters at that point: it exchanges them for their average, restores them after a perturbation,
-clamps, rounds, loads or initializes them. None of it adds a multiple of the gradient to within the rounding of the
-parameter. Later steps of rules with a state, such as Adam, are not found. On an accelerator the host would have to wait
-for the elements, so that they are compared only if the version of the parameter has changed. Writes through
-`param.data` do not change it.
+Other code may write parameters at that point: it replaces them by their average, restores them after a perturbation,
+clamps, rounds, loads or initializes them. None of these changes equals a multiple of the gradient up to the rounding of
+the parameter. Later steps of rules with a state, such as Adam, are not found. On an accelerator the host would have to
+wait for the elements, so they are compared only if the version of the parameter has changed. Writes through
+`param.data` do not change the version.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from ..sharding.dtensor import local_of
 __all__ = ["find_steps_by_hand", "first_elements", "num_passes", "watch_backward"]
 
 _NUM_CALLS = 4
-"""Number of calls that look. A wrong order is wrong in every step."""
+"""Number of calls that check a parameter. A few are enough, because a wrong order recurs in every step."""
 
 _MAX_PASSES = 64
-"""Number of backward passes that are looked at, where calls are few or there are none."""
+"""Number of backward passes that are watched, in case there are few calls or none."""
 
 _NUM_ELEMENTS = 64
 """Number of elements of a parameter that are compared."""
@@ -39,7 +39,7 @@ _MAX_WATCHED = 64
 """Number of parameters of all calls that have a hook."""
 
 _LOOKED_AT = "_distclip_looked_at"
-"""Attribute of a parameter that all calls have looked at: its id, which a copy of its attributes does not have."""
+"""Attribute of a parameter that needs no more checks: its id, so that a copied attribute does not count."""
 
 
 @dataclass(slots=True)
@@ -48,7 +48,7 @@ class _Record:
 
     Args:
         handle: of the hook.
-        num_calls: number of calls that have looked so far.
+        num_calls: number of calls that have checked the parameter so far.
         num_passes: number of backward passes so far.
         version: see `_version_of`. None before the first backward pass, and after a call.
         values: its first elements.
@@ -61,11 +61,11 @@ class _Record:
     values: Tensor | None = None
 
     def is_of(self, param: Tensor) -> bool:
-        """Return whether the record belongs to a parameter, and not to one that is gone and had the same id."""
+        """Return whether the record is this parameter's, and not that of a deleted one with the same id."""
         return self.handle.id in (param._post_accumulate_grad_hooks or ())
 
 
-# Ids only: torch.utils.swap_tensors refuses a tensor with weak references.
+# The keys are ids, because torch.utils.swap_tensors refuses a tensor with weak references.
 _records: dict[int, _Record] = {}
 
 
@@ -79,7 +79,7 @@ def watch_backward(param: Tensor) -> None:
         return
     if type(local) not in (Tensor, torch.nn.Parameter) or local.device.type == "meta" or local.is_inference():
         return
-    # The record of a tensor that is gone, and had the same id, has the place of an older one.
+    # A deleted tensor with the same id may have left a record, at an older position in the order.
     _records.pop(id(param), None)
     record = _records[id(param)] = _Record(None)
     record.handle = param.register_post_accumulate_grad_hook(_remember)  # type: ignore[no-untyped-call]
@@ -88,7 +88,7 @@ def watch_backward(param: Tensor) -> None:
 
 
 def num_passes(key: int) -> int:
-    """Return the number of backward passes of a parameter that were looked at.
+    """Return the number of backward passes of a parameter that were watched.
 
     Args:
         key: id of the parameter.
@@ -100,7 +100,7 @@ def num_passes(key: int) -> int:
 def find_steps_by_hand(params: Sequence[Tensor]) -> list[Tensor]:
     """Return the parameters that have moved along their gradients since the backward pass.
 
-    The next backward passes are watched.
+    The function also watches the next backward passes of these parameters.
 
     Args:
         params: parameters with a gradient.
@@ -132,7 +132,7 @@ def find_steps_by_hand(params: Sequence[Tensor]) -> list[Tensor]:
 
 @_disable_dynamo
 def _remember(param: Tensor) -> None:
-    """Keep what a parameter is after its backward pass."""
+    """Record the version and the first elements of a parameter after its backward pass."""
     record = _records.get(id(param))
     if record is None or record.num_passes >= _MAX_PASSES or devices.is_capturing():
         return
@@ -142,7 +142,7 @@ def _remember(param: Tensor) -> None:
 
 def _version_of(param: Tensor) -> int:
     """Return a number that grows with every write, except those through `param.data`."""
-    # An operator on a DTensor counts at the DTensor, and one on its local tensor there.
+    # An operator on a DTensor changes the version of the DTensor, and one on its local tensor that of the local tensor.
     return param._version + local_of(param)._version
 
 
@@ -169,15 +169,16 @@ def _is_step(param: Tensor, old: Tensor | None) -> bool:
     moved = after - then
     if not bool(moved.any()) or not bool((moved.isfinite() & slope.isfinite()).all()):
         return False
-    # Elements of one magnitude are proportional to too many changes.
+    # If all elements have one magnitude, too many other changes are proportional to the gradient.
     sizes = slope[slope != 0].abs()
     if len(sizes) < 2 or float(sizes.max()) < 1.001 * float(sizes.min()):
         return False
-    # A step is exact to the rounding of the parameter and of the learning rate, and to the constant that Adam adds.
+    # A step is exact up to the rounding of the parameter and of the learning rate, and up to the constant that Adam
+    # adds.
     allowed = 2 * eps * (then.abs() + after.abs()) + max(4 * eps, 1e-6) * moved.abs() + 1e-30
     if float(moved.norm()) < 20 * float(allowed.norm()):
         return False
-    # Code that scales a parameter, or sets it to 0, needs no gradient.
+    # Code that scales a parameter, or sets it to 0, uses no gradient.
     if _residual(moved, [then])[0].norm() < 0.1 * moved.norm():
         return False
     # With decay there are two unknowns, and with fewer elements any change would fit.
@@ -193,7 +194,7 @@ def _residual(moved: Tensor, basis: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     columns = [one for one in basis if bool(one.any())]
     if not columns:
         return moved, moved.new_zeros(1)
-    # Columns of one length, so that none is negligible.
+    # The columns get equal lengths, so that none is negligible.
     norms = torch.stack([one.norm() for one in columns])
     matrix = torch.stack(columns, 1) / norms
     factors = torch.linalg.lstsq(matrix, moved.unsqueeze(1), driver="gelsd").solution.squeeze(1)

@@ -1,12 +1,12 @@
 """Find gradients that an optimizer has stepped before they are clipped.
 
-A program that clips after `optimizer.step()` steps unclipped gradients, and then clips what nothing reads any more. Its
-norms and coefficients look right. So a hook after every step of any optimizer marks a few gradients, unless they were
-clipped before, and a call that clips the very same gradients finds the mark. See `by_hand` for steps without an
+A program that clips after `optimizer.step()` steps unclipped gradients, and then clips gradients that nothing reads any
+more. Its norms and coefficients look right. So a hook after every step of any optimizer marks a few gradients that were
+not clipped before, and a call that clips the same gradients finds the mark. See `by_hand` for steps without an
 optimizer.
 
-Two more orders lose a clip. A step whose closure runs backward makes other gradients than those that were clipped
-before it. An optimizer within backward leaves gradients that were set to 0 in place.
+Two more orders of calls lose a clip. A step whose closure runs backward replaces the gradients that were clipped before
+it. An optimizer that steps within backward may leave only gradients that were set to 0 in place.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ __all__ = [
 ]
 
 _MARK = "_distclip_mark"
-"""Attribute of a gradient: its version when it was clipped or stepped last, and `_CLIPPED`, `_STEPPED` or `_LATE`."""
+"""Attribute of a gradient: its version when it was last clipped or stepped, and `_CLIPPED`, `_STEPPED` or `_LATE`."""
 
 _WARNED = "_distclip_warned"
 """Attribute of a parameter that a warning has named."""
 
 _WATCHED = "_distclip_watched"
-"""Attribute of a parameter that is or was watched: its id. A new one can have the id of one that is gone."""
+"""Attribute of a parameter that is or was watched: its id. A new parameter may have the id of a deleted one."""
 
 _UNMARKED = (None, None)
 
@@ -53,29 +53,29 @@ _EMPTIED = "_distclip_emptied"
 _CLIPPED, _STEPPED, _LATE = "clipped", "stepped after it was clipped", "stepped and not clipped"
 
 _MAX_SAMPLE = 4
-"""Number of gradients of one call that are looked at."""
+"""Number of gradients of one call that are checked."""
 
 _MANY_EMPTIED = 3
-"""Number of calls in a row that find gradients set to 0 after a step until there is a warning."""
+"""Number of consecutive calls that find gradients set to 0 after a step, before there is a warning."""
 
 _MAX_WATCHED = 64
-"""Number of parameters of all calls whose gradients the hook looks at."""
+"""Number of parameters of all calls whose gradients the hook checks."""
 
-# Ids only: torch.utils.swap_tensors refuses a tensor with weak references. The number counts changes.
+# These are ids only, because torch.utils.swap_tensors refuses a tensor with weak references. The number counts changes.
 _watched: dict[int, None] = {}
 _num_changes = 0
 # Ids of the parameters that the last call watched, unless others were watched since.
 _last_watched: list[int] = []
-# Places of watched parameters in an optimizer, (group, index), and what they were found for.
+# Positions of watched parameters in an optimizer, as (group, index), and the key for which they were found.
 _places: weakref.WeakKeyDictionary[Optimizer, tuple[tuple[int, ...], list[tuple[int, int]]]] = (
     weakref.WeakKeyDictionary()
 )
 _before: dict[int, int] = {}
-"""Versions of gradients before the step that is being made."""
+"""Versions of gradients before the current step."""
 _clipped_before: dict[int, tuple[Tensor, int, int]] = {}
-"""Clipped gradients before the step with a closure that is being made: gradient, version, number of backward passes."""
+"""Clipped gradients before the current step with a closure: gradient, version, number of backward passes."""
 _replaced: dict[int, None] = {}
-"""Ids of parameters whose clipped gradients a closure has replaced by others, which were stepped."""
+"""Ids of parameters whose clipped gradients a closure has replaced by others, which were then stepped."""
 _handles: list[Any] = []
 
 
@@ -90,7 +90,7 @@ def watch_steps_of(table: ShardTable) -> None:
 def find_stepped(table: ShardTable) -> list[Tensor]:
     """Return some parameters whose gradients were stepped and never clipped.
 
-    The steps to come are watched from now on.
+    The function also watches the next steps of these parameters.
 
     Args:
         table: of the parameters whose gradients the call clips.
@@ -99,7 +99,7 @@ def find_stepped(table: ShardTable) -> list[Tensor]:
     """
     sample = _sample(table)
     ids = list(map(id, sample))
-    # Mostly they are the last ones that were watched.
+    # Usually the last call has watched the same parameters.
     if _last_watched != ids or [vars(param).get(_WATCHED) for param in sample] != ids:
         for param in sample:
             _watch(param)
@@ -139,7 +139,7 @@ def warn_of_late_clip(function: str, table: ShardTable, stepped: Sequence[Tensor
     sample = _sample(table)
     replaced = [param for param in sample if _replaced.pop(id(param), ()) is None]
     found = stepped or replaced
-    # A wrong order is wrong in every step, and may be found for some parameters later than for others.
+    # A wrong order recurs in every step, and some parameters may show it later than others, so one warning is enough.
     if not found or any(vars(param).get(_WARNED) for param in sample):
         return
     vars(found[0])[_WARNED] = True
@@ -161,7 +161,7 @@ def warn_of_late_clip(function: str, table: ShardTable, stepped: Sequence[Tensor
 
 
 def _sample(table: ShardTable) -> list[Tensor]:
-    """Return a few parameters of a table that have a gradient, mostly the same ones in every call."""
+    """Return a few parameters of a table that have a gradient, usually the same ones in every call."""
     tensors, metadata = table.tensors, table.metadata
     sample = [tensor for i in metadata.sample or () if (tensor := tensors[i]).grad is not None]
     if not sample:
@@ -183,7 +183,8 @@ def _watch(param: Tensor) -> None:
         _num_changes += 1
         _replaced.pop(key, None)
     _last_watched.clear()
-    # The id is about to be removed if it is that of a tensor that is gone.
+    # The id moves to the end. A tensor that no longer exists may have left it at the front, where ids are removed
+    # first.
     _watched.pop(key, None)
     _watched[key] = None
     vars(param)[_WATCHED] = key
@@ -200,7 +201,7 @@ def _is_watched(param: Tensor) -> bool:
 
 @_disable_dynamo
 def _remember_versions(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Remember the versions of gradients before a step, in which some optimizers write gradients."""
+    """Remember the versions of gradients before a step, because some optimizers write gradients in it."""
     # The first argument is the optimizer.
     has_closure = closure_in(args[1:], kwargs) is not None
     for key, grad, version in _gradients_of(optimizer):
@@ -217,7 +218,7 @@ def _mark_stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if key in _clipped_before:
             _note_replaced(key, grad)
         then, mark = vars(grad).get(_MARK, (before, _LATE))
-        # An attached clipper clips after `_remember_versions`.
+        # An attached clipper clips after `_remember_versions`, so that its mark has a later version.
         if then < before:
             mark = _LATE
         elif mark == _CLIPPED:
@@ -226,7 +227,7 @@ def _mark_stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _note_replaced(key: int, grad: Tensor) -> None:
-    """Note a gradient that a closure has made in place of a clipped one, and not clipped.
+    """Note a gradient that has replaced a clipped one in a closure and was not clipped itself.
 
     Args:
         key: id of the parameter.
@@ -242,12 +243,12 @@ def _note_replaced(key: int, grad: Tensor) -> None:
 
 def _gradients_of(optimizer: Optimizer) -> list[tuple[int, Tensor, int]]:
     """Return the id of each watched parameter of an optimizer, its gradient, and the gradient's version."""
-    # The step of an optimizer that shows its parameters in another way must not fail.
+    # The step of an optimizer without `param_groups` must not fail.
     if not _watched or not vars(optimizer).get("param_groups"):
         return []
     found, groups = [], optimizer.param_groups
     for group, index in _places_of(optimizer):
-        # A step can be made without some parameters, which are put back behind it.
+        # A step can be made without some parameters, which are put back after it.
         params = groups[group]["params"]
         if index < len(params) and _is_watched(param := params[index]):
             grad = param.grad
@@ -257,7 +258,7 @@ def _gradients_of(optimizer: Optimizer) -> list[tuple[int, Tensor, int]]:
 
 
 def _places_of(optimizer: Optimizer) -> list[tuple[int, int]]:
-    """Return where an optimizer has watched parameters. They are searched again if their number changes."""
+    """Return the positions of watched parameters in an optimizer, found again if their number changes."""
     groups = optimizer.param_groups
     key = len(groups), len(groups[0]["params"]), len(groups[-1]["params"]), _num_changes
     known = _places.get(optimizer)
@@ -279,7 +280,7 @@ def _are_emptied(sample: Sequence[Tensor]) -> bool:
     """
     first = vars(sample[0].grad) if sample else {}
     count = first.pop(_EMPTIED, 0) + 1
-    # Mostly it was clipped.
+    # Usually the gradient was clipped.
     if first.get(_MARK, _UNMARKED)[1] != _LATE:
         return False
     grads = [grad for param in sample if (grad := param.grad) is not None]

@@ -99,7 +99,7 @@ class Coverage:
 
         Args:
             optimizers: of this rank, those of one call.
-            all_now: whether the call has to step every gradient. With a GradScaler further calls may follow.
+            all_now: whether this call must step every gradient. With a GradScaler, further calls may step others.
 
         Raises:
             ArgumentError: see above. An optimizer needs a closure, or steps within backward.
@@ -133,7 +133,7 @@ class Coverage:
         self._check(optimizers, all_now=True, is_attached=True)
 
     def waiting(self, optimizers: Sequence[Optimizer]) -> list[Tensor]:
-        """Return the parameters with a gradient other than zero that the optimizers do not step.
+        """Return the parameters with a non-zero gradient that the optimizers do not step.
 
         Host syncs: one per gradient of a parameter that they do not step.
         """
@@ -141,7 +141,7 @@ class Coverage:
         if known is None or _lack_gradients(known.unstepped):
             return []
         found = [param for param in known.unstepped if param.grad is not None]
-        # An optimizer of float32 copies, or of copies on a CPU, makes their gradients in its step.
+        # An optimizer that steps float32 copies, or copies on a CPU, creates the gradients of the copies in its step.
         kinds = {(param.dtype, param.device) for param in found}
         if any(param.grad is None and (param.dtype, param.device) not in kinds for param in known.foreign):
             return []
@@ -185,10 +185,10 @@ class Coverage:
             self._awaited = [param for param in self._awaited if id(param) not in stepped]
 
     def watch(self, optimizers: Sequence[Optimizer]) -> list[Tensor | None] | None:
-        """Return the gradients before a step of the optimizers, in some steps.
+        """Return the gradients before a step of the optimizers, or None in a step that is not checked.
 
-        An optimizer that makes gradients in its step does so from the start, or from some step on. So the first steps
-        are looked at, and then ever fewer.
+        An optimizer that creates gradients in its step does so from the start, or from some step on. So the first steps
+        are checked, and then fewer and fewer.
         """
         self._num_steps += 1
         if self._num_steps > _MANY and self._num_steps & (self._num_steps - 1):
@@ -221,8 +221,8 @@ class Coverage:
     def inspect(self, shards: Shards) -> None:
         """Search the module for parameters that are new since the clipper was constructed.
 
-        It is called for the gradients of every call. A search takes as long as `named_parameters`, so that it is made
-        in the first call, and where the number of gradients changes.
+        Every call passes its gradients here. A search takes as long as `named_parameters`, so it is made only in the
+        first call and when the number of gradients changes.
 
         Args:
             shards: the gradients of this rank.
@@ -281,7 +281,7 @@ class Coverage:
             del self._calls_without[0]
 
     def _comparison(self, optimizers: Sequence[Optimizer]) -> _Comparison:
-        """Return the comparison of these optimizers, and make it again if their parameters have changed."""
+        """Return the comparison of these optimizers, and renew it if their parameters have changed."""
         key, params = tuple(map(id, optimizers)), parameters_of(optimizers)
         ids = list(map(id, params))
         known = self._known.get(key)
@@ -347,7 +347,7 @@ def _is_other(new: Tensor | None, old: Tensor | None) -> bool:
 
 
 def _differ(before: Sequence[tuple[int, Tensor]], after: Sequence[tuple[int, Tensor]]) -> bool:
-    """Return whether some values have changed. A version changes also where zero is added."""
+    """Return whether some values have changed. A version changes even if zero is added."""
     pairs = zip(before, after, strict=True)
     return any(old[0] != new[0] and not torch.equal(old[1], new[1]) for old, new in pairs)
 

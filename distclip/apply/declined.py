@@ -1,7 +1,7 @@
 """Find out whether optimizers have made the step that they were called for.
 
-A wrapper may decline a step: torchft's if a replica has failed, a mixed-precision wrapper after an overflow. Its own
-`step` returns all the same, so that a policy would go on from a step that did not take place.
+A wrapper may decline a step: torchft's does so if a replica has failed, a mixed-precision wrapper after an overflow.
+Its own `step` still returns normally, so a policy would continue from a step that did not take place.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from .grad_scaler import parameters_of
 __all__ = ["StepWatch", "watch_steps"]
 
 _MAX_PARAMETERS = 8
-"""Number of parameters whose versions are compared, in case that a wrapper steps them without its optimizer."""
+"""Number of parameters whose versions are compared, in case a wrapper steps them without its inner optimizer."""
 
 
 class StepWatch:
     """Watches the steps of optimizers that contain other optimizers.
 
     Args:
-        inner: the optimizers that torch's hooks can watch, for each optimizer of the caller. Empty for one that makes
-            its steps itself.
+        inner: for each optimizer of the caller, the optimizers in it that torch's hooks can watch. Empty for an
+            optimizer that makes its steps itself.
         optimizers: of the caller.
     """
 
@@ -75,7 +75,7 @@ def watch_steps(optimizers: Sequence[Optimizer]) -> StepWatch | None:
 
 
 def _inner_optimizers(optimizer: Any, depth: int) -> Iterator[Optimizer]:
-    """Yield the optimizers in the attributes of another one, and those in them, that have torch's hooks."""
+    """Yield the optimizers with torch's hooks in the attributes of another one, and those nested deeper."""
     for value in list(getattr(optimizer, "__dict__", {}).values()):
         for one in value if isinstance(value, list | tuple) else (value,):
             if isinstance(one, Optimizer) and one is not optimizer:

@@ -1,7 +1,7 @@
 """Find calls that find no gradient, while an optimizer steps with gradients that nothing clips.
 
-Either the parameters are those of another module: a copy, a module that was replaced, or a list of another model. Or
-the gradients are gone: an optimizer within backward has stepped and freed them, or zero_grad() came first.
+Either the parameters belong to another module: a copy, a module that was replaced, or another model. Or the gradients
+are gone: an optimizer within backward has stepped and freed them, or zero_grad() came first.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from .grad_scaler import parameters_of
 __all__ = ["warn_if_elsewhere"]
 
 _MANY = 3
-"""Number of calls without a gradient, each after another step of an optimizer, until there is a warning."""
+"""Number of calls without a gradient, each after a further optimizer step, before there is a warning."""
 
 _CALLS = "_distclip_calls"
-"""Attribute of the first parameter of a table: number of its calls without a gradient, and of steps until the last."""
+"""Attribute of a table's first parameter: number of its calls without a gradient, and of steps before the last one."""
 
 _last_to_step: list[weakref.ref[Optimizer]] = []  # At most one.
 _num_steps = 0
@@ -39,7 +39,8 @@ def warn_if_elsewhere(function: str, table: ShardTable, *, is_alone: bool = True
     Args:
         function: that the user called.
         table: of the parameters. No parameter has a gradient.
-        is_alone: whether no other rank can have gradients of the table. Only then another module is looked for.
+        is_alone: whether no other rank can have gradients of the table. Only then does the function look for another
+            module.
         finds_own: warn also if the optimizer steps parameters of the table. A clipper checks that elsewhere.
 
     Collectives: none. Host syncs: none.
@@ -49,13 +50,13 @@ def warn_if_elsewhere(function: str, table: ShardTable, *, is_alone: bool = True
     # A clipper watches its parameters from the start.
     if finds_own and is_clipped_anywhere(table.tensors):
         return
-    # Functions that need no layouts make another table in every call.
+    # The count is kept on a parameter, because functions that need no layouts make a new table in every call.
     attributes = vars(table.tensors[0])
     num_calls, at = attributes.get(_CALLS, (0, -1))
     if num_calls > _MANY or at == _num_steps:
         return
     if not _handles:
-        # Only from now on: a program whose calls find gradients needs no hook.
+        # The hook is registered only now, because a program whose calls find gradients needs none.
         _handles.append(register_optimizer_step_post_hook(_remember))
     attributes[_CALLS] = num_calls + 1, _num_steps
     optimizer = _last_to_step[0]() if _last_to_step else None
@@ -86,7 +87,7 @@ def warn_if_elsewhere(function: str, table: ShardTable, *, is_alone: bool = True
 def _remember(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Remember the optimizer that has stepped last, if it had gradients."""
     global _num_steps
-    # The step of an optimizer that shows its parameters in another way must not fail.
+    # The step of an optimizer without `param_groups` must not fail.
     if vars(optimizer).get("param_groups") and any(map(_has_gradient, parameters_of([optimizer]))):
         _num_steps += 1
         _last_to_step[:] = [weakref.ref(optimizer)]

@@ -43,10 +43,10 @@ def fused_step(optimizers: Sequence[Optimizer], divisor: Tensor | None, found_in
 
     Args:
         optimizers: those for which `supports_grad_scale` is true.
-        divisor: 0-d float32. None divides by nothing.
+        divisor: 0-d float32. None for no division.
         found_inf: 0-d float32, exactly 1.0 to skip the step.
 
-    The attributes are removed when the block ends, also by an exception.
+    The attributes are removed when the block ends, even by an exception.
     """
     for optimizer in optimizers:
         optimizer.grad_scale, optimizer.found_inf = divisor, found_inf  # type: ignore[attr-defined]

@@ -41,7 +41,7 @@ def initial_scale(scaler: Any) -> tuple[float, bool]:
     """Return the scale that an enabled scaler starts with, and whether it has scaled a loss on this rank.
 
     Raises:
-        ArgumentError: `scaler` is no GradScaler.
+        ArgumentError: `scaler` is not a GradScaler.
     """
     if not isinstance(scaler, GradScaler):
         raise ArgumentError(f"scaler={short_repr(scaler)}: not a torch.amp.GradScaler. Pass one, or None.")
@@ -61,7 +61,7 @@ class ScalerState:
 
     def __init__(self, scaler: GradScaler, optimizers: Sequence[Optimizer]) -> None:
         if scaler._scale is None:
-            # A pipeline stage that sees no loss starts at the scale of the last stage, which all ranks have compared.
+            # A pipeline stage without a loss starts at the scale of the last stage, which all ranks have compared.
             devices = (param.device for param in parameters_of(optimizers))
             scaler._lazy_init_scale_growth_tracker(next(devices, torch.device("cpu")))
         self.scaler, self.optimizers = scaler, optimizers
@@ -97,7 +97,7 @@ class ScalerState:
         """Raise if unscaling would flush gradients to zero, as the scaler itself does.
 
         Raises:
-            ArgumentError: a gradient is float16, and the scaler is no ShardedGradScaler.
+            ArgumentError: a gradient is float16, and the scaler is not a ShardedGradScaler.
         """
         if type(self.scaler).__name__ == "ShardedGradScaler":
             return
@@ -113,7 +113,8 @@ class ScalerState:
         Args:
             found_inf: 0-d float32, 1.0 if a gradient of any rank is not finite, otherwise 0.0. With 1.0 the scaler
                 skips the step of these optimizers.
-            elsewhere: likewise, of gradients that lower the scale, and skip no step of these optimizers. None for none.
+            elsewhere: the same value for other gradients, which lower the scale and skip no step of these optimizers.
+                None for none.
         """
         # A rank without optimizers has a record too, because `update` needs the found_inf of every step.
         records = self._records() or [self.scaler._per_optimizer_states[_NO_OPTIMIZER]]

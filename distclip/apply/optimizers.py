@@ -29,7 +29,7 @@ def as_list(optimizer: Any) -> list[Optimizer]:
     """Return one optimizer, or several, as a list.
 
     Raises:
-        ArgumentError: it is neither, or one of them is there twice.
+        ArgumentError: the argument is neither, or contains an optimizer twice.
     """
     is_one = isinstance(optimizer, Tensor | str | bytes) or hasattr(optimizer, "step")
     several = isinstance(optimizer, Iterable) and not is_one
@@ -53,7 +53,7 @@ class OptimizerSteps:
 
     Args:
         table: of this rank.
-        comm: all ranks concerned.
+        comm: all ranks that take part.
         agree: checks that every rank calls a function that is about to gather, see `Calls.agree`.
         on_host: returns whether the host reads totals without a sync, see `Engine.on_host`.
         coverage: compares the optimizers' parameters with those of the table.
@@ -69,8 +69,8 @@ class OptimizerSteps:
     ) -> None:
         self._table, self._comm, self._agree, self._on_host = table, comm, agree, on_host
         self._coverage = coverage
-        # By the ids of the optimizers and the scaler: references that keep an entry only as long as they are alive,
-        # and whether every rank's optimizers are fused.
+        # The keys are the ids of the optimizers and the scaler. The values are references, which remove the entry once
+        # one of these is deleted, and whether every rank's optimizers are fused.
         self._known: dict[tuple[int, ...], tuple[list[weakref.ref[Any]], bool]] = {}
         self._has_compared = False
 
@@ -79,24 +79,24 @@ class OptimizerSteps:
     ) -> bool:
         """Compare optimizers and scaler with the other ranks, the first time that they are used together.
 
-        A rank may have no optimizer at all, or (a pipeline stage) a scaler that has seen no loss.
+        A rank may have no optimizer at all, or, as a pipeline stage, a scaler that has scaled no loss.
 
         Args:
             optimizers: of this rank.
             scaler: an enabled GradScaler, or None.
             errors: of this rank; all ranks raise them together.
-            are_known: whether the caller passed optimizers, so that these decide what the other ranks do.
+            are_known: whether the caller passed valid optimizers, which then determine whether the ranks compare.
 
         Returns:
-            Whether all optimizers of all ranks take factors themselves, see `supports_grad_scale`.
+            Whether all optimizers of all ranks apply factors themselves, see `supports_grad_scale`.
 
         Raises:
             DisagreementError: the scalers start at different scales; on all ranks.
             ArgumentError: the scaler has scaled no loss on any rank; on all ranks.
 
-        Collectives: the first time an all-reduce and a gather, otherwise none. Never any without a scaler on a CPU.
+        Collectives: an all-reduce and a gather the first time, otherwise none. Always none on a CPU without a scaler.
         """
-        # Fused optimizers make no difference to a host that reads for free. Only the scalers must be equal then.
+        # A host that reads for free does not need fused optimizers, so only the scalers are compared then.
         on_host = self._on_host()
         used = [*([] if on_host else optimizers), *([] if scaler is None else [scaler])]
         if not used and on_host:
@@ -105,7 +105,7 @@ class OptimizerSteps:
         if key in self._known:
             return self._known[key][1]
         if not are_known and self._has_compared:
-            # The other ranks may know their optimizers already, so they read the error in the next all-reduce.
+            # The other ranks may have compared their optimizers already, so they read the error in the next all-reduce.
             return False
         self._agree("GradClipper.step with a new optimizer or scaler", errors)
         scale, has_scaled, fused = None, False, False
@@ -161,7 +161,8 @@ class OptimizerSteps:
         if all_scaled and not unscale_first:
             return state.loss_scale
         if scaled:
-            # An extra pass over the gradients, because only some of them carry the scale, or limits need it.
+            # This is an extra pass over the gradients. It is needed if only some of them carry the scale, or for
+            # limits.
             shards = read_gradients(self._table) if all_scaled else self.shards_of(scaled)
             scale_(shards, state.loss_scale.double().reciprocal())
         return None
@@ -181,12 +182,13 @@ class OptimizerSteps:
 
         Args:
             optimizers: of this rank.
-            factors: multiply the gradients; used with `fuse` only, otherwise they have been applied.
+            factors: factors of the gradients. They are used with `fuse` only, because otherwise they have been applied
+                already.
             skip: whether the step is skipped.
             overflow: whether a gradient of any rank is not finite.
             state: of the scaler, if there is one.
             fuse: let the optimizers' kernels apply the factor.
-            step: steps one optimizer, where no kernel decides about the step.
+            step: function that steps one optimizer, if its kernel does not decide whether to skip.
 
         Collectives: none.
         Host syncs: one on an accelerator if the host has not read `skip` and an optimizer is not fused.
@@ -196,7 +198,7 @@ class OptimizerSteps:
             stages = state.stages()
             state.set_found_inf(overflow.on(factors.device).to(torch.float32))
             if not fuse:
-                # The gradients have been unscaled in place, also if a step fails below.
+                # The gradients have been unscaled in place, even if a step fails below.
                 stages = state.stages()
         try:
             if skip.host:
@@ -238,6 +240,6 @@ class OptimizerSteps:
         """Return this rank's gradients of the optimizers' parameters. Collectives: none. Host syncs: none."""
         ids = set(map(id, parameters_of(optimizers)))
         shards = read_gradients(self._table)
-        # Positions and not names, because two parameters may have one name.
+        # Positions are compared and not names, because two parameters may share a name.
         owned = [id(tensor) in ids for tensor in self._table.tensors_with_gradient()]
         return shards.where([i for i, is_owned in enumerate(owned) if is_owned and i < len(shards)])

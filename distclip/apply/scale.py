@@ -28,13 +28,13 @@ def scale_(shards: Shards, coefs: Tensor, foreach: bool | None = None) -> None:
     Args:
         shards: of this rank.
         coefs: (slots,), or 0-d for a single slot. On a CPU, a coefficient of exactly 1 writes nothing.
-        foreach: use torch's multi-tensor operators, or do not. None uses the fastest.
+        foreach: whether to use torch's multi-tensor operators. None for the fastest way.
 
     Collectives: none. Host syncs: none (one if `coefs` is on another device than a gradient).
     """
     if coefs.numel() == 1 and host_reads_free(coefs.device) and coefs.item() == 1:
         return
-    # Under inference mode, tensors that were made under it can be written as well as all others.
+    # Inference mode allows writes to tensors that were made under it, and to all others as well.
     with torch.inference_mode():
         _scale_by_slot(shards, coefs, foreach)
 
@@ -44,13 +44,13 @@ def _scale_by_slot(shards: Shards, coefs: Tensor, foreach: bool | None) -> None:
     if coefs.numel() == 1:
         _scale_all(shards.grads, coefs.view(()), foreach)
     elif host_reads_free(coefs.device):
-        # A policy per row can have more coefficients than there are gradients to look at.
+        # A policy per row can have more coefficients than there are gradients, so they are checked as one vector first.
         with on_one_thread(len(coefs), coefs.device):
             is_unclipped = bool((coefs == 1).all())
         if is_unclipped:
             return
         on_host = coefs.tolist()
-        # Slots of several tensors, the groups of parameters, are scaled together.
+        # The tensors of one slot, such as a group of parameters, are scaled together.
         by_slot: dict[int, list[Tensor]] = {}
         for i, info in enumerate(shards.infos):
             if info.rows is not None:
@@ -106,7 +106,7 @@ def _scale_rows(shard: Shard, rows: Rows, coefs: Tensor, *, skip_ones: bool) -> 
     if grad.layout is not torch.strided:
         factors = factors[row_index(grad)]
     elif rows.width:
-        # A slice of a flattened parameter begins and ends anywhere in a row.
+        # A slice of a flattened parameter can begin and end anywhere in a row.
         factors = factors.repeat_interleave(rows.width)[rows.lead : rows.lead + values.numel()]
     compute_dtype = torch.promote_types(values.dtype, torch.float32)
     factors = factors.view(-1, *(1,) * (values.ndim - 1)).to(compute_dtype)
@@ -124,11 +124,12 @@ def clamp_(shards: Shards, low: float, high: float, foreach: bool | None = None,
         shards: of this rank.
         low: lower limit.
         high: upper limit, ≥ low.
-        foreach: use torch's multi-tensor operators, or do not. None uses the fastest.
-        magnitudes: clamp the magnitude of every element to [low, high] instead. It keeps its sign, and 0 stays 0.
+        foreach: whether to use torch's multi-tensor operators. None for the fastest way.
+        magnitudes: clamp the magnitude of every element to [low, high] instead. Elements keep their signs, and 0 stays
+            0.
 
     Raises:
-        LayoutError: see `check_clampable`; no gradient has been written then.
+        LayoutError: see `check_clampable`; before any gradient is written.
 
     Collectives: none. Host syncs: none.
     """
@@ -152,14 +153,14 @@ def clamp_(shards: Shards, low: float, high: float, foreach: bool | None = None,
 
 def _clamp_magnitudes_(tensor: Tensor, least: float, most: float) -> None:
     clamped = torch.copysign(tensor.abs().clamp_(least, most), tensor)
-    # The sign of 0 is 0 here, so that parameters that were not used stay where they are.
+    # An element of 0 stays 0, so that parameters that were not used do not move.
     tensor.copy_(torch.where(tensor == 0, tensor, clamped))
 
 
 def _by_kind(grads: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype, bool], list[Tensor]]:
-    """Group the stored values of gradients by device, by dtype, and by whether they are of no other class."""
-    # Multi-tensor operators need one device and dtype. A class of a library can apply them to the tensors around it,
-    # once for each tensor that it consists of.
+    """Group the stored values of gradients by device, by dtype, and by whether they are plain tensors."""
+    # Multi-tensor operators need one device and dtype. A tensor subclass of a library can apply them to the other
+    # tensors of the list again, once for each tensor that it contains.
     groups: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
     for values in map(stored_values, grads):
         groups.setdefault((values.device, values.dtype, type(values) in _PLAIN), []).append(values)
@@ -167,7 +168,7 @@ def _by_kind(grads: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype, b
 
 
 def _multiply_each(by_slot: dict[int, list[Tensor]], factors: Sequence[float]) -> bool:
-    """Multiply the gradients of many slots in one call, and return whether they could be."""
+    """Multiply the gradients of many slots in one call, and return whether this was possible."""
     grads = [grad for some in by_slot.values() for grad in some]
     kinds = {(type(grad), grad.dtype, grad.device, grad.layout) for grad in grads}
     if len(kinds) != 1 or any(map(Tensor.is_neg, grads)):

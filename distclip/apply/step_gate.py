@@ -39,8 +39,8 @@ class undone_on_error(Generic[T]):
     """Undo what a step within the block has changed, if an exception ends it.
 
     Args:
-        undo: function that does so.
-        before: its argument, and the value of the block.
+        undo: function that undoes the changes.
+        before: argument of `undo`, and value of the `with` block.
         others: classes of exceptions that undo nothing.
     """
 
@@ -48,7 +48,7 @@ class undone_on_error(Generic[T]):
 
     def __init__(self, undo: Callable[[T], None], before: T, *others: type[BaseException]) -> None:
         self._undo, self._before = undo, before
-        # A step that a decision refuses or skips is counted.
+        # A step that a decision refuses or skips stays counted.
         self._kept: tuple[type[BaseException], ...] = (NonFiniteError, *others)
 
     def __enter__(self) -> T:
@@ -67,7 +67,7 @@ class StepListener(Protocol):
         ...
 
     def mark(self) -> Any:
-        """Return what `undo` needs to forget all that follows."""
+        """Return the state that `undo` needs to forget everything that follows."""
         ...
 
     def undo(self, mark: Any) -> None:
@@ -80,7 +80,7 @@ class StepListener(Protocol):
 
 
 Marks: TypeAlias = "list[tuple[StepListener, Any]]"
-"""Listeners with what each of them has returned as its mark."""
+"""Listeners, each with the mark that it has returned."""
 
 
 def _undo(marks: Marks) -> None:
@@ -109,9 +109,10 @@ class StepGate:
         self._install(optimizer)
 
     def _install(self, optimizer: Optimizer) -> None:
-        """Replace `optimizer.step`, and register a hook for calls that do not look it up there."""
+        """Replace `optimizer.step`, and register a hook for calls that bypass it."""
         reference = weakref.ref(optimizer)
-        # What a learning rate scheduler has put there, which counts steps. None for the method of the class.
+        # A learning rate scheduler may have replaced `step` by a function that counts steps. None stands for the method
+        # of the class.
         previous = vars(optimizer).get("step")
         has_hooks = "_optimizer_step_pre_hooks" in vars(optimizer)
 
@@ -125,7 +126,7 @@ class StepGate:
             return step_of(reference(), *args, **kwargs)
 
         step.__signature__ = inspect.signature(optimizer.step)  # type: ignore[attr-defined]
-        # The method would keep the optimizer alive. A scheduler that is made later reads the function of the method.
+        # `__wrapped__` would keep the optimizer alive. A scheduler that is created later reads `__func__`.
         del step.__wrapped__
         step.__func__ = step_of  # type: ignore[attr-defined]
         optimizer.step = step  # type: ignore[method-assign]
@@ -136,7 +137,7 @@ class StepGate:
         if not self.listeners or self._depth:
             return call(*args, **kwargs)
         marks: Marks = [(listener, listener.mark()) for listener in self.listeners]
-        # The classes of torch change nothing before the closure has returned, except LBFGS.
+        # torch's optimizers change nothing before the closure returns, except LBFGS.
         may_move = isinstance(optimizer, LBFGS) or not is_of_torch(optimizer)
         closure = closure_in(args, kwargs)
         saved = _Snapshot(optimizer) if closure is not None and may_move else None
@@ -162,7 +163,7 @@ class StepGate:
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Run the listeners, or let the closure run them. The signature is that of torch's hooks."""
-        # A class whose step calls that of its base class runs its hooks twice.
+        # A class whose step calls the step of its base class runs its hooks twice.
         if not self.listeners or (self._depth and self._has_run):
             return None
         self._has_run = True
@@ -193,7 +194,7 @@ _gates: weakref.WeakKeyDictionary[Optimizer, StepGate] = weakref.WeakKeyDictiona
 
 
 def gate_of(optimizer: Optimizer) -> StepGate:
-    """Return the gate of an optimizer, which is installed the first time."""
+    """Return the gate of an optimizer, and install it the first time."""
     if optimizer not in _gates:
         _gates[optimizer] = StepGate(optimizer)
     return _gates[optimizer]
@@ -238,7 +239,7 @@ def is_of_torch(optimizer: Any) -> bool:
     return type(optimizer).__module__.split(".")[0] == "torch"
 
 
-# Between a skipped `clip` and the next one, torch calls `_hold` before every step of the process.
+# Between a skipped `clip` and the next one, torch calls `_hold` before every optimizer step of the process.
 _held: dict[int, tuple[weakref.ref[Any], frozenset[int]]] = {}
 _handle: Any = None
 
@@ -246,10 +247,10 @@ _handle: Any = None
 def hold_still(owner: Any, tensors: Sequence[Tensor]) -> None:
     """Prevent steps of parameters without gradients, because their step is skipped.
 
-    An optimizer may take a missing gradient for zero, and move by momentum or weight decay.
+    An optimizer may treat a missing gradient as zero, and move by momentum or weight decay.
 
     Args:
-        owner: the hold ends with it, or with `release`.
+        owner: object that owns the hold, which ends when the object is deleted or by `release`.
         tensors: the parameters whose gradients were dropped.
     """
     global _handle
@@ -271,12 +272,12 @@ def _hold(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         if reference() is None:
             del _held[key]
     if is_of_torch(optimizer) or closure_in(args[1:], kwargs) or "param_groups" not in vars(optimizer):
-        # A wrapper that shows the groups of other optimizers steps these, which have their hooks.
+        # A wrapper that has the groups of other optimizers steps these optimizers, which run hooks themselves.
         return None
     params = parameters_of([optimizer])
     held = frozenset[int]().union(*(ids for _, ids in _held.values()))
     if not held.issuperset(map(id, params)):
-        # The others may have gradients, on this rank or on others.
+        # Parameters that are not held may have gradients, on this rank or on others.
         return None
     main_grads = [read_main_grad(param) for param in params]
     if any(param.grad is not None for param in params) or any(g is not None and bool(g.any()) for g in main_grads):

@@ -1,9 +1,9 @@
-"""Find what to clip before a step of one of several attached optimizers.
+"""Choose the gradients to clip before one of several attached optimizers steps.
 
 Optimizers that share a loss are clipped together, by their common norm, before the first of them steps. Optimizers that
-step in turn, each after another backward, are clipped one by one. Both can look the same to the first optimizer that
-steps, so that its first clip includes all new gradients. It leaves out, from then on, those that were never stepped,
-and those of an optimizer that has stepped while it had no new gradients.
+step in turn, each after its own backward pass, are clipped one by one. Both cases can look the same at the first step,
+so the first clip includes all new gradients. From then on, a clip leaves out the gradients that were never stepped, and
+those of an optimizer that has stepped while the present one had no new gradients.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from .grad_scaler import parameters_of
 __all__ = ["Turns"]
 
 _SEEN = "_distclip_version"
-"""Attribute of a gradient that has been clipped: its version then. A new gradient has no such attribute."""
+"""Attribute of a gradient that has been clipped: its version at that time. A new gradient has no such attribute."""
 
 
 class Turns:
-    """Remembers which gradients of several optimizers have been clipped. All ranks decide the same."""
+    """Remembers which gradients of several optimizers have been clipped. All ranks make the same choices."""
 
     def __init__(self) -> None:
         self._optimizers: list[weakref.ref[Optimizer]] = []
@@ -50,7 +50,7 @@ class Turns:
         self._optimizers += map(weakref.ref, optimizers)
 
     def remove(self, optimizers: Iterable[Optimizer]) -> None:
-        """Remove optimizers. Nothing is remembered of the others."""
+        """Remove optimizers, and forget the past steps of the others."""
         ids = set(map(id, optimizers))
         self._optimizers = [weakref.ref(one) for one in self.optimizers if id(one) not in ids]
         self._forget()
@@ -72,7 +72,7 @@ class Turns:
             comm: the ranks that step together. All of them step this optimizer.
 
         Returns:
-            The same on every rank. None if its gradients have been clipped already.
+            The optimizers, the same on every rank. None if the gradients of `optimizer` have been clipped already.
 
         Collectives: one all-reduce. Host syncs: one on an accelerator.
         """
@@ -84,14 +84,15 @@ class Turns:
         is_new = [count > 0 for count in counts.tolist()]
         own = self.index(optimizer)
         for other, new in enumerate(is_new):
-            # Its gradients were clipped with those of an optimizer that stepped, and replaced before it stepped itself.
+            # Its gradients were clipped with those of an optimizer that stepped, and were replaced before their own
+            # optimizer stepped.
             if new and other in self._clipped_with:
                 self._separate.add((self._clipped_with.pop(other), other))
         self._clipped_with.pop(own, None)
         if not is_new[own]:
             return None
         for i, new in enumerate(is_new):
-            # Each of two networks in turn steps while the other has no new gradients.
+            # Two networks that are trained in turn each step while the other has no new gradients.
             if new and i != own and i in self._alone:
                 self._separate.add((own, i))
         chosen = [i for i, new in enumerate(is_new) if i == own or (new and (own, i) not in self._separate)]
@@ -111,7 +112,7 @@ class Turns:
             vars(grad)[_SEEN] = _version(grad)
 
     def begin_decision(self, optimizers: Sequence[Optimizer]) -> None:
-        """Begin to note which of these optimizers make the step that has been decided."""
+        """Begin to note which of these optimizers make the step of the last decision."""
         ids = set(map(id, optimizers))
         self._deciding = {i for i, one in enumerate(self.optimizers) if id(one) in ids}, set()
 

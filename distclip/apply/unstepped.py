@@ -1,11 +1,12 @@
-"""Find gradients that calls clip, and that no optimizer steps.
+"""Find gradients that are clipped, and that no optimizer steps.
 
-They make the norm too large, so that the parameters that are stepped are clipped too much: an optimizer of a part of
-the model, a part that was meant to be frozen, the gradients of another network that were not set to None. `step` knows
-its optimizers and raises. After `clip` and the functions, only the steps that follow tell, so that the first calls of
-each set of parameters are compared with them.
+They make the norm too large, so that the parameters that are stepped are clipped too much. Usual causes are an
+optimizer of only a part of the model, a part that was meant to be frozen, and gradients of another network that were
+not set to None. `GradClipper.step` gets its optimizers and raises. After `clip` and the functions, only the optimizer
+steps that follow reveal this, so the first calls with each set of parameters are compared with those steps.
 
-A parameter counts as stepped if an optimizer has it, or if it moves: steps by hand, and copies that are written back.
+A parameter counts as stepped if an optimizer has it, or if it moves, because of a step by hand or because a copy is
+written back.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .grad_scaler import parameters_of
 __all__ = ["await_steps", "warn_if_unstepped"]
 
 _MANY = 8
-"""Number of calls in a row without a step of a gradient until there is a warning.
+"""Number of consecutive calls without a step of some gradient, before there is a warning.
 
 Networks that are trained in turn have fewer.
 """
@@ -54,7 +55,7 @@ class _Waiting:
         with_grad: positions of the parameters whose gradients it has clipped.
         unstepped: positions of those that were not stepped after `num_missed` calls in a row.
         num_missed: see `unstepped`.
-        values: first elements of some of these parameters before that.
+        values: first elements of some of these parameters before these calls.
     """
 
     num_calls: int = 0
@@ -89,7 +90,7 @@ def await_steps(table: ShardTable) -> None:
 
 
 def warn_if_unstepped(function: str, table: ShardTable) -> None:
-    """Warn if several calls have clipped gradients, and optimizers have stepped only the others of them.
+    """Warn if several calls have clipped gradients that no optimizer steps, while others are stepped.
 
     Args:
         function: that the user called.
@@ -108,7 +109,7 @@ def warn_if_unstepped(function: str, table: ShardTable) -> None:
     if len(unstepped) == len(known.with_grad):
         return  # Other optimizers.
     if not stepped <= ids or len(_stepped) >= _MAX_OPTIMIZERS:
-        # Copies of parameters, perhaps, that are written back.
+        # The optimizers may step copies of parameters, which are then written back.
         known.num_calls = _MAX_CALLS
         return
     still = (known.unstepped or unstepped) & unstepped
@@ -145,7 +146,7 @@ def _is_idle(param: Tensor, old: Tensor) -> bool:
 def _remember(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Remember an optimizer that has stepped."""
     global _num_steps
-    # The step of an optimizer that shows its parameters in another way must not fail.
+    # The step of an optimizer without `param_groups` must not fail.
     if vars(optimizer).get("param_groups"):
         _num_steps += 1
         if id(optimizer) not in _stepped and len(_stepped) >= _MAX_OPTIMIZERS:

@@ -1,4 +1,4 @@
-"""Scale what an optimizer's step adds to parameters, which leaves its moments those of the whole gradient."""
+"""Scale the parameter updates of an optimizer's step, so that its moments stay those of the unscaled gradient."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = ["ScaledUpdates", "scale_next_step"]
 
 
 class ScaledUpdates:
-    """Parameters before a step, whose movement is multiplied by coefficients after it.
+    """Parameters before a step, and the coefficients that scale their updates after it.
 
-    Weight decay within the step is part of the movement, as with a smaller learning rate.
+    Weight decay within the step is part of the update, as with a smaller learning rate.
 
     Args:
         tensors: the parameters on this rank.
         slots: slot of each.
         coefs: (slots,) or (1,), in [0, 1].
-        optimizers: that are about to step. Other parameters do not move.
+        optimizers: optimizers that are about to step. Only their parameters move.
 
     Host syncs: none.
     """
@@ -41,7 +41,7 @@ class ScaledUpdates:
         self._before: list[tuple[Tensor, Tensor, Tensor]] = []
         for tensor, slot in zip(tensors, slots, strict=True):
             index = slot if len(coefs) > 1 else 0
-            # A host that does not know the coefficients must keep every parameter.
+            # A host that has not read the coefficients must keep a copy of every parameter.
             if id(tensor) in stepped and (known is None or known[index] != 1):
                 local = local_of(tensor.detach())
                 coef = coefs[index].to(local.device, torch.promote_types(local.dtype, torch.float32))
@@ -49,24 +49,24 @@ class ScaledUpdates:
 
     @torch.no_grad()
     def apply_(self) -> None:
-        """Move each parameter by its coefficient times what the step has moved it."""
+        """Multiply the update that the step has made to each parameter by its coefficient."""
         for tensor, before, coef in self._before:
             if tensor.dtype == coef.dtype or tensor.is_complex():
                 tensor.copy_(torch.lerp(before, tensor, coef.to(tensor.dtype)))
             else:
-                # In the dtype of the coefficient, because a step may be as small as the rounding of bfloat16.
+                # The dtype is that of the coefficient, because a step may be as small as the rounding of bfloat16.
                 tensor.copy_(torch.lerp(before.to(coef.dtype), tensor.to(coef.dtype), coef))
         self._before = []
 
 
 def scale_next_step(updates: Sequence[tuple[Optimizer, ScaledUpdates]]) -> list[RemovableHandle]:
-    """Scale the movements of the next step of each optimizer, which the caller's program makes.
+    """Scale the parameter updates of each optimizer's next step, which the caller's program makes.
 
     Args:
         updates: the optimizers and the coefficients of their parameters.
 
     Returns:
-        Handles that call it off.
+        Handles that cancel the scaling.
 
     Raises:
         ArgumentError: an optimizer has no hooks.

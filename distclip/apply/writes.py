@@ -1,4 +1,4 @@
-"""Notice gradients that are written between their measurement and the step that uses it."""
+"""Detect gradients that are written between their measurement and the step that uses them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["GradientWrites"]
 class GradientWrites:
     """Versions of the gradients of a rank at one moment.
 
-    torch counts in the version of a tensor how often the tensor was written, in place or through a view.
+    The version of a torch tensor counts how often the tensor was written, in place or through a view.
 
     Args:
         table: of this rank.
