@@ -1,4 +1,4 @@
-"""Handle gradients that are not finite: find them, apply the rule of `on_nonfinite`, count skipped steps."""
+"""Handle non-finite gradients: find them, apply the rule of `on_nonfinite`, and count skipped steps."""
 
 from .culprits import Culprit, Incident
 from .rules import NonFiniteRule, OnNonFinite

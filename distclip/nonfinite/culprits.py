@@ -1,7 +1,7 @@
-"""Find the gradients that are not finite, and the ranks that hold them.
+"""Find the non-finite gradients, and the ranks that hold them.
 
-The decision to skip a step needs none of this, because the totals are not finite on any rank then. Names and counts are
-gathered on such a step only.
+The decision to skip a step needs none of this, because the totals of such a step are non-finite on every rank. Names
+and counts are gathered only in such a step.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def gather_culprits(local: list[tuple[str, int, int]], comm: Comm) -> tuple[Culp
     """Gather the non-finite gradients of all ranks.
 
     Args:
-        local: (name, number of NaN, number of Inf) of this rank's.
-        comm: all ranks concerned.
+        local: (name, number of NaN, number of Inf) of this rank's gradients.
+        comm: all ranks that take part.
 
     Returns:
         One culprit per name, the same on every rank.
@@ -137,7 +137,7 @@ def gather_culprits(local: list[tuple[str, int, int]], comm: Comm) -> tuple[Culp
 
 
 def describe_culprits(culprits: Sequence[Culprit]) -> str:
-    """Describe what is not finite: some elements, or only their norm."""
+    """Describe whether elements are non-finite, or only their norm."""
     if not culprits:
         return (
             "the norm overflowed: every element is finite, but the sum of their powers exceeds float64 (use a smaller "

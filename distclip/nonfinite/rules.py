@@ -1,4 +1,4 @@
-"""Define what happens to a step that is not finite: the four rules behind `on_nonfinite`."""
+"""Define the four rules of `on_nonfinite`, which handle a non-finite step."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class NonFiniteRule(Protocol):
 
     @property
     def needs_host(self) -> bool:
-        """True if the host must know in the same step that the gradients are not finite."""
+        """True if the host must read in the same step whether the gradients are finite."""
         ...
 
     def resolve(self, step: int, shards: Iterable[Shard], culprits: tuple[Culprit, ...], counter: SkipCounter) -> bool:
-        """Handle a step that the host knows to be non-finite.
+        """Handle a step that the host has found to be non-finite.
 
         Args:
             step: 1-based index of the clipper call.
             shards: the gradients of this rank.
-            culprits: the gradients of all ranks that are not finite.
+            culprits: the non-finite gradients of all ranks.
             counter: counts and warns.
 
         Returns:
@@ -55,7 +55,7 @@ class Skip:
     """Skip the step.
 
     Args:
-        expected: do not warn, because a GradScaler finds its scale by such steps.
+        expected: do not warn, because a GradScaler needs such steps to find its scale.
     """
 
     expected: bool = False

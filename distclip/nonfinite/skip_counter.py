@@ -14,10 +14,10 @@ POLICY_SKIPS = "the policy skipped this one: its norm, or a watched scalar, is f
 
 
 class SkipCounter:
-    """Count the steps of a clipper, and those of them that were skipped.
+    """Count the steps of a clipper, and how many of them were skipped.
 
     Args:
-        max_skips: number of steps skipped in a row at which it raises, ≥ 1. None for never.
+        max_skips: number of consecutive skipped steps, ≥ 1, at which the counter raises. None for never.
     """
 
     def __init__(self, max_skips: int | None) -> None:
@@ -56,7 +56,7 @@ class SkipCounter:
         Args:
             step: 1-based index of the clipper call.
             culprits: the gradients that are not finite.
-            expected: do not warn, because a GradScaler finds its scale by such steps.
+            expected: do not warn, because a GradScaler needs such steps to find its scale.
 
         Raises:
             TooManySkippedSteps: it is the last of `max_skips` in a row.
