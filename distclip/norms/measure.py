@@ -1,8 +1,8 @@
 """Measure this rank's shards: Shards -> Partials, in float64, regardless of the gradient's own dtype.
 
 Squares of float16, bfloat16 and float32 numbers are exact in float64 and cannot overflow there. So a norm is neither
-rounded to the gradient's dtype nor lost at 300 (float16) or 1e25 (float32), and a non-finite power sum means a
-non-finite element.
+rounded to the gradient's dtype nor lost to overflow at 300 (float16) or 1e25 (float32), and a non-finite power sum
+means that an element is not finite.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _FLOAT64 = (torch.float64, torch.complex128)
 _NO_CALL = Call("", CallCounter())
 
 
-# Not frozen, because a frozen dataclass takes three times as long to make, at every step.
+# Not frozen, because one is created in every step, which takes three times as long for a frozen dataclass.
 @dataclass(slots=True)
 class Partials:
     """One rank's contribution to the totals.
@@ -43,17 +43,18 @@ class Partials:
     Args:
         powers: (slots,) float64 on the gradients' device, Σ|g|^p / num_replicas, or max|g| for p = inf (−min|g| for
             −inf).
-        weight_powers: (slots,), the same of the parameters. None unless the policy needs it.
+        weight_powers: (slots,), the same for the parameters. None unless the policy needs it.
         update_powers: (slots,), Σ g² / max(v, ε²) / num_replicas, see `moments`. None unless the spec has `moment_eps`.
         update_counts: (slots,), number of elements with second moments, each divided by its number of replicas.
-        update_rates: (slots,), Σ (1 − β2) over these elements, likewise.
+        update_rates: (slots,), Σ (1 − β2) over these elements, with the same division.
         out_of_limits: whether some element is outside of the policy's limits; a 0-d bool on an accelerator.
         has_partial_grads: whether some gradient is partial, and therefore missing from `powers`.
         has_fp64: whether some gradient is float64 or complex128.
-        fp64_anywhere: `has_fp64` of any rank, if an earlier call with the same `has_fp64` on this rank has gathered it.
+        fp64_anywhere: whether `has_fp64` is true on any rank. None unless an earlier call with the same `has_fp64` on
+            this rank has gathered it.
         failed: whether this rank has an error that all ranks must raise.
         uncovered: whether parameters of this rank are on ranks that the communicator does not reach.
-        widens_anew: whether this rank has other meshes outside of the communicator than when it was widened last.
+        widens_anew: whether this rank's meshes outside of the communicator have changed since it was widened last.
         new_layouts: whether this rank has layouts that the ranks have not exchanged yet.
         per_tensor_powers: the power sums of every gradient on this rank alone, to find the non-finite ones.
         call: the call that the ranks make.
@@ -103,7 +104,7 @@ def measure_updates(
 
     Raises, Collectives, Host syncs: see `sum_ratios`.
     """
-    # They are written before anything can fail, because the message has room for them on every rank.
+    # These are set before anything can fail, because every rank's message must contain them.
     num_slots = len(partials.powers)
     partials.update_powers = partials.update_counts = partials.update_rates = identity(2.0, device).repeat(num_slots)
     sums, numels, rates = sum_ratios(shards, tensors, moments)
@@ -112,7 +113,7 @@ def measure_updates(
     infos, pairs = shards.infos, torch.stack([one.to(device) for one in sums])
     counts = device_constant(tuple(numels), device, pairs.dtype)
     totals = device_constant(tuple(rates), device, pairs.dtype)
-    # All of them, so that it does not matter which of the replicas have moments.
+    # Sums and counts are both divided, so that it does not matter which of the replicas have moments.
     if infos.num_replicas:
         replicas = device_constant(infos.num_replicas, device, pairs.dtype)
         pairs, counts, totals = pairs / replicas, counts / replicas, totals / replicas
@@ -134,10 +135,10 @@ def measure(
     .. math:: \sum_s \frac{1}{replicas_s} \sum_i |g_{s,i}|^p
 
     Args:
-        shards: the gradients of this rank. Partial gradients are only noticed.
+        shards: the gradients of this rank. Partial gradients are detected but not measured.
         spec: the norm to measure.
         device: where the result goes.
-        num_slots: number of norms; every shard names the slot that it counts in.
+        num_slots: number of norms. Each shard has the index of the slot that it counts in.
         weights: this rank's shards of the parameters, measured if `spec.needs_weights`.
         rounded: replica groups that are compared by rounded power sums, see `replica_sums`. None compares no replicas.
 
@@ -184,10 +185,10 @@ def _powers_by_slot(
     shards: Shards, norm_type: float, device: torch.device, num_slots: int, rounded: Collection[Ranks] | None
 ) -> tuple[Tensor, bool, tuple[PerTensorPowers, ...], tuple[PerTensorChecksums, ...]]:
     """Return power sums by slot, whether any gradient is float64, power sums and checksums by gradient."""
-    # With one slot it does not matter where a tensor ends, so that gradients in one storage are read as one tensor.
+    # With one slot it does not matter where a tensor ends, so gradients in one storage are read as one tensor.
     if num_slots == 1 and shards.merged is not None and devices.host_reads_free(device):
         shards = shards.merged
-    # Metadata and gradients are columns. A `Shard` for each of many gradients takes longer than its norm.
+    # Metadata and gradients are kept in columns, because making a `Shard` takes longer than measuring its norm.
     (infos, whole, others), (row_infos, by_row) = shards.infos.whole, shards.infos.by_row
     has_fp64 = any(shards.grads[i].dtype in _FLOAT64 for i in others)
     per_tensor: list[PerTensorPowers] = []
@@ -208,7 +209,7 @@ def _powers_by_slot(
         if infos.num_replicas and not math.isinf(norm_type):
             sums = sums / device_constant(infos.num_replicas, sums.device, sums.dtype)
 
-    # 2. Shards whose rows have a slot each, likewise.
+    # 2. All shards whose rows have a slot each, in one kernel.
     if by_row:
         grads, counts = [shards.grads[i] for i in by_row], row_infos.row_counts
         powers = powers_by_row(grads, row_infos.rows, norm_type, device)
@@ -271,7 +272,7 @@ def sum_by_slot(sums: Tensor, infos: ShardInfos, norm_type: float, num_slots: in
         index = device_constant(infos.slots, sums.device, torch.int64)
         return identity(norm_type, sums.device).repeat(num_slots).scatter_reduce_(0, index, sums, "amax")
     if sums.is_cpu:
-        # In order, one after another.
+        # On a CPU, index_add_ adds the summands in order.
         index = device_constant(infos.slots, sums.device, torch.int64)
         with on_one_thread(num_slots, sums.device):
             return torch.zeros(num_slots, dtype=sums.dtype).index_add_(0, index, sums)

@@ -1,10 +1,11 @@
-"""Read gradients that are safe to measure and to write: no element has the address of another one.
+"""Read gradients that are safe to measure and to write, because no two elements have the same address.
 
-torch accepts gradients that share memory with each other, repeat one element (stride 0), or carry a lazy sign. Written
-in place, such a gradient would be scaled twice, or not at all. So it gets a copy before it is measured. A gradient that
-the operators cannot scale, or in the memory of a parameter, is refused by name before any is written.
+torch accepts gradients that share memory with each other, repeat one element (stride 0), or carry a lazy sign. Scaling
+such a gradient in place would scale it twice, or not at all. So it is replaced by a copy before it is measured. A
+gradient that the operators cannot scale, or that is in the memory of a parameter, raises an error with its name before
+any gradient is written.
 
-In an ordinary step this costs one comparison of addresses with those of the step before.
+In an ordinary step, the only cost is a comparison of the addresses with those of the step before.
 """
 
 from __future__ import annotations
@@ -92,10 +93,11 @@ def read_gradients(table: ShardTable, comm: Comm | None = None) -> Shards:
         comm: all ranks concerned. None for this rank alone.
 
     Returns:
-        The shards. None under FakeTensorMode, whose tensors have no elements.
+        The shards. There are none under FakeTensorMode, because its tensors have no elements.
 
     Raises:
-        LayoutError: a gradient cannot be measured and scaled; by name, before any gradient has been written.
+        LayoutError: a gradient cannot be measured or scaled. The message names it, and no gradient has been written
+            yet.
 
     Collectives: none. Host syncs: none, except one the first time that a gradient is of an unknown class.
     """
@@ -114,7 +116,7 @@ def read_weights(table: ShardTable, comm: Comm | None = None) -> Shards:
         table, comm: see `read_gradients`.
 
     Raises:
-        LayoutError: the elements of a parameter cannot be read; by name.
+        LayoutError: the elements of a parameter cannot be read. The message names it.
 
     Collectives: none. Host syncs: see `read_gradients`.
     """
@@ -140,14 +142,14 @@ _is_meta = attrgetter("is_meta")
 
 
 def _without_elements(shards: Shards, comm: Comm | None) -> Shards | None:
-    """Return the shards to measure if none has elements: none of them, or meta tensors."""
+    """Return the shards to measure if no tensor has elements, or None if some have or must have."""
     if any(map(is_fake, shards.grads)):
         return _NO_SHARDS
     if not all(map(_is_meta, shards.grads)):
         return None
     if is_dry_run():
         return _NO_SHARDS
-    # Where the ranks add up numbers, a rank without any has made a mistake.
+    # Where the ranks add up numbers, a rank without numbers is a mistake.
     if comm is None or comm.size == 1 or comm.device == torch.device("meta"):
         return shards
     return None
@@ -163,7 +165,7 @@ def _describe(shards: Shards, table: ShardTable) -> bool:
     """Describe gradients that are all ordinary and separate. Return False if they are not."""
     known: _Known | None = shards.infos.in_memory
     kind = shards.grads[0].device.type
-    # Known to be mixed: a description would fail again.
+    # The gradients are known to be mixed, so another attempt to describe them would fail too.
     if (known is not None and known.odd is not None) or kind not in KERNEL_DEVICES:
         return False
     description = describe_tensors(shards.grads, kind)
@@ -214,7 +216,7 @@ def _touches_parameters(table: ShardTable, kind: str, starts: Tensor, ends: Tens
         return False
     description = None
     if kind in KERNEL_DEVICES:
-        # Plain parameters, mostly, are their own local tensors.
+        # Most parameters are plain tensors, which are their own local tensors.
         description = describe_tensors(table.tensors, kind)
         if description is None:
             description = describe_tensors(table.local_weights(range(len(table.tensors))), kind)
@@ -223,7 +225,7 @@ def _touches_parameters(table: ShardTable, kind: str, starts: Tensor, ends: Tens
     else:
         weight_starts, weight_ends = _ends_of(description)
     starts, order = starts.sort()
-    # The gradients that begin before the end of a parameter: does the last one end behind its start?
+    # Of the gradients that begin before the end of a parameter, does the one with the last end reach its start?
     num_before = torch.searchsorted(starts, weight_ends)
     last_ends = ends[order].cummax(0).values[(num_before - 1).clamp_(min=0)]
     return bool(((num_before > 0) & (last_ends > weight_starts)).any())
@@ -283,7 +285,7 @@ def _sort_by_kind(shards: Shards) -> tuple[list[tuple[list[int], TensorTable]], 
     """
     known: _Known = shards.infos.in_memory or _Known()
     shards.infos.in_memory = known
-    # Mostly the same gradients are odd in every step, and one call describes all others.
+    # Usually the same gradients are odd in every step, and one call describes all others.
     for is_new in (known.odd is None, True):
         if is_new:
             known.parts, known.odd = defaultdict(list), []
@@ -309,7 +311,7 @@ def _as_plain(shard: Shard, what: str, *, writable: bool) -> Tensor:
     Args:
         shard: of this rank.
         what: the word for it in an error.
-        writable: it must be possible to scale the tensor.
+        writable: whether it must be possible to scale the tensor.
 
     Raises:
         LayoutError: it cannot be measured, or scaled.
@@ -370,8 +372,8 @@ def _operators_work(tensor: Tensor, writable: bool) -> bool:
 def _clone(tensor: Tensor) -> Tensor:
     """Return a copy of a tensor of an unknown class, in other memory.
 
-    A class may compute with what it makes of its inner tensors. Its copy is a plain tensor then, and what is written to
-    the result is lost.
+    A class may compute with a tensor that it derives from its inner tensors. Its `clone` then returns a plain tensor,
+    and what is written to such a result is lost.
     """
     if not hasattr(tensor, "__tensor_flatten__"):
         return tensor.clone()
@@ -388,10 +390,10 @@ def _copies(
     descriptions: Sequence[tuple[list[int], TensorTable]],
     odd: dict[int, Tensor],
 ) -> dict[int, Tensor]:
-    """Copy the gradients that have elements at one address. Return the copies by position.
+    """Copy gradients in which two elements, or an element of an earlier gradient, share an address.
 
     Raises:
-        LayoutError: another gradient is in the memory of a parameter.
+        LayoutError: a gradient that was not copied is in the memory of a parameter.
     """
     copies: dict[int, Tensor] = {}
     extents: defaultdict[str, dict[int, _Extent]] = defaultdict(dict)
@@ -439,7 +441,7 @@ def _refuse_memory_of_parameters(
     Args:
         table: of the gradients.
         kind: type of their device.
-        grads: with addresses on it, by position.
+        grads: gradients on this device, by position.
         names: name of the parameter of each position.
 
     Raises:
@@ -478,7 +480,7 @@ def _repeats_elements(values: Tensor) -> bool:
 
 
 def _extent_of(values: Tensor) -> _Extent:
-    """Return the memory of a tensor with elements, none of which has the address of another."""
+    """Return the memory of a tensor that is not empty, and has no two elements at one address."""
     size = values.itemsize
     strides = tuple((n, stride * size) for n, stride in zip(values.shape, values.stride(), strict=True))
     end = values.data_ptr() + sum((n - 1) * stride for n, stride in strides) + size
@@ -486,7 +488,7 @@ def _extent_of(values: Tensor) -> _Extent:
 
 
 def _without_memory(extents: dict[int, _Extent]) -> list[int]:
-    """Return the positions of gradients whose memory is that of an earlier gradient, in whole or in part."""
+    """Return the positions of gradients that share memory with an earlier gradient, in whole or in part."""
     if len(extents) < 2 or not _overlap(*_bounds(extents.values())):
         return []
     # Gradients whose ranges touch each other, directly or through others, form a cluster.
@@ -523,7 +525,8 @@ def _late_claims(extents: tuple[_Extent, ...]) -> tuple[int, ...]:
             else:
                 claimed.append(extent)
         return tuple(late)
-    # Ranges of strided gradients overlap where their elements need not: columns of one matrix. So mark every byte.
+    # The ranges of strided gradients can overlap although their elements do not, such as columns of one matrix. So
+    # every byte is marked.
     used = torch.zeros(max(extent.end for extent in extents), dtype=torch.bool, device="cpu")
     for i, extent in enumerate(extents):
         dims = extent.strides

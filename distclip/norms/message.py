@@ -4,12 +4,12 @@ A message has four parts:
 
 1. `FIELDS`: vectors with an element per slot, which are added up, or combined by a maximum for p = ±inf.
 2. `Partials.watch`: scalars of the user, whose names and number the ranks have agreed on before.
-3. `COUNTS`: bools that may well differ between ranks. A sum counts the ranks.
+3. `COUNTS`: bools that may well differ between ranks. Their sum is the number of ranks where they hold.
 4. `CHECKS`: summands that add up to exactly 0 in an ordinary step. Where they do not, the host gathers the reason.
-   `FACTS` travel in such a checksum: bools that are equal on all ranks in an ordinary step.
+   `FACTS` are part of such a checksum: bools that are equal on all ranks in an ordinary step.
 
-To add one, add a name to the tuple here, and an attribute of this name to `Partials` for its writer and to `Totals` for
-its reader. `NormSpec.measured` has the names of the vectors and counts of a call.
+To add a field, add its name to one of these tuples, and add attributes of this name to `Partials` for its writer and to
+`Totals` for its reader. `NormSpec.measured` has the names of the vectors and counts of a call.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class FactField:
 
     Args:
         name: attribute of `Partials` with this rank's value. On `Totals`, a `Fact`: whether it holds on any rank.
-        agreed: attribute of `Partials` with the value of all ranks, if an earlier gather has brought it, else None. It
-            needs no comparison then.
+        agreed: attribute of `Partials` that has the value of all ranks if an earlier gather has found it, and None
+            otherwise. A value that is known needs no comparison.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Check:
     """One summand per rank. The summands of all ranks add up to exactly 0 unless something is wrong.
 
     They must be integers, and every partial sum must stay below 2^51 in absolute value (2^22 for float32 messages, see
-    `check_bits`). So each partial sum is exact, in any order, also where the host adds up all checks of a message.
+    `check_bits`). So each partial sum is exact, in any order, even where the host adds up all checks of a message.
 
     Args:
         name: of the check.
@@ -118,7 +118,7 @@ FIELDS = ("powers", "weight_powers", "update_powers", "update_counts", "update_r
 """Vectors of the message, in order: attributes of `Partials` and of `Totals`, if `NormSpec.measured` has them."""
 
 COUNTS = ("out_of_limits",)
-"""Bools that differ between ranks also in an ordinary step, in order. One number each. They are attributes likewise."""
+"""Bools that can differ between ranks in an ordinary step, in order, with one number each. Attributes like `FIELDS`."""
 
 FACTS = (
     FactField("failed"),
@@ -126,12 +126,12 @@ FACTS = (
     FactField("widens_anew"),
     FactField("new_layouts"),
     FactField("has_partial_grads"),
-    # Pipeline stages may have different dtypes, so that the ranks would gather this in every step.
+    # Pipeline stages may have different dtypes. Without `agreed`, the ranks would gather in every step.
     FactField("has_fp64", agreed="fp64_anywhere"),
 )
 """Bools that are equal on all ranks in an ordinary step. They add nothing to the length of the message."""
 
-# Read at the speed of C in every step.
+# attrgetter reads these attributes at the speed of C in every step.
 own_vectors: Callable[[Partials], tuple[Tensor | None, ...]] = attrgetter(*FIELDS)
 """Returns the vectors of this rank in order, None for those that are not measured."""
 _own_facts: Callable[[Partials], tuple[bool, ...]] = attrgetter(*(fact.name for fact in FACTS))
@@ -150,7 +150,7 @@ def own_facts(partials: Partials) -> dict[str, bool]:
 
 
 def facts_anywhere(partials: Partials) -> dict[str, Fact]:
-    """Return the facts that hold on any rank, if all ranks have one checksum. All others hold on none."""
+    """Return the facts that hold on any rank. They are valid if all ranks have equal checksums."""
     facts = [*_own_facts(partials)]
     for i, agreed in _AGREED:
         facts[i] = facts[i] if (known := agreed(partials)) is None else known
@@ -171,8 +171,8 @@ class Message:
         watch: scalars of the user.
         fields: {name of a field: (slots,) view}. Empty for p = ±inf if a check failed, which the host has read.
         counts: {name of a count: whether it holds on some rank}.
-        checks: {name of a check: whether its summands add up to 0}. On a CPU all checks have the same value: whether
-            all of them do.
+        checks: {name of a check: whether its summands add up to 0}. On a CPU the summands of all checks are added up
+            together, so that all checks have the same value.
     """
 
     watch: WatchedTotals
@@ -188,7 +188,7 @@ def start_all_reduce(
 
     Args:
         partials: of this rank.
-        spec: the norm that was measured; its p decides between a sum and a maximum.
+        spec: the norm that was measured. Its p determines whether a sum or a maximum is taken.
         comm: the ranks that take part.
         on_host: whether the host reads counts and checks, all of them at once.
         overlap: return before the all-reduce is complete, if the backend can do so.
@@ -202,7 +202,7 @@ def start_all_reduce(
     """
     vectors, tail = _vectors(partials, spec), _tail(partials, spec, comm)
     watched = partials.watch.write(partials.powers, comm)
-    # Every call begins with a sum, also if it needs a maximum: ranks that passed different p must find out.
+    # Every call begins with a sum, even if it needs a maximum, so that a different p on another rank is detected.
     takes_maximum = math.isinf(spec.norm_type)
     head = torch.zeros_like(vectors) if takes_maximum else vectors
     buffer = torch.cat([head, tail] if watched is None else [head, watched, tail])
@@ -219,7 +219,7 @@ def start_all_reduce(
         counts, checks = _read_tail(buffer[first_of_tail:], spec, on_host=on_host)
         watched = buffer[num_head:first_of_tail] if first_of_tail > num_head else None
         message = Message(partials.watch.read(watched, comm), {}, counts, checks)
-        # A rank that passed another p enters no maximum, and its host reads nothing, so that this one must.
+        # A rank that passed another p does not take the maximum, and its host reads nothing, so this host must read.
         must_read = takes_maximum and not (is_same_norm or buffer.is_meta or devices.is_capturing())
         if not takes_maximum:
             message.fields = _named(buffer[:num_head], spec)
@@ -279,7 +279,7 @@ def _tail(partials: Partials, spec: NormSpec, comm: Comm) -> Tensor:
     values: list[Tensor | float] = [*own_counts(partials, spec).values()]
     checks = [check.write(partials, comm) for check in CHECKS]
     # The latency of gloo grows with the number of elements: 2 travel five times as fast as 6 over four ranks. The
-    # device is that of the communicator, so that all ranks join their checks or none does.
+    # device of the communicator decides, so that all ranks join their checks or none does.
     are_joined = comm.device is not None and devices.host_reads_free(comm.device)
     values += [sum(checks)] if are_joined else checks
     if devices.host_reads_free(like.device):

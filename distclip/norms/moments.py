@@ -3,10 +3,10 @@ r"""Compare this rank's gradients with Adam's second moments, for the root mean 
 .. math:: \sum_i \frac{g_i^2}{\max(\hat v_i, \varepsilon^2)}, \qquad
     \hat v = \frac{\beta_2 v + (1 - \beta_2) g^2}{1 - \beta_2^t}
 
-The moments are those that the optimizer is about to divide by, with this step's gradient in them. So a ratio is at most
-1 / (1 - β2), also for a row of an embedding whose moments have decayed to 0. Sums and numbers of elements are both
-divided by the number of replicas. So a rank that has no moments of its shard, because another replica steps it, changes
-no mean.
+The moments are those that the optimizer is about to divide by, and include this step's gradient. So a ratio is at most
+1 / (1 - β2), even for a row of an embedding whose moments have decayed to 0. Sums and numbers of elements are both
+divided by the number of replicas. So a rank without moments for its shard, which another rank's optimizer steps, does
+not change the mean.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from ..sharding.shard import Shards
 __all__ = ["SecondMoments", "sum_ratios"]
 
 _Moment = tuple[Tensor, float, Any]
-"""Second moments of one parameter with a bias, β2, and the number of steps that they have seen."""
+"""Second moments of one parameter before bias correction, β2, and the number of steps that they include."""
 
 
 @dataclass(frozen=True, slots=True)
 class SecondMoments:
-    """Optimizers that are about to step, whose second moments gradients are compared with.
+    """Optimizers that are about to step, with whose second moments gradients are compared.
 
     Args:
         optimizers: of this rank.
         eps: ε, > 0.
-        loss_scale: 0-d, factor that the gradients carry. None for 1.
-        is_alone: whether no other rank adds its moments.
+        loss_scale: 0-d, factor by which the gradients are scaled. None for 1.
+        is_alone: whether no other rank contributes moments.
     """
 
     optimizers: Sequence[Optimizer]
@@ -51,7 +51,7 @@ class SecondMoments:
 def sum_ratios(
     shards: Shards, tensors: Sequence[Tensor], moments: SecondMoments
 ) -> tuple[list[Tensor], list[float], list[float]]:
-    """Sum g² / v of each shard, see above.
+    """Sum g² / v of each shard, see the docstring of this module.
 
     Args:
         shards: the gradients of this rank.
@@ -68,7 +68,7 @@ def sum_ratios(
 
     Collectives: none. Host syncs: none.
     """
-    # The order is that of the shards, whose slots and numbers of replicas follow.
+    # The results are in the order of the shards, to match their slots and numbers of replicas.
     known = _find_moments(moments)
     sums: list[Tensor] = []
     counts: list[float] = []
@@ -76,9 +76,9 @@ def sum_ratios(
     for info, grad, tensor in zip(shards.infos, shards.grads, tensors, strict=True):
         moment = known.get(id(tensor))
         values = torch.view_as_real(grad) if grad.is_complex() else grad
-        # The moment of a tensor that stands for several has another shape, and no slot.
+        # A tensor that stands for several parameters has a moment of another shape, and no slot.
         if moment is None or not grad.numel() or _as_real(moment[0]).shape != values.shape:
-            # A summand for every shard, so that these numbers are in the same order in every step.
+            # Every shard has a summand, so that these numbers are in the same order in every step.
             sums.append(torch.zeros((), dtype=devices.accumulation_dtype(grad.device), device=grad.device))
             counts.append(0.0)
             rates.append(0.0)
@@ -110,7 +110,7 @@ def _sum_ratios(grad: Tensor, moment: _Moment, moments: SecondMoments) -> Tensor
 
 
 def _debias(beta: float, step: Any, device: torch.device) -> Any:
-    """Return 1 - β2^t for the step that is about to be made."""
+    """Return 1 - β2^t for the step that is about to be taken."""
     if not isinstance(step, Tensor) or devices.host_reads_free(step.device):
         return -math.expm1((float(step) + 1) * math.log(beta)) if beta > 0 else 1.0
     # In float32, 1 - β2^t would lose digits.
@@ -121,7 +121,7 @@ def _find_moments(known: SecondMoments) -> dict[int, _Moment]:
     """Return the second moments of this rank, by the identity of their parameter."""
     moments: dict[int, _Moment] = {}
     for optimizer in known.optimizers:
-        # ZeroRedundancyOptimizer steps the parameters of this rank by another optimizer, which has the state.
+        # ZeroRedundancyOptimizer steps the parameters of this rank with an inner optimizer, which has the state.
         inner: Any = getattr(optimizer, "optim", optimizer)
         if known.is_alone and inner is not optimizer and getattr(optimizer, "world_size", 1) > 1:
             raise ArgumentError(
@@ -139,7 +139,7 @@ def _find_moments(known: SecondMoments) -> dict[int, _Moment]:
                 if values and isinstance(second := values.get("exp_avg_sq"), Tensor):
                     num_found += 1
                     moments[id(parameter)] = local_of(second), beta, values.get("step", 0)
-        # Some parameters of an optimizer may never have had a gradient, but not all.
+        # Some parameters may never have had a gradient, but an optimizer with state has moments of at least one.
         if state and not num_found:
             raise ArgumentError(
                 f"optimizer: {type(inner).__name__} has no second moments (exp_avg_sq), with which "

@@ -1,10 +1,10 @@
 """Reduce partial gradients before they are measured: those in Partial placement, which have not been summed yet.
 
 The norm of a sum does not follow from the norms of its summands. So here, and only here, a call needs more than one
-all-reduce: the partial gradients themselves are summed over their mesh axes, and the result is measured and added.
-All ranks of the communicator have read in the first all-reduce that this happens. They gather descriptions, and every
-rank plans all sums from them, so that all ranks find the same errors and enter the same collectives. A rank without
-such a gradient contributes zeros, and is a replica of the sum like the other ranks.
+all-reduce: the partial gradients themselves are summed over their mesh axes, and the result is measured and added. The
+first all-reduce has shown all ranks of the communicator that some rank has partial gradients. The ranks gather
+descriptions, and every rank plans all sums from them, so that all ranks find the same errors and enter the same
+collectives. A rank without such a gradient contributes zeros, and is a replica of the sum like the other ranks.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class _RankInfo:
     Args:
         possible: for each tensor that has any, the sums that its gradient could need.
         partial: its partial gradients, by name.
-        whole: names of those of its other gradients whose tensors are in `possible`.
+        whole: names of its other gradients, as far as their tensors are in `possible`.
     """
 
     possible: Mapping[str, tuple[PartialSum, ...]]
@@ -67,7 +67,7 @@ class _RankInfo:
 
     def sum_along(self, name: str, axis: int) -> PartialSum | None:
         """Return the sum over one mesh axis that this rank can take part in, or None without such an axis."""
-        # The mesh of the gradient counts, which may differ from that of the parameter.
+        # The gradient's mesh comes first, because it may differ from that of the parameter.
         own = self.partial[name].sums if name in self.partial else ()
         return next((one for one in (*own, *self.possible.get(name, ())) if one.axis == axis), None)
 
@@ -93,7 +93,7 @@ class _Block:
         for i, (axis, mean) in enumerate(self.grad.axes):
             lines = {sums[i].ranks for sums in self.members.values()}
             for ranks in lines:
-                # Ranks may have several groups of the same ranks, from equal meshes. All of them are in each.
+                # Equal meshes may have several groups of the same ranks. Any of them will do, so all ranks take one.
                 group_name = min(self.members[rank][i].group_name for rank in ranks)
                 yield (axis, ranks, group_name, str(self.dtype)), self.name, mean
 
@@ -155,8 +155,8 @@ def reduce_partial_grads(
         grad = own.get(block.name)
         summands[block.name] = torch.zeros(block.grad.shape, dtype=block.dtype, device=at) if grad is None else grad
 
-    # In an order that all ranks share: axis by axis, because a rank that took the axes in another order would add sums
-    # to summands; then by ranks, group, dtype and name.
+    # All ranks sum in the same order. It goes axis by axis, because a rank that took the axes in another order would
+    # add sums to summands, and then by ranks, group, dtype and name.
     steps = sorted(step for block in blocks for step in block.all_reduces() if this_rank in step[0][1])
     for (_, ranks, group_name, dtype), batch in itertools.groupby(steps, key=lambda step: step[0]):
         parts = [(name, mean) for _, name, mean in batch]
@@ -226,7 +226,7 @@ def _block_around(name: str, holder: int, grad: _PartialGrad, by_rank: Mapping[i
             raise _contradiction(name, holder, "one mesh", rank, "another")
         members[rank] = tuple(sums)
         waiting += sorted({other for one in sums for other in one.ranks} - members.keys())
-    # Every rank along a line must have the very same line, or the all-reduces would not pair.
+    # All ranks along a line must have the same line, because otherwise their all-reduces would not match.
     for rank, own in members.items():
         for i, one in enumerate(own):
             for other in one.ranks:

@@ -1,4 +1,4 @@
-"""Hold what one rank has measured of each of its gradients, to find the one that is not finite or that differs."""
+"""Hold one rank's measurements of single gradients, to find one that is not finite or differs between replicas."""
 
 from __future__ import annotations
 
@@ -42,5 +42,5 @@ class PerTensorPowers(NamedTuple):
         return marked if self.rows is None else torch.stack([rows.any() for rows in self._split(marked)])
 
     def _split(self, values: Tensor) -> Sequence[Tensor]:
-        # Not where they are measured, because few steps look at single gradients.
+        # The values are split here and not when measured, because few steps need those of single gradients.
         return torch.split(values, list(self.rows or ()))

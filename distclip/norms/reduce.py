@@ -1,8 +1,8 @@
 """Add up what all ranks have measured: Partials -> Totals, by one all-reduce over all ranks concerned.
 
 In addition to the power sums, the all-reduce shows whether all ranks make the same call in the same situation. If they
-do not, all ranks read so, and gather the reasons (`gather_facts`): a rank has failed, has other arguments, or has
-partial gradients. No rank has to decide alone whether another collective follows.
+do not, all ranks read this from the result, and gather the reasons (`gather_facts`): a rank has failed, has other
+arguments, or has partial gradients. So no rank decides alone whether another collective follows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .watch import NO_WATCHED_TOTALS, WatchedTotals
 __all__ = ["Totals", "gather_facts", "reduce", "root", "start_reduce"]
 
 
-# Not frozen, because a frozen dataclass takes three times as long to make, at every step.
+# Not frozen, because one is created in every step, which takes three times as long for a frozen dataclass.
 @dataclass(eq=False)
 class Totals:
     """The sums over all ranks, the same bits on each.
@@ -40,21 +40,22 @@ class Totals:
     Args:
         powers: (slots,) float64, Σ|g|^p of the whole gradient of each slot, or its max|g| (−min|g| for p = −inf).
         norm_type: p.
-        weight_powers: (slots,) float64, the same of the parameters. None unless the policy needs it.
-        update_powers: (slots,), Σ g² / max(v, ε²) with Adam's second moments v, for `update_rms`. None likewise.
+        weight_powers: (slots,) float64, the same for the parameters. None unless the policy needs it.
+        update_powers: (slots,), Σ g² / max(v, ε²) with Adam's second moments v, for `update_rms`. None unless the
+            policy needs it.
         update_counts: (slots,), number of elements with second moments.
         update_rates: (slots,), Σ (1 − β2) over these elements.
-        same_call: whether all ranks make one call, in one situation. An accelerator's host may not have read it. If
-            they do not, the other facts are those of this rank until `gather_facts`.
+        same_call: whether all ranks make the same call in the same situation. On an accelerator the host may not have
+            read it yet. If it does not hold, the other facts are those of this rank until `gather_facts`.
         failed: whether some rank has failed, or made another call.
         uncovered: whether some rank has parameters on ranks that the communicator does not reach.
-        widens_anew: whether some rank has other meshes outside of the communicator than when it was widened last.
+        widens_anew: whether the meshes of some rank outside of the communicator have changed since it was widened last.
         new_layouts: whether some rank has layouts that the ranks have not exchanged, so that a replica may count twice.
         has_partial_grads: whether some rank has partial gradients, which are missing from `powers`.
         has_fp64: whether some gradient is float64.
         out_of_limits: whether some element of the whole gradient is outside of the policy's limits.
         replicas_differ: whether the replicas of a gradient, or of a parameter of this step's part, differ.
-        loss_scale: 0-d, factor of a GradScaler that the gradients carry. Norms are free of it. None for 1.
+        loss_scale: 0-d, factor by which a GradScaler has scaled the gradients. Norms are divided by it. None for 1.
         watch: scalars of the user.
     """
 
@@ -119,7 +120,10 @@ class Totals:
 
     @cached_property
     def update_rate(self) -> Tensor:
-        """Mean 1 − β2 of each slot, (slots,) float64, for a policy whose spec has `moment_eps`. NaN likewise."""
+        """Mean 1 − β2 of each slot, (slots,) float64, for a policy whose spec has `moment_eps`.
+
+        NaN for a slot without second moments.
+        """
         if self.update_rates is None or self.update_counts is None:
             raise AttributeError(
                 "update_rate: no second moments were read. Set moment_eps=1e-8 in the policy's NormSpec."
@@ -130,7 +134,7 @@ class Totals:
     def finite(self) -> Fact:
         """Fact that every element and every watched scalar is finite, unless a rank has failed.
 
-        No power sum exceeds float64 then either.
+        This implies that no power sum exceeds float64.
         """
         return self.powers_finite & self.watch.finite
 
@@ -138,11 +142,11 @@ class Totals:
     def powers_finite(self) -> Fact:
         """Fact that every element is finite and no power sum exceeds float64, unless a rank has failed."""
         if self.powers.numel() == 1:
-            # One number on the host is read faster than compared in a tensor.
+            # Reading one number on the host is faster than comparing it in a tensor.
             is_free = devices.host_reads_free(self.powers.device)
             return as_fact(math.isfinite(self.powers.item())) if is_free else Fact(self.powers.isfinite()[0])
         with devices.on_one_thread(self.powers.numel(), self.powers.device):
-            # A sum takes an eighth of the time. If it is not finite, it may only have overflowed.
+            # Checking the sum takes an eighth of the time. A sum that is not finite may only have overflowed.
             if devices.host_reads_free(self.powers.device) and math.isfinite(self.powers.sum().item()):
                 return ALWAYS
             return Fact(self.powers.isfinite().all())
@@ -192,14 +196,14 @@ class Totals:
         return coefs if self.failed.host is False else self.failed.select(torch.ones_like(coefs), coefs)
 
     def as_user_dtype(self) -> Tensor:
-        """Return the total norm in the dtype of the user.
+        """Return the total norm in the dtype that the user gets.
 
         It is float32, or float64 if any gradient is float64 or the norm overflows float32. On an accelerator an
         overflow goes unnoticed, because the host does not read the norm.
         """
         norm = self.norm
         if self.failed.host is None:
-            # Power sums of different calls have no norm.
+            # A sum over different calls is not a norm.
             norm = norm.masked_fill(self.failed.on(norm.device), math.nan)
         overflows = devices.host_reads_free(norm.device) and torch.finfo(torch.float32).max < float(norm) < math.inf
         return norm if self.has_fp64.host or overflows else norm.to(torch.float32)
@@ -246,7 +250,7 @@ def start_reduce(
     overlap: bool = True,
     is_same_norm: bool = True,
 ) -> Callable[[], Totals]:
-    """Begin what `reduce` does, and return a function that waits and returns its result.
+    """Begin `reduce`, and return a function that waits and returns its result.
 
     Args:
         partials, spec, comm, read_facts: see `reduce`.
@@ -291,10 +295,10 @@ def gather_facts(totals: Totals, partials: Partials, spec: NormSpec, error: Base
     """Find out why the ranks of a call are not in one ordinary situation.
 
     Args:
-        totals: their `same_call` does not hold, which every rank has read.
+        totals: totals whose `same_call` does not hold. Every rank has read this.
         partials: of this rank.
         spec: the norm that was measured.
-        error: that this rank has run into, or None.
+        error: error of this rank, or None.
         comm: all ranks concerned, all of which call this function.
 
     Returns:
@@ -304,7 +308,7 @@ def gather_facts(totals: Totals, partials: Partials, spec: NormSpec, error: Base
         DistclipError: an error of this rank, or of the lowest other rank with one; on every rank.
         DisagreementError: the ranks make different calls; on every rank.
 
-    Collectives: one gather over `comm`, and for p = ±inf the all-reduce that was put off. Host syncs: none.
+    Collectives: one gather over `comm`, and for p = ±inf the postponed all-reduce of the maximum. Host syncs: none.
     """
     own = own_facts(partials)
     call = partials.call

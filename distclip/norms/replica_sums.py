@@ -31,7 +31,7 @@ ReplicaSums: TypeAlias = dict[ReplicaGroup, Tensor | int]
 """Sum of checksums by replica group, a number or 0-d int64, and not reduced modulo 2^32 yet."""
 
 _FEW = 256
-"""Number of checksums that the host adds up faster than an operator does."""
+"""Number of checksums up to which the host adds faster than an operator."""
 
 _MASK = 2**32 - 1
 
@@ -60,7 +60,7 @@ def sum_by_group(
             if powers is not None:
                 total = _select(powers, positions).sum()
                 steps = (total.log2() * _STEPS_PER_DOUBLING).floor()
-                # An empty or infinite sum has no logarithm, and is compared by nothing else.
+                # A power sum of 0 or infinity has no finite logarithm, and is not compared.
                 sums[group] = torch.where(steps.isfinite(), steps, 0.0).to(torch.int64)
         elif by_host:
             sums[group] = sum(map(numbers.__getitem__, positions))
@@ -108,7 +108,7 @@ def weighted_sum(sums: ReplicaSums, comm: Comm) -> Tensor | int:
     for group, value in sums.items():
         weight, factor = _weight(group.ranks, rank, comm.size), _factor(group)
         on_host = not isinstance(value, Tensor) or devices.host_reads_free(value.device)
-        # int64 overflows to the same low bits.
+        # An overflow of int64 does not change the low bits.
         total = total + weight * (((int(value) if on_host else value) & _MASK) * factor & _MASK)
     return total
 

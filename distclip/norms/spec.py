@@ -29,19 +29,21 @@ class NormSpec:
 
     Args:
         norm_type: p of the norm, > 0; `inf` for the largest element.
-        per: granularity; every unit of it has a slot in the vector of norms.
-        groups: for per="group", {group name: regular expression that is searched in parameter names}, or (by reference)
-            an optimizer, one of its parameter groups, a module or a list of tensors in place of the expression.
-        exclude: a regular expression, or several; parameters with a matching name are measured and never clipped.
+        per: granularity. Each unit has a slot in the vector of norms.
+        groups: for per="group", {group name: regular expression that is searched in parameter names}. Instead of an
+            expression, a group can be a reference: an optimizer, one of its parameter groups, a module or a list of
+            tensors.
+        exclude: a regular expression, or several. Parameters with a matching name are measured but never clipped.
         needs_weights: whether the norms of the parameters are measured as well.
-        moment_eps: ε of Σ g² / max(v, ε²) with the second moments v of the optimizer, which is measured as well, see
-            `distclip.norms.moments`. None to leave it out.
-        limits: (low, high) of an element; gradients are then searched for elements outside of them. None for no search.
-        groups_are_prefixes: the names of groups are those of parameters up to the first "/", and patterns are not used.
+        moment_eps: ε of the sum Σ g² / max(v, ε²) with the second moments v of the optimizer, see
+            `distclip.norms.moments`. None if the sum is not measured.
+        limits: (low, high) of an element. Gradients are searched for elements outside of them. None for no search.
+        groups_are_prefixes: whether the group of a parameter is its name up to the first "/". The patterns are not used
+            then.
         limits_magnitudes: whether `limits` bound the magnitudes of elements, except those of zeros.
 
     Raises:
-        ArgumentError: `groups` or `exclude` has something else than regular expressions.
+        ArgumentError: `groups` or `exclude` is invalid, see `check_groups` and `check_patterns`.
 
     >>> NormSpec(per="tensor").norm_type
     2.0
@@ -88,7 +90,7 @@ def check_patterns(argument: str, patterns: Any) -> tuple[str, ...]:
         patterns: text, or an iterable of texts. Sets are sorted, because their order differs between ranks.
 
     Raises:
-        ArgumentError: it is something else, or not a regular expression, or an empty one, which every name matches.
+        ArgumentError: a pattern is not text, not a regular expression, or empty, so that every name would match it.
 
     >>> check_patterns("exclude", "head"), check_patterns("exclude", ["head", "bias"])
     (('head',), ('head', 'bias'))
@@ -111,7 +113,7 @@ def check_groups(groups: Any) -> dict[str, str]:
         groups: a mapping, or a list of optimizers or of parameter groups, which get names.
 
     Raises:
-        ArgumentError: it is something else.
+        ArgumentError: `groups` is something else.
 
     >>> check_groups({"embedding": "embed"})
     {'embedding': 'embed'}

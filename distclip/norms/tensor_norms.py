@@ -1,7 +1,7 @@
 """Measure the norm of every parameter together with the norms that a policy needs, in one all-reduce.
 
 The measured slots are then finer than the policy's: one for every parameter, or one for every row with a policy per
-row. Both the policy's totals and the parameters' norms are sums of them.
+row. Both the policy's totals and the parameters' norms are computed from them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TensorNorms:
     Args:
         names: parameter names, in the order of their norms.
         policy_slots: the policy's slot that each measured slot is part of. None if they are the same slots.
-        parameters: the parameter that each measured slot is part of, likewise.
+        parameters: the parameter that each measured slot is part of. None if each slot is a parameter.
         num_measured: number of measured slots.
         num_policy_slots: number of slots of the policy.
 
@@ -53,7 +53,7 @@ class TensorNorms:
         if self.policy_slots is None:
             return measured
         index, num_slots = self.policy_slots, self.num_policy_slots
-        # Each is a vector of sums, or of maxima, and so is the coarser one.
+        # Sums of sums are the sums of the coarser slots, and maxima of maxima are their maxima.
         weight_powers = measured.weight_powers
         if weight_powers is not None:
             weight_powers = self._sum(weight_powers, index, measured, num_slots)

@@ -1,7 +1,8 @@
-"""Add up scalars of the user in the all-reduce of a step: a loss, a number of tokens.
+"""Combine scalars of the user, such as a loss or a number of tokens, in the all-reduce of a step.
 
-Each kind of scalar has numbers in the message. `mean` and `sum` have two: the sum of the values, and the number of
-ranks that have one. `max` has a number for each rank, because the all-reduce adds, and the number of ranks.
+The kind of a scalar determines its elements in the message. `mean` and `sum` have two: the sum of the values, and the
+number of ranks that have one. `max` has one element for each rank, because the all-reduce adds, and one for the number
+of ranks that have a value.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class WatchedTotals:
     """Watched scalars of all ranks, the same on each.
 
     Args:
-        values: {name: 0-d}. NaN for a mean or a maximum that no rank has.
+        values: {name: 0-d}. NaN for a mean or a maximum if no rank has a value.
         finite: whether the values of all ranks are finite.
         local: names and values of this rank, to find those that are not finite.
     """
@@ -76,9 +77,9 @@ class Watch:
     """Scalars of one rank in one call.
 
     Args:
-        kinds: (name, reduction) of each, in the order of the names. All ranks must have the same.
+        kinds: (name, reduction) of each, in the order of the names, equal on all ranks.
         values: of this rank. None where it has none.
-        length: least number of elements in the message, which all ranks have agreed on.
+        length: minimum number of elements in the message, on which all ranks have agreed.
     """
 
     kinds: tuple[tuple[str, Reduction], ...] = ()
@@ -120,7 +121,7 @@ class Watch:
         return cls(tuple((name, kind) for name, kind, _ in scalars), [value for _, _, value in scalars])
 
     def num_elements(self, size: int) -> int:
-        """Return the number of elements in the message of a number of ranks."""
+        """Return the number of elements in the message for a given number of ranks."""
         return max(self.length, sum(_KINDS[kind].length(size) for _, kind in self.kinds))
 
     def write(self, like: Tensor, comm: Position) -> Tensor | None:
@@ -138,7 +139,7 @@ class Watch:
         numbers: list[Tensor | float] = []
         for (_, kind), value in zip(self.kinds, self.values, strict=True):
             numbers += _KINDS[kind].write(value, comm)
-        # An earlier call had more scalars, and all messages since then are as long.
+        # If an earlier call had more scalars, all messages since then have its length.
         numbers += [0.0] * (num_elements - len(numbers))
         if host_reads_free(like.device):
             return torch.tensor([float(number) for number in numbers], dtype=like.dtype, device=like.device)
@@ -157,7 +158,7 @@ class Watch:
             values[name], is_finite = _KINDS[kind].read(numbers[first : first + length])
             finite.append(is_finite)
             first += length
-        # Only if the step is not finite are the values of each rank looked at, to name the culprit.
+        # The values of each rank are read only if the step is not finite, to name the scalar that is not.
         names = tuple(f"watch[{name!r}]" for name, _ in self.kinds)
         own = torch.stack([_on_device_of(numbers, 0.0 if value is None else value) for value in self.values])
         return WatchedTotals(values, as_fact(torch.stack(finite).all()), (PerTensorPowers(names, own),))
@@ -169,12 +170,12 @@ NO_WATCH = Watch()
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """Numbers of a kind of scalar in the message.
+    """Encoding of one kind of scalar in the message.
 
     Args:
-        length: their number, by the number of ranks.
-        write: those of this rank, from its value or None.
-        read: the value of all ranks, and whether those of all ranks are finite, from the sums over ranks.
+        length: returns the number of elements for a number of ranks.
+        write: returns the elements of this rank, from its value or None.
+        read: returns the reduced value, and whether the values of all ranks are finite, from the sums over ranks.
     """
 
     length: Callable[[int], int]
@@ -195,7 +196,7 @@ def _read_mean(numbers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _write_max(value: Tensor | float | None, comm: Position) -> list[Tensor | float]:
-    # Every rank has a place, where the others write 0. So the sum over ranks has the values side by side.
+    # Each rank has an element where all other ranks write 0, so the sum over ranks has all values side by side.
     row: list[Tensor | float] = [0.0] * comm.size
     row[comm.rank] = -math.inf if value is None else value
     return [*row, float(value is not None)]
@@ -226,7 +227,7 @@ def _checked_names(watch: Any) -> Mapping[str, Any]:
     """Return the argument of a user.
 
     Raises:
-        ArgumentError: it is no mapping from names, or has too many.
+        ArgumentError: it is not a mapping from names, or has too many names.
     """
     if not isinstance(watch, Mapping) or not all(isinstance(name, str) and name for name in watch):
         raise ArgumentError(f"watch={watch!r:.80}: not a dictionary of names and scalars. {_EXAMPLE}")
@@ -243,7 +244,7 @@ def _checked_scalar(name: str, value: Any) -> tuple[Reduction, Tensor | float | 
     """Return the reduction and the value of a scalar.
 
     Raises:
-        ArgumentError: it is no scalar.
+        ArgumentError: it is not a scalar.
     """
     kind: Any = "mean"
     if isinstance(value, tuple) and len(value) == 2:

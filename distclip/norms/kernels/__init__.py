@@ -5,9 +5,9 @@ Three modules do the same work: `native` with one C call on a CPU, `triton_launc
 `tensor_table` and `native_library` describe tensors to C, and `gpu_tables` describes them to a GPU.
 
 The checksum of a tensor is the sum of its words modulo 2^32. A word is the 32 bits of a float32, either half of a
-float64, or the 16 bits of a bfloat16 or float16 as a signed number. It does not depend on the order of the elements. So
-two tensors with equal elements have equal checksums, whatever their strides are, and a single bit that differs changes
-the checksum.
+float64, or the 16 bits of a bfloat16 or float16 as a signed number. The checksum does not depend on the order of the
+elements. So two tensors with equal elements have equal checksums, whatever their strides are. If a single bit differs,
+the checksums differ.
 """
 
 from __future__ import annotations

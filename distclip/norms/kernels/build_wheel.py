@@ -1,7 +1,8 @@
 """Build wheels for any version of Python, because the kernel has no Python ABI, and an sdist with docs and tests.
 
-pyproject.toml names these commands of setuptools. Nothing of the library imports this module. With the environment
-variable SOURCE_DATE_EPOCH, a time in seconds, both files have the same bytes whenever and wherever they are built.
+pyproject.toml names these commands of setuptools. No part of the library imports this module. If the environment
+variable SOURCE_DATE_EPOCH is set to a time in seconds, both files have the same bytes whenever and wherever they are
+built.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from setuptools.command.sdist import sdist
 __all__ = ["BuildKernel", "BuildSource", "BuildWheel"]
 
 _FOLDERS = (".ci", ".github", "conf", "docker", "docs", "launch", "tests")
-"""Folders of the repository that the sdist has although the wheel does not."""
+"""Folders of the repository that are in the sdist but not in the wheel."""
 
 
 class BuildKernel(build_ext):
-    """Compile native.c to `_native.so`, a name that every Python finds."""
+    """Compile native.c to `_native.so`, a name that every version of Python finds."""
 
     def get_ext_filename(self, fullname: str) -> str:
         """Return the file name without the version of Python."""
@@ -33,7 +34,7 @@ class BuildKernel(build_ext):
 class BuildWheel(bdist_wheel):
     """Tag the wheel py3-none-PLATFORM, or py3-none-any if it has no kernel.
 
-    It has none with the environment variable DISTCLIP_PURE=1, and without a C compiler.
+    It has none if the environment variable DISTCLIP_PURE is 1, or if there is no C compiler.
     """
 
     def run(self) -> None:
@@ -48,7 +49,7 @@ class BuildWheel(bdist_wheel):
         self.skip_build = True
         self.root_is_pure = not any(build_lib.rglob("_native.*"))
         if self.root_is_pure:
-            # Otherwise the files would be in a folder of the wheel for a platform.
+            # Otherwise the files would be in the wheel's folder for one platform.
             self.distribution.ext_modules = []
         super().run()
 
@@ -62,7 +63,7 @@ class BuildSource(sdist):
     """Add the documentation, the tests and the training job to the sdist."""
 
     def make_release_tree(self, base_dir: str, files: list[str]) -> None:
-        """Copy the files, and all files of the folders that no program has made."""
+        """Copy the files, and all files of the folders except generated ones."""
         for folder in _FOLDERS:
             paths = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
             files += [str(path) for path in paths if "__pycache__" not in path.parts and str(path) not in files]
@@ -72,7 +73,7 @@ class BuildSource(sdist):
                 os.utime(path, (int(epoch), int(epoch)))
 
     def make_archive(self, base_name: str, format: str, *args: Any, **options: Any) -> str:
-        """Write the archive, with the time in its header that is given."""
+        """Write the archive, with the given time in its header."""
         path = str(super().make_archive(base_name, format, *args, **{**options, "owner": "root", "group": "root"}))
         if (epoch := os.environ.get("SOURCE_DATE_EPOCH")) is not None and format == "gztar":
             Path(path).write_bytes(gzip.compress(gzip.decompress(Path(path).read_bytes()), mtime=int(epoch)))

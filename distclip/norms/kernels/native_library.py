@@ -62,7 +62,7 @@ def _find_openmp() -> int | None:
 @functools.cache
 def load_library() -> Library | None:
     """Load the C library once. Return None if it was not compiled."""
-    # The file is not a Python module. Its finder knows the suffix that the build gave to it.
+    # The file is not a Python module, but the import system finds it by the suffix that the build gave it.
     spec = importlib.util.find_spec("distclip.norms.kernels._native")
     try:
         return None if spec is None or spec.origin is None else Library(spec.origin)

@@ -44,7 +44,7 @@ _ROWS = 1 << 11
 """Number of rows at a time: 4 MB."""
 
 _LARGE = 1 << 20
-"""Number of elements for which several operators cost less than slow float64 units."""
+"""Number of elements above which several float32 operators cost less than slow float64 units."""
 
 _UNDERFLOW = 1.2e-31
 """Least average square for which a float32 sum is exact enough.
@@ -107,7 +107,7 @@ def power_sum(grad: Tensor, norm_type: float) -> Tensor:
     values = _values(grad)
     if _sums_in_float32(values, norm_type):
         return _power_in_float32(values, norm_type)
-    # float64 has half the throughput on a CPU, so that large sums of squares take the float32 path.
+    # float64 has half the throughput on a CPU, so large sums of squares take the float32 path.
     if norm_type == 2 and values.device.type == "cpu" and values.numel() >= _ROW * 8 and _is_narrow(values.dtype):
         return _square_sum(values)
     powers = [_power(chunk, norm_type) for chunk in _chunks(values)]
@@ -135,7 +135,7 @@ def checksum(tensor: Tensor) -> Tensor:
     # A view as integers needs elements that are next to each other, which those of a slice with a stride are not.
     values = values.contiguous().view(-1)
     words = values.view({1: torch.uint8, 2: torch.int16}.get(values.element_size(), torch.int32))
-    # Summed as int64, which copies the words, so that a large tensor is summed in pieces.
+    # A sum in int64 copies the words, so a large tensor is summed in pieces.
     pieces = torch.split(words, _CHUNK.get(words.device.type, 1 << 24))
     sums = [piece.to(torch.int64).sum() for piece in pieces]
     return (sums[0] if len(sums) == 1 else torch.stack(sums).sum()) & 0xFFFFFFFF
@@ -175,7 +175,7 @@ def row_index(grad: Tensor) -> Tensor:
 
 def combine(values: Tensor, norm_type: float) -> Tensor:
     """Combine the power sums of several pieces, (n,), into one."""
-    # Not by math.isinf, which torch.compile does not trace for a number that changes between calls.
+    # math.isinf is avoided, because torch.compile cannot trace it for a number that changes between calls.
     return values.amax() if norm_type in (math.inf, -math.inf) else values.sum()
 
 
@@ -197,7 +197,7 @@ def _is_narrow(dtype: torch.dtype) -> bool:
 
 def _sums_together(tensors: Sequence[Tensor]) -> Tensor:
     """Compute Σg² of each of several small dense tensors of one dtype."""
-    # For a single tensor, `flat` is a view of the gradient, so that it must not be squared in place.
+    # For a single tensor, `flat` is a view of the gradient, so it must not be squared in place.
     flat = torch._utils._flatten_dense_tensors(tensors).to(torch.float64)  # type: ignore[no-untyped-call]
     return torch.segment_reduce(flat * flat, "sum", lengths=torch.tensor([tensor.numel() for tensor in tensors]))
 
@@ -240,7 +240,7 @@ def _row_power(piece: Tensor, norm_type: float) -> Tensor:
 
 def _foreach_power_sums(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """Compute Σ|g|^p of each dense tensor on a device that prefers multi-tensor operators."""
-    # One operator for all tensors, except for large ones where float64 is slow: they would wait for it.
+    # One operator measures all tensors, except large ones where float64 is slow, which take the float32 path.
     slow = [i for i, tensor in enumerate(tensors) if tensor.numel() >= _LARGE and _sums_in_float32(tensor, norm_type)]
     small = [tensor[:0] if i in slow else tensor for i, tensor in enumerate(tensors)] if slow else tensors
     norms = torch._foreach_norm([t if t.numel() else t.new_zeros(1) for t in small], norm_type, torch.float64)
@@ -266,7 +266,7 @@ def _sums_in_float32(values: Tensor, norm_type: float) -> bool:
 def _power_in_float32(values: Tensor, norm_type: float) -> Tensor:
     """Compute Σ|g|^p of a tensor with few float64 operations, or none.
 
-    Two for 32 elements, and none on a device without float64.
+    It takes two of them for 32 elements, and none on a device without float64.
     """
     return _row_powers_in_float32(flatten(values).view(1, -1), norm_type)[0]
 
@@ -289,7 +289,7 @@ def _row_powers_in_float32(matrix: Tensor, norm_type: float) -> Tensor:
 def _sum_groups(terms: Tensor) -> Tensor:
     """Add up groups of 32 numbers of each row.
 
-    In two steps, so that no number takes part in more than ten roundings.
+    This takes two steps, so that no number takes part in more than ten roundings.
     """
     return _fold(_fold(terms, 4).sum(2), 8).sum(2)
 
@@ -297,8 +297,8 @@ def _sum_groups(terms: Tensor) -> Tensor:
 def _sum_as_pairs(high: Tensor) -> Tensor:
     """Add up float32 numbers ≥ 0 of each row as pairs of float32 numbers, and round the sums.
 
-    Added to a large number and subtracted from it again, each number keeps bits that are multiples of one number. There
-    are few enough of these bits that their sum is exact in any order. What is left is 2^-11 of the sum at most.
+    A large number is added to each number and subtracted again. This keeps the high bits, which are multiples of one
+    common unit, and few enough that their sum is exact in any order. What is left over is at most 2^-11 of the sum.
 
     Source: Rump, Ogita, Oishi, "Accurate floating-point summation part I: faithful rounding", SIAM J. Sci. Comput. 31
     (2008), section 3.
@@ -311,12 +311,12 @@ def _sum_as_pairs(high: Tensor) -> Tensor:
         total, lost = first.sum(2), ((pieces - first) + rest).sum(2)
         high = total + lost
         low = lost - (high - total)
-    # Infinity minus infinity is NaN in a pair.
+    # A pair with an infinity becomes NaN, because infinity minus infinity is NaN.
     return torch.where(whole.isfinite(), high[:, 0], whole)
 
 
 _PAIRS = 2048
-"""Number of pairs that are added up at a time: so many multiples of one number, of 12 bits each, fit into 24 bits."""
+"""Number of pairs that are added up at a time. A sum of so many 12-bit multiples of one unit fits into 24 bits."""
 
 
 def _fold(matrix: Tensor, length: int) -> Tensor:

@@ -109,8 +109,8 @@ def _add_run(high, low, run):
 @triton.jit
 def _sum_lanes(high, low):
     """Return the sum of all lanes as a pair of float32 numbers. `high` must be finite and not negative."""
-    # Added to a large number and subtracted from it again, each lane keeps bits that are multiples of one number. There
-    # are few enough of these bits that their sum is exact in any order. What is left is 2^-11 at most.
+    # A large number is added to each lane and subtracted again. This keeps the high bits, which are multiples of one
+    # common unit, and few enough that their sum is exact in any order. What is left over is at most 2^-11 of the sum.
     large = tl.max(high, 0) * 6144.0
     first = (high + large) - large
     return tl.sum(first, 0), tl.sum((high - first) + low, 0)
@@ -138,7 +138,7 @@ def _store_pair(position, high, low, exponent):
         bits = value.to(tl.int64, bitcast=True) - (exponent.to(tl.int64) << 52)
         tl.store(position, bits.to(tl.float64, bitcast=True))
     else:
-        # In four steps, each of which is a normal float32 number.
+        # The factor is applied in four parts, each of which is a normal float32 number.
         factor = ((127 - exponent // 4) << 23).to(tl.float32, bitcast=True)
         last = ((127 - (exponent - exponent // 4 * 3)) << 23).to(tl.float32, bitcast=True)
         tl.store(position, high * factor * factor * factor * last)
@@ -293,7 +293,7 @@ def scale(
     """Multiply this program's chunk by its tensor's factor, or by the only one if per_tensor is 0."""
     pointer, count, tensor = _find_chunk(addresses, lengths, tensor_of, start_of, ELEMENT, CHUNK, ALIGNED)
     coef = tl.load(coefs + tensor * per_tensor)
-    # The usual case of a step that is not clipped: no memory traffic.
+    # A step that is not clipped, the usual case, costs no memory traffic.
     if coef != 1.0:
         factor = coef if tl.float64 == ELEMENT else coef.to(tl.float32)
         lanes = tl.arange(0, BLOCK)

@@ -25,7 +25,7 @@ __all__ = ["check_triton", "checksums", "power_sums", "scale_"]
 _OPTIONS = {"num_warps": 4 if torch.version.hip else 8, "enable_fp_fusion": True}
 
 OLDEST_TRITON = (3, 6)
-"""Oldest version that the kernels are compiled with: that of the oldest torch."""
+"""Oldest version that can compile the kernels, which is that of the oldest supported torch."""
 
 
 def check_triton() -> None:
