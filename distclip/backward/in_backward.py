@@ -95,8 +95,8 @@ class InBackward:
     """Clips, steps and frees gradients within backward. Use `GradClipper.in_backward`.
 
     Args:
-        engine: of the clipper.
-        policy: of the clipper.
+        engine: engine of the clipper.
+        policy: policy of the clipper.
         optimizers: see `GradClipper.in_backward`.
     """
 
@@ -352,7 +352,7 @@ class InBackward:
         """Step the units whose norms have been summed.
 
         Args:
-            backward: that runs.
+            backward: the backward pass that runs.
             wait: wait for all that have been sent. Otherwise this rank must not wait: another rank that has no
                 gradient for a unit may be waiting for this rank in a collective of the model.
         """

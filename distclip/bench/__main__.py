@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark and print its tables.
 
     Args:
-        arguments: of the command line. None for those of the process.
+        arguments: arguments of the command line. None for those of the process.
 
     Returns:
         The exit status.

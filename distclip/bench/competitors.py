@@ -27,7 +27,7 @@ class Competitor:
     """One way to clip the gradients of a case.
 
     Args:
-        name: in the table.
+        name: name in the table.
         call: the timed function. It returns the norm, or None if it computes none.
         prepare: called before each call, untimed.
         own: whether this is distclip.
@@ -44,7 +44,7 @@ class Setup:
     """Parameters with gradients, and the competitors that clip them.
 
     Args:
-        parameters: of this rank. Each has a gradient.
+        parameters: parameters of this rank. Each has a gradient.
         competitors: the first one is the baseline.
     """
 
@@ -87,7 +87,7 @@ def drop_ins(parameters: Sequence[Tensor], bound: Bound, against: Sequence[str] 
     """Return the `clip_grad_norm_` of torch, distclip and other libraries as competitors.
 
     Args:
-        parameters: with gradients.
+        parameters: parameters with gradients.
         bound: the max_norm.
         against: keys of `OTHERS`. Each is imported.
 
@@ -115,9 +115,9 @@ def clipper(
     """Return a `GradClipper` as a competitor. It is constructed here, untimed.
 
     Args:
-        parameters: of the clipper.
-        policy: of the clipper.
-        name: in the table.
+        parameters: parameters of the clipper.
+        policy: policy of the clipper.
+        name: name in the table.
         prepare: see `Competitor`.
     """
     grad_clipper = distclip.GradClipper(parameters, policy)

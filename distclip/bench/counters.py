@@ -35,9 +35,10 @@ class Counts:
     """Costs of one call on one rank.
 
     Args:
-        bytes_read: of gradients, by the operators that torch dispatches and by the kernels of distclip.
-        bytes_written: of gradients, by the operators that torch dispatches. At least the bytes of all gradients that
-            have changed.
+        bytes_read: bytes of gradients that are read, by the operators that torch dispatches and by the kernels of
+            distclip.
+        bytes_written: bytes of gradients that are written, by the operators that torch dispatches. At least the bytes
+            of all gradients that have changed.
         collectives: number of collectives of any kind.
         peak_bytes: highest amount of memory allocated during the call, above the amount before it.
         norm_error: relative to a float64 norm. None if the call returns no norm.

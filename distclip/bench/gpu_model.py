@@ -40,12 +40,13 @@ class Gpu:
     """Rates of a GPU by its data sheet.
 
     Args:
-        name: of the card.
+        name: name of the card.
         architecture: compute capability times ten.
-        bandwidth: of the memory, bytes/s.
+        bandwidth: bandwidth of the memory, bytes/s.
         float32: floating-point operations/s, two for a fused multiply-add.
         float64: likewise.
-        conversions_per_clock: from and to float64, on one multiprocessor, where `float32` is 128 lanes.
+        conversions_per_clock: number of conversions from and to float64, on one multiprocessor, where `float32` is 128
+            lanes.
     """
 
     name: str
@@ -92,13 +93,13 @@ class Work:
 
     Args:
         who: "distclip" or "torch".
-        dtype: of the gradients.
+        dtype: dtype of the gradients.
         clipped: whether the step multiplies the gradients.
         bytes: read and written.
         instructions: all that are issued in the main loop.
         integer: those of them that run at half the rate: integers, bits, minimum and maximum.
         float64: float64 instructions.
-        conversions: from and to float64.
+        conversions: number of conversions from and to float64.
         other_conversions: between float32 and bfloat16.
     """
 

@@ -33,7 +33,7 @@ class GPT(nn.Module):
     Args:
         scale: 1 for the real width and vocabulary, smaller for tests.
         layers: number of blocks.
-        width: of the residual stream, at scale 1.
+        width: width of the residual stream, at scale 1.
     """
 
     def __init__(self, scale: float = 1.0, layers: int = 12, width: int = 768) -> None:
@@ -74,7 +74,7 @@ class Tiny(nn.Module):
 
     Args:
         count: number of parameters, a multiple of four.
-        width: of each layer.
+        width: width of each layer.
     """
 
     def __init__(self, count: int, width: int = 16) -> None:
@@ -93,7 +93,7 @@ class Adapters(nn.Module):
 
     Args:
         count: number of adapters.
-        width: of the layer.
+        width: width of the layer.
     """
 
     def __init__(self, count: int, width: int = 512) -> None:

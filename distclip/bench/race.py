@@ -22,11 +22,11 @@ class Options:
     Args:
         device: "cpu" or "cuda".
         rounds: number of timed calls of each competitor.
-        seed: of the gradients and of the order of competitors.
+        seed: seed of the gradients and of the order of competitors.
         world: number of ranks of the sharded cases. None for the default.
         threads: torch threads in each process. None for the default.
         against: other libraries to include, see `competitors.OTHERS`.
-        scale: of the models, below 1 for tests.
+        scale: scale of the models, below 1 for tests.
     """
 
     device: str = "cpu"
@@ -49,7 +49,7 @@ def race(
 
     Args:
         setup: the gradients and the competitors.
-        options: of the benchmark.
+        options: options of the benchmark.
         advance: called after each round.
         barrier: called before each timed call.
         share_error: takes the error of this rank, and returns the first error of all ranks.

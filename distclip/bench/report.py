@@ -19,11 +19,11 @@ class Report:
     """Outcomes of all cases, with the machine and the versions.
 
     Args:
-        path: of the JSON file. None for no file.
+        path: path of the JSON file. None for no file.
         machine: see `machine.machine`.
         versions: see `machine.versions`.
-        command: that repeats the benchmark.
-        outcomes: of the cases so far.
+        command: command that repeats the benchmark.
+        outcomes: outcomes of the cases so far.
     """
 
     path: Path | None

@@ -17,11 +17,11 @@ class Standing:
     """Result of one competitor in a case.
 
     Args:
-        name: of the competitor.
+        name: name of the competitor.
         own: whether it is distclip.
         samples: one per round. Empty if the competitor failed.
-        counts: of other costs, if they were counted.
-        error: that excluded the competitor.
+        counts: counts of other costs, if they were counted.
+        error: error that excluded the competitor.
     """
 
     name: str
@@ -36,12 +36,12 @@ class Outcome:
     """Result of a case.
 
     Args:
-        name: of the case.
+        name: name of the case.
         title: description in one line.
         world: number of ranks, 1 for a local case.
-        threads: of torch, on each rank.
+        threads: number of threads of torch on each rank.
         tensors: number of gradients.
-        bytes: of all gradients on one rank.
+        bytes: number of bytes of all gradients on one rank.
         standings: one per competitor. The first one is the baseline.
     """
 

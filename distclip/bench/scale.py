@@ -76,10 +76,10 @@ class Costs:
         layout: name of the layout.
         num_ranks: size of the job.
         operations, sent, received: largest number of store operations and of bytes of any rank.
-        cpu_seconds: of one rank.
+        cpu_seconds: CPU seconds of one rank.
         peak_bytes: memory that one rank allocates.
         store_operations, store_bytes: sums over all ranks, for a rendezvous.
-        wall_seconds: of the simulation.
+        wall_seconds: wall-clock seconds of the simulation.
     """
 
     case: str
@@ -314,8 +314,8 @@ class _WeightedComm:
     """Communicator of a thread that stands for several ranks with the same parameters.
 
     Args:
-        exchange: of all threads.
-        index: of the thread.
+        exchange: exchange of all threads.
+        index: index of the thread.
         rank: the lowest rank that it stands for.
         size: number of ranks of the job.
         weight: number of ranks that it stands for.

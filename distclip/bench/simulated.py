@@ -221,7 +221,7 @@ def run_ranks(
         function: called with the store of a rank, possibly several times. It must do the same each time, given the same
             answers.
         size: number of ranks.
-        seed: of the order in which operations of different ranks follow each other. None to run each rank until it
+        seed: seed of the order in which operations of different ranks follow each other. None to run each rank until it
             blocks.
 
     Returns:

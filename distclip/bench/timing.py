@@ -44,10 +44,10 @@ def time_interleaved(
     """Time the competitors against each other.
 
     Args:
-        competitors: to time.
+        competitors: competitors to time.
         rounds: number of timed calls of each competitor, after a warm-up.
-        seed: of the order, so that all ranks have the same order.
-        device: that is synchronized before and after a call.
+        seed: seed of the order, so that all ranks have the same order.
+        device: device that is synchronized before and after a call.
         barrier: called right before each timed call.
         advance: called after each round.
 

@@ -41,7 +41,7 @@ def on_ranks(
         job: a function that is importable by name.
         size: number of ranks.
         device: "cpu" (gloo) or "cuda" (nccl).
-        threads: of torch on each rank. None to share the processors.
+        threads: number of threads of torch on each rank. None to share the processors.
         advance: called in this process whenever rank 0 calls its `advance`.
         kwargs: picklable.
 

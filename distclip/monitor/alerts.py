@@ -1,4 +1,4 @@
-"""Tell people about steps that stand out: call functions, or post to a webhook without waiting for it."""
+"""Send alerts about unusual steps: call functions, or post to a webhook without waiting for it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MIN_RATIO = 3.0
 """Minimum ratio of a norm to the running median for an alert, as for a spike of the analysis."""
 
 MAX_PENDING = 100
-"""Maximum number of alerts that wait for a webhook. Further ones are dropped."""
+"""Maximum number of alerts that wait for a webhook. Any more are dropped."""
 
 MAX_IDS = 100
 """Maximum number of sample ids of an alert."""
@@ -43,7 +43,7 @@ class Webhook:
 
     Args:
         url: http:// or https://.
-        headers: of the requests, such as {"Authorization": "Bearer …"}.
+        headers: headers of the requests, such as {"Authorization": "Bearer …"}.
         timeout: seconds that one post may take.
 
     Raises:
@@ -54,7 +54,7 @@ class Webhook:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ArgumentError(f"alerts={url[:60]!r}: not the URL of a webhook. Use https://HOST/PATH.")
-        # The path of a webhook is a secret, so that no message contains it.
+        # The path of a webhook is a secret, so no message contains it.
         self._name = f"{parts.scheme}://{parts.hostname}/…"
         self._url, self._timeout = url, timeout
         self._headers = {"Content-Type": "application/json", **(headers or {})}
@@ -111,16 +111,16 @@ def to_alerts(alerts: Any) -> tuple[Alert, ...]:
 
 
 def make_alert(line: Mapping[str, Any], path: Path, names: Sequence[str] = ()) -> dict[str, Any] | None:
-    """Return an alert about the line of a step, or None if the step does not deserve one.
+    """Return an alert about the line of a step, or None if the step needs none.
 
     Args:
-        line: of a step: see `distclip.monitor.jsonl`.
-        path: of the file of the run.
-        names: of the slots or tensors that `update_slot` counts.
+        line: line of a step: see `distclip.monitor.jsonl`.
+        path: path of the file of the run.
+        names: names of the slots or tensors that `update_slot` counts.
 
     Returns:
-        `kind` ("nonfinite", "replicas", "spike" or "update"), `step`, `norm`, `run` and `text`, and as far as known
-        `ratio` to the running median, `loss`, `ids`, `worst`, `culprits`, `replicas`, and of an update `rms` and
+        `kind` ("nonfinite", "replicas", "spike" or "update"), `step`, `norm`, `run` and `text`. If known, also the
+        `ratio` to the running median, `loss`, `ids`, `worst`, `culprits` and `replicas`, and for an update `rms` and
         `tensor`.
 
     >>> make_alert({"step": 7, "norm": 9.0, "spike": 6.0, "loss": 2.5}, Path("run/metrics.jsonl"))["text"]

@@ -32,7 +32,7 @@ SERVER_PACKAGES = {"starlette", "uvicorn"}
 DIVERGED, FOUND = 3, 4
 """Exit statuses of `--check`.
 
-The first means that a run diverged, the second that none did, and that one recovered or has a finding."""
+The first means that a run diverged. The second means that no run diverged, but one recovered or has a finding."""
 
 EXAMPLES = {
     "": """\
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Without arguments, print the help.
 
     Args:
-        arguments: of the command line; None for those of the process.
+        arguments: arguments of the command line; None for those of the process.
 
     Returns:
         The exit status: 0; 1 with a line on stderr if a run cannot be analyzed or a package is missing; with `--check`,
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader of the pipe, such as `| head`, is gone. Python would fail to flush stdout at its exit.
+        # The reader of the pipe, such as `| head`, has exited. Python would then fail to flush stdout at its own exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ModuleNotFoundError as error:
@@ -128,13 +128,13 @@ def _run(args: argparse.Namespace) -> int:
                 logs = read_all(_select_runs(args), Keys(args.norm, args.loss))
         for warning in caught:
             _fail(args, str(warning.message))
-        # A command that follows runs reads them itself, and adds what it has read last.
+        # A command that follows runs reads them itself, and adds its last log to the list.
         command(args, logs)
         sys.stdout.flush()
         return _check(logs) if args.check else 0
     except RunError as error:
         status = _fail(args, str(error))
-        # There is no bound for a run that diverged, but a verdict.
+        # A run that diverged has no bound, but it has a verdict.
         return (_check(logs) if args.check and logs else 0) or status
     except OSError as error:
         if error.filename is None:
@@ -278,7 +278,7 @@ def _fail(args: argparse.Namespace, text: str) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Parser whose errors end with the nearest valid word, as those of argparse do from Python 3.14 on."""
+    """Parser whose errors suggest the nearest valid word, as argparse itself does since Python 3.14."""
 
     def error(self, message: str) -> NoReturn:
         """Print the usage and an error, and exit with 2."""

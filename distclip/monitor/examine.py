@@ -29,25 +29,25 @@ from .sample_norms import PerSample, Precision, per_sample, without_autocast
 __all__ = ["BatchFunction", "Examination", "Examiner", "judge", "with_ids", "write_examination"]
 
 TOLERANCE = 1e-3
-"""Maximum relative difference between the norms of a step and its replay, if nothing but the order of sums differs."""
+"""Maximum relative difference between the norms of a step and its replay if only the order of sums differs."""
 
 NUMERICS_FACTOR = 2.0
-"""Minimum factor between the norms in the precision of the run and in float32, if the precision is the cause."""
+"""Minimum factor between the norms in the run's precision and in float32 for the precision to be the cause."""
 
 DATA_FACTOR = 4.0
-"""Minimum ratio of the largest part of a sample to the median part, if the sample is the cause."""
+"""Minimum ratio of the largest part of a sample to the median part for the sample to be the cause."""
 
 ALL_FACTOR = 2.0
-"""Minimum ratio of the norm that median samples would have to the usual norm, if all samples are larger than usual."""
+"""Minimum ratio of the norm that median samples would give to the usual norm for all samples to count as large."""
 
 ONE_FACTOR = 16.0
-"""Minimum ratio of the largest part to the median part, if the sample is the cause although all parts are large.
+"""Minimum ratio of the largest part to the median part for the sample to be the cause although all parts are large.
 
-Through a batch norm a sample has an effect on the gradients of the others.
+Through a batch norm, one sample affects the gradients of the others.
 """
 
 NUM_SAMPLES = 10
-"""Number of samples that a file lists."""
+"""Number of samples that the file of a step lists."""
 
 BatchFunction = Callable[[int], Tensor]
 """Function of the number of a step that computes the loss of its batch again, with gradients."""
@@ -58,13 +58,13 @@ class Sample:
     """A sample's part of the gradient.
 
     Args:
-        index: in the batch of its rank.
-        norm: of its part; NaN or infinite if the part is not finite.
-        position: with the largest part, such as that of a token; None without positions.
+        index: index in the batch of its rank.
+        norm: norm of its part; NaN or infinite if the part is not finite.
+        position: position with the largest part, such as that of a token; None without positions.
         token: input at that position, if inputs are integers.
-        tensor: with the largest part of the sample.
-        rank: that had the sample.
-        id: that the run noted.
+        tensor: tensor with the largest part of the sample.
+        rank: rank that had the sample.
+        id: id that the run noted.
     """
 
     index: int
@@ -82,16 +82,16 @@ class Examination:
 
     Args:
         step: number of the clipper call.
-        norm: of the step; NaN if it was not finite.
-        ratio: of the norm to the running median; NaN if it was not finite.
-        replayed: norm of the replay in the precision of the run; NaN likewise.
+        norm: norm of the step; NaN if it was not finite.
+        ratio: ratio of the norm to the running median; NaN if it was not finite.
+        replayed: norm of the replay in the precision of the run; NaN if it was not finite.
         float32: norm of the replay without autocast; None if the run had none.
         is_faithful: whether the replay used as many random numbers as the step.
         changed: tensor whose norm on this rank differs most between step and replay, and the relative difference.
-        samples: those of this rank with the largest parts, in descending order.
-        median: of the norms of this rank's samples.
+        samples: the samples of this rank with the largest parts, in descending order.
+        median: median of the norms of this rank's samples.
         total: sum of the norms of this rank's samples.
-        num_samples: on this rank.
+        num_samples: number of samples on this rank.
         missing: share of the squared norm of each tensor without norms per sample.
         error: text of an exception that ended the replay; empty if none did.
     """
@@ -115,7 +115,7 @@ class Examiner:
     """Detects the first outliers of a run, and replays each before the optimizer moves parameters.
 
     Args:
-        clipper: that makes the steps.
+        clipper: clipper that makes the steps.
         batch_fn: computes the loss of a step's batch again.
         limit: maximum number of replays.
     """
@@ -136,18 +136,17 @@ class Examiner:
         """Replay this step if it is an outlier.
 
         Args:
-            outcome: of the step.
+            outcome: outcome of the step.
             may_replay: returns whether all ranks have this examiner.
 
-        Collectives: none for an ordinary step. For an outlier those of two forward and backward passes, and of up to
-        two norms.
-        Host syncs: one on an accelerator.
+        Collectives: none for an ordinary step. An outlier has those of two forward and backward passes, and of up to
+        two norms. Host syncs: one on an accelerator.
         """
         if self.is_done:
             return
         norm = float(outcome.totals.norm)
         found = [ratio for _, ratio in self._detector.detect([norm]) if not ratio < MIN_RATIO]
-        # The norm is equal on all ranks, so that all of them replay the step or none does.
+        # The norm is equal on all ranks, so either all of them replay the step or none does.
         if found and may_replay():
             self._left -= 1
             self.pending[outcome.step] = self._replay(outcome, norm, found[0])
@@ -171,7 +170,7 @@ class Examiner:
                     examination = replace(examination, float32=self._norm(scale))
                 examination = _add_samples(examination, samples, 1.0 if scale is None else float(scale))
             except Exception as error:
-                # All ranks have raised here, or none.
+                # Either all ranks raise here or none does.
                 examination = replace(examination, error=f"{type(error).__name__}: {error}"[:500])
             finally:
                 _restore(after)
@@ -184,7 +183,7 @@ class Examiner:
             The measurement, and whether any rank used autocast.
 
         Raises:
-            RuntimeError: the function failed on some rank. On every rank.
+            RuntimeError: the function failed on some rank. It is raised on every rank.
 
         Collectives: those of the model, and one gather.
         """
@@ -308,8 +307,8 @@ def judge(by_rank: Sequence[Examination], ranks: Sequence[int], replicas_differ:
     if not math.isfinite(worst.norm) and math.isfinite(median):
         evidence = f"{where} has a part of the gradient that is not finite. The median sample has {median:.3g}."
         return document | {"verdict": "data", "evidence": evidence} | fields
-    # Where one sample is the cause, the parts of the others are usual. Where parameters are, all are larger, and differ
-    # more than usual.
+    # If one sample is the cause, the other samples have parts of the usual size. If the parameters are the cause, all
+    # parts are larger, and differ more than usual.
     usual = first.norm / first.ratio
     median_norm = median * math.sqrt(document["num_samples"]) / len(by_rank)
     are_all_large = median_norm >= ALL_FACTOR * usual
@@ -325,7 +324,7 @@ def judge(by_rank: Sequence[Examination], ranks: Sequence[int], replicas_differ:
 
 
 def with_ids(one: Examination, ids: Sequence[Any]) -> Examination:
-    """Add the ids of samples, if the rank noted one for each of its samples."""
+    """Add the ids of samples, if the rank noted one id for each of its samples."""
     if len(ids) != one.num_samples:
         return one
     return replace(one, samples=tuple(replace(sample, id=ids[sample.index]) for sample in one.samples))
@@ -392,7 +391,7 @@ def _powers_by_name(per_tensor_powers: Sequence[PerTensorPowers]) -> dict[str, f
 
 @contextmanager
 def _keeping_gradients(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Restore the gradients at the end, in the tensors that hold them, which a backward pass may write."""
+    """Restore the gradients at the end, in the same tensors, because a backward pass may write into them."""
     before = [(tensor, tensor.grad, None if tensor.grad is None else tensor.grad.clone()) for tensor in tensors]
     try:
         yield

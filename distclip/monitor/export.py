@@ -29,7 +29,7 @@ def export(log: Log, target: str, directory: Path) -> list[Path]:
     Args:
         log: run to export.
         target: key of `FORMATS`.
-        directory: to write to. It is created if it does not exist.
+        directory: directory to write to. It is created if it does not exist.
 
     Returns:
         Paths that were written.
@@ -61,7 +61,7 @@ def _steps(log: Log) -> dict[str, NDArray[Any]]:
 
 
 def _spikes(log: Log) -> dict[str, NDArray[Any]]:
-    """Return what a recorder wrote about outliers, for the table of steps. IDs are a JSON list."""
+    """Return a recorder's details of outliers as columns of the table of steps. IDs are a JSON list."""
     if not log.spikes:
         return {}
     columns = {key: np.full(len(log.steps), None, object) for key in ("ids", "worst_rank", "worst_tensor")}

@@ -5,9 +5,9 @@ input a and output gradient b. Its norm needs only T × T products:
 
 .. math:: \|G_i\|^2 = \sum_{s,t} \langle a_{is}, a_{it} \rangle \langle b_{is}, b_{it} \rangle
 
-That is the ghost norm of Goodfellow (2015) and Li et al. (2022). The products are symmetric, so that only one of the
-halves below and above the diagonal is computed. If T is so large that :math:`G_i` is cheaper, a few gradients at a time
-are formed and dropped (Bu et al. 2022). A convolution is a linear layer of the patches of its input.
+This is the ghost norm of Goodfellow (2015) and Li et al. (2022). The products are symmetric, so only those on one side
+of the diagonal are computed. If T is so large that :math:`G_i` itself is cheaper, gradients are formed and dropped a
+few at a time (Bu et al. 2022). A convolution is a linear layer over the patches of its input.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ MAX_GRAM = 1 << 24
 """Maximum number of elements of a block of products, patches or gradients."""
 
 LEAF = 32
-"""Number of positions whose products are computed at once, although they are symmetric."""
+"""Number of positions whose products are computed at once, both sides of the diagonal."""
 
 MIN_SQUARE, MAX_SQUARE = 1e-15, 1e14
-"""Squared norms of positions whose squares and sums are exact enough in float32."""
+"""Range of squared norms of positions whose squares and sums are exact enough in float32."""
 
 
 Products = list[Tensor]
-"""Products of the positions of each sample: of halves, of halves of halves, and last of leaves with themselves."""
+"""Products of the positions of each sample: of its halves, of the halves of each half, and so on, and of each leaf."""
 
 
 class Use(ABC):
     """One use of a parameter in a forward pass: the parts of its per-sample gradients.
 
     Args:
-        scale: (samples,) factor that was taken out of the parts, so that squares do not overflow. None for 1. It is
+        scale: (samples,) factor that the parts were divided by, so that squares do not overflow. None for 1. It is
             valid after `squares`.
     """
 
     scale: Tensor | None = None
     num_positions: int | None = None
-    """Number of positions, if the gradient is a sum of parts of positions."""
+    """Number of positions, if the gradient is a sum over positions."""
 
     @abstractmethod
     def squares(self) -> Tensor:
@@ -60,7 +60,7 @@ class Use(ABC):
         """Return the elements of one sample's gradient, without the scale."""
 
     def position_squares(self) -> Sequence[Tensor]:
-        """Return (samples, positions) factors of the squared norms of parts without the scale.
+        """Return (samples, positions) factors of the squared norms of the parts, without the scale.
 
         Raises:
             NotImplementedError: there are no positions.
@@ -76,7 +76,7 @@ class Use(ABC):
         return None
 
     def vectors(self) -> Tensor | None:
-        """Return the (samples, elements) gradients if they are formed anyway."""
+        """Return the (samples, elements) gradients if this use forms them anyway."""
         return None
 
 
@@ -86,7 +86,7 @@ class Outer(Use):
     Args:
         left: (samples, positions, out) output gradients.
         right: (samples, positions, in) inputs.
-        cache: of the products of the inputs, which belong to several layers with the same inputs.
+        cache: cache of the products of the inputs. Layers with the same inputs share it.
     """
 
     def __init__(self, left: Tensor, right: Tensor, cache: dict[str, Products] | None = None) -> None:
@@ -96,7 +96,7 @@ class Outer(Use):
 
     def squares(self) -> Tensor:
         """Return the squared norms."""
-        # Reading all elements before the products are computed would take longer than the check afterwards.
+        # Checking the result is faster than reading all elements before the products are computed.
         squares, norms = self._squares(self._cache)
         if not _is_exact(squares if norms is None else torch.stack(norms).amax(2)):
             (self.left, one), (self.right, other) = _normalize(self.left), _normalize(self.right)
@@ -106,7 +106,7 @@ class Outer(Use):
         return squares
 
     def _squares(self, cache: dict[str, Products] | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Return the squared norms, and those of positions if they are computed for them."""
+        """Return the squared norms, and those of positions if they are a by-product."""
         left, right = self.left, self.right
         positions, rows, columns = left.shape[1], left.shape[2], right.shape[2]
         if positions == 1:
@@ -141,12 +141,12 @@ class Outer(Use):
 
 
 class Rows(Use):
-    """Weight of an embedding: output gradients that are added to rows.
+    """Weight of an embedding: a sum of output gradients in rows.
 
     Args:
         ids: (samples, positions) rows.
         grads: (samples, positions, columns) output gradients.
-        num_rows: of the weight.
+        num_rows: number of rows of the weight.
     """
 
     def __init__(self, ids: Tensor, grads: Tensor, num_rows: int) -> None:
@@ -212,7 +212,7 @@ class Convolution(Use):
     """Weight of a convolution: outer products of output gradients and patches of the input.
 
     Args:
-        layer: of the weight.
+        layer: layer of the weight.
         inputs: (rows, channels, ...), padded.
         grads: (rows, channels, ...) output gradients.
         num_samples: each has the same number of consecutive rows.
@@ -235,7 +235,7 @@ class Convolution(Use):
 
     def squares(self) -> Tensor:
         """Return the squared norms."""
-        # A transposed convolution has patches of its output.
+        # A transposed convolution takes patches of its output instead.
         images, maps = (self.grads, self.inputs) if self.layer.transposed else (self.inputs, self.grads)
         num_patches = maps[0, 0].numel()
         patch_size = images.shape[1] * math.prod(self.layer.kernel_size)
@@ -272,7 +272,7 @@ class Convolution(Use):
         return squares
 
     def _patches(self, images: Tensor, size: Sequence[int]) -> Tensor:
-        """Return the inputs of each output: (rows, channels · kernel, outputs).
+        """Return the inputs that each output reads: (rows, channels · kernel, outputs).
 
         Args:
             images: (rows, channels, ...).
@@ -286,7 +286,7 @@ class Convolution(Use):
         patches = padded.as_strided(
             (*padded.shape[:2], *layer.kernel_size, *size), (*padded.stride()[:2], *within, *between)
         )
-        # One copy, of what the layer reads.
+        # This is the only copy, of the elements that the layer reads.
         return patches.reshape(len(images), -1, math.prod(size))
 
     def gradient(self, sample: int) -> Tensor:
@@ -294,7 +294,7 @@ class Convolution(Use):
         return self._gradients(slice(sample, sample + 1))[0]
 
     def _gradients(self, part: slice) -> Tensor:
-        """Return the gradients of some samples, whose channels are groups of one convolution."""
+        """Return the gradients of some samples, from one convolution with a group for each sample."""
         layer = self.layer
         # (rows of a sample, samples and channels, ...)
         grads, inputs = (
@@ -325,7 +325,7 @@ def squared_norms(uses: Sequence[Use]) -> Tensor:
     It is float64, or float32 if the squares are exact in float32.
 
     Args:
-        uses: of the parameter in one forward pass, at least one. A tied weight has several.
+        uses: uses of the parameter in one forward pass, at least one. A tied weight has several.
     """
     if len(uses) == 1:
         squares, scale = uses[0].squares(), uses[0].scale
@@ -344,7 +344,7 @@ def squared_norms(uses: Sequence[Use]) -> Tensor:
                 total = total + (gradient if use.scale is None else gradient * use.scale[sample].double())
             norms.append(torch.as_tensor(total).square().sum())
         return torch.stack(norms)
-    # The positions of all uses are those of one.
+    # All uses together are like one use with the positions of all.
     if outers:
         outer = Outer(torch.cat([one.left for one in outers], 1), torch.cat([one.right for one in outers], 1))
     if rows:
@@ -353,7 +353,8 @@ def squared_norms(uses: Sequence[Use]) -> Tensor:
     if not outers or not rows:
         return squared_norms([outer] if outers else [row])
     squares = squared_norms([outer]).double() + squared_norms([row]).double()
-    # The product of both gradients: output gradients of the embedding times the rows of their ids in the other one.
+    # The inner product of both gradients multiplies each output gradient of the embedding by the row of its id in the
+    # other gradient.
     positions = row.ids[:, None].expand(-1, outer.left.shape[1], -1)
     cross = _dot(outer.left.gather(2, positions), outer.right @ row.grads.mT).double()
     for scale in (outer.scale, row.scale):
@@ -362,10 +363,10 @@ def squared_norms(uses: Sequence[Use]) -> Tensor:
 
 
 def squares_of_vectors(vectors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the (samples,) float64 squared norms of gradients of few elements.
+    """Return the (samples,) float64 squared norms of gradients with few elements.
 
     Args:
-        vectors: (samples, elements) gradients. Those of one shape are summed in one operation.
+        vectors: (samples, elements) gradients. Gradients of equal shape are summed in one operation.
     """
     by_shape: dict[Any, list[int]] = {}
     for i, values in enumerate(vectors):
@@ -408,7 +409,7 @@ def _convolution(
     if layer.padding_mode != "zeros":
         inputs = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
     elif layer.padding == "same" and any(p % 2 for p in _total_padding(layer)):
-        # An odd total is padded by one more at the end.
+        # If the total padding is odd, the end has one more element.
         inputs = F.pad(inputs, [x for total in reversed(_total_padding(layer)) for x in (0, total % 2)])
     uses: dict[str, Use] = {"weight": Convolution(layer, inputs, grads, num_samples)}
     if "bias" in keys:
@@ -422,7 +423,7 @@ def _norm(normalize: Callable[[Any, Tensor], Tensor], is_last: bool) -> Callable
 
     Args:
         normalize: function of the layer and its input that returns the normalized input.
-        is_last: whether weights belong to the last dims, and not to the channels in dim 1.
+        is_last: whether the weights are for the last dims, rather than for the channels in dim 1.
     """
 
     def rule(
@@ -484,15 +485,18 @@ def _positions(values: Tensor, num_samples: int) -> Tensor:
 
 
 def gram_cost(num_positions: int, num_elements: int) -> float:
-    """Return the number of multiplications of products of positions, of which leaves are computed twice."""
+    """Return the number of multiplications for the products of positions.
+
+    Both sides of the diagonal of each leaf are computed.
+    """
     return num_positions * min(num_positions, (num_positions + LEAF) / 2) * num_elements
 
 
 def _is_exact(squares: Tensor) -> bool:
-    """Return whether the host knows that squares are far from overflow and underflow in float32."""
+    """Return whether the host can read that squares are far from overflow and underflow in float32."""
     if not host_reads_free(squares.device) or not squares.numel():
         return False
-    # NaN is both the least and the largest, and in no range.
+    # With a NaN, both ends are NaN, which is in no range.
     least, largest = torch.aminmax(squares)
     return float(least) > MIN_SQUARE and float(largest) < MAX_SQUARE
 
@@ -524,7 +528,7 @@ def _gram_squares(left: Products, right: Products) -> tuple[Tensor, tuple[Tensor
         left: products of output gradients.
         right: products of inputs.
     """
-    # The first level has one block a sample.
+    # The first level has one block per sample.
     num_samples, squares = left[0].shape[0], None
     for one, other in zip(reversed(left), reversed(right), strict=True):
         part = _dot(one.view(num_samples, -1), other.view(num_samples, -1))
@@ -536,7 +540,7 @@ def _gram_squares(left: Products, right: Products) -> tuple[Tensor, tuple[Tensor
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
     """Return the sum of the products of all elements, by index along the first dim."""
-    # Without a tensor of the products.
+    # A batched product needs no tensor of the elementwise products.
     return torch.bmm(one.flatten(1).unsqueeze(1), other.flatten(1).unsqueeze(2)).flatten()
 
 

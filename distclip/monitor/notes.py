@@ -1,7 +1,7 @@
-"""Convert the values that a user notes for a step, at once, so that a write cannot fail because of them.
+"""Convert the values that a user notes for a step immediately, so that a write cannot fail because of them.
 
-A write communicates. A value that cannot be read there would keep one rank from a collective that the other ranks wait
-in.
+A write communicates. If a value could not be read there, its rank would not enter a collective in which the other ranks
+wait.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DTYPES |= {torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 def convert_note(value: Any) -> Number | Tensor:
-    """Return a value as a number of Python, or as a tensor of one element that a write reads.
+    """Return a value as a Python number, or as a tensor of one element that a write reads later.
 
     Args:
         value: a number of Python, NumPy or another library, or an array or tensor of one element.
@@ -34,7 +34,7 @@ def convert_note(value: Any) -> Number | Tensor:
     Raises:
         ValueError: it is something else. The message continues "expected a number: ".
 
-    Host syncs: none. One for a tensor of a subclass, or of a rare dtype.
+    Host syncs: none, or one for a tensor of a subclass or of a rare dtype.
     """
     if isinstance(value, Tensor):
         return _convert_tensor(value)
@@ -51,7 +51,7 @@ def convert_note(value: Any) -> Number | Tensor:
 
 
 def convert_step(value: Any) -> int | Tensor:
-    """Return the number of a step, or a tensor with it that the host would have to wait for.
+    """Return the number of a step, or a tensor with it if the host would have to wait for it.
 
     Raises:
         ValueError: see `convert_note`; it is not a whole number.
@@ -67,7 +67,7 @@ def convert_step(value: Any) -> int | Tensor:
 
 
 def convert_ids(ids: Any) -> tuple[Any, ...] | Tensor:
-    """Return sample ids as numbers and texts of Python, or as a 1-D tensor that a write reads.
+    """Return sample ids as Python numbers and strings, or as a 1-D tensor that a write reads later.
 
     Args:
         ids: a sequence or set of numbers and texts, or a 1-D array or tensor.
@@ -106,7 +106,7 @@ def _convert_tensor(tensor: Tensor) -> Number | Tensor:
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.dtype not in _DTYPES:
         # A tensor of a subclass may read differently later, or not at all.
         return float(tensor.detach())
-    # Detached, because a loss would keep its autograd graph alive until the next write.
+    # It is detached, because a loss would keep its autograd graph alive until the next write.
     return tensor.detach()
 
 

@@ -1,6 +1,6 @@
-"""Detect steps whose norm stands out, and combine the details that ranks have about them.
+"""Detect steps with unusually large norms, and combine the details that ranks have about them.
 
-The detection depends only on the norms, which are equal on all ranks. So all ranks gather details of the same steps.
+The detection depends only on the norms, which are equal on all ranks, so all ranks gather details of the same steps.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class OutlierDetector:
     """Detects the steps with the most extreme norms so far.
 
     Args:
-        top: number of steps whose ratio a new outlier must exceed, and maximum number of non-finite steps to report.
+        top: a new outlier must be among this many largest ratios so far. At most this many non-finite steps are
+            reported.
         window: number of norms of the running median.
 
     >>> OutlierDetector(top=1).detect([1.0, 1.1, 0.9, 1.0, 1.0, 5.0, 3.0, 7.0])
@@ -54,14 +55,14 @@ class OutlierDetector:
         return [(i, ratio) for i, ratio in ratios if ratio is not None]
 
     def _ratio(self, norm: float) -> float | None:
-        """Return the ratio of an outlier, and None for any other norm."""
+        """Return the ratio of an outlier, or None for any other norm."""
         if not math.isfinite(norm):
             self._num_nonfinite += 1
             return math.nan if self._num_nonfinite <= self._top else None
         median = self._sorted[len(self._sorted) // 2] if len(self._sorted) >= _MIN_NORMS else math.inf
         ratio = norm / median if median > 0 else math.inf
         self._append(norm)
-        # The heap holds the `top` largest ratios so far, the smallest of them first.
+        # The heap holds the `top` largest ratios so far, with the smallest one first.
         full = len(self._top_ratios) == self._top
         if ratio < _MIN_RATIO or not self._top or (full and ratio <= self._top_ratios[0]):
             return None
@@ -80,10 +81,10 @@ class RankDetails:
     """Details of an outlier step that one rank has.
 
     Args:
-        ids: of its samples.
+        ids: ids of its samples.
         power: power sum of all gradients on the rank, with the loss scale in it.
-        largest: name and power sum of its largest gradient; None if it has none. The name is None if gradients were
-            measured together, so that the sum is not that of a single parameter.
+        largest: name and power sum of its largest gradient; None if it has none. The name is None if the sum is not
+            that of a single parameter, because gradients were measured together.
     """
 
     ids: tuple[Any, ...]
@@ -95,13 +96,13 @@ class RankDetails:
         """Read the details of a step on this rank. Host syncs: one or two per gradient.
 
         Args:
-            step: to describe.
+            step: step to describe.
             parameters: names of this rank's parameters.
         """
         try:
             ids = tuple(step.read_ids())
         except Exception:
-            # A noted tensor was freed. The other ranks gather details of this step, and so must this one.
+            # A noted tensor was freed. The other ranks gather details of this step, so this rank must too.
             ids = ()
         largest: tuple[str | None, float] | None = step.largest_gradient()
         if largest is not None and largest[0] not in parameters:

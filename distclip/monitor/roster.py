@@ -18,7 +18,7 @@ from ..comm.discovery import job_store
 __all__ = ["Entry", "Roster"]
 
 _made: weakref.WeakKeyDictionary[GradClipper, Counter[str]] = weakref.WeakKeyDictionary()
-"""Number of rosters of each clipper on this rank, by their purpose and the number of steps before them."""
+"""Number of rosters of each clipper on this rank, by their purpose and by the number of steps before them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Entry:
 
     Args:
         options: arguments that must be equal on all ranks.
-        error: (class name, message) of the error that the rank has run into, or None.
+        error: (class name, message) of the rank's error, or None.
     """
 
     options: Any
@@ -35,17 +35,18 @@ class Entry:
 
 
 class Roster:
-    """List of the ranks that do the same with a recorder after the same step: make it, or flush it.
+    """List of the ranks that make or flush a recorder after the same step.
 
-    Ranks enter themselves in the store of torch.distributed, and look there for the others. Once a rank has the result
-    of a later step, every rank has entered that step, and so every rank that made the recorder before it is listed.
+    Each rank adds its entry to the store of torch.distributed, and reads the entries of the others there. Once a rank
+    has the result of a later step, every rank has entered that step. By then, all ranks that made the recorder before
+    it are listed.
 
     Args:
-        clipper: of the recorder.
-        entry: of this rank.
-        purpose: name of what the ranks do together.
+        clipper: clipper of the recorder.
+        entry: entry of this rank.
+        purpose: name of the common action of the ranks.
 
-    Collectives: none. One gather if the ranks have no store (MPI alone, threads).
+    Collectives: none, or one gather if the ranks have no store (MPI alone, threads).
     """
 
     def __init__(self, clipper: GradClipper, entry: Entry, purpose: str = "recorder") -> None:
@@ -68,7 +69,7 @@ class Roster:
         """Return whether every rank is listed.
 
         Args:
-            patience: seconds to wait for it.
+            patience: seconds to wait for missing ranks.
         """
         end, pause = time.monotonic() + patience, 0.005
         while len(self._entries) < len(self._ranks) and self._store is not None:
@@ -90,11 +91,11 @@ class Roster:
         return dict(sorted(self._entries.items()))
 
     def claim_file(self) -> bool:
-        """Return whether no other rank has claimed to write what it records of the clipper."""
+        """Return whether this is the first rank that claims to write the file of the clipper."""
         return self._store_of_clipper is None or self._store_of_clipper.add("claims", 1) == 1
 
     def decide(self, value: bool) -> bool:
-        """Return the value of the rank that called this first. All listed ranks call it."""
+        """Return the value of the rank that calls this first. All listed ranks call it."""
         if self._store is None:
             return value
         if self._store.add("deciders", 1) == 1:

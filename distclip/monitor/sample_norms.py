@@ -19,14 +19,14 @@ from .ghost_norms import RULES, Use, squared_norms, squares_of_vectors
 __all__ = ["PerSample", "Precision", "per_sample", "without_autocast"]
 
 SAME_VALUES = ("TBackward0", "TransposeBackward0", "ToCopyBackward0")
-"""Operations that only change the form of a parameter. The copy that autocast makes has several users."""
+"""Operations that only transpose or cast a parameter. Several operations may use the copy that autocast makes."""
 
 
 class PerSample:
     """Norms of the samples of one forward and backward pass, by sample and by tensor: see `per_sample`.
 
     Args:
-        model: to measure.
+        model: model to measure.
         batch_size: number of samples; None for dim 0 of the first tensor that the model gets.
 
     Raises:
@@ -61,7 +61,7 @@ class PerSample:
     def norms(self) -> Tensor:
         """Norm of each sample's part of the gradient, (samples,) float64, over the tensors in `by_tensor`.
 
-        It is NaN or infinite for a sample whose part is not finite. (0,) before a backward pass.
+        It is NaN or infinite for a sample whose part is not finite. Its shape is (0,) before a backward pass.
         """
         if not self._squares:
             return torch.zeros(0, dtype=torch.float64)
@@ -69,7 +69,7 @@ class PerSample:
 
     @property
     def worst(self) -> int | None:
-        """Index of the sample with the largest norm, the first one that is not finite if there is any.
+        """Index of the sample with the largest norm, or of the first one that is not finite.
 
         None before a backward pass. Host syncs: one.
         """
@@ -101,7 +101,8 @@ class PerSample:
 
         The share is NaN if there are no gradients.
 
-        Collectives: call it on all ranks. One all-reduce for sharded gradients per such parameter, and one for all.
+        Collectives: call it on all ranks. If gradients are sharded, there is one all-reduce per such parameter, and one
+        for all parameters.
         """
         named = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
         missing = [(name, p) for name, p in named if _plain(name) not in self._squares]
@@ -129,7 +130,7 @@ class PerSample:
         for path, module in self._model.named_modules():
             if not (own := module._parameters):
                 continue
-            # A shared parameter has the first of its names, as in named_parameters.
+            # A shared parameter gets its first name, as in named_parameters.
             prefix = _plain(f"{path}." if path else "")
             keys = {
                 key: names.setdefault(id(parameter), prefix + key)
@@ -138,7 +139,7 @@ class PerSample:
             }
             rule = _rule_of(module.__class__)
             if rule is not None and keys:
-                # Before hooks that redistribute the output, such as those of tensor parallelism.
+                # This hook runs before hooks that redistribute the output, such as those of tensor parallelism.
                 hook = partial(self._follow, rule, keys)
                 self._handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
         return self
@@ -156,20 +157,20 @@ class PerSample:
         squares |= zip(self._vectors, squares_of_vectors(list(self._vectors.values())), strict=True)
         if squares:
             device = next(iter(squares.values())).device
-            # Sums of products are a little below zero where they are rounded.
+            # Rounding may move sums of products slightly below zero.
             table = torch.stack([values.to(device) for values in squares.values()]).double().clamp(min=0)
             squares = dict(zip(squares, table.unbind(), strict=True))
         self._squares, self._uses, self._vectors, self._last_input, self._cache = squares, {}, {}, None, {}
 
     def read_inputs(self, inputs: Any) -> None:
-        """Take the number of samples and of positions from the first tensor in the inputs, once.
+        """Read the numbers of samples and positions from the first tensor in the inputs, once.
 
         Args:
             inputs: nested lists, tuples and dictionaries with tensors.
         """
         is_new = (self._squares or self._vectors or self._uses) and torch._C._current_graph_task_id() == -1
         if is_new:
-            # Another pass after a backward pass counts instead of it.
+            # A new pass after a backward pass replaces it.
             self._squares, self._uses, self._num_uses, self._vectors = {}, {}, {}, {}
             self._variables, self._incomplete, self._position_parts, self._first_input = {}, set(), [], None
         first = next(_tensors(inputs), None)
@@ -195,7 +196,7 @@ class PerSample:
             return
         for key, name in names.items():
             self._num_uses[name] = self._num_uses.get(name, 0) + 1
-            # Of a sharded layer, the parameter in its forward pass is another one than outside.
+            # In its forward pass, a sharded layer has other parameter objects than outside.
             self._variables[id(module._parameters[key])] = name
         output.register_hook(partial(self._measure, module, rule, names, inputs.detach()))
 
@@ -207,14 +208,14 @@ class PerSample:
         inputs: Tensor,
         grad: Tensor,
     ) -> None:
-        # A backward pass with create_graph=True records what hooks do.
+        # With create_graph=True, autograd would record the operations of hooks.
         inputs, grad, size = _whole(inputs), _whole(grad.detach()), self._batch_size
         has_samples = size is not None and grad.shape[0] and not grad.shape[0] % size and not inputs.shape[0] % size
         # Positions that all samples share, such as arange(T), have no samples.
         if not has_samples or (not inputs.is_floating_point() and inputs.ndim < 2 <= len(self._positions) + 1):
             self._incomplete.update(names.values())
             return
-        # An autocast that the program has around its backward pass would round the products.
+        # If the program runs its backward pass under autocast, the products would be rounded.
         enabled = torch.is_autocast_enabled(grad.device.type)
         with torch.autocast(grad.device.type, enabled=False) if enabled else nullcontext():
             cache = self._cache_of(inputs)
@@ -222,7 +223,7 @@ class PerSample:
             inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
             uses = rule(module, inputs, grad.to(dtype), size, names.keys(), cache)
             for key, name in names.items():
-                # A subclass may have parameters that the rule does not know.
+                # A subclass may have parameters that the rule does not cover.
                 if key in uses:
                     self._add(name, uses[key])
 
@@ -230,7 +231,7 @@ class PerSample:
         """Measure one use of a parameter, or keep it for the other uses."""
         if self._num_uses[name] > 1:
             if name in self._squares or name in self._vectors:
-                # The block of another use is recomputed only now, and the first use was measured alone.
+                # A checkpointed block with another use is recomputed only now, after the first use was measured alone.
                 self._incomplete.add(name)
             self._uses.setdefault(name, []).append(use)
         elif (vectors := use.vectors()) is not None:
@@ -238,11 +239,11 @@ class PerSample:
         else:
             self._squares[name] = squared_norms([use])
         if use.num_positions is not None and (use.num_positions,) == self._positions:
-            # They are added up for `position`, which is called for few samples.
+            # `position` adds them up, and it is called for few samples.
             self._position_parts.append((use.position_squares(), use.scale))
 
     def _find_other_uses(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Find parameters that the forward pass used otherwise than by calling their layer, from the graph."""
+        """Find parameters that the forward pass also used without their layer, from the graph."""
         if torch._C._current_graph_task_id() != -1:
             return  # recomputed in a backward pass
         nodes = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
@@ -263,7 +264,7 @@ class PerSample:
                 self._incomplete.add(name)
 
     def _cache_of(self, inputs: Tensor) -> dict[str, Any]:
-        """Return the cache of the last input, if this is the same, as those of queries, keys and values are."""
+        """Return the cache of the last input if this is the same one, as for queries, keys and values."""
         last = self._last_input
         is_same = (
             last is not None
@@ -272,7 +273,7 @@ class PerSample:
             and inputs._version == last._version
         )
         if not is_same:
-            # Its memory is not used again while it is referenced.
+            # The reference also keeps its memory from being reused for another input.
             self._last_input, self._cache = inputs, {}
         return self._cache
 
@@ -280,22 +281,23 @@ class PerSample:
 def per_sample(model: nn.Module, batch_size: int | None = None) -> PerSample:
     r"""Measure the norm of each sample's part of the gradient, without gradients per sample.
 
-    In the block, run one forward and one backward pass. Of several, the last counts. Afterwards `norms` has the norm of
-    each sample's part, so that the parts add up to the gradient. With a loss that is a mean over B samples, a part is
-    1/B of the gradient of the sample's own loss. The parts of this rank's samples come before any mean over ranks.
+    In the block, run one forward and one backward pass. If there are several, the last one counts. Afterwards `norms`
+    has the norm of each sample's part. The parts add up to the gradient. With a loss that is a mean over B samples, a
+    part is 1/B of the gradient of the sample's own loss. The parts of this rank's samples are measured before any mean
+    over ranks.
 
-    Linear, embedding, convolution and norm layers have rules, also if they share weights or are used several times.
+    Linear, embedding, convolution and norm layers have rules, even if they share weights or are used several times.
     `PerSample.missing` names all other parameters with their share of the gradient: those of other layers, of
-    subclasses that replace `forward`, and those that the model uses without their layer too, as in
-    `F.linear(x, embedding.weight)`. The norms are computed in float32 from what the layers computed. They are exact,
-    except that a batch norm in training mode mixes its samples.
+    subclasses that replace `forward`, and those that the model also uses without their layer, as in `F.linear(x,
+    embedding.weight)`. The norms are computed in float32 from what the layers computed. They are exact, except that a
+    batch norm in training mode mixes its samples.
 
-    It works under DDP, FSDP2 and tensor parallelism. Of DTensors, whole activations are gathered on each rank of their
-    mesh. Samples are rows of dim 0. A layer whose input has a multiple of the samples as rows is taken to have the rows
-    of each sample one after another.
+    It works under DDP, FSDP2 and tensor parallelism. Activations that are DTensors are gathered whole on each rank of
+    their mesh. Samples are rows of dim 0. If a layer's input has several rows per sample, the rows of each sample must
+    be consecutive.
 
     Args:
-        model: also wrapped or sharded.
+        model: the model, which may be wrapped or sharded.
         batch_size: number of samples; None for dim 0 of the first tensor that the model gets.
 
     Raises:
@@ -326,7 +328,7 @@ class Precision:
 
 @contextmanager
 def without_autocast(*, only_watch: bool = False) -> Iterator[Precision]:
-    """Disable `torch.autocast` within the block, also where the program enters it there.
+    """Disable `torch.autocast` within the block, even if the program enters it there.
 
     Args:
         only_watch: leave autocast as it is, and only find out whether it is used.
@@ -348,14 +350,14 @@ def without_autocast(*, only_watch: bool = False) -> Iterator[Precision]:
 
 @lru_cache
 def _rule_of(kind: type[nn.Module]) -> Callable[..., dict[str, Use]] | None:
-    """Return the rule of a kind of layer, unless its forward pass is not the one of the rule."""
+    """Return the rule of a kind of layer, or None if its forward pass is not the one of the rule."""
     return next(
         (rule for known, rule in RULES.items() if issubclass(kind, known) and kind.forward is known.forward), None
     )
 
 
 def _count_uses(node: Any, users: Mapping[Any, Sequence[Any]]) -> int:
-    """Return the number of operations that use a parameter, or its transpose or a copy in another dtype."""
+    """Return the number of operations that use a parameter, its transpose or a copy in another dtype."""
     return sum(_count_uses(user, users) if user.name() in SAME_VALUES else 1 for user in users[node])
 
 
@@ -365,7 +367,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _plain(name: str) -> str:
-    """Remove what DDP and activation checkpoints put into the name of a parameter."""
+    """Remove the parts of a parameter's name that DDP and activation checkpoints add."""
     return name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 

@@ -1,7 +1,7 @@
 """Send the numbers of a step to other libraries.
 
-A sink is a function of a dictionary and a step. Steps arrive in order, many at a time, some of them later than they
-happened. NaN stands for a number that is not finite.
+A sink is a function of a dictionary and a step. Steps arrive in order, but late and many at a time. A number that is
+not finite is NaN.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Sink", "mlflow", "tensorboard", "trackio", "wandb"]
 Sink: TypeAlias = Callable[[dict[str, float], int], None]
 """Function of the numbers of a step, and of its number.
 
-The names are those of `distclip.monitor.jsonl`. A norm of a slot is called norms/NAME, a norm of a tensor
+The names are those of `distclip.monitor.jsonl`. The norm of a slot is called norms/NAME, and that of a tensor
 tensor_norms/NAME."""
 
 
@@ -47,7 +47,7 @@ def wandb(run: Any = None) -> Sink:
     W&B drops numbers of a step before its latest one, so the numbers cannot share the run's own steps.
 
     Args:
-        run: of `wandb.init`; None for the active run.
+        run: run of `wandb.init`; None for the active run.
 
     Raises:
         ArgumentError: no run is active, or `run` is text.
@@ -70,7 +70,7 @@ def mlflow(run_id: str | None = None) -> Sink:
     """Send numbers to MLflow as clip/NAME.
 
     Args:
-        run_id: of a run; None for the active run.
+        run_id: id of a run; None for the active run.
 
     Raises:
         ArgumentError: no run is active.
@@ -90,7 +90,7 @@ def trackio(run: Any = None) -> Sink:
     """Send numbers to Trackio as clip/NAME.
 
     Args:
-        run: of `trackio.init`; None for the active run.
+        run: run of `trackio.init`; None for the active run.
 
     Raises:
         ArgumentError: `run` is text.

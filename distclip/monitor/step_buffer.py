@@ -28,13 +28,13 @@ class Step:
 
     Args:
         number: 1-based index of the clipper call.
-        numbers: tensors of any dtype by field of a line, the same on every rank.
-        power_sum: 0-d, of the whole gradient, with the loss scale in it.
+        numbers: tensors of any dtype by field of a line, equal on every rank.
+        power_sum: 0-d power sum of the whole gradient, with the loss scale in it.
         per_tensor_powers: local power sums of this rank's gradients, with the loss scale in them.
         notes: numbers or 0-d tensors of the user, by field of a line.
-        ids: of this rank's samples, a tuple or a 1-D tensor.
+        ids: ids of this rank's samples, a tuple or a 1-D tensor.
         time: seconds since 1970.
-        is_undone: whether an error has ended the step before it was made, so that it is not written.
+        is_undone: whether an error ended the step before the optimizer made it. Such a step is not written.
     """
 
     number: int
@@ -48,10 +48,10 @@ class Step:
 
     @classmethod
     def of(cls, outcome: Outcome, with_slots: bool) -> Step:
-        """Select the numbers to keep of an outcome. No reference to a gradient is kept.
+        """Keep the numbers of an outcome, without references to gradients.
 
         Args:
-            outcome: of the step.
+            outcome: outcome of the step.
             with_slots: whether to keep the norm of every slot.
         """
         report, totals = outcome.report(), outcome.totals
@@ -71,7 +71,7 @@ class Step:
         if report.tensor_norms is not None:
             numbers["tensor_norms"] = report.tensor_norms
         if report.update_rms is not None:
-            # One number for a line, and the slot or tensor that it is of.
+            # A line has one number, and the index of its slot or tensor.
             known = report.update_rms.nan_to_num(-1.0)
             largest, index = known.max(0)
             numbers["update_rms"] = largest.where(largest >= 0, torch.nan)
@@ -106,12 +106,13 @@ def read_steps(steps: Sequence[Step]) -> list[dict[str, Any]]:
 
     A note that can no longer be read is left out, with a warning.
 
-    Host syncs: one for any number of steps, and one more for each further device with notes.
+    Host syncs: one for any number of steps, and one for each additional device with notes.
     """
     try:
         return _read([{**step.numbers, **step.notes} for step in steps])
     except Exception:
-        # A noted tensor was modified since, or freed. The other ranks are about to add up losses, and so must this one.
+        # A noted tensor was modified or freed in the meantime. The other ranks are about to add up losses, so this rank
+        # must too.
         rows = _read([step.numbers for step in steps])
         for step, row in zip(steps, rows, strict=True):
             for key, value in step.notes.items():

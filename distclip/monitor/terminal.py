@@ -32,8 +32,8 @@ class Terminal(Screen):
         """Print text that is wrapped between words. A path is never broken.
 
         Args:
-            text: to print.
-            style: of rich.
+            text: text to print.
+            style: style in the syntax of rich.
             first: prefix of the first line.
             indent: prefix of the other lines.
         """
@@ -104,7 +104,7 @@ class Terminal(Screen):
                 self.sentence(f"Not finite there: {names}.", indent="  ")
 
     def _unknown(self, log: Log, indent: str = "  ") -> None:
-        """Print what the log of another tool does not contain."""
+        """Print which numbers the log of another tool does not have."""
         for sentence in log.unknown:
             self.sentence(sentence, "dim", indent, indent)
 

@@ -26,9 +26,9 @@ class UpdateRatio:
     DeepSpeed engine, which updates other tensors than the model's parameters.
 
     Args:
-        clipper: of these parameters.
+        clipper: clipper of these parameters.
 
-    Collectives: use it on every rank. At the end of the block one all-reduce of 2 · slots + 1 float64 numbers, and none
+    Collectives: use it on every rank. The end of the block has one all-reduce of 2 · slots + 1 float64 numbers, or none
     if the block raised. Host syncs: none.
 
     >>> import distclip

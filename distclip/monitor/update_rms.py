@@ -1,4 +1,4 @@
-r"""Compare gradients with Adam's second moments, which announces spikes of the loss before they happen."""
+r"""Compare gradients with Adam's second moments, which gives early warning of spikes of the loss."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class UpdateRms:
 
     .. math:: RMS = \sqrt{\mathrm{mean}\left(\frac{g^2}{\hat v}\right)}
 
-    It is about 1 in a steady run. Where it is much larger, Adam's second moments are too old for the gradients, so that
+    It is about 1 in a steady run. If it is much larger, Adam's second moments are too old for the gradients, and the
     updates are too large. Wortsman et al. found RMS above 2.3 a few steps before spikes of the loss. A remedy is a
     lower beta2, or a bound on the norm.
 
     Args:
-        clipper: of the parameters. If it measures tensors (`GradClipper.measure_tensors`), there is an RMS per tensor.
-            Otherwise there is one for each slot of its policy.
-        optimizer: Adam, AdamW, or another one whose state has `exp_avg_sq`, such as Adafactor without factors.
+        clipper: clipper of the parameters. If it measures tensors (`GradClipper.measure_tensors`), there is an RMS per
+            tensor. Otherwise there is one for each slot of its policy.
+        optimizer: Adam, AdamW, or another optimizer whose state has `exp_avg_sq`, such as Adafactor without factors.
 
     Raises:
         ArgumentError: an argument is invalid.
@@ -73,9 +73,9 @@ class UpdateRms:
             grad_scale: factor that the gradients carry, such as that of a GradScaler.
 
         Raises:
-            ArgumentError: the optimizer has no second moments after its first step. On every rank.
+            ArgumentError: the optimizer has no second moments after its first step. It is raised on every rank.
 
-        Collectives: call it on every rank. One gather, and one all-reduce of 2 · slots + 1 float64 numbers.
+        Collectives: call it on every rank. It has one gather, and one all-reduce of 2 · slots + 1 float64 numbers.
         Host syncs: none.
         """
         errors, table = FirstError(), self._clipper.table
@@ -87,7 +87,7 @@ class UpdateRms:
             for info, grad, tensor in zip(shards.infos, shards.grads, tensors, strict=True):
                 moment = moments.get(id(tensor))
                 if moment is not None and moment.shape == grad.shape:
-                    # Where both are zero, the parameter does not move.
+                    # If both are zero, the parameter does not move, so the ratio is zero.
                     scaled = (grad.float() / grad_scale) / moment.float().sqrt().clamp(min=1e-30)
                     pairs.append((info, torch.where(grad == 0, 0.0, scaled)))
             infos = type(shards.infos)(info for info, _ in pairs)
@@ -105,7 +105,7 @@ class UpdateRms:
         self.by_name = dict(zip(names, by_slot, strict=True)) if len(names) == len(by_slot) else {}
 
     def _second_moments(self) -> dict[int, Tensor]:
-        """Return the local second moments without bias, by the identity of their parameter."""
+        """Return the local bias-corrected second moments, by the `id` of their parameter."""
         moments: dict[int, Tensor] = {}
         found_state = False
         for group in self._optimizer.param_groups:

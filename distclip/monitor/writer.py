@@ -1,4 +1,4 @@
-"""Write lines on the one rank that writes: to the file and to sinks."""
+"""Write the lines to the file and to sinks, on the one rank that writes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .step_buffer import VECTORS, Step
 __all__ = ["Writer", "step_number"]
 
 _FIRST = ("norm", "bound", "coef", "clipped", "finite", "skipped")
-"""Fields at the start of a line, for people who read it."""
+"""Fields at the start of a line, where people look first."""
 
 Destination = Callable[[Sequence[Mapping[str, Any]]], None]
 
@@ -28,16 +28,16 @@ Destination = Callable[[Sequence[Mapping[str, Any]]], None]
 class Writer:
     """Writes lines to the file and to sinks.
 
-    A destination that raises gets no more lines. The writer itself does not raise, because the other ranks would wait
-    for this one.
+    A destination that raises gets no more lines. The writer itself never raises, because the other ranks would wait for
+    this one.
 
     Args:
-        clipper: that makes the steps.
+        clipper: clipper that makes the steps.
         lines: file of the run.
         sinks: further destinations.
         every: see `Recorder`.
-        facts: for the header.
-        alerts: called about steps that stand out.
+        facts: facts for the header.
+        alerts: functions to call for outliers.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class Writer:
         """Compose the lines and write them.
 
         Args:
-            steps: in order.
+            steps: steps in order.
             rows: numbers and notes of each step.
-            outliers: (index, ratio) of the steps that stand out.
-            details: of these steps, by rank.
+            outliers: (index, ratio) of the outliers.
+            details: details of these steps, by rank.
             ranks: numbers of the ranks.
         """
         _try_to_send(lambda lines: self._send(self._compose(steps, rows, outliers, details, ranks)), [])
@@ -128,7 +128,7 @@ def _to_alert(alert: Alert, path: Path, clipper: GradClipper) -> Destination:
         for line in lines:
             fields = make_alert(line, path, names)
             if fields is not None and fields["kind"] == "update":
-                # Moments that are too old stay so for a while, which is one alert.
+                # Moments that are too old stay so for some steps, and one alert is enough.
                 is_new = abs(line["step"] - last_update) >= MIN_BETWEEN_UPDATES
                 last_update = line["step"]
                 fields = fields if is_new else None
@@ -140,7 +140,7 @@ def _to_alert(alert: Alert, path: Path, clipper: GradClipper) -> Destination:
 
 def step_number(noted: Any, step: Step) -> int:
     """Return the number of a step that the user noted, or else the clipper's own."""
-    # The host has not seen a tensor on an accelerator before, so that it may be NaN.
+    # A tensor on an accelerator was not checked before, so it may be NaN.
     return int(noted) if isinstance(noted, int) or (isinstance(noted, float) and noted.is_integer()) else step.number
 
 
@@ -167,7 +167,7 @@ def _make_header(clipper: GradClipper, every: int) -> dict[str, Any]:
         "every": every,
         "world_size": clipper.comm.size,
     }
-    # The names of rows would be as many as the rows of all parameters.
+    # Row names are left out, because there are as many as rows of all parameters.
     if clipper.policy.spec.per != "row":
         header["slots"] = clipper.slots
     if clipper.tensors:
@@ -176,7 +176,7 @@ def _make_header(clipper: GradClipper, every: int) -> dict[str, Any]:
 
 
 def _select_numbers(line: Mapping[str, Any], clipper: GradClipper) -> dict[str, float]:
-    """Return the numbers of a line by name, those of slots and tensors with their own names."""
+    """Return the numbers of a line by name. Numbers of slots and tensors have the names of these."""
     numbers: dict[str, float] = {}
     names = {"norms": clipper.slots, "tensor_norms": clipper.tensors}
     for key, value in line.items():

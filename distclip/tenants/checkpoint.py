@@ -42,8 +42,8 @@ def load_groups(
     """Load the state of one group, or of all groups. Nothing has been loaded if it raises.
 
     Args:
-        engine: of the clipper.
-        state_dict: of `GradClipper.state_dict`.
+        engine: engine of the clipper.
+        state_dict: result of `GradClipper.state_dict`.
         group: name of the one group. None for a state of all groups.
         names: counters of the clipper.
 

@@ -28,7 +28,7 @@ class GroupCounters:
     """Counters of all groups, in the order of their slots.
 
     Args:
-        names: of the groups.
+        names: names of the groups.
 
     Attributes:
         columns: steps, skipped steps and skipped steps in a row of every group. Steps replace the lists and never

@@ -24,7 +24,7 @@ class IsolatedExecution(Execution):
 
     Args:
         args: see `Execution`.
-        slots: of the groups.
+        slots: slots of the groups.
         raise_too_many: raises if a group has skipped too many steps.
     """
 
@@ -96,7 +96,7 @@ def _step_without(optimizer: Optimizer, skipped: frozenset[int]) -> None:
     """Step an optimizer as if it did not have some of its parameters.
 
     Args:
-        optimizer: of any library.
+        optimizer: an optimizer of any library.
         skipped: ids of the parameters.
     """
     params = parameters_of([optimizer])

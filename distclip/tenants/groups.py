@@ -84,7 +84,7 @@ class Groups:
             old: the engine so far.
             groups: {name: parameters}.
             policy: see `GradClipper.add_group`.
-            function: that the user called; the ranks check that it is the same.
+            function: function that the user called; the ranks check that it is the same.
 
         Raises, Collectives: see `GradClipper.add_group`. Nothing has changed then.
         """

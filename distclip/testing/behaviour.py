@@ -130,8 +130,8 @@ class Actor(RankThread):
         """Run a job until its first request without a reply.
 
         Args:
-            job: of the rank.
-            faults: of the rank.
+            job: job of the rank.
+            faults: faults of the rank.
             replies: replies to its first requests, in reverse order. The list is emptied.
         """
         self.end_job()
@@ -248,7 +248,7 @@ class Node:
     Attributes:
         children: states after each reply.
         after_number: states after each number that an addition returns, when the rank has looked at it.
-        group: of the collective that the rank enters next.
+        group: group of the collective that the rank enters next.
         parents: further states that come before this one.
         future: accesses that the rank makes in this state or in a later one, see `accesses`, as far as it has run.
     """

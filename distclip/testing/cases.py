@@ -45,7 +45,7 @@ class ParamCase:
 
     Args:
         name: name of the parameter.
-        seed: of its numbers.
+        seed: seed of its numbers.
         shape: shape of the whole parameter.
         dtype: dtype of the gradient.
         scale: magnitude of the gradient.
@@ -79,7 +79,7 @@ class Case:
     """A layout, and a call that must be correct in it.
 
     Args:
-        seed: of the case.
+        seed: seed of the case.
         num_ranks: size of the world.
         meshes: meshes of the parameters.
         params: all parameters, each of which some ranks hold.

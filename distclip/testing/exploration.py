@@ -29,8 +29,8 @@ class Finding:
     """A schedule that breaks an invariant.
 
     Args:
-        scenario: of the schedule.
-        seed: of the schedule, or None for an exhaustive exploration.
+        scenario: scenario of the schedule.
+        seed: seed of the schedule, or None for an exhaustive exploration.
         what: the invariant, and what each rank has done.
     """
 
@@ -136,7 +136,7 @@ class Explorer:
         learned, until it learns nothing new: no rank has then done anything that was not taken into account.
 
         Args:
-            scenario: of few ranks.
+            scenario: scenario with few ranks.
             max_states: number of states after which the exploration stops.
             reduced: whether to leave out equivalent schedules.
         """

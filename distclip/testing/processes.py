@@ -30,7 +30,7 @@ def run_seeds(num_ranks: int, seeds: Sequence[int]) -> Iterator[tuple[int, list[
 
     Args:
         num_ranks: size of the world.
-        seeds: of the cases.
+        seeds: seeds of the cases.
 
     Yields:
         Seed, and the answer of every rank.

@@ -48,7 +48,7 @@ class Run:
     """Result of `World.run`.
 
     Args:
-        seed: of the schedule.
+        seed: seed of the schedule.
         results: value that each rank returned, by rank. None for a rank that raised or was killed.
         errors: exceptions of the ranks that raised.
         killed: ranks that were killed.
@@ -222,8 +222,8 @@ class RankThread:
     Args:
         rank: rank in the world.
         size: size of the world.
-        seed: of its random numbers.
-        timeout: of its store.
+        seed: seed of its random numbers.
+        timeout: timeout of its store.
     """
 
     def __init__(self, rank: int, size: int, seed: str, timeout: float) -> None:

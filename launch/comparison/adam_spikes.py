@@ -59,7 +59,7 @@ class Training:
     """A model in training.
 
     Args:
-        kind: of the change.
+        kind: kind of the change.
         noise: standard deviation of the targets around those of the teacher.
     """
 

@@ -127,8 +127,8 @@ def find_source(cfg: DictConfig, directory: Path | None, *, is_restart: bool) ->
     """Return the run to continue, None to start at step 1, or exit if the settings do not tell.
 
     Args:
-        cfg: of this run.
-        directory: of this run, if all ranks know it.
+        cfg: config of this run.
+        directory: directory of this run, if all ranks know it.
         is_restart: an earlier attempt of this job has started the run.
     """
     if cfg.checkpoint.every < 0:

@@ -25,10 +25,10 @@ class Attempt:
     """One start of all ranks by torchrun.
 
     Args:
-        store: of this attempt alone.
-        directory: of the job, from an earlier attempt; None in the first one.
+        store: store of this attempt alone.
+        directory: directory of the job, from an earlier attempt; None in the first one.
         started: directories of the runs that an earlier attempt has started.
-        job_store: of all attempts.
+        job_store: job store of all attempts.
     """
 
     store: Store
@@ -71,9 +71,9 @@ def handshake(store: Store, rank: int, world_size: int) -> dict[str, Any]:
     each node.
 
     Args:
-        store: of all attempts.
-        rank: of this process in this attempt.
-        world_size: of this attempt.
+        store: store of all attempts.
+        rank: rank of this process in this attempt.
+        world_size: world size of this attempt.
     """
     own = uuid.uuid4().hex
     if rank:
@@ -105,8 +105,8 @@ def find_job_directory(attempt: Attempt | None, arguments: Sequence[str]) -> Pat
     between ranks.
 
     Args:
-        attempt: of this job.
-        arguments: of the command line.
+        attempt: attempt of this job.
+        arguments: arguments of the command line.
     """
     if attempt is not None and attempt.directory is not None:
         return attempt.directory

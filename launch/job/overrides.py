@@ -30,7 +30,7 @@ def check(arguments: Sequence[str]) -> None:
     torch is not imported. The ranks validate what depends on the model, the data or the number of ranks.
 
     Args:
-        arguments: of `launch/train.py`.
+        arguments: arguments of `launch/train.py`.
     """
     args = get_args_parser().parse_intermixed_args(list(arguments))
     # These print something and exit, or name another config.
@@ -54,7 +54,7 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     """Return one line about an override that Hydra has rejected, with the valid choices that are nearest.
 
     Args:
-        error: of Hydra or OmegaConf.
+        error: error of Hydra or OmegaConf.
         overrides: words of the command line.
     """
     text = str(error).strip()

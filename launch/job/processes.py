@@ -50,8 +50,8 @@ class Backend(Protocol):
         """Connect this process with the other ranks. Later calls do nothing.
 
         Args:
-            device: of this rank.
-            store: of this attempt of an elastic job. None to find one in the environment.
+            device: device of this rank.
+            store: store of this attempt of an elastic job. None to find one in the environment.
         """
 
 
@@ -132,7 +132,7 @@ def abort_mpi_job(status: int) -> None:
     """End all MPI ranks if this one exits with an error. torchrun does so by itself.
 
     Args:
-        status: of this process at its exit.
+        status: status of this process at its exit.
     """
     if status and mpi_size() > 1:
         abort(status)

@@ -104,9 +104,9 @@ def record_samples(samples: PerSample, step: int, batch: Batch, rows: Tensor, di
     """Write each sample's part of the gradient to spikes/STEP.json. All ranks call it.
 
     Args:
-        samples: of this rank.
-        batch: of all ranks.
-        rows: of the batch that this rank has.
+        samples: samples of this rank.
+        batch: batch of all ranks.
+        rows: rows of the batch that this rank has.
         directory: run directory of the repetition.
     """
     local = [

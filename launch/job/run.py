@@ -45,7 +45,7 @@ def build_run(cfg: DictConfig, directory: Path | None = None, *, is_restart: boo
     """Build a run, or exit with the setting that is wrong.
 
     Args:
-        directory: of the run, if all ranks know it.
+        directory: directory of the run, if all ranks know it.
         is_restart: an earlier attempt of this job has started the run.
     """
     source = find_source(cfg, directory, is_restart=is_restart)

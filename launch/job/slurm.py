@@ -14,7 +14,7 @@ def torchrun_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that torchrun would set, for a task of srun.
 
     Args:
-        environ: of the task.
+        environ: environment of the task.
 
     Returns:
         An empty dictionary outside of srun, for a single task, and below torchrun or mpirun.

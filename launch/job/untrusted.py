@@ -188,7 +188,7 @@ def weights_only(types: Sequence[Any]) -> Iterator[None]:
     """Make every `torch.load` in the block safe, also one of a library that asks for the opposite.
 
     Args:
-        types: of the library, that hold nothing but data.
+        types: types of the library that hold nothing but data.
     """
     names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
     before = {name: os.environ.pop(name) for name in names if name in os.environ}

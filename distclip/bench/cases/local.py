@@ -27,11 +27,11 @@ class LocalCase:
     """Case whose gradients are in one process.
 
     Args:
-        name: for `--cases`.
+        name: name for `--cases`.
         title: description in one line.
         build: makes gradients and competitors.
         devices: types of devices that the case runs on.
-        divisor: of the world size, which a local case does not use.
+        divisor: divisor of the world size, which a local case does not use.
     """
 
     name: str
@@ -64,7 +64,7 @@ def into_buckets(parameters: Sequence[Tensor], bucket: int) -> None:
     """Make gradients views of buckets, as DDP's gradient_as_bucket_view does, from the last one on.
 
     Args:
-        parameters: with gradients of one dtype.
+        parameters: parameters with gradients of one dtype.
         bucket: number of bytes that fill a bucket.
     """
     full: list[Tensor] = []

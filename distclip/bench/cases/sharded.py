@@ -36,7 +36,7 @@ class ShardedCase:
     """Case whose gradients are sharded over ranks.
 
     Args:
-        name: for `--cases`.
+        name: name for `--cases`.
         title: description in one line.
         build: makes the model on this rank and runs backward.
         divisor: number that the world size must be a multiple of.
@@ -67,7 +67,7 @@ class FirstCalls:
     """Case that times the first call of each competitor in a new world.
 
     Args:
-        name: for `--cases`.
+        name: name for `--cases`.
         title: description in one line.
         build: makes the model on this rank and runs backward.
         devices: types of devices that the case runs on.

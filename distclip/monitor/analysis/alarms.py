@@ -1,4 +1,4 @@
-"""List the steps of a run that deserve an alarm, as `Recorder(alerts=...)` does while the run is being written."""
+"""List the alarms of a run, as `Recorder(alerts=...)` sends them while the run is being written."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def find_alarms(log: Log) -> list[Alarm]:
 def find_update_alarms(log: Log) -> list[int]:
     """Return the indices of steps whose gradients are too large for Adam's second moments.
 
-    Moments that are too old stay so for some steps, of which the first counts.
+    Moments that are too old stay so for some steps. Only the first of these steps counts.
     """
     if "update_rms" not in log.columns:
         return []

@@ -17,7 +17,7 @@ from .spikes import SPIKE_FACTOR, Culprit, Spike, find_spikes
 __all__ = ["Blame", "Suspect", "blame"]
 
 MAX_CHANCE = 0.01
-"""Maximum probability that any sample is in so many spikes by chance, for a sample to become a suspect."""
+"""Maximum probability, for a suspect, that any sample is in that many spikes by chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +25,10 @@ class Suspect:
     """A sample that is in the batches of several spikes.
 
     Args:
-        id: that the run noted.
+        id: id that the run noted.
         count: number of spikes with the sample in their batches.
         expected: number expected by chance.
-        chance: probability that any of the samples is in so many spikes by chance.
+        chance: probability that any of the samples is in that many spikes by chance.
     """
 
     id: int | str
@@ -42,13 +42,13 @@ class Blame:
     """Properties that the spikes of a run have in common.
 
     Args:
-        spikes: that were examined, in order of steps.
+        spikes: spikes that were examined, in order of steps.
         num_with_ids: number of spikes with sample ids.
         suspects: samples in more spikes than chance explains, the most frequent first.
         most_frequent: the most frequent sample, suspect or not; None if no ids were recorded.
         ranks: (rank, number of spikes) with the largest part of the gradient on that rank.
         tensors: (tensor, number of spikes) with the largest part of the gradient in that tensor.
-        worst: the spike to examine first, one that can be replayed if there is any; None if there is no spike.
+        worst: the spike to examine first, preferably one that can be replayed; None if there is no spike.
         replay: command that computes the gradient of this spike again; None if the run has no checkpoint before it, or
             was not made by launch/train.py.
         text: the result in one or two sentences.
@@ -122,7 +122,7 @@ def _replay_command(log: Log, step: int) -> str | None:
 
 def _select_spikes(log: Log) -> list[Spike]:
     indices = np.searchsorted(log.steps, [spike.step for spike in log.spikes])
-    # A non-finite step after another one is a consequence of the first.
+    # A non-finite step right after another one is a consequence of that one.
     consequences = {int(i) for i in indices if i > 0 and not log.finite[i] and not log.finite[i - 1]}
     return [
         spike
@@ -141,7 +141,7 @@ def _rank_samples(batches: Sequence[Iterable[int | str]], num_samples: int) -> l
     """Return all samples of the batches, the most frequent first."""
     sets = [frozenset(batch) for batch in batches]
     counts = Counter(sample for batch in sets for sample in batch)
-    # The mean probability: with batches of different sizes the counts vary slightly less than binomially.
+    # This is the mean probability. If batches differ in size, the counts vary slightly less than binomially.
     rate = sum(map(len, sets)) / (len(sets) * num_samples) if sets else 0.0
     chances = {count: min(1.0, num_samples * _binomial_tail(count, len(sets), rate)) for count in set(counts.values())}
     return [Suspect(sample, count, rate * len(sets), chances[count]) for sample, count in counts.most_common()]

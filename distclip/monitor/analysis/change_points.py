@@ -1,8 +1,8 @@
 """Find the steps at which the level of the norms changes: the warm-up, and the regimes after it.
 
 The method is binary segmentation (Scott and Knott 1974) of block medians of log-norms. A change must pass three tests:
-the squared error that it saves exceeds the scatter of neighbouring blocks, the levels differ by a minimum factor, and
-both levels last long enough. So neither a spike nor a burst of spikes is a change.
+it reduces the squared error by more than the scatter of neighbouring blocks explains, the levels differ by a minimum
+factor, and both levels last long enough. So neither a spike nor a burst of spikes is a change.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_BLOCKS = 1000
 """Maximum number of blocks."""
 
 MIN_LENGTH = 0.05
-"""Minimum length of a level as a share of the run. A shorter one affects no percentile that a bound is taken from."""
+"""Minimum length of a level as a share of the run. A shorter level does not affect the percentiles used as bounds."""
 
 MIN_FACTOR = 1.5
 """Minimum factor between two levels."""
@@ -49,7 +49,7 @@ class Segment:
         stop: index after its last norm.
         first: its first step.
         last: its last step.
-        median: of its norms.
+        median: median of its norms.
     """
 
     start: int
@@ -80,7 +80,7 @@ class Regimes:
 
     @property
     def last(self) -> Segment:
-        """Segment at the end of the run, with which the run would continue."""
+        """Segment at the end of the run, whose level the run would continue with."""
         return self.steady[-1]
 
     def norms_of(self, segment: Segment) -> Numbers:
@@ -93,7 +93,7 @@ def find_regimes(log: Log) -> Regimes:
     """Divide a run into its warm-up and the regimes after it.
 
     Args:
-        log: of any length. Steps without a finite norm are ignored.
+        log: log of any length. Steps without a finite norm are ignored.
     """
     indices = np.flatnonzero(np.isfinite(log.norms))
     norms = log.norms[indices]
@@ -116,7 +116,7 @@ def _block_medians(norms: Numbers, size: int) -> Numbers:
     """Return the logarithms of the block medians. An incomplete block at the end is not used."""
     count = max(1, len(norms) // size)
     blocks = norms[: count * size].reshape(count, -1) if len(norms) >= size else norms[None]
-    # A norm of 0 has no logarithm: replace it by the smallest normal number.
+    # A norm of 0 has no logarithm, so it is replaced by the smallest normal number.
     medians: Numbers = np.log(np.maximum(np.median(blocks, axis=1), np.finfo(np.float64).tiny))
     return medians
 
@@ -127,7 +127,7 @@ def _change_points(levels: Numbers) -> list[int]:
     # The difference of two blocks has twice the variance of one block.
     variance = robust_scale(differences) ** 2 / 2 if len(differences) else 0.0
     min_length = max(4, math.ceil(MIN_LENGTH * len(levels)))
-    # A burst of spikes fills one or two blocks: a median over five blocks removes it.
+    # A burst of spikes fills one or two blocks, so a median over five blocks removes it.
     smooth = np.median(sliding_window_view(np.pad(levels, 2, mode="edge"), 5), axis=1)
     return sorted(_split(smooth, 0, min_length, PENALTY * variance * math.log(max(2, len(levels)))))
 
@@ -138,7 +138,7 @@ def _split(levels: Numbers, offset: int, min_length: int, penalty: float) -> Ite
         return
     sizes = np.arange(1, count)
     sums = np.cumsum(levels - levels.mean())[:-1]
-    # Squared error that two means save over one mean, for each split.
+    # This is the reduction of the squared error from one mean to two means, for each split.
     saved = sums**2 * count / (sizes * (count - sizes))
     edge = min_length + int(np.argmax(saved[min_length - 1 : count - min_length]))
     before, after = levels[:edge], levels[edge:]

@@ -55,8 +55,8 @@ def make_run(kind: str, seed: int, directory: Path) -> Path:
 
     Args:
         kind: one of `KINDS`.
-        seed: of the run.
-        directory: for the files of the run.
+        seed: seed of the run.
+        directory: directory for the files of the run.
 
     Returns:
         The path of the log.
@@ -68,8 +68,8 @@ def count(num_runs: int, kinds: Sequence[str] = tuple(KINDS)) -> dict[str, Count
     """Make and diagnose runs.
 
     Args:
-        num_runs: of all kinds together.
-        kinds: of `KINDS`.
+        num_runs: number of runs of all kinds together.
+        kinds: some keys of `KINDS`.
 
     Returns:
         {kind: {rule that came first, "" for none: number of runs}}.
@@ -85,10 +85,10 @@ def count(num_runs: int, kinds: Sequence[str] = tuple(KINDS)) -> dict[str, Count
 
 
 def count_stationary(num_runs: int) -> Counter[str]:
-    """Diagnose stationary runs that are clipped at the bound which `suggest` finds in another one.
+    """Diagnose stationary runs that are clipped at the bound that `suggest` finds in another such run.
 
     Args:
-        num_runs: with a scatter of the logarithms from 0.1 to 0.9, and 400 or 1,500 steps.
+        num_runs: number of runs, with a scatter of the logarithms from 0.1 to 0.9, and 400 or 1,500 steps.
 
     Returns:
         {rule that came first, "" for none: number of runs}.
@@ -234,7 +234,7 @@ class _Data:
     """Samples of a classification with a hidden linear rule.
 
     Args:
-        generator: of the samples.
+        generator: generator of the samples.
     """
 
     def __init__(self, generator: torch.Generator) -> None:
@@ -277,7 +277,7 @@ def _train(kind: str, seed: int, directory: Path) -> Path:
     precision = "fp16" if kind == "fp16" else "fp32"
     optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr)
     if kind == "no warm-up":
-        # Its first steps are √(1 / (1 - alpha)), ten times, as large as later ones.
+        # Its first steps are √(1 / (1 - alpha)) = 10 times as large as later ones.
         optimizer = torch.optim.RMSprop(model.parameters(), 0.06 * random.uniform(0.8, 1.2), alpha=0.99)
     clipper = GradClipper(model, global_norm(bound))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14, growth_interval=1_000_000) if kind == "fp16" else None

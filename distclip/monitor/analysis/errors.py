@@ -1,4 +1,4 @@
-"""Define the error and the warning that a user of the commands can act on."""
+"""Define the error and the warning that users of the commands can act on."""
 
 from __future__ import annotations
 

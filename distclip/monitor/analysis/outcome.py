@@ -24,28 +24,28 @@ MIN_STEPS = 50
 """Minimum number of steps for a verdict, and for rules about how often something happens."""
 
 TAIL = 0.05
-"""Share of a run whose losses are its loss at the end."""
+"""Share of a run, at its end, whose losses count as its final loss."""
 
 MAX_TAIL = 200
-"""Maximum number of steps of the loss at the end."""
+"""Maximum number of steps that the final loss is taken from."""
 
 MAX_WINDOWS = 5000
-"""Number of windows beyond which running medians are computed for some windows only."""
+"""Number of windows above which running medians are computed only for some of them."""
 
 NUM_ERRORS = 3.0
 """A difference of two losses counts if it exceeds this number of standard errors."""
 
 LOST = 0.5
-"""Share of its progress that a diverged run has lost, and that an excursion loses for a while."""
+"""Share of its progress that a run must lose to count as diverged, or for a while to have an excursion."""
 
 EXPLOSION = 3.0
-"""Factor by which a loss exceeds the first one if training explodes within the first steps."""
+"""Minimum factor between a loss and the first one if training explodes within the first steps."""
 
 EXPLODED = 1000.0
-"""Factor by which a loss exceeds the first one in a run that has exploded."""
+"""Minimum factor between a loss and the first one in a run that has exploded."""
 
 STUCK = 0.02
-"""Least share of the chance-level loss by which a run that is not stuck ends below it."""
+"""A run is not stuck if its loss ends below the chance level by at least this share of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Outcome:
 
     Args:
         verdict: "diverged" if the loss ended above its start, above chance level, or not finite; "recovered" if that
-            was so for a while only; "healthy"; "unknown" for a short run, or one without losses.
+            was so only for a while; "healthy"; "unknown" for a short run, or one without losses.
         text: the evidence in a sentence.
         loss: held-out loss if the run has one, otherwise the training loss at the end. NaN if unknown.
         start: training loss at the start. NaN if unknown.
@@ -68,10 +68,10 @@ class Outcome:
 
 @once_per_log
 def find_outcome(log: Log) -> Outcome:
-    """Compare the losses at the end of a run with those at its start, the best ones, and chance level.
+    """Compare the losses at the end of a run with its first losses, its best losses and chance level.
 
     Args:
-        log: of any length. Its losses are the column "loss", and "held_out" and "guess" of its summary.
+        log: log of any length. Its losses are the column "loss", and "held_out" and "guess" of its summary.
     """
     summary = log.summary or {}
     guess = _number({**log.header, **summary}, "guess", "blind_guess")
@@ -102,10 +102,10 @@ def find_outcome(log: Log) -> Outcome:
 
 
 class _Losses:
-    """Training losses of a run, and what is compared of them.
+    """Training losses of a run, and the numbers to compare.
 
     Args:
-        log: of the run.
+        log: log of the run.
     """
 
     def __init__(self, log: Log) -> None:
@@ -122,7 +122,7 @@ class _Losses:
 
     @cached_property
     def start(self) -> float:
-        """Median of the first losses, which are few because a loss can fall quickly, and before an explosion."""
+        """Median of the first losses before any explosion. They are few, because a loss can fall quickly."""
         if not len(self.values):
             return math.nan
         first = self.values[: min(5, self.width)]
@@ -143,7 +143,7 @@ class _Losses:
 
     @property
     def stride(self) -> int:
-        """Distance of the windows of `smooth`. They overlap in any case in a run of up to a million steps."""
+        """Distance between the windows of `smooth`. In a run of up to a million steps they always overlap."""
         return max(1, len(self.values) // MAX_WINDOWS)
 
     @cached_property
@@ -154,9 +154,9 @@ class _Losses:
     def error(self, stop: int | None = None) -> float:
         """Return the standard error of the difference of two running medians, up to a loss of this index."""
         part = self.values[:stop][-4 * self.width :]
-        # Differences of neighbours have no trend, and twice the variance.
+        # Differences between neighbours have no trend, and twice the variance of a loss.
         scatter = robust_scale(np.diff(part)) / math.sqrt(2) if len(part) > 1 else 0.0
-        # A median has a standard error of 1.25 scatter / √n, and so has the other one.
+        # Each of the two medians has a standard error of 1.25 scatter / √n.
         return 1.25 * scatter * math.sqrt(2 / self.width)
 
     @cached_property
@@ -166,7 +166,7 @@ class _Losses:
             return None
         best = np.minimum.accumulate(self.smooth)
         progress = self.start - best
-        # Progress that is not larger than the scatter of single losses can be lost by chance.
+        # If the progress does not exceed the scatter of single losses, it can be lost by chance.
         scatter = robust_scale(np.diff(self.values)) / math.sqrt(2)
         lost = (self.smooth > best + LOST * progress + NUM_ERRORS * self.error()) & (progress > 2 * scatter)
         if not lost.any():
@@ -176,17 +176,17 @@ class _Losses:
 
 
 def _find_nonfinite_end(log: Log) -> str | None:
-    """Describe norms that are not finite any more at the end."""
+    """Describe the end of a run whose norms stop being finite."""
     finite = np.flatnonzero(log.finite)
     end = int(finite[-1]) + 1 if len(finite) else 0
-    # A scaler that searches for its scale skips a few steps in a row.
+    # A few skipped steps in a row are normal while a scaler searches for its scale.
     if len(log.steps) - end < max(10, 0.02 * len(log.steps)):
         return None
     return f"No norm is finite from step {log.steps[end]} to the end, step {log.steps[-1]}."
 
 
 def _find_divergence(losses: _Losses, held_out: float, guess: float) -> Iterator[str]:
-    """Yield what shows that a run diverged."""
+    """Yield the evidence that a run diverged."""
     if held_out > guess:
         yield f"The held-out loss {format_number(held_out)} is above chance level, {format_number(guess)}."
     if not losses.is_known or len(losses.values) < MIN_STEPS:
@@ -196,7 +196,7 @@ def _find_divergence(losses: _Losses, held_out: float, guess: float) -> Iterator
     # A good held-out loss is stronger evidence than the losses of single batches.
     if held_out <= guess * (1 - STUCK):
         return
-    # After an explosion even a small rise is one for good.
+    # After an explosion, even a small rise is permanent.
     rise = 0.0 if losses.values.max() > EXPLODED * abs(start) else noise
     if end > start + max(rise, 1e-3 * abs(start)):
         yield f"{went}, above its start."

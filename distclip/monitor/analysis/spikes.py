@@ -1,4 +1,4 @@
-"""Find steps whose norm stands out, and parse what a recorder wrote about such steps."""
+"""Find steps with outlier norms, and parse the details that a recorder wrote about them."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ MIN_DEVIATIONS = 5.0
 """Minimum distance of a spike from that median, in robust standard deviations of the log-norms."""
 
 WINDOW = 128
-"""Number of norms around a step that it is compared with."""
+"""Number of norms around a step that its norm is compared with."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spike:
-    """A step that the recorder described in more detail because its norm stood out or was not finite.
+    """A step that the recorder described in more detail because its norm was an outlier or not finite.
 
     Args:
         step: number of the step.
-        norm: before clipping; NaN if it was not finite.
+        norm: norm before clipping; NaN if it was not finite.
         ratio: norm divided by the running median before the step; NaN if there was no median or no finite norm.
-        ids: of the samples of its batch, on all ranks; empty if the run noted none.
-        rank: that held the largest part of the norm; None if all ranks held the same.
-        tensor: with the largest gradient on that rank; None if unknown.
-        share: of that gradient in the squared norm, 0 to 1; NaN if unknown.
+        ids: ids of the samples of its batch, on all ranks; empty if the run noted none.
+        rank: rank that held the largest part of the norm; None if all ranks held the same.
+        tensor: tensor with the largest gradient on that rank; None if unknown.
+        share: share of that gradient in the squared norm, 0 to 1; NaN if unknown.
     """
 
     step: int
@@ -64,10 +64,10 @@ class Culprit:
 
     Args:
         step: number of the step.
-        name: of the parameter.
+        name: name of the parameter.
         nans: number of NaN on all `ranks` together.
         infs: number of infinite elements.
-        ranks: that held them; empty for a single process.
+        ranks: ranks that held them; empty for a single process.
 
     >>> print(Culprit(7, "weight", 2, 1, (0, 3)))
     weight (2 NaN and 1 Inf on ranks 0, 3)
@@ -91,8 +91,8 @@ class Difference:
 
     Args:
         step: number of the step.
-        name: of the parameter.
-        ranks: whose replicas deviated; empty if unknown.
+        name: name of the parameter.
+        ranks: ranks whose replicas deviated; empty if unknown.
     """
 
     step: int
@@ -101,12 +101,12 @@ class Difference:
 
 
 def find_spikes(norms: Numbers) -> NDArray[np.int64]:
-    """Find the steps whose norm stands out from the 128 norms around it.
+    """Find the steps whose norm is much larger than the 128 norms around it.
 
-    A recorder, which does not know later norms, compares with the norms before a step instead.
+    A recorder does not have later norms, so it compares a step with the norms before it instead.
 
     Args:
-        norms: (n,) before clipping; NaN where a norm was not finite.
+        norms: (n,) norms before clipping; NaN where a norm was not finite.
 
     Returns:
         Indices of the spikes, increasing.
@@ -116,7 +116,7 @@ def find_spikes(norms: Numbers) -> NDArray[np.int64]:
         return indices
     logs = np.log(norms[indices])
     deviations = logs - _local_medians(logs)
-    # The second bound keeps runs with widely scattered norms from having spikes all the time.
+    # Without the second bound, runs with widely scattered norms would have spikes all the time.
     least = max(math.log(SPIKE_FACTOR), MIN_DEVIATIONS * robust_scale(deviations))
     spikes: NDArray[np.int64] = indices[deviations > least]
     return spikes
@@ -183,7 +183,7 @@ def parse_differences(step: int, line: Mapping[str, Any]) -> Iterator[Difference
 
 
 def parse_number(value: Any) -> float:
-    """Return a finite number as a float, and NaN for anything else."""
+    """Return a finite number as a float, or NaN for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return math.nan
     try:

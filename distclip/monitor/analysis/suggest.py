@@ -21,16 +21,16 @@ from .statistics import Numbers
 __all__ = ["Candidate", "Suggestion", "suggest"]
 
 MIN_STEPS = 200
-"""Minimum number of steps. Of fewer steps, less than 20 exceed the 90th percentile."""
+"""Minimum number of steps. With fewer, less than 20 norms exceed the 90th percentile."""
 
 LEVELS = {"p50": 50, "p75": 75, "p90": 90, "p95": 95, "p99": 99, "max": 100}
 """Percentiles that are compared as bounds, by name."""
 
 MAX_DRIFT = 2.0
-"""Maximum factor between medians. Beyond it, a fixed bound does not clip at the same rate during the whole run."""
+"""Maximum factor between medians. Above it, a fixed bound does not clip at the same rate during the whole run."""
 
 MAX_CLIP_RATE = 0.05
-"""Maximum share of clipped steps. Beyond it, clipping itself has changed the norms noticeably."""
+"""Maximum share of clipped steps. Above it, clipping itself has changed the norms noticeably."""
 
 NUM_RESAMPLES = 500
 """Number of bootstrap resamples."""
@@ -44,8 +44,8 @@ class Candidate:
     """A bound, and its effect on the norms of a run.
 
     Args:
-        name: such as "p90".
-        bound: NaN for a policy without a single bound.
+        name: name such as "p90".
+        bound: the bound; NaN for a policy without a single bound.
         clip_rate: share of the steps that it clips, 0 to 1.
         mean_coef: mean coefficient of all steps, 1 for steps that are not clipped.
         longest_streak: maximum number of consecutive clipped steps.
@@ -59,7 +59,7 @@ class Candidate:
 
     @property
     def role(self) -> str:
-        """Name for a bound that clips this often."""
+        """Name of the role of a bound that clips this often."""
         return classify_clip_rate(self.clip_rate)
 
 
@@ -78,7 +78,7 @@ class Suggestion:
         candidates: each percentile as a bound.
         current: bound that the run was made with; None if it had none.
         drift: factor by which the median moves after the warm-up.
-        cap: of an adaptive policy, if the drift makes one preferable; otherwise None.
+        cap: cap of an adaptive policy, if the drift makes one preferable; otherwise None.
         text: the suggestion in a sentence.
         notes: further facts about the log, one sentence each.
         cautions: reasons to doubt the bound, one sentence each.
@@ -118,16 +118,17 @@ def suggest(log: Log, batch: int | None = None) -> Suggestion:
     """Suggest the 90th percentile of the last regime after the warm-up.
 
     The choice was measured: norms were recorded at a safe learning rate, and their percentiles were used as bounds of
-    runs at four to five times that rate, with three seeds each. With p90 the held-out losses are 1.96 (a tanh RNN),
-    1.75 (an LSTM; 1.97 on one seed) and 2.49 (a GPT, SGD), as good as with any other bound. p75 gives 2.00, 1.74 and
-    2.48. p95 gives 1.98, 1.73 … 1.88 and 2.50. p50 costs the RNN 0.1. With p99 and the maximum the LSTM fails (3.3 …
-    4.2 and 4.4 … 7.9). They are too loose for a raised learning rate, and only a safety net at the rate of the log.
+    runs at four to five times that rate, with three seeds each. With p90, the held-out losses are 1.96 (a tanh RNN),
+    1.75 (an LSTM; 1.97 on one seed) and 2.49 (a GPT with SGD). No other bound does better. p75 gives 2.00, 1.74 and
+    2.48. p95 gives 1.98, 1.73 … 1.88 and 2.50. p50 raises the RNN's loss by 0.1. With p99 and with the maximum, the
+    LSTM fails (3.3 … 4.2 and 4.4 … 7.9). These two are too loose for a raised learning rate, and only a safety net at
+    the learning rate of the log.
 
     The interval comes from a block bootstrap, because the norms of neighbouring steps are correlated. A regime of more
     than 20,000 steps is subsampled first, which makes the interval wider than necessary.
 
     Args:
-        log: of the run.
+        log: log of the run.
         batch: number of samples per step in the next run, for a caution if the log has another batch size.
 
     Raises:
@@ -215,7 +216,7 @@ def _candidate(name: str, bound: float, norms: Numbers) -> Candidate:
 
 
 def _current_bound(log: Log, indices: NDArray[np.int64]) -> Candidate | None:
-    """Describe the bound that the run had at these steps: the median, if it moved."""
+    """Describe the bound that the run had at these steps, or its median if it moved."""
     clipped, coefs, bounds = log.clipped[indices], log.coefs[indices], log.bounds[indices]
     name = "in use"
     if np.isfinite(bounds).any():
@@ -253,7 +254,7 @@ def _bootstrap_interval(norms: Numbers) -> tuple[float, float]:
 
 
 def _drift(regimes: Regimes) -> tuple[float, float]:
-    """Return how far the norms move after the warm-up.
+    """Return how much the norms move after the warm-up.
 
     Returns:
         The factor between the medians of the parts, and the highest 95th percentile of a part.

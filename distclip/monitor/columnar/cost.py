@@ -1,7 +1,7 @@
-"""Measure what a columnar log costs: `python -m distclip.monitor.columnar.cost --steps 1000000`.
+"""Measure the cost of a columnar log: `python -m distclip.monitor.columnar.cost --steps 1000000`.
 
-A recorder writes the norms of a simulated run, in which single tensors stand out in single steps. The table has the
-size of the log, the time of a write, the spikes that each level of the pyramid shows, and the time and size of a
+A recorder writes the norms of a simulated run, in which single tensors spike in single steps. The table has the size of
+the log, the time of a write, the number of spikes that each level of the pyramid shows, and the time and size of a
 report.
 """
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure a log and print the table.
 
     Args:
-        arguments: of the command line; None for those of the process.
+        arguments: arguments of the command line; None for those of the process.
     """
     parser = argparse.ArgumentParser(prog="python -m distclip.monitor.columnar.cost", description=__doc__)
     for name, default, text in (
@@ -79,7 +79,7 @@ def _choose_spikes(num_tensors: int, num_steps: int, count: int) -> Spikes:
 def _simulate(num_tensors: int, num_steps: int, spikes: Spikes) -> Iterator[tuple[NDArray[np.float32], float]]:
     """Yield the norms of the tensors and the loss of each step."""
     generator = np.random.default_rng(0)
-    # The products of few rows and a factor per step differ in all digits, as norms do.
+    # Products of a few rows and a factor per step differ in all digits, as real norms do.
     noise = np.exp(generator.normal(0, 0.3, (64, num_tensors))) * np.exp(generator.normal(-3, 2, num_tensors))
     tensors_of: dict[int, list[int]] = {}
     for step, tensor in spikes:

@@ -65,8 +65,8 @@ def write_part(directory: Path, part: Part) -> None:
     """Write all files of a part, and wait until they are on the disk.
 
     Args:
-        directory: an existing, empty one.
-        part: at least one step.
+        directory: an existing, empty directory.
+        part: a part with at least one step.
     """
     details = [json.dumps(part.details[step]) if step in part.details else None for step in part.steps.tolist()]
     columns = {"step": part.steps, **part.flags, **part.numbers, "details": pa.array(details, pa.string())}
@@ -99,7 +99,7 @@ def write_part(directory: Path, part: Part) -> None:
 
 
 def read_info(directory: Path) -> PartInfo:
-    """Read what a part contains.
+    """Read the description of a part.
 
     Raises:
         RunError: `part.json` is not that of a part. FileNotFoundError: it does not exist.
@@ -162,10 +162,10 @@ def read_level(directory: Path, info: PartInfo, number: int, with_low: bool = Tr
     """Read a level of the pyramid.
 
     Args:
-        directory: of the part.
+        directory: directory of the part.
         info: its content.
-        number: of the level. The coarsest one stands for those that the part does not have.
-        with_low: whether to read the smallest norms, too. Otherwise they are those of `max`.
+        number: number of the level. If the part has no such level, its coarsest one is read.
+        with_low: whether to read the smallest norms too. Otherwise they are replaced by the largest ones.
     """
     path = directory / _level_name(min(number, info.num_levels - 1))
     with _reading(path):
@@ -177,7 +177,7 @@ def read_level(directory: Path, info: PartInfo, number: int, with_low: bool = Tr
 
 
 def read_window(directory: Path, info: PartInfo) -> tuple[Steps, Norms]:
-    """Read the steps and the norms of the window. Without one, there are none."""
+    """Read the steps and the norms of the window, which are empty without a window."""
     path = directory / WINDOW
     try:
         with _reading(path):
@@ -205,7 +205,7 @@ def _level_name(number: int) -> str:
 
 
 def _find_raw(numbers: Mapping[str, NDArray[np.float64]]) -> dict[str, str]:
-    """Return the columns of which most values differ, so that a dictionary of them does not pay."""
+    """Return the columns whose values mostly differ, so that a dictionary would not make them smaller."""
     return {key: "BYTE_STREAM_SPLIT" for key, column in numbers.items() if 2 * len(np.unique(column)) > len(column)}
 
 
@@ -214,7 +214,8 @@ def _write_norms(path: Path, steps: Mapping[str, Steps], norms: Mapping[str, Nor
         key: pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(table).reshape(-1)), table.shape[1])
         for key, table in norms.items()
     }
-    # The exponents of norms are similar, so that they compress if the bytes of all numbers are stored byte by byte.
+    # The exponents of norms are similar, so the numbers compress well if all first bytes are stored together, then all
+    # second bytes, and so on.
     encodings = dict.fromkeys(steps, "DELTA_BINARY_PACKED")
     encodings |= {f"{key}.list.element": "BYTE_STREAM_SPLIT" for key in norms}
     _write(path, {**steps, **lists}, encodings)
@@ -253,7 +254,7 @@ def _check(path: Path, is_right: bool, problem: str) -> None:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Raise a `RunError` about a file that is damaged or not one of this format."""
+    """Raise a `RunError` about a file that is damaged or has another format."""
     try:
         yield
     except FileNotFoundError:

@@ -22,16 +22,16 @@ ROWS = 4 * BUCKET
 """Number of steps after which lines become a part."""
 
 MAX_SIZE = 1 << 28
-"""Maximum number of bytes of an existing log of lines that is converted."""
+"""Maximum size in bytes of an existing log of lines that can be converted."""
 
 
 class ColumnarLines(JsonLines):
-    """Lines of a run, which are stored as columns except for the last ones.
+    """Lines of a run that are stored as columns, except for the last ones.
 
     An existing log of lines becomes a columnar one.
 
     Args:
-        path: of `metrics.jsonl`. It is created with its directory if it does not exist.
+        path: path of `metrics.jsonl`. It is created with its directory if it does not exist.
 
     Raises:
         RunError: an existing columnar log is damaged.
@@ -47,7 +47,7 @@ class ColumnarLines(JsonLines):
             )
         lines = [line for block in LineReader(path) for line in block]
         if 0 < header_part(lines) <= self._store.last_number():
-            # A crash came between the rename of the part and the replacement of its lines.
+            # A crash happened after the part was renamed and before its lines were replaced.
             _replace(path, b"")
             lines = []
         self._num_steps = sum("distclip" not in line for line in lines)
@@ -71,7 +71,7 @@ class ColumnarLines(JsonLines):
         """Store the first lines as a part, and keep those that would not fill a row of the pyramid."""
         texts = self.path.read_bytes().splitlines(keepends=True)
         num_left = self._num_steps % BUCKET
-        # Headers and torn lines are rare, and stay with the lines before them.
+        # Headers and torn lines are rare. They stay with the lines before them.
         num_stored, num_steps = len(texts), 0
         while num_steps < num_left:
             num_stored -= 1
@@ -81,7 +81,7 @@ class ColumnarLines(JsonLines):
         part = make_part_of_lines(lines)
         if part is not None:
             self._store.add(part)
-        # A header whose first step is among the lines that are left has not begun a session yet.
+        # If the first step after a header is still among the lines, the header has not begun a session yet.
         columns = {"part": self._store.last_number() + 1, "continues": lines[-1] is not header}
         first = json.dumps({"distclip": "", **header, "columns": columns}).encode() + b"\n"
         _replace(self.path, b"".join([first, *texts[num_stored:]]))
@@ -89,7 +89,7 @@ class ColumnarLines(JsonLines):
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Replace a file by another one, which is on the disk before."""
+    """Replace a file by another one that is already on the disk."""
     temporary = path.with_name(f"{path.name}.unfinished")
     with temporary.open("wb") as file:
         file.write(content)

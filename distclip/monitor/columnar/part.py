@@ -31,7 +31,7 @@ class Part:
         details: other fields of a line, by step.
         sessions: (first step, header) of each recorder that began here.
         tensors: names of the columns of all norms.
-        window_steps: (w,) steps of which every norm is stored.
+        window_steps: (w,) steps with the norms of all tensors.
         window: (w, tensors) their norms.
         exact: norms around outliers.
         level: level 0 of the pyramid.
@@ -61,7 +61,7 @@ def make_part(
     window_steps: Steps,
     window: Norms,
 ) -> Part:
-    """Make a part of steps whose norms are all known. The arguments are those of `Part`."""
+    """Make a part from steps whose norms are all known. The arguments are those of `Part`."""
     spikes = [step for step, fields in details.items() if "spike" in fields]
     exact, level = select_cells(window_steps, window, spikes), summarize(window_steps, window)
     return Part(steps, numbers, flags, details, sessions, tensors, window_steps, window, exact, level)
@@ -70,8 +70,8 @@ def make_part(
 def trim(part: Part, step: int) -> Part:
     """Remove a step and all later ones.
 
-    A row of the pyramid that the step divides is computed again if all norms of its steps are in the window, and
-    otherwise keeps its extremes.
+    If the step divides a row of the pyramid, that row is computed again from the window. If the window lacks some of
+    its steps, the row keeps its extremes.
     """
     num_rows, num_window = (int(np.searchsorted(steps, step)) for steps in (part.steps, part.window_steps))
     return replace(
@@ -105,11 +105,11 @@ def _trim_level(level: Level, step: int, window_steps: Steps, window: Norms) -> 
 def merge(parts: Sequence[Part], generation: int) -> Part:
     """Merge parts in the order in which they were recorded.
 
-    A step that repeats an earlier number invalidates that step and all later ones of the parts before.
+    A step that repeats an earlier number invalidates that step and all later ones in earlier parts.
 
     Args:
-        parts: at least one.
-        generation: of the result.
+        parts: the parts, at least one.
+        generation: generation of the result.
     """
     kept: list[Part] = []
     sessions: list[tuple[int, Mapping[str, Any]]] = []
@@ -145,7 +145,7 @@ def join_tables(parts: Sequence[tuple[tuple[str, ...], Sequence[Norms]]]) -> tup
     Args:
         parts: names of the columns, and two tables of norms.
     """
-    # The names in lines that were not written by a recorder may contain one twice.
+    # Lines that no recorder wrote may contain a name twice.
     distinct = dict.fromkeys(columns for columns, _ in parts)
     names = tuple(dict.fromkeys(name for columns in distinct for name in columns))
     empty = np.zeros((0, len(names)), np.float32)
@@ -157,7 +157,7 @@ def _join(arrays: Iterable[NDArray[Any]]) -> NDArray[Any]:
 
 
 def _expand(norms: Norms, names: tuple[str, ...], all_names: tuple[str, ...]) -> Norms:
-    """Return a table with a column for each of all names, of which some are NaN."""
+    """Return a table with a column for each of all names. Columns that were missing are NaN."""
     if names == all_names:
         return norms
     index = {name: i for i, name in enumerate(all_names)}
@@ -167,7 +167,7 @@ def _expand(norms: Norms, names: tuple[str, ...], all_names: tuple[str, ...]) ->
 
 
 def _with_tensors(part: Part, tensors: tuple[str, ...]) -> Part:
-    """Return the part with columns for these tensors, which contain its present ones."""
+    """Return the part with columns for these tensors, which include its current ones."""
     if part.tensors == tensors:
         return part
     index = {name: i for i, name in enumerate(tensors)}

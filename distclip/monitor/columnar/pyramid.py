@@ -29,7 +29,7 @@ Steps: TypeAlias = NDArray[np.int64]
 """Numbers of steps, increasing."""
 
 BUCKET = 256
-"""Number of steps of a row of level 0."""
+"""Number of steps in a row of level 0."""
 
 FACTOR = 8
 """Number of rows of a level that one row of the next level summarizes."""
@@ -41,13 +41,13 @@ MAX_OUTLIERS = 256
 """Maximum number of outliers of single tensors per part."""
 
 NEARBY_OF_TENSOR = 8
-"""Number of steps before and after an outlier of one tensor whose norms of this tensor are kept."""
+"""Number of steps before and after an outlier of one tensor in which the norms of that tensor are kept."""
 
 NEARBY_OF_STEP = 2
-"""Number of steps before and after an outlier of the whole norm whose norms of all tensors are kept."""
+"""Number of steps before and after an outlier of the whole norm in which the norms of all tensors are kept."""
 
 SAMPLE = 8
-"""Every eighth step is enough for a median."""
+"""Stride of the steps that the median of a tensor is computed from."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def summarize(steps: Steps, norms: Norms, bucket: int = BUCKET) -> Level:
     """Summarize rows of norms.
 
     Args:
-        steps: (rows,) of the rows.
+        steps: (rows,) numbers of their steps.
         norms: (rows, tensors).
         bucket: number of rows that become one.
 
@@ -136,9 +136,9 @@ def select_cells(steps: Steps, norms: Norms, spikes: Sequence[int]) -> Cells:
     """Select the norms around outliers.
 
     Args:
-        steps: (rows,) of the rows.
+        steps: (rows,) numbers of their steps.
         norms: (rows, tensors).
-        spikes: numbers of the steps whose whole norm stood out.
+        spikes: numbers of the steps whose whole norm is an outlier.
 
     >>> norms = np.ones((100, 2), np.float32)
     >>> norms[50, 1] = 7
@@ -168,9 +168,9 @@ def select_cells(steps: Steps, norms: Norms, spikes: Sequence[int]) -> Cells:
 
 
 def _find_outliers(norms: Norms) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Return the rows and the tensors of the norms that stand out most from the median of their tensor."""
+    """Return the rows and the tensors of the norms that exceed the median of their tensor most."""
     sample = np.sort(norms[:: SAMPLE if len(norms) > BUCKET else 1], axis=0)
-    # NaN is sorted to the end, so that the middle of the other values is known.
+    # NaN is sorted to the end, so the index of the other values' median is known.
     num_finite = np.isfinite(sample).sum(0)
     medians = np.take_along_axis(sample, np.maximum(num_finite - 1, 0)[None] // 2, 0)[0]
     limits = np.where(medians > 0, MIN_RATIO * medians, np.inf).astype(np.float32)

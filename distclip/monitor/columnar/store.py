@@ -18,13 +18,13 @@ __all__ = ["Store", "StoredPart"]
 NAME = re.compile(r"(\d{8})-(\d{8})")
 
 NUM_MERGED = 8
-"""Number of parts of one generation that become one of the next."""
+"""Number of parts of one generation that are merged into one of the next."""
 
 WINDOW_ROWS = 4096
-"""Number of the last steps of which all norms are kept."""
+"""Number of the last steps whose norms are all kept."""
 
 MAX_ATTEMPTS = 20
-"""Number of times that a reader lists the parts, because a writer may merge some between two of its reads."""
+"""Maximum number of times that a reader lists the parts, because a writer may merge some while they are read."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class StoredPart:
 
     Args:
         first: number of the first part that was merged into it.
-        last: number of the last one.
-        path: of its directory.
+        last: number of the last part that was merged into it.
+        path: path of its directory.
         info: its content.
     """
 
@@ -48,12 +48,13 @@ class Store:
     """Directory of the parts of a run.
 
     Args:
-        path: of the directory, which need not exist.
+        path: path of the directory, which need not exist.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # Parts never change, and their names are not used again. The names of 5,000 tensors take 2 ms to read.
+        # Parts never change, and their names are not reused, so their contents can be cached. Reading the names of
+        # 5,000 tensors takes 2 ms.
         self._infos: dict[Path, PartInfo] = {}
 
     def parts(self) -> list[StoredPart]:
@@ -94,7 +95,7 @@ class Store:
             pass
 
     def clean(self) -> None:
-        """Remove what a crash has left: unfinished parts, and parts that were merged."""
+        """Remove the leftovers of a crash: unfinished parts, and parts that were merged."""
         if not self.path.is_dir():
             return
         needed = {path for _, _, path in _uncovered(self._names())}
@@ -127,10 +128,10 @@ class Store:
             num_rows += stored.info.num_rows
 
     def _merge_oldest(self) -> bool:
-        """Merge eight parts of one generation that have no window, if there are as many."""
+        """Merge eight parts of one generation that have no window, if there are eight."""
         parts = [part for part in self.parts() if not (part.path / WINDOW).exists()]
         for generation in range(MAX_GENERATION):
-            # Parts of a generation follow each other, those of higher generations first.
+            # Parts of a generation are next to each other, and higher generations come first.
             same = list(_run_of(parts, generation))
             if len(same) >= NUM_MERGED:
                 chosen = same[:NUM_MERGED]

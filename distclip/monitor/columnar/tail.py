@@ -49,7 +49,7 @@ class _AllRows(TensorNorms):
 
 
 class _TailParser(LogParser):
-    """Parses all norms of tensors, and keeps the details as they are in the lines."""
+    """Parses all norms of tensors, and keeps the details unchanged."""
 
     def __init__(self) -> None:
         self.rows = _AllRows()
@@ -87,7 +87,7 @@ def make_part_of_lines(lines: Sequence[Line]) -> Part | None:
 
 
 def header_part(lines: Iterable[Line]) -> int:
-    """Return the number of the part that lines will become, or 0 if they are not those of a columnar log."""
+    """Return the number of the part that lines will become, or 0 if they belong to no columnar log."""
     number = 0
     for line in lines:
         columns = line.get("columns") if "distclip" in line else None

@@ -1,4 +1,4 @@
-"""Write vectors of numbers into lines of JSON as base64 text, and read them again."""
+"""Encode vectors of numbers as base64 text in lines of JSON, and decode them."""
 
 from __future__ import annotations
 

@@ -20,12 +20,12 @@ class Assessment:
 
     Args:
         outcome: verdict on the end of the run.
-        findings: of the diagnosis.
+        findings: findings of the diagnosis.
         clip_rate: share of the clipped steps as text.
         bound: the suggested bound in a few characters.
         text: the suggestion in a sentence, or the reason why there is none.
         cautions: reasons to doubt the bound, one sentence each.
-        code: that applies the bound, in Hydra and in Python; empty without a bound.
+        code: code that applies the bound, in Hydra and in Python; empty without a bound.
     """
 
     outcome: Outcome

@@ -37,8 +37,8 @@ class Live:
     """Addresses of a page that follows running jobs, relative to its own.
 
     Args:
-        plotly: of plotly.js.
-        script: of the script that looks for changes.
+        plotly: address of plotly.js.
+        script: address of the script that looks for changes.
     """
 
     plotly: str
@@ -51,9 +51,9 @@ class Chart:
 
     Args:
         name: id of its element.
-        figure: of plotly.
+        figure: plotly figure.
         run: style of the run, for a figure with its own heading; None for a figure of all runs.
-        title: of the figure.
+        title: title of the figure.
     """
 
     name: str
@@ -88,9 +88,9 @@ def write_page(logs: Sequence[Log], path: Path, assessments: Sequence[Assessment
     """Write one HTML file that needs no other file and no network.
 
     Args:
-        logs: of the runs to show side by side, at least one.
-        path: of the file, in an existing directory.
-        assessments: of the logs, if the caller has them; computing them takes seconds for a long run.
+        logs: logs of the runs to show side by side, at least one.
+        path: path of the file, in an existing directory.
+        assessments: assessments of the logs, if the caller has them; computing them takes seconds for a long run.
     """
     path.write_text(render_page(logs, assessments)[0], encoding="utf-8", errors="replace")
 
@@ -102,7 +102,7 @@ def render_page(
 
     Args:
         logs, assessments: see `write_page`.
-        live: of a page that follows running jobs. None for a page that needs no other file.
+        live: addresses for a page that follows running jobs. None for a page that needs no other file.
     """
     runs, assessments = assign_styles([log.name for log in logs]), assessments or assess(logs)
     sections = [section for section in _make_sections(logs, runs) if section.charts or section.notes]

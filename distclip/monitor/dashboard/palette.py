@@ -22,10 +22,10 @@ class Mark:
     """Look of the marks of one kind of event.
 
     Args:
-        label: of the event.
+        label: label of the event.
         symbol: name of the shape in plotly.
-        colour: on a chart of one run. On a chart of several runs, the mark has the colour of its run.
-        size: in pixels.
+        colour: colour on a chart of one run. On a chart of several runs, the mark has the colour of its run.
+        size: size in pixels.
     """
 
     label: str
@@ -50,9 +50,9 @@ class Style:
     """Look of a run.
 
     Args:
-        name: of the run.
+        name: name of the run.
         group: name in a legend of all runs that share the colour.
-        colour: as #rrggbb.
+        colour: colour as #rrggbb.
         dashed: whether the lines are dashed, because there are more groups than colours.
         first: whether the run represents its group in a legend.
     """
@@ -70,7 +70,7 @@ def assign_styles(names: Sequence[str]) -> list[Style]:
     If there are many runs, those that differ only in a number (a seed) share a colour.
 
     Args:
-        names: of the runs.
+        names: names of the runs.
 
     Returns:
         The styles in the order of the names.

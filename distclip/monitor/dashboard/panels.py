@@ -58,7 +58,7 @@ class Markers:
 
     Args:
         run: index of the run.
-        kind: of the event, a key of `palette.MARKS`.
+        kind: kind of the event, a key of `palette.MARKS`.
         steps: (n,).
         heights: (n,) vertical positions.
         texts: (n,) descriptions.
@@ -77,12 +77,12 @@ class Panel:
 
     Args:
         key: unique name.
-        title: of the vertical axis, with the unit.
+        title: title of the vertical axis, with the unit.
         curves: one per run that has values.
         bounds: norms that the policy allowed, drawn dashed.
-        markers: on the curves.
+        markers: markers on the curves.
         log: whether the vertical axis is logarithmic.
-        height: in pixels.
+        height: height in pixels.
     """
 
     key: str

@@ -73,8 +73,8 @@ def write_pngs(logs: Sequence[Log], directory: Path) -> list[Path]:
     """Write the page's charts as PNG files. This needs neither a browser nor a display.
 
     Args:
-        logs: of the runs to show side by side, at least one.
-        directory: for the files. It is created if it does not exist.
+        logs: logs of the runs to show side by side, at least one.
+        directory: directory for the files. It is created if it does not exist.
 
     Returns:
         The paths: norm.png (norm_and_loss.png with losses), clipping.png, columns.png, distribution.png, tensors.png
@@ -121,7 +121,7 @@ def paint(figure: Any, title: str = "") -> Figure:
     """Paint a figure of `charts`.
 
     Args:
-        figure: of plotly.
+        figure: plotly figure.
         title: above it.
     """
     layout = figure.layout

@@ -26,10 +26,10 @@ class SpikeRow:
         run: index of the run.
         step: number of the step.
         norm: before clipping.
-        ratio: of the norm to the median before it.
-        rank: with the largest part of the norm.
-        tensor: with the largest gradient on that rank.
-        ids: of the samples.
+        ratio: ratio of the norm to the median before it.
+        rank: rank with the largest part of the norm.
+        tensor: tensor with the largest gradient on that rank.
+        ids: ids of the samples.
         culprits: gradients with non-finite elements; empty for a finite step.
     """
 

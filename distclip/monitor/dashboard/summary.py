@@ -39,7 +39,7 @@ class SummaryRow:
     """One property of all runs.
 
     Args:
-        label: of the property.
+        label: label of the property.
         cells: one per run.
         text: whether the cells are words instead of numbers.
     """
@@ -66,8 +66,8 @@ def print_summary(logs: Sequence[Log], console: Console, assessments: Sequence[A
     """Print the table and the findings of the runs.
 
     Args:
-        logs: of the runs, at least one.
-        console: to print to. One that is not a terminal is 120 characters wide.
+        logs: logs of the runs, at least one.
+        console: console to print to. One that is not a terminal is 120 characters wide.
         assessments: see `write_page`.
     """
     console = Screen(console).console

@@ -32,7 +32,7 @@ class HeatMap:
 
     Args:
         run: index of the run.
-        names: of its rows, from the top.
+        names: names of its rows, from the top.
         labels: the names without the parts that all names share.
         pattern: the shared parts, with a star for the label.
         steps: (columns,) first step of each column.

@@ -30,7 +30,7 @@ class XAxis:
     """Positions of the steps of all runs on another axis.
 
     Args:
-        title: of the axis, with the unit.
+        title: title of the axis, with the unit.
         steps: (knots,) per run.
         positions: (knots,) per run.
     """

@@ -15,7 +15,7 @@ from .marker import is_running
 __all__ = ["Follower", "Signature", "read_growing", "sign"]
 
 IDLE_SECONDS = 600.0
-"""Time without a change after which a run ends that no recorder has marked as running."""
+"""Time without a change after which a run counts as ended, if no recorder has marked it as running."""
 
 SKIPPED = {"checkpoints"}
 """Names of directories in a run whose files are not part of its log."""
@@ -38,7 +38,7 @@ class Follower:
         self.log: Log | None = None
         """The run as it was read last. None before it has a step."""
         self.seconds = 0.0
-        """Time that reading it took."""
+        """Seconds that reading it took."""
 
     def poll(self) -> bool:
         """Read the run if it has changed, and return whether it has.
@@ -60,7 +60,7 @@ class Follower:
 
     @property
     def is_over(self) -> bool:
-        """True if the run has ended, as far as its directory tells."""
+        """True if the run has ended, according to its directory."""
         directory = self._path if self._path.is_dir() else self._path.parent
         running = is_running(directory)
         if running is not None:
@@ -79,7 +79,7 @@ def read_growing(path: Path, name: str | None, keys: Keys) -> Log:
 
 
 def sign(path: Path) -> Signature:
-    """Return what differs once a file of a run has changed."""
+    """Return a value that changes when a file of a run changes."""
     return tuple(sorted(_stats(path, 2)))
 
 
@@ -96,5 +96,5 @@ def _stats(path: Path, depth: int) -> Iterator[tuple[str, int, int]]:
             for name in names:
                 yield from _stats(path / name, depth - 1)
     except OSError:
-        # A file that was replaced or removed in the meantime.
+        # The file was replaced or removed in the meantime.
         return

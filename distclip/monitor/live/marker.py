@@ -22,17 +22,17 @@ def mark_running(directory: Path) -> None:
 
 
 def mark_ended(directory: Path) -> None:
-    """Write that the run has ended, unless another process records it by now."""
+    """Write that the run has ended, unless another process now records it."""
     known = _read(directory)
     if known is not None and known.get("pid") == os.getpid():
         _write(directory, known | {"ended": round(time.time(), 3)})
 
 
 def is_running(directory: Path) -> bool | None:
-    """Return whether a process records the run, or None if the directory does not tell.
+    """Return whether a process records the run, or None if the directory does not show it.
 
-    A process of this host that was killed does not run. Of another host, only a process that ended by itself is known
-    to have ended.
+    A killed process of this host counts as ended. A process of another host counts as ended only if it has written so
+    itself.
     """
     known = _read(directory)
     if known is None:
@@ -54,7 +54,7 @@ def is_running(directory: Path) -> bool | None:
 
 
 def _write(directory: Path, content: dict[str, Any]) -> None:
-    # The file is replaced at once, because others read it at any time.
+    # The file is replaced atomically, because other programs may read it at any time.
     with suppress(OSError):
         path = directory / f".{FILE}.{os.getpid()}"
         path.write_text(json.dumps(content) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
 """Serve the report of running jobs to a browser on this machine.
 
-Only a request whose path begins with the token gets anything but 404: other users of the machine can reach the port.
+Any request whose path does not begin with the token gets 404, because other users of the machine can reach the port.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["Page", "listen", "make_app", "serve"]
 
 HEADERS = {
     "Cache-Control": "no-store",
-    # The address has the token.
+    # The address contains the token, which other sites must not get.
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -46,10 +46,10 @@ BOUND_TO_ALL = {"0.0.0.0", "::", ""}
 
 
 class Page:
-    """The report of some runs, which is rendered again after their files have changed.
+    """The report of some runs, which is rendered again when their files change.
 
     Args:
-        paths: see `find_runs`. Runs that appear below them later are on the page from then on.
+        paths: see `find_runs`. Runs that appear below them later are added to the page.
         keys: names of the columns in logs of other tools.
     """
 
@@ -66,7 +66,7 @@ class Page:
         Raises:
             RunError: a run cannot be read, such as one without a step.
         """
-        # A second request waits for the first one, and then has nothing to do.
+        # A second request waits for the first one, and then finds the page rendered.
         with self._lock:
             runs = find_runs(self._paths)
             signature = tuple(map(sign, runs))
@@ -93,7 +93,7 @@ def make_app(page: Page, token: str) -> Starlette:
     """Return the application.
 
     Args:
-        page: to serve.
+        page: page to serve.
         token: first part of every path.
     """
 
@@ -101,7 +101,7 @@ def make_app(page: Page, token: str) -> Starlette:
         return secrets.compare_digest(request.path_params["token"].encode(), token.encode())
 
     def route(path: str, answer: Any) -> Route:
-        # Starlette runs a function that is not asynchronous in a thread.
+        # This is not asynchronous, so Starlette runs it in a thread.
         def guarded(request: Request) -> Response:
             response = answer(request) if is_allowed(request) else PlainTextResponse("Not Found", 404)
             response.headers.update(HEADERS)
@@ -113,7 +113,7 @@ def make_app(page: Page, token: str) -> Starlette:
         try:
             page.refresh()
         except RunError as error:
-            # The browser asks again, until the first steps are there.
+            # The browser asks again until the run has its first steps.
             return PlainTextResponse(f"{printable(error)}\n", headers={"Refresh": "2"})
         return Response(page.html.encode(errors="replace"), media_type="text/html; charset=utf-8")
 

@@ -25,13 +25,13 @@ from .follow import Follower
 __all__ = ["describe_status", "draw_sparkline", "watch"]
 
 WINDOW = 128
-"""Number of last steps of the recent clip rate."""
+"""Number of the last steps that the recent clip rate covers."""
 
 STEPS_PER_COLUMN = 8
 """Number of steps that one character of the curve stands for."""
 
 MAX_ALARMS = 5
-"""Number of last alarms that the view shows."""
+"""Maximum number of alarms that the view shows, the last ones."""
 
 BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-=+*#%"
 """Characters of the curve, from the smallest norm to the largest."""
@@ -55,7 +55,8 @@ def watch(
         screen: output.
         once: show the run as it is now, and return.
         as_json: print a JSON object on a line for each change instead.
-        interval: seconds between two looks at the files, > 0. Reading a long run takes at most a tenth of the time.
+        interval: seconds between two checks of the files, > 0. It grows for a long run, so that reading takes at most a
+            tenth of the time.
         wait: waits for a number of seconds.
 
     Raises:
@@ -77,7 +78,7 @@ def watch(
 def _changes(follower: Follower, once: bool, interval: float, wait: Callable[[float], None]) -> Any:
     """Yield the run, and whether it is over, after each change and at the end."""
     while True:
-        # Asked first, so that the last lines are read before the end.
+        # This is read first, so that the last lines are read before the end.
         is_over = follower.is_over
         has_changed = follower.poll()
         if has_changed or is_over or once:
@@ -154,7 +155,7 @@ def make_view(log: Log | None, screen: Screen, *, is_over: bool) -> RenderableTy
     """Return the view of a run for a terminal.
 
     Args:
-        log: of the run. None before its first step.
+        log: log of the run, or None before its first step.
         screen: output, which has a width.
         is_over: whether the run has ended.
     """

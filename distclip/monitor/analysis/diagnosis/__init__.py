@@ -30,18 +30,18 @@ RULES: Sequence[Callable[[Context], Iterator[Finding]]] = (
     check_clip_rate,
     check_dominant_tensor,
 )
-"""All rules. A rule can depend on what those before it have found: a divergence has no other cause then."""
+"""All rules. A rule can depend on earlier findings: a divergence counts only if it has no other cause."""
 
 
 def diagnose(log: Log) -> list[Finding]:
     """Find the problems of a run.
 
     Args:
-        log: of any length.
+        log: log of any length.
 
     Returns:
         The findings of all rules, causes first; empty for a run without problems, and for one of less than 50 steps
-        without any that stand out.
+        without outliers.
     """
     context = Context(log)
     for rule in RULES:

@@ -12,9 +12,9 @@ from .context import MIN_STEPS, Context, Finding
 __all__ = ["check_clip_rate"]
 
 MAX_CLIP_RATE = 0.5
-"""Maximum share of clipped steps, as that of `FrequentClippingWarning`.
+"""Maximum share of clipped steps, the same as for `FrequentClippingWarning`.
 
-The bound that `distclip suggest` finds clips 10 % of the steps of a run, and more of a run at a higher learning rate.
+The bound that `distclip suggest` finds clips 10 % of the steps of that run, and more at a higher learning rate.
 """
 
 NUM_PARTS = 10
@@ -22,7 +22,7 @@ NUM_PARTS = 10
 
 
 def check_clip_rate(context: Context) -> Iterator[Finding]:
-    """Find clipping that is the rule instead of the exception, after the warm-up and in most of the run."""
+    """Find runs that clip most steps, after the warm-up and in most parts of the run."""
     log, steady = context.log, context.regimes.steady
     if len(log.steps) < MIN_STEPS or not steady or context.outcome.verdict == "diverged":
         return
@@ -36,7 +36,7 @@ def check_clip_rate(context: Context) -> Iterator[Finding]:
     at = "" if lr is None or not np.isfinite(lr).any() else f", at learning rate {format_range(lr)}"
     under = f" under a bound of {format_range(bounds)}" if len(bounds) else ""
     scope = f"steps after the warm-up (step {log.steps[start]} on)" if context.regimes.warm_up else "steps"
-    # The bound of update_clip is not one on norms.
+    # update_clip does not bound norms.
     is_update_clip = str(log.header.get("policy", "")).startswith("update_clip(")
     raised = "raise max_rms" if is_update_clip else "raise the bound to the one that `distclip suggest` finds"
     yield Finding(

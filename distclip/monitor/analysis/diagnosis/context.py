@@ -20,11 +20,11 @@ START = 0.10
 """Share of a run that counts as its start."""
 
 WARNING_STEPS = 10
-"""Number of steps before a non-finite step in which a spike announces it."""
+"""Number of steps before a non-finite step in which a spike counts as its warning."""
 
 
 RISE = 10.0
-"""Factor by which norms rise in `WARNING_STEPS` steps if they announce a non-finite step."""
+"""Minimum factor by which norms rise in `WARNING_STEPS` steps to count as a warning of a non-finite step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Finding:
         title: the problem in a few words.
         evidence: the numbers that show it.
         advice: the remedy.
-        command: with which the advice ends; empty if it ends with none. It must not be wrapped.
+        command: command at the end of the advice; empty if it has none. It must not be wrapped.
     """
 
     rule: str
@@ -51,7 +51,7 @@ class Context:
     """A log, and the analyses of it that several rules share.
 
     Args:
-        log: of the run.
+        log: log of the run.
     """
 
     def __init__(self, log: Log) -> None:
@@ -78,7 +78,7 @@ class Context:
 
     @cached_property
     def spikes(self) -> NDArray[np.int64]:
-        """Indices of the steps that stand out."""
+        """Indices of the spikes."""
         return find_spikes(self.log.norms)
 
     @cached_property
@@ -93,11 +93,11 @@ class Context:
         return np.flatnonzero(nonfinite & ~np.concatenate([[False], nonfinite[:-1]]))
 
     def has_spike_before(self, index: int) -> bool:
-        """Return whether a spike occurs in the last steps before this one, or their norms rise severalfold."""
+        """Return whether a spike, a steep rise of the norms or high losses come shortly before this step."""
         before = self.log.norms[:index]
         before, recent = (part[np.isfinite(part) & (part > 0)] for part in (before, before[-WARNING_STEPS:]))
         rises = len(recent) > 1 and recent[-1] >= RISE * recent.min()
-        # Norms that have risen for longer are no spikes among those around them.
+        # Norms that have been high for longer are not spikes compared with the norms around them.
         rises |= len(recent) > 1 and float(np.median(recent)) >= SPIKE_FACTOR * float(np.median(before))
         losses = self.log.columns.get("loss", before[:0])[max(0, index - WARNING_STEPS) : index]
         losses = losses[np.isfinite(losses)]

@@ -13,7 +13,7 @@ __all__ = ["check_divergence"]
 
 
 def check_divergence(context: Context) -> Iterator[Finding]:
-    """Find a run whose outcome is bad, and which no faulty sample, rank or number explains."""
+    """Find a run that diverged, if no faulty sample, rank or number explains it."""
     outcome = context.outcome
     if outcome.verdict != "diverged" or context.findings:
         return
@@ -21,7 +21,7 @@ def check_divergence(context: Context) -> Iterator[Finding]:
 
 
 def _describe_norms(context: Context) -> str:
-    """Describe the norms before they were not finite any more, or how they moved."""
+    """Describe the last norms before they stopped being finite, or how the norms moved."""
     log = context.log
     if not log.finite[-1] and len(context.nonfinite_starts) and (end := int(context.nonfinite_starts[-1])):
         recent = log.norms[max(0, end - WARNING_STEPS) : end]

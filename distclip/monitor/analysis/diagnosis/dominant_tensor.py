@@ -21,7 +21,7 @@ The first or the last layer of a small network often has a little more than half
 
 def check_dominant_tensor(context: Context) -> Iterator[Finding]:
     """Find a tensor that makes up most of the gradient."""
-    # A policy with a bound for each tensor has none on the total norm.
+    # A policy with a bound for each tensor does not bound the total norm.
     if context.log.header.get("per") in ("tensor", "row") or (dominant := find_dominant_tensor(context.log)) is None:
         return
     name, share = dominant
@@ -40,7 +40,7 @@ def find_dominant_tensor(log: Log) -> tuple[str, float] | None:
     """Find the tensor with most of the squared norm, in the median over the steps.
 
     Returns:
-        Its name and its share, or None. Of one or two tensors one always dominates, so they are not considered.
+        Its name and its share, or None. With only one or two tensors, one always dominates, so there is none.
     """
     if len(log.tensors) < 3:
         return None

@@ -74,8 +74,8 @@ def _unexplained_steps(context: Context) -> list[int]:
 def _find_collapse(log: Log) -> tuple[int, int, int] | None:
     """Find the largest fall of the loss scale.
 
-    A scaler occasionally doubles the scale and takes the change back. At the start it searches for a scale that holds.
-    So a collapse is a fall by a factor of 16 after the start of the run, or of 1024 at any time.
+    A scaler occasionally doubles the scale and undoes the change. At the start it searches for a scale that works. So a
+    collapse is a fall by a factor of 16 after the start of the run, or of 1024 at any time.
 
     Returns:
         Indices of the steps between which the scale fell, and the number of reductions; None without a collapse.

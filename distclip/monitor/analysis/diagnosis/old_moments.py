@@ -1,4 +1,4 @@
-"""Find spikes of the loss after steps that Adam took with second moments that were too old for the gradients."""
+"""Find spikes of the loss after Adam steps whose second moments were too old for the gradients."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .context import Context, Finding
 __all__ = ["check_old_moments"]
 
 WITHIN = 16
-"""Number of steps after an alarm in which a rise of the loss is its consequence."""
+"""Number of steps after an alarm in which a rise of the loss counts as its consequence."""
 
 BEFORE = 128
-"""Number of steps before an alarm whose losses are the usual ones."""
+"""Number of steps before an alarm whose losses count as usual."""
 
 DEVIATIONS = 6.0
 """Number of standard deviations above the mean at which a loss is unusual."""
 
 
 def check_old_moments(context: Context) -> Iterator[Finding]:
-    """Find steps of Adam with moments that were too old, if the loss rose then or was not recorded."""
+    """Find Adam steps with moments that were too old, if the loss rose after them or was not recorded."""
     log = context.log
     alarms = find_update_alarms(log)
     followed = [index for index in alarms if _rises_after(context, index)]

@@ -1,4 +1,4 @@
-"""Report what replays of outliers have found."""
+"""Report the causes that replays of outliers have found."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ def check_replays(context: Context) -> Iterator[Finding]:
 
 
 def _number(value: Any) -> float:
-    """Return a ratio, and infinity for a norm that was not finite."""
+    """Return the ratio, or infinity for a norm that was not finite."""
     return float(value) if isinstance(value, (int, float)) else float("inf")

@@ -13,14 +13,14 @@ from .context import MIN_STEPS, START, WARNING_STEPS, Context, Finding
 __all__ = ["check_warm_up"]
 
 LOSS_FACTOR = 2.0
-"""Minimum ratio of a loss to the first one, if training explodes."""
+"""Minimum ratio of a loss to the first one for an explosion of the loss."""
 
 GRADUAL_FACTOR = 1.5
-"""Minimum ratio of the norms right after the initial spikes to the usual norm, if the norms decrease gradually."""
+"""Minimum ratio of the norms right after the initial spikes to the usual norm for a gradual decrease."""
 
 
 def check_warm_up(context: Context) -> Iterator[Finding]:
-    """Find spikes of the norm, or of the loss, that occur in the first steps only."""
+    """Find spikes of the norm or of the loss that occur only in the first steps."""
     log, spikes = context.log, _without_initial_decrease(context)
     end = max(WARNING_STEPS, int(START * len(log.steps)))
     if len(log.steps) < MIN_STEPS or context.outcome.verdict == "diverged":
@@ -50,10 +50,10 @@ def check_warm_up(context: Context) -> Iterator[Finding]:
 
 
 def _check_losses(context: Context, end: int) -> Finding | None:
-    """Find losses far above the first one in the first steps only.
+    """Find losses far above the first one that occur only in the first steps.
 
     Args:
-        context: of the run.
+        context: context of the run.
         end: index after the first steps.
     """
     log, losses, start = context.log, context.log.columns.get("loss"), context.outcome.start
@@ -79,7 +79,7 @@ def _without_initial_decrease(context: Context) -> NDArray[np.int64]:
     Many networks have large gradients after the initialisation, at any learning rate.
     """
     spikes, norms = context.spikes, context.log.norms
-    # Up to the last dense spike, at least every other step is a spike.
+    # Up to a dense spike, at least every other step is a spike.
     dense = np.flatnonzero(2 * np.arange(1, len(spikes) + 1) > spikes)
     if not len(dense):
         return spikes

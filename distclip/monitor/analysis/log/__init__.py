@@ -1,4 +1,4 @@
-"""Read runs, and logs of other tools: find them, parse them, and return their columns as a `Log`."""
+"""Find and parse runs and logs of other tools, and return their columns as a `Log`."""
 
 from .foreign import Keys
 from .log import Log, once_per_log, read, read_all

@@ -21,7 +21,7 @@ Line: TypeAlias = dict[str, Any]
 """One JSON object of a file."""
 
 TensorTable: TypeAlias = tuple[tuple[str, ...], NDArray[np.int64], Numbers, Numbers]
-"""Names of tensors, first step of each row, norms at one step of a row, and the largest norms of all its steps."""
+"""Names of tensors, first step of each row, norms at one step of each row, and the largest norms of all its steps."""
 
 FLAGS = ("clipped", "finite", "skipped")
 """Names of the columns of bools."""
@@ -40,10 +40,10 @@ KNOWN = {
     "worst",
     *FLAGS,
 }
-"""Keys of a line that do not become columns of the user."""
+"""Keys of a line that are not the user's own numbers."""
 
 MAX_ROWS = 2000
-"""Maximum number of rows of tensor norms. A screen does not have more pixels."""
+"""Maximum number of rows of tensor norms. No screen has more pixels."""
 
 MAX_CELLS = 16_000_000
 """Maximum number of tensor norms (128 MB). A model with very many tensors keeps fewer rows."""
@@ -67,11 +67,11 @@ class Columns:
         common = set.intersection(*map(set, layouts)) if layouts else set()
 
         def values(key: str) -> list[Any]:
-            # itemgetter is faster, and works where all lines have the key.
+            # itemgetter is faster, but works only if all lines have the key.
             return list(map(itemgetter(key), lines)) if key in common else [line.get(key) for line in lines]
 
         new = {key: _as_numbers(values(key)) for key in ("norm", "bound", "coef")}
-        # A negative norm and a coefficient that is negative or infinite are not from a recorder: treat them as missing.
+        # No recorder writes a negative norm, or a negative or infinite coefficient, so they count as missing.
         new["norm"][new["norm"] < 0] = np.nan
         new["coef"][~((new["coef"] >= 0) & (new["coef"] < np.inf))] = 1.0
         for key in keys:
@@ -79,7 +79,7 @@ class Columns:
                 column = values(key)
                 if key in self.numbers or not {int, float}.isdisjoint(map(type, column)):
                     new[key] = _as_numbers(column)
-        # Lines that were written by hand may lack the flags: derive them from the numbers.
+        # Lines that were written by hand may lack the flags, which are then derived from the numbers.
         derived = {
             "clipped": new["coef"] != 1,
             "finite": ~np.isnan(new["norm"]),
@@ -134,12 +134,12 @@ class TensorNorms:
         self.rows: list[TensorRow] = []
 
     def add(self, step: int, names: tuple[str, ...], norms: Sequence[Any] | NDArray[np.float32] | None) -> None:
-        """Store the norms of a step, alone if the stride selects it.
+        """Store the norms of a step, in a new row if the stride selects it.
 
         Args:
             step: number of the step, larger than all earlier ones.
-            names: of the tensors.
-            norms: one per name. None and a list of another length are ignored.
+            names: names of the tensors.
+            norms: one norm per name. None and a list of another length are ignored.
         """
         if norms is not None and len(names) == len(norms) > 0:
             numbers = _as_numbers(norms) if isinstance(norms, list) else np.asarray(norms, np.float64)
@@ -184,7 +184,7 @@ class TensorRow:
     peaks: Numbers
 
     def raised_by(self, names: tuple[str, ...], norms: Numbers) -> TensorRow:
-        """Return the row with the norms of a later step in its peaks. Tensors of other names are ignored."""
+        """Return the row with the norms of a later step in its peaks. A step with other tensors is ignored."""
         return replace(self, peaks=np.fmax(self.peaks, norms)) if names == self.names else self
 
 

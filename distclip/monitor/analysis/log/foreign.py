@@ -29,7 +29,7 @@ FILES = ("trainer_state.json", "metrics.csv", EVENTS)
 """Patterns of the files of other tools that make a directory a run."""
 
 STEPS = ("clip/step", "step", "_step", "global_step", "trainer/global_step", "iteration", "iter")
-"""Names of the step, most specific first, in lower case. The first one is that of distclip's sink for W&B."""
+"""Names of the step, most specific first, in lower case. distclip's sink for W&B uses the first one."""
 
 NORMS: tuple[str, ...] = (
     "norm",
@@ -50,10 +50,10 @@ RATES = ("lr", "learning_rate")
 """Last parts of names of the learning rate."""
 
 HELD_OUT = ("eval", "val", "valid", "test", "dev")
-"""Beginnings of a part of a name that does not belong to training."""
+"""Words that mark the name of a column as not from training."""
 
 MAX_PLATEAU = 0.2
-"""Share of norms at their maximum beyond which they are norms after clipping."""
+"""Share of norms at their maximum above which they count as norms after clipping."""
 
 RESERVED = {"bound", "coef", "clipped", "finite", "skipped", "norms", "tensor_norms", "culprits", "replicas"}
 RESERVED |= {"spike", "ids", "worst", "step", "norm", "loss", "lr", "distclip"}
@@ -67,8 +67,8 @@ class Keys:
     """Names of the columns of a foreign log.
 
     Args:
-        norm: of the gradient norm; None to find it by its usual names.
-        loss: of the training loss; None to find it by its usual names.
+        norm: column of the gradient norm; None to find it by its usual names.
+        loss: column of the training loss; None to find it by its usual names.
     """
 
     norm: str | None = None
@@ -78,7 +78,7 @@ class Keys:
 def find_file(directory: Path) -> Path | None:
     """Return the file of another tool that makes a directory a run, or None.
 
-    Of the checkpoints of transformers, the last one has the whole log.
+    Among checkpoints of transformers, the last one has the whole log.
     """
     for pattern in FILES:
         if found := sorted(path for path in directory.glob(pattern) if path.is_file()):
@@ -88,7 +88,7 @@ def find_file(directory: Path) -> Path | None:
 
 
 def is_foreign(path: Path) -> bool:
-    """Return whether a path is that of a log in a format of another tool, and not of JSON lines."""
+    """Return whether a path is that of a log in another tool's format, rather than of JSON lines."""
     return path.is_dir() or path.suffix in (".csv", ".json", WANDB) or path.match(EVENTS) or split_run(path) is not None
 
 
@@ -96,8 +96,8 @@ def read_rows(path: Path) -> Rows:
     """Read the rows of a log as dictionaries.
 
     Args:
-        path: of a CSV file, a file of JSON or JSON lines, an event file of TensorBoard, a directory of event files, a
-            file of W&B, or a run in a Trackio database.
+        path: path of a CSV file, a file of JSON or JSON lines, an event file of TensorBoard, a directory of event
+            files, a file of W&B, or a run in a Trackio database.
 
     Raises:
         RunError: the file cannot be read.
@@ -122,9 +122,9 @@ def convert(rows: Rows, keys: Keys, path: Path) -> tuple[list[Line], tuple[str, 
     """Convert rows of another tool to lines as a recorder writes them.
 
     Args:
-        rows: of the log, several of them for one step if need be.
+        rows: rows of the log. A step may have several.
         keys: names of its columns.
-        path: of the log, for errors.
+        path: path of the log, for errors.
 
     Returns:
         Lines in the order of their steps, and a sentence about each fact that the log does not contain.
@@ -150,7 +150,7 @@ def convert(rows: Rows, keys: Keys, path: Path) -> tuple[list[Line], tuple[str, 
         line = by_step.setdefault(int(step), {"step": int(step)})
         for key, name in wanted.items():
             value = _number(row.get(key))
-            # Tables have NaN for what another row of the step contains.
+            # Tables have NaN where another row of the same step has the number.
             if value is not None and (value == value or name not in line):
                 line[name] = value
     lines, loss = [], None
@@ -189,7 +189,7 @@ def _find_loss(names: Sequence[str], wanted: str | None, path: Path) -> str | No
 
 
 def _find_wanted(names: Sequence[str], wanted: str, kind: str, path: Path) -> str:
-    """Return a name as it is in the log, or that of a nested object whose parts are joined by dots."""
+    """Return the name as it is in the log. Parts of a nested name may be joined by dots."""
     for name in (wanted, wanted.replace(".", "/")):
         if name in names:
             return name
@@ -197,7 +197,7 @@ def _find_wanted(names: Sequence[str], wanted: str, kind: str, path: Path) -> st
 
 
 def _choose(found: Sequence[str], kind: str, path: Path) -> str:
-    """Return the only candidate, or the only one of training."""
+    """Return the only candidate, or the only one for training."""
     if len(found) > 1:
         found = [name for name in found if name.lower().startswith("train")] or found
     if len(found) > 1:
@@ -273,7 +273,7 @@ def _flatten(row: Line) -> Line:
 
 
 def _number(value: Any) -> float | None:
-    """Return a number or a text of one as a float, and None for anything else."""
+    """Return a number, or the text of a number, as a float, and None for anything else."""
     if isinstance(value, bool) or value is None or value == "":
         return None
     try:
@@ -283,12 +283,12 @@ def _number(value: Any) -> float | None:
 
 
 def _last(name: str) -> str:
-    """Return the last part of a name: of W&B's "run - train/grad_norm", "grad_norm"."""
+    """Return the last part of a name: "grad_norm" for W&B's "run - train/grad_norm"."""
     return name.lower().rpartition(" - ")[2].rpartition("/")[2].strip()
 
 
 def _is_range(name: str) -> bool:
-    """Return whether a column of W&B has the extremes of others."""
+    """Return whether a W&B column has the extremes of another one."""
     return name.endswith(("__MIN", "__MAX"))
 
 

@@ -38,30 +38,30 @@ class Log:
     """One run.
 
     Args:
-        name: that distinguishes the run from others on a page.
-        path: of the file of lines.
-        header: facts that the recorder wrote about the run (policy, per, slots, tensors, batch, precision …); the last
-            header of a resumed run; empty for lines that were written by hand.
+        name: name that distinguishes the run from others on a page.
+        path: path of the file of lines.
+        header: facts that the recorder wrote about the run (policy, per, slots, tensors, batch, precision …), from the
+            last header if the run was resumed; empty for lines that were written by hand.
         steps: (n,) int64, increasing.
-        norms: (n,) before clipping; NaN where not finite.
-        bounds: (n,) norm that the policy allowed; NaN where it has no single bound.
-        coefs: (n,) factor by which clipping changed the length of the whole gradient; 1 where it did not.
+        norms: (n,) norms before clipping; NaN where not finite.
+        bounds: (n,) norms that the policy allowed; NaN where it has no single bound.
+        coefs: (n,) factors by which clipping changed the norm of the whole gradient; 1 where it did not.
         clipped: (n,) bool.
         finite: (n,) bool.
         skipped: (n,) bool.
-        columns: further numbers of the lines by name ("loss", "lr", "scale", "update_ratio" …), (n,) each; NaN where a
+        columns: other numbers of the lines by name ("loss", "lr", "scale", "update_ratio" …), (n,) each; NaN where a
             line lacks the number or it is not finite.
         tensors: names of the columns of `tensor_norms`; empty if the run recorded none.
-        tensor_steps: (m,) int64, first steps of the rows of `tensor_norms`, of which long runs have fewer than steps.
-        tensor_norms: (m, tensors) at one of the steps from a row's step to that of the next row.
-        tensor_peaks: (m, tensors) largest norms of all these steps; those of `tensor_norms` if it is empty.
-        spikes: in order of steps; the most extreme ones if there are very many.
-        culprits: in order of steps; the first ones if there are very many.
+        tensor_steps: (m,) int64, first step of each row of `tensor_norms`. Long runs have fewer rows than steps.
+        tensor_norms: (m, tensors) norms at one of the steps between the first step of a row and that of the next row.
+        tensor_peaks: (m, tensors) largest norms of all these steps; `tensor_norms` if it is empty.
+        spikes: spikes in order of steps; the most extreme ones if there are very many.
+        culprits: culprits in order of steps; the first ones if there are very many.
         differences: replicas that differed, in order of steps; the first ones if there are very many.
         unreadable: number of lines that were ignored.
         summary: content of the run's summary.json; None without one.
         figures: paths of figures/*.json in the run's directory: plotly figures that the run drew itself.
-        sessions: in order, one per header.
+        sessions: sessions in order, one per header.
         is_launched: whether launch/train.py made the run, so that its overrides apply.
         checkpoints: steps of the checkpoints in the run's directory, increasing.
         unknown: sentences about facts that the log of another tool does not contain; empty for a recorder's log.
@@ -97,13 +97,13 @@ class Log:
     _results: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Take the norms as peaks if there are no others."""
+        """Use the norms as peaks if there are no peaks."""
         if not self.tensor_peaks.size:
             object.__setattr__(self, "tensor_peaks", self.tensor_norms)
 
     @property
     def clip_rate(self) -> float:
-        """Share of the clipped steps, 0 to 1. NaN if the log does not tell which steps were clipped."""
+        """Share of the clipped steps, 0 to 1. NaN if the log does not show which steps were clipped."""
         return float(self.clipped.mean()) if len(self.steps) and not self.unknown else float("nan")
 
 
@@ -124,8 +124,8 @@ def read(path: Path, name: str | None = None, keys: Keys = _ANY) -> Log:
     """Read the lines of a run, or a log of another tool. Unreadable lines are ignored with a warning.
 
     Args:
-        path: of the run's directory, or of the file.
-        name: that distinguishes the run from others; None for the name of the directory.
+        path: path of the run's directory, or of the file.
+        name: name that distinguishes the run from others; None for the name of the directory.
         keys: names of the columns in a log of another tool.
 
     Raises:
@@ -153,7 +153,7 @@ def read(path: Path, name: str | None = None, keys: Keys = _ANY) -> Log:
             parser.add(block)
         if not parser.columns.steps and not parser.invalid and parser.other_keys:
             with suppress(RunError):
-                # JSON lines of another tool, if they have columns with the usual names.
+                # These are JSON lines of another tool, if they have columns with the usual names.
                 unknown = _read_foreign(file, keys, parser)
         parser.check(reader)
     if reader.unreadable:
@@ -195,7 +195,7 @@ def read(path: Path, name: str | None = None, keys: Keys = _ANY) -> Log:
 
 
 def _read_foreign(file: Path, keys: Keys, parser: LogParser) -> tuple[str, ...]:
-    """Parse a log of another tool, and return sentences about facts that it does not contain."""
+    """Parse a log of another tool, and return sentences about missing facts."""
     lines, unknown = convert(read_rows(file), keys, file)
     if not lines:
         raise RunError(f"{file} has no step with a number in the column of the norm")

@@ -22,24 +22,24 @@ MAX_LEVEL_ROWS = 1000
 """Maximum number of rows of the pyramid that are read. A heat map has fewer columns."""
 
 MAX_ATTEMPTS = 20
-"""Number of attempts to read the log of a running job, which may merge parts between two reads."""
+"""Maximum number of attempts to read the log of a running job, which may merge parts between two reads."""
 
 SINGLE_STEPS = -1
-"""Level at which each step has its row."""
+"""Level at which each step has a separate row."""
 
 
 def read_parts(file: Path, directory: Path) -> tuple[LineReader, LogParser, TensorTable]:
     """Read a columnar log.
 
     Args:
-        file: of lines, which may not exist.
-        directory: of the parts.
+        file: file of lines, which may not exist.
+        directory: directory of the parts.
 
     Raises:
         RunError: a file is missing or damaged.
     """
     for _ in range(MAX_ATTEMPTS):
-        # The lines come first. Lines that become a part afterwards are then ignored in favor of the part.
+        # The lines are read first. If they become a part in the meantime, they are ignored in favor of the part.
         reader = LineReader(file)
         lines = [line for block in reader for line in block] if file.is_file() else []
         stored = Store(directory).parts()
@@ -90,7 +90,7 @@ def _read(file: Path, stored: Sequence[StoredPart], tail: Part | None) -> tuple[
 
 
 def _choose_level(stored: Sequence[StoredPart], tail: Part | None) -> int:
-    """Return the finest level of which there are not too many rows."""
+    """Return the finest level that does not have too many rows."""
     rows = [(part.info.num_rows, part.info.tensors) for part in stored if part.info.tensors]
     rows += [(len(tail.window_steps), tail.tensors)] if tail is not None else []
     max_rows = MAX_CELLS // max((len(tensors) for _, tensors in rows if tensors), default=1)

@@ -24,7 +24,7 @@ from .columns import Columns, Line, TensorNorms
 __all__ = ["LineReader", "LogParser", "Session"]
 
 BLOCK_SIZE = 1 << 20
-"""Number of bytes that are read at once. The parsed objects take about twenty times as much memory."""
+"""Number of bytes to read at once. The parsed objects take about twenty times as much memory."""
 
 MAX_LINE_SIZE = 1 << 27
 """Maximum number of bytes of a line. The norms of a million tensors take 20 MB."""
@@ -44,7 +44,7 @@ class LineReader:
     """Iterates once over a file, in blocks of JSON objects. Unreadable lines are skipped and counted.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Raises:
         RunError: during iteration, if the file cannot be read or does not consist of lines.
@@ -133,8 +133,8 @@ class LogParser:
 
     Args:
         tensors: norms of tensors to add to; None for new ones.
-        has_parts: whether the lines follow the parts of a columnar log, so that a header that continues one is no
-            session.
+        has_parts: whether the lines follow the parts of a columnar log. A header that continues a session then starts
+            none.
     """
 
     def __init__(self, tensors: TensorNorms | None = None, has_parts: bool = False) -> None:
@@ -146,7 +146,7 @@ class LogParser:
         self.differences: list[Difference] = []
         self.sessions: list[Session] = []
         self.invalid = 0
-        """Number of lines with a norm whose step is not an integer."""
+        """Number of lines that have a norm and a step that is not an integer."""
         self.other_keys: dict[str, None] = {}
         """First few keys of lines that are neither a header nor a step."""
         self._header: Line | None = None
@@ -230,7 +230,7 @@ class LogParser:
         Args:
             rows: (steps, numbers, flags), see `Columns.extend`.
             details: fields of spikes, culprits and differences, by step.
-            sessions: that began at one of the steps.
+            sessions: sessions that began at one of the steps.
         """
         steps, numbers, _ = rows
         self.columns.extend(*rows)

@@ -17,24 +17,24 @@ from .wandb import find_records
 __all__ = ["LINES", "find_runs", "find_store", "name_runs"]
 
 LINES = "metrics.jsonl"
-"""Name of a recorder's file, which makes a directory a run."""
+"""Name of a recorder's file. A directory with this file is a run."""
 
 UUID = re.compile(r"[_-]?[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 """Identifier in the name of a directory, with the separator before it."""
 
 MAX_DEPTH = 3
-"""Number of levels below a directory that are searched. Hydra's multirun uses two, named runs use three."""
+"""Number of levels below a directory that are searched. Hydra's multirun uses two, and named runs use three."""
 
 
 def find_runs(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     """Find the runs at these paths.
 
     Args:
-        paths: one path, or several. Directories with a `metrics.jsonl` or a log of another tool, files of JSON lines,
-            Trackio databases, or directories that contain such directories up to three levels below.
+        paths: one path or several, each of a directory with a `metrics.jsonl` or a log of another tool, a file of JSON
+            lines, a Trackio database, or a directory that contains such directories up to three levels below.
 
     Returns:
-        Directories and files in the order given. The runs below one directory are sorted, and no run comes twice.
+        Directories and files in the order given. The runs below one directory are sorted, and no run is listed twice.
 
     Raises:
         RunError: there is no run at one of the paths.
@@ -55,8 +55,8 @@ def find_store(file: Path) -> Path | None:
 def name_runs(runs: Sequence[Path]) -> list[str]:
     """Return short, distinct names of runs.
 
-    The names are the paths below the common directory, without UUIDs and without last parts that all of them share, if
-    they stay distinct. A single run has the name of its directory.
+    The names are the paths below the common directory. UUIDs and last parts that all of them share are removed if the
+    names stay distinct. A single run has the name of its directory.
     """
     directories = [_directory(run.resolve()) for run in runs]
     common = Path(os.path.commonpath(directories)) if len(directories) > 1 else directories[0].parent
@@ -69,7 +69,7 @@ def name_runs(runs: Sequence[Path]) -> list[str]:
 
 
 def _if_distinct(shorter: list[str], names: list[str]) -> list[str]:
-    """Return shorter names, unless one is empty or two are equal that were not."""
+    """Return shorter names, unless one is empty or two distinct names became equal."""
     return shorter if all(shorter) and len(set(shorter)) == len(set(names)) else names
 
 
@@ -90,7 +90,7 @@ def _runs_at(path: Path) -> list[Path]:
         runs = sorted(_runs_below(path, MAX_DEPTH))
         content = [entry.name + "/" * entry.is_dir() for entry in path.iterdir() if not entry.name.startswith(".")]
         content.sort(key=lambda name: (not name.endswith(".jsonl"), name))
-        # A job that uses W&B or Trackio next to a recorder has the same steps in both.
+        # If a job uses W&B or Trackio next to a recorder, both have the same steps, so the recorder's files suffice.
         runs = runs or [run for database in find_databases(path) for run in list_runs(database)] or find_records(path)
     except OSError as error:
         raise RunError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None

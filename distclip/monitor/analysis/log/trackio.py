@@ -34,7 +34,7 @@ def split_run(path: Path) -> tuple[Path, str] | None:
 
 
 def find_databases(directory: Path) -> list[Path]:
-    """Return the databases of Trackio in a directory, sorted. Other files with their ending are left out."""
+    """Return the Trackio databases in a directory, sorted. Other files with that suffix are left out."""
     return sorted(path for path in directory.glob(f"*{SUFFIX}") if path.is_file() and _has_runs(path))
 
 
@@ -73,7 +73,7 @@ def read_run(database: Path, run: str) -> list[Line]:
 
 
 def _find_names(database: Path) -> dict[str, tuple[str, list[Any]]]:
-    """Return the condition of each run's rows by the name of the run, in the order of their first steps.
+    """Return the SQL condition of each run's rows by the run's name, in the order of first steps.
 
     A name that several runs have is followed by the beginning of the run's id.
     """
@@ -98,7 +98,7 @@ def _has_runs(database: Path) -> bool:
 
 def _query(database: Path, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
     uri = f"file:{quote(str(database))}?mode=ro"
-    # SQLite needs a file next to a database that was open when its program ended. Some directories are read-only.
+    # If a database was open when its program ended, SQLite creates a file next to it. Some directories are read-only.
     if not os.access(database.parent, os.W_OK):
         uri += "&immutable=1"
     try:

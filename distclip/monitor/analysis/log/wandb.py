@@ -1,8 +1,8 @@
 """Read the history of a run from the file that W&B writes on the training machine, without W&B.
 
-The file is a log of LevelDB: blocks of 32 KiB with chunks, each with a checksum, a length and its place in a record. A
-record is a message of protocol buffers. Its numbers below are those of W&B's `wandb_internal.proto`, which cannot
-change without making older files unreadable.
+The file is a LevelDB log: blocks of 32 KiB with chunks. Each chunk has a checksum, a length and its position in a
+record. A record is a protocol buffer message. The field numbers below are those of W&B's `wandb_internal.proto`, which
+cannot change without making older files unreadable.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ __all__ = ["SUFFIX", "find_records", "read_history"]
 SUFFIX = ".wandb"
 
 MAGIC = b":W&B\xe1\xbe\x00"
-"""First bytes of a file of version 0, which all versions of W&B so far write."""
+"""First bytes of a file of format version 0, which all versions of W&B have written so far."""
 
 BLOCK = 1 << 15
 """Size of a block in bytes."""
 
 CHUNK = struct.Struct("<IHB")
-"""Header of a chunk: checksum, length, and whether it is 1 a record, or its 2 first, 3 middle or 4 last part."""
+"""Header of a chunk: checksum, length and kind, which is 1 for a whole record, and 2, 3 or 4 for a part of one."""
 
 HISTORY = 2
-"""Number of the history in a record."""
+"""Field number of the history in a record."""
 
 ITEM, STEP = 1, 2
-"""Numbers of an item and of the step in a history."""
+"""Field numbers of an item and of the step in a history."""
 
 KEY, NESTED_KEY, VALUE = 1, 2, 16
-"""Numbers of the name, of a part of a nested name, and of the JSON text in an item."""
+"""Field numbers of the name, of a part of a nested name, and of the JSON text in an item."""
 
 Field: TypeAlias = tuple[int, int | bytes]
 """Number and value of a field: the bytes of a message or text, or an integer."""
 
 
 def find_records(directory: Path) -> list[Path]:
-    """Return the files of W&B in the directory of a run, of runs or of a job, sorted by their times."""
+    """Return the W&B files in the directory of a run, of several runs or of a job, sorted by their times."""
     return sorted(
         path for pattern in ("", "*run-*/", "wandb/*run-*/") for path in directory.glob(f"{pattern}*{SUFFIX}")
     )
@@ -106,7 +106,7 @@ def _parse_row(history: bytes) -> Line:
 
 
 def _fields(message: bytes) -> Iterator[Field]:
-    """Yield the fields of a message of protocol buffers.
+    """Yield the fields of a protocol buffer message.
 
     Raises:
         IndexError, ValueError: the bytes are no message.

@@ -27,7 +27,7 @@ def draw_curves(panels: Sequence[Panel], runs: Sequence[Style], x_axes: Sequence
     """Draw all panels above each other on one axis of steps, so that zooming affects all of them.
 
     Args:
-        panels: from above.
+        panels: panels from top to bottom.
         runs: styles of all runs.
         x_axes: alternatives to steps, from which the reader of the page chooses.
 

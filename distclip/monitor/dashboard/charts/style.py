@@ -29,8 +29,8 @@ def apply_style(figure: Any, height: int, num_entries: int, runs: Sequence[Style
     """Set the layout that all charts share. Text has the colours of the page's light and dark mode.
 
     Args:
-        figure: of plotly.
-        height: of the plot area, in pixels.
+        figure: plotly figure.
+        height: height of the plot area, in pixels.
         num_entries: number of runs in the legend.
         runs: styles of all runs.
     """
@@ -70,7 +70,7 @@ def log_ticks(columns: Sequence[NDArray[np.floating[Any]]], size: int) -> dict[s
 
     Args:
         columns: all values on the axis.
-        size: of the axis, in pixels.
+        size: size of the axis, in pixels.
     """
     values = np.concatenate(columns)
     positive = values[np.isfinite(values) & (values > 0)]
