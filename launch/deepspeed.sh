@@ -21,7 +21,7 @@ case " $* " in
     *" parallel="*) ;;
     *) set -- parallel=zero2 "$@" ;;
 esac
-# DeepSpeed's default port, 29500, may be in use. Its default number of ranks on CPUs is one for each socket.
+# DeepSpeed's default port, 29500, may be in use. Its default number of ranks on CPUs is one per socket.
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 exec "$python" -m deepspeed.launcher.runner --no_local_rank --num_gpus "$NPROC" --master_addr 127.0.0.1 \
     --master_port "$port" --log_level warning "$launch/train.py" "$@"

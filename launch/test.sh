@@ -21,6 +21,6 @@ if [ "${arguments[*]-}" = "" ] || [ "${arguments[*]}" = "-m quick" ]; then
     processes=$("$PYTHON" -c 'import os; print(min(4, os.cpu_count() or 1))')
     arguments+=(--numprocesses "$processes" --dist loadfile --no-loadscope-reorder)
 fi
-# Each process and each rank would compile all modules that it imports.
+# With this variable, each process and each rank would compile all modules that it imports.
 unset PYTHONDONTWRITEBYTECODE
 exec "$PYTHON" -m pytest "${arguments[@]}"
