@@ -1,9 +1,9 @@
 """Find which rank holds which shard: the tensors that a caller passes become a `ShardTable`, which returns `Shards`.
 
-Every kind of sharding is a `Source` in a module of its kind, never of a vendor: `annotations` (plain tensors with
-`annotate_`), `dtensor` (FSDP2, HSDP, TP, EP and products of them), `fsdp1` (slices of flattened parameters), `megatron`
-(plain tensors with Megatron's attributes), `ddp` (replicas). `rows` finds the rows that a shard holds, and `slots` the
-norm that it counts in. A tensor that no source recognizes is a replica on every rank.
+Every kind of sharding is a `Source`, in a module that is named after the kind and not after a vendor: `annotations`
+(plain tensors with `annotate_`), `dtensor` (FSDP2, HSDP, TP, EP and products of them), `fsdp1` (slices of flattened
+parameters), `megatron` (plain tensors with Megatron's attributes), `ddp` (replicas). `rows` finds the rows that a shard
+holds, and `slots` the norm that it counts in. A tensor that no source recognizes is a replica on every rank.
 """
 
 from .annotations import annotate_

@@ -79,8 +79,8 @@ def annotate_(param: Tensor, mesh: DeviceMesh | dist.ProcessGroup, placements: S
     r"""Mark a plain tensor as a shard of a parameter, or as one of several replicas that count once.
 
     Args:
-        param: a parameter. For a DTensor the annotation adds axes to those of its mesh.
-        mesh: the ranks that hold its shards or replicas, and no others.
+        param: a parameter. For a DTensor, the annotation adds axes to those of the tensor's mesh.
+        mesh: the ranks that hold the shards or replicas, and no others.
         placements: one per mesh axis: `Shard(dim)` for different shards, `Replicate()` for replicas, `Partial()` if
             the true gradient is the sum of the ranks' gradients.
 
@@ -88,8 +88,8 @@ def annotate_(param: Tensor, mesh: DeviceMesh | dist.ProcessGroup, placements: S
         `param`.
 
     Raises:
-        ArgumentError: the number of placements is not the number of axes, or one is not a torch.distributed.tensor
-            placement.
+        ArgumentError: the number of placements differs from the number of axes, or one is not a
+            torch.distributed.tensor placement.
         LayoutError: the mesh does not contain this rank.
 
     Collectives: none. Host syncs: none.
@@ -151,7 +151,7 @@ def set_layout(tensor: Tensor, layout: Layout, slice: tuple[tuple[int, ...], int
 
 
 _MAX_AXES = 64
-"""Number above that of the axes of any mesh."""
+"""More axes than any mesh has."""
 
 _NO_ANNOTATION = Annotation(Layout())
 
@@ -163,9 +163,9 @@ def annotation_of(param: Tensor) -> Annotation:
 
 
 def annotated_sums(tensor: Tensor) -> tuple[PartialSum, ...]:
-    """Return the sums that the annotation of a tensor asks for."""
+    """Return the sums that a tensor's gradient needs according to the annotation."""
     sums = annotation_of(tensor).partial_sums
-    # The axes of the mesh of a DTensor count from 0. Those of the annotation come before them.
+    # The mesh axes of a DTensor are numbered from 0, and the axes of the annotation come before them.
     return tuple(replace(one, axis=one.axis - _MAX_AXES) for one in sums) if is_dtensor(tensor) else sums
 
 

@@ -1,9 +1,10 @@
-"""Carry layouts that tensors have as attributes over to the Parameters that torch makes in place of them.
+"""Carry layouts that tensors have as attributes over to the Parameters with which torch replaces them.
 
 torch drops the attributes of a Parameter where it makes a new one: in `copy.deepcopy`, `load_state_dict(assign=True)`,
-`to_empty`, `fully_shard`. So a module that has a parameter with a layout is remembered with the name. Whenever the
-module has another parameter under the name, that one gets the layout too. Where its shape shows that the layout cannot
-hold any more, the next call raises. A new module is never compared with an old one, whatever its names are.
+`to_empty`, `fully_shard`. So a module that has a parameter with a layout is remembered, with the parameter's name in
+it. Whenever the module has another parameter under this name, that parameter gets the layout too. If its shape shows
+that the layout no longer fits, the next call raises. A new module is never compared with an old one, even if their
+names are equal.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ _CARRIED: set[str] = set()
 """Names of the attributes that are carried over."""
 
 _FLATTENED = "_fsdp_flattened"
-"""Attribute of a slice that FSDP1 made of a parameter, with another shape and the same layout along other axes."""
+"""Attribute of a slice that FSDP1 made from a parameter. It has another shape and the same layout along other axes."""
 
 _MAX_SCANS = 16
-"""Number of searches for modules that no hook has shown, each of which takes some 50 ms."""
+"""Maximum number of searches for modules that no hook has reported, each of which takes some 50 ms."""
 
 
 class _Layouts(dict[str, tuple[dict[str, Any], tuple[int, ...]]]):
@@ -41,7 +42,7 @@ _modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Modules with parameters: those of the last search, and those that have registered a parameter since."""
 
 _owners: dict[int, list[tuple[weakref.ref[nn.Module], str]]] = {}
-"""Modules of each parameter with the names in them, by `id`. Entries of deleted parameters are not removed."""
+"""Modules of each parameter, with its name in each, by `id`. Entries of deleted parameters are not removed."""
 
 _num_scans = 0
 
@@ -87,7 +88,7 @@ def has_carried(tensor: Tensor) -> bool:
 
 
 def check_carried(tensors: Iterable[Tensor]) -> LayoutError | None:
-    """Give layouts to the parameters that have replaced others since the last call.
+    """Set the layouts of parameters that have replaced others since the last call.
 
     Args:
         tensors: parameters of a call.
@@ -97,12 +98,12 @@ def check_carried(tensors: Iterable[Tensor]) -> LayoutError | None:
     """
     if not _layouts:
         return None
-    # Only a parameter of this call can raise. The others get their layouts all the same.
+    # Only a parameter of this call can cause an error. Other parameters still get their layouts.
     ids, error = set(map(id, tensors)), None
     for module, layouts in list(_layouts.items()):
         for name, (attributes, shape) in list(layouts.items()):
             current = module._parameters.get(name)
-            # Parameters that have replaced it: torch.nn.utils.parametrize and weight_norm can make several of one.
+            # Parameters that have replaced it. torch.nn.utils.parametrize and weight_norm can make several from one.
             lost: list[tuple[str, Tensor]] = []
             if current is None:
                 made = {f"{name}_g", f"{name}_v", f"{name}_orig"}
@@ -129,8 +130,8 @@ def check_carried(tensors: Iterable[Tensor]) -> LayoutError | None:
 @lru_cache
 def _carry_in_copies() -> None:
     """Make `copy.deepcopy` of a Parameter carry attributes, as torch does for other tensors."""
-    # A method of the class, because torch.utils.swap_tensors refuses a tensor that something refers to weakly, and a
-    # copier on the tensor would need such a reference.
+    # The method of the class is replaced. A method on the tensor would need a weak reference to the tensor, and
+    # torch.utils.swap_tensors refuses a tensor that has weak references.
     copy_parameter = nn.Parameter.__deepcopy__
 
     @wraps(copy_parameter)
@@ -143,7 +144,7 @@ def _carry_in_copies() -> None:
                     _give(param, *known[name])
         if type(param) is nn.Parameter and has_carried(param):
             vars(new).update(_attributes_of(param))
-            # The copy of the module exists already, and gets its parameters later.
+            # The copy of the module already exists, but gets its parameters later.
             for module, name in _owners_of(param):
                 copied = memo.get(id(module))
                 if isinstance(copied, nn.Module):
@@ -175,9 +176,9 @@ def _give(param: Tensor, attributes: dict[str, Any], shape: tuple[int, ...]) -> 
 def _owners_of(param: Tensor) -> Iterator[tuple[nn.Module, str]]:
     """Yield the modules that have a parameter, with its name in each."""
     found = list(_known_owners(param))
-    # A module has no other tensors in its place for parameters. Stand-ins of an integration, for instance, have none.
+    # Only a Parameter can belong to a module. An integration's stand-in tensors, for instance, do not.
     if not found and isinstance(param, nn.Parameter):
-        # `to_empty`, `fully_shard` and others exchange parameters without registering the new ones.
+        # `to_empty`, `fully_shard` and others replace parameters without registering the new ones.
         _index(list(_modules))
         found = list(_known_owners(param))
         if not found and _num_scans < _MAX_SCANS:
@@ -189,14 +190,14 @@ def _owners_of(param: Tensor) -> Iterator[tuple[nn.Module, str]]:
 def _known_owners(param: Tensor) -> Iterator[tuple[nn.Module, str]]:
     for ref, name in _owners.get(id(param), ()):
         module = ref()
-        # An old entry can have the id of a parameter that exists no more.
+        # An old entry can have the id of a parameter that no longer exists.
         if module is not None and module._parameters.get(name) is param:
             yield module, name
 
 
 def _add_owner(param: Tensor, module: nn.Module, name: str) -> None:
     """Note that a module has a parameter, or is about to have it."""
-    # An old entry can have the id of a parameter that exists no more.
+    # An old entry can have the id of a parameter that no longer exists.
     own = [
         (ref, old) for ref, old in _owners.get(id(param), ()) if ref() is not None and (ref(), old) != (module, name)
     ]
@@ -204,17 +205,17 @@ def _add_owner(param: Tensor, module: nn.Module, name: str) -> None:
 
 
 def _scan() -> None:
-    """Find the modules of all parameters that exist, and from now on of those that are registered."""
+    """Find the modules of all existing parameters, and from now on of every parameter that is registered."""
     global _num_scans
     _num_scans += 1
     if _num_scans == 1:
         register_module_parameter_registration_hook(_on_registration)
-    # Not isinstance, which reads `__class__` of proxies.
+    # isinstance is avoided, because it reads `__class__` of proxies.
     _index(one for one in gc.get_objects() if issubclass(type(one), nn.Module))
 
 
 def _index(modules: Iterable[nn.Module]) -> None:
-    """Note the owners of all parameters of some modules, in place of all owners noted before."""
+    """Record the modules of all parameters of some modules, and forget all that were recorded before."""
     _owners.clear()
     for module in modules:
         parameters = module.__dict__.get("_parameters", {})
@@ -226,7 +227,7 @@ def _index(modules: Iterable[nn.Module]) -> None:
 
 
 def _on_registration(module: nn.Module, name: str, param: Any) -> None:
-    """Carry attributes over to a parameter that a module registers in place of another."""
+    """Carry attributes over to a parameter with which a module replaces another."""
     if not isinstance(param, Tensor):
         return
     _modules.add(module)

@@ -64,11 +64,11 @@ def cached_table(parameters: Parameters, axes: tuple[Axis, ...]) -> ShardTable:
     if (entry := _entries.get(key)) is not None:
         return ShardTable(tensors, entry[0])
     table = parameter_table(parameters, axes)
-    # Only if the table has the very tensors that the key was made of. A tensor that was passed twice is in the table
+    # The table is cached only if it has exactly the tensors of the key. A tensor that was passed twice is in the table
     # once, and a module can override which parameters it has.
     if table.error is None and len(table.tensors) == len(tensors) and all(map(is_, table.tensors, tensors)):
         anchors = list(map(_anchor_of, tensors))
-        # Otherwise a program could not convert its model any more.
+        # Otherwise a program could no longer convert its model.
         if not torch.__future__.get_swap_module_params_on_conversion() or not any(map(is_, anchors, tensors)):
             _add(key, table.metadata, [*anchors, *modules])
     return table
@@ -84,7 +84,7 @@ def _walk(module: nn.Module) -> tuple[list[nn.Module], list[Tensor], tuple[Any, 
 
     Returns:
         The modules, the parameters, and a key of the structure: it changes when a submodule is wrapped in place (DDP,
-        FSDP1), exchanged or renamed.
+        FSDP1), replaced or renamed.
     """
     # This takes half of the time of `named_parameters`, which builds the full name of every module and parameter.
     modules: dict[int, nn.Module] = {}
@@ -109,7 +109,7 @@ def _walk(module: nn.Module) -> tuple[list[nn.Module], list[Tensor], tuple[Any, 
 def _attribute_values(tensors: list[Tensor]) -> tuple[Any, ...]:
     """Return the values of all attributes that a source reads, of tensors that have any attributes."""
     attributes = list(map(_attributes_of, tensors))
-    # Mostly no tensor has one of them, and this is known without a look at every tensor.
+    # Usually no tensor has one of them, and this test needs no loop over the tensors.
     if not any(attributes) or SOURCE_ATTRIBUTES.isdisjoint(chain.from_iterable(attributes)):
         return ()
     values = tuple((i, *map(own.get, _ATTRIBUTES)) for i, own in enumerate(attributes) if own)
@@ -120,10 +120,10 @@ def _attribute_values(tensors: list[Tensor]) -> tuple[Any, ...]:
 
 
 def _anchor_of(tensor: Tensor) -> Tensor:
-    """Return an object that ceases to exist with a tensor, or when its contents are exchanged.
+    """Return an object that ceases to exist with a tensor, or when the tensor's contents are swapped.
 
-    `Module.to` exchanges the contents of parameters of classes such as DTensor by torch.utils.swap_tensors, which
-    refuses a tensor that something refers to weakly. It does not look at the tensors within.
+    `Module.to` swaps the contents of parameters of classes such as DTensor with torch.utils.swap_tensors, which refuses
+    a tensor that has weak references. It does not check the tensors inside of such a tensor.
     """
     while is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()

@@ -30,7 +30,7 @@ class DDPSource(Source):
             return None
 
         def read(name: str, tensor: Tensor, known: Layout | None) -> Layout | None:
-            # Replicas need no sum. But with their group in the layout all ranks decide from one total, also if a
+            # Replicas need no sum. But with their group in the layout, all ranks decide from one total, even if the
             # gradient of one rank has changed after DDP averaged it.
             ranks = replicated.get(id(tensor))
             layout = Layout() if known is None else known
@@ -54,8 +54,8 @@ def ddp_modules(module: nn.Module) -> list[weakref.ref[DistributedDataParallel]]
 def is_joining(modules: Iterable[weakref.ref[DistributedDataParallel]]) -> bool:
     """Return whether DDP trains on uneven inputs (`DDP.join`).
 
-    Other ranks may have no inputs left then. torch does not reset this after the context, so that it stays True until
-    the next one.
+    Other ranks may have no inputs left then. torch does not reset this at the end of the context, so it stays True
+    until the next context.
 
     Args:
         modules: see `ddp_modules`.
@@ -64,7 +64,7 @@ def is_joining(modules: Iterable[weakref.ref[DistributedDataParallel]]) -> bool:
 
 
 def _replicated_ranks(module: nn.Module) -> dict[int, Ranks]:
-    """Return the ranks that hold a replica of each parameter which DDP manages in `module`, by `id`."""
+    """Return the ranks that hold a replica of each parameter that DDP manages in `module`, by `id`."""
     ranks: dict[int, Ranks] = {}
     for wrapped in module.modules():
         if isinstance(wrapped, DistributedDataParallel):

@@ -69,8 +69,8 @@ def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """Return the local tensor of a DTensor, and any other tensor itself."""
-    # Each step asks for several tensors, most of which are plain.
+    """Return the local tensor of a DTensor, or any other tensor unchanged."""
+    # Each step calls this for several tensors, most of which are plain.
     if type(tensor) in _PLAIN_TYPES:
         return tensor
     module: Any = sys.modules.get("torch.distributed.tensor")
@@ -105,7 +105,7 @@ def dtensor_partial_sums(tensor: DTensor) -> tuple[PartialSum, ...]:
     """Return the sums that a DTensor with Partial placements needs.
 
     Raises:
-        LayoutError: a placement is reduced by something else than a sum or a mean.
+        LayoutError: a placement's reduction is neither a sum nor a mean.
     """
     mesh, placements = tensor.device_mesh, tensor.placements
     if not any(p.is_partial() for p in placements):
@@ -139,8 +139,8 @@ def with_local(tensor: DTensor, local: Tensor) -> DTensor:
 
 def num_pieces_of(sizes: Sequence[int], placements: Sequence[Placement]) -> int:
     """Return the number of different shards that the placements make over a mesh of these sizes."""
-    # By exclusion, because the strided shards of FSDP2 over tensor parallelism are not of the class `Shard`. Uneven and
-    # empty shards count like any other.
+    # Shards are found by exclusion, because the strided shards of FSDP2 over tensor parallelism are not of the class
+    # `Shard`. Uneven and empty shards count like any other.
     return math.prod(size for size, placement in zip(sizes, placements, strict=True) if not _is_full(placement))
 
 
@@ -154,7 +154,7 @@ def partial_sums_of(groups: Sequence[dist.ProcessGroup], placements: Sequence[Pl
     for i, (group, placement) in enumerate(zip(groups, placements, strict=True)):
         if not placement.is_partial() or dist.get_world_size(group) == 1:
             continue
-        # A placement of a third party can be partial in another way.
+        # A third-party placement can be partial in another way.
         op = getattr(placement, "reduce_op", None)
         if op not in ("sum", "avg"):
             raise LayoutError(
@@ -166,7 +166,7 @@ def partial_sums_of(groups: Sequence[dist.ProcessGroup], placements: Sequence[Pl
 
 
 def _is_full(placement: Placement) -> bool:
-    """Return whether every rank of the axis holds a tensor of the full size: a replica, or a summand."""
+    """Return whether every rank along the axis holds a tensor of full size: a replica, or a summand."""
     return placement.is_replicate() or placement.is_partial()
 
 
@@ -188,19 +188,19 @@ def dtensor_rows(tensor: DTensor, rank: int | None = None, at: int | None = None
         at: the rank of the mesh that has the coordinates of `rank`.
 
     Raises:
-        LayoutError: torch has cut the tensor in another way than expected.
+        LayoutError: torch has not cut the tensor as expected.
     """
     mesh, (first, count) = tensor.device_mesh, (0, tensor.shape[0])
     coordinates: Sequence[int] = (mesh.get_coordinate() if at is None else _coordinates_of(mesh, at)) or ()
-    # Strided shards (FSDP2 over tensor parallelism) cut what the other axes have left, whatever their order.
+    # Strided shards (FSDP2 over tensor parallelism) are cut from what the other axes have left, in any order of axes.
     order = sorted(range(mesh.ndim), key=lambda i: type(tensor.placements[i]).__name__ == "_StridedShard")
     for i in order:
         placement = tensor.placements[i]
         if _is_full(placement) or placement.dim != 0:  # type: ignore[attr-defined]
             continue
-        # As torch.chunk cuts: all pieces have the same length, except the last ones.
+        # torch cuts as in torch.chunk: all pieces have the same length, except the last ones.
         length = -(-count // mesh.size(i))
-        # The coordinate in the mesh, and not the rank in its group: torch sorts the ranks of a group.
+        # This is the coordinate in the mesh and not the rank in the group, because torch sorts the ranks of a group.
         start = min(length * coordinates[i], count)
         first, count = first + start, min(length, count - start)
     local: Any = tensor._local_tensor

@@ -1,7 +1,8 @@
-"""Exchange the layouts that some ranks cannot know, and keep what the ranks of a communicator have exchanged.
+"""Exchange layouts that a rank alone cannot derive, and keep what the ranks of a communicator have exchanged.
 
-The functions exchange layouts in the first call, and again when a rank comes with other layouts. Until then every call
-checks by identity that this rank has what it had in the last exchange. A clipper exchanges once, when it is made.
+Functions such as `clip_grad_norm_` exchange layouts in their first call, and again when a rank has other layouts. Until
+then every call checks by identity that this rank's layouts are those of the last exchange. A clipper exchanges once,
+when it is made.
 """
 
 from __future__ import annotations
@@ -26,9 +27,8 @@ _KEY = "inventories"
 
 
 def inventory_of(table: ShardTable, comm: Comm) -> Inventory:
-    """Describe the parameters of this rank to those ranks that cannot know their meshes."""
-    # Members of one process have no global ranks, so that no mesh can be compared with them. In a dry run there are no
-    # other ranks.
+    """Describe the parameters of this rank to ranks that cannot derive their meshes."""
+    # Members of one process have no global ranks to compare with a mesh. In a dry run there are no other ranks.
     if comm.ranks is None or is_dry_run():
         return Inventory()
     return table.metadata.inventory(comm.size, global_rank(comm))
@@ -40,7 +40,7 @@ def exchange_setup(table: ShardTable, comm: Comm, error: BaseException | None, a
     Args:
         table: of this rank.
         comm: all ranks concerned, all of which call this function.
-        error: what this rank has run into, or None. All ranks raise it.
+        error: error of this rank, or None. All ranks raise it.
         arguments: text about the arguments that must be equal.
 
     Returns:
@@ -50,7 +50,7 @@ def exchange_setup(table: ShardTable, comm: Comm, error: BaseException | None, a
         DisagreementError: the arguments or the axes of `split_over=` differ; on every rank.
         LayoutError: see `count_meshes`; on every rank.
 
-    Collectives: those of `exchange_texts`, and a gather if the axes are no lines of a common grid.
+    Collectives: those of `exchange_texts`, and a gather if the axes are not lines of a common grid.
     """
     found = common_grid(table.axes, global_rank(comm))
     grid_text = _grid_text(table.axes, comm, found)
@@ -63,7 +63,7 @@ def exchange_setup(table: ShardTable, comm: Comm, error: BaseException | None, a
             "on_nonfinite, max_skips and replicas on every rank."
         )
     ranks = global_ranks(comm)
-    # Usually every rank can compute the axes of all ranks. Otherwise they travel.
+    # Usually every rank can compute the axes of all ranks. Otherwise the axes are gathered.
     axes_by_rank: Mapping[int, tuple[Axis, ...]]
     if {text for _, text, _ in decoded} == {grid_text} and grid_text != _NO_GRID:
         axes_by_rank = dict.fromkeys(ranks, ()) if found is None else _axes_in_grid(ranks, table.axes, *found)
@@ -78,11 +78,11 @@ def exchange_setup(table: ShardTable, comm: Comm, error: BaseException | None, a
 
 
 _NO_GRID = "?"
-"""Text in place of a grid that not all ranks can derive."""
+"""Text that replaces a grid which not all ranks can derive."""
 
 
 def _grid_text(axes: Sequence[Axis], comm: Comm, found: tuple[Grid, Sequence[Sequence[int]]] | None) -> str:
-    """Return a text about axes. If it is equal on all ranks, their axes do not contradict each other."""
+    """Return a text that describes axes. If it is equal on all ranks, their axes are consistent."""
     if not axes:
         return ""
     # A grid numbers global ranks, which the members of one process do not have.
@@ -94,7 +94,7 @@ def _grid_text(axes: Sequence[Axis], comm: Comm, found: tuple[Grid, Sequence[Seq
 def _axes_in_grid(
     ranks: Sequence[int], axes: Sequence[Axis], grid: Grid, dims: Sequence[tuple[int, ...]]
 ) -> dict[int, tuple[Axis, ...]]:
-    """Return the axes of every rank, from those of this rank."""
+    """Return the axes of every rank, computed from those of this rank."""
     names = [axis.name for axis in axes]
     pairs = list(zip(names, dims, strict=True))
     return {rank: tuple(Axis(grid.line(rank, along), name) for name, along in pairs) for rank in ranks}
@@ -115,7 +115,8 @@ def knows_holders(table: ShardTable, comm: Comm) -> bool:
     """Set the numbers of ranks that hold the parameters, from what the ranks have exchanged before.
 
     Returns:
-        False if this rank has other layouts than in the last exchange, so that all ranks must exchange theirs.
+        False if the layouts of this rank differ from those in the last exchange, so that all ranks must exchange
+        theirs.
 
     Collectives: none. Host syncs: none.
     """
@@ -123,7 +124,7 @@ def knows_holders(table: ShardTable, comm: Comm) -> bool:
         return True
     memory, holdings = memory_of(comm), inventory_of(table, comm).holdings
     exchanged: dict[str, Any] = memory.get(_KEY, {"holdings": ()})
-    # The usual case: the layouts of this rank reach all ranks, and did so before.
+    # In the usual case, the layouts of this rank reach all ranks, now and in the last exchange.
     if not holdings and not exchanged["holdings"]:
         return True
     if holdings != exchanged["holdings"]:

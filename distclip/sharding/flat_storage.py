@@ -77,7 +77,7 @@ def _move_grads(tensors: Sequence[Tensor], shards: Shards, positions: Sequence[i
     # Zeros between the gradients change no norm.
     flat = torch.zeros(sum(lengths), dtype=grads[0].dtype, device=grads[0].device)
     for i, grad, piece in zip(positions, grads, torch.split(flat, lengths), strict=True):
-        # With the strides that the gradient had: the optimizer may rely on its memory format.
+        # The view has the strides of the gradient, because the optimizer may rely on its memory format.
         view = piece.as_strided(grad.size(), grad.stride())
         view.copy_(grad)
         old = tensors[i].grad

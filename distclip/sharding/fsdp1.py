@@ -55,7 +55,7 @@ class FSDP1Source(Source):
         return read
 
     def find_checks(self, request: Request) -> Sequence[Callable[[], None]]:
-        """Return a check that parameters and gradients are slices, as the layouts describe them."""
+        """Return a check that parameters and gradients are slices, as their layouts assume."""
         modules = [] if request.module is None else _managed(request.module)
         sharded = [weakref.ref(wrapped) for wrapped, handle in modules if handle.uses_sharded_strategy]
         if not sharded:
@@ -91,7 +91,7 @@ class FSDP1Source(Source):
                 )
             if handle.uses_sharded_strategy:
                 for param, shape, shard in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
-                    # The start is None for a parameter that this rank holds nothing of.
+                    # The start is None for a parameter of which this rank holds no element.
                     slices[id(param)] = Slice(tuple(shape), shard.intra_param_start_idx or 0)
         return slices
 

@@ -1,4 +1,4 @@
-"""Refuse gradients that FSDP2 has not reduced yet: they wait outside of the parameters' `.grad`."""
+"""Refuse gradients that FSDP2 has not reduced yet, which it keeps outside of the parameters' `.grad`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class FSDP2Source(Source):
         def check() -> None:
             for reference in groups:
                 group = reference()
-                # Both are true, except in a program that accumulates gradients without communication.
+                # Both flags are true, except in a program that accumulates gradients without communication.
                 if group is not None and not (group.reduce_grads and group.all_reduce_grads) and _waits(group):
                     raise LayoutError(
                         f"parameters={group._module_fqn or 'model'}: FSDP2 has accumulated gradients that are not "
@@ -43,11 +43,11 @@ class FSDP2Source(Source):
 
 
 def before_reduction(group: Any, function: Callable[[], None]) -> Callable[[], None]:
-    """Call a function before FSDP2 reduces gradients of a group, when their shards do not exist yet.
+    """Call a function before FSDP2 reduces a group's gradients, while their shards do not exist yet.
 
     Args:
-        group: of `param_groups`.
-        function: that is called, in every backward on all ranks at the same point.
+        group: one of the groups that `param_groups` returns.
+        function: the function. Every backward calls it at the same point on all ranks.
 
     Returns:
         A function that ends this.

@@ -1,9 +1,9 @@
-"""Find out how many meshes hold one parameter, where its layout alone does not show it.
+"""Count the meshes that hold one parameter, where its layout alone does not show their number.
 
-A layout names the ranks of one mesh, and the axes of `split_over=` name ranks with other parameters. Where both reach
-every rank of the communicator, the number of replicas follows. Where they do not, the other ranks may hold replicas on
-other meshes (FSDP2 on slices of a mesh, with DDP around it), or nothing of the parameter (experts on some ranks). So
-the ranks exchange `Holding` descriptions, once, and count the meshes:
+A layout names the ranks of one mesh, and the axes of `split_over=` name ranks with other parameters. If both together
+reach every rank of the communicator, the number of replicas follows from them. Otherwise the other ranks may hold
+replicas on other meshes (FSDP2 on slices of a mesh, with DDP around it), or no part of the parameter (experts on some
+ranks). So the ranks exchange `Holding` descriptions, once, and count the meshes:
 
 1. A parameter of one name and one shape on disjoint meshes is one parameter, and the meshes hold replicas.
 2. Parameters without names are matched by their order within the mesh. Meshes whose lists differ hold different
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 Coords: TypeAlias = tuple[tuple[int, ...], ...]
-"""For each axis of `split_over=`, the coordinates along it that hold one parameter, or nothing for all of them."""
+"""For each axis of `split_over=`, the coordinates of the ranks that hold one parameter. Empty for all coordinates."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +45,7 @@ class Holders:
     Args:
         world_size: number of ranks in the communicator.
         num_meshes: for each parameter, the number of meshes that hold it. None where its layout and `split_over=` reach
-            every rank. An empty tuple stands for None everywhere.
+            every rank. An empty tuple means None for every parameter.
     """
 
     world_size: int
@@ -58,15 +58,15 @@ class Holders:
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """Description of one parameter on one rank, for ranks that cannot know its mesh.
+    """Description of one parameter on one rank, for ranks that cannot derive its mesh.
 
     Args:
         name: name of the parameter.
         shape: shape of the whole parameter, with -1 for a dim of unknown size.
-        members: global ranks of its mesh, ascending, as far as this rank knows them.
+        members: global ranks of its mesh, ascending, as far as this rank's layout contains them.
         num_members: number of ranks of its mesh.
         num_pieces: number of shards on its mesh.
-        coords: coordinates of its mesh.
+        coords: coordinates of its mesh along `split_over=`.
     """
 
     name: str
@@ -114,7 +114,7 @@ def encode_inventory(inventory: Inventory) -> Any:
 
 
 def decode_inventory(lists: Any) -> Inventory:
-    """Convert lists that `encode_inventory` has made, and that went through JSON.
+    """Convert the lists of `encode_inventory`, which may have been through JSON, to an inventory.
 
     >>> one = Inventory((Holding("w", (4, 4), (0, 1), 2, 2, ((0,),)),), frozenset({("b", ((), (1,)))}))
     >>> decode_inventory(encode_inventory(one)) == one
@@ -179,16 +179,17 @@ def _count_named(holdings: Sequence[Holding]) -> dict[Holding, int]:
     by_name: dict[tuple[str, Coords], dict[Holding, None]] = {}
     for h in holdings:
         by_name.setdefault((h.name, h.coords), {})[h] = None
-    # Ranks of one mesh have equal descriptions, so that a few are left for each name.
+    # Ranks of one mesh have equal descriptions, so only a few are left for each name.
     counts: dict[Holding, int] = {}
     for distinct in by_name.values():
         meshes = _connected(list(distinct))
         for mesh in meshes:
             num_ranks = len(frozenset[int]().union(*(h.members for h in mesh)))
-            # A rank knows only part of a mesh that is described by several groups. Together they know all of it.
+            # If several groups describe a mesh, one rank's description contains only part of its ranks, and the
+            # descriptions of all ranks contain all of them.
             if num_ranks > max(h.num_members for h in mesh) or len({h.shape for h in mesh}) > 1:
                 _raise_contradiction(mesh)
-        # Another shape on a disjoint mesh is another parameter.
+        # A tensor of another shape on a disjoint mesh is another parameter.
         shapes = [mesh[0].shape for mesh in meshes]
         counts |= {h: shapes.count(h.shape) for h in distinct}
     return counts
@@ -206,7 +207,7 @@ def _connected(holdings: Sequence[Holding]) -> list[list[Holding]]:
 
 def _count_unnamed(by_rank: Mapping[int, Inventory]) -> dict[Holding, int]:
     """Return the number of meshes of each parameter without a name."""
-    # The list of every rank on a mesh: shapes in order.
+    # For each mesh, the lists of its ranks: the shapes of their parameters, in order.
     lists: dict[tuple[Coords, Ranks], set[tuple[object, ...]]] = {}
     unnamed: list[Holding] = []
     for inventory in by_rank.values():
@@ -217,7 +218,7 @@ def _count_unnamed(by_rank: Mapping[int, Inventory]) -> dict[Holding, int]:
                 own.setdefault((h.coords, h.members), []).append(h.shape)
         for mesh, shapes in own.items():
             lists.setdefault(mesh, set()).add(tuple(shapes))
-    # Every mesh counts itself, and those that hold the same list.
+    # Each mesh counts itself, and the other meshes with the same list.
     counts = dict.fromkeys(lists, 1)
     for one, two in itertools.permutations(lists, 2):
         if one[0] != two[0] or not set(one[1]).isdisjoint(two[1]):

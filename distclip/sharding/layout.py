@@ -56,12 +56,12 @@ def _spanned(groups: tuple[Ranks, ...]) -> tuple[frozenset[int], int]:
     # Thousands of parameters share one mesh, whose ranks can be all of a large job. Comparing tuples reads all of them.
     key = tuple(map(id, groups))
     if (entry := _spanned_by.get(key)) is None:
-        # A group within another one adds no ranks. Any others cross each other in this rank alone.
+        # A group within another one adds no ranks. Any two other groups have only this rank in common.
         distinct = set(map(frozenset, groups))
         count = math.prod(len(ranks) for ranks in distinct if not any(ranks < other for other in distinct))
         while len(_spanned_by) >= _MAX_ENTRIES:
             _spanned_by.pop(next(iter(_spanned_by)), None)
-        # The entry keeps the groups, so that no others get their ids.
+        # The entry keeps the groups alive, so that no other objects get their ids.
         entry = _spanned_by[key] = groups, frozenset[int]().union(*groups), count
     return entry[1], entry[2]
 
@@ -102,14 +102,14 @@ def num_replicas(world_size: int, layout: Layout, axes: Sequence[Axis], num_mesh
 
     .. math:: replicas = \frac{N}{pieces \cdot \prod_{a\ split} |a| / |a \cap members|}
 
-    A parameter counts as replicated over every rank that neither its placements nor `split_over=` describe, unless the
-    ranks have found the number of meshes that hold it.
+    A parameter counts as replicated over all ranks that neither its placements nor `split_over=` describe, unless the
+    ranks have exchanged the number of meshes that hold it.
 
     Args:
         world_size: N, the number of ranks in the communicator.
         layout: layout of the parameter.
         axes: axes of `split_over=`.
-        num_meshes: number of disjoint meshes that hold the parameter, each all of it. None if the layout and the axes
+        num_meshes: number of disjoint meshes, each of which holds the whole parameter. None if the layout and the axes
             reach every rank.
 
     >>> stage = Axis((0, 2), "pp")
@@ -119,13 +119,13 @@ def num_replicas(world_size: int, layout: Layout, axes: Sequence[Axis], num_mesh
     2.0
     """
     if not layout.counted:
-        return math.inf  # Divided by infinity, its power sum contributes nothing, and a NaN in it still shows.
+        return math.inf  # Divided by infinity, its power sum contributes nothing, but a NaN in it is still detected.
     if num_meshes is not None:
         return layout.num_members / layout.num_pieces * num_meshes
     count = world_size / layout.num_pieces
     members = layout.members
     for axis, split in zip(axes, layout.split, strict=True):
         if split:
-            # The part of an axis that is inside the parameter's own mesh is in `num_pieces` already.
+            # `num_pieces` already includes the part of an axis that is inside the parameter's mesh.
             count *= max(1, len(members.intersection(axis.ranks))) / len(axis.ranks)
     return count

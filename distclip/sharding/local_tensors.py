@@ -37,12 +37,12 @@ def on_all_ranks(shards: Shards, tensors: Sequence[Tensor], component: Ranks | N
 
     Args:
         shards: of one rank, some of which are LocalTensors.
-        tensors: parameters, or gradients, that the shards belong to, in the same order.
-        component: ranks of the call. The shards of other ranks count as its replicas. None for a call of each rank
-            alone, which measures nothing.
+        tensors: the parameters or gradients that the shards belong to, in the same order.
+        component: ranks of the call. The shards of all other ranks count as replicas of its shards. None if each rank
+            calls alone, which measures nothing.
 
     Returns:
-        The shards of all ranks: for each parameter those of its ranks, in order.
+        The shards of all ranks. Those of one parameter are next to each other, in the order of the ranks.
 
     Raises:
         LayoutError: ranks outside of the component hold other values than the corresponding ranks within it.
@@ -51,9 +51,9 @@ def on_all_ranks(shards: Shards, tensors: Sequence[Tensor], component: Ranks | N
     locals_: list[Tensor] = []
     for shard, tensor in zip(shards, tensors, strict=True):
         by_rank = ranks_of(shard.grad)
-        # Also the key of a cache, because all parameters have mostly the same ranks.
+        # This is also the key of a cache, because most parameters have the same ranks.
         ranks = tuple(by_rank)
-        # In one process no replica can have changed on its way from another one.
+        # In one process no replica can have changed in communication.
         info = replace(shard.info, replicas=())
         if not by_rank:
             infos.append(info)
@@ -63,11 +63,11 @@ def on_all_ranks(shards: Shards, tensors: Sequence[Tensor], component: Ranks | N
         for rank, local in by_rank.items():
             own, counterpart = info, counterparts[rank]
             if shard.rows is not None and is_dtensor(tensor):
-                # A mesh of some ranks is the same on the other ones, shifted.
+                # The meshes of the other ranks are shifts of the mesh of some ranks.
                 on_mesh = _counterparts(mesh_ranks(tensor.device_mesh), ranks)
                 own = replace(own, rows=dtensor_rows(tensor, rank, on_mesh[rank]))
             if counterpart != rank:
-                # It does not count in the norm, and is scaled like its counterpart.
+                # This shard does not count in the norm, but is scaled like its counterpart.
                 own = replace(own, num_replicas=inf)
                 if not local.equal(by_rank[counterpart]) and not local.isnan().any():
                     raise LayoutError(
@@ -96,7 +96,7 @@ def _sum(local: Tensor, sums: Sequence[PartialSum]) -> Tensor:
         for line in shifted(one.ranks, by_rank):
             total = torch.stack([by_rank[rank] for rank in line]).sum(0)
             by_rank |= dict.fromkeys(line, total / len(line) if one.mean else total)
-    # Its class is not imported, because most programs do not use it.
+    # The class is not imported, because most programs do not use it.
     cls: Any = type(local)
     total_on_ranks: Tensor = cls(by_rank)
     return total_on_ranks

@@ -71,9 +71,9 @@ class MegatronSource(Source):
     attributes = carry(_TENSOR, _EXPERT, "shared", "partition_dim")
 
     def layout_reader(self, request: Request) -> LayoutReader | None:
-        """Return a reader of the attributes. Add an error to the request if an attribute applies to no axis."""
+        """Return a reader of the attributes, and add an error to the request if one applies to no axis."""
         plain = [(name, tensor) for name, tensor in request.tensors if not is_dtensor(tensor)]
-        # Attributes that no parameter of the call carries do not apply to any axis.
+        # An attribute that no parameter of the call has does not apply to any axis.
         tags = {id(tensor): _tags_of(tensor) for _, tensor in plain}
         used = _attributes_in_use(tags.values())
         with request.errors:
@@ -81,7 +81,7 @@ class MegatronSource(Source):
             _check_axes(training, request.axes, used)
 
         def read(name: str, tensor: Tensor, known: Layout | None) -> Layout | None:
-            # Any other source describes a tensor better than attributes do.
+            # Any other source describes a tensor more precisely than attributes do.
             return _layout(tags[id(tensor)], request.axes, used) if known is None else known
 
         return read
@@ -90,7 +90,7 @@ class MegatronSource(Source):
         self, name: str, tensor: Tensor, layout: Layout, axes: tuple[Axis, ...], rank: int
     ) -> tuple[int, ...]:
         """Return the coordinates along the axes that cut dim 0, by `partition_dim`."""
-        # Read here again: a parameter can be annotated, so that its attributes did not determine its layout.
+        # The attributes are read again, because the layout of an annotated parameter does not come from them.
         dim, coords = _tags_of(tensor).partition_dim, list[int]()
         for axis, cut in zip(axes, layout.cut, strict=True):
             if cut and dim is None:
@@ -114,7 +114,7 @@ def _layout(tags: _Tags, axes: tuple[Axis, ...], used: frozenset[str]) -> Layout
 
 
 def _attributes_in_use(tags: Collection[_Tags]) -> frozenset[str]:
-    """Return which of `tensor_model_parallel` and `allreduce=False` any tensor carries."""
+    """Return those of `tensor_model_parallel` and `allreduce=False` that any tensor has."""
     used = {_TENSOR} if any(tag.tensor is not None for tag in tags) else set[str]()
     return frozenset(used | {_EXPERT} if any(tag.expert for tag in tags) else used)
 
@@ -158,7 +158,7 @@ def _check_axes(plain: Sequence[tuple[str, _Tags]], axes: tuple[Axis, ...], used
             "is unclear which attribute applies to which axis. "
             'Use names: split_over={"pp": pp_group, "tp": tp_group, "ep": ep_group}.'
         )
-    # A single process holds everything, whatever the attributes are.
+    # A single process holds all parameters, whatever the attributes are.
     if job_size() == 1 or unnamed:
         return
     for names, attribute, short, word in (

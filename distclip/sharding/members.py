@@ -1,4 +1,4 @@
-"""Name the parameters of a group by reference: those of an optimizer, of a parameter group, or of a module."""
+"""Define groups of parameters by reference: to an optimizer, a parameter group, a module, or a list of tensors."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ __all__ = ["Members", "are_references", "members_of", "name_groups", "resolve_gr
 
 
 class Members(str):
-    """Text in place of the pattern of a group whose parameters were passed by reference.
+    """Text that replaces the pattern of a group whose parameters were passed by reference.
 
-    It is the same on every rank, as the parameters are not. `resolve_groups` replaces it by a pattern of names.
+    The text is equal on every rank, although the parameters are not. `resolve_groups` replaces it by a pattern of
+    names.
     """
 
     params: tuple[Any, ...]
@@ -47,12 +48,12 @@ def members_of(given: Any) -> Members | None:
     """
     if isinstance(given, str | bytes | Tensor):
         return None
-    # A module may be iterable too, over modules.
+    # A module may also be iterable, over modules.
     if isinstance(given, nn.Module):
         return Members(f"parameters of {type(given).__name__}", [given])
     if isinstance(given, Mapping):
         return Members("parameter group", [given]) if "params" in given else None
-    # Any optimizer, also one that is not of torch.
+    # The object may be an optimizer of any library.
     if "param_groups" in dir(given):
         return Members(f"parameters of {type(given).__name__}", [given])
     tensors = list(given) if isinstance(given, Iterable) else []
@@ -62,9 +63,10 @@ def members_of(given: Any) -> Members | None:
 
 
 def name_groups(groups: Sequence[Any]) -> dict[str, Any]:
-    """Return optimizers or parameter groups of a list by name.
+    """Return a list of optimizers or parameter groups as a dictionary by name.
 
-    The name is the key "name" of a parameter group, or that of the class, with a number where it is not unique.
+    The name is the entry "name" of a parameter group, or the name of the optimizer's class, with a number where it is
+    not unique.
     """
     names = []
     for i, group in enumerate(groups):
@@ -82,7 +84,7 @@ def are_references(groups: Mapping[str, str]) -> bool:
 
 
 def resolve_groups(groups: Mapping[str, str], table: ShardTable, comm: Comm, errors: FirstError) -> dict[str, str]:
-    """Replace references by patterns of the parameters' names on all ranks.
+    """Replace references by patterns that match the names of the parameters on all ranks.
 
     Args:
         groups: the same names on every rank.
@@ -91,8 +93,8 @@ def resolve_groups(groups: Mapping[str, str], table: ShardTable, comm: Comm, err
         errors: of this rank so far.
 
     Raises:
-        ArgumentError: two groups have one parameter, a group has none of any rank, or (with references alone) no group
-            has some parameter; on every rank.
+        ArgumentError: a parameter is in two groups, a group has no parameter on any rank, or (if all groups are
+            references) a parameter is in no group; on every rank.
 
     Collectives: one gather.
     """
@@ -102,7 +104,8 @@ def resolve_groups(groups: Mapping[str, str], table: ShardTable, comm: Comm, err
         own, missing = _own_names(groups, table)
     gathered = gather_or_raise(comm, errors.error, (own, missing))
     names = {group: sorted({n for by_group, _ in gathered for n in by_group.get(group, ())}) for group in groups}
-    # The names of all ranks, because a pipeline stage has only some. A name may be in different groups on two ranks.
+    # The names of all ranks are compared, because a pipeline stage has only some of them, and a name may be in
+    # different groups on two ranks.
     owner: dict[str, str] = {}
     for group, members in names.items():
         if type(groups[group]) is Members and not members:
@@ -115,7 +118,7 @@ def resolve_groups(groups: Mapping[str, str], table: ShardTable, comm: Comm, err
                 raise ArgumentError(
                     f"groups: {name} is in {owner[name]!r} and in {group!r}. Pass each parameter in one group."
                 )
-    # With a pattern among the groups, what is in none of them forms "rest".
+    # If one of the groups is a pattern, parameters in no group form "rest".
     lacking = sorted({name for _, some in gathered for name in some})
     if are_references(groups) and lacking:
         raise ArgumentError(
@@ -129,7 +132,7 @@ def resolve_groups(groups: Mapping[str, str], table: ShardTable, comm: Comm, err
 
 
 def _own_names(groups: Mapping[str, str], table: ShardTable) -> tuple[dict[str, list[str]], list[str]]:
-    """Return the names of each group by reference, and of trained parameters in none, on this rank."""
+    """Return this rank's names in each group by reference, and names of trained parameters in none."""
     found: dict[str, list[str]] = {}
     taken: set[int] = set()
     for group, pattern in groups.items():

@@ -1,9 +1,9 @@
 """Compare the order of parameters without names between the ranks that hold replicas of them.
 
-Tensors without names are one parameter if they have one position. Two of equal shape can be in another order on another
-rank. Replicas have equal values, so that another order shows: the ranks have the same values, at other positions. Ranks
-whose values differ are not in another order, because they have not been made equal yet. Positions of shards, and of
-parameters of one value such as zero, show nothing.
+Tensors without names count as one parameter if they have the same position. But two tensors of equal shape can be in
+another order on another rank. Replicas have equal values, so another order can be detected: the ranks have the same
+values at other positions. If the values themselves differ, the replicas have not been made equal yet, and nothing
+follows about their order. The order of shards, and of parameters that are constant, such as zeros, cannot be checked.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .dtensor import local_of
 __all__ = ["Order", "digest_values", "has_other_order", "order_of"]
 
 Order: TypeAlias = tuple[int, int]
-"""Hashes of values in their order, and of the same values in any order. (0, 0) if there are none."""
+"""Hash of values in their order, and hash of the sorted values. (0, 0) if there are no values."""
 
 _NUM_ELEMENTS = 64
 """Number of elements of each parameter that are read."""
@@ -38,7 +38,7 @@ def digest_values(tensors: Sequence[Tensor]) -> list[int] | None:
         type(one) is not Tensor or one.is_meta or is_fake(one) or one.layout is not torch.strided for one in locals_
     ):
         return None
-    # Not every device has float64.
+    # float32, because not every device has float64.
     samples = [one.reshape(-1)[:: max(1, one.numel() // _NUM_ELEMENTS)][:_NUM_ELEMENTS].float() for one in locals_]
     if len({one.device for one in samples}) != 1:
         return None
@@ -51,7 +51,7 @@ def digest_values(tensors: Sequence[Tensor]) -> list[int] | None:
 
 
 def order_of(digests: Sequence[int]) -> Order:
-    """Return the hashes of some checksums.
+    """Return the hash of some checksums in their order, and the hash of the sorted ones.
 
     >>> order_of([1, 2])[1] == order_of([2, 1])[1], order_of([1, 2]) == order_of([2, 1])
     (True, False)
@@ -62,5 +62,5 @@ def order_of(digests: Sequence[int]) -> Order:
 
 
 def has_other_order(orders: Sequence[Order]) -> bool:
-    """Return whether two of them are of the same values in another order."""
+    """Return whether two of the orders have the same values in another order."""
     return len({any_order for _, any_order in orders}) < len(set(orders))

@@ -24,7 +24,7 @@ Named: TypeAlias = list[tuple[str, Tensor]]
 _WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|_forward_module)\.")
 """Parts of parameter names that wrappers insert.
 
-The wrappers are FSDP1, torch.compile, activation checkpointing and Lightning's Fabric. Their parts are removed, so that
+The wrappers are FSDP1, torch.compile, activation checkpointing and Lightning's Fabric. The parts are removed, so that
 a checkpoint finds a parameter with and without its wrappers."""
 
 
@@ -89,7 +89,7 @@ def check_names(names: Sequence[str]) -> None:
 def is_frozen(tensor: Tensor) -> bool:
     """Return whether a tensor is a parameter that does not train on this rank.
 
-    It requires no gradient, and has none.
+    Such a parameter requires no gradient, and has none.
 
     >>> import torch
     >>> is_frozen(nn.Parameter(torch.zeros(1), requires_grad=False)), is_frozen(torch.zeros(1))
@@ -108,7 +108,7 @@ def _pairs(parameters: Any, argument: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(parameters, Tensor):
         yield argument, parameters
         return
-    # Empty text would be an iterable without tensors.
+    # An empty string would be an iterable without tensors.
     if isinstance(parameters, str | bytes):
         raise _type_error(f"{argument}={short_repr(parameters)}", argument)
     try:
@@ -127,12 +127,12 @@ def _pairs(parameters: Any, argument: str) -> Iterator[tuple[str, Tensor]]:
 def _unwrapped(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters of a module, with the names that they have without wrappers."""
     pairs = list(module.named_parameters())
-    # DDP calls what it wraps "module", which is an ordinary name too. So the DDP modules themselves are looked up,
-    # unless no name can contain one.
+    # DDP names the module that it wraps "module", which can also be an ordinary name. So the DDP modules themselves are
+    # looked up, unless no name contains "module".
     modules = module.named_modules() if any("module." in name for name, _ in pairs) else ()
     inside = [f"{path}.module.".lstrip(".") for path, one in modules if isinstance(one, DistributedDataParallel)]
     for name, tensor in pairs:
-        # The innermost first, because the prefixes of the outer ones stay valid until then.
+        # The innermost prefix is removed first, because the prefixes of the outer modules stay valid then.
         for prefix in reversed(inside):
             if name.startswith(prefix):
                 name = prefix.removesuffix("module.") + name.removeprefix(prefix)

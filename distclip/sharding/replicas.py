@@ -33,8 +33,8 @@ class ReplicaGroup:
 
     Args:
         ranks: global ranks, in an order that all of them share.
-        is_exact: True if the replicas of a gradient have the same bits, because one collective has written all of
-            them. False if every rank has computed its replica itself, or if it is only assumed to be one.
+        is_exact: True if the replicas of a gradient have the same bits, because one collective has written all of them.
+            False if every rank has computed its replica itself, or if the tensors are only assumed to be replicas.
     """
 
     ranks: Ranks
@@ -77,7 +77,7 @@ def assumed_groups(
 ) -> Mapping[tuple[bool, ...], tuple[ReplicaGroup, ...]]:
     """Return the ranks that are assumed to hold the same plain tensors as this rank.
 
-    A plain tensor shows nothing about its replicas. It counts as replicated over all ranks that no axis of
+    A plain tensor has no information about its replicas. It counts as replicated over all ranks that no axis of
     `split_over=` separates.
 
     Args:
@@ -85,8 +85,8 @@ def assumed_groups(
         rank: global rank of this process.
 
     Returns:
-        The group for each way in which the axes can split a tensor, see `Layout.split`. A way that cannot be resolved
-        is missing.
+        The group for each possible value of `Layout.split`. A value for which the group cannot be determined is
+        missing.
 
     >>> axes = {0: (Axis((0, 2)),), 1: (Axis((1, 3)),), 2: (Axis((0, 2)),), 3: (Axis((1, 3)),)}
     >>> [(split, group.ranks) for split, (group,) in assumed_groups(axes, 2).items()]
@@ -94,7 +94,7 @@ def assumed_groups(
     """
     groups: dict[tuple[bool, ...], tuple[ReplicaGroup, ...]] = {}
     num_axes = len(axes_by_rank[rank])
-    # Ranks that passed other axes are refused elsewhere.
+    # Ranks with different axes are refused elsewhere.
     if any(len(axes) != num_axes for axes in axes_by_rank.values()):
         return groups
     coords = {
@@ -127,9 +127,10 @@ def _along(coords: tuple[int, ...], split: tuple[bool, ...]) -> tuple[int, ...]:
 def replica_weight(index: int, num_replicas: int, world_size: int) -> int:
     """Return the weight of one replica's checksum.
 
-    The weights of all replicas add up to 0, so that equal checksums do. All weights but the first are positive, so that
-    two different checksums never add up to 0, whichever ranks have them: those of one node and those of another, for
-    example. All weights differ, so that the changes of two replicas do not cancel because they are equal and opposite.
+    The weights of all replicas add up to 0, so the weighted sum of equal checksums is 0. All weights but the first are
+    positive, so the weighted sum of two different checksums is never 0, whichever ranks have them: the ranks of one
+    node and those of another, for example. All weights differ, so equal and opposite changes of two replicas do not
+    cancel.
 
     Args:
         index: of the replica in its group.
@@ -139,7 +140,7 @@ def replica_weight(index: int, num_replicas: int, world_size: int) -> int:
     >>> [replica_weight(i, 2, 2) for i in range(2)], [replica_weight(i, 5, 5) for i in range(5)]
     ([-1, 1], [-10, 1, 2, 3, 4])
     """
-    # In a large world the weights must stay small, so that sums of summands stay exact.
+    # With many ranks the weights must stay small, so that all partial sums stay exact.
     most = max(1, _MAX_WEIGHTS // world_size - 1)
     if index > 0:
         return 1 + (index - 1) % most

@@ -1,7 +1,7 @@
-"""Find which rows of a parameter a rank holds, for policies with a norm per row.
+"""Find the rows of a parameter that a rank holds, for policies with a norm per row.
 
-A row is an index along dim 0. A parameter of at most one dim is a single row. Rows that are cut (by a shard along
-another dim, or a slice of a flattened parameter) are summed over the ranks that hold their parts.
+A row is an index along dim 0. A parameter with at most one dim is a single row. A row can be cut, by a shard along
+another dim or by a slice of a flattened parameter. Its norm is then summed over the ranks that hold parts of it.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ def local_rows(
         return None
     rows: Rows | None = None
     if slice is not None:
-        # A slice begins and ends anywhere, also within a row.
+        # A slice can begin and end anywhere, even within a row.
         width = math.prod(shape[1:])
         lead = slice.start % width if width else 0
         count = -(-(lead + tensor.numel()) // width) if tensor.numel() else 0
         rows = Rows(slice.start // max(1, width), count, lead, width)
     for source in SOURCES:
         rows = rows or source.find_rows(tensor)
-    # Where no source knows the index of the first row, the rank's coordinates along the axes that cut dim 0 tell the
-    # order of the pieces, and the lengths of the other pieces come from the other ranks.
+    # If no source has the index of the first row, the order of the pieces follows from the rank's coordinates along the
+    # axes that cut dim 0, and the lengths of the other pieces come from the other ranks.
     coords = [source.dim0_coords(name, tensor, layout, axes, rank) for source in SOURCES]
     return LocalRows(rows or Rows(0, shape[0]), shape[0], tuple(coord for piece in coords for coord in piece))

@@ -1,8 +1,8 @@
 """Define `Shard`, this rank's part of one gradient, and `Shards`, all of them at one moment.
 
-Everything but the gradients stays the same from one step to the next. A model has thousands of shards, so `Shards`
-keeps that metadata in `ShardInfos`, made once, next to a list of the current gradients. No stage after this package
-needs to know about DDP, FSDP, tensor, pipeline or expert parallelism.
+Everything except the gradients stays the same from one step to the next. A model has thousands of shards, so `Shards`
+keeps this metadata in `ShardInfos`, which is made once, next to a list of the current gradients. No stage after this
+package depends on DDP, FSDP, tensor, pipeline or expert parallelism.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ class PartialSum:
 
     Args:
         ranks: global ranks that hold a summand.
-        group_name: name of their process group, which travels and pickles, as the group itself does not.
-        axis: index of the mesh axis, negative for an axis of an annotation. Sums are made axis by axis, because ranks
-            that took the axes in different orders would mix sums with summands.
+        group_name: name of their process group. The name can be pickled and sent to other ranks, which the group
+            cannot.
+        axis: index of the mesh axis, negative for an axis of an annotation. Gradients are summed axis by axis, because
+            ranks that took the axes in different orders would mix sums with summands.
         mean: True to divide by the number of ranks afterwards (Partial("avg")).
     """
 
@@ -58,7 +59,7 @@ class Rows:
         first: index of the first row.
         count: number of rows, the first and the last of which can be incomplete in a slice.
         lead: in a slice of a flattened parameter, number of elements of the first row that other ranks hold.
-        width: in a slice of a flattened parameter, number of elements in a row. 0 if dim 0 of the tensor are the rows.
+        width: in a slice of a flattened parameter, number of elements in a row. 0 if the rows are dim 0 of the tensor.
     """
 
     first: int
@@ -89,7 +90,7 @@ class Shard:
         num_replicas: number of ranks of the communicator that hold this same shard, > 0. Infinite for a replica that
             does not count. Every replica adds power_sum / num_replicas.
         partial_sums: sums that the gradient needs before it can be measured.
-        slot: index of the norm that the shard counts in, or that row 0 of the parameter counts in.
+        slot: index of the norm that the shard counts in. If every row has a slot, that of row 0 of the parameter.
         rows: rows that the shard holds, if every row has a slot. None if the whole shard counts in one slot.
         replicas: groups of ranks that hold this same shard, this rank among them, as far as they are known.
     """
@@ -135,7 +136,7 @@ class ShardInfos(tuple[ShardInfo, ...]):
         is_whole = [not info.partial_sums and info.rows is None for info in self]
         whole = tuple(i for i, yes in enumerate(is_whole) if yes)
         others = tuple(i for i, yes in enumerate(is_whole) if not yes)
-        # Mostly there are no others: then the columns of `self` are shared.
+        # Usually there are no others, and the columns of `self` are shared.
         return (ShardInfos(self[i] for i in whole) if others else self), whole, others
 
     @cached_property
@@ -160,7 +161,7 @@ class ShardInfos(tuple[ShardInfo, ...]):
         if self._row_slots is None:
             pairs = [(info.slot + info.rows.first, info.rows.count) for info in self if info.rows is not None]
             with torch.utils._python_dispatch._disable_current_modes():
-                # A tensor that was made under a dispatch mode must not be seen outside of it.
+                # A tensor that is made under a dispatch mode must not be used outside of it, so the modes are disabled.
                 self._row_slots = torch.cat([torch.arange(first, first + count) for first, count in pairs])
         return self._row_slots
 
@@ -187,7 +188,7 @@ class ShardInfos(tuple[ShardInfo, ...]):
 
     @cached_property
     def by_replica_group(self) -> dict[ReplicaGroup, tuple[int, ...]]:
-        """Positions of the shards that the ranks of each group hold. A partial gradient has no replica yet."""
+        """Positions of the shards that each replica group holds. A partial gradient has no replicas yet."""
         positions: dict[ReplicaGroup, list[int]] = {}
         for i, info in enumerate(self):
             for group in () if info.partial_sums else info.replicas:
@@ -206,7 +207,7 @@ class ShardInfos(tuple[ShardInfo, ...]):
     _by_slot: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     in_memory: Any = None
-    """Facts of `norms.memory` about the memory of these shards, for the next step."""
+    """Facts that `norms.memory` keeps about the memory of these shards for the next step."""
 
 
 class Shards(Sequence[Shard]):
@@ -215,10 +216,10 @@ class Shards(Sequence[Shard]):
     Args:
         infos: metadata of each shard.
         grads: local tensors, in the same order.
-        merged: the same elements as fewer, larger tensors. It is used if only their total is needed.
+        merged: the same elements in fewer, larger tensors, which are read if only the total norm is needed.
 
     Attributes:
-        description: table of the gradients in memory that the kernels read. None without one.
+        description: table of the gradients in memory for the kernels, or None.
 
     >>> shards = Shards(ShardInfos([ShardInfo("w", num_replicas=2.0)]), [torch.ones(3)])
     >>> shards[0].name, shards[0].num_replicas, len(shards)
@@ -233,7 +234,7 @@ class Shards(Sequence[Shard]):
 
     @classmethod
     def of(cls, shards: Iterable[Shard]) -> Shards:
-        """Collect shards, for instance those of a list."""
+        """Collect shards from an iterable."""
         shards = list(shards)
         return cls(ShardInfos(shard.info for shard in shards), [shard.grad for shard in shards])
 
@@ -275,7 +276,7 @@ def coalesce_(grads: Iterable[Tensor]) -> None:
     """Sum the summands of each element of sparse gradients, in place."""
     for grad in grads:
         if grad.is_sparse and not grad.is_coalesced():
-            # Outside of inference mode, whose tensors the program could not write to later.
+            # Inference mode is off here, because the program could not write to inference tensors later.
             with torch.inference_mode(False), torch.no_grad():
                 grad.copy_(grad.coalesce())
 

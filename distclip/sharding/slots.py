@@ -1,17 +1,18 @@
-"""Assign slots: agree between ranks which norm every parameter, or every row of it, counts in.
+"""Assign slots: determine on all ranks in which norm each parameter, or each row of it, counts.
 
 Pipeline stages and expert ranks hold different parameters, and yet every rank adds to one vector of norms. An entry of
-that vector is a slot. All ranks must number the slots equally, so every rank describes its parameters (`ParamInfo`),
-the descriptions are exchanged once when a clipper is made, and every rank computes the slots from all of them
-(`assign_slots`). The computation is deterministic, so that no further exchange is needed. Most ranks describe the same,
-so each distinct description travels once (`exchange_params`).
+that vector is a slot. All ranks must number the slots equally. So every rank describes its parameters (`ParamInfo`),
+the ranks exchange the descriptions once, when a clipper is made, and every rank computes the slots from all of them
+(`assign_slots`). The computation is deterministic, so no further exchange is needed. Most ranks have the same
+description, so each distinct description is sent once (`exchange_params`).
 
-With a norm per tensor or row, the ranks must recognize which of their tensors are one parameter:
+With a norm per tensor or row, tensors on different ranks must be matched if they are one parameter:
 
 1. Tensors with one name are shards or replicas of one parameter, unless an axis of `split_over=` (such as "pp") splits
    them into different parameters. Then their names get the coordinate as a suffix, "weight@pp=0".
-2. The shares of one parameter add up to 1. A name with less is one replica of a tied parameter, whose other replicas
-   have other names on other ranks: an embedding on the first and the last pipeline stage. They are merged.
+2. The shares of one parameter add up to 1. If the shares under one name add up to less, it is one replica of a tied
+   parameter, whose other replicas have other names on other ranks: an embedding on the first and the last pipeline
+   stage. Such names are merged.
 """
 
 from __future__ import annotations
@@ -54,11 +55,11 @@ __all__ = [
 ]
 
 _ROUNDING = 1e-6
-"""Margin for sums of shares."""
+"""Tolerance for rounding in sums of shares."""
 
 
 class Granularity(Protocol):
-    """Part of a `NormSpec` that determines the slots."""
+    """Members of a `NormSpec` that determine the slots."""
 
     @property
     def per(self) -> str:
@@ -72,7 +73,7 @@ class Granularity(Protocol):
 
     @property
     def exclude(self) -> Sequence[str]:
-        """Patterns of names of parameters that are measured and never clipped."""
+        """Patterns of names of parameters that are measured but never clipped."""
         ...
 
     @property
@@ -89,7 +90,7 @@ class SlotMap:
         names: name of each unit that has norms: parameters, groups, or the model. Equal on every rank.
         counts: number of slots of each unit: its number of rows, or 1.
         by_name: for each parameter of this rank, its first slot, and the rows that this rank holds.
-        excluded: for each unit, True if it is measured and never clipped.
+        excluded: for each unit, True if it is measured but never clipped.
         frozen: names of this rank's parameters that train on no rank.
     """
 
@@ -120,9 +121,9 @@ class ParamInfo:
         axis_coords: (axis name, coordinates of the ranks that hold it) for every axis of `split_over=` that splits it
             from different parameters of the same name.
         shape: shape of the local tensor, or of the whole parameter for a slice. It helps to match tied parameters.
-        share: part of the whole parameter that this rank contributes. The shares of all ranks add up to 1.
+        share: fraction of the whole parameter that this rank contributes. The shares of all ranks add up to 1.
         is_whole: True if the rank holds the whole parameter.
-        tied: True for a replica that was annotated, and can have other names on other ranks.
+        tied: True for an annotated replica, which can have other names on other ranks.
         cut: rows on this rank, for per="row".
         trains: False for a parameter that is frozen on this rank.
         digest: checksum of the values of a replica without a name, on this rank only. None for any other parameter.
@@ -161,7 +162,7 @@ def describe_params(table: ShardTable, rank: int, spec: Granularity, module: nn.
     """
     check_names(table.names)
     if spec.per not in ("tensor", "row"):
-        module = None  # A flattened parameter need not be taken apart.
+        module = None  # Flattened parameters need not be split.
     request = Request(list(zip(table.names, table.tensors, strict=True)), module, table.axes, FirstError())
     slices: dict[int, Slice] = {}
     for source in SOURCES:
@@ -179,19 +180,19 @@ def describe_params(table: ShardTable, rank: int, spec: Granularity, module: nn.
             try:
                 cut = local_rows(name, tensor, layout, table.axes, slice, rank)
             except LayoutError:
-                # The rows of what does not train do not matter.
+                # The rows of a frozen parameter do not matter.
                 if trains:
                     raise
         shape = tuple(tensor.shape) if annotation.slice is None else annotation.slice.shape
         if tensor.is_nested:
-            # The size of a ragged dim is no number.
+            # The size of a ragged dim is not a number.
             shape = ()
             if trains:
                 raise LayoutError(
                     f"{name} is a {type(tensor).__name__} of layout {tensor.layout}, whose elements cannot be scaled "
                     "in place. Use a dense tensor, or freeze the parameter."
                 )
-        # Every piece is one part of the parameter, and the replicas of a piece share that part.
+        # All pieces have equal shares of the parameter, and the replicas of a piece divide its share.
         num_pieces = layout.num_pieces * _num_pieces_along(layout, table.axes)
         share = 1 / (table.num_replicas(i) * num_pieces)
         params.append(
@@ -212,7 +213,7 @@ def describe_params(table: ShardTable, rank: int, spec: Granularity, module: nn.
 def _with_digests(params: list[ParamInfo], table: ShardTable) -> list[ParamInfo]:
     """Add digests to the descriptions of whole replicas without names."""
     at = [i for i, p in enumerate(params) if p.is_whole and p.share < 1 and p.trains and is_position(p.name)]
-    # One parameter has one order.
+    # A single parameter can be in one order only.
     digests = digest_values([table.tensors[i] for i in at]) if len(at) > 1 else None
     for i, digest in zip(at, digests or (), strict=digests is not None):
         params[i] = replace(params[i], digest=digest)
@@ -226,7 +227,7 @@ def exchange_params(
 
     Args:
         comm: the ranks that take part.
-        error: what this rank has run into, or None. All ranks raise it.
+        error: error of this rank, or None. All ranks raise it.
         params: of this rank.
 
     Returns:
@@ -239,7 +240,7 @@ def exchange_params(
 
     Collectives: those of `exchange_texts`, twice.
     """
-    # Expert ranks differ in their coordinates only, which are few, and not in their thousands of names.
+    # Expert ranks differ only in their few coordinates, and not in their thousands of names.
     coords = list(dict.fromkeys(param.axis_coords for param in params))
     numbers = {one: i for i, one in enumerate(coords)}
     rows = [_encode(param, numbers[param.axis_coords]) for param in params]
@@ -248,7 +249,7 @@ def exchange_params(
     placed = exchange_texts(comm, None, json.dumps([named.own, coords, order], separators=(",", ":")))
     # Each text is parsed once, for all ranks that share it.
     decoded = list(map(json.loads, named.texts))
-    # Ranks whose replicas have other values count as one.
+    # Descriptions that differ only in the values of replicas count as one.
     counts: dict[str, int] = {}
     orders: dict[str, list[Order]] = {}
     own = ""
@@ -267,14 +268,14 @@ def exchange_params(
     for key, count in counts.items():
         number, coords_there = json.loads(key)
         at = [tuple((axis, tuple(along)) for axis, along in one) for one in coords_there]
-        # Only the description of this rank has its rows.
+        # The rows of this rank are only in its own description.
         described = params if key == own else [_decode(row, at) for row in decoded[number]]
         gathered.append([replace(param, share=param.share * count) for param in described])
     return gathered, list(counts).index(own)
 
 
 def _encode(param: ParamInfo, coords: int) -> list[Any]:
-    # A list and not a mapping: the text of thousands of parameters stays short.
+    # A list instead of a mapping keeps the text for thousands of parameters short.
     cut = None if param.cut is None else (param.cut.num_rows, param.cut.piece)
     flags = param.is_whole, param.tied, param.trains
     return [param.name, coords, param.shape, param.share, *map(int, flags), cut]
@@ -282,7 +283,7 @@ def _encode(param: ParamInfo, coords: int) -> list[Any]:
 
 def _decode(row: Sequence[Any], coords: Sequence[Any]) -> ParamInfo:
     name, number, shape, share, is_whole, tied, trains, cut = row
-    # The rows of other ranks do not matter, only their number.
+    # Of the rows of other ranks, only their number matters.
     rows = None if cut is None else LocalRows(Rows(0, 0), cut[0], tuple(cut[1]))
     return ParamInfo(name, coords[number], tuple(shape), share, bool(is_whole), bool(tied), rows, bool(trains))
 
@@ -291,22 +292,22 @@ def assign_slots(gathered: Sequence[Sequence[ParamInfo]], rank: int, spec: Granu
     """Compute the slots from the parameters of all ranks.
 
     Args:
-        gathered: parameters of every rank, or the distinct ones, see `exchange_params`.
-        rank: index of this rank's parameters among them. Only `by_name` depends on it.
+        gathered: descriptions of every rank, or the distinct ones, see `exchange_params`.
+        rank: index of this rank's description among them. Only `by_name` and `frozen` depend on it.
         spec: granularity of the norms.
 
     Raises:
-        ArgumentError: a pattern is no regular expression, or matches no parameter of any rank.
+        ArgumentError: a pattern is not a regular expression, or matches no parameter of any rank.
         LayoutError: replicas under different names cannot be matched.
 
     Collectives: none. Host syncs: none.
     """
-    # A pattern may match frozen parameters only: which parameters train can change between two runs.
+    # A pattern may match only frozen parameters, because a parameter that is frozen in this run may train in the next.
     all_names = _names(gathered)
     excluded = _matching(spec.exclude, all_names, "exclude")
     own, gathered = gathered[rank], _training(gathered)
     frozen = frozenset({param.name for param in own} - {param.name for param in gathered[rank]})
-    # Per model and group the names of this rank suffice. The other ranks only matter for patterns without a match.
+    # Per model and group, the names of this rank suffice. Other ranks only matter for the check of the patterns.
     if spec.per == "model":
         slots = _slots_of_groups(own, {"model": ""}, lambda name: 0, excluded) if excluded else SlotMap()
         return replace(slots, frozen=frozen)
@@ -324,7 +325,7 @@ def assign_slots(gathered: Sequence[Sequence[ParamInfo]], rank: int, spec: Granu
     units = _merge_tied(units)
     if not units:
         return SlotMap(frozen=frozen)
-    # One slot per unit, or one per row, and the units one after another in the vector.
+    # Each unit has one slot, or one per row, and the units follow each other in the vector.
     offsets = {unit: _piece_offsets(params) for unit, params in units.items()}
     counts = {unit: _num_rows(params) for unit, params in units.items()}
     begins = dict(zip(units, itertools.accumulate(counts.values(), initial=0), strict=False))
@@ -333,7 +334,8 @@ def assign_slots(gathered: Sequence[Sequence[ParamInfo]], rank: int, spec: Granu
     for param in gathered[rank]:
         unit, rows = unit_of[id(param)], None
         if param.cut is not None:
-            # Rows are counted from the first row of the piece so far, and now from the first row of the parameter.
+            # So far, rows are counted from the first row of the piece. From here on, from the first row of the
+            # parameter.
             rows = replace(param.cut.rows, first=param.cut.rows.first + offsets[unit][param.cut.piece])
         by_name[param.name] = (begins[unit], rows)
     is_excluded = tuple(any(param.name in excluded for param in params) for params in units.values())
@@ -341,7 +343,7 @@ def assign_slots(gathered: Sequence[Sequence[ParamInfo]], rank: int, spec: Granu
 
 
 def parent_slots(gathered: Sequence[Sequence[ParamInfo]], spec: Granularity) -> tuple[int, ...]:
-    """Return, for each slot of per="tensor", the slot of `spec` that it is a part of.
+    """Return the slot of `spec` that each slot of per="tensor" is part of.
 
     Args:
         gathered: see `assign_slots`.
@@ -349,14 +351,14 @@ def parent_slots(gathered: Sequence[Sequence[ParamInfo]], spec: Granularity) -> 
     """
     excluded, num_groups = _matching(spec.exclude, _names(gathered), "exclude"), len(_with_default(spec.groups))
     find_group = _group_finder(spec)
-    # The order of the units is that of `assign_slots`, and so is their merging.
+    # Units are ordered and merged as in `assign_slots`.
     names = [params[0].name for params in _merge_tied(_units(_training(gathered))).values()]
     return tuple(num_groups if name in excluded else find_group(name) for name in names) or (0,)
 
 
 def _training(gathered: Sequence[Sequence[ParamInfo]]) -> list[list[ParamInfo]]:
     """Return the parameters of every rank that train on any rank."""
-    # A parameter that is frozen on some ranks only is measured on all: the others need its shards.
+    # A parameter that is frozen on only some ranks is measured on all ranks, because the others need its shards.
     trained = {param.full_name for param in itertools.chain.from_iterable(gathered) if param.trains}
     return [[param for param in params if param.full_name in trained] for params in gathered]
 
@@ -386,10 +388,10 @@ def _group_finder(spec: Granularity) -> Callable[[str], int]:
     """Return a function that returns the index of the group of a parameter, by its name."""
     groups = _with_default(spec.groups)
     if not spec.groups_are_prefixes:
-        # With references alone, a frozen parameter may be in no group. It has no gradient that would count.
+        # If all groups are references, a frozen parameter may be in no group. It has no gradient that would count.
         last = len(groups) - 1
         return lambda name: next((i for i, pattern in enumerate(groups.values()) if re.search(pattern, name)), last)
-    # Hundreds of groups would take as many searches for each parameter.
+    # With hundreds of groups, patterns would take hundreds of searches for each parameter.
     positions = {name: i for i, name in enumerate(groups)}
     return lambda name: positions.get(name.partition("/")[0], len(groups) - 1) if "/" in name else len(groups) - 1
 
@@ -418,8 +420,8 @@ def _units(gathered: Sequence[Sequence[ParamInfo]]) -> dict[str, list[ParamInfo]
         coords_of.setdefault(param.name, set()).add(param.axis_coords)
     units: dict[str, list[ParamInfo]] = {}
     for param in itertools.chain.from_iterable(gathered):
-        # The coordinates are part of the name only where they distinguish parameters, so that a checkpoint fits a run
-        # with another number of stages.
+        # The coordinates are part of the name only where they distinguish parameters. Otherwise a checkpoint would not
+        # fit a run with another number of stages.
         name = param.name if len(coords_of[param.name]) == 1 else param.full_name
         units.setdefault(name, []).append(param)
     return units
@@ -432,8 +434,8 @@ def _check_units(units: Mapping[str, Sequence[ParamInfo]]) -> None:
         LayoutError: on every rank.
     """
     for name, params in units.items():
-        # Together the ranks hold a parameter once. Parameters without names also show by their shapes that they are
-        # not replicas.
+        # All ranks together hold a parameter once. Different shapes also show that parameters without names are not
+        # replicas.
         is_twice = sum(param.share for param in params) > 1 + _ROUNDING
         shapes = {param.shape for param in params if param.is_whole}
         if is_twice or (is_position(name) and len(shapes) > 1):
@@ -456,10 +458,10 @@ def _merge_tied(units: dict[str, list[ParamInfo]]) -> dict[str, list[ParamInfo]]
     share = {name: sum(param.share for param in params) for name, params in units.items()}
     for name in [name for name in units if share[name] < 1 - _ROUNDING]:
         if name not in units:
-            continue  # It has been merged into an earlier unit.
+            continue  # This unit has been merged into an earlier one.
         shape = units[name][0].shape
         if share[name]:
-            # Annotated replicas: each has a part of the share, and all of them together have 1.
+            # Each annotated replica has a part of the share, and all replicas together have a share of 1.
             same = [
                 n for n in units if 0 < share[n] < 1 - _ROUNDING and units[n][0].shape == shape and units[n][0].tied
             ]
@@ -471,8 +473,8 @@ def _merge_tied(units: dict[str, list[ParamInfo]]) -> dict[str, list[ParamInfo]]
                     "replicas of each other. Pass each pair as (name, parameter) with the same name on all ranks."
                 )
         else:
-            # Megatron's `shared`: the replica has no share, and its original has all of it. A name decides before a
-            # shape does.
+            # With Megatron's `shared`, the replica has no share, and its original has all of it. A name has precedence
+            # over a shape.
             bare_name = units[name][0].name
             same = [n for n in units if share[n] and units[n][0].shape == shape]
             same = [n for n in same if units[n][0].name == bare_name] or same
@@ -503,10 +505,10 @@ def _piece_offsets(params: Sequence[ParamInfo]) -> dict[tuple[int, ...], int]:
 
 
 def _axis_coords(layout: Layout, axes: Sequence[Axis], rank: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Return the coordinates along the axes that split a parameter from different ones of the same name."""
+    """Return the coordinates along the axes that separate a parameter from others of the same name."""
     coords = []
     for i, (axis, split, cut) in enumerate(zip(axes, layout.split, layout.cut, strict=True)):
-        # A mesh can reach over several coordinates of the axis: the ranks of its mesh hold one parameter.
+        # A mesh can span several coordinates of the axis, because all of its ranks hold one parameter.
         members = layout.members
         holders = tuple(i for i, other in enumerate(axis.ranks) if other in members or other == rank)
         if split and not cut and len(holders) < len(axis.ranks):
@@ -543,7 +545,7 @@ def _matching(patterns: Iterable[str], names: Mapping[str, None], argument: str)
         except re.error as error:
             raise ArgumentError(f"{argument}: {pattern!r} is no regular expression: {error}. Use one.") from None
         if not hits:
-            # On all ranks: a pattern may match on one pipeline stage only.
+            # The names are those of all ranks, because a pattern may match on only one pipeline stage.
             raise ArgumentError(
                 f"{argument}: {pattern!r} matches none of {len(names)} parameters ({', '.join(list(names)[:3])} …). "
                 "Use a pattern that is found anywhere in a name: 'head' matches decoder.head.weight."

@@ -28,7 +28,7 @@ class Request:
         tensors: (name, tensor) pairs.
         module: module that the caller passed, or None if the caller passed tensors.
         axes: axes of `split_over=`.
-        errors: errors that do not belong to a single tensor. A source adds to them instead of raising.
+        errors: errors that do not belong to a single tensor. A source adds an error here instead of raising it.
     """
 
     tensors: Named
@@ -65,7 +65,7 @@ class Source(Protocol):
     """
 
     title: str = "another source"
-    """Words for the origin of its layouts, in the table of `distclip.audit`."""
+    """Name of the source in the table of `distclip.audit`, as the origin of layouts."""
     attributes: frozenset[str] = frozenset()
     """Names of the tensor attributes that the source reads. A cached table is dropped when one of them changes."""
     dict_attributes: frozenset[str] = frozenset()
@@ -113,7 +113,7 @@ class Source(Protocol):
     ) -> tuple[int, ...]:
         """Return this rank's coordinates along the axes that cut dim 0 of a parameter.
 
-        Pieces in the order of their coordinates must have their rows in order.
+        If the pieces are sorted by these coordinates, their rows must be in order.
 
         Args:
             name: name of the parameter, for errors.

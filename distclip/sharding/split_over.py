@@ -17,7 +17,7 @@ __all__ = ["SplitOver", "axis_ranks", "group_ranks", "mesh_ranks", "name_from_de
 
 _One: TypeAlias = DeviceMesh | dist.ProcessGroup | Comm
 SplitOver: TypeAlias = _One | Iterable[_One] | Mapping[str, _One] | None
-"""A DeviceMesh (every axis of it), a ProcessGroup, a Comm such as MPIComm, several of them, or {name: one of them}."""
+"""A DeviceMesh (all of its axes), a ProcessGroup, a Comm such as MPIComm, several of these, or {name: one of them}."""
 
 
 def split_axes(split_over: SplitOver, comm: Comm | None = None) -> tuple[Axis, ...]:
@@ -25,7 +25,7 @@ def split_axes(split_over: SplitOver, comm: Comm | None = None) -> tuple[Axis, .
 
     Args:
         split_over: a DeviceMesh (usually a slice: mesh["pp"]), a ProcessGroup, a `Comm` with global ranks (an MPIComm),
-            an iterable of them, or a mapping from axis names. Without a mapping, names come from the mesh, or from the
+            an iterable of these, or a mapping from axis names. Without a mapping, names come from the mesh, or from the
             description of the group.
         comm: communicator of the same call.
 
@@ -83,7 +83,7 @@ def axis_ranks(mesh: DeviceMesh) -> tuple[Ranks, ...]:
         return ranks
     mesh_ranks(mesh)  # Raises for a mesh without this rank.
     here: Sequence[int] = mesh.get_coordinate() or ()
-    # Not the ranks of the groups, which torch sorts: the coordinates of shards follow the order of the mesh.
+    # The ranks of the groups cannot be used, because torch sorts them, and shards follow the order of the mesh.
     lines = (tuple(slice(None) if i == axis else at for i, at in enumerate(here)) for axis in range(mesh.ndim))
     ranks = tuple(tuple(mesh.mesh[line].tolist()) for line in lines)
     _ranks_of_axes[mesh] = ranks
@@ -107,7 +107,7 @@ def group_ranks(group: Any) -> Ranks:
     Raises:
         LayoutError: this rank is not one of them.
     """
-    # torch hands out a placeholder that is no ProcessGroup to ranks outside of a new group.
+    # Ranks outside of a new group get a placeholder from torch that is not a ProcessGroup.
     if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
         raise LayoutError(
             f"{group!r} is a process group that does not contain rank {dist.get_rank()}, on which it was passed. "

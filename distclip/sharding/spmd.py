@@ -1,4 +1,4 @@
-"""Read the layouts of plain tensors from their types of `spmd_types`, the default of torchtitan.
+"""Read the layouts of plain tensors from their `spmd_types`, torchtitan's default.
 
 A tensor has a type for each axis of a mesh, as the attribute `_local_type`: R and I for replicas, V for different
 values. For V, `_partition_spec` names the axes that cut each dim. `spmd_types` itself is not imported.
@@ -66,7 +66,7 @@ def _as_tuple(entry: Any) -> tuple[Any, ...]:
 
 
 def _read_layout(name: str, tensor: Tensor, known: Layout | None) -> Layout | None:
-    # FSDP2 makes DTensors of such tensors, whose placements contain the types.
+    # FSDP2 converts such tensors to DTensors, whose placements contain the types.
     if known is not None or is_dtensor(tensor) or not (types := _types_of(tensor)):
         return known
     if partial := [axis for axis, kind in types.items() if kind == "P"]:
@@ -88,7 +88,7 @@ def _read_layout(name: str, tensor: Tensor, known: Layout | None) -> Layout | No
 
 
 def _ranks_along(axes: Iterable[Any], rank: int) -> Ranks:
-    """Return the ranks that differ from a rank in their coordinates along these axes only."""
+    """Return the ranks whose coordinates differ from those of a rank only along these axes."""
     atoms = [atom for axis in axes for atom in _atoms(axis)]
     first = rank - sum((rank // stride) % size * stride for size, stride in atoms)
     steps = product(*(range(0, size * stride, stride) for size, stride in atoms))

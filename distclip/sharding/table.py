@@ -1,7 +1,7 @@
 """List the tensors of a call with their layouts, and find this rank's shards of their gradients.
 
 The layout of a parameter does not change from one step to the next, and neither does the metadata of its shard. Both
-are computed once. A step only reads gradients, and compares the specs of DTensors by identity.
+are computed once. A step only reads gradients, and compares the specs of their DTensors by identity.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ SOURCES: tuple[Source, ...] = (
     MegatronSource(),
     DDPSource(),
 )
-"""Kinds of sharding. Every one adds to the layout that those before it have found, or replaces it."""
+"""Kinds of sharding. Each source adds to the layout that the sources before it have found, or replaces it."""
 
 SOURCE_ATTRIBUTES = frozenset[str]().union(*(source.attributes for source in SOURCES))
 """Names of the attributes from which any source reads the layout of a tensor."""
@@ -86,7 +86,7 @@ class ShardTable:
         tensors: parameters, or gradients themselves.
         metadata: metadata of the tensors, in the same order.
         are_gradients: True if the tensors are gradients. Otherwise every call reads their current gradients.
-        error: first error in the layout of a tensor, for all ranks to raise together. Such a tensor is not in the
+        error: first error in the layout of a tensor, which all ranks must raise together. Such a tensor is not in the
             table.
 
     Attributes:
@@ -181,7 +181,7 @@ class ShardTable:
         shards = self._read_gradients()
         if self.inspect is not None:
             self.inspect(shards)
-        # In the first step with gradients. They keep their storage afterwards, and backward accumulates into it.
+        # In the first step with gradients, they move to a flat storage, into which later backwards accumulate.
         if self.flat_grads and self._flat_storage is None and len(shards):
             self._flat_storage = FlatStorage(self.tensors_with_gradient(), shards, self._read_gradients)
             shards = self._read_gradients()
@@ -192,7 +192,7 @@ class ShardTable:
         return [t for t in self.selected() if t.grad is not None or read_main_grad(t) is not None]
 
     def grad_tensors(self) -> list[Tensor | None]:
-        """Return the `.grad` of every tensor that is read. Collectives: none. Host syncs: none."""
+        """Return the `.grad` of every selected tensor. Collectives: none. Host syncs: none."""
         return list(map(_grad_of, self.selected()))
 
     def replace_gradients(self, local_grads: Mapping[int, Tensor]) -> None:
@@ -233,7 +233,7 @@ class ShardTable:
                 main_grad.zero_()
 
     def weights(self) -> Shards:
-        """Return this rank's shards of the parameters that train, also of those without a gradient."""
+        """Return this rank's shards of the parameters that train, including those without a gradient."""
         shards = self.metadata.shards_of_weights(self.tensors, self.holders)
         if all(not info.partial_sums for info in shards.infos):
             return shards
@@ -293,16 +293,16 @@ class ShardTable:
         return self.metadata.infos(self.holders)[i].slot, self.tensors[i].device
 
     def fp64_anywhere(self, has_fp64: bool) -> bool | None:
-        """Return whether any rank has float64 gradients, or None unless all ranks know each other's answers.
+        """Return whether any rank has float64 gradients, or None if the ranks must gather this first.
 
         Args:
-            has_fp64: whether this rank has some now.
+            has_fp64: whether this rank has float64 gradients now.
         """
         own, anywhere = self.metadata.fp64
         return anywhere if own is has_fp64 else None
 
     def remember_fp64(self, has_fp64: bool, *, anywhere: bool) -> None:
-        """Keep what `fp64_anywhere` returns, after the ranks have gathered their answers."""
+        """Set what `fp64_anywhere` returns, after the ranks have gathered this."""
         self.metadata.fp64 = has_fp64, anywhere
 
     def assign_slots(self, by_name: Mapping[str, tuple[int, Rows | None]], frozen: Collection[str] = ()) -> None:
@@ -310,7 +310,7 @@ class ShardTable:
 
         Args:
             by_name: see `SlotMap`.
-            frozen: likewise.
+            frozen: see `SlotMap`.
         """
         self.metadata.assign_slots(by_name, frozen)
 
@@ -340,12 +340,12 @@ class TableMetadata:
         self.layouts = [layout for _, _, layout in entries]
         self._partial_sums = [annotated_sums(tensor) for _, tensor, _ in entries]
         # Specs of gradients that have the layout of their parameter and need no sum; None for a plain tensor. A
-        # parameter in Partial placement has no such spec, so that its gradient is looked at in every step.
+        # parameter in Partial placement has no such spec, so its gradient is examined in every step.
         self._specs: list[Any] = [
             _NEVER_SEEN if is_dtensor(tensor) and any(p.is_partial() for p in tensor.placements) else _spec_of(tensor)
             for _, tensor, _ in entries
         ]
-        # Tensors that must have no gradient: the error to raise once they do, by position.
+        # Errors to raise if a tensor that must have no gradient gets one, by position.
         self.frozen_errors: dict[int, DistclipError] = {}
         self._slots: Mapping[str, tuple[int, Rows | None]] = {}
         self._positions: Sequence[int] = range(len(entries))
@@ -353,11 +353,11 @@ class TableMetadata:
         self._infos: dict[Holders, ShardInfos] = {}
         self._default_holders: dict[int, Holders] = {}
         self._inventories: dict[int, Inventory] = {}
-        # The last exchange of layouts that the holders were found from, and these holders.
+        # The last exchange of layouts from which holders were found, and these holders.
         self.exchanged: object = None
         self.exchanged_holders = Holders(1)
         self._subsets: dict[tuple[int, ...], TableMetadata] = {}
-        # Whether this rank and any rank has float64 gradients, as the ranks have last gathered it.
+        # Whether this rank, and whether any rank, has float64 gradients, as of the last gather.
         self.fp64: tuple[bool | None, bool | None] = (None, None)
         # Positions of the tensors that train. None for all of them.
         self._training: tuple[int, ...] | None = None
@@ -418,12 +418,12 @@ class TableMetadata:
     def infos(self, holders: Holders) -> ShardInfos:
         """Return the metadata of gradients that have the layouts of their parameters.
 
-        It is one object for all calls, so that columns are computed once.
+        All calls return one object, so that columns are computed once.
 
         Args:
             holders: numbers of ranks that hold the parameters.
         """
-        # Tables with one metadata can be used with several communicators, so one entry for each is kept.
+        # Tables that share this metadata can be used with several communicators, so there is one entry for each.
         if holders not in self._infos:
             self._infos[holders] = ShardInfos(
                 ShardInfo(
@@ -446,7 +446,7 @@ class TableMetadata:
             holders: numbers of ranks that hold the parameters.
 
         Raises:
-            LayoutError: the gradient is on other ranks than its parameter, and they are not all ranks.
+            LayoutError: the gradient is on other ranks than its parameter, and does not reach all ranks.
         """
         num_meshes = holders.meshes_of(self._positions[position])
         own = self.layouts[position]
@@ -461,13 +461,13 @@ class TableMetadata:
         return num_replicas(holders.world_size, layout, self.axes, num_meshes)
 
     def default_holders(self, world_size: int) -> Holders:
-        """Return the holders where every layout reaches all ranks: one object for each size."""
+        """Return the holders for layouts that all reach every rank, one object for each size."""
         if world_size not in self._default_holders:
             self._default_holders[world_size] = Holders(world_size)
         return self._default_holders[world_size]
 
     def inventory(self, world_size: int, rank: int) -> Inventory:
-        """Describe the parameters to ranks that cannot know their meshes.
+        """Describe the parameters to ranks that cannot derive their meshes.
 
         Args:
             world_size: number of ranks in the communicator.
@@ -502,8 +502,8 @@ class TableMetadata:
     def shards_of_gradients(
         self, tensors: Sequence[Tensor], holders: Holders, only: frozenset[int] | None = None
     ) -> Shards:
-        """Return this rank's shards of the current gradients of parameters, or only of some by their ids."""
-        # A step on thousands of tensors spends much of its time here. The common case is decided on sets of types.
+        """Return this rank's shards of the current gradients, or only those of parameters in `only`."""
+        # A step on thousands of tensors spends much of its time here, so the common case only tests sets of types.
         grads: list[Any] = list(map(_grad_of, tensors))
         types = set(map(type, grads))
         if types <= _PLAIN and not self.frozen_errors and only is None:
@@ -547,7 +547,7 @@ class TableMetadata:
             return Shards(infos, grads)
         are_dtensors = types == {dtensor_class()}
         specs = list(map(_spec_attribute if are_dtensors else _spec_of, grads))
-        # Autograd mostly hands out the very spec of the parameter, or one that was seen in an earlier step.
+        # Autograd usually returns the same spec object as the parameter's, or one from an earlier step.
         if not all(map(is_, specs, self._specs)):
             infos = self._updated_infos(infos, tensors, grads, specs, holders)
         if are_dtensors and _PLAIN.issuperset(map(type, local := list(map(_local_attribute, grads)))):
@@ -565,12 +565,12 @@ class TableMetadata:
             info, partial_sums = infos[i], dtensor_partial_sums(grad)
             same_placements = is_dtensor(tensor) and grad.placements == tensor.placements
             if same_placements and not partial_sums:
-                # An equal spec in another object. It is recognized from now on.
+                # This is an equal spec in another object, which is recognized from now on.
                 self._specs[i] = spec
                 continue
             updated[i] = info = replace(info, partial_sums=info.partial_sums + partial_sums)
             if not same_placements:
-                # The gradient's own placements count. Along `split_over=` it is split as its parameter is.
+                # The gradient's own placements apply. Along `split_over=`, the gradient is split as its parameter is.
                 layout = product(dtensor_layout(grad), annotation_of(tensor).layout)
                 layout = replace(layout, split=self.layouts[i].split)
                 updated[i] = replace(
@@ -583,7 +583,7 @@ class TableMetadata:
 
     def _subset_at(self, positions: tuple[int, ...]) -> TableMetadata:
         """Return the metadata of the tensors at some positions: those with a gradient."""
-        # Mostly the same tensors have a gradient in every step, or a few sets of them in turn.
+        # Usually the same tensors have a gradient in every step, or a few sets of tensors take turns.
         if positions not in self._subsets:
             if unfrozen := self.frozen_errors.keys() & positions:
                 raise self.frozen_errors[min(unfrozen)]
@@ -594,7 +594,7 @@ class TableMetadata:
 
     def at(self, positions: Sequence[int]) -> TableMetadata:
         """Return the metadata of the tensors at some positions."""
-        # The columns are copied and not recomputed, which would need the tensors of the table.
+        # The columns are copied, because recomputing them would need the tensors of the table.
         subset = TableMetadata([], self.axes)
         subset.names = [self.names[i] for i in positions]
         subset.layouts = [self.layouts[i] for i in positions]
@@ -611,7 +611,7 @@ def parameter_table(parameters: Parameters, axes: tuple[Axis, ...], named: Named
     Args:
         parameters: see `name_tensors`.
         axes: axes of `split_over=`.
-        named: the parameters under other names. None for those of `parameters`.
+        named: the parameters under other names. None for the names in `parameters`.
 
     Returns:
         The table. Its `error` is set if the layout of a tensor cannot be determined.
@@ -657,10 +657,10 @@ def _table(tensors: Named, module: nn.Module | None, axes: tuple[Axis, ...]) -> 
             if not is_frozen(tensor):
                 errors.add(error)
                 continue
-            # The layout of what does not train does not matter, until it gets a gradient.
+            # The layout of a frozen parameter does not matter until it gets a gradient.
             frozen_errors[len(entries)] = error
         layout = layout or Layout()
-        # A tensor whose source does not describe the axes of `split_over=` is different along each of them.
+        # If the source of a tensor does not describe the axes of `split_over=`, the tensor is split along each of them.
         if len(layout.split) != len(axes):
             layout = replace(layout, split=(True,) * len(axes))
         if not layout.cut:
@@ -673,13 +673,13 @@ def _table(tensors: Named, module: nn.Module | None, axes: tuple[Axis, ...]) -> 
 
 
 def warn_if_nothing_trains(parameters: Parameters, table: ShardTable) -> None:
-    """Warn if an iterator was exhausted, or if gradients were passed in place of parameters.
+    """Warn if an iterator was exhausted, or if gradients were passed instead of parameters.
 
     Args:
         parameters: argument of the caller.
         table: made from it, without a gradient.
     """
-    # A rank that passes `split_over=` may have no parameters: a pipeline stage of layers without any.
+    # A rank that passes `split_over=` may have no parameters, such as a pipeline stage whose layers have none.
     if not table.tensors and not table.axes and isinstance(parameters, Iterator):
         warn_user("`parameters` is an empty generator, no gradient clipping will occur.", UserWarning)
     # Integrations annotate the tensors that stand for parameters, and attach their gradients later.
@@ -693,7 +693,7 @@ def warn_if_nothing_trains(parameters: Parameters, table: ShardTable) -> None:
 
 
 def _may_train(tensor: Tensor) -> bool:
-    # A gradient that was made for a further derivative requires one itself. FSDP1's parameters are views after forward.
+    # A gradient with create_graph=True requires a gradient itself. FSDP1's parameters are views after forward.
     trains = tensor.requires_grad and (tensor.is_leaf or tensor.retains_grad or tensor._is_view())
     if trains or is_frozen(tensor) or not SOURCE_ATTRIBUTES.isdisjoint(tensor.__dict__):
         return True
@@ -714,6 +714,6 @@ def _spec_of(tensor: Tensor) -> Any:
 
 def _local(tensor: Any) -> Tensor:
     """Return the local tensor of a DTensor."""
-    # `to_local()` makes a detour through autograd. It is needed only to wait for an asynchronous collective.
+    # `to_local()` goes through autograd. It is needed only to wait for an asynchronous collective.
     local: Tensor = tensor._local_tensor
     return local if type(local) is Tensor else tensor.to_local()
