@@ -1,4 +1,4 @@
-"""Clip and step within backward: each parameter as soon as its gradient exists, so that the gradient can be freed."""
+"""Clip and step each parameter within backward, as soon as its gradient exists, so that the gradient can be freed."""
 
 from .in_backward import InBackward
 

@@ -1,14 +1,14 @@
 """Clip, step and free each gradient within backward, as soon as it exists.
 
-A hook runs when a gradient is complete. Its unit is measured as soon as the gradients of the whole unit exist, the norm
-is summed over ranks if it must be, the policy gives a coefficient, and the optimizer steps. Only the sum of the next
-unit waits for that of the last one. After the last gradient one more all-reduce carries the errors of all ranks, and
-the norms of the gradients that came too late for their unit.
+A hook runs when a gradient is complete. Once all gradients of its unit exist, the unit is measured, its norm is summed
+over ranks if necessary, the policy gives a coefficient, and the optimizer steps. Only the sum of the next unit waits
+for that of the previous one. After the last gradient, one more all-reduce carries the errors of all ranks, and the
+norms of the gradients that came too late for their unit.
 
-Ranks must enter the same sums in the same order, also if some rank has no gradient for a unit. So each rank sends one
-message for each of its units in each backward, in the order of its hooks. A message names its unit. If the names of
-one message differ between ranks, then all of them see so, and keep the gradients of that and all later messages until
-the end of the backward.
+Ranks must enter the same sums in the same order, even if some rank has no gradient for a unit. So in each backward,
+each rank sends one message for each of its units, in the order of its hooks. A message names its unit. If ranks send
+messages of different units at the same time, all of them detect it, and keep the gradients of these and all later
+messages until the end of the backward.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ __all__ = ["InBackward"]
 _FUNCTION = "GradClipper.in_backward"
 
 _FUNCTIONS = torch.autograd.function.__file__
-"""File of the functions whose backward is written in Python."""
+"""File of torch's functions whose backward is written in Python."""
 
 
 @dataclass(eq=False)
 class _Message:
-    """Norms of a unit whose sum over ranks has begun."""
+    """Norms of a unit whose sum over ranks has started."""
 
     unit: Unit | None
     local: dict[int, float]
@@ -79,14 +79,14 @@ class _Backward:
         self.allocation = allocation
         self.errors = FirstError()
         self.powers, self.kept = [0.0] * num_slots, [0.0] * num_slots
-        # Parameters whose gradients have come, and gradients that have not been stepped.
+        # Ids of parameters whose gradients have arrived, and gradients that have not been stepped.
         self.fired: set[int] = set()
         self.held: dict[int, Tensor] = {}
         self.counts: dict[Unit, int] = {}
         self.pending: deque[_Message] = deque()
         self.num_sent = 0
         self.is_out_of_order = False
-        # Gradients that are not finite on this rank: (name, 1 if NaN, 1 if Inf).
+        # Each entry is a gradient that is not finite on this rank: (name, 1 if NaN, 1 if Inf).
         self.culprits: list[tuple[str, int, int]] = []
         self.tasks: set[int] = set()
 
@@ -152,9 +152,9 @@ class InBackward:
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Make the backwards within the block accumulate gradients, and step none.
+        """Accumulate the gradients of backward passes within the block, and make no step.
 
-        The next backward after the block clips and steps the sum. FSDP2 and DDP have such switches too,
+        The next backward after the block clips and steps the sum. FSDP2 and DDP have switches of this kind too,
         `set_requires_gradient_sync` and `no_sync`, which work without this one.
         """
         before, self._is_accumulating = self._is_accumulating, True
@@ -164,7 +164,7 @@ class InBackward:
             self._is_accumulating = before
 
     def remove(self) -> None:
-        """Stop to step within backward. The optimizers are steps of the caller's again."""
+        """Stop stepping within backward. The caller steps the optimizers again."""
         for handle in self._handles:
             handle.remove()
         for gate in self._gates:
@@ -181,7 +181,7 @@ class InBackward:
     # ---- Steps of the caller ----
 
     def before_step(self, optimizer: Optimizer) -> bool:
-        """Cancel a step that hooks of the caller make, because this object makes it."""
+        """Cancel a step that the caller's hooks start, because this object makes it."""
         if self._is_stepping:
             return False
         with_grad = [p for p in parameters_of([optimizer]) if p.grad is not None and self._owners.has(p)]
@@ -214,7 +214,7 @@ class InBackward:
 
     @torch.no_grad()
     def _on_gradient(self, param: Tensor) -> None:
-        """Take the gradient of a parameter, and step its unit if it is the last one of it."""
+        """Take the gradient of a parameter, and step its unit if the gradient is the last one of the unit."""
         if self._is_accumulating or param.grad is None:
             return
         backward = self._enter()
@@ -225,12 +225,12 @@ class InBackward:
             if backward.counts[unit] == len(unit.params):
                 self._send(backward, unit)
         if len(backward.fired) == self._num_training and _is_nested():
-            # The graph around this one may have no hook that could tell the end of the backward.
+            # The graph around this one may have no hook that could mark the end of the backward.
             self._end(backward)
 
     @torch.no_grad()
     def _on_bucket(self, reference: Any, _: object, bucket: Any) -> torch.futures.Future[Tensor]:
-        """Average the gradients of a DDP bucket, then clip and step them, as DDP's communication hook."""
+        """Average, clip and step the gradients of a DDP bucket, as DDP's communication hook."""
         module: DistributedDataParallel = reference()
         buffer: Tensor = bucket.buffer()
         buffer.div_(module.process_group.size())
@@ -257,12 +257,12 @@ class InBackward:
         return len(self._units.by_param) + len(self._averaged)
 
     def _enter(self) -> _Backward:
-        """Return the backward that runs now, and see to it that its end is noticed."""
+        """Return the backward that runs now, and register a callback for its end."""
         task = torch._C._current_graph_task_id()
         if self._backward is not None and (task == self._last_task or task in self._backward.tasks):
             return self._backward
         if self._backward is not None and task > self._last_task and not _is_nested():
-            # A new backward, and the end of the last one has not been noticed: either an exception has ended it, or all
+            # A new backward has begun, and the last one has not been ended: either an exception has stopped it, or all
             # of its hooks ran in graphs within it.
             if self._backward.tasks:
                 self._abandon(self._backward)
@@ -279,11 +279,11 @@ class InBackward:
 
     @property
     def _needs_two_stages(self) -> bool:
-        # DDP writes its buckets to the gradients in a callback that comes after the first one.
+        # DDP writes its buckets to the gradients in a callback that runs after the first one.
         return bool(self._averaged)
 
     def _on_end(self, backward: _Backward, task: int, again: bool) -> None:
-        """End the backward, unless its graph is only a part of another one: that of a checkpoint."""
+        """End the backward, unless its graph is only a part of another one, as that of a checkpoint is."""
         if again:
             Variable._execution_engine.queue_callback(partial(self._on_end, backward, task, False))
             return
@@ -316,7 +316,7 @@ class InBackward:
             shards, powers = unit.measure()
         finally:
             for param in held:
-                # A gradient that shared memory has been replaced by a copy.
+                # The measurement replaces a gradient that shares memory by a copy.
                 if param.grad is not None:
                     backward.held[id(param)] = param.grad
                 param.grad = None
@@ -327,7 +327,7 @@ class InBackward:
         return shards, powers
 
     def _send(self, backward: _Backward, unit: Unit) -> None:
-        """Measure a unit, and step it, or begin to sum its norms over ranks."""
+        """Measure a unit, and step it or start to sum its norms over ranks."""
         self._receive(backward, wait=unit.is_managed)
         local: dict[int, float] = {}
         if unit.needs_sum and backward.errors.error is not None:
@@ -353,8 +353,8 @@ class InBackward:
 
         Args:
             backward: the backward pass that runs.
-            wait: wait for all that have been sent. Otherwise this rank must not wait: another rank that has no
-                gradient for a unit may be waiting for this rank in a collective of the model.
+            wait: whether to wait for all messages that have been sent. Otherwise this rank must not wait: another rank
+                that has no gradient for a unit may be waiting for this rank in a collective of the model.
         """
         while backward.pending and (wait or backward.pending[0].is_complete()):
             message = backward.pending.popleft()
@@ -371,20 +371,21 @@ class InBackward:
 
     @torch.no_grad()
     def _before_reduction(self) -> None:
-        """Step the unit before, so that its shards are free when FSDP2 makes those of another one.
+        """Step the previous unit, so that its shards are free when FSDP2 makes those of the next one.
 
-        The sum of its norms had the time of the backward of that other unit.
+        The sum of its norms could overlap with the backward of the next unit.
         """
         backward = self._backward
         if backward is None or torch._C._current_graph_task_id() not in backward.tasks:
             return
-        # A rank that has no gradient for a unit of another kind may be waiting for this rank in the reduction.
+        # If a pending unit is not managed, a rank without a gradient for it may be waiting for this rank in the
+        # reduction.
         if all(message.unit is not None and message.unit.is_managed for message in backward.pending):
             with backward.errors:
                 self._receive(backward, wait=True)
 
     def _read(self, backward: _Backward, unit: Unit) -> Shards:
-        """Return the gradients of a unit that have been measured already."""
+        """Return the gradients of a unit that was measured before."""
         held = [param for param in unit.params if id(param) in backward.held]
         for param in held:
             param.grad = backward.held[id(param)]
@@ -407,7 +408,7 @@ class InBackward:
             power = powers.get(slot, 0.0)
             backward.powers[slot] += power
             if not _is_finite(power):
-                # What it would have used remains for the others.
+                # Its part of the budget remains for the other gradients.
                 backward.allocation.take(slot, 0.0)
                 coefs[slot] = None
                 continue
@@ -443,13 +444,13 @@ class InBackward:
 
     @torch.no_grad()
     def _end(self, backward: _Backward) -> None:
-        """Step what came too late, add up the errors of all ranks, and update the policy."""
+        """Step late gradients, share the errors of all ranks, and update the policy."""
         engine = self._engine
         self._backward, errors = None, backward.errors
         step = engine.counter.steps + 1
         with errors:
             self._receive(backward, wait=True)
-        # Every rank sends one message for each unit, also if it has no gradients for some.
+        # Every rank sends one message for each unit, even if it has no gradients for some.
         while self._comm.size > 1 and backward.num_sent < len(self._units.all):
             self._begin(backward, None, {})
         with errors:
@@ -472,7 +473,7 @@ class InBackward:
         except BaseException:
             self._abandon(backward)
             raise
-        # All ranks clip all of these, because the allocation must stay the same on them.
+        # All ranks clip all of these, because the allocation must stay equal on all ranks.
         sums = dict(enumerate(totals.powers.tolist()))
         coefs = self._coefficients(backward, [i for i in reversed(range(len(sums))) if sums[i] != 0], sums)
         failed = FirstError()
@@ -501,13 +502,13 @@ class InBackward:
         engine.counter.record_skipped_tensors(step, culprits)
 
     def _abandon(self, backward: _Backward) -> None:
-        """Forget a backward that an error has ended. Its gradients are dropped."""
+        """Drop a backward that an error has ended, and its gradients."""
         backward.held.clear()
         self._owners.forget()
         self._backward = None
 
     def _check_owned(self, engine: Engine) -> None:
-        """Raise unless the optimizers step what the clipper has.
+        """Raise unless the optimizers step the clipper's parameters.
 
         Raises:
             ArgumentError: see above.
@@ -592,7 +593,7 @@ def _ddp_modules(tensors: Sequence[Tensor]) -> list[DistributedDataParallel]:
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return []
     ids = set(map(id, tensors))
-    # A caller may have passed parameters, which do not show that DDP averages their gradients.
+    # The caller may have passed parameters, which do not show that DDP averages their gradients.
     found = [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
     return [module for module in found if any(id(param) in ids for param in _managed(module))]
 
@@ -637,7 +638,7 @@ def _is_nested() -> bool:
         if code.co_name == "_engine_run_backward":
             in_graph = True
         elif in_graph and code.co_name == "apply" and code.co_filename == _FUNCTIONS:
-            # A function of the outer graph, in whose backward the inner graph runs.
+            # This is a function of the outer graph, and the inner graph runs in its backward.
             return True
         frame = frame.f_back
     return False

@@ -1,4 +1,4 @@
-"""Step single parameters of an optimizer, whichever others it has."""
+"""Step single parameters of an optimizer, without its other parameters."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Owners:
     """The optimizers of the parameters that are stepped within backward.
 
     torch's optimizers step some of their parameters and leave the others. An optimizer of another library may have
-    values that all of its parameters share, so that it steps once, when the gradients of all of them exist.
+    values that all of its parameters share, so it steps once, when all of their gradients exist.
 
     Args:
-        optimizers: an optimizer, several, or a mapping to optimizers, of parameters for example.
+        optimizers: an optimizer, several, or a mapping whose values are optimizers, for example from parameters.
 
     Raises:
-        ArgumentError: one of them is no optimizer, needs a closure, or has a parameter of another one.
+        ArgumentError: one of them is no optimizer, needs a closure, or shares a parameter with another one.
     """
 
     def __init__(self, optimizers: Any) -> None:
@@ -48,7 +48,7 @@ class Owners:
                             f"{tuple(param.shape)}, which would move twice. Pass each parameter to one optimizer."
                         )
                     self._groups[id(param)] = optimizer, group
-        # Optimizers that step once, and the parameters whose clipped gradients wait for that.
+        # These are the optimizers that step once, and the parameters whose clipped gradients wait for that step.
         self._waiting = {id(one): [] for one in self.optimizers if not is_of_torch(one)}  # type: dict[int, list[Tensor]]
         self._num_params = {id(one): len(parameters_of([one])) for one in self.optimizers}
 
@@ -91,7 +91,7 @@ class Owners:
     def _step_whole(self, optimizer: Optimizer) -> None:
         """Step an optimizer of another library once, unless a gradient of its parameters was not finite."""
         waiting = self._waiting[id(optimizer)]
-        # It may take a missing gradient for zero, and move the parameter.
+        # It may treat a missing gradient as zero, and move the parameter.
         if all(param.grad is not None for param in waiting):
             optimizer.step()
         _drop(waiting)
@@ -108,7 +108,10 @@ class Owners:
 def _step_only(
     optimizer: Optimizer, owners: Mapping[int, tuple[Optimizer, dict[str, Any]]], params: Sequence[Tensor]
 ) -> None:
-    """Step some parameters of an optimizer, in its own groups, which a scheduler may have changed."""
+    """Step some parameters of an optimizer.
+
+    This uses its parameter groups, which a scheduler may have changed.
+    """
     if not params:
         return
     by_group: dict[int, tuple[dict[str, Any], list[Tensor]]] = {}

@@ -1,4 +1,4 @@
-"""Find the units whose gradients come together: a tensor, or the tensors of one FSDP2 group or of one DDP bucket."""
+"""Find the units whose gradients arrive together: a tensor, or the tensors of one FSDP2 group or of one DDP bucket."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ __all__ = ["Unit", "Units"]
 
 @dataclass(eq=False)
 class Unit:
-    """Parameters whose gradients come together, and are clipped and stepped together.
+    """Parameters whose gradients arrive together, and are clipped and stepped together.
 
     Args:
-        name: the same on every rank.
+        name: name of the unit, equal on every rank.
         params: parameters of this rank.
-        table: these parameters.
+        table: table of these parameters.
         slots: measured slots of the unit on all ranks, in the order in which they are clipped.
         needs_sum: whether the norms of its gradients need a sum over ranks.
-        is_managed: whether a framework makes these gradients at the same point on all ranks, so that a rank may wait.
+        is_managed: whether a framework makes these gradients at the same point on all ranks, so that a rank may wait
+            for the others.
     """
 
     name: str
@@ -63,7 +64,7 @@ class Unit:
         sums, _, _ = power_sums(shards.grads, 2.0, device, shards.description)
         powers: dict[int, float] = {}
         for info, power in zip(shards.infos, sums.tolist(), strict=True):
-            # Without a sum over ranks a replica stands for all of them.
+            # Without a sum over ranks, one replica counts for all replicas.
             powers[info.slot] = powers.get(info.slot, 0.0) + power / (info.num_replicas if self.needs_sum else 1.0)
         return shards, powers
 
@@ -118,7 +119,7 @@ class Units:
             for name, own in units:
                 slots.setdefault(name, set()).update(own)
         for params, is_managed in self._partition():
-            # The order of backward is mostly the reverse of that of the table.
+            # Backward mostly runs in the reverse order of the table.
             ordered = tuple(sorted(slots[self._name(params)], reverse=True))
             unit = Unit(self._name(params), params, self._subtable(params), ordered, self._comm.size > 1, is_managed)
             self.all.append(unit)
@@ -132,7 +133,7 @@ class Units:
     def message(self, unit: Unit | None, powers: dict[int, float]) -> Tensor:
         """Return the message of a unit, or one that stands for no unit.
 
-        The last number is a checksum of the unit with a weight. It adds up to 0 if all ranks send the same unit.
+        The last number is a weighted checksum of the unit. Its sum over ranks is 0 if all ranks send the same unit.
         """
         buffer = [0.0] * self.message_size
         name = ""
@@ -151,7 +152,7 @@ class Units:
         own = [param for param in params if id(param) in self._positions]
         key = tuple(map(id, own))
         if key not in self._buckets:
-            # DDP rebuilds its buckets once.
+            # A new unit is rare, because DDP rebuilds its buckets only once.
             slots = tuple(sorted({self._slot(param) for param in own}, reverse=True))
             self._buckets[key] = Unit("", own, self._subtable(own), slots, False, True)
         return self._buckets[key]

@@ -1,4 +1,4 @@
-"""Clip groups that share nothing, such as the adapters of a server: one all-reduce, one verdict for each group."""
+"""Clip groups that share nothing, such as the adapters of a server, by one all-reduce and one verdict per group."""
 
 from .checkpoint import group_state_dict, load_groups
 from .counts import GroupCounts

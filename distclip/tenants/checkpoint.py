@@ -1,4 +1,4 @@
-"""Save and load the state of each group by its name."""
+"""Save and load the state of each group under its name."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def group_state_dict(engine: IsolatedEngine, name: str) -> dict[str, Any]:
 def load_groups(
     engine: IsolatedEngine, state_dict: Mapping[str, Any], group: str | None, names: Collection[str]
 ) -> dict[str, int]:
-    """Load the state of one group, or of all groups. Nothing has been loaded if it raises.
+    """Load the state of one group, or of all groups. If it raises, nothing is loaded.
 
     Args:
         engine: engine of the clipper.
         state_dict: result of `GradClipper.state_dict`.
-        group: name of the one group. None for a state of all groups.
-        names: counters of the clipper.
+        group: name of a single group. None for the state of all groups.
+        names: names of the clipper's counters.
 
     Returns:
         The counters of the clipper, empty for one group.

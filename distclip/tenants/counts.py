@@ -1,4 +1,4 @@
-"""Count the steps of many groups in columns, so that a step without a skip costs no Python per group."""
+"""Count the steps of many groups in columns, so that a step without a skip runs no Python per group."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class GroupCounts:
 
     Args:
         steps: number of steps in which the group had a gradient.
-        skipped: number of those that were skipped.
+        skipped: number of these steps that were skipped.
         in_a_row: number of steps skipped since the last one that was not.
     """
 
@@ -32,7 +32,7 @@ class GroupCounters:
 
     Attributes:
         columns: steps, skipped steps and skipped steps in a row of every group. Steps replace the lists and never
-            write them, so that `columns` can be kept and restored.
+            modify them, so `columns` can be kept and restored.
 
     >>> counters = GroupCounters(["a", "b"])
     >>> counters.record([True, True], [False, True])
@@ -67,7 +67,7 @@ class GroupCounters:
         """Count one step.
 
         Args:
-            are_present: for each group, whether it has a gradient. The others take no part in the step.
+            are_present: for each group, whether it has a gradient. The other groups take no part in the step.
             are_skipped: for each group, whether it skips the step.
 
         Returns:

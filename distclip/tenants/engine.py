@@ -1,4 +1,4 @@
-"""Run one step of isolated groups: one all-reduce, and a verdict, a skip and counters for each group."""
+"""Run one step of isolated groups: one all-reduce for all, and a verdict, a skip and counters for each group."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class IsolatedEngine(Engine):
         return outcome
 
     def _prepare(self, errors: FirstError, function: str, loss_scale: Tensor | None, watch: Any) -> None:
-        # The caller of `decide` has stepped the other groups since then.
+        # Since the last call, the caller of `decide` has stepped the other groups.
         self._raise_too_many()
         super()._prepare(errors, function, loss_scale, watch)
 
@@ -107,7 +107,7 @@ class IsolatedEngine(Engine):
         totals.read(Fact(True))
         self.counter.steps = step
 
-        # Replicas that differ, in all groups together.
+        # Differences between replicas are resolved for all groups together.
         differ = totals.replicas_differ
         if differ.host is not False and totals.read(differ):
             resolution = self.guard.resolve(step, shards, self.step_comm)
@@ -115,7 +115,7 @@ class IsolatedEngine(Engine):
             if resolution.repaired:
                 shards, partials, measured, totals = self._measure_all(FirstError(), loss_scale, function)
 
-        # Groups that are not finite. All ranks read the same norms, and so enter the same collectives.
+        # Groups may be non-finite. All ranks read the same norms, so they enter the same collectives.
         culprits: dict[int, tuple[Culprit, ...]] = {}
         finite = self._finite(totals)
         if rule.leaves_step_out and not bool(finite.all()):
@@ -129,7 +129,7 @@ class IsolatedEngine(Engine):
                 shards, partials, measured, totals = self._measure_all(FirstError(), loss_scale, function)
                 finite, culprits = self._finite(totals), {}
 
-        # The policies decide about norms that all ranks share.
+        # The policies decide from norms that all ranks share.
         device = totals.powers.device
         state = {key: value.to(device) for key, value in self.state.items()}
         usable = finite if rule.leaves_step_out else torch.ones_like(finite)
@@ -162,7 +162,7 @@ class IsolatedEngine(Engine):
         return super().trace()
 
     def restore(self, before: Any) -> None:
-        """Restore the trace from before a step, because an exception has ended the step."""
+        """Restore the trace from before a step that an exception has ended."""
         super().restore(before)
         self.counters.columns = self._marks
         self._due = []
@@ -194,7 +194,7 @@ class IsolatedEngine(Engine):
     def _gather_culprits(self, shards: Shards, totals: Totals) -> dict[int, tuple[Culprit, ...]]:
         """Gather the non-finite gradients of all ranks, by slot."""
         slots = {name: slot for name, (slot, _) in self.slots.by_name.items()}
-        # Other ranks may have parameters that this one does not have, so that the slot travels with the name.
+        # Other ranks may have parameters that this rank does not have, so the slot is sent with the name.
         local = [(f"{slots.get(name, 0)} {name}", nans, infs) for name, nans, infs in count_nonfinite(shards)]
         for name, nans, infs in suspect_nonfinite(totals.watch.local):
             local += [(f"{slot} {name}", nans, infs) for slot in range(self.slots.total)]
@@ -217,7 +217,7 @@ class IsolatedEngine(Engine):
     ) -> bool:
         """Count the step in every group that has a gradient, and return whether all of them skip it."""
         are_finite, are_skipped, are_present = torch.stack([finite, skips, present]).tolist()
-        # A tenant without a gradient takes no part in the step.
+        # A group without a gradient takes no part in the step.
         skipped, num_present = self.counters.record(are_present, are_skipped), sum(are_present)
         names = self.counters.names if skipped else ()
         for slot in skipped:

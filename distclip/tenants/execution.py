@@ -1,4 +1,4 @@
-"""Carry out the decisions about isolated groups: each group makes its step, or skips it."""
+"""Carry out the decisions about isolated groups, each of which makes or skips its step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["IsolatedExecution"]
 
 
 class IsolatedExecution(Execution):
-    """Carry out decisions of which some groups skip their part.
+    """Carry out decisions in which some groups may skip the step.
 
     Args:
         args: see `Execution`.
@@ -67,7 +67,7 @@ class IsolatedExecution(Execution):
         if not outcome.skip.host:
             self.write_(outcome, outcome.shards)
         if skipped := self.skipped_ids(outcome):
-            # An optimizer's step must not move what is skipped, nor by what it remembers of earlier gradients.
+            # An optimizer's step must not move skipped parameters, not even by momentum from earlier gradients.
             selected = skipped if self.table.only is None else skipped & self.table.only
             self.table.only = frozenset(selected)
             self.table.drop_gradients()
@@ -85,7 +85,7 @@ class IsolatedExecution(Execution):
         self, optimizers: Sequence[Optimizer], outcome: Outcome, state: ScalerState | None, fuse: bool
     ) -> None:
         """Step optimizers as if they did not have the parameters of skipped groups."""
-        # The scale follows the overflow of any group, as the scale of several optimizers follows that of any of them.
+        # An overflow in any group lowers the scale, as an overflow in any of several optimizers does.
         step, overflow = partial(_step_without, skipped=self.skipped_ids(outcome)), outcome.overflow
         self.optimizers.advance(
             optimizers, outcome.coefs, outcome.skip, overflow=overflow, state=state, fuse=False, step=step
@@ -104,7 +104,7 @@ def _step_without(optimizer: Optimizer, skipped: frozenset[int]) -> None:
     if not left_out:
         optimizer.step()
         return
-    # An optimizer of skipped groups alone makes no step, as if each of them were trained alone.
+    # An optimizer that has only skipped groups makes no step, as if each of them were trained alone.
     if all(param.grad is None for param in params if id(param) not in skipped):
         return
     grads = [param.grad for param in left_out]

@@ -1,4 +1,4 @@
-"""List the groups of a clipper, and build its engine again when one is added or removed."""
+"""List the groups of a clipper, and rebuild its engine when a group is added or removed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Groups"]
 
 
 class Groups:
-    """The groups of a clipper with isolate=True, and how to build its engine.
+    """The groups of a clipper with isolate=True, which can build its engine.
 
     Args:
         parameters, policy, split_over, comm: see `GradClipper`.
@@ -53,16 +53,16 @@ class Groups:
 
     @property
     def policies(self) -> dict[str, Any]:
-        """The policy of each group, with that of `REST` last."""
+        """Policy of each group, with that of `REST` last."""
         return dict(self._policies)
 
     def build(self, comm: Comm | None = None) -> IsolatedEngine:
         """Build the engine of these groups.
 
         Args:
-            comm: communicator of the engine before, so that the ranks need not find each other again.
+            comm: communicator of the previous engine, so that the ranks need not find each other again.
 
-        Raises, Collectives: see `Engine.build`. One more gather.
+        Raises, Collectives: see `Engine.build`. There is one more gather.
         """
         named = [
             *((f"{group}{SEPARATOR}{name}", tensor) for group, some in self._members.items() for name, tensor in some),
@@ -86,7 +86,7 @@ class Groups:
             policy: see `GradClipper.add_group`.
             function: function that the user called; the ranks check that it is the same.
 
-        Raises, Collectives: see `GradClipper.add_group`. Nothing has changed then.
+        Raises, Collectives: see `GradClipper.add_group`. If it raises, nothing has changed.
         """
         _refuse_within_step(old, function)
         errors, changed, new = FirstError(), self._copy(), Named()
@@ -112,7 +112,7 @@ class Groups:
     def remove(self, old: IsolatedEngine, name: str) -> IsolatedEngine:
         """Remove a group on all ranks together, and return the engine without it.
 
-        Raises, Collectives: see `GradClipper.remove_group`. Nothing has changed then.
+        Raises, Collectives: see `GradClipper.remove_group`. If it raises, nothing has changed.
         """
         _refuse_within_step(old, f"remove_group({name!r})")
         errors = FirstError()
@@ -135,7 +135,7 @@ class Groups:
         """Build the engine of changed groups, and give it the states and counters of the old one."""
         comm: Comm | None = old.comm
         if new or old.comm.size > 1:
-            # Only parameters on further ranks need another communicator.
+            # Another communicator is only needed if new parameters are on ranks outside of the old one.
             table = ShardTable.empty()
             errors = FirstError()
             with errors:
@@ -186,7 +186,8 @@ def _check_name(name: Any) -> None:
 
 
 def _refuse_within_step(engine: IsolatedEngine, call: str) -> None:
-    # Without communication: a hook of one rank may call, and the other ranks have no collective left in their step.
+    # This does not communicate, because a hook may call it on one rank, while the other ranks have no collective left
+    # in their step.
     if engine.is_busy:
         raise ArgumentError(
             f"{call}: a step is being made, and it has decided about this group. Call it after the step."

@@ -1,7 +1,7 @@
-"""Test distclip, and programs that use it, without processes: simulated worlds, random layouts, explored schedules.
+"""Test distclip and programs that use it: simulated worlds without processes, random layouts and explored schedules.
 
-`World` runs a training loop on several ranks within one process, on virtual time, in an order that follows from a seed.
-Ranks can fail, be late, or be killed at any stage of a step.
+`World` runs a training loop on several ranks within one process, in virtual time. The order of the ranks follows from a
+seed. Ranks can fail, be late, or be killed at any stage of a step.
 
 Command line::
 
@@ -9,13 +9,13 @@ Command line::
     python -m distclip.testing --schedules 1000000
     python -m distclip.testing --exhaustive
 
-A layout is a random set of meshes of one to three axes, over all ranks or some of them, in any order. Parameters on
-them are DTensors, annotated or plain tensors, or have Megatron's attributes. Gradients are sharded, replicated, partial
-or missing, of any dtype and magnitude. Every case makes one call, and compares norms and gradients with those of the
-whole model, and the bits of all ranks with each other.
+A layout is a random set of meshes with one to three axes, over all ranks or some of them, in any order. Parameters on
+these meshes are DTensors, annotated tensors, plain tensors, or tensors with Megatron's attributes. Gradients are
+sharded, replicated, partial or missing, of any dtype and magnitude. Each case makes one call. It compares norms and
+gradients with those of the whole model, and checks that all ranks have the same bits.
 
-`check_case` runs one case in a process group of the caller. It is an example of how to check a layout by numbers: build
-the shard of this rank, compute the whole gradient without communication, and compare with `distclip.reference`.
+`check_case` runs one case in the caller's process group. It shows how to check a layout numerically: build the shard of
+this rank, compute the whole gradient without communication, and compare with `distclip.reference`.
 """
 
 from .cases import Case, MeshShape, ParamCase, random_case

@@ -1,7 +1,7 @@
-"""Connect torch.distributed to a simulated world: a store and a process group whose messages are requests.
+"""Connect torch.distributed to a simulated world by a store and a process group whose messages are requests.
 
-Every rank is a thread with its own torch.distributed. `RankState` holds what a process would hold, and is swapped in
-while its rank runs.
+Every rank is a thread with a separate torch.distributed. `RankState` holds the state that a process would hold, and is
+swapped in while its rank runs.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class SimulatedStore(Store):
         self.set_timeout(timedelta(seconds=timeout))
 
     def prefixed(self, prefix: str) -> SimulatedStore:
-        """Return the same store with a prefix before every key, in Python only."""
+        """Return the same store with a prefix before every key, without a C++ object."""
         if prefix not in self._prefixed:
             self._prefixed[prefix] = SimulatedStore(self._ask, self._seconds, f"{self._prefix}{prefix}/")
         return self._prefixed[prefix]
@@ -69,7 +69,7 @@ class SimulatedStore(Store):
         self._ask("set", self._prefix + key, value.encode() if isinstance(value, str) else bytes(value))
 
     def get(self, key: str) -> bytes:
-        """Return the value of a key, once it has one."""
+        """Wait until a key has a value, and return it."""
         value: bytes = self._ask("get", (self._prefix + key,), self._seconds)
         return value
 
@@ -92,7 +92,7 @@ class SimulatedStore(Store):
         return bool(self._ask("delete", self._prefix + key))
 
     def compare_set(self, key: str, expected: str | bytes, desired: str | bytes) -> bytes:
-        """Set a key that has the expected value."""
+        """Set a key if it has the expected value."""
         both = [value.encode() if isinstance(value, str) else bytes(value) for value in (expected, desired)]
         value: bytes = self._ask("compare_set", self._prefix + key, *both)
         return value
@@ -111,7 +111,7 @@ class SimulatedStore(Store):
             self.set(key, value)
 
     def has_extended_api(self) -> bool:
-        """Return that the store has `append`, `multi_get` and `multi_set`."""
+        """Return True: the store has `append`, `multi_get` and `multi_set`."""
         return True
 
     # Names under which C++ looks the methods up.
@@ -157,7 +157,7 @@ class _Group(_ProcessGroup):  # type: ignore[misc]
         return self._meet(f"{kind} of {tensor.numel()} {str(tensor.dtype)[6:]}", _bytes_of(tensor))
 
     def _exchange_reduced(self, kind: str, tensor: Tensor, op: Any) -> Tensor:
-        """Return the reduction of the tensors of all ranks. Only read it."""
+        """Return the reduction of the tensors of all ranks. Do not modify it."""
         return _reduced(self._exchange_bytes(kind, tensor), tensor, op)
 
     def allreduce(self, tensors: Sequence[Tensor], opts: Any = None) -> Any:
@@ -169,7 +169,7 @@ class _Group(_ProcessGroup):  # type: ignore[misc]
     allreduce_coalesced = allreduce
 
     def begin_all_reduce(self, tensor: Tensor, op: Any) -> _AllReduce:
-        """Begin an all-reduce that the rank can wait for for a limited time."""
+        """Begin an all-reduce that the rank can wait for with a timeout."""
         return _AllReduce(self._ask, self._key, tensor, op)
 
     def allgather(self, outputs: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor], opts: Any = None) -> Any:
@@ -232,7 +232,7 @@ class _Group(_ProcessGroup):  # type: ignore[misc]
         return _done([output])
 
     def _all_to_all(self, sent: Sequence[bytes]) -> list[bytes]:
-        # A header of lengths, so that each rank finds its part in the contribution of every other one.
+        # The header has lengths, so that each rank finds its part in the contribution of every other rank.
         lengths = torch.tensor([len(part) for part in sent], dtype=torch.int64)
         own, width = [], 8 * self._size
         for content in self._meet("all-to-all", _bytes_of(lengths) + b"".join(sent)):
@@ -256,7 +256,7 @@ class _Group(_ProcessGroup):  # type: ignore[misc]
         return _done(outputs)
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Return the values of all ranks. Torch pads them with memory that was never written."""
+        """Return the values of all ranks. Torch's own gather pads them with uninitialized memory."""
         return [pickle.loads(content) for content in self._meet("all-gather of objects", pickle.dumps(value))]
 
     def barrier(self, opts: Any = None) -> Any:
@@ -273,14 +273,14 @@ class _Group(_ProcessGroup):  # type: ignore[misc]
         _write(tensors[0], _tensor_of(self._ask("receive", line), tensors[0]))
         return _done(tensors)
 
-    # Names of earlier versions of torch.
+    # Earlier versions of torch use these names.
     _allgather_base, allgather_into_tensor_coalesced = all_gather_single, all_gather_single_coalesced
     _reduce_scatter_base, reduce_scatter_tensor_coalesced = reduce_scatter_single, reduce_scatter_single_coalesced
     alltoall_base = all_to_all_single
 
 
 class _AllReduce:
-    """Work of an all-reduce. The rank enters it when it waits for the first time."""
+    """Work of an all-reduce. The rank enters the all-reduce when it first waits for it."""
 
     def __init__(self, ask: Ask, key: tuple[tuple[int, ...], str], tensor: Tensor, op: Any) -> None:
         self._ask, self._key, self._tensor, self._op = ask, key, tensor, op
@@ -316,12 +316,12 @@ def _bytes_of(tensor: Tensor) -> bytes:
 def _tensor_of(content: bytes, like: Tensor) -> Tensor:
     if not content:
         return torch.empty(like.shape, dtype=like.dtype)
-    # A copy, because the bytes belong to all ranks.
+    # This makes a copy, because the bytes belong to all ranks.
     return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(like.dtype).view(like.shape)
 
 
 def _write(target: Tensor, value: Tensor) -> None:
-    # Autograd must not record how a message was written.
+    # Autograd must not record the write of a message.
     with torch.no_grad():
         target.detach().copy_(value)
 
@@ -338,7 +338,7 @@ _REDUCTIONS: dict[Any, Callable[[Tensor], Tensor]] = {
 _OP_NAMES = {known: str(known).rsplit(".", 1)[-1].lower() for known in _REDUCTIONS}
 
 _MAX_KEPT = 4096
-"""Number of bytes of a message up to which its reduction is kept."""
+"""Maximum size in bytes of a message whose reduction is cached."""
 
 
 def _op_name(op: Any) -> str:
@@ -347,7 +347,7 @@ def _op_name(op: Any) -> str:
 
 def _reduced(contents: tuple[bytes, ...], like: Tensor, op: Any) -> Tensor:
     """Return the reduction of the contributions of all ranks, with the shape and dtype of one of them."""
-    # All ranks reduce the same contributions, and a rank that runs again does so again.
+    # A cache helps, because all ranks reduce the same contributions, and a rank that runs again reduces them again.
     reduce = _reduce_small if len(contents[0]) <= _MAX_KEPT else _reduce
     return reduce(contents, like.dtype, _op_name(op)).view(like.shape)
 
@@ -397,7 +397,7 @@ _STATE_OF_A_PROCESS = (
     (waiting, "_by_group"),
     (waiting, "_called"),
     (process_group, "_derived"),
-    # Equal meshes of two ranks are one key.
+    # Equal meshes of two ranks are the same key.
     (dtensor, "_sums_of_mesh"),
     (replicas, "_replicas_of_mesh"),
     (split_over, "_ranks_of_mesh"),
@@ -407,7 +407,7 @@ _STATE_OF_A_PROCESS = (
 
 
 class _RankWorld(distributed_c10d._World):
-    """Process groups of one rank. Torch keeps those of a process in variables of its module."""
+    """Process groups of one rank. Torch keeps those of a process in module variables."""
 
     pg_map: Any = None
     pg_names: Any = None
@@ -433,8 +433,8 @@ class RankState:
 
     Args:
         seed: seed of the random numbers of the rank.
-        draws: whether the rank may draw numbers from the generators of torch and Python. Exchanging their states takes
-            as long as ten messages.
+        draws: whether the rank may draw numbers from the generators of torch and Python. If it may, swapping their
+            states takes as long as ten messages.
     """
 
     def __init__(self, seed: str, *, draws: bool = True) -> None:
@@ -446,7 +446,7 @@ class RankState:
         self._python_random = self.random.getstate()
 
     def keep(self) -> None:
-        """Keep the process groups that the rank has now, for `reset`."""
+        """Keep the rank's current process groups for `reset`."""
         world = self._swapped_world()
         self._groups = _copies(vars(world))
 
@@ -457,13 +457,13 @@ class RankState:
             c10d._unregister_process_group(name)
 
     def reset(self) -> None:
-        """Forget what the rank has done since `keep`."""
+        """Restore the state of the rank at `keep`."""
         vars(self._world).update(_copies(self._groups))
         self._kept = [type(one)() for one in self._kept]
         self.random.seed(self._seed)
 
     def _swapped_world(self) -> Any:
-        # While its rank runs, the state of the rank is that of the process.
+        # While the rank runs, its state is that of the process.
         return distributed_c10d._world
 
     def swap(self) -> None:
@@ -481,7 +481,7 @@ class RankState:
 
 
 def gather_objects(values: list[Any], value: Any, group: Any = None) -> None:
-    """Gather values in a simulated group, in place of `all_gather_object`."""
+    """Gather values in a simulated group, instead of `all_gather_object`."""
     found: Any = dist.group.WORLD if group is None else group
     values[:] = found.gather_objects(value)
 
@@ -502,9 +502,9 @@ def start_rank(ask: Ask, rank: int, size: int, timeout: float) -> None:
         timeout: seconds until a wait for a key of the store fails.
     """
     _local.ask = ask
-    # Otherwise a backward pass could run in a thread that is no rank.
+    # Otherwise a backward pass could run in a thread that belongs to no rank.
     torch.autograd.set_multithreading_enabled(False)
-    # C++ keeps the store, and not the Python object with its methods.
+    # C++ keeps the store alive, but not the Python object with its methods.
     _local.store = store = SimulatedStore(ask, timeout)
     dist.init_process_group(BACKEND, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
 

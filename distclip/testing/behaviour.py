@@ -1,11 +1,11 @@
-"""Record the behaviour of a rank as a tree: what it does next, for every history of replies that it has had.
+"""Record the behaviour of a rank as a tree: its next request for every history of replies.
 
 A rank is deterministic: the same replies lead to the same requests. So the code of distclip runs once for each history,
-and a schedule of known histories only runs no code at all. An unknown reply runs the rank again from its
+and a schedule that has only known histories runs no code at all. After an unknown reply, the rank runs again from its
 beginning, with the replies of the history.
 
-A rendezvous leaves nothing behind but its result. So histories that have come to the same result in different ways go
-on as one, see `Actor.forget`.
+A rendezvous leaves nothing behind except its result. So histories that reach the same result in different ways are
+merged, see `Actor.forget`.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ __all__ = ["Access", "Actor", "Group", "Node", "Tree", "accesses", "explored_pro
 
 
 class Count:
-    """Number in a reply that the rank has not looked at.
+    """Number in a reply that the rank has not read yet.
 
-    Each comparison is a request, so that few histories differ.
+    Each comparison is a request, so that histories differ only in the comparisons.
 
     Args:
-        ask: makes the requests.
-        index: index among the numbers that the rank was sent.
+        ask: function that makes the requests.
+        index: index among the numbers that the rank has received.
         steps: operations on that number so far.
     """
 
@@ -94,7 +94,7 @@ class Count:
 
 
 def look(number: int, steps: Sequence[tuple[str, int]], operation: str, other: int) -> Any:
-    """Return what a rank sees of a number, see `Count`."""
+    """Return the part of a number that a rank reads, see `Count`."""
     for name, operand in steps:
         number = number % operand if name == "mod" else number // operand if name == "floordiv" else number - operand
     if operation == "value":
@@ -103,12 +103,12 @@ def look(number: int, steps: Sequence[tuple[str, int]], operation: str, other: i
 
 
 class Actor(RankThread):
-    """Rank that can run jobs again and again. It keeps its thread, its process groups and its meshes.
+    """Rank that can run jobs repeatedly. It keeps its thread, its process groups and its meshes.
 
     Args:
         rank: rank in the world.
         size: size of the world.
-        prepare: called once in the thread of the rank. Its collectives succeed at once, as if all ranks had come.
+        prepare: called once in the thread of the rank. Its collectives succeed at once, as if all ranks had arrived.
     """
 
     def __init__(self, rank: int, size: int, prepare: Callable[[], Any]) -> None:
@@ -120,7 +120,7 @@ class Actor(RankThread):
         self._job: Callable[[], Any] = prepare
         # Replies to the next requests, in reverse order.
         self._replies: list[Any] = []
-        # No code of distclip draws numbers, except from the generator of the rank.
+        # distclip draws numbers only from the generator of the rank.
         self.state = RankState(f"explorer/{rank}", draws=False)
         self.start(prepare)
         if self.error is not None:
@@ -147,9 +147,9 @@ class Actor(RankThread):
         """Merge the histories since the same `begin_rendezvous` that keep the same values.
 
         Args:
-            kept: all that the rank can still read of what it has done since then.
+            kept: everything from that time that the rank can still read.
         """
-        # The generator gives the tokens of posts. `_called` is the only other state that a rendezvous changes.
+        # The tokens of posts come from the generator. `_called` is the only other state that a rendezvous changes.
         self.ask(
             "forget",
             self.num_counts_before,
@@ -157,7 +157,7 @@ class Actor(RankThread):
         )
 
     def begin_rendezvous(self) -> None:
-        """Begin what `forget` ends."""
+        """Mark the beginning of the history that `forget` merges."""
         self.num_counts_before = self._num_counts
         self.ask("begin")
 
@@ -173,7 +173,7 @@ class Actor(RankThread):
         if not self._is_prepared:
             return _reply_alone(request)
         if self._replies:
-            # The thread goes on at once, because nothing else has to run.
+            # The thread continues at once, because nothing else needs to run.
             reply = self._replies.pop()
             if type(reply) is Failure:
                 raise exception_of(reply)
@@ -214,7 +214,7 @@ def _reply_alone(request: Request) -> Any:
 
 
 class Group:
-    """Members of a collective, and the name of their group. One object stands for all equal ones.
+    """Members of a collective, and the name of their group. Equal groups share one object.
 
     Args:
         key: (members, name).
@@ -247,10 +247,10 @@ class Node:
 
     Attributes:
         children: states after each reply.
-        after_number: states after each number that an addition returns, when the rank has looked at it.
+        after_number: states after each number that an addition returns, once the rank has read it.
         group: group of the collective that the rank enters next.
-        parents: further states that come before this one.
-        future: accesses that the rank makes in this state or in a later one, see `accesses`, as far as it has run.
+        parents: other states that come before this one.
+        future: accesses in this state and in the later states that have run, see `accesses`.
     """
 
     __slots__ = (
@@ -284,7 +284,7 @@ class Node:
         self.id = Node._num_nodes
 
     def keys_looked_at(self) -> frozenset[str]:
-        """Return the keys that a rank which sleeps now has looked at since it last slept."""
+        """Return the keys that a rank that sleeps now has read since it last slept."""
         if self.looked is None:
             keys, node = set[str](), self.parent
             while node is not None and node.kind not in ("sleep", "forget"):
@@ -308,7 +308,7 @@ class Node:
         while pending:
             node = pending.pop()
             for parent in (node.parent, *node.parents):
-                # A future contains those of all later states, so that a state without a change is the last to look at.
+                # A future contains those of all later states, so the search can stop at a state without a change.
                 if parent is not None and not found <= parent.future:
                     parent.future |= found
                     pending.append(parent)
@@ -317,7 +317,7 @@ class Node:
 
 
 Access: TypeAlias = tuple[str, Any]
-"""Access to a key of the store, "read", "touch", "write" or "change", or a "look" at a number that was received.
+"""Access to a key of the store, "read", "touch", "write" or "change", or a "look" at a received number.
 
 A touch adds 0 to a counter, so that the key exists afterwards. A change reads the value and writes another one.
 """
@@ -355,15 +355,15 @@ class Tree:
 
     def __init__(self, actor: Actor, job: Callable[[], Any], faults: Sequence[Fault], learns: bool = False) -> None:
         self.actor, self.job, self.faults, self.learns = actor, job, faults, learns
-        # Number of states that have extended the future of an earlier one.
+        # This is the number of states that have extended the future of an earlier one.
         self.num_learned = 0
-        # By the beginning of a rendezvous, and what is kept of it.
+        # The keys are the beginning of a rendezvous, and the values that are kept of it.
         self._forgetful: dict[tuple[Node, Any], Node] = {}
         self.root = self._begin()
 
     def child(self, node: Node, reply: Any) -> Node:
         """Return the state after a reply."""
-        # The rank looks at a number only by further requests.
+        # The rank reads a number only by further requests.
         key = None if node.kind == "add" else _without_rank(node, reply) if node.kind == "compare_set" else reply
         found = node.children.get(key)
         if found is None:
@@ -375,14 +375,14 @@ class Tree:
         return found
 
     def _merged(self, parent: Node, node: Node) -> Node:
-        """Return the state that stands for all those which keep the same of a rendezvous."""
+        """Return the state that represents all states that keep the same values of a rendezvous."""
         begin = parent
         while begin.kind != "begin":
             assert begin.parent is not None, "a rank forgets only what it has begun"
             begin = begin.parent
         first = self._forgetful.setdefault((begin, node.request), node)
         if first is not node:
-            # The rank is in an equal state, and can go on as that one.
+            # The rank is in an equal state, and can continue from that one.
             self.actor.parked = first
             first.parents.append(parent)
             if self.learns:
@@ -419,9 +419,9 @@ class Tree:
 
 
 def _without_rank(node: Node, reply: bytes) -> bytes:
-    """Return the reply to a posting, without the rank that has posted an equal value first.
+    """Return the reply to a post, without the rank that posted an equal value first.
 
-    A rank that agrees with the first one ends its comparison, whichever rank that is.
+    If a rank agrees with the first post, its comparison ends, whichever rank made that post.
     """
     own = node.request[3]
     value = own.partition(b":")[2]
@@ -429,7 +429,7 @@ def _without_rank(node: Node, reply: bytes) -> bytes:
 
 
 def _joined(real: Callable[..., Any]) -> Callable[..., Any]:
-    """Forget how a rendezvous has come to its result."""
+    """Discard the history by which a rendezvous reached its result."""
 
     def join(self: Rendezvous, post: Post, timeout: timedelta) -> Any:
         actor = current_rank()
@@ -448,7 +448,7 @@ def _joined(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _searched(real: Callable[..., Any]) -> Callable[..., Any]:
-    """Forget how a rank has come to stage 3 of a rendezvous."""
+    """Discard the history by which a rank reached stage 3 of a rendezvous."""
 
     def search(self: Rendezvous, post: Post, deadline: float) -> Any:
         actor = current_rank()
@@ -461,7 +461,7 @@ def _searched(real: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def explored_process() -> Iterator[None]:
-    """Make the store of each rank one of Python, whose numbers the ranks look at by requests."""
+    """Replace the store of each rank by one in Python, whose numbers the ranks read by requests."""
 
     def prefixed(real: Any) -> Callable[[str, Any], Any]:
         def make(prefix: str, store: Any) -> Any:
@@ -483,7 +483,7 @@ def explored_process() -> Iterator[None]:
             stack.enter_context(mock.patch.object(module, "PrefixStore", prefixed(module.PrefixStore)))
         stack.enter_context(mock.patch.object(distributed_c10d, "_get_default_store", store_of_rank))
         stack.enter_context(mock.patch.dict(os.environ, DISTCLIP_PATIENCE="10"))
-        # The filters of warnings belong to the process, so that no rank can set its own.
+        # Warning filters belong to the process, so they cannot be set per rank.
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         logger = logging.getLogger("distclip")

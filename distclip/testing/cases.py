@@ -1,4 +1,4 @@
-"""Generate random layouts: meshes, parameters on them, and a call. All of it is plain data that follows from a seed."""
+"""Generate random layouts: meshes, their parameters, and a call. All of it is plain data that follows from a seed."""
 
 from __future__ import annotations
 
@@ -82,13 +82,13 @@ class Case:
         seed: seed of the case.
         num_ranks: size of the world.
         meshes: meshes of the parameters.
-        params: all parameters, each of which some ranks hold.
+        params: all parameters of all ranks.
         split: axes of the first mesh that are passed as `split_over`.
         named: whether the parameters are passed with names.
         over_world: whether a communicator over all ranks is passed.
         per: granularity of the policy. None for the function `clip_grad_norm_`.
         norm_type: p of the norm.
-        fraction: bound, relative to the norm. inf for none.
+        fraction: bound relative to the norm. inf for no bound.
         nonfinite: name of a parameter with a NaN in its gradient, or None.
         loss_scale: factor of a GradScaler, or None.
     """
@@ -127,7 +127,7 @@ def random_case(seed: int, num_ranks: int) -> Case:
     style = rng.choice(["meshes", "meshes", "stages", "tags"])
     split = ""
     if style != "meshes" and len(meshes[0].shape) > 1:
-        # The first axis holds stages, and with tags the last one holds tensor-parallel shards.
+        # The first axis is that of stages. With tags, the last one is that of tensor-parallel shards.
         split = "x" + (meshes[0].axes[-1] if style == "tags" else "")
     loss_scale = 2.0 ** rng.randint(1, 12) if rng.random() < 0.15 else None
     params = [_param(rng, i, meshes, split, num_ranks) for i in range(rng.randint(1, 6))]
@@ -139,7 +139,7 @@ def random_case(seed: int, num_ranks: int) -> Case:
         anchor = replace(anchor, kind="dtensor", mesh=0, axes=meshes[0].axes, cuts=cuts, partial=(False,) * len(cuts))
         params.insert(rng.randrange(len(params) + 1), replace(anchor, shape=(rng.randint(1, 7), 3), missing=0.0))
     if loss_scale is not None:
-        # An optimizer steps. The operators of torch would sum partial gradients within the step.
+        # An optimizer steps here, and torch's operators would sum partial gradients within the step.
         whole = [replace(p, partial=(False,) * len(p.partial)) for p in params]
         params = [replace(p, dtype="float32", scale=min(max(p.scale, 1e-3), 1e3)) for p in whole]
     case = Case(
@@ -161,7 +161,7 @@ def random_case(seed: int, num_ranks: int) -> Case:
 
 
 def components_of(case: Case) -> list[set[int]]:
-    """Return the ranks that share meshes or axes, and so one all-reduce with the same bits.
+    """Return the ranks that share meshes or axes, and therefore one all-reduce with the same bits.
 
     >>> mesh = MeshShape((0, 1, 2, 3), (2, 2))
     >>> components_of(Case(0, 4, (mesh,), (), split="x"))
@@ -194,7 +194,7 @@ def _meshes(rng: random.Random, num_ranks: int) -> list[MeshShape]:
 @cache
 def _pool(num_ranks: int) -> tuple[list[MeshShape], list[MeshShape]]:
     """Return the meshes over all ranks, and others over all or some of them."""
-    # All cases share them, because each mesh has process groups that take some threads and milliseconds.
+    # All cases share them, because the process groups of a mesh take threads and some milliseconds.
     rng, ascending = random.Random(num_ranks), tuple(range(num_ranks))
     whole = [MeshShape(ascending, shape) for shape in dict.fromkeys(_shapes(num_ranks))]
     permuted = (rng.choice(_shapes(num_ranks)), _shapes(num_ranks)[-1])
@@ -221,7 +221,7 @@ def _param(rng: random.Random, i: int, meshes: Sequence[MeshShape], split: str, 
     exponent = rng.uniform(-2, 2) if dtype == "float16" else rng.choice((0.0, 0.0, rng.uniform(-25, 25)))
     param = ParamCase(f"{rng.choice('ab')}{i}", rng.getrandbits(30), shape, dtype, 10.0**exponent)
     if split:
-        # A parameter of some stages, on axes of the mesh within a stage.
+        # This is a parameter of some stages, on axes of the mesh within a stage.
         num_stages = meshes[0].shape[0]
         stages = tuple(s for s in range(num_stages) if rng.random() < 0.7) or (rng.randrange(num_stages),)
         param = replace(param, stages=stages)

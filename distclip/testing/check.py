@@ -32,8 +32,8 @@ class Answer:
     Args:
         bits: bytes of the norms, which must be equal on all ranks.
         refusal: name and text of the error of distclip, or None.
-        failure: text of what is wrong, or None.
-        is_comparison: whether the call has ended on this rank, with another result than expected.
+        failure: description of the failure, or None.
+        is_comparison: whether the call returned on this rank, with another result than expected.
     """
 
     bits: bytes = b""
@@ -68,8 +68,7 @@ def check_case(case: Case) -> Answer:
 def find_failure(case: Case, answers: Sequence[Answer]) -> str | None:
     """Compare the answers of all ranks.
 
-    Returns:
-        Description of what is wrong, or None.
+    Returns: Description of the failure, or None.
 
     >>> from .cases import random_case
     >>> find_failure(random_case(0, 2), [Answer(b"1"), Answer(b"2")])
@@ -224,7 +223,7 @@ class _Run:
                 assert expected is None or got is not None, f"{unit.name}: the gradient is gone"
                 continue
             local = got.to_local() if isinstance(got, DTensor) else got
-            # A factor below the smallest normal float32 has few bits.
+            # A factor below the smallest normal float32 has fewer bits.
             before = unit.local(self.rank)
             largest = 0.0 if before is None or not before.numel() else float(before.abs().max())
             rtol = {torch.bfloat16: 1e-2, torch.float16: 2e-3}.get(local.dtype, 2e-5)

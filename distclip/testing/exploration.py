@@ -1,10 +1,9 @@
-"""Explore the schedules of a world: all interleavings of a small one, or random ones of a large one.
+"""Explore the schedules of a world: all interleavings of a small world, or random interleavings of a large one.
 
-The ranks run the real code of distclip, see `behaviour`. Only messages through the store can be interleaved in
-different ways that matter: the result of a collective does not depend on the order in which its ranks have come. So a
-rank enters a collective as soon as it can, and only the order of store operations is a choice. This is the reduction of
-partial orders. Time passes only when no rank can run, and a rank that polls the store looks again when a key has
-changed.
+The ranks run the real code of distclip, see `behaviour`. The order of ranks matters only for messages through the
+store, because the result of a collective does not depend on the order in which its ranks arrive. So a rank enters a
+collective as soon as it can, and only the order of store operations is a choice. This is a partial-order reduction.
+Time passes only when no rank can run. A rank that polls the store reads it again when a key has changed.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class Finding:
     Args:
         scenario: scenario of the schedule.
         seed: seed of the schedule, or None for an exhaustive exploration.
-        what: the invariant, and what each rank has done.
+        what: the invariant, and the actions of each rank.
     """
 
     scenario: Scenario
@@ -44,7 +43,7 @@ class Finding:
 
 @dataclass
 class Totals:
-    """Numbers of an exploration.
+    """Counts of an exploration.
 
     Args:
         schedules: number of complete schedules that were covered.
@@ -75,7 +74,7 @@ class Totals:
 
 
 class Explorer:
-    """Explores scenarios. It keeps the threads of its ranks from one scenario to the next.
+    """Explores scenarios. The threads of its ranks are reused from one scenario to the next.
 
     Use it in a `with` block, during which no other simulated world runs in this process.
     """
@@ -88,7 +87,7 @@ class Explorer:
     def __enter__(self) -> Explorer:
         self._process = explored_process()
         self._process.__enter__()
-        # Collections would traverse the modules of torch again and again.
+        # Each garbage collection would traverse all modules of torch.
         self._collects = gc.isenabled()
         gc.disable()
         gc.freeze()
@@ -128,17 +127,17 @@ class Explorer:
         return totals
 
     def exhaust(self, scenario: Scenario, max_states: int = 200_000, *, reduced: bool = True) -> Totals:
-        """Run every schedule of a scenario, or one of all equivalent ones.
+        """Run every schedule of a scenario, or one of each set of equivalent schedules.
 
-        Schedules are equivalent if they differ in the order of operations on different keys of the store, or of
-        operations that only read. An operation is carried out at once if no other rank makes one later on that depends
-        on it. The futures of the ranks are learned by running them. So the exploration begins again with what it has
-        learned, until it learns nothing new: no rank has then done anything that was not taken into account.
+        Schedules are equivalent if they differ only in the order of operations on different keys of the store, or of
+        operations that only read. An operation is carried out at once if no other rank will make an operation that
+        depends on it. The exploration learns the futures of the ranks by running them. It starts again until a run
+        learns nothing new, so that no rank did anything that was not taken into account.
 
         Args:
             scenario: scenario with few ranks.
             max_states: number of states after which the exploration stops.
-            reduced: whether to leave out equivalent schedules.
+            reduced: whether to omit equivalent schedules.
         """
         play, actors = self._play(scenario, learns=True), self.actors(scenario.num_ranks)
         before = sum(actor.num_runs for actor in actors)
@@ -162,7 +161,7 @@ class Explorer:
 def _exhaust(play: Play, max_states: int, *, reduced: bool) -> Totals:
     """Run every schedule once, as far as the futures of the ranks are known."""
     totals = Totals()
-    # Number of schedules from each state that has been explored to its end.
+    # This is the number of schedules from each state that has been explored to its end.
     known: dict[Any, int] = {}
 
     def explore(world: ExploredWorld) -> int:

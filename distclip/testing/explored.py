@@ -1,9 +1,9 @@
-"""State of an explored world: a history of each rank, the store, and what can happen next.
+"""State of an explored world: the history of each rank, the store, and the possible next operations.
 
-Only messages through the store can be interleaved in different ways that matter: the result of a collective does not
-depend on the order in which its ranks have come. So a rank enters a collective as soon as it can, and only the order of
-store operations is a choice. Time passes only when no rank can run, and a rank that polls the store looks again when a
-key has changed.
+The order of ranks matters only for messages through the store, because the result of a collective does not depend on
+the order in which its ranks arrive. So a rank enters a collective as soon as it can, and only the order of store
+operations is a choice. Time passes only when no rank can run. A rank that polls the store reads it again when a key has
+changed.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _FAILS = frozenset({"raises before measuring", "raises while measuring", "differ
 
 
 class Play:
-    """A scenario, with everything that all of its worlds share.
+    """A scenario, with the data that all of its worlds share.
 
     Args:
         scenario: the scenario.
         trees: behaviour of every rank.
 
     Attributes:
-        after_meetings: states of the members of a group after the collectives that all of them enter one after another.
+        after_meetings: states of the members of a group after a series of collectives that all of them enter.
         verdicts: verdicts by the ends of all ranks.
     """
 
@@ -46,8 +46,8 @@ class Play:
         """Return the states of all members of a group after the collectives that all of them enter.
 
         Args:
-            nodes: states of the members, in which each of them enters a collective of the group. They are returned if
-                they enter different collectives.
+            nodes: states of the members, each of which enters a collective of the group. If they enter different
+                collectives, these states are returned.
         """
         after = self.after_meetings.get(nodes)
         if after is None:
@@ -69,7 +69,7 @@ class ExploredWorld:
 
     Args:
         play: scenario of the world, and behaviour of every rank.
-        dies: a rank that dies may do so before each of its messages.
+        dies: True if a rank that dies may do so before any of its messages.
     """
 
     def __init__(self, play: Play, dies: bool = False) -> None:
@@ -80,12 +80,13 @@ class ExploredWorld:
         self.network = Network(len(trees))
         self.num_messages = [0] * len(trees)
         self.deaths = {r: death for r in range(len(trees)) if (death := scenario.death_of(r)) is not None}
-        # Ranks whose request is a choice, and ranks that look again when a key has changed.
+        # The requests of the enabled ranks are choices. The sleepers read the store again when one of their keys has
+        # changed.
         self.enabled: list[int] = []
         self.sleepers: dict[int, frozenset[str]] = {}
-        # Seconds that the next eventless time takes.
+        # Seconds that pass next if nothing happens.
         self.stretch = 0.0
-        # Ranks that wait in a collective since the clock has moved last. The network has those that wait longer.
+        # These ranks have entered a collective since the clock last moved. The network has those that wait longer.
         self.arrived: dict[Group, dict[int, Node]] = {}
         for rank in range(len(trees)):
             if (delay := scenario.delay_of(rank)) > 0:
@@ -110,11 +111,10 @@ class ExploredWorld:
         return other
 
     def key(self, *, reduced: bool = True) -> Any:
-        """Return a value that is equal for states from which the same can happen.
+        """Return a key that is equal for states with the same possible futures.
 
         Args:
-            reduced: whether to leave out numbers that a rank does not look at any more, and values that no rank reads
-                any more.
+            reduced: whether to omit numbers and values that no rank will read again.
         """
         network, nodes = self.network, self.nodes
         futures = [node.future for node in nodes]
@@ -140,10 +140,10 @@ class ExploredWorld:
         )
 
     def choices(self, *, reduced: bool = True) -> list[tuple[str, int]]:
-        """Return what can happen next, after time has passed if no rank can run.
+        """Return the possible next operations. If no rank can run, time passes first.
 
         Args:
-            reduced: whether to leave out ranks whose turn can come later.
+            reduced: whether to omit ranks that can run later without loss of generality.
         """
         while not self.enabled:
             if not self._pass_time():
@@ -156,10 +156,10 @@ class ExploredWorld:
         return [("run", rank) for rank in ranks]
 
     def _persistent_ranks(self) -> list[int]:
-        """Return few enabled ranks, one of which may run next without loss of generality.
+        """Return a few enabled ranks such that one of them may run next without loss of generality.
 
-        Every schedule is equivalent to one in which one of them runs next. No rank makes an access that depends on the
-        next one of these ranks, as long as none of them has run.
+        Every schedule is equivalent to one in which one of them runs next. Until one of them runs, no other rank makes
+        an access that depends on their next ones.
         """
         best = self.enabled
         for seed in self.enabled:
@@ -189,14 +189,14 @@ class ExploredWorld:
             active |= found
 
     def _can_be_resumed(self, rank: int, active: set[int]) -> bool:
-        """Return whether some ranks can make another one go on."""
+        """Return whether some ranks can make another rank continue."""
         node, futures = self.nodes[rank], [self.nodes[r].future for r in active]
         kind = node.kind
         if kind in ("meet", "await"):
             return all(member in active for member in self._members_missing(node.request[1]))
         keys = self.sleepers.get(rank, ()) if kind == "sleep" else node.request[1] if kind in ("get", "wait") else None
         if keys is None:
-            # A rank that has not begun waits for a time only.
+            # A rank that has not started waits only for a time.
             return kind == "receive"
         return any((name, key) in one for key in keys for name in ("write", "change", "touch") for one in futures)
 
@@ -216,7 +216,7 @@ class ExploredWorld:
         self._deliver()
 
     def run(self, rng: random.Random) -> str | None:
-        """Run to the end in random order, and return what is wrong."""
+        """Run to the end in random order, and return the violated invariant or None."""
         enabled = self.enabled
         while True:
             while not enabled:
@@ -231,7 +231,7 @@ class ExploredWorld:
                 self._deliver()
 
     def verdict(self) -> str | None:
-        """Check the invariants at the end. Return what is wrong, or None."""
+        """Check the invariants at the end, and return the violated one or None."""
         if self.network.mismatches or any(node.request is not None for node in self.nodes):
             return self._verdict()
         key = *self.nodes, frozenset(self.network.dead)
@@ -251,7 +251,7 @@ class ExploredWorld:
             return f"ranks end with an exception outside of a call: {broken}"
         by_rank: dict[int, list[Verdict]] = {rank: nodes[rank].result for rank in alive}
         for one in self.scenario.conditions:
-            # In a later call the fault may come earlier, if ranks measure twice.
+            # In a later call, the fault may happen earlier if ranks measure twice.
             if (
                 one.name in _FAILS
                 and one.call == 0
@@ -270,7 +270,7 @@ class ExploredWorld:
                 outcomes = {verdict.outcome for verdict in verdicts.values()}
                 if len(outcomes) > 1:
                     return f"call {call} has different verdicts: {verdicts}"
-                # A rank that has died in an earlier call, or whose component has failed, is not in later calls.
+                # A rank is not in later calls if it has died, or if its component has failed.
                 if outcomes == {"failed"} and any(verdict.wrote for verdict in verdicts.values()):
                     return f"a rank has written in call {call}, which failed: {verdicts}"
         return None
@@ -290,9 +290,9 @@ class ExploredWorld:
         return True
 
     def _end_failed_ranks(self) -> bool:
-        """End the processes of ranks whose program has failed, and return whether it changes anything.
+        """End the processes of ranks whose program has failed, and return whether other ranks can then run.
 
-        Ranks that took part in the failed call must have failed without that.
+        This is not done before all ranks of the failed call have ended by themselves.
         """
         for rank, verdicts in self._ends().items():
             if rank in self.network.dead or type(verdicts) is not list or verdicts[-1].outcome != "failed":
@@ -306,7 +306,7 @@ class ExploredWorld:
         return {rank: node.result for rank, node in enumerate(self.nodes) if node.request is None}
 
     def _is_alone(self, rank: int) -> bool:
-        """Return whether a rank has no peer in the first call, with which it could disagree."""
+        """Return whether a rank has no peer to disagree with in the first call."""
         return {rank} in self.scenario.components(0)
 
     def _is_alive(self, rank: int) -> bool:
@@ -319,7 +319,7 @@ class ExploredWorld:
             self.enabled.remove(rank)
 
     def _perform(self, rank: int) -> None:
-        """Carry out the store operation of a rank, and run the rank up to its next one."""
+        """Carry out the store operation of a rank, and run the rank up to the next one."""
         node = self.nodes[rank]
         request, kind = node.request, node.kind
         self.num_steps += 1
@@ -347,11 +347,11 @@ class ExploredWorld:
         self._settle(rank)
 
     def _after_number(self, rank: int, node: Node, number: int) -> Node:
-        """Return the state of a rank that has been sent a number, and has looked at it."""
+        """Return the state of a rank after it has received and read a number."""
         tree, index = self.trees[rank], len(self.numbers[rank]) - 1
         node = tree.child(node, number)
         if not self.dies and rank in self.deaths:
-            # Each look is one of the messages after which the rank dies.
+            # Each look counts as a message after which the rank may die.
             return node
         while node.kind == "look" and node.request[1] == index:
             node = tree.child(node, look(number, *node.request[2:]))
@@ -400,10 +400,10 @@ class ExploredWorld:
         self.nodes[rank] = node
 
     def _enter(self, rank: int, node: Node) -> bool:
-        """Enter a collective, and run all members on if they have come.
+        """Enter a collective, and resume all members if they have arrived.
 
         Returns:
-            False if a member has waited in it for a while, so that the network has it.
+            False if the network has the collective, because a member has waited for some time.
         """
         group = node.group
         assert group is not None
@@ -437,7 +437,7 @@ class ExploredWorld:
             self.network.ready.append((rank, None))
 
     def _deliver(self) -> None:
-        """Give ranks that waited their replies."""
+        """Give the waiting ranks their replies."""
         ready = self.network.ready
         seen: Any = None
         interned: Any = None
@@ -449,7 +449,7 @@ class ExploredWorld:
             node = self.nodes[rank]
             if reply is not None or node.kind in ("sleep", "get", "wait", "receive"):
                 if type(reply) is tuple:
-                    # Most ranks that become ready together have entered one collective.
+                    # Ranks that become ready together have mostly entered the same collective.
                     if reply is not seen:
                         seen, interned = reply, _intern(reply)
                     reply = interned
@@ -463,11 +463,11 @@ _CHOICES = frozenset({"add", "append", "check", "compare_set", "get", "set", "wa
 
 
 _NO_MESSAGES = frozenset({"begin", "forget", "end"})
-"""Requests that only the explorer makes, and the end."""
+"""Requests that only the explorer makes, and the end of a job."""
 
 
 def _depends(access: Access, future: set[Access]) -> bool:
-    """Return whether an access does not commute with one of a future.
+    """Return whether an access depends on the order relative to one of a future.
 
     >>> _depends(("read", "key"), {("read", "key")}), _depends(("read", "key"), {("write", "key")})
     (False, True)
@@ -485,5 +485,5 @@ _interned: dict[Any, Any] = {}
 
 
 def _intern(contents: Any) -> Any:
-    """Return one object for equal contents, whose hash is computed once."""
+    """Return one object for equal contents, so that its hash is computed once."""
     return _interned.setdefault(contents, contents)

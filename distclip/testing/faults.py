@@ -46,7 +46,7 @@ policy, "write" scales the gradients, and "step" runs the optimizer.
 
 
 class InjectedFault(RuntimeError):
-    """The exception of a rank that `World.fail` makes fail."""
+    """The exception that `World.fail` raises on a rank."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,12 +23,12 @@ _DTYPES = {
 
 
 class Unit:
-    """One parameter of the model. Stages can hold different ones under one name.
+    """One parameter of the model. Stages can hold different parameters under one name.
 
     Args:
         case: the case.
         param: the parameter.
-        stage: coordinates of the ranks that hold it, along the axes of `split_over` that tell parameters apart.
+        stage: coordinates of the ranks that hold it, along the axes of `split_over` that distinguish parameters.
     """
 
     def __init__(self, case: Case, param: ParamCase, stage: tuple[int, ...]) -> None:
@@ -40,7 +40,7 @@ class Unit:
         self._axes = [self.mesh.axes.index(axis) for axis in param.axes]
         self._rng = random.Random(f"{param.seed}/{stage}")
         sizes = [range(self.mesh.shape[axis]) for axis in self._axes]
-        # The summand of every coordinate along the axes of sums: a whole tensor each.
+        # Each coordinate along the axes of sums has a summand, which is a whole tensor.
         self._summands = {at: self._random(at) for at in itertools.product(*itertools.compress(sizes, param.partial))}
         self._missing: set[tuple[int, ...]] = set()
         for coords in itertools.product(*sizes):
@@ -78,7 +78,7 @@ class Unit:
         """Return the gradient of a rank, or None if it has none.
 
         Args:
-            rank: holds the unit.
+            rank: a rank that holds the unit.
             factor: factor of the whole gradient, which may differ between rows. None for 1.
         """
         coords = self.coordinates(rank)
@@ -102,7 +102,7 @@ class Unit:
         return real.to(self.dtype)
 
     def _key(self, coords: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the coordinates of the first of all replicas."""
+        """Return the coordinates of the first replica of this shard."""
         splits = zip(coords, self.param.cuts, self.param.partial, strict=True)
         return tuple(at if cut is not None or partial else 0 for at, cut, partial in splits)
 
@@ -114,7 +114,7 @@ class Unit:
             piece = piece.to(wide) * factor
         for at, axis, cut in zip(coords, self._axes, self.param.cuts, strict=True):
             if cut is not None:
-                # As torch.chunk cuts: the last shards can be shorter, or empty.
+                # Shards are those of torch.chunk, so the last ones can be shorter or empty.
                 length = -(-piece.shape[cut] // self.mesh.shape[axis])
                 start = min(at * length, piece.shape[cut])
                 piece = piece.narrow(cut, start, min(length, piece.shape[cut] - start))

@@ -1,8 +1,8 @@
-"""Model the messages of a simulated world: a key-value store, collectives and a virtual clock. It runs no rank.
+"""Model the messages of a simulated world: a key-value store, collectives and a virtual clock, without running ranks.
 
 A rank that communicates makes a request and waits for its reply. `Network.perform` returns the reply, or `WAITING` if
 another rank must act first. Every collective is one gather of bytes: all members receive the contributions of all
-members, in the order of the ranks, and each computes its result from them.
+members, in the order of the ranks, and each member computes its result from them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class _Waiting:
 
 
 WAITING: Final = _Waiting()
-"""Reply to a request that another rank must act on first."""
+"""Reply to a request that cannot be answered before another rank acts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Network:
     Attributes:
         clock: seconds since the start of the world.
         dead: ranks that were killed.
-        gone: ranks whose connections are closed: those that were killed, or have ended.
+        gone: ranks that were killed or have ended, so that their connections are closed.
         mismatches: descriptions of the collectives that ranks have entered in different orders.
 
     >>> network = Network(2)
@@ -65,22 +65,23 @@ class Network:
 
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks, self.clock = num_ranks, 0.0
-        # A counter is an integer, until its value is read.
+        # A counter is stored as an integer, and converted when its value is read.
         self.values: dict[str, bytes | int] = {}
         self.dead: set[int] = set()
         self.gone: set[int] = set()
         self.mismatches: list[str] = []
-        # Ranks whose request can be answered now, with the reply. The scheduler empties it.
+        # These ranks can continue now, with the reply to their request. The scheduler empties the list.
         self.ready: list[tuple[int, Any]] = []
-        # Ranks that wait for keys: the keys, and whether the reply is a value. By key: the ranks, in order.
+        # `_waits` has the keys that each rank waits for, and whether the reply is a value. `_waiting_for` has the ranks
+        # by key, in order.
         self._waits: dict[int, tuple[tuple[str, ...], bool]] = {}
         self._waiting_for: dict[str, dict[int, None]] = {}
         self._deadlines: dict[int, tuple[float, Any]] = {}
-        # By group: contributions by rank, to the collective that its members enter next.
+        # By group, this has the contributions of its ranks to the next collective.
         self._meetings: dict[Any, dict[int, tuple[str, bytes]]] = {}
-        # Members of a collective that have looked away from it, because it took long, and the replies for them.
+        # These members of a collective stopped waiting for it after a timeout. The values are the replies for them.
         self._away: dict[tuple[int, Any], Any] = {}
-        # Members of a collective that wait for a limited time.
+        # These members of a collective wait with a timeout.
         self._waiting_in: dict[int, Any] = {}
         self._mail: dict[Any, list[bytes]] = {}
         self._receivers: dict[Any, int] = {}
@@ -89,7 +90,7 @@ class Network:
         """Carry out a request.
 
         Returns:
-            The reply, a `Failure`, or `WAITING`. Ranks that waited and can go on are in `ready` afterwards.
+            The reply, a `Failure`, or `WAITING`. Afterwards, `ready` has the waiting ranks that can now continue.
         """
         name = request[0]
         if name in ("get", "wait"):
@@ -130,11 +131,11 @@ class Network:
         self._deadlines[rank] = self.clock + seconds, None
 
     def cancel_deadline(self, rank: int) -> None:
-        """Forget the deadline of a rank."""
+        """Remove the deadline of a rank."""
         self._deadlines.pop(rank, None)
 
     def deadlines(self) -> frozenset[tuple[int, float]]:
-        """Return the ranks that wait for a limited time, with the end of it."""
+        """Return the ranks that wait with a timeout, with their deadlines."""
         return frozenset([(rank, at) for rank, (at, _) in self._deadlines.items()])
 
     def arrived(self, group: Any) -> Collection[int]:
@@ -176,7 +177,7 @@ class Network:
 
         Args:
             sleepers: ranks that poll the store.
-            stretch: seconds for which all of them sleep at least, so that an eventless minute has few polls.
+            stretch: minimum number of seconds that all of them sleep, so that a minute without events has few polls.
         """
         if not self._deadlines:
             return False
@@ -203,7 +204,7 @@ class Network:
 
     def _set(self, key: str, value: bytes | int) -> None:
         self.values[key] = value
-        # Few keys are waited for, by many ranks.
+        # There are few such keys, and many ranks wait for each.
         if self._waiting_for and key in (waited := self._waiting_for):
             for rank in list(waited[key]):
                 keys, with_value = self._waits[rank]
@@ -223,7 +224,7 @@ class Network:
         return WAITING
 
     def _end_wait(self, rank: int) -> None:
-        """Forget which keys a rank waits for."""
+        """Remove a rank from the ranks that wait for keys."""
         if rank not in self._waits:
             return
         for key in {*self._waits.pop(rank)[0]}:

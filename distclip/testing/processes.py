@@ -1,4 +1,4 @@
-"""Run cases on worlds of processes, and survive cases that hang."""
+"""Run cases on worlds of processes, which may include cases that hang."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class _World:
             self._processes.append(process)
 
     def answers(self) -> Iterator[list[Answer]]:
-        """Yield the answers of all ranks to each case. The last one can be that of a case that has hung."""
+        """Yield the answers of all ranks to each case. The last ones may be of a case that hangs."""
         for _ in range(self._num_seeds):
             by_rank = []
             for connection in self._connections:
@@ -84,7 +84,7 @@ class _World:
     def stop(self) -> None:
         """End the processes."""
         for process in self._processes:
-            # After the last case they end together, unless they are stuck.
+            # After the last case, the processes end together unless they are stuck.
             process.join(timeout=5.0 if self._is_done else 0.0)
             process.kill()
             process.join()

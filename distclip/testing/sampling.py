@@ -19,7 +19,7 @@ SCHEDULES_PER_SCENARIO = 20_000
 """Number of consecutive seeds that are schedules of one scenario."""
 
 _SIZES = (8,) * 40 + (16,) * 7 + (32,) * 2 + (64,)
-"""Numbers of ranks, as often as they are drawn."""
+"""Numbers of ranks to draw from, repeated by their weight."""
 
 
 def scenario_of(seed: int, sizes: Sequence[int] = _SIZES) -> Scenario:
@@ -54,13 +54,13 @@ def sample_in_processes(num_schedules: int, first_seed: int, num_processes: int,
     own = _SIZES if sizes is None else tuple(sizes)
     if num_processes == 1:
         return sample(range(first_seed, first_seed + num_schedules), own)
-    # Whole scenarios, so that no two processes run the code of one.
+    # Each chunk is a whole scenario, so that no two processes run the code of the same one.
     chunk = SCHEDULES_PER_SCENARIO
     starts = range(first_seed, first_seed + num_schedules, chunk)
     chunks = [(range(start, min(start + chunk, first_seed + num_schedules)), own) for start in starts]
     totals = Totals()
     with mp.get_context("spawn").Pool(num_processes, initializer=_start) as pool:
-        # The scenarios of most ranks take longest, and come first, so that the processes end together.
+        # The scenarios with most ranks take longest. They run first, so that the processes end at about the same time.
         chunks.sort(key=lambda chunk: -scenario_of(chunk[0][0], own).num_ranks)
         for one in pool.starmap(sample, chunks, chunksize=1):
             totals.add(one)
@@ -74,7 +74,7 @@ def _start() -> None:
 
 
 def all_scenarios(num_ranks: int = 3, every_rank: bool = True) -> list[Scenario]:
-    """Return every call, in every layout, with every condition, of every rank or of rank 1 alone.
+    """Return every call in every layout, with every condition of every rank or of rank 1 alone.
 
     >>> len(all_scenarios()), len(all_scenarios(every_rank=False))
     (306, 108)

@@ -1,4 +1,4 @@
-"""Declare what the ranks of an explored world do: calls of distclip, and one rank or two that are out of line.
+"""Declare the actions of the ranks in an explored world: calls of distclip, with one or two deviating ranks.
 
 A scenario is plain data that follows from a seed. `make_calls` makes its calls on one rank.
 """
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 CALLS = ("function", "clipper", "scaler")
-"""Calls: `clip_grad_norm_`, a new `GradClipper` and its `clip`, and one with a `GradScaler` and its `step`."""
+"""Calls: `clip_grad_norm_`, `clip` of a new `GradClipper`, and `step` of a new one with a `GradScaler`."""
 
 LAYOUTS = ("stages", "shards", "halves")
 """Layouts: a plain tensor on each rank of a `split_over` axis, shards on one mesh, and shards on two meshes."""
@@ -78,7 +78,7 @@ class Scenario:
     Args:
         num_ranks: size of the world.
         calls: (call, layout) pairs, in order.
-        conditions: ranks that are out of line.
+        conditions: conditions of the ranks that deviate.
     """
 
     num_ranks: int
@@ -95,7 +95,7 @@ class Scenario:
         for one in self.conditions:
             stage = {"raises before measuring": "shards", "raises while measuring": "measure"}.get(one.name)
             if one.rank == rank and stage is not None:
-                # Every call reaches the stage once, unless the ranks are in different situations.
+                # Every call reaches the stage once, unless the ranks have different conditions.
                 faults.append(Fault(rank, stage, one.call + 1, InjectedFault(one.name)))
         return faults
 
@@ -114,7 +114,7 @@ class Scenario:
     def components(self, call: int) -> list[set[int]]:
         """Return the ranks that must reach the same verdict in a call."""
         everybody, half = set(range(self.num_ranks)), self.num_ranks // 2
-        # A single rank with a wider mesh is a mistake that the ranks of the narrower mesh notice.
+        # A wider mesh on a single rank is a mistake that the ranks of the narrower mesh detect.
         is_whole = self.calls[call][1] != "halves" or self._all_are_wide(call)
         return [everybody] if is_whole else [{*range(half)}, {*range(half, self.num_ranks)}]
 
@@ -151,7 +151,7 @@ def random_scenario(seed: int, num_ranks: int) -> Scenario:
     for _ in range(rng.choice((0, 1, 1, 2))):
         name, call = rng.choice(CONDITIONS), rng.randrange(len(calls))
         if name == "wider mesh":
-            # The ranks of the wider mesh take their next call for this one.
+            # The other ranks of the wider mesh would match their next call with this one.
             call, conditions = len(calls) - 1, [one for one in conditions if one.name != name]
         at = float(rng.randrange(40)) if name == "dies" else rng.choice((0.5, 5.0, 100.0))
         conditions.append(Condition(name, rng.randrange(num_ranks), call, at))
@@ -186,7 +186,7 @@ def _make_call(scenario: Scenario, i: int, meshes: dict[str, Any]) -> Verdict:
 
     split_over = meshes["all"] if layout == "stages" else None
     if has("different split_over"):
-        # Not None: a rank that passes neither a mesh nor an axis is alone, and no other rank can notice.
+        # None would not do: a rank that passes neither a mesh nor an axis is alone, and no other rank can detect it.
         split_over = {"other": meshes["all"]}
     params = [
         ("w", _param(rank, i, None if layout == "stages" else meshes["all" if layout == "shards" else "half"], has))
@@ -203,7 +203,7 @@ def _make_call(scenario: Scenario, i: int, meshes: dict[str, Any]) -> Verdict:
         text = f"{type(error).__name__}: {error}"
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
-        # Torch raises for a peer that has died while a process group is made, or during a gather.
+        # Torch raises if a peer has died while a process group is made, or during a gather.
         is_expected = any(one.name == "dies" for one in scenario.conditions)
     return Verdict(outcome, [_bits(param) for _, param in params] != before, text, is_expected)
 

@@ -1,7 +1,7 @@
-"""Run ranks in one process, on virtual time, in an order that follows from a seed: `World`.
+"""Run ranks in one process, in virtual time and in an order that follows from a seed (`World`).
 
-One rank runs at a time, until it communicates. Which of the ranks runs next is drawn from the seed. So a run is
-reproducible, a time-out costs no time, and a world whose ranks wait for each other without end is noticed at once.
+One rank runs at a time, until it communicates. The seed determines which rank runs next. So a run is reproducible, a
+timeout takes no real time, and a deadlock of the ranks is detected at once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .network import WAITING, Failure, Network, Request
 __all__ = ["Run", "World", "WorldHangs"]
 
 BYTES_PER_RANK = 12 * 2**20
-"""Memory that one simulated rank takes at least: its thread, and its copy of torch.distributed."""
+"""Minimum memory of one simulated rank: its thread, and its copy of torch.distributed."""
 
 
 class WorldHangs(RuntimeError):
@@ -40,7 +40,7 @@ class WorldHangs(RuntimeError):
 
 
 class RankEnds(BaseException):
-    """End of a rank that was killed. It is no error of the program."""
+    """End of a rank that was killed. It is not an error of the program."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +80,16 @@ class World:
 
     Its methods return another world with one more fault.
 
-    Every rank is a thread with a separate torch.distributed: process groups, DTensors, FSDP2 and distclip work in it
-    as in a process, on the CPU.
+    Every rank is a thread with a separate torch.distributed. Process groups, DTensors, FSDP2 and distclip work in it as
+    in a process, on the CPU.
 
     Args:
         num_ranks: number of ranks.
-        seed: determines in which order the ranks run.
+        seed: determines the order in which the ranks run.
         timeout: virtual seconds after which a rank that waits for a key of the store gives up.
 
     Raises:
-        ArgumentError: `num_ranks` is not a number ≥ 1, or too many for the memory of this machine.
+        ArgumentError: `num_ranks` is not a number ≥ 1, or too large for the memory of this machine.
 
     >>> import torch, torch.distributed as dist
     >>> from distclip import clip_grad_norm_
@@ -118,7 +118,7 @@ class World:
     def fail(self, *, rank: int, at: str, call: int = 1, error: BaseException | None = None) -> World:
         """Return a world in which a rank raises at the beginning of a stage.
 
-        A rank that raises at "gather" or "all_reduce" leaves the collective out, and its peers may wait without end.
+        A rank that raises at "gather" or "all_reduce" does not enter the collective, and its peers may wait forever.
 
         Args:
             rank: the rank.
@@ -133,9 +133,9 @@ class World:
         return self._with(rank, at, call, default if error is None else error)
 
     def kill(self, *, rank: int, at: str, call: int = 1) -> World:
-        """Return a world in which a rank ends at the beginning of a stage, as a killed process does.
+        """Return a world in which a rank ends at the beginning of a stage, like a killed process.
 
-        Collectives that it is a member of fail on the other members.
+        Its collectives then fail on their other members.
 
         Args:
             rank, at, call: see `fail`.
@@ -235,11 +235,11 @@ class RankThread:
         self.request: Request | None = None
         self.result: Any = None
         self.error: BaseException | None = None
-        # Killed by a fault, or ended with the world.
+        # `is_killed` is set by a fault or at the end of the world, and `is_dead` when the network has removed the rank.
         self.is_killed = self.is_dead = False
         self._num_refused = 0
         self._reply: Any = None
-        # Binary semaphores, which are faster than those of `threading`.
+        # These are binary semaphores, which are faster than those of `threading`.
         self._go, self._stopped = threading.Lock(), threading.Lock()
         self._go.acquire()
         self._stopped.acquire()
@@ -268,7 +268,7 @@ class RankThread:
     def end(self) -> None:
         """End the thread."""
         self.is_killed = True
-        # Code that keeps every exception goes on, and each of its requests is refused.
+        # Code that swallows every exception continues, and each of its requests is refused.
         if self.request is not None:
             self.resume(None)
 
@@ -298,16 +298,16 @@ class RankThread:
                 raise RankEnds
 
     def begin_rendezvous(self) -> None:
-        """Begin a rendezvous. Only explored ranks note it."""
+        """Begin a rendezvous. Only explored ranks record it."""
 
     def forget(self, *kept: Any) -> None:
-        """Forget what the rank has done since `begin_rendezvous`. Only explored ranks do so."""
+        """Discard the rank's history since `begin_rendezvous`. Only explored ranks do so."""
 
     def _refuse(self) -> None:
         if self.is_killed:
             self._num_refused += 1
             if self._num_refused > 1000:
-                # The program keeps every exception and tries again without end.
+                # The program swallows every exception and retries forever.
                 self.request = None
                 self._stopped.release()
                 threading.Event().wait()
@@ -345,7 +345,7 @@ def current_rank() -> RankThread | None:
 
 @contextmanager
 def simulated_process() -> Iterator[None]:
-    """Make stages, time and random bytes those of the rank that runs, as long as the block lasts."""
+    """Replace stages, time and random bytes by those of the running rank, within the block."""
 
     def staged(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
@@ -374,11 +374,11 @@ def simulated_process() -> Iterator[None]:
         stack.enter_context(on_rank(time, "time", now))
         stack.enter_context(on_rank(time, "monotonic", now))
         stack.enter_context(on_rank(time, "sleep", lambda rank, seconds: rank.ask("sleep", seconds)))
-        # The module `secrets` takes its bytes from `random`.
+        # The module `secrets` gets its bytes from `random`.
         for module, name in ((os, "urandom"), (random, "_urandom")):
             stack.enter_context(on_rank(module, name, lambda rank, n: rank.state.random.randbytes(n)))
         hook = sys.excepthook
-        # Equal meshes of two ranks must not be one key of torch's caches. Torch has a rule for threaded ranks.
+        # Equal meshes of two ranks must not share a key in torch's caches. Torch has a rule for ranks in threads.
         stack.enter_context(
             on_rank(device_mesh, "get_backend", lambda _, *args: "threaded" if not args else get_backend(*args))
         )
@@ -417,7 +417,7 @@ class _Simulation:
     def run(self) -> Run:
         """Run all ranks to their ends."""
         network, ranks = self.network, self.ranks
-        # Ranks that can run, with the reply to resume them with. A rank that has not started has none.
+        # These ranks can run. Each has the reply to resume it with, unless it has not started.
         runnable: dict[int, Any] = {rank.rank: WAITING for rank in ranks}
         started = set[int]()
         try:

@@ -119,8 +119,8 @@ def suggest(log: Log, batch: int | None = None) -> Suggestion:
 
     The choice was measured: norms were recorded at a safe learning rate, and their percentiles were used as bounds of
     runs at four to five times that rate, with three seeds each. With p90, the held-out losses are 1.96 (a tanh RNN),
-    1.75 (an LSTM; 1.97 on one seed) and 2.49 (a GPT with SGD). No other bound does better. p75 gives 2.00, 1.74 and
-    2.48. p95 gives 1.98, 1.73 … 1.88 and 2.50. p50 raises the RNN's loss by 0.1. With p99 and with the maximum, the
+    1.75 (an LSTM; 1.97 on one seed) and 2.49 (a GPT with SGD), as good as with any other bound. p75 gives 2.00, 1.74
+    and 2.48. p95 gives 1.98, 1.73 … 1.88 and 2.50. p50 raises the RNN's loss by 0.1. With p99 and with the maximum, the
     LSTM fails (3.3 … 4.2 and 4.4 … 7.9). These two are too loose for a raised learning rate, and only a safety net at
     the learning rate of the log.
 

@@ -15,7 +15,7 @@ __all__ = ["Live", "assess", "print_summary", "render_page", "write_page", "writ
 
 def write_pngs(logs: Sequence[Log], directory: Path) -> list[Path]:
     """Write charts as PNG files, see `png.write_pngs`."""
-    # The import of matplotlib takes as long as a page.
+    # Importing matplotlib takes as long as writing a page, so it is imported only here.
     from .png import write_pngs
 
     return write_pngs(logs, directory)

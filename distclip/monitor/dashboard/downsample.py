@@ -20,8 +20,8 @@ def downsample(values: Numbers, num_buckets: int, keep: Iterable[int] = ()) -> I
     """Select the minimum and the maximum of every bucket of a curve.
 
     Args:
-        values: (n,) of the curve; NaN for a gap.
-        num_buckets: number of equal parts. A curve of up to twice as many points is returned whole.
+        values: (n,) values of the curve; NaN for a gap.
+        num_buckets: number of equal parts. A curve with up to twice as many points is returned whole.
         keep: indices that are always selected.
 
     Example:
@@ -41,8 +41,8 @@ def bucket_peaks(values: Numbers, marked: NDArray[np.bool_], num_buckets: int) -
     """Select the highest marked step of every bucket.
 
     Args:
-        values: (n,) of the curve that carries the marks.
-        marked: (n,) steps to mark, possibly millions.
+        values: (n,) values of the curve that carries the marks.
+        marked: (n,) whether to mark each step, possibly millions.
         num_buckets: number of equal parts.
 
     Returns:

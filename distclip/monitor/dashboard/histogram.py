@@ -1,4 +1,4 @@
-"""Compute the distributions of the norms, which the page and the PNGs draw."""
+"""Compute the distributions of the norms for the page and the PNGs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def make_histograms(logs: Sequence[Log]) -> list[Histogram]:
         return []
     low = math.log10(min(column.min() for column in norms if len(column)))
     high = math.log10(max(column.max() for column in norms if len(column)))
-    # Norms that are all equal still need a bin with a width.
+    # If all norms are equal, the bins still need a width.
     margin = 0.05 if high - low < 1e-6 else 0.0
     num_bins = max(10, min(MAX_BINS, math.isqrt(max(sizes)) * 2))
     edges = np.linspace(low - margin, high + margin, num_bins + 1)

@@ -107,7 +107,7 @@ def render_page(
     runs, assessments = assign_styles([log.name for log in logs]), assessments or assess(logs)
     sections = [section for section in _make_sections(logs, runs) if section.charts or section.notes]
     charts = [chart for section in sections for chart in section.charts]
-    # The JSON has no <, so that it cannot end the script that contains it.
+    # The JSON contains no <, so it cannot end the script that contains it.
     figures = {chart.name: chart.figure.to_json() for chart in charts}
     spikes, spike_notes = make_spike_rows(logs)
     summary = make_summary(logs, assessments)
@@ -141,7 +141,7 @@ def render_page(
 
 @cache
 def _pack_plotly() -> str:
-    """Return plotly.js compressed to a third, in characters that HTML leaves alone."""
+    """Return plotly.js compressed to a third, in characters that need no escape in HTML."""
     return b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0, compresslevel=4)).decode()
 
 
@@ -196,7 +196,7 @@ def _make_own_charts(logs: Sequence[Log], runs: Sequence[Style]) -> tuple[list[C
 
 
 def _read_figure(path: Path) -> Any:
-    """Read a plotly figure, without properties that this version of plotly does not know.
+    """Read a plotly figure, without properties that this version of plotly does not support.
 
     Raises:
         OSError: the file cannot be read.

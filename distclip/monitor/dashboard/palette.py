@@ -1,4 +1,4 @@
-"""Define colours and shapes: a run has the same colour on every chart, and every kind of event has its own shape."""
+"""Define colours and shapes. A run has the same colour on every chart, and each kind of event has a separate shape."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..analysis.formatting import printable
 __all__ = ["GREY", "MARKS", "QUANTILES", "RUN_COLOURS", "Mark", "Style", "assign_styles"]
 
 RUN_COLOURS = ["#0077bb", "#d9652a", "#009988", "#bb4488", "#7a7fe0", "#999933", "#cc6677", "#7f7f8c"]
-"""Colours of runs, similar to those of Paul Tol. Their contrast to both backgrounds of the page is above 3."""
+"""Colours of runs, similar to Paul Tol's. Their contrast to both backgrounds of the page is above 3."""
 
 GREY = "#8a8f98"
 """Colour of elements that belong to no single run."""
@@ -95,7 +95,7 @@ def assign_styles(names: Sequence[str]) -> list[Style]:
 def _group_names(names: Sequence[str]) -> list[str]:
     """Return the group of each run.
 
-    The most varied numbers are removed from the names until there are enough colours.
+    The numbers that vary most are removed from the names until there are enough colours.
     """
     parts = [re.split(r"[/,]", name) for name in names]
     if len(set(names)) <= len(RUN_COLOURS) or len({len(part) for part in parts}) > 1:

@@ -1,4 +1,4 @@
-"""Prepare the curves over the steps, which the page and the PNGs draw."""
+"""Prepare the curves over the steps for the page and the PNGs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .x_axes import token_counts
 __all__ = ["Curve", "Markers", "Panel", "make_panels"]
 
 MAX_POINTS = 30_000
-"""Number of buckets of all curves of a page together. They take less than a megabyte."""
+"""Maximum number of buckets of all curves of a page together. They take less than a megabyte."""
 
 MAX_BUCKETS = 2000
 """Maximum number of buckets of one curve."""
@@ -32,7 +32,7 @@ MAX_MARKERS = 400
 """Maximum number of markers per kind and run."""
 
 MAX_COLUMNS = 12
-"""Maximum number of panels for further columns."""
+"""Maximum number of panels for other columns."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ class Panel:
 
 
 def make_panels(logs: Sequence[Log]) -> tuple[list[Panel], list[str]]:
-    """Prepare the panels for which there are values, and notes about those without."""
-    # The index of a tensor is no quantity.
+    """Prepare the panels that have values, and notes about the others."""
+    # The index of a tensor is not a quantity.
     no_curves = {"loss", "time", "update_slot"} | token_counts(logs)
     names = list(dict.fromkeys(name for log in logs for name in log.columns if name not in no_curves))
     with_values = [name for name in names if any(np.isfinite(_column(log, name)).any() for log in logs)]

@@ -1,7 +1,7 @@
 """Write the charts of the page as PNG files for papers: matplotlib paints the figures that the page shows.
 
-Data, colours, shapes, texts and axes come from the figure. What is here maps the properties of plotly that the charts
-use to those of matplotlib.
+Data, colours, shapes, texts and axes come from the figure. This module maps the plotly properties that the charts use
+to those of matplotlib.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ RC: Any = {
 """Settings of matplotlib."""
 
 WIDTH = 5.5
-"""Width of a figure in inches: that of a text column."""
+"""Width of a figure in inches, equal to that of a text column."""
 
 DPI = 220
 """Resolution in pixels per inch."""
 
 PIXELS = 120
-"""Number of pixels of the page that become an inch."""
+"""Number of pixels of the page per inch of the figure."""
 
 POINTS = 72 / PIXELS
 """Size of a pixel of the page in points."""
 
 DASHES = {"solid": "-", "dash": "--", "dot": ":"}
-"""Line styles of matplotlib by that of plotly."""
+"""Line styles of matplotlib by those of plotly."""
 
 SHAPES = {"circle": "o", "diamond": "D", "square": "s", "triangle-down": "v", "x-thin": "x"}
 """Markers of matplotlib by the symbol of plotly."""
@@ -99,7 +99,7 @@ def write_pngs(logs: Sequence[Log], directory: Path) -> list[Path]:
     for i, heat_map in enumerate(heat_maps):
         title = runs[heat_map.run].name if len(runs) > 1 else ""
         figures[f"tensors_{i + 1}" if several else "tensors"] = (draw_heat_map(heat_map), title)
-    # Near the largest float, the margins that matplotlib adds overflow.
+    # matplotlib adds margins, which overflow near the largest float.
     with rc_context(RC), _without_glyph_warnings(), np.errstate(over="ignore"):
         return [_save(paint(*figure), directory / f"{name}.png") for name, figure in figures.items()]
 
@@ -122,11 +122,11 @@ def paint(figure: Any, title: str = "") -> Figure:
 
     Args:
         figure: plotly figure.
-        title: above it.
+        title: title above it.
     """
     layout = figure.layout
     keys = [trace.yaxis or "y" for trace in figure.data]
-    # The panels, from above.
+    # These are the panels from top to bottom.
     names = list(dict.fromkeys(keys))
     domains = [_axis_of(layout, name).domain or (0.0, 1.0) for name in names]
     painted = Figure(figsize=(WIDTH, layout.height / PIXELS), layout="constrained")
@@ -156,14 +156,14 @@ def _axis_of(layout: Any, name: str) -> Any:
 
 
 def _plain(text: str | None) -> str:
-    """Return the characters of a text that is HTML in plotly."""
+    """Return the plain characters of plotly's HTML text."""
     return unescape((text or "").replace("<br>", "\n"))
 
 
 def _paint_scatter(axes: Axes, trace: Any) -> Line2D:
-    """Paint lines, markers and the area below them, and return what the legend shows."""
+    """Paint lines, markers and the area below them, and return the handle for the legend."""
     look = _look(trace)
-    # A trace that is only for the legend has one point, which is None.
+    # A trace that only serves the legend has one point, which is None.
     if trace.x is not None and len(trace.x) and trace.x[0] is not None:
         x, y = np.asarray(trace.x, np.float64), np.asarray(trace.y, np.float64)
         is_step = trace.line.shape == "hv"
@@ -216,7 +216,7 @@ def _paint_heat_map(axes: Axes, trace: Any) -> None:
 
 
 def _format_axis(axes: Axes, axis: Any, given: Any) -> None:
-    """Give an axis the title, the scale, the range and the labels of that of plotly."""
+    """Give an axis the title, the scale, the range and the labels of the plotly axis."""
     is_x = axis is axes.xaxis
     axis.set_label_text(_plain(given.title.text))
     is_log = given.type == "log"
@@ -252,7 +252,7 @@ def _format_tick(value: float, _: object) -> str:
 
 
 def _add_legend(figure: Figure, entries: dict[str, Artist]) -> None:
-    """Add a legend above the charts, where it covers nothing."""
+    """Add a legend above the charts, so that it covers nothing."""
     if entries:
         # matplotlib ignores a label that begins with an underscore.
         labels = [f"\N{WORD JOINER}{label}" if label.startswith("_") else shorten(label, 40) for label in entries]

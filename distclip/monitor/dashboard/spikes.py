@@ -1,4 +1,4 @@
-"""List the steps that stood out, as rows of a table."""
+"""List the outlier steps as rows of a table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..analysis.spikes import Culprit, Spike
 __all__ = ["SpikeRow", "make_spike_rows"]
 
 MAX_STEPS = 25
-"""Maximum number of finite steps of a run, and of non-finite ones."""
+"""Maximum number of finite steps per run, and of non-finite steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class SpikeRow:
     Args:
         run: index of the run.
         step: number of the step.
-        norm: before clipping.
+        norm: norm before clipping.
         ratio: ratio of the norm to the median before it.
         rank: rank with the largest part of the norm.
         tensor: tensor with the largest gradient on that rank.
@@ -46,8 +46,7 @@ class SpikeRow:
 def make_spike_rows(logs: Sequence[Log]) -> tuple[list[SpikeRow], list[str]]:
     """Return the rows and notes about steps that are not shown.
 
-    Steps that are not finite come first, in their order, and then the others by the ratio to the median, in descending
-    order.
+    Steps that are not finite come first, in order. The others follow by their ratio to the median, in descending order.
     """
     rows: list[tuple[float, SpikeRow]] = []
     notes = []
@@ -56,7 +55,7 @@ def make_spike_rows(logs: Sequence[Log]) -> tuple[list[SpikeRow], list[str]]:
         for culprit in log.culprits:
             culprits.setdefault(culprit.step, []).append(culprit)
         spikes = {spike.step: spike for spike in log.spikes}
-        # A log that was written by hand has non-finite steps without any detail.
+        # A log that was written by hand has no details about its non-finite steps.
         nonfinite = set(log.steps[~log.finite].tolist()) | set(culprits)
         finite = [spike for spike in log.spikes if spike.step not in nonfinite]
         finite.sort(key=lambda spike: np.nan_to_num(spike.ratio, nan=0.0), reverse=True)

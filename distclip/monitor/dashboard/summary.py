@@ -31,7 +31,7 @@ from .palette import Style, assign_styles
 __all__ = ["SummaryRow", "make_summary", "print_summary"]
 
 KNOWN = {"distclip", "format", "time", "policy", "per", "slots", "tensors", "every"}
-"""Keys of a header without a row, or with a special one."""
+"""Keys of a header that have no row, or a special one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class SummaryRow:
 
     Args:
         label: label of the property.
-        cells: one per run.
+        cells: one text per run.
         text: whether the cells are words instead of numbers.
     """
 
@@ -67,13 +67,13 @@ def print_summary(logs: Sequence[Log], console: Console, assessments: Sequence[A
 
     Args:
         logs: logs of the runs, at least one.
-        console: console to print to. One that is not a terminal is 120 characters wide.
+        console: console to print to. Its width is 120 characters if it is not a terminal.
         assessments: see `write_page`.
     """
     console = Screen(console).console
     styles, assessments = assign_styles([log.name for log in logs]), assessments or assess(logs)
     rows = make_summary(logs, assessments)
-    # Print as many columns side by side as the console is wide enough for.
+    # As many columns are printed side by side as fit on the console.
     start = 0
     while start < len(styles):
         stop = start + 1
@@ -149,7 +149,7 @@ def _last_loss(log: Log) -> str:
     if not len(indices):
         return MISSING
     last = int(indices[-1])
-    # A loss that ends early is as informative as its value.
+    # The end of the losses, if it is early, is as informative as the last value.
     step = f" (step {format_count(log.steps[last])})" if last < 0.9 * (len(loss) - 1) else ""
     return format_number(float(loss[last])) + step
 

@@ -1,4 +1,4 @@
-"""Prepare heat maps of the per-tensor norms, which the page and the PNGs draw."""
+"""Prepare heat maps of the per-tensor norms for the page and the PNGs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class HeatMap:
 
 
 def make_heat_maps(logs: Sequence[Log]) -> tuple[list[HeatMap], list[str]]:
-    """Prepare the heat maps of the runs with per-tensor norms, and notes about runs without."""
+    """Prepare heat maps of the runs with per-tensor norms, and notes about the other runs."""
     with_tensors = [(run, log) for run, log in enumerate(logs) if np.isfinite(log.tensor_peaks).any()]
     if not with_tensors:
         return [], ["No per-tensor norms were recorded."]
@@ -66,7 +66,7 @@ def make_heat_maps(logs: Sequence[Log]) -> tuple[list[HeatMap], list[str]]:
     parts = [(run, log, *_largest_rows(log)) for run, log in with_tensors[:MAX_RUNS]]
     num_columns = MAX_CELLS // sum(len(rows) for _, _, rows, _ in parts)
     finite = np.concatenate([norms[np.isfinite(norms)] for *_, norms in parts])
-    # The 2nd percentile, because one tensor that is almost zero must not use up the colour scale.
+    # The scale begins at the 2nd percentile, because one tensor that is almost zero must not use it up.
     limits = (float(np.percentile(finite, 2)), float(finite.max()))
     heat_maps = []
     for run, log, rows, norms in parts:

@@ -1,4 +1,4 @@
-"""Prepare the horizontal axes of the curves that replace steps: tokens, and time."""
+"""Prepare alternatives to steps as the horizontal axis of the curves: tokens and time."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..analysis.statistics import Numbers
 __all__ = ["XAxis", "make_x_axes", "token_counts"]
 
 TOKENS = re.compile(r"(.*[/_.])?tokens(_seen)?")
-"""Names of a column of tokens, such as that of transformers (`num_input_tokens_seen`)."""
+"""Pattern of the names of a column of tokens, such as that of transformers (`num_input_tokens_seen`)."""
 
 MAX_KNOTS = 4000
-"""Maximum number of points of an axis, of all runs together. The page interpolates between them."""
+"""Maximum number of points of an axis, for all runs together. The page interpolates between them."""
 
 TIMES = ((3 * 86400, 86400, "days"), (3 * 3600, 3600, "hours"), (180, 60, "minutes"), (0, 1, "seconds"))
 """Shortest duration in seconds for which a unit is used, and the seconds and the name of the unit."""
@@ -31,8 +31,8 @@ class XAxis:
 
     Args:
         title: title of the axis, with the unit.
-        steps: (knots,) per run.
-        positions: (knots,) per run.
+        steps: (knots,) steps per run.
+        positions: (knots,) positions of these steps per run.
     """
 
     title: str
@@ -54,7 +54,7 @@ def make_x_axes(logs: Sequence[Log]) -> list[XAxis]:
 
 
 def token_counts(logs: Sequence[Log]) -> frozenset[str]:
-    """Return the columns with the tokens since the start, which are an axis of all runs and need no curve."""
+    """Return the columns with the tokens since the start, which are an axis and need no curve."""
     if not all(_tokens(log) for log in logs):
         return frozenset()
     names = [(log, name) for log in logs for name in (_token_column(log),) if name is not None]
@@ -76,7 +76,7 @@ def _tokens(log: Log) -> tuple[NDArray[np.int64], Numbers] | None:
     if name is None or (known := _known(log, name)) is None:
         return None
     steps, tokens = known
-    # A column that does not rise at every step has the tokens of single steps.
+    # If a column does not rise at every step, it has the tokens of single steps.
     return steps, tokens if _rises(tokens) else np.cumsum(tokens)
 
 
@@ -94,7 +94,7 @@ def _seconds(log: Log) -> tuple[NDArray[np.int64], Numbers] | None:
 
 
 def _known(log: Log, name: str) -> tuple[NDArray[np.int64], Numbers] | None:
-    """Return the steps with a value, and the values, if there are at least two different ones."""
+    """Return the steps with a value, and the values, or None with fewer than two values or only zeros."""
     values = log.columns.get(name, np.zeros(0))
     finite = np.flatnonzero(np.isfinite(values))
     if len(finite) < 2 or values[finite].min() == values[finite].max() == 0:

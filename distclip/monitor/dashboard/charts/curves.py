@@ -17,7 +17,7 @@ from .style import apply_style, escape_text, hover_name, log_ticks
 __all__ = ["draw_curves"]
 
 MAX_UNIFIED = 4
-"""Maximum number of runs for one label with the values of all panels at a step, which would fill the screen."""
+"""Maximum number of runs for a hover label with the values of all panels. More runs would fill the screen."""
 
 GAP = 26
 """Distance between panels in pixels."""
@@ -29,7 +29,7 @@ def draw_curves(panels: Sequence[Panel], runs: Sequence[Style], x_axes: Sequence
     Args:
         panels: panels from top to bottom.
         runs: styles of all runs.
-        x_axes: alternatives to steps, from which the reader of the page chooses.
+        x_axes: alternatives to steps, which the reader of the page can select.
 
     Returns:
         The figure. Its `meta` has the run of each trace, how the page smooths it, and the axes.
@@ -40,7 +40,7 @@ def draw_curves(panels: Sequence[Panel], runs: Sequence[Style], x_axes: Sequence
 
     def add(trace: Any, run: int | None, smoothing: str | None = None) -> None:
         figure.add_trace(trace)
-        # A curve that all runs share ends with the first one.
+        # A curve that all runs share ends where the first run ends.
         runs_of.append(None if run is None else max(run, 0))
         smooth.append(smoothing)
 
@@ -88,7 +88,7 @@ def _with_margin(low: float, high: float) -> list[float]:
 
 
 def _step(runs: Sequence[Style]) -> str:
-    """Return the beginning of a label, which has the step unless the label of all panels has it."""
+    """Return the beginning of a label: the step, unless one label for all panels has it."""
     return "" if len(runs) <= MAX_UNIFIED else "step %{x:,d}: "
 
 
@@ -190,8 +190,8 @@ def _axis(panel: Panel, domain: tuple[float, float]) -> dict[str, Any]:
         values = np.concatenate([curve.values for curve in (*panel.curves, *panel.bounds)])
         values = values[np.isfinite(values)]
         if len(values) and values.min() == values.max() != 0:
-            # Plotly's range of a constant is one unit below it to one unit above, so that 0.0003 would be at 0.
-            # A rate of 100 % has nothing above it.
+            # Plotly's range of a constant extends one unit below and above it, so 0.0003 would look like 0. Nothing is
+            # above a rate of 100 %.
             axis["range"] = sorted([0.0, (1.06 if panel.key == "clip_rate" else 2) * float(values[0])])
     if panel.key == "clip_rate":
         axis |= {"rangemode": "tozero"}

@@ -26,7 +26,7 @@ MARGIN = {"l": 70, "r": 16, "t": 16, "b": 44}
 
 
 def apply_style(figure: Any, height: int, num_entries: int, runs: Sequence[Style]) -> None:
-    """Set the layout that all charts share. Text has the colours of the page's light and dark mode.
+    """Set the layout that all charts share. Its text is readable in the page's light and dark mode.
 
     Args:
         figure: plotly figure.
