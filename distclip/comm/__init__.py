@@ -1,8 +1,8 @@
 """Communication backends: declare `Comm`, and re-export its implementations.
 
-`Comm` is small on purpose, so that anything which adds a few numbers over ranks can carry distclip:
-torch.distributed (`process_group`), MPI (`mpi`), a single process (`LocalComm`), and threads of one process
-(`threads`, a public test double).
+`Comm` is small on purpose, so that anything that sums a few numbers over ranks can be a backend of distclip:
+torch.distributed (`process_group`), MPI (`mpi`), a single process (`LocalComm`), and threads of one process (`threads`,
+a public test double).
 """
 
 from __future__ import annotations
@@ -106,17 +106,17 @@ def start_sum(comm: Comm, tensor: Tensor, *, in_thread: bool = False) -> tuple[C
     Args:
         comm: the ranks that take part.
         tensor: float64 vector, which must not be touched until the sum is complete.
-        in_thread: let a thread wait for the sum of a backend that cannot begin one and return. No other method of the
-            communicator may be called until the sum is complete.
+        in_thread: if the backend cannot return before the sum is complete, let a thread wait for the sum. No other
+            method of the communicator may be called until the sum is complete.
 
     Returns:
-        A function that tells whether the sum is complete, and one that waits for it.
+        A function that returns whether the sum is complete, and one that waits for it.
 
     >>> is_complete, wait = start_sum(LocalComm(), torch.ones(2))
     >>> is_complete()
     True
     """
-    # A communicator of a caller may have no such method, or may have replaced `sum_` alone.
+    # A caller's communicator may have no such method, or may override only `sum_`.
     start = getattr(comm, "start_sum", None)
     classes = type(comm).__mro__
     replaced = next((cls for cls in classes if {"sum_", "start_sum"} & vars(cls).keys()), None)
@@ -130,7 +130,7 @@ def start_sum(comm: Comm, tensor: Tensor, *, in_thread: bool = False) -> tuple[C
 
 
 def _sum_in_thread(comm: Comm, tensor: Tensor) -> tuple[Callable[[], bool], Callable[[], None]]:
-    """Add up in another thread, see `start_sum`."""
+    """Sum in another thread, see `start_sum`."""
     errors: list[BaseException] = []
 
     def run() -> None:

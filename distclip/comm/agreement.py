@@ -2,7 +2,7 @@
 
 Every rank computes a checksum of what must be equal on all ranks: the function, its arguments, the number of the call,
 the state of the policy. It multiplies the checksum by a weight, and the weights of all ranks add up to 0. So the sum
-over ranks is exactly 0 if the checksums are equal, and the all-reduce gets a single number longer.
+over ranks is exactly 0 if the checksums are equal, and the all-reduce grows by a single number.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MODULUS = 2**32
 """Checksums are less than this."""
 
 _FEW = 64
-"""Number of words that the host adds up."""
+"""Largest number of words that the host sums itself."""
 
 
 class CallCounter:
@@ -41,7 +41,8 @@ class CallCounter:
     def __init__(self) -> None:
         self.count = 0
         self.rounded_replicas: frozenset[Ranks] = frozenset()
-        # Function of the last call, whether it has failed, and how to wait for that. None if the host knows it.
+        # Function of the last call, whether it has failed, and a function that waits for this value. None if it has
+        # been read.
         self._unread: tuple[str, Tensor, Callable[[], None]] | None = None
 
     def next(self) -> CallCounter:
@@ -50,7 +51,7 @@ class CallCounter:
         return self
 
     def defer(self, function: str, failed: Tensor) -> None:
-        """Leave it to the next call to read whether this one has failed.
+        """Defer to the next call the host read of whether this call has failed.
 
         Args:
             function: name of the function, as the user knows it.
@@ -61,7 +62,7 @@ class CallCounter:
         self._unread = (function, *copy_to_host_async(failed))
 
     def raise_due(self) -> None:
-        """Raise if the last call has failed, and the host has not read it.
+        """Raise if the last call has failed and the host has not read this yet.
 
         Raises:
             DisagreementError: see above; on every rank that has not raised an error in that call.
@@ -99,11 +100,11 @@ class Call:
     state: tuple[tuple[str, Sequence[Tensor]], ...] = ()
 
     def checksum(self, *more: Any) -> int | Tensor:
-        """Return a checksum of everything, and of `more` values.
+        """Return a checksum of all facts and states, and of `more` values.
 
         Returns:
-            0 ≤ checksum < 2^33, a number, or a 0-d int64 tensor on the device of the state. The value is the same
-            wherever the state is.
+            0 ≤ checksum < 2^33, a number, or a 0-d int64 tensor on the device of the state. The value is the same on
+            every device.
 
         Host syncs: none.
         """
@@ -122,7 +123,7 @@ class Call:
 
 
 def unequal_calls(function: str, which: str) -> DisagreementError:
-    """Return the error of a call that differs between ranks, if they cannot gather how.
+    """Return the error for a call that differs between ranks, without a gather of the differences.
 
     >>> str(unequal_calls("clip_grad_norm_", "this call"))[:72]
     'clip_grad_norm_: in this call, other ranks passed other arguments (max_n'
@@ -138,7 +139,7 @@ def unequal_calls(function: str, which: str) -> DisagreementError:
 def zero_sum_weight(rank: int, size: int) -> int:
     """Return the weight of a rank's checksum. The weights of all ranks add up to 0.
 
-    Ranks with two different checksums, in whatever numbers, never add up to 0.
+    If the ranks have two different checksums, the sum is never 0, however many ranks have each of them.
 
     >>> [zero_sum_weight(rank, 4) for rank in range(4)]
     [-3, 1, 1, 1]
@@ -163,14 +164,15 @@ def checksum_of(tensors: Sequence[Tensor]) -> int | Tensor:
     """
     device, dtype = tensors[0].device, accumulation_dtype(tensors[0].device)
     if len(tensors) == 1 and tensors[0].dtype == dtype and tensors[0].dim() == 1 and tensors[0].is_contiguous():
-        # The coefficients of the last step, mostly.
+        # Usually these are the coefficients of the last step.
         flat = [tensors[0]]
     else:
         flat = [tensor.detach().reshape(-1).to(device, dtype) for tensor in tensors]
     words = (flat[0] if len(flat) == 1 else torch.cat(flat)).view(torch.int32)
-    # Odd factors, so that no bit of a word is lost modulo a power of two. int64 overflows to the same value everywhere.
+    # The factors are odd, so that no bit of a word is lost modulo a power of two. int64 overflows to the same value
+    # everywhere.
     if words.numel() <= _FEW and host_reads_free(words.device):
-        # The host adds a few numbers up faster than operators do.
+        # The host sums a few numbers faster than operators do.
         total: int = sum(map(mul, words.tolist(), itertools.count(1, 2)))
         return total % _MODULUS
     checksum = (words * odd_numbers(words.numel(), words.device)).sum().remainder(_MODULUS)

@@ -1,7 +1,7 @@
 """Fail on all ranks together: collect errors on one rank, and raise where every rank is at the same collective.
 
-A rank that raised alone would leave the other ranks waiting in the next collective. So an error is kept in a
-`FirstError`, the rank enters the collective all the same, and the error travels with the data of that collective.
+A rank that raised alone would leave the other ranks waiting in the next collective. So a `FirstError` keeps the error,
+the rank still enters the collective, and the error travels with the data of that collective.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def gather_or_raise(comm: Comm, error: BaseException | None, message: T) -> list
 
     Args:
         comm: the ranks that take part.
-        error: what this rank has run into, or None.
+        error: error of this rank, or None.
         message: what the other ranks need from this one; anything that pickles.
 
     Returns:
@@ -143,7 +143,7 @@ def describe_axes(by_rank: Mapping[int, tuple[Axis, ...]], ranks: Sequence[int])
 
 
 def wire_of(error: BaseException | None) -> tuple[str, str] | None:
-    """Return what other ranks need to raise `error` too, or None without an error."""
+    """Return the data that other ranks need to raise `error` too, or None without an error."""
     return None if error is None else to_wire(error)
 
 

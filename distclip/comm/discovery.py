@@ -66,17 +66,17 @@ def resolve_comm(
         groups: rank groups that this rank's parameters span, from their layouts.
         axes: axes of `split_over=`.
         comm: communicator given by the caller, or None. An error is added to `errors` if it misses ranks.
-        errors: what this rank has run into so far. Without `comm`, all ranks of a first call raise its error here.
-            Otherwise the next collective lets all ranks raise together (see `gather_or_raise`).
-        num_reached: numbers of ranks that each layout of this rank reaches, see `is_mixed`.
+        errors: errors of this rank so far. Without `comm`, all ranks of a first call raise its error here. Otherwise
+            the next collective lets all ranks raise together (see `gather_or_raise`).
+        num_reached: number of ranks that each layout of this rank reaches, see `is_mixed`.
 
     Returns:
         `comm`, or a derived communicator. The derived one is `LocalComm` if nothing is spread over ranks (one process,
         or plain tensors without `split_over=`).
 
     Raises:
-        ArgumentError: `comm` is no communicator.
-        DistclipError: see `Rendezvous.join`. An error of this rank, if nothing is spread over ranks.
+        ArgumentError: `comm` is not a communicator.
+        DistclipError: see `Rendezvous.join`; or the error of this rank, if nothing is spread over ranks.
 
     Collectives: none over `comm`. Without `comm` the first call with new meshes or axes exchanges messages through the
     store, and creates a process group if the ranks share none yet. Host syncs: none.
@@ -88,7 +88,8 @@ def resolve_comm(
                 f"{'is' if len(missing) == 1 else 'are'} missing. Pass comm=ProcessGroupComm(group) for a process "
                 "group, or comm=MPIComm(comm) for a communicator of mpi4py."
             )
-        # Not raised here: `comm` exists, so its ranks can raise together in the first collective over it.
+        # The error is not raised here, because the ranks of `comm` can raise it together in the first collective over
+        # it.
         with errors:
             check_covered(comm, groups, axes)
         return comm
@@ -106,14 +107,14 @@ def widened(
     *,
     as_before: bool = False,
 ) -> Comm:
-    """Derive a wider communicator, after a rank came with a mesh that `comm` does not cover.
+    """Derive a wider communicator, because a rank has a mesh that `comm` does not cover.
 
     Args:
-        comm: derived communicator that is too small. All of its ranks call this together.
+        comm: derived communicator that is too small. All of its ranks call this function together.
         groups, axes, num_reached: of this rank; see `resolve_comm`.
         as_before: whether `widens_as_before` holds on all ranks of `comm`.
 
-    Collectives: none if it is as before. Otherwise a gather over `comm`, and those of `resolve_comm`.
+    Collectives: none with `as_before`. Otherwise a gather over `comm`, and those of `resolve_comm`.
     """
     assert comm.ranks is not None, "only a derived communicator can be widened"
     session = _session()
@@ -124,14 +125,14 @@ def widened(
     if key not in session.wider or session.wider[key].is_left:
         # The ranks of `comm` whose own mesh is no wider take part because `comm` itself is one of the spans.
         session.wider[key] = _rendezvous(groups, axes, None, num_reached, also=tuple(comm.ranks))
-    # The next such call begins over `comm` again: a rank whose meshes are the same in both calls cannot distinguish it
-    # from one without the mesh.
+    # The next such call begins over `comm` again, because a rank whose meshes are the same in both calls cannot
+    # distinguish it from a call without the wider mesh.
     session.last_wider[tuple(comm.ranks)] = _outside(comm, groups, axes), session.wider[key]
     return session.wider[key]
 
 
 def widens_as_before(comm: Comm, groups: Collection[Ranks], axes: Sequence[Axis]) -> bool:
-    """Return whether this rank has the same meshes outside of a communicator as when it was widened last."""
+    """Return whether this rank has the same meshes outside of `comm` as when `comm` was last widened."""
     last = None if comm.ranks is None else _memory_of_session().last_wider.get(tuple(comm.ranks))
     return last is not None and not last[1].is_left and last[0] == _outside(comm, groups, axes)
 
@@ -145,7 +146,8 @@ def _outside(comm: Comm, groups: Collection[Ranks], axes: Sequence[Axis]) -> fro
 def rejoined(comm: ProcessGroupComm) -> ProcessGroupComm:
     """Move a derived communicator to a new process group, after a rank has left the old one.
 
-    Collectives: messages through the store, and a new group. All ranks of the communicator call this, sooner or later.
+    Collectives: messages through the store, and a new group. All ranks of the communicator call this function, sooner
+    or later.
     """
     groups = _session().groups
     if comm.ranks not in groups or is_left(groups[comm.ranks]):
@@ -155,7 +157,7 @@ def rejoined(comm: ProcessGroupComm) -> ProcessGroupComm:
 
 
 def raise_in_first_call(ranks: Ranks, error: BaseException) -> NoReturn:
-    """Raise on all ranks of a first call, which wait for this one.
+    """Raise an error on all ranks of a first call, which wait for this rank.
 
     Collectives: none, only messages through the store.
     """
@@ -172,7 +174,7 @@ def is_current(comm: Comm) -> bool:
 
 
 def is_mixed(comm: Comm) -> bool:
-    """Return whether some rank of a derived communicator has parameters on a part of its ranks only.
+    """Return whether some rank has parameters on only a part of a derived communicator's ranks.
 
     Such ranks may find in any call that their layouts have changed, so that the host must read the facts of the call.
     """
@@ -180,7 +182,7 @@ def is_mixed(comm: Comm) -> bool:
 
 
 def memory_of(comm: Comm) -> dict[str, Any]:
-    """Return a dict that lasts as long as torch.distributed, for what ranks have exchanged."""
+    """Return a dict for exchanged facts, which lasts as long as torch.distributed is initialized."""
     memory = _memory_of_session().memory if _is_initialized() else _memory
     return memory.setdefault(() if comm.ranks is None else tuple(comm.ranks), {})
 
@@ -199,7 +201,7 @@ def world_comm() -> Comm:
         return DryRunComm(dist.get_rank(), range(dist.get_world_size()))
     ranks = tuple(range(dist.get_world_size()))
     if ranks not in _session().groups or is_left(_session().groups[ranks]):
-        # It creates the group, after the ranks have compared how many groups each of them has.
+        # The rendezvous creates the group, after the ranks have compared how many groups each of them has.
         _rendezvous([ranks], (), None, ())
     return ProcessGroupComm(_session().groups[ranks])
 
@@ -207,7 +209,7 @@ def world_comm() -> Comm:
 def call_counter(comm: Comm) -> CallCounter:
     """Return the counter of the calls over a communicator.
 
-    A communicator of the caller has no counter that lasts.
+    A caller's communicator has no lasting counter, and gets a new one.
     """
     if not comm.covers_holders or comm.ranks is None:
         return CallCounter()
@@ -225,7 +227,7 @@ def check_covered(comm: Comm, groups: Collection[Ranks], axes: Sequence[Axis]) -
         groups, axes: of this rank; see `resolve_comm`.
 
     Raises:
-        LayoutError: it misses ranks, or its global ranks are not those of the meshes.
+        LayoutError: `comm` misses ranks, or its global ranks are not those of the meshes.
     """
     if groups and comm.ranks is not None and _is_initialized() and comm.ranks[comm.rank] != dist.get_rank():
         raise LayoutError(
@@ -265,7 +267,7 @@ def uncovered_ranks(comm: Comm, groups: Collection[Ranks], axes: Sequence[Axis])
 
 
 def global_rank(comm: Comm) -> int:
-    """Return the global rank of this process: by `comm`, or by torch.distributed within one process."""
+    """Return the global rank of this process, from `comm` or, if that has none, from torch.distributed."""
     if comm.ranks is not None:
         return comm.ranks[comm.rank]
     return dist.get_rank() if _is_initialized() else 0
@@ -295,7 +297,8 @@ def posting_store() -> Store | None:
     """
     if not _is_initialized() or dist.get_world_size() == 1 or is_dry_run():
         return None
-    # A program that initializes again may get the same store. All ranks have counted the same number of sessions.
+    # A program that initializes again may get the same store, so the name has the number of the session, which is equal
+    # on all ranks.
     return PrefixStore(f"distclip/postings/{_session().number}/{_num_forgotten}", _store())
 
 
@@ -304,7 +307,7 @@ def forget_all() -> None:
     global _num_forgotten
     _num_forgotten += 1
     for session in _sessions:
-        # The process groups stay: each costs several threads, until torch.distributed is destroyed.
+        # The process groups stay, because each new one costs several threads until torch.distributed is destroyed.
         for cache in (
             session.comms,
             session.wider,
@@ -325,13 +328,14 @@ class _Session:
     def __init__(self, world: dist.ProcessGroup) -> None:
         self.world, self.number = weakref.ref(world), next(_numbers)
         self.comms: dict[_Key, ProcessGroupComm] = {}
-        # By the ranks of a narrower communicator, and the meshes that it does not cover.
+        # The keys are the ranks of a narrower communicator, and the meshes that it does not cover.
         self.wider: dict[tuple[Ranks, frozenset[Ranks]], ProcessGroupComm] = {}
-        # By the ranks of a narrower communicator: the meshes of this rank outside of it, and the last wider one.
+        # The keys are the ranks of a narrower communicator. The values are the meshes of this rank outside of it, and
+        # the last wider communicator.
         self.last_wider: dict[Ranks, tuple[frozenset[Ranks], ProcessGroupComm]] = {}
         self.mixed: set[Ranks] = set()
         self.memory: dict[Ranks, dict[str, Any]] = {}
-        # By the ranks of a component.
+        # The keys are the ranks of a component.
         self.groups: dict[Ranks, dist.ProcessGroup] = {}
         self.counters: dict[Ranks, CallCounter] = {}
         self.rendezvous = Rendezvous(PrefixStore("distclip", _store()), dist.get_rank(), call=call_to_first_call)
@@ -409,18 +413,18 @@ def _cache_key(groups: Collection[Ranks], axes: Sequence[Axis]) -> _Key:
 def _known(key: _Key) -> ProcessGroupComm | None:
     """Return the communicator that a call with new meshes must begin with, or None.
 
-    Either all ranks of a call must find a communicator, or none of them, and a rank does not know the meshes of the
-    others. A communicator that turns out too small is widened by all of its ranks together.
+    Either all ranks of a call must find a communicator here or none, although a rank does not have the meshes of the
+    others. If a communicator turns out to be too small, all of its ranks widen it together.
     """
     axes, spans = key
     session = _session()
     if axes:
-        # The axes are equal on all ranks concerned, also on ranks that hold no parameters.
+        # The axes are equal on all ranks that take part, even on ranks without parameters.
         comm = session.comms.get((axes, frozenset()))
         return None if comm is None or comm.is_left else comm
-    # Ranks whose meshes were all in an earlier call may begin this call over its communicator.
+    # Other ranks, all of whose meshes were in an earlier call, may begin this call over the communicator of that call.
     earlier = [comm for (old_axes, old), comm in session.comms.items() if not old_axes and old <= spans]
-    # And a mesh over all ranks of a communicator, which all of them know, shows that all of them make this call.
+    # Also, a mesh over all ranks of a communicator shows that all of them make this call, because all of them have it.
     earlier += [comm for comm in (*session.comms.values(), *session.wider.values()) if comm.ranks in spans]
     return max((comm for comm in earlier if not comm.is_left), key=lambda comm: comm.size, default=None)
 
@@ -473,14 +477,14 @@ def _process_group(ranks: Ranks, num_groups: int) -> dist.ProcessGroup:
         ranks: of the group, ascending.
         num_groups: largest number of process groups that any of the ranks belongs to.
     """
-    # On a process group of the program, a call that one rank leaves out would add the program's own numbers to those of
+    # On a process group of the program, if a rank left out a call, the program's own numbers would be added to those of
     # distclip. So distclip has one group for each component, for as long as torch.distributed is initialized.
     groups = _session().groups
     if ranks not in groups or is_left(groups[ranks]):
         # Calls over a new group are counted from 1.
         _session().counters.pop(ranks, None)
-        # torch names a group that only its members create after the number of groups that each of them has seen.
-        # Members with different numbers would wait for each other under different names, so the numbers are made equal.
+        # If only its members create a group, torch names it by the number of groups that each of them has seen. Members
+        # with different numbers would wait for each other under different names, so the numbers are made equal.
         for _ in range(num_groups - _num_groups()):
             dist.new_group([dist.get_rank()], use_local_synchronization=True)
         group = dist.new_group(list(ranks), timeout=_timeout(), use_local_synchronization=True, group_desc="distclip")

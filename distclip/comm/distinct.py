@@ -1,9 +1,9 @@
-"""Exchange texts that are equal on most ranks: each distinct text travels once, whatever the number of ranks is.
+"""Exchange texts that are equal on most ranks: each distinct text travels once, for any number of ranks.
 
 A gather of descriptions grows with the number of ranks times the number of parameters, although all ranks of a
-data-parallel group describe the same. Here the ranks exchange 48-bit digests by maxima over buckets, so that a vector
-of constant length finds all distinct ones. Then the lowest rank with each text sends it in a sum. If all ranks have one
-text, the first maximum shows it, and nothing else travels.
+data-parallel group have the same description. Here the ranks exchange 48-bit digests by all-reduces (maximum) over
+buckets, so that a vector of constant length finds all distinct digests. Then the lowest rank with each text sends it in
+an all-reduce (sum). If all ranks have the same text, the first all-reduce shows it, and no other follows.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def exchange_texts(comm: Comm, error: BaseException | None, text: str) -> Distin
 
     Args:
         comm: the ranks that take part.
-        error: what this rank has run into, or None.
+        error: error of this rank, or None.
         text: of this rank.
 
     Returns:
@@ -65,7 +65,7 @@ def exchange_texts(comm: Comm, error: BaseException | None, text: str) -> Distin
     Raises:
         DistclipError: the error of the lowest rank that has one. A rank with an error raises its own.
 
-    Collectives: one maximum of 132 numbers if all texts are equal. Otherwise at least one maximum more, and two sums.
+    Collectives: one maximum of 132 numbers if all texts are equal. Otherwise at least one more maximum, and two sums.
     Host syncs: one for each on an accelerator.
 
     >>> from distclip import LocalComm
@@ -83,13 +83,13 @@ def exchange_texts(comm: Comm, error: BaseException | None, text: str) -> Distin
     known: dict[int, int] = {}  # Digests that were found, with the priority of the lowest rank that has each.
     is_first = True
     while True:
-        # A digest and its complement, so that a maximum of both is the largest and the smallest digest of a bucket.
-        # A rank whose digest was found leaves its bucket to the other ranks.
+        # Each rank sends its digest and the complement, so that their maxima give the largest and the smallest digest
+        # of a bucket. A rank whose digest was found leaves its bucket to the other ranks.
         buckets = [0.0] * (2 * _BUCKETS)
         if digest not in known:
             bucket = digest % _BUCKETS
             buckets[bucket], buckets[_BUCKETS + bucket] = float(digest + 1), float(_LIMIT - digest)
-        # The lowest rank of each digest that was found before.
+        # These numbers find the lowest rank of each digest that was found before.
         mine = [float(priority) if one == digest else 0.0 for one in known]
         gathered = _reduced(comm, "max", [*head, *buckets, *mine])
         # An error travels in the first maximum, before any text does.
@@ -104,14 +104,14 @@ def exchange_texts(comm: Comm, error: BaseException | None, text: str) -> Distin
             # The largest digest of all ranks is the smallest one.
             return Distinct((text,), (0,), (comm.size,), 0, _nonce_text(nonce))
         if not new:
-            # All ranks have found their digests, and the owners have just travelled.
+            # The digests of all ranks were found before, and this maximum has found their owners.
             break
         known |= dict.fromkeys(sorted(new), 0)
         is_first = False
     owners = sorted(comm.size - value for value in known.values())
     order = sorted(known, key=lambda one: -known[one])
     own, is_owner = order.index(digest), comm.rank in owners
-    # Names of parameters repeat each other, so that they become ten times shorter.
+    # Names of parameters are repetitive, so compression makes them ten times shorter.
     payload = zlib.compress(text.encode(), 6) if is_owner else b""
     lengths = [float(len(payload)) if is_owner and i == own else 0.0 for i in range(len(order))]
     sums = _reduced(comm, "sum", [*(float(i == own) for i in range(len(order))), *lengths])
@@ -145,7 +145,7 @@ def _raise_together(comm: Comm, error: BaseException | None, failed: int) -> Non
 
 
 def _sum_texts(comm: Comm, sizes: list[int], own: int | None, payload: bytes) -> list[str]:
-    """Add up the compressed texts of several ranks, which are at different positions of one vector.
+    """Sum a vector that has the compressed texts of several ranks at different positions.
 
     Args:
         comm: the ranks that take part.

@@ -40,7 +40,7 @@ class LocalComm:
 class DryRunComm:
     """Communicator of a rank whose other ranks do not exist, as in torch's fake process group.
 
-    Sums are those of this rank, and every other rank is assumed to gather what this one does.
+    Sums are the values of this rank alone, and a gather assumes that every other rank has the value of this one.
 
     Args:
         rank: of this process.
@@ -83,7 +83,7 @@ class _Exchange:
 class _ThreadComm:
     """Communicator of one thread among several."""
 
-    # Threads share a global rank, so the members have no global ranks that differ.
+    # The threads of a process have the same global rank, so the members have no global ranks to distinguish them.
     ranks: None = None
     device = torch.device("cpu")
     covers_holders = False

