@@ -16,9 +16,9 @@
     integrations  DeepSpeed, Megatron, Lightning, …         bench      speed against torch
     reference     the oracle of the tests
 
-A gradient of the model is spread over many processes. Some have different shards of it, some have replicas of the same
-shard. Clipping is right only if every element counts exactly once and every process applies the same coefficient. A
-package imports only from packages to its left, and `engine` is the only module that knows all stages.
+A gradient of the model is spread over many processes. Some processes have different shards of it, others have replicas
+of the same shard. Clipping is right only if every element counts exactly once and every process applies the same
+coefficient. A package imports only from packages to its left, and `engine` is the only one that uses all stages.
 
 Glossary:
 
@@ -54,12 +54,12 @@ if typing.TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> typing.Any:
-        """Import torch and the public names at the first use of one.
+        """Import torch and the public names at the first use of a public name.
 
         The command `distclip` needs neither, and starts at once.
         """
         module = f"{__name__}.{name}"
-        # An import system asks for a submodule in this way, possibly in the middle of the import of another one.
+        # The import system looks up a submodule in this way, possibly during the import of another one.
         if name != "__all__" and importlib.util.find_spec(module) is not None:
             return importlib.import_module(module)
         if name.startswith("__") and name != "__all__":

@@ -1,7 +1,7 @@
 """Convert the state of a policy to {slot name: tensors} and back, so that a checkpoint fits any layout.
 
-Every rank has the whole state, and the same one. A slot is found by its name, so that a checkpoint can be loaded with
-another world size and another layout.
+Every rank has the whole state, which is the same on all ranks. A slot is found by its name, so that a checkpoint can be
+loaded with another world size and another layout.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def check_version(state_dict: Mapping[str, Any]) -> None:
     Raises:
         ArgumentError: see above.
     """
-    # True equals 1, and is no version.
+    # True equals 1, but it is not a version.
     if _to_count(state_dict.get("version")) != VERSION:
         raise ArgumentError(
             f"state_dict: format version {state_dict.get('version')!r:.60}, expected {VERSION}. Use the release of "
@@ -142,7 +142,7 @@ def unpack_state(state: State, slots: SlotMap, saved: Mapping[str, Mapping[str, 
         policy: of the clipper.
 
     Raises:
-        ArgumentError: another key, shape or dtype, or a value that no step of the policy leads to, such as NaN.
+        ArgumentError: another key, shape or dtype, or a value that no step of the policy can produce, such as NaN.
     """
     _check_mapping("state", saved)
     if not state:
@@ -192,10 +192,10 @@ def unpack_state(state: State, slots: SlotMap, saved: Mapping[str, Mapping[str, 
 
 
 def _match_optional(values: Mapping[str, Any], current: Mapping[str, Tensor]) -> Mapping[str, Any]:
-    """Return the values of a slot with those that only some policies of a kind keep if this one does.
+    """Return the values of a slot, with the optional ones only if this policy keeps them.
 
-    Only a policy without a cap keeps the norms of the warm-up, and only one with `watch` keeps those of a scalar. A run
-    may be resumed with another cap or `watch`. Checkpoints of earlier releases do not have them.
+    Only a policy without a cap keeps the norms of the warm-up, and only one with `watch` keeps the values of a scalar.
+    A run may be resumed with another cap or `watch`, and checkpoints of earlier releases lack the optional values.
     """
     if not isinstance(values, Mapping):
         return values
@@ -215,7 +215,8 @@ def unpack_counts(saved: Mapping[str, Any], names: Collection[str]) -> dict[str,
         names: the counters that a clipper has.
 
     Raises:
-        ArgumentError: another name, a value that is not a whole number ≥ 0, or more steps skipped in a row than in all.
+        ArgumentError: another name, a value that is not a whole number ≥ 0, or more steps skipped in a row than in
+            total.
     """
     _check_keys("counts", saved, names)
     counts = {name: _to_count(saved[name]) for name in names}
@@ -239,7 +240,7 @@ def _to_count(value: Any) -> int | None:
     if isinstance(value, Tensor) and (value.is_meta or value.numel() != 1):
         return None
     try:
-        # A truth value is a number to Python, and no counter.
+        # A bool is a number in Python, but it is not a counter.
         count: Any = value.item() if isinstance(value, Tensor) else value
         return None if isinstance(count, bool) or not 0 <= index(count) <= _MAX_COUNT else index(count)
     except TypeError:

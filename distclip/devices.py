@@ -1,9 +1,9 @@
-"""Answer the questions whose answer differs between devices: dtypes, host reads, graph capture, constants.
+"""Answer the questions that depend on the device: dtypes, host reads, graph capture, constants.
 
 `Fact` is a bool that the host may not have read from the device yet.
 
-A new accelerator is added here. No other module of the pipeline compares `device.type`, except the kernels, each of
-which is written for one kind of device.
+Support for a new accelerator belongs here. No other module of the pipeline compares `device.type`, except the kernels,
+each of which is written for one kind of device.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ R = TypeVar("R")
 class Fact:
     """A bool that every rank shares, and that the host may not have read yet.
 
-    On a CPU the host knows it at once. On an accelerator it stays a tensor until `read`, so that the host does not wait
-    for the device unless it must.
+    On a CPU the host reads it at once. On an accelerator the bool stays a tensor until `read`, so that the host does
+    not wait for the device unless it must.
 
     Args:
         value: a bool, or a 0-d bool tensor.
@@ -131,7 +131,7 @@ class Fact:
 
 
 ALWAYS, NEVER = Fact(True), Fact(False)
-"""Facts that the host knows."""
+"""Facts whose values the host has."""
 
 
 def as_fact(value: bool | Tensor) -> Fact:
@@ -140,7 +140,7 @@ def as_fact(value: bool | Tensor) -> Fact:
 
 
 def has_float64(device: torch.device) -> bool:
-    """Return whether the device computes in float64. Those of Apple do not, nor do some of Intel.
+    """Return whether the device computes in float64. Apple's devices do not, nor do some of Intel's.
 
     >>> has_float64(torch.device("cpu")), has_float64(torch.device("mps"))
     (True, False)
@@ -169,7 +169,7 @@ def has_fast_float64(device: torch.device) -> bool:
 
 
 _FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
-"""Compute capabilities of P100, V100, A100, H100 and H200, B200. B300 has (10, 3), and no other card is faster."""
+"""Compute capabilities of P100, V100, A100, H100 and H200, B200. B300, (10, 3), and all other cards are slower."""
 
 
 @functools.cache
@@ -180,8 +180,8 @@ def _capability(index: int | None) -> tuple[int, int]:
 def accumulation_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype of power sums and norms: float64, or float32 on a device without float64.
 
-    Sums are as precise in both cases. Without float64, a sum is a pair of float32 numbers, its rounded value and the
-    rest, until it is complete. A float32 sum of squares overflows for a norm above 1.8e19.
+    Sums are as precise in both cases. Without float64, a sum is a pair of float32 numbers until it is complete: its
+    rounded value and the remainder. A float32 sum of squares overflows for a norm above 1.8e19.
 
     >>> accumulation_dtype(torch.device("cpu"))
     torch.float64
@@ -190,7 +190,7 @@ def accumulation_dtype(device: torch.device) -> torch.dtype:
 
 
 def move(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device, in float32 if it is float64 and the device has none. Host syncs: none.
+    """Return a tensor on a device, in float32 if the device lacks its float64. Host syncs: none.
 
     >>> move(torch.tensor(0.5, dtype=torch.float64), torch.device("cpu")).dtype
     torch.float64
@@ -210,7 +210,7 @@ def runs_triton(device: torch.device) -> bool:
 
 
 def current_device(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context manager within which kernels start on this device."""
+    """Return a context manager within which kernels are launched on this device."""
     if device.type == "cpu":
         return nullcontext()
     manager: AbstractContextManager[object] = torch.get_device_module(device).device(device)
@@ -220,12 +220,12 @@ def current_device(device: torch.device) -> AbstractContextManager[object]:
 def host_reads_free(device: torch.device) -> bool:
     """Return whether the host reads a tensor of this device without waiting for queued work.
 
-    In a graph it never does, because the graph is the same for all numbers.
+    In a graph the host never does, because the graph is the same for all values.
 
     >>> host_reads_free(torch.device("cpu")), host_reads_free(torch.device("cuda"))
     (True, False)
     """
-    # A device is compared in a third of the time in which its type is read.
+    # Comparing a device takes a third of the time of reading its type.
     return (device == _CPU or device.type == "cpu") and not is_tracing()
 
 
@@ -239,13 +239,14 @@ def is_tracing() -> bool:
         return True
     if _len_stack() > 0 and torch._C._get_dispatch_mode(_PROXY) is not None:
         return True
-    # torch.export(strict=False) and make_fx(pre_dispatch=True) trace above torch's autograd, by another stack.
+    # torch.export(strict=False) and make_fx(pre_dispatch=True) trace above torch's autograd, with another stack of
+    # modes.
     return _is_key_included(_PRE_DISPATCH) and _mode_above_autograd(_PROXY) is not None
 
 
 _CPU = torch.device("cpu")
 
-# Names without a module, because each step asks many times.
+# These are names without a module, because each step looks them up many times.
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _len_stack, _is_key_included = torch._C._len_torch_dispatch_stack, torch._C._dispatch_tls_is_dispatch_key_included
 _mode_above_autograd: Callable[[Any], Any] = torch._ops._get_dispatch_mode_pre_dispatch
@@ -253,7 +254,7 @@ _PROXY, _PRE_DISPATCH = torch._C._TorchDispatchModeKey.PROXY, torch._C.DispatchK
 
 
 def lacks_real_tensors() -> bool:
-    """Return whether a graph is traced from fake tensors, among which the state of a clipper cannot be.
+    """Return whether a graph is traced with fake tensors only, so that a clipper's state cannot take part.
 
     >>> lacks_real_tensors()
     False
@@ -270,10 +271,10 @@ def prefers_foreach(device: torch.device) -> bool:
 
 
 class on_one_thread:
-    """Compute on one thread within the block, if vectors of some length do not gain from several.
+    """Compute on one thread within the block, if several threads do not speed up vectors of this length.
 
-    torch cuts vectors of more than 32,768 elements between threads. On a busy machine each such operator waits for the
-    slowest of them, which costs more than the operator.
+    torch splits vectors of more than 32,768 elements between threads. On a busy machine each such operator waits for
+    the slowest thread, which costs more than the operator itself.
 
     Args:
         count: number of elements of the vectors.
@@ -315,7 +316,7 @@ def rounds_grad_scale(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def has_addresses(device: torch.device) -> bool:
-    """Return whether `data_ptr` of a tensor on this device tells where its elements are.
+    """Return whether `data_ptr` of a tensor on this device is the address of its elements.
 
     >>> has_addresses(torch.device("cpu")), has_addresses(torch.device("meta"))
     (True, False)
@@ -346,7 +347,7 @@ def _local_tensor_mode() -> Any:
 
 
 def outside_fake_mode(function: Callable[P, R]) -> Callable[P, R]:
-    """Remove FakeTensorMode or LocalTensorMode during a function, which computes with real numbers.
+    """Disable FakeTensorMode or LocalTensorMode during a function, so that it computes with real numbers.
 
     A tensor that the function returns becomes a fake or a local tensor, which the program can compute with under the
     mode.
@@ -373,9 +374,9 @@ def outside_fake_mode(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def without_autograd(function: Callable[P, R]) -> Callable[P, R]:
-    """Compute a function without autograd.
+    """Run a function without autograd.
 
-    It costs less than `torch.no_grad` for a function of one that does so already.
+    If autograd is off already, as within another such function, this costs less than `torch.no_grad`.
     """
 
     @functools.wraps(function)
@@ -389,7 +390,7 @@ def without_autograd(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def is_capturing() -> bool:
-    """Return whether a CUDA graph is being captured: the host takes no part in its replays."""
+    """Return whether a CUDA graph is being captured, in whose replays the host takes no part."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
@@ -420,7 +421,7 @@ def device_constant(numbers: tuple[float, ...], device: torch.device, dtype: tor
 
     Returns:
         (len(numbers),). The numbers travel to the device once, unless a dispatch mode such as FakeTensorMode is active:
-        a tensor that was made under a mode must not be seen outside of it.
+        a tensor that was made under a mode must not be used outside of it.
 
     >>> device_constant((1.0, 2.0), torch.device("cpu"))
     tensor([1., 2.])

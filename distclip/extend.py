@@ -1,4 +1,4 @@
-"""Re-export the building blocks of integrations, for third parties as well.
+"""Re-export the building blocks of integrations, for use by third parties as well.
 
 `distclip.integrations` imports nothing else from the core. These names are public: they change only with an entry in
 the changelog.

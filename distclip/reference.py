@@ -111,7 +111,8 @@ def update_coefficients(rms: Sequence[float], beta: float, max_rms: float = 1.0,
         beta: β2.
         max_rms, recovery: see `distclip.update_clip`.
 
-    Source: Wortsman et al. 2023, arXiv 2304.13013, algorithm 2, for recovery=0. The usual RMS and the warm-up are ours.
+    Source: Wortsman et al. 2023, arXiv 2304.13013, algorithm 2, for recovery=0. The usual RMS and the warm-up are not
+    from the paper.
 
     >>> [round(coef, 2) for coef in update_coefficients([2.0, 5.0, 2.5, 0.5], 0.99)]
     [1.0, 0.2, 0.21, 0.26]
@@ -358,7 +359,7 @@ def _percentile(numbers: Sequence[float], percent: float) -> float:
 def budget_coefficients(
     norms: Sequence[float], shares: Sequence[float], max_norm: float, cap: float = math.inf
 ) -> list[float]:
-    r"""Compute the coefficient of each tensor, where tensors are clipped one after another under one bound.
+    r"""Compute the coefficients of tensors that are clipped one after another under one bound.
 
     .. math:: allowed_i^2 = c^2 - \sum_{j<i} used_j^2 - c^2 \sum_{j>i} s_j^2
 
@@ -380,7 +381,7 @@ def budget_coefficients(
 
 
 def budget_shares(norms: Sequence[Sequence[float]], decay: float = 0.99) -> list[float]:
-    """Compute the running mean of the shares of the tensors in the squared norm.
+    """Compute the running mean of each tensor's share of the squared norm.
 
     Args:
         norms: of all tensors, step by step, before clipping.

@@ -1,4 +1,4 @@
-"""Import the public names of distclip, which `distclip` passes on at the first use of one."""
+"""Import the public names of distclip, which the package `distclip` re-exports when one is first used."""
 
 from .. import policies
 from .. import recipes as recipes  # a module, and so not in __all__
