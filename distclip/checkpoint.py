@@ -63,8 +63,8 @@ def check_state_dict(state_dict: Mapping[str, Any], policy: Policy) -> None:
     """Raise unless a state dict is of this version and of a policy of the same kind.
 
     Args:
-        state_dict: of `GradClipper.state_dict`.
-        policy: of the clipper that loads it.
+        state_dict: result of `GradClipper.state_dict`.
+        policy: policy of the clipper that loads it.
 
     Raises:
         ArgumentError: see above.
@@ -118,8 +118,8 @@ def pack_state(state: State, slots: SlotMap) -> dict[str, dict[str, Tensor]]:
     """Copy the state of every slot to the CPU, by slot name.
 
     Args:
-        state: of the policy, tensors whose first dim is the slot.
-        slots: of the clipper.
+        state: state of the policy, as tensors whose first dim is the slot.
+        slots: slots of the clipper.
 
     Returns:
         {slot name: {key: (rows, …) tensor}}.
@@ -136,10 +136,10 @@ def unpack_state(state: State, slots: SlotMap, saved: Mapping[str, Mapping[str, 
     A slot that the checkpoint lacks keeps its value, with a warning.
 
     Args:
-        state: of the policy as it is; its keys, shapes and dtypes are what the checkpoint must have.
-        slots: of the clipper.
+        state: present state of the policy. The checkpoint must have the same keys, shapes and dtypes.
+        slots: slots of the clipper.
         saved: see `pack_state`.
-        policy: of the clipper.
+        policy: policy of the clipper.
 
     Raises:
         ArgumentError: another key, shape or dtype, or a value that no step of the policy can produce, such as NaN.

@@ -874,7 +874,7 @@ class GradClipper:
         An optimizer whose state contains earlier gradients would move them even by a gradient of 0.
 
         Args:
-            outcome: of `decide`.
+            outcome: outcome of `decide`.
 
         Collectives: none. Host syncs: one on an accelerator, unless the host has read whether to skip the step.
 

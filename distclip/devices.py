@@ -278,7 +278,7 @@ class on_one_thread:
 
     Args:
         count: number of elements of the vectors.
-        device: of the vectors. Nothing changes unless it is a CPU.
+        device: device of the vectors. Nothing changes unless it is a CPU.
 
     >>> with on_one_thread(50_000, torch.device("cpu")):
     ...     torch.get_num_threads()
@@ -417,7 +417,7 @@ def device_constant(numbers: tuple[float, ...], device: torch.device, dtype: tor
     Args:
         numbers: the elements, in order.
         device: where the tensor is needed.
-        dtype: of the tensor. None infers it as `torch.tensor` does.
+        dtype: dtype of the tensor. None infers it as `torch.tensor` does.
 
     Returns:
         (len(numbers),). The numbers travel to the device once, unless a dispatch mode such as FakeTensorMode is active:

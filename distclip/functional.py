@@ -263,7 +263,7 @@ def _measure(
     Args:
         make_table: makes the table of the tensors.
         tensors, norm_type, split_over, comm: arguments of the call.
-        errors: of this rank so far.
+        errors: this rank's errors so far.
         call: name of the function, and further arguments that must be equal on all ranks.
         clips: whether the function clips the gradients, and does not only measure them.
 

@@ -364,7 +364,7 @@ def budget_coefficients(
     .. math:: allowed_i^2 = c^2 - \sum_{j<i} used_j^2 - c^2 \sum_{j>i} s_j^2
 
     Args:
-        norms: of the tensors, in the order in which they are clipped.
+        norms: norms of the tensors, in the order in which they are clipped.
         shares: s_i² of each, which add up to 1.
         max_norm: c.
         cap: bound of each tensor.
@@ -384,8 +384,8 @@ def budget_shares(norms: Sequence[Sequence[float]], decay: float = 0.99) -> list
     """Compute the running mean of each tensor's share of the squared norm.
 
     Args:
-        norms: of all tensors, step by step, before clipping.
-        decay: of the mean. The first steps have equal weight.
+        norms: norms of all tensors, step by step, before clipping.
+        decay: decay of the mean. The first steps have equal weight.
 
     >>> budget_shares([[3.0, 4.0], [4.0, 3.0]])
     [0.5, 0.5]

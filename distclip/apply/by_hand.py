@@ -47,7 +47,7 @@ class _Record:
     """Parameter after its last backward pass.
 
     Args:
-        handle: of the hook.
+        handle: handle of the hook.
         num_calls: number of calls that have checked the parameter so far.
         num_passes: number of backward passes so far.
         version: see `_version_of`. None before the first backward pass, and after a call.

@@ -93,7 +93,7 @@ def find_stepped(table: ShardTable) -> list[Tensor]:
     The function also watches the next steps of these parameters.
 
     Args:
-        table: of the parameters whose gradients the call clips.
+        table: table of the parameters whose gradients the call clips.
 
     Collectives: none. Host syncs: none.
     """
@@ -130,8 +130,8 @@ def warn_of_late_clip(function: str, table: ShardTable, stepped: Sequence[Tensor
     """Warn if some gradients were stepped before they were clipped.
 
     Args:
-        function: that the user called.
-        table: of the parameters.
+        function: name of the function that the user called.
+        table: table of the parameters.
         stepped: see `find_stepped`.
     """
     if not (stepped or _replaced):

@@ -98,7 +98,7 @@ class Coverage:
         """Raise unless the optimizers step exactly what is measured.
 
         Args:
-            optimizers: of this rank, those of one call.
+            optimizers: this rank's optimizers in one call.
             all_now: whether this call must step every gradient. With a GradScaler, further calls may step others.
 
         Raises:
@@ -200,7 +200,7 @@ class Coverage:
 
         Args:
             before: see `watch`.
-            optimizers: that have stepped.
+            optimizers: optimizers that have stepped.
 
         Host syncs: none, unless a gradient has been replaced.
         """

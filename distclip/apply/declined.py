@@ -26,7 +26,7 @@ class StepWatch:
     Args:
         inner: for each optimizer of the caller, the optimizers in it that torch's hooks can watch. Empty for an
             optimizer that makes its steps itself.
-        optimizers: of the caller.
+        optimizers: the caller's optimizers.
     """
 
     def __init__(self, inner: Sequence[Sequence[Optimizer]], optimizers: Sequence[Optimizer]) -> None:

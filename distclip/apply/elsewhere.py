@@ -37,8 +37,8 @@ def warn_if_elsewhere(function: str, table: ShardTable, *, is_alone: bool = True
     """Warn if calls find no gradient while an optimizer steps parameters that nothing clips.
 
     Args:
-        function: that the user called.
-        table: of the parameters. No parameter has a gradient.
+        function: name of the function that the user called.
+        table: table of the parameters. No parameter has a gradient.
         is_alone: whether no other rank can have gradients of the table. Only then does the function look for another
             module.
         finds_own: warn also if the optimizer steps parameters of the table. A clipper checks that elsewhere.

@@ -52,7 +52,7 @@ class OptimizerSteps:
     """Step the optimizers of the parameters in a table.
 
     Args:
-        table: of this rank.
+        table: this rank's table.
         comm: all ranks that take part.
         agree: checks that every rank calls a function that is about to gather, see `Calls.agree`.
         on_host: returns whether the host reads totals without a sync, see `Engine.on_host`.
@@ -82,9 +82,9 @@ class OptimizerSteps:
         A rank may have no optimizer at all, or, as a pipeline stage, a scaler that has scaled no loss.
 
         Args:
-            optimizers: of this rank.
+            optimizers: this rank's optimizers.
             scaler: an enabled GradScaler, or None.
-            errors: of this rank; all ranks raise them together.
+            errors: this rank's errors; all ranks raise them together.
             are_known: whether the caller passed valid optimizers, which then determine whether the ranks compare.
 
         Returns:
@@ -134,8 +134,8 @@ class OptimizerSteps:
         """Return the factor that all gradients carry, or unscale them and return None.
 
         Args:
-            optimizers: of this rank.
-            state: of the scaler.
+            optimizers: this rank's optimizers.
+            state: state of the scaler.
             unscale_first: unscale the gradients before they are measured, because elements are compared with limits.
 
         Returns:
@@ -181,12 +181,12 @@ class OptimizerSteps:
         """Step the optimizers, or skip the step.
 
         Args:
-            optimizers: of this rank.
+            optimizers: this rank's optimizers.
             factors: factors of the gradients. They are used with `fuse` only, because otherwise they have been applied
                 already.
             skip: whether the step is skipped.
             overflow: whether a gradient of any rank is not finite.
-            state: of the scaler, if there is one.
+            state: state of the scaler, if there is one.
             fuse: let the optimizers' kernels apply the factor.
             step: function that steps one optimizer, if its kernel does not decide whether to skip.
 

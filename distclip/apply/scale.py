@@ -26,7 +26,7 @@ def scale_(shards: Shards, coefs: Tensor, foreach: bool | None = None) -> None:
     A partial gradient is scaled like its sum.
 
     Args:
-        shards: of this rank.
+        shards: this rank's shards.
         coefs: (slots,), or 0-d for a single slot. On a CPU, a coefficient of exactly 1 writes nothing.
         foreach: whether to use torch's multi-tensor operators. None for the fastest way.
 
@@ -121,7 +121,7 @@ def clamp_(shards: Shards, low: float, high: float, foreach: bool | None = None,
     """Clamp every element of every gradient to [low, high] in place. NaN stays NaN.
 
     Args:
-        shards: of this rank.
+        shards: this rank's shards.
         low: lower limit.
         high: upper limit, ≥ low.
         foreach: whether to use torch's multi-tensor operators. None for the fastest way.

@@ -93,8 +93,8 @@ def warn_if_unstepped(function: str, table: ShardTable) -> None:
     """Warn if several calls have clipped gradients that no optimizer steps, while others are stepped.
 
     Args:
-        function: that the user called.
-        table: of the parameters, before the call clips them.
+        function: name of the function that the user called.
+        table: table of the parameters, before the call clips them.
 
     Collectives: none. Host syncs: two for each of a few parameters, if some are not stepped.
     """

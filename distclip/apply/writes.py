@@ -17,8 +17,8 @@ class GradientWrites:
     The version of a torch tensor counts how often the tensor was written, in place or through a view.
 
     Args:
-        table: of this rank.
-        shards: of the gradients.
+        table: this rank's table.
+        shards: shards of the gradients.
 
     >>> import torch
     >>> from distclip.sharding.table import parameter_table

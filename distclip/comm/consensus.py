@@ -151,7 +151,7 @@ def raise_gathered(error: BaseException | None, by_rank: Sequence[Any], comm: Co
     """Raise this rank's own error, or the one of the lowest other rank that has one.
 
     Args:
-        error: of this rank, or None.
+        error: this rank's error, or None.
         by_rank: `wire_of` every rank's error; anything but a tuple stands for no error.
         comm: the ranks that were gathered from.
     """

@@ -111,7 +111,7 @@ def widened(
 
     Args:
         comm: derived communicator that is too small. All of its ranks call this function together.
-        groups, axes, num_reached: of this rank; see `resolve_comm`.
+        groups, axes, num_reached: those of this rank, see `resolve_comm`.
         as_before: whether `widens_as_before` holds on all ranks of `comm`.
 
     Collectives: none with `as_before`. Otherwise a gather over `comm`, and those of `resolve_comm`.
@@ -224,7 +224,7 @@ def check_covered(comm: Comm, groups: Collection[Ranks], axes: Sequence[Axis]) -
 
     Args:
         comm: the communicator.
-        groups, axes: of this rank; see `resolve_comm`.
+        groups, axes: those of this rank, see `resolve_comm`.
 
     Raises:
         LayoutError: `comm` misses ranks, or its global ranks are not those of the meshes.
@@ -443,7 +443,7 @@ def _rendezvous(
     """Run a rendezvous, and return a communicator over the ranks that it found.
 
     Args:
-        groups, axes, error, num_reached: of this rank; see `resolve_comm`.
+        groups, axes, error, num_reached: those of this rank, see `resolve_comm`.
         also: further ranks that take part.
     """
     spans = _spans((*groups, also) if also else groups, axes)
@@ -474,7 +474,7 @@ def _process_group(ranks: Ranks, num_groups: int) -> dist.ProcessGroup:
     """Return the process group of distclip over these ranks, all of which call this function.
 
     Args:
-        ranks: of the group, ascending.
+        ranks: global ranks of the group, ascending.
         num_groups: largest number of process groups that any of the ranks belongs to.
     """
     # On a process group of the program, if a rank left out a call, the program's own numbers would be added to those of

@@ -57,7 +57,7 @@ def exchange_texts(comm: Comm, error: BaseException | None, text: str) -> Distin
     Args:
         comm: the ranks that take part.
         error: error of this rank, or None.
-        text: of this rank.
+        text: this rank's text.
 
     Returns:
         The distinct texts.

@@ -43,7 +43,7 @@ class DryRunComm:
     Sums are the values of this rank alone, and a gather assumes that every other rank has the value of this one.
 
     Args:
-        rank: of this process.
+        rank: global rank of this process.
         ranks: global ranks that the call is planned for.
 
     >>> DryRunComm(0, range(3)).gather_objects("a")

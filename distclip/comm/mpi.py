@@ -199,7 +199,7 @@ class _Watch:
     waits logs which ranks have sent nothing.
 
     Args:
-        seconds: that a rank waits before the thread does anything.
+        seconds: seconds that a rank waits before the thread does anything.
     """
 
     def __init__(self, seconds: float) -> None:

@@ -100,7 +100,7 @@ class Known:
     """Component that a rank has derived from its own meshes, before any exchange with other ranks.
 
     Args:
-        ranks: of the component, ascending.
+        ranks: ranks of the component, ascending.
         axes: text about the axes of `split_over=` that is equal on all ranks of the component if the axes are
             consistent.
     """
@@ -266,17 +266,17 @@ class _Lead:
     Args:
         search: name of the search.
         first: rank that has begun it, the lowest one.
-        axes: of that rank, as in its post.
+        axes: axes of that rank, as in its post.
         before: token of the rank that has passed the lead on, empty on the first one.
         known: ranks of the component, as far as they are known.
         read: those whose posts were read.
         error: (rank, class name, message) of the lowest rank with an error.
         num_groups, num_reached: see `Post`, of all posts.
-        checksum: of all axes. It is 0 if every rank along each axis has passed it.
+        checksum: checksum of all axes. It is 0 if every rank along each axis has passed it.
         differs: whether ranks have passed different numbers of axes, or different names.
         log_at: time of the next log line.
         is_logged: whether a log line was written.
-        deadline: of the search.
+        deadline: deadline of the search.
     """
 
     search: str
@@ -338,7 +338,7 @@ class _Part:
     """Part of a search that this rank has led.
 
     Args:
-        posts: that it has read, by rank. More are added while it leads.
+        posts: posts that it has read, by rank. More are added while it leads.
         before, after: tokens of the ranks that have led before and after it. They are empty at the ends of the chain.
         late: ranks that have given up.
     """
@@ -434,7 +434,7 @@ class Rendezvous:
 
         Args:
             base: prefix of the round.
-            post, known, deadline: of this rank.
+            post, known, deadline: those of this rank.
             watch: True on one rank, which looks for ranks with other meshes, and logs the missing ones.
         """
         key = f"{base}/result"
@@ -539,7 +539,7 @@ class Rendezvous:
         """Wait for the result that the leader publishes, and lead meanwhile if it is this rank's turn.
 
         Args:
-            post, deadline: of this rank.
+            post, deadline: those of this rank.
         """
         give_up_at, pause, since = deadline + _MARGIN, _FIRST_PAUSE, dict[str, float]()
         log_at, is_logged = self._now() + patience(_LOG_AFTER), False
@@ -612,10 +612,10 @@ class Rendezvous:
         """Read posts until the component is complete, or pass the lead on.
 
         Args:
-            lead: of the search.
-            post: of this rank.
-            part: of this rank.
-            key: of the next message to this rank.
+            lead: facts of the search.
+            post: this rank's post.
+            part: this rank's part of the search.
+            key: key of the next message to this rank.
 
         Returns:
             The rank to follow: the first one of the search, or a lower rank of the component, which leads instead. None
@@ -789,7 +789,7 @@ class Rendezvous:
         """End a round of stage 1 that a rank of this rendezvous waits in.
 
         Args:
-            place: of the rank.
+            place: rendezvous that the rank is in.
             since: time at which each round was first seen.
         """
         # This rank waits a moment, because the round may be one of an earlier call that is about to end.
@@ -936,7 +936,7 @@ def _describe_missing(missing: Sequence[int], num_ranks: int, axes: Mapping[int,
     Args:
         missing: the ranks.
         num_ranks: number of ranks that must call, as far as it is known.
-        axes: of a few ranks that have called, by rank.
+        axes: axes of a few ranks that have called, by rank.
     """
     return (
         f"{len(missing)} of {num_ranks} ranks ({rank_list(missing)}) have not made this call, and share a mesh or an "

@@ -63,7 +63,7 @@ class Meetings:
     """Collectives of one process group, in the order in which this rank enters them.
 
     Args:
-        name: of the group, equal on all of its ranks and different from that of other groups.
+        name: name of the group, equal on all of its ranks and different from that of other groups.
         ranks: global ranks of the group.
         here: global rank of this process.
 
@@ -122,7 +122,7 @@ class Meetings:
         The function waits a moment, because the other ranks may fail a little later.
 
         Args:
-            call: of this rank, see `present_call`.
+            call: this rank's failed call, see `present_call`.
 
         Returns:
             {call: global ranks that made it}, as far as the ranks have written it.
@@ -249,7 +249,7 @@ def _call(store: Store, missing: Sequence[int], call: str, above: tuple[int, str
     """Notify missing ranks that wait in a collective that this rank has not entered.
 
     Args:
-        store: of all ranks.
+        store: store of all ranks.
         missing: global ranks.
         call: number and name of the collective or first call that waits for them.
         above: (size, name) that their group must exceed.

@@ -28,7 +28,7 @@ def check_passed(passed: Passed, optimizers: list[Optimizer], *, has_scaler: boo
 
     Args:
         passed: arguments of `finish`.
-        optimizers: of the step.
+        optimizers: optimizers of the step.
         has_scaler: whether `start` got an enabled scaler.
 
     Raises:

@@ -67,7 +67,7 @@ class Calls:
         """Describe a step, with everything that determines its decision except the gradients.
 
         Args:
-            function: that the user called.
+            function: name of the function that the user called.
             loss_scale: factor that the gradients carry, 0-d. None for 1.
             watch: scalars of the user.
         """
@@ -100,9 +100,9 @@ class Calls:
         comparison and makes the call that follows, whose message is as long, so that all ranks raise its error.
 
         Args:
-            watch: of the user.
-            function, loss_scale: of the step.
-            errors: of this rank so far.
+            watch: scalars that the user passed.
+            function, loss_scale: see `describe`.
+            errors: this rank's errors so far.
 
         Collectives: one all-reduce the first time with these names.
         """
@@ -122,8 +122,8 @@ class Calls:
         A rank that called another function would enter another collective, because a step sums and does not gather.
 
         Args:
-            function: as the user knows it.
-            errors: of this rank so far. All ranks raise them together.
+            function: name of the function, as the user knows it.
+            errors: this rank's errors so far. All ranks raise them together.
 
         Raises:
             DisagreementError: another rank calls another function; on every rank.
@@ -139,9 +139,9 @@ class Calls:
         has passed another communicator.
 
         Args:
-            function: as the user knows it.
+            function: name of the function, as the user knows it.
             comm: communicator for the next engine that the caller has passed, or None.
-            errors: of this rank so far. All ranks raise them together.
+            errors: this rank's errors so far. All ranks raise them together.
 
         Raises, Collectives, Host syncs: see `agree`.
         """
@@ -158,9 +158,9 @@ class Calls:
         """Sum power sums that each rank has measured itself, and raise the errors of all ranks.
 
         Args:
-            function: as the user knows it.
+            function: name of the function, as the user knows it.
             powers: (measured slots,), each divided by its number of replicas.
-            errors: of this rank so far.
+            errors: this rank's errors so far.
 
         Raises:
             DistclipError: the first error of this rank, or of the lowest other rank with one; on every rank.

@@ -73,8 +73,8 @@ class DeferredReads:
         """Count a step that the host has not found to be non-finite.
 
         Args:
-            outcome: of the step.
-            checksums: of the gradients, if the host has yet to read whether replicas differ. Otherwise None.
+            outcome: outcome of the step.
+            checksums: checksums of the gradients, if the host has yet to read whether replicas differ. Otherwise None.
             quiet: do not warn about a non-finite step.
 
         Host syncs: none on an accelerator.

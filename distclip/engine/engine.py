@@ -227,7 +227,7 @@ class Engine:
 
         Args:
             optimizer, scaler, watch: see `GradClipper.step`.
-            error: that this rank has already, for all ranks to raise.
+            error: error that this rank has already, for all ranks to raise.
         """
         with self._undone_on_error() as before:
             stages = self._step(optimizer, scaler, watch, FirstError(error), before, overlap=False)
@@ -246,7 +246,7 @@ class Engine:
 
         Args:
             optimizer, scaler, watch: see `GradClipper.start`.
-            error: that this rank has already, for all ranks to raise.
+            error: error that this rank has already, for all ranks to raise.
         """
         errors = FirstError(error)
         with self._undone_on_error() as before:
@@ -282,8 +282,8 @@ class Engine:
         The caller sends it the arguments of `finish`, or None to complete the collectives and step nothing.
 
         Args:
-            optimizer, scaler, watch: of `start`.
-            errors: of this rank so far.
+            optimizer, scaler, watch: arguments of `start`.
+            errors: this rank's errors so far.
             before: state before the step.
             overlap: yield before the all-reduce is complete, and refuse gradients that are written until then.
         """
@@ -364,8 +364,8 @@ class Engine:
 
         Args:
             passed: arguments of `finish`.
-            errors: of this rank before the all-reduce.
-            late: errors of this rank since then; further errors are added to it.
+            errors: this rank's errors before the all-reduce.
+            late: this rank's errors since then, to which further ones are added.
 
         Returns:
             The optimizers, and whether those of all ranks are fused.
@@ -386,7 +386,7 @@ class Engine:
         """Set the optimizers of a call, because it may read their second moments.
 
         Args:
-            optimizers: of this rank. None if they are not known.
+            optimizers: this rank's optimizers. None if they are not known.
         """
         self.execution.expect(optimizers if self.spec.moment_eps is not None else None)
 
@@ -551,11 +551,11 @@ class Engine:
         Only the rule "zero" writes gradients here.
 
         Args:
-            errors: of this rank so far. All ranks raise them together.
+            errors: this rank's errors so far. All ranks raise them together.
             loss_scale: factor that the gradients carry, 0-d. None for 1.
             expect_overflow: a GradScaler is in use, so that non-finite steps are skipped without a warning.
             must_read: whether the host must read in this step whether to skip it.
-            function: that the user called; the ranks check that they all called it.
+            function: name of the function that the user called; the ranks check that they all called it.
             watch: scalars of the user, see `GradClipper.step`.
 
         Returns:
@@ -808,7 +808,7 @@ class Engine:
         """Add the late errors of the last step, and end the hold on the parameters that it skipped.
 
         Args:
-            errors: of this rank; the errors that the rank alone had after its last all-reduce are added to it.
+            errors: this rank's errors, to which those that it had alone after its last all-reduce are added.
             function, loss_scale, watch: see `decide`.
 
         Collectives: one all-reduce the first time with these names of watched scalars.

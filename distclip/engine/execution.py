@@ -53,8 +53,8 @@ class Execution:
     """Applies the decisions of one engine. No rank communicates here.
 
     Args:
-        table: of this rank.
-        spec: of the policy.
+        table: this rank's table.
+        spec: norm spec of the policy.
         optimizers: steps them.
         coverage: compares their parameters with those of the table.
         late_errors: collects the errors that only this rank has.
@@ -95,7 +95,7 @@ class Execution:
         """Set the optimizers of a call, and cancel the scaling that the last call left for their next steps.
 
         Args:
-            optimizers: of this rank. None if they are not known.
+            optimizers: this rank's optimizers. None if they are not known.
         """
         self.call_off()
         if optimizers is not None:
@@ -124,8 +124,8 @@ class Execution:
 
         Args:
             outcome: the decision.
-            optimizers: of this rank.
-            state: of the GradScaler.
+            optimizers: this rank's optimizers.
+            state: state of the GradScaler.
             is_scaled: whether the gradients carry a loss scale.
             was_scaled: whether the gradients of all these optimizers do.
 
@@ -159,8 +159,8 @@ class Execution:
         rank has not stepped, see `Coverage.begin_round`.
 
         Args:
-            optimizers: of this rank.
-            state: of the GradScaler.
+            optimizers: this rank's optimizers.
+            state: state of the GradScaler.
 
         Raises:
             ArgumentError: the decision does not hold for these optimizers; on this rank alone.
@@ -189,7 +189,7 @@ class Execution:
 
         Args:
             outcome: the decision.
-            state: of the GradScaler.
+            state: state of the GradScaler.
         """
         if state is not None:
             state.set_found_inf(outcome.overflow.on(outcome.coefs.device).to(torch.float32))

@@ -65,16 +65,16 @@ def measure_all_ranks(
     """Run stages 1 to 3 of a call: find this rank's shards, measure them, and sum over all ranks.
 
     Args:
-        table: of this rank.
+        table: this rank's table.
         spec: the norm to measure, the same on all ranks.
         comm: all ranks that take part.
-        errors: of this rank so far.
+        errors: this rank's errors so far.
         call: the ranks check that they all make this call.
         guard: compares replicas.
         num_slots: number of norms.
         step: 1-based index of the clipper call, which selects the parameters to compare.
         watch: scalars of the user.
-        moments: of the optimizers that are about to step, if the spec has `moment_eps`.
+        moments: second moments of the optimizers that are about to step, if the spec has `moment_eps`.
         overlap: yield before the all-reduce is complete, if the backend can do so.
 
     Yields:
@@ -214,8 +214,8 @@ def covering(comm: Comm, table: ShardTable, errors: FirstError) -> Comm:
 
     Args:
         comm: the communicator that the ranks begin with.
-        table: of this rank.
-        errors: of this rank; the error is added if this rank has begun with a larger communicator than its peers.
+        table: this rank's table.
+        errors: this rank's errors. One is added if this rank has begun with a larger communicator than its peers.
 
     Collectives: an all-reduce (maximum) of one number, and those of `widened` if the communicator is too small.
     """
@@ -234,9 +234,9 @@ def _placed(misplaced: MisplacedError, errors: FirstError) -> Comm:
     """Return the communicator to continue with, after this rank has left the group of another one.
 
     Args:
-        misplaced: of this rank.
-        errors: of this rank; the error that all ranks of a smaller communicator raise is added, if they wait for this
-            rank.
+        misplaced: error of this rank.
+        errors: this rank's errors, to which the error is added that all ranks of a smaller communicator raise if they
+            wait for this rank.
     """
     if misplaced.comm is None and misplaced.first_call is None:
         return rejoined(misplaced.left)

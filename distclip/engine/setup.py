@@ -43,7 +43,7 @@ class Setup:
         table: parameters of this rank, with their layouts.
         comm: all ranks that take part.
         slots: slots of the norms.
-        spec: of the policy, with names instead of references to parameters.
+        spec: norm spec of the policy, with names instead of references to parameters.
         coverage: compares the parameters with those of optimizers.
         replicas: rule for replicas that differ, see `GradClipper`.
         token: text that is equal on all ranks of this clipper, and differs from that of any other clipper.

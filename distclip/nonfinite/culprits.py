@@ -77,7 +77,7 @@ def count_nonfinite(shards: Iterable[Shard]) -> list[tuple[str, int, int]]:
     """Count the non-finite elements of this rank's gradients.
 
     Args:
-        shards: of this rank.
+        shards: this rank's shards.
 
     Returns:
         (name, number of NaN, number of Inf) of every gradient that has any.
@@ -97,7 +97,7 @@ def suspect_nonfinite(per_tensor_powers: Iterable[PerTensorPowers]) -> list[tupl
     """Find non-finite gradients from their power sums alone, after the gradients have been freed.
 
     Args:
-        per_tensor_powers: of this rank.
+        per_tensor_powers: this rank's power sums.
 
     Returns:
         (name, 1 if any NaN, 1 if any Inf) of every gradient that is not finite.

@@ -117,7 +117,7 @@ def too_many_skips(step: int, in_a_row: int, max_skips: int | None, reason: str)
         step: 1-based index of the clipper call.
         in_a_row: number of steps skipped in a row, this one included.
         max_skips: see `SkipCounter`.
-        reason: of this step.
+        reason: reason of this step.
     """
     if max_skips is None or in_a_row < max_skips:
         return None
