@@ -1,7 +1,7 @@
 """Find the replicas that differ, from descriptions that all ranks have gathered.
 
-The all-reduce of a step only shows that some replica differs. The descriptions, one of each replica on each rank, are
-gathered on such a step only.
+The all-reduce of a step only shows that some replica differs. Descriptions, one for each replica on each rank, are
+gathered only in such a step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Comparison", "Kind", "ReplicaDifference", "ReplicaInfo", "compare_re
 Kind: TypeAlias = Literal["gradient", "parameter"]
 
 _TOLERANCE = 1e-6
-"""Relative difference of the power sums of two replicas that each rank has computed itself."""
+"""Largest relative difference of power sums that counts as a rounding error, where each rank computes its replica."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,8 @@ class ReplicaInfo:
         num_bytes: of the local tensor.
         checksum: of the local tensor, see `norms.kernels`.
         power: Σx² of the local tensor.
-        split_along: axes of `split_over=` along which some of `ranks` are. Different tensors and replicas along one
-            axis are a contradiction.
+        split_along: axes of `split_over=` that contain several of `ranks`. It is a contradiction if ranks along one
+            axis hold both different tensors and replicas.
     """
 
     kind: Kind
@@ -57,10 +57,12 @@ class ReplicaDifference:
     Args:
         kind: "gradient" or "parameter".
         name: parameter name.
-        ranks: global ranks whose replica differs from that of the majority. All ranks of `group` without a majority.
+        ranks: global ranks whose replica differs from that of the majority. All ranks of `group` if there is no
+            majority.
         group: global ranks that hold a replica.
-        norm: largest relative difference of a norm among `ranks` to that of the majority, or to that of the first rank.
-        bit: number of the bit that differs, if it is a single one. 0 is the last bit of the significand.
+        norm: largest relative difference between a norm on `ranks` and that of the majority. Without a majority, the
+            difference from the norm on the first rank.
+        bit: number of the bit that differs, if it is only one. 0 is the last bit of the significand.
         is_exact: whether the replicas must have the same bits, because one collective has written all of them.
         cause: the most likely cause, in words, and what to do.
         num_bytes: of one replica.
@@ -108,8 +110,8 @@ class Comparison:
 
     Args:
         differences: tensors whose replicas differ, gradients first.
-        rounded: groups of ranks that have computed their replicas themselves, and whose replicas differ by rounding
-            errors only.
+        rounded: groups of ranks that have computed their replicas themselves, and whose replicas differ only by
+            rounding errors.
     """
 
     differences: tuple[ReplicaDifference, ...]
@@ -137,7 +139,7 @@ def compare_replicas(by_rank: Mapping[int, Sequence[ReplicaInfo]]) -> Comparison
         small = [name for name in replicas.names if name not in large and replicas.differ(name)]
         found += replicas.differences(large)
         if len(small) == 1 and not large and replicas.flipped_bit(small[0]) is not None:
-            # Rounding errors are in many elements of many tensors.
+            # A single bit is not a rounding error, which would affect many elements of many tensors.
             found += replicas.differences(small)
         elif small:
             rounded.add(ranks)
@@ -174,7 +176,7 @@ class _Replicas:
         return cls(kind, ranks, tensors, is_exact, cause)
 
     def checksum(self, name: str, rank: int) -> int:
-        """Return the checksum of a replica. A missing gradient is one of zeros."""
+        """Return the checksum of a replica. A missing gradient counts as zeros."""
         info = self.tensors[name].get(rank)
         return 0 if info is None else info.checksum
 
@@ -186,7 +188,7 @@ class _Replicas:
         """Return the relative difference of the largest and the smallest power sum."""
         infos = self.tensors[name]
         powers = [infos[rank].power if rank in infos else 0.0 for rank in self.ranks]
-        # A comparison with NaN is false, so that max and min may return any of the numbers.
+        # A comparison with NaN is false, so max and min could return any of the numbers.
         numbers = [power for power in powers if power == power]
         if not self.differ(name) or not numbers:
             return 0.0
@@ -198,7 +200,7 @@ class _Replicas:
         return checksum if 2 * count > len(self.ranks) else None
 
     def flipped_bit(self, name: str) -> int | None:
-        """Return the bit by which all replicas that differ do so, or None."""
+        """Return the only bit in which the replicas differ, or None."""
         checksums = Counter(self.checksum(name, rank) for rank in self.ranks)
         if len(checksums) != 2:
             return None
@@ -254,7 +256,7 @@ def _likely_cause(
     gradients: Mapping[str, Mapping[int, ReplicaInfo]],
     parameters: Mapping[str, Mapping[int, ReplicaInfo]],
 ) -> str:
-    """Return why replicas that are only assumed to be replicas differ, and what to do."""
+    """Return why tensors that are only assumed to be replicas differ, and what to do."""
     on = rank_list(ranks)
     for by_rank in parameters.values():
         if len({(info.shape, info.checksum) for info in by_rank.values()}) > 1 or len(by_rank) < len(ranks):
@@ -281,7 +283,7 @@ def _likely_cause(
 
 
 def _relative(one: float, two: float) -> float:
-    """Return |one − two| / |two|, or infinity where this is no number."""
+    """Return |one − two| / |two|, or infinity where this is not a number."""
     if one == two:
         return 0.0
     ratio = abs(one - two) / abs(two) if two else float("inf")

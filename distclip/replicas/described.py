@@ -1,8 +1,8 @@
-"""Compare `split_over=` with what shows in the first calls: an axis of stages that it lacks, or an axis of replicas.
+"""Check `split_over=` in the first calls: it may lack an axis of stages, or contain an axis of replicas.
 
-`distclip.audit` proves a layout. These two mistakes show without a collective. Parameters on a part of a mesh have the
-names of its other axes, and one of them can be that of pipeline stages, which call as well. Replicas have equal
-parameters and equal gradients, which ranks with different parameters do not.
+`distclip.audit` proves a layout. These two mistakes can be detected without a collective. If parameters are on a part
+of a mesh, its other axes have names, and one of them can be an axis of pipeline stages, which make the same call.
+Replicas have equal parameters and equal gradients, and ranks with different parameters do not.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Stages:
 
     Args:
         name: of the axis.
-        ranks: along it, through this rank.
+        ranks: ranks along the axis, this one included.
         mesh: description of the mesh that the parameters are on.
-        number: of the stages along these ranks so far. Only calls with the same one are compared.
+        number: number of tables with stages along these ranks so far. Only calls with the same number are compared.
     """
 
     name: str
@@ -50,10 +50,10 @@ _numbers: Counter[Ranks] = Counter()
 
 
 def undescribed_stages(table: ShardTable) -> Stages | None:
-    """Return the axis of stages that the meshes of parameters have and nothing describes, or None.
+    """Return the axis of stages in the parameters' meshes that nothing describes, or None.
 
-    Equal meshes can be parts of different ones, and torch hands out any of them. So it may be an axis of another model,
-    and `compare_split` warns only if the other stages call too.
+    Equal meshes can be slices of different root meshes, and torch may return any of these roots. So the axis may belong
+    to another model, and `compare_split` warns only if the other stages call too.
 
     Args:
         table: of this rank.
@@ -80,7 +80,7 @@ def compare_split(function: str, table: ShardTable, gradients: Shards) -> bool:
     """Compare this rank with others along undescribed stages, and along axes named as data parallelism.
 
     Args:
-        function: that the user called; only calls of the same function are compared.
+        function: function that the user called. Only calls of the same function are compared.
         table: of this rank.
         gradients: of this rank, as they were measured.
 
@@ -105,7 +105,7 @@ def compare_split(function: str, table: ShardTable, gradients: Shards) -> bool:
 
 
 def _find_other_stage(function: str, stages: Stages, posting: Posting) -> str | None:
-    """Return a description of stages that call with norms that do not include each other, or None."""
+    """Return a text about stages whose norms do not include each other's gradients, or None."""
     reads = posting.begin_call()
     if posting.num_calls > 1:
         return posting.read_difference() if reads else None
@@ -121,7 +121,7 @@ def _find_other_stage(function: str, stages: Stages, posting: Posting) -> str | 
 
 
 def _compare(table: ShardTable, gradients: Shards, i: int, axis: Axis, posting: Posting) -> str | None:
-    """Return a description of an axis whose ranks hold replicas, or None.
+    """Return a text about an axis whose ranks hold replicas, or None.
 
     Args:
         table, gradients: of this rank.
@@ -136,10 +136,10 @@ def _compare(table: ShardTable, gradients: Shards, i: int, axis: Axis, posting: 
         return None
     posting.begin_call()
     layouts = dict(zip(table.names, table.layouts, strict=True))
-    # Placements that span the axis count, and not `split_over=`.
+    # If a parameter's placements span the axis, they apply instead of `split_over=`.
     own = [at for at, info in enumerate(gradients.infos) if not layouts[info.name].members.issuperset(axis.ranks)]
     values = [gradients.grads[at] for at in own if gradients.grads[at].layout is torch.strided]
-    # Gradients of ones are equal for other reasons.
+    # Constant gradients, such as ones, can be equal for other reasons.
     if not values or len(values) < len(own) or not any(bool((one != one.flatten()[:1]).any()) for one in values):
         posting.is_settled = True
         return None

@@ -43,8 +43,8 @@ class ReplicaGuard:
         rule: what happens if replicas differ.
         log: records the steps in which they do.
         rounded: replica groups that an earlier call has found to differ by rounding errors; the same on every rank.
-        at_once: whether replicas that differ are resolved within the call or not at all, and no parameters are
-            compared.
+        at_once: whether differing replicas must be resolved within the call or not at all. Parameters are not compared
+            then.
         reads_now: whether the host must read in this call whether replicas differ; the same on every rank.
     """
 

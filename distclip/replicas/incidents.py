@@ -86,7 +86,7 @@ def describe_differences(differences: Sequence[ReplicaDifference]) -> str:
 
 
 def check_contradiction(differences: Sequence[ReplicaDifference]) -> None:
-    """Raise if tensors are declared replicas along an axis and different tensors along the same axis.
+    """Raise if tensors are declared both as replicas and as different tensors along one axis.
 
     Raises:
         LayoutError: see above.

@@ -13,7 +13,7 @@ from .compare import Kind, ReplicaDifference
 __all__ = ["repair_"]
 
 _CHUNK = 1 << 20
-"""Number of words that travel at a time: 8 MB."""
+"""Number of words that are sent at a time: 8 MB."""
 
 
 @torch.no_grad()
@@ -21,7 +21,7 @@ def repair_(differences: Sequence[ReplicaDifference], find: Callable[[Kind, str]
     """Overwrite the replicas of ranks in the minority.
 
     Args:
-        differences: have a majority; the same on every rank.
+        differences: differences with a majority; the same on every rank.
         find: returns this rank's replica of a name.
         comm: all ranks concerned, all of which call this function.
 
@@ -37,8 +37,8 @@ def repair_(differences: Sequence[ReplicaDifference], find: Callable[[Kind, str]
         )
         if tensor is not None and own == source:
             words.view(torch.uint8)[: difference.num_bytes] = _bytes(tensor)
-        # A sum of float64 numbers, to which all other ranks add 0, carries the bits of any dtype exactly. A
-        # communicator has no broadcast.
+        # A communicator has no broadcast. A sum of float64 numbers, to which all other ranks add 0, transfers the bits
+        # of any dtype exactly.
         for piece in torch.split(words, _CHUNK):
             numbers = piece.to(torch.float64)
             comm.sum_(numbers)

@@ -75,7 +75,7 @@ class Raise:
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """Overwrite replicas that differ by those of the majority, or raise `ReplicaError` without one."""
+    """Overwrite replicas that differ by those of the majority, or raise `ReplicaError` if there is none."""
 
     compares = True
     needs_host = True

@@ -1,4 +1,4 @@
-"""Compare a part of the parameters in every step, so that a bit that flips in one of them is found."""
+"""Compare a part of the parameters in every step, so that a flipped bit in a parameter is found."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Scrubber:
         self._table = table
 
     def sums(self, step: int, rounded: Collection[Ranks] = ()) -> ReplicaSums:
-        """Return the checksums of the part of a step, by replica group.
+        """Return the checksums of the parameters that a step compares, by replica group.
 
         Args:
             step: 1-based index of the clipper call, the same on every rank.
@@ -41,7 +41,7 @@ class Scrubber:
 
         Collectives: none. Host syncs: none.
         """
-        # Made in the first step, also if its part is empty.
+        # All parts are computed in the first step, even if the part of this step is empty.
         infos = self._infos[step % NUM_PARTS]
         if not infos:
             return {}
@@ -80,7 +80,7 @@ def scrubbed_positions(table: ShardTable) -> list[int]:
     """Return the positions of the parameters in a table that have replicas."""
     infos = table.metadata.infos(table.holders)
     held = {i for members in infos.by_replica_group.values() for i in members}
-    # An integration passes tensors in place of parameters, which may have no memory.
+    # An integration passes tensors instead of parameters, and they may have no memory.
     local = table.local_weights(range(len(infos)))
     return [
         i

@@ -1,8 +1,8 @@
-"""Compare ranks that no communicator connects: nothing shows that they share a model, or DDP gives each all gradients.
+"""Compare ranks that no communicator connects: nothing links them, or DDP gives each of them all gradients.
 
-Such ranks have plain tensors, or DTensors on meshes of a part of the job, and pass no `split_over=`. A rank may call
-when others do not. So what they compare goes through the store of torch.distributed, in the first calls only, and no
-rank waits for another one.
+Ranks that nothing links have plain tensors, or DTensors on meshes over a part of the job, and pass no `split_over=`. A
+rank may call when others do not. So the comparison goes through the store of torch.distributed, only in the first
+calls, and no rank waits for another one.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from .scrubber import scrubbed_positions
 __all__ = ["compare", "compare_ddp_gradients", "compare_tensors", "is_unlinked"]
 
 _NUMBERED = re.compile(r"^(parameters|tensors|gradients)(\[\d+\])?$")
-"""Names that only tell the position in a list of the caller."""
+"""Names that only contain a position in the caller's list."""
 
 _RECORD = struct.Struct("<Id")
 """A checksum and a power sum."""
 
 
 def is_unlinked(table: ShardTable, comm: Comm) -> bool:
-    """Return whether nothing connects this rank with some ranks of the job, no mesh and no `split_over=`.
+    """Return whether neither a mesh nor `split_over=` connects this rank with all ranks of the job.
 
     Args:
         table: of this rank.
-        comm: derived from it.
+        comm: communicator that was derived from the table.
     """
     return bool(table.tensors) and not table.axes and comm.size < job_size()
 
@@ -51,9 +51,10 @@ def compare_tensors(function: str, table: ShardTable, comm: Comm, *, may_call_al
     """Compare names and shapes of whole tensors with those of other ranks, and warn if they differ.
 
     Args:
-        function: that the user called; only calls of the same function are compared.
+        function: function that the user called. Only calls of the same function are compared.
         table, comm: of this rank, see `is_unlinked`.
-        may_call_alone: whether a rank may also pass a part of its tensors when other ranks do not call, to log a norm.
+        may_call_alone: whether a rank may also call with a part of its tensors while other ranks do not call, for
+            example to log a norm.
 
     Returns:
         Whether nothing is left to compare in later calls.
@@ -81,13 +82,13 @@ def _compare_tensors(posting: Posting, table: ShardTable, comm: Comm, may_call_a
 
     rank, first = posting.other
     other_entries = first.split(" ")
-    # The ranks of one communicator have compared more than this.
+    # Ranks of one communicator have already compared more than this.
     is_linked = comm.ranks is not None and rank in comm.ranks
     if is_linked or entries == other_entries or posting.has_entry(rank, digest):
         posting.settle_equal()
         return None
     more, fewer = Counter(entries) - Counter(other_entries), Counter(other_entries) - Counter(entries)
-    # One of the ranks may have logged the norm of some tensors first. Then it has passed all of them by the next call.
+    # One of the ranks may have first logged the norm of some tensors. By its next call it has passed all of them.
     if may_call_alone and not (more and fewer) and not was_listed:
         return None
     only = [text for text in named if f"{zlib.crc32(text.encode()):08x}" in more]
@@ -104,10 +105,10 @@ def _compare_tensors(posting: Posting, table: ShardTable, comm: Comm, may_call_a
 
 
 def _describe_tensors(table: ShardTable, comm: Comm) -> list[str]:
-    """Describe tensors by their names, unless these are numbers, and the shapes of the whole tensors."""
+    """Describe tensors by the shapes of the whole tensors, and by names that are not positions."""
     entries = []
     for name, tensor, layout in zip(table.names, table.tensors, table.layouts, strict=True):
-        # What the ranks of one communicator have in addition to their meshes, they have exchanged.
+        # Ranks of one communicator have already exchanged their plain tensors.
         if comm.size == 1 or layout.groups:
             shape = whole_shape(tensor, layout) if layout.groups else tuple(tensor.shape)
             entries.append(f"{'' if _NUMBERED.match(name) else f'{name} '}{shape}")
@@ -117,7 +118,7 @@ def _describe_tensors(table: ShardTable, comm: Comm) -> list[str]:
 def compare_ddp_gradients(function: str, table: ShardTable, gradients: Shards) -> bool:
     """Compare gradients that DDP has averaged with those of another rank, and warn if they differ.
 
-    This happens in the first call.
+    Only the first call compares.
 
     Args:
         function: that the user called.
@@ -172,7 +173,7 @@ def _compare_gradients(posting: Posting, table: ShardTable, gradients: Shards) -
 
 
 def compare(name: str, difference: Callable[[Posting], str | None], size: int | None = None) -> bool:
-    """Compare with other ranks by their postings of a name, and warn if this rank differs.
+    """Compare this rank with others through their postings, and warn if it differs.
 
     Args:
         name: of the postings.
@@ -188,7 +189,7 @@ def compare(name: str, difference: Callable[[Posting], str | None], size: int | 
             return True
         text = difference(posting)
     except Exception:
-        # The store may be gone, or refuse. The call itself does not need it.
+        # The store may be gone, or may refuse a request. The call itself does not need it.
         return True
     if text is not None:
         warn_user(text, ReplicaWarning)
