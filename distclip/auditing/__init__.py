@@ -1,8 +1,8 @@
 """Check the layout of a model before training: `distclip.audit(model, split_over=..., optimizer=...)`.
 
-`facts` reads what a rank knows, with the sum of a `probe` gradient and a checksum of the values. One gather brings the
-facts of all ranks together. `instances` joins them to parameters with their replicas, as the engine counts them.
-`checks` and `comparison` find mistakes, and `report` prints the table.
+`facts` reads the parameters and layouts of a rank, the sum of a `probe` gradient, and a checksum of the values. One
+gather collects the facts of all ranks. `instances` joins them to parameters with their replicas, as the engine counts
+them. `checks` and `comparison` find mistakes, and `report` prints the table.
 """
 
 from .audit import audit

@@ -41,16 +41,16 @@ def audit(
     comm: Comm | None = None,
     patience: float = 20.0,
 ) -> Audit:
-    """Check how a model is spread over ranks: which parts count, how often, and who steps them.
+    """Check how a model is spread over ranks: which parts count, how often, and what steps them.
 
-    Call it in a new layout, before training, on every rank, with the arguments of the clipper. It measures a probe
-    gradient of integers with the kernels of the norm, so that all sums are exact, and compares checksums of the values.
-    The model, its gradients and the random number generators are not changed.
+    Call it for every new layout, before training, on every rank, and with the arguments of the clipper. It measures a
+    probe gradient of integers with the kernels of the norm, so that all sums are exact, and compares checksums of the
+    values. The model, its gradients and the random number generators are not changed.
 
     Args:
         model: see `clip_grad_norm_`, or a `GradClipper`, whose parameters and arguments are used.
         split_over: see `clip_grad_norm_`.
-        optimizer: the optimizer of the model, or several. None to leave them unchecked.
+        optimizer: the optimizer of the model, or several. None to skip the check of optimizers.
         comm: see `clip_grad_norm_`. Without it, all ranks of torch.distributed are compared.
         patience: seconds to wait for ranks that share no mesh and no axis with this one.
 
@@ -59,8 +59,8 @@ def audit(
         `raise_if_wrong()`.
 
     Raises:
-        DisagreementError: a rank that shares a mesh or an axis did not call within the timeout of the process group, or
-            waits in another call for this rank. That call raises PeerError then.
+        DisagreementError: a rank that shares a mesh or an axis with this one did not call within the timeout of the
+            process group, or is waiting for this rank in another call. That other call then raises PeerError.
 
     Collectives: one gather. Without `comm`, ranks find each other through the store of torch.distributed first.
     Host syncs: a few per parameter.
@@ -129,7 +129,7 @@ def _conclude(by_rank: Mapping[int, Facts], absent: Ranks, comm: Comm | None) ->
     check_names(by_rank, findings)
     instances = find_instances(by_rank, component_of)
     if comm is None and is_dry_run():
-        # No other rank exists, so that no sum over ranks shows what counts how often.
+        # No other rank exists, so no sum over ranks shows which elements count how often.
         findings.note(f"In a dry run only the facts of rank {min(by_rank)} exist, and nothing is compared.")
     elif not findings.problems:
         # Further checks would only repeat that a layout is unknown.

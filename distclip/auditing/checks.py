@@ -1,4 +1,4 @@
-"""Check what one rank can check alone, and the sums over all ranks: memory, names, optimizers, numbers."""
+"""Check the memory, names and optimizers of each rank, and the sums over all ranks."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def check_memory(by_rank: Mapping[int, Facts], findings: Findings) -> None:
 
 
 def check_optimizers(by_rank: Mapping[int, Facts], findings: Findings) -> None:
-    """Report parameters that are stepped never or twice, and steps of tensors of another model."""
+    """Report parameters that are never stepped or stepped twice, and stepped tensors of another model."""
     if not any(facts.has_optimizer for facts in by_rank.values()):
         if any(holding.trainable for facts in by_rank.values() for holding in facts.holdings):
             findings.note("No optimizer was passed, so that nothing shows whether every parameter is stepped.")
@@ -155,14 +155,14 @@ def check_optimizers(by_rank: Mapping[int, Facts], findings: Findings) -> None:
 
 
 def check_counts(instances: Iterable[Instance], by_rank: Mapping[int, Facts], findings: Findings) -> None:
-    """Report parameters whose elements do not count exactly once, by the sums of the probe over all ranks."""
+    """Report parameters whose elements do not count exactly once, from the probe's sums over all ranks."""
     instances = list(instances)
     counted = {member.value for one in instances for member in one.members if member.weight}
     for instance in instances:
         if not instance.trainable or instance.name in findings.explained:
             continue
         if all(member.weight == 0 for member in instance.members):
-            # Megatron's `shared`: another stage has the replica that counts.
+            # With Megatron's `shared`, another stage has the replica that counts.
             if instance.is_informative and not any(member.value in counted for member in instance.members):
                 findings.add(_uncounted(instance))
             continue
@@ -185,7 +185,7 @@ def check_counts(instances: Iterable[Instance], by_rank: Mapping[int, Facts], fi
 
 
 def _absent_ranks(instance: Instance, by_rank: Mapping[int, Facts]) -> list[int]:
-    """Return the audited ranks that the layout names as holders, and that do not hold the parameter."""
+    """Return the audited ranks that should hold the parameter by its layout, but do not."""
     named = {rank for member in instance.members for rank in member.holding.layout.members}
     return sorted((named - set(instance.ranks)) & by_rank.keys())
 

@@ -1,8 +1,8 @@
 """Compare the values of parameters over ranks: replicas must be equal, and different parameters should differ.
 
-Values show what an argument hides. Replicas with different values are stages, experts or shards that no argument
-declares. Different parameters with equal values can be replicas that count several times. They can also have started
-from one seed, which numbers cannot tell apart.
+Values show what the arguments do not. Replicas with different values are stages, experts or shards that no argument
+declares. Different parameters with equal values can be replicas that count several times. They can also be different
+parameters that started from one seed, which the values alone cannot distinguish.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ def compare_values(
 
 @dataclass(frozen=True)
 class _Conflict:
-    """A parameter that ranks must hold replicas of, and do not.
+    """A parameter of which ranks must hold replicas, but do not.
 
     Args:
         name: name of the parameter.
         held: the member of each rank, None where a rank does not have the parameter.
-        is_between: whether the ranks compute their norms apart, so that only ranks at one position of `split_over=`
-            are compared.
+        is_between: whether the ranks compute separate norms, so that only ranks at one position of `split_over=` are
+            compared.
     """
 
     name: str
@@ -63,7 +63,7 @@ class _Conflict:
     def differs(self, one: int, two: int) -> bool | None:
         """Return whether two ranks hold different tensors.
 
-        None if they hold different pieces, or if one of them is not concerned.
+        None if they hold different pieces, or if one of them is not among the ranks.
         """
         if one not in self.held or two not in self.held:
             return None
@@ -89,7 +89,7 @@ class _Comparison:
         self.axes = axis_lines(by_rank)
         self.given = sorted({axis.name or "" for facts in by_rank.values() for axis in facts.axes})
         self.has_axes = any(facts.axes for facts in by_rank.values())
-        # Pieces by annotation or attribute count as different tensors too. Those of a DTensor are what they are.
+        # Pieces that an annotation or an attribute declares count as different tensors too. Pieces of a DTensor do not.
         self.identity = {
             (m.rank, m.position): (i, m.holding.cuts) for i, one in enumerate(self.instances) for m in one.members
         }
@@ -98,7 +98,7 @@ class _Comparison:
 
     def check_trainable(self) -> None:
         """Report parameters that are frozen on some of their ranks."""
-        # Ranks that compute their norms apart hold replicas too.
+        # Ranks that compute separate norms can hold replicas too.
         groups: dict[Any, list[Member]] = {}
         for i, instance in enumerate(self.all_instances):
             first = instance.members[0]
@@ -119,7 +119,7 @@ class _Comparison:
                 )
 
     def check_declared_replicas(self) -> None:
-        """Report replicas that a layout declares, and whose values differ."""
+        """Report replicas that a layout declares, but whose values differ."""
         for instance in self.instances:
             pair = next((pair for pair in _unequal_pairs(instance) if pair[0].declares(pair[1].rank)), None)
             if pair is None or instance.name in self.findings.explained:
@@ -159,7 +159,7 @@ class _Comparison:
                 )
 
     def check_assumed_replicas(self) -> None:
-        """Report tensors that count as replicas for lack of a declaration, and that differ."""
+        """Report tensors that count as replicas for lack of a declaration, but differ."""
         conflicts = [*self._conflicts_within(), *self._conflicts_between()]
         conflicts = [conflict for conflict in conflicts if conflict.name not in self.findings.explained]
         if not conflicts:
@@ -172,13 +172,13 @@ class _Comparison:
             self._report_missing(conflicts)
 
     def _conflicts_within(self) -> list[_Conflict]:
-        """Return conflicts between ranks whose norm is one sum."""
+        """Return conflicts between ranks that add up to one norm."""
         found = []
         for instance in self.instances:
             if any(not one.declares(two.rank) for one, two in _unequal_pairs(instance)):
                 found.append(_Conflict(instance.name, {member.rank: member for member in instance.members}))
                 continue
-            # Other ranks that differ along no axis must hold it too, unless the layout counts without them.
+            # Other ranks that no axis separates must hold the parameter too, unless it counts once without them.
             should_hold = self._ranks_that_should_hold(instance) if self._is_short(instance) else set()
             if missing := should_hold.difference(instance.ranks):
                 held: dict[int, Member | None] = {member.rank: member for member in instance.members}
@@ -204,7 +204,7 @@ class _Comparison:
         return ranks
 
     def _conflicts_between(self) -> list[_Conflict]:
-        """Return conflicts between ranks whose norms are computed apart."""
+        """Return conflicts between ranks that compute separate norms."""
         components = {self.component_of[rank] for rank in self.by_rank}
         held: dict[str, dict[int, Member | None]] = {}
         for instance in self.instances:
@@ -261,7 +261,7 @@ class _Comparison:
         )
 
     def _report_missing(self, conflicts: list[_Conflict]) -> None:
-        """Report parameters that are different, or shards, without a declaration."""
+        """Report different parameters, or shards, that nothing declares as such."""
         names = tuple(dict.fromkeys(conflict.name for conflict in conflicts))
         ranks = tuple(sorted({rank for conflict in conflicts for rank in conflict.held}))
         is_absent = any(member is None for conflict in conflicts for member in conflict.held.values())
@@ -475,14 +475,14 @@ class _Comparison:
             if any(m.holding.layout.members >= {first.rank, other.rank} for m in (first, other)):
                 own = self.identity[first.rank, first.position][0]
                 if own != self.identity[other.rank, other.position][0]:
-                    continue  # Annotated on one of them only, which the counts show.
+                    continue  # The annotation is on one of them only, which the counts show.
             reported |= {first.name, other.name}
             self._report_tie(first, other, [m.rank for m in members])
 
     def _report_tie(self, one: Member, two: Member, ranks: list[int]) -> None:
         a, b = self.by_rank[one.rank].holdings, self.by_rank[two.rank].holdings
         names = one.name if one.name == two.name else f"{one.name} and {two.name}"
-        # The annotation needs a group of the ranks that hold it, and of no others.
+        # The annotation needs a group of exactly the ranks that hold the parameter.
         holders = frozenset(ranks)
         axes = [AxisLines(axis.name, tuple(filter(holders.issuperset, axis.lines))) for axis in self.axes]
         along = [axis.name or "" for axis in self.by_rank[one.rank].axes if two.rank in axis.ranks]
@@ -561,8 +561,8 @@ class _Comparison:
 def same_seed_explains(one: Sequence[Holding], two: Sequence[Holding]) -> bool:
     """Return whether equal values of two ranks can be due to one seed.
 
-    Ranks that seed equally and build different parameters in order have equal values up to the first parameter of
-    another size, and none after it.
+    Ranks that start from one seed and create different parameters in order have equal values up to the first parameter
+    whose size differs, and no equal values after it.
 
     Args:
         one, two: parameters of the two ranks.
@@ -582,7 +582,7 @@ def _same(one: Holding, two: Holding) -> bool:
 
 
 def _are_clones(one: str, two: str) -> bool:
-    """Return whether two names are of repeated layers, which can be copies of one layer."""
+    """Return whether two names belong to repeated layers, which can be copies of one layer."""
     return re.sub(r"\d+", "#", one) == re.sub(r"\d+", "#", two) and any(part.isdigit() for part in one.split("."))
 
 
@@ -600,14 +600,15 @@ def _started_apart(one: Sequence[Holding], two: Sequence[Holding]) -> bool:
 def _unequal_pairs(instance: Instance) -> list[tuple[Member, Member]]:
     """Return pairs of members of one norm that hold the same piece with different values.
 
-    For any two values there is a pair that the layout declares as replicas and one that it does not, if they exist.
+    For any two values, the result has one pair that the layout declares as replicas and one that it does not, if such
+    pairs exist.
     """
     pairs = []
     for members in instance.pieces.values():
         by_value: dict[Any, list[Member]] = {}
         for member in members:
             by_value.setdefault((member.component, *member.value), []).append(member)
-        # Mostly there is one value. Of many different ones a few are enough.
+        # Usually there is one value. If there are many, a few of them are enough.
         for some, others in itertools.combinations(list(by_value.values())[:8], 2):
             if some[0].component == others[0].component and not some[0].equals(others[0]):
                 both = list(itertools.product(some, others))

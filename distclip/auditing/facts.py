@@ -1,4 +1,4 @@
-"""Read what one rank knows: its parameters, their layouts, and numbers to compare with other ranks."""
+"""Read the facts of one rank: its parameters, their layouts, and numbers to compare with other ranks."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Holding:
 
     @property
     def is_informative(self) -> bool:
-        """True if equal values on another rank can hardly be a coincidence, except for equal seeds."""
+        """True if equal values on another rank are hardly a coincidence, unless the seeds are equal."""
         return self.trainable and self.values.checksum is not None and not self.values.is_constant
 
 
@@ -146,7 +146,7 @@ def read_facts(
         module: module that the caller passed, or None.
         stepped: tensors that optimizers step, or None without optimizers.
         rank: global rank of this process.
-        error: error that this rank has run into before, or None.
+        error: earlier error of this rank, or None.
         all_train: True if tensors that require no gradient are not frozen, because their gradients are elsewhere.
 
     Collectives: none. Host syncs: a few per parameter.
@@ -213,7 +213,7 @@ class _Reader:
         box, whole = self._position(local)
         cuts = tuple(self._cuts())
         if box is None and not cuts and self.layout.num_pieces > 1:
-            # Nothing shows the order of the pieces. They count one by one all the same.
+            # Nothing shows the order of the pieces, but each of them still counts.
             members = sorted(self.layout.members)
             cuts = ((None, members.index(self.rank) * self.layout.num_pieces // len(members)),)
         shape = self.slice.shape if self.slice is not None else whole
@@ -242,7 +242,8 @@ class _Reader:
         if self.slice is not None:
             return ((self.slice.start, local.numel()),), (torch.Size(self.slice.shape).numel(),)
         if self.source == "FSDP1" and self.layout.num_pieces > 1:
-            # The flat parameter of a module that was wrapped without use_orig_params=True. Its last slice is padded.
+            # This is the flat parameter of a module that was wrapped without use_orig_params=True. Its last slice is
+            # padded.
             shards = self.layout.groups[0]
             return ((shards.index(self.rank) * local.numel(), local.numel()),), (len(shards) * local.numel(),)
         return None, tuple(local.shape)
@@ -310,23 +311,23 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def dtensor_box(tensor: DTensor) -> Box | None:
-    """Return the part of the whole parameter that a DTensor's local tensor is.
+    """Return the position of a DTensor's local tensor in the whole parameter.
 
-    None if torch has cut it in another way.
+    It is None if torch has not cut the tensor as expected.
 
-    The engine does not use this function: it counts pieces, and never asks which elements they have.
+    The engine does not use this function, because it counts pieces and does not need to know their elements.
     """
     mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
     assert coordinate is not None
     box = [(0, length) for length in tensor.shape]
-    # Strided shards (FSDP2 over tensor parallelism) cut what the other axes have left, whatever their order.
+    # Strided shards (FSDP2 over tensor parallelism) are cut from what the other axes have left, in any order of axes.
     for i in sorted(range(mesh.ndim), key=lambda i: type(tensor.placements[i]).__name__ == "_StridedShard"):
         placement = tensor.placements[i]
         if placement.is_replicate() or placement.is_partial():
             continue
         dim = placement.dim  # type: ignore[attr-defined]
         first, count = box[dim]
-        # As torch.chunk cuts: all pieces have the same length, except the last ones.
+        # torch cuts as in torch.chunk: all pieces have the same length, except the last ones.
         length = -(-count // mesh.size(i))
         start = min(length * coordinate[i], count)
         box[dim] = first + start, min(length, count - start)
@@ -349,7 +350,7 @@ def _find_sources(request: Request) -> dict[int, str]:
     for source in SOURCES:
         read = source.layout_reader(request)
         for name, tensor in request.tensors if read is not None else ():
-            # A reader need not be prepared for a tensor that an earlier source describes.
+            # A reader may fail on a tensor that an earlier source describes.
             with suppress(Exception):
                 layout = read(name, tensor, None)  # type: ignore[misc]
                 # Every plain tensor has a layout. Only its attributes show whether the source recognizes it.
@@ -359,7 +360,7 @@ def _find_sources(request: Request) -> dict[int, str]:
 
 
 def _find_twins(named: Sequence[tuple[str, Tensor]]) -> dict[int, str]:
-    """Return for tensors that overlap another one in memory the name of the first, by `id`."""
+    """Return the name of an earlier tensor that a tensor overlaps in memory, by `id` of the later one."""
     extents: list[tuple[str, int, int, int]] = []
     for i, (_, tensor) in enumerate(named):
         local = local_tensor(tensor)

@@ -28,7 +28,7 @@ class Member:
         rank: global rank.
         position: index among the parameters of the rank.
         holding: its facts.
-        component: ranks whose norm it counts in.
+        component: ranks of the norm that it counts in.
         weight: factor of its power sum in that norm, 1 / replicas.
         coordinates: position along each axis of `split_over=` that separates parameters, None along other axes.
     """
@@ -97,7 +97,7 @@ class Instance:
 
     @cached_property
     def pieces(self) -> dict[Any, list[Member]]:
-        """Members that hold the same piece. A piece without elements is left out, if there is another one."""
+        """Members that hold each piece. Empty pieces are left out, unless there are no others."""
         pieces: dict[Any, list[Member]] = {}
         for member in self.members:
             if member.holding.num_elements:
@@ -128,7 +128,7 @@ class Instance:
 
     @property
     def counted_elements(self) -> Fraction:
-        """Number of elements that count in the norm, those that count twice as two."""
+        """Number of elements that the norm counts. An element that counts twice adds 2."""
         return sum((member.weight * member.holding.num_elements for member in self.members), Fraction())
 
     @property
@@ -186,7 +186,7 @@ def find_instances(by_rank: Mapping[int, Facts], component_of: Mapping[int, Rank
         root[high] = low
 
     # 1. Along the axes of `split_over=` ranks hold different parameters, unless the layout cuts them there. Ranks that
-    # differ along no axis hold the same parameters.
+    # no axis separates hold the same parameters.
     buckets: dict[Any, Key] = {}
     for key, member in members.items():
         bucket = (member.component, member.holding.name, member.coordinates)
@@ -196,8 +196,8 @@ def find_instances(by_rank: Mapping[int, Facts], component_of: Mapping[int, Rank
     for key, member in members.items():
         for group in member.holding.layout.groups:
             join(buckets.setdefault((group, member.holding.name), key), key)
-    # 3. A parameter that stages share can have other names on them. Those without a partner of their name pair up in
-    # their order.
+    # 3. A parameter that stages share can have different names on them. Parameters without a partner of the same name
+    # are paired in order.
     _join_renamed(members, positions, join)
     instances: dict[Key, Instance] = {}
     for key in sorted(members):

@@ -1,4 +1,4 @@
-"""Find the mesh axis along which ranks differ, for the line that fixes a mistake."""
+"""Find the mesh axis along which ranks differ, for the line of code that fixes a mistake."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class AxisLines:
     """A mesh axis, or process groups of one kind, over some ranks.
 
     Args:
-        name: its name, or "".
+        name: name of the axis, or "".
         lines: ranks along the axis, for each line of it.
     """
 
@@ -27,7 +27,7 @@ class AxisLines:
     lines: tuple[Ranks, ...]
 
     def code(self, placeholder: str) -> str:
-        """Return the expression for it in a program."""
+        """Return the Python expression for the axis."""
         return f'mesh["{self.name or placeholder}"]'
 
     def __str__(self) -> str:
@@ -51,13 +51,13 @@ def find_axis(
     across: Callable[[int, int], bool],
     preferred: Collection[str] = (),
 ) -> AxisLines | None:
-    """Find an axis whose ranks are related in one way, and ranks across its lines in another way.
+    """Find an axis where ranks on one line fit `along`, and ranks on different lines fit `across`.
 
     Args:
         axes: candidates.
         ranks: ranks that must be on the axis.
-        along: whether two ranks on one line can be so.
-        across: whether two ranks at one position of different lines can be so.
+        along: returns whether two ranks can be on one line.
+        across: returns whether two ranks can be at one position of different lines.
         preferred: patterns of names, the best first.
     """
     fitting = []
@@ -84,7 +84,8 @@ def find_axis(
 
 def _partitions(lines: tuple[Ranks, ...], ranks: frozenset[int]) -> Iterator[tuple[Ranks, ...]]:
     """Yield sets of disjoint lines that together contain all ranks."""
-    # A program can have several meshes with an axis of this name. A line that overlaps another one belongs to another.
+    # A program can have several meshes with an axis of this name. A line that overlaps another one belongs to another
+    # mesh.
     chosen: list[Ranks] = []
     for first in lines:
         chosen = [first]

@@ -1,7 +1,7 @@
 """Measure one local tensor: a probe gradient through the kernels of the norm, and a checksum of its values.
 
 The elements of a probe are small integers that depend on their position in the whole parameter. Every sum of them is
-exact, so that an element which counts twice, or not at all, changes the total.
+exact, so an element that counts twice, or not at all, changes the total.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _NUM_CODES = 251
 """Number of different codes, a prime. Integers up to 256 are exact in bfloat16, the coarsest dtype of a gradient."""
 
 _CHUNK = 2**15
-"""Elements that one kernel sums. Their sum is below 2^24, so that a sum in float32 is exact as well."""
+"""Elements that one kernel sums. Their sum is below 2^24, so a sum in float32 is exact too."""
 
 _BATCH = 64 * _CHUNK
-"""Elements of a probe that exist at one time."""
+"""Elements of a probe that exist at the same time."""
 
 _PROBE_DTYPES = {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -56,7 +56,8 @@ def measure_probe(local: Tensor, box: Box | None, whole: tuple[int, ...]) -> int
 
     Args:
         local: this rank's tensor. Only its shape, dtype and device are used.
-        box: part of the whole parameter that it holds. None if it is unknown: then elements are numbered from 0.
+        box: part of the whole parameter that the tensor holds. None if it is unknown. Elements are then numbered from
+            0.
         whole: shape of the whole parameter. It is not used without a box.
 
     Returns:

@@ -53,5 +53,5 @@ class Findings:
         self.explained.update(problem.parameters)
 
     def note(self, text: str) -> None:
-        """Add a fact that numbers cannot prove, or that is no mistake."""
+        """Add a fact that numbers cannot prove, or that is not a mistake."""
         self.notes.append(text)

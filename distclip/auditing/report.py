@@ -34,7 +34,7 @@ class Row:
     """One parameter.
 
     Args:
-        name: its name.
+        name: name of the parameter.
         shape: shape of the whole parameter.
         layout: layout in words.
         source: origin of the layout, for example "placements" or "assumed".
@@ -42,7 +42,7 @@ class Row:
         num_replicas: number of ranks with the same piece, the smallest and the largest.
         ranks: global ranks that hold a part of it.
         local_bytes: bytes on the rank that holds most.
-        share: part of the elements of the whole norm, with the weight that they count with. 0 for a frozen parameter.
+        share: fraction of the norm's elements, each weighted by how often it counts. 0 for a frozen parameter.
         trainable: whether it requires a gradient.
         problems: kinds of the problems that concern it.
     """
@@ -81,7 +81,7 @@ class Audit:
     Args:
         rows: parameters of all ranks.
         problems: mistakes, each with the line that fixes it.
-        notes: what numbers cannot prove, and facts that are no mistakes.
+        notes: facts that numbers cannot prove, and facts that are not mistakes.
         ranks: global ranks that were compared.
         counted: number of elements that the norm counts, and number of elements of the model.
         probe: sum of the probe gradient as the norm counts it, and the sum if every element counts once.
@@ -183,7 +183,7 @@ def make_report(instances: Sequence[Instance], by_rank: Mapping[int, Facts], fin
         findings: problems and notes.
     """
     trainable = [instance for instance in instances if instance.trainable]
-    # Ranks that compute their norms apart, such as replicas without a process group, each count every element.
+    # Ranks that compute separate norms, such as replicas without a process group, each count every element.
     merged = _merge_components(instances)
     total = sum(instance.num_elements for instance in trainable_of(merged) if any(m.weight for m in instance.members))
     counted = sum((_counted(instance) for instance in merged if instance.trainable), Fraction())
@@ -235,7 +235,7 @@ def _counted(instance: Instance) -> Fraction:
 
 
 def _merge_components(instances: Sequence[Instance]) -> list[Instance]:
-    """Join the replicas of a parameter whose ranks compute their norms apart."""
+    """Join the replicas of a parameter whose ranks compute separate norms."""
     merged: dict[Any, Instance] = {}
     for i, instance in enumerate(instances):
         first = instance.members[0]
@@ -249,7 +249,7 @@ def _merge_components(instances: Sequence[Instance]) -> list[Instance]:
 
 
 def _fold_layers(rows: Sequence[Row]) -> list[Row]:
-    """Join rows of repeated layers, whose names differ in their first number only."""
+    """Join rows of repeated layers, whose names differ only in their first number."""
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         pattern = _FIRST_NUMBER.sub("#", row.name, count=1)

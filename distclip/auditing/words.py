@@ -59,7 +59,7 @@ def parameter_code(name: str) -> str:
 
 
 def attribute_code(name: str) -> str:
-    """Return the path of a parameter as Python reads it.
+    """Return the path of a parameter as a Python expression.
 
     >>> attribute_code("layers.0.weight")
     'model.layers[0].weight'
@@ -149,7 +149,7 @@ def describe_layout(instance: Instance, facts: Facts) -> str:
 
 
 def describe_source(instance: Instance, facts: Facts) -> str:
-    """Write what the layout is known from, and what the values show."""
+    """Write the origin of the layout, and whether replicas are assumed."""
     sources = [member.holding.source for member in instance.members if member.holding.source]
     known = [sources[0]] if sources else []
     split = instance.members[0].holding.layout.split
