@@ -1,4 +1,4 @@
-"""Run calls inside a graph of torch.compile, make_fx or a CUDA graph: the stages in tensors, without the host."""
+"""Run calls inside a graph of torch.compile, make_fx or a CUDA graph, where all stages use tensors and no host."""
 
 from .plan import GraphPlan
 from .step import clip, reason_against_clip, reason_against_step, step

@@ -108,7 +108,7 @@ def reason_against_norm(
         return "error_if_nonfinite=True needs the host: check the norm that is returned"
     if split_over is not None or comm is not None:
         return "split_over= and comm= need the other ranks while the graph is traced: use GradClipper"
-    # Comparisons make guards of a number that changes between calls, which torch.compile keeps as a symbol.
+    # torch.compile keeps a number that changes between calls as a symbol, and comparisons make guards of it.
     if not isinstance(norm_type, int | float) or not (norm_type >= 0 or norm_type < 0):
         return "norm_type: not a number that the graph can contain"
     sharded: list[Any] = [tensor for tensor in _tensors(tensors) if is_dtensor(tensor)]

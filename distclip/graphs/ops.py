@@ -89,7 +89,7 @@ def fused_adam_(
     maximize: bool,
     decoupled: bool,
 ) -> None:
-    """Make a step of the fused Adam or AdamW, or none where `found_inf` is 1."""
+    """Take a step of the fused Adam or AdamW, or none if `found_inf` is 1."""
     adam(
         params,
         grads,
@@ -130,7 +130,7 @@ def fused_sgd_(
     nesterov: bool,
     maximize: bool,
 ) -> None:
-    """Make a step of the fused SGD, or none where `found_inf` is 1."""
+    """Take a step of the fused SGD, or none if `found_inf` is 1."""
     momentum_buffers: list[Tensor | None] = [*buffers] if buffers else [None] * len(params)
     sgd(
         params,

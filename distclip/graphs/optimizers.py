@@ -28,7 +28,7 @@ def reason_against_optimizer(optimizer: Optimizer) -> str | None:
 
 
 def step_(optimizer: Optimizer, found_inf: Tensor) -> None:
-    """Make a step of a fused optimizer, or none where `found_inf` is 1.
+    """Take a step of a fused optimizer, or none if `found_inf` is 1.
 
     Args:
         optimizer: one without a `reason_against_optimizer`.
@@ -82,10 +82,10 @@ def step_(optimizer: Optimizer, found_inf: Tensor) -> None:
 
 
 def _states_of(optimizer: Optimizer, params: list[Any], key: str) -> list[Tensor]:
-    """Return the local tensors of one key of the state, of each parameter."""
+    """Return the local tensor under one key of each parameter's state."""
     return local_tensors([optimizer.state[param][key] for param in params])
 
 
 def local_tensors(tensors: list[Any]) -> list[Tensor]:
-    """Return the local tensors of DTensors, and all other tensors themselves."""
+    """Return the local tensors of DTensors, and all other tensors unchanged."""
     return [tensor.to_local() if is_dtensor(tensor) else tensor for tensor in tensors]

@@ -26,7 +26,8 @@ class GraphPlan:
         engine: of the clipper.
 
     Attributes:
-        counts: steps, skipped steps, and steps skipped in a row, which graphs have made and the host has not read.
+        counts: numbers of steps, skipped steps, and steps skipped in a row, that graphs have made and the host has not
+            read yet.
         has_run: whether a graph may have made steps since `take_counts`.
     """
 
@@ -46,7 +47,7 @@ class GraphPlan:
         # A fake tensor has a device that this machine may lack.
         local = [local_of(param) for param in self.params[:1]]
         device = local[0].device if local and not is_fake(local[0]) else torch.device("cpu")
-        # Constants that a graph reads from the device.
+        # A graph reads these constants from the device.
         self.slot_index = torch.tensor(self.slots, device=device)
         self.replica_counts = torch.tensor(self.num_replicas, dtype=accumulation_dtype(device), device=device)
         self.excluded: Tensor | None = None
@@ -54,9 +55,9 @@ class GraphPlan:
             self.excluded = torch.tensor(engine.slots.excluded_by_slot, dtype=torch.bool, device=device)
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
         self.has_run = False
-        # Facts of an ordinary step.
+        # These are the facts of an ordinary step.
         self.facts: dict[str, Any] = {one.name: one.default for one in fields(Totals) if type(one.default) is Fact}
-        # A graph writes the state in place, and so the state must be where the norms are.
+        # A graph writes the state in place, so the state must be on the device of the norms.
         if device.type not in ("cpu", "meta"):
             engine.state = {key: move(value, device) for key, value in engine.state.items()}
         self.has_partial_sums = any(info.partial_sums for info in infos)

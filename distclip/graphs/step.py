@@ -1,7 +1,7 @@
-"""Run the stages of a step in tensors alone: what `torch.compile` traces in place of the engine.
+"""Run the stages of a step with tensors alone, for `torch.compile` to trace instead of the engine.
 
-No function here reads a number on the host, so that the graph is the same for all numbers. The policy's state and the
-counters are written in place, so that the next replay of the graph goes on from them.
+No function here reads a number on the host, so the graph is the same for all numbers. The policy's state and the
+counters are written in place, so that the next replay of the graph continues from them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def clip(engine: Engine, plan: GraphPlan, watch: Any) -> Report:
     report, factors, skip, limits = _decide(engine, plan, positions, grads, watch)
     _write_(plan, grads, factors, limits)
     if plan.leaves_step_out:
-        # The host is not there to drop them, and a step must not move parameters by NaN.
+        # The host cannot drop the gradients in a graph, and a step must not move parameters by NaN.
         ops.zero_where_(grads, skip)
     return report
 
@@ -69,7 +69,7 @@ def reason_against_clip(plan: GraphPlan | None, reasons: list[str]) -> str | Non
 
     Args:
         plan: of the clipper. None without one.
-        reasons: that hold for all calls of the clipper.
+        reasons: reasons that apply to all calls of the clipper.
     """
     if plan is None or reasons:
         return f"it cannot be a graph, because {reasons[0]}"
@@ -84,7 +84,7 @@ def reason_against_clip(plan: GraphPlan | None, reasons: list[str]) -> str | Non
         return "no parameter has a gradient: call backward before"
     for i, param in enumerate(plan.params):
         grad: Any = param.grad
-        # The layout of a gradient is a constant of the graph, and must be the one that replicas were counted from.
+        # The layout of a gradient is a constant of the graph, and must be the one from which replicas were counted.
         if grad is not None and is_dtensor(grad) and not (is_dtensor(param) and grad.placements == param.placements):
             return f"the gradient of {plan.names[i]} has other placements than the parameter"
     return None
@@ -140,7 +140,7 @@ def _decide(
     number = skip.to(torch.int64)
     plan.counts.copy_(torch.stack([steps + 1, skipped + number, (in_a_row + 1) * number]))
     plan.has_run = True
-    # The state of the last step outside of graphs may be these very tensors.
+    # The state to which an undo would return may be in these same tensors.
     engine.forget_undo()
     report = make_report(totals, coefs, verdict.bounds, skip, finite, has_fp64=plan.has_fp64)
     factors = coefs
@@ -167,7 +167,7 @@ def _measure(plan: GraphPlan, positions: list[int], grads: list[Tensor], watch: 
         vectors, numbers, beyond = _add_over_ranks(plan, vectors, numbers, beyond)
     scalars: WatchedTotals = watched.read(numbers, plan)
     powers = vectors[: plan.num_slots]
-    # All arguments, because torch.compile cannot trace a default that is an object.
+    # All arguments are passed, because torch.compile cannot trace a default that is an object.
     totals = Totals(
         powers,
         plan.norm_type,
@@ -178,7 +178,7 @@ def _measure(plan: GraphPlan, positions: list[int], grads: list[Tensor], watch: 
     )
     if beyond is not None:
         totals.out_of_limits = Fact(beyond.to(grads[0].device))
-    # Likewise no property that is computed once.
+    # torch.compile cannot trace cached properties either, so they are set here.
     totals.norms = root(powers, plan.norm_type)
     totals.norm = totals.norms[0] if plan.num_slots == 1 else root(combine(powers, plan.norm_type), plan.norm_type)
     if totals.weight_powers is not None:
@@ -252,7 +252,7 @@ def maximum(values: Tensor, group_names: Sequence[str]) -> Tensor:
         values: (n,), of this rank.
         group_names: of process groups.
     """
-    # A maximum over ranks may drop a NaN, so that NaN travels in a second half, see `norms.message.maximum`.
+    # A maximum over ranks may drop a NaN, so a second half marks where NaN is, see `norms.message.maximum`.
     nan = values.isnan()
     halves = torch.cat([values.masked_fill(nan, -math.inf), nan.to(values.dtype)])
     for name in group_names:

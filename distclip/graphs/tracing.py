@@ -35,7 +35,7 @@ def in_graph(
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if is_tracing():
-                # An iterator can be read once, and the version outside of the graph may have to read it too.
+                # An iterator can be read only once, and the version outside of the graph may have to read it too.
                 if args and not isinstance(args[0], Tensor | nn.Module | list | tuple):
                     args = (list(args[0]), *args[1:])  # type: ignore[assignment, call-overload]
                 reason = reason_against(*args, **kwargs)
@@ -50,7 +50,7 @@ def in_graph(
 
 
 def leave_graph(reason: str) -> None:
-    """End the graph that is traced, so that the call runs outside of it.
+    """End the graph that is being traced, so that the call runs outside of it.
 
     With `fullgraph=True` torch.compile raises an error with the reason.
 
