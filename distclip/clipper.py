@@ -358,7 +358,7 @@ class GradClipper:
 
         A skipped step leaves parameters, optimizer state, step counters and gradients unchanged. Call `zero_grad()`
         after it as after any step. `report.skipped` tells a scheduler whether the step counts. With gradient
-        accumulation, call it once, after the last micro-batch; a NaN in any of them skips all of them.
+        accumulation, call it once, after the last micro-batch; a NaN in any micro-batch skips the whole step.
 
         Args:
             optimizer: the optimizer that steps, or several that share a loss. With a scaler, several may also be passed
@@ -635,7 +635,7 @@ class GradClipper:
         keep hooks that step the same optimizers: the clipper makes these steps for them.
 
         A gradient that is non-finite on any rank is dropped on all ranks, its parameter does not move, and a
-        `NonFiniteWarning` names the parameter. The others are stepped. `clipper.skipped` counts such steps.
+        `NonFiniteWarning` names the parameter. The other parameters are stepped. `clipper.skipped` counts such steps.
 
         Args:
             optimizers: the optimizers of all of the clipper's parameters: one, several, or a mapping to optimizers, for
@@ -649,7 +649,7 @@ class GradClipper:
         Raises:
             ArgumentError: the policy needs all norms at once (use `budget` or `lagged`); an optimizer owns none of the
                 clipper's parameters, or no optimizer owns one of them; on_nonfinite is "zero" or "propagate"; on every
-                rank. In backward: optimizer.step() finds gradients after a backward.
+                rank. Later, on one rank: `optimizer.step()` is called outside of backward while there are gradients.
             LayoutError: the ranks have different parameters (pipeline stages); FSDP1 or Megatron parameters; a partial
                 gradient; on every rank. An error within a backward is raised at its end, when other parameters have
                 already been stepped.
@@ -843,7 +843,7 @@ class GradClipper:
         Returns:
             The outcome. `outcome.skip.read()` returns whether to skip the step, and `outcome.report()` is for the user.
             With isolate=True, `outcome.skip` is true only if all groups skip, and `skipped_parameters` returns the
-            names of their parameters for the groups that do.
+            names of the parameters whose groups skip.
 
         Raises, Collectives, Host syncs: see `clip`.
         """

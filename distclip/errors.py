@@ -122,7 +122,7 @@ class FrequentClippingWarning(UserWarning):
 
 
 class ExplodedWarmupWarning(UserWarning):
-    """The norms rose severalfold in the warm-up of an adaptive policy, which no cap bounds."""
+    """The norms rose severalfold in the warm-up of an adaptive policy, where no cap bounds them."""
 
 
 class UnclippedStepWarning(UserWarning):

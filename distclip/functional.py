@@ -1,4 +1,4 @@
-"""Clip with torch's own four functions: drop-ins for torch.nn.utils that are right in any layout.
+"""Clip with torch's own four functions: drop-ins for torch.nn.utils that are correct in any layout.
 
 They run the stages of `distclip.engine` without a policy object and without state.
 """
@@ -72,15 +72,16 @@ def clip_grad_norm_(
 
     Args:
         parameters: a module (FSDP1 needs the wrapped root), a tensor, or an iterable of tensors or (name, tensor)
-            pairs; gradients of any floating or complex dtype, dense or sparse, on any mesh, or None.
+            pairs. Their gradients have any floating or complex dtype, are dense or sparse, on any mesh, or None.
         max_norm: bound on the norm, ≥ 0; `inf` only measures and never writes.
         norm_type: p of the norm, any number, `inf` for the largest element.
         error_if_nonfinite: raise, on every rank, if the norm is NaN or infinite, and leave the gradients unchanged.
             Otherwise the gradients are multiplied by the resulting coefficient, NaN or 0, as in torch.
         foreach: whether to scale with torch's multi-tensor operators. None for the fastest way.
-        split_over: axes along which ranks hold *different* parameters without a placement that shows it: mesh["pp"] for
-            pipeline stages, the expert group for experts kept as plain tensors. A DeviceMesh, a ProcessGroup, an
-            MPIComm, several of them, or {name: one of them}. Every rank passes its own slice of the same axes.
+        split_over: axes along which ranks hold *different* parameters although no placement shows it, such as
+            mesh["pp"] for pipeline stages, or the expert group for experts kept as plain tensors. Pass a DeviceMesh, a
+            ProcessGroup, an MPIComm, several of them, or {name: one of them}. Every rank passes its own slice of the
+            same axes.
         comm: communicator to use, for example `distclip.comm.mpi.MPIComm()`, instead of the one derived from meshes and
             `split_over`. Every rank of the communicator makes the call, with the same p.
 
@@ -92,7 +93,7 @@ def clip_grad_norm_(
         ArgumentError: a negative or NaN bound, a norm type that is not a number, an argument without tensors, a mesh
             without this rank.
         LayoutError: parameters of unknown layout (bare FSDP1 parameters).
-        DisagreementError: ranks passed different arguments, or call different functions.
+        DisagreementError: the ranks passed different arguments, or called different functions.
         NonFiniteError: see `error_if_nonfinite`.
 
     Every rank that takes part raises the error, before any gradient changes. On an accelerator whose host does not wait
@@ -149,8 +150,9 @@ def get_total_norm(
     r"""Return the norm of tensors taken together, :math:`(\sum |t|^p)^{1/p}`, in any layout.
 
     Args:
-        tensors: usually gradients: a tensor, or an iterable of tensors or (name, tensor) pairs. A DTensor is the one
-            tensor that its placements describe. A plain tensor is replicated, or different along `split_over`.
+        tensors: usually gradients: a tensor, or an iterable of tensors or (name, tensor) pairs. A DTensor counts as the
+            one tensor that its placements describe. A plain tensor is assumed to be replicated, or different along
+            `split_over`.
         norm_type: p of the norm, any number, `inf` for the largest element.
         error_if_nonfinite: raise, on every rank, if the norm is NaN or infinite.
         foreach: ignored; it is part of torch's signature.
@@ -206,7 +208,7 @@ def clip_grads_with_norm_(
     clips = bound < math.inf
     table, shards = _local_shards(parameters, "clip_grads_with_norm_", clips=clips)
     norm = torch.as_tensor(total_norm)
-    # In a dry run the norm is as unknown as the gradients.
+    # In a dry run neither the norm nor the gradients have values.
     if shards:
         coef = coefficient(norm, device_constant((bound,), norm.device, accumulation_dtype(norm.device)))
         scale_(shards, coef, foreach)

@@ -223,7 +223,7 @@ Observer: TypeAlias = Callable[[Outcome], None]
 
 
 def _overall_coef(norms: Tensor, coefs: Tensor, norm_type: float, is_scaled: Tensor) -> Tensor:
-    """Return the factor by which the whole gradient gets shorter, 1 where no coefficient scales anything."""
+    """Return the factor of the length of the whole gradient, 1 where no coefficient scales anything."""
     if host_reads_free(coefs.device) and not bool(is_scaled):
         return coefs.new_ones(())
     before = torch.linalg.vector_norm(norms, norm_type)
