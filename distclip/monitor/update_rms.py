@@ -73,7 +73,8 @@ class UpdateRms:
             grad_scale: factor that the gradients carry, such as that of a GradScaler.
 
         Raises:
-            ArgumentError: the optimizer has no second moments after its first step. It is raised on every rank.
+            ArgumentError: the optimizer has no second moments, and will have none after its first step. Every rank
+                raises it.
 
         Collectives: call it on every rank. It has one gather, and one all-reduce of 2 · slots + 1 float64 numbers.
         Host syncs: none.
@@ -119,7 +120,9 @@ class UpdateRms:
                         step = torch.as_tensor(state["step"], device=moment.device, dtype=torch.float32)
                         # 1 - beta ** step would lose digits in float32.
                         moments[id(parameter)] = local_of(moment) / -torch.expm1(step * math.log(beta))
-        if found_state and not moments:
+        # SGD without momentum never has a state.
+        may_have = not found_state and any("betas" in group for group in self._optimizer.param_groups)
+        if not moments and not may_have:
             raise ArgumentError(
                 f"optimizer: {type(self._optimizer).__name__} has no second moments (exp_avg_sq). Use Adam or AdamW."
             )

@@ -63,7 +63,7 @@ def sum_ratios(
         a parameter without second moments, before its first step for example.
 
     Raises:
-        ArgumentError: an optimizer has a state without second moments.
+        ArgumentError: an optimizer has no second moments, and will have none after its first step.
         LayoutError: a gradient is partial or sparse.
 
     Collectives: none. Host syncs: none.
@@ -139,8 +139,10 @@ def _find_moments(known: SecondMoments) -> dict[int, _Moment]:
                 if values and isinstance(second := values.get("exp_avg_sq"), Tensor):
                     num_found += 1
                     moments[id(parameter)] = local_of(second), beta, values.get("step", 0)
-        # Some parameters may never have had a gradient, but an optimizer with state has moments of at least one.
-        if state and not num_found:
+        # Some parameters may never have had a gradient, but an optimizer with state has moments of at least one. SGD
+        # without momentum never has a state.
+        may_have = not state and any("betas" in group for group in inner.param_groups)
+        if not num_found and not may_have:
             raise ArgumentError(
                 f"optimizer: {type(inner).__name__} has no second moments (exp_avg_sq), with which "
                 "gradients are compared. Use Adam or AdamW, or another policy."

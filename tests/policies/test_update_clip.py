@@ -314,11 +314,21 @@ def test_refused(name: str) -> None:
         make()
 
 
-def test_optimizer_without_second_moments_is_refused() -> None:
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_optimizer_without_second_moments_is_refused(momentum: float) -> None:
+    """Refuse SGD in its first step. It may never have a state, from which it could be told apart from a new Adam."""
     weight = nn.Parameter(torch.ones(4))
-    optimizer, clipper = torch.optim.SGD([weight], 0.1, momentum=0.9), GradClipper([weight], update_clip())
+    optimizer, clipper = torch.optim.SGD([weight], 0.1, momentum=momentum), GradClipper([weight], update_clip())
+    weight.grad = torch.ones(4)
+    with pytest.raises(ArgumentError, match="SGD has no second moments"):
+        clipper.step(optimizer)
+
+
+def test_optimizer_with_other_second_moments_is_refused_after_its_first_step() -> None:
+    weight = nn.Parameter(torch.ones(4))
+    optimizer, clipper = torch.optim.Adamax([weight], 0.1), GradClipper([weight], update_clip())
     weight.grad = torch.ones(4)
     clipper.step(optimizer)
-    with pytest.raises(ArgumentError, match="SGD has no second moments"):
+    with pytest.raises(ArgumentError, match="Adamax has no second moments"):
         clipper.step(optimizer)
     assert clipper.capturable() != True  # noqa: E712
