@@ -100,7 +100,7 @@ class Outcome:
         shards: gradients of this rank.
         per_tensor_powers: power sums of every gradient on this rank.
         measured: totals by measured slot, if these are finer than the policy's.
-        tensor_norms: relation between measured slots and parameters. None if the measured slots are the policy's.
+        tensor_norms: relation between measured slots and parameters. None without `GradClipper.measure_tensors`.
         replicas_differ: whether replicas differed when they were compared.
         skips: (slots,) bool, groups that skip the step. None unless the groups are isolated.
     """

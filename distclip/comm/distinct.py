@@ -65,7 +65,7 @@ def exchange_texts(comm: Comm, error: BaseException | None, text: str) -> Distin
     Raises:
         DistclipError: the error of the lowest rank that has one. A rank with an error raises its own.
 
-    Collectives: one maximum of 132 numbers if all texts are equal. Otherwise at least one more maximum, and two sums.
+    Collectives: one maximum of 131 numbers if all texts are equal. Otherwise at least one more maximum, and two sums.
     Host syncs: one for each on an accelerator.
 
     >>> from distclip import LocalComm

@@ -548,7 +548,7 @@ class Engine:
     ) -> Outcome:
         """Measure, decide, and handle non-finite gradients.
 
-        Only the rule "zero" writes gradients here.
+        Only the rule "zero" and a repair of replicas write gradients here.
 
         Args:
             errors: this rank's errors so far. All ranks raise them together.
