@@ -205,7 +205,8 @@ def _powers_by_slot(
         if words is not None:
             replicas.append((infos, sums, words))
         per_tensor.append(PerTensorPowers(infos.names, sums))
-        # Every replica contributes its share, so that no rank has to own the shard and a NaN in any replica is seen.
+        # Every replica contributes its share, so that no rank has to own the shard, and a NaN in any replica is
+        # detected.
         if infos.num_replicas and not math.isinf(norm_type):
             sums = sums / device_constant(infos.num_replicas, sums.device, sums.dtype)
 

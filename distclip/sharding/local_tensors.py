@@ -81,7 +81,7 @@ def on_all_ranks(shards: Shards, tensors: Sequence[Tensor], component: Ranks | N
 
 
 def sum_on_all_ranks(shards: Shards) -> Shards:
-    """Return the sums that partial gradients of all simulated ranks stand for.
+    """Return the sums of the partial gradients of all simulated ranks.
 
     Args:
         shards: LocalTensors, each of which needs sums.

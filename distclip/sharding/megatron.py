@@ -5,7 +5,7 @@
 | `tensor_model_parallel` | tensor axes: "tp", or a name with "tensor" | True: different shards, else replicas |
 | `partition_dim` | axes that cut the parameter | dim along which its shards were cut |
 | `allreduce` | expert axes: "ep", or a name with "expert" | False: different experts, else replicas |
-| `main_grad` | none | fp32 gradient, in place of `.grad` |
+| `main_grad` | none | fp32 gradient, instead of `.grad` |
 | `shared` | none | True: a second replica, on another pipeline stage, that does not count in norms |
 
 On an axis without a name every attribute in use applies. On any other axis, such as "pp", every parameter is split.

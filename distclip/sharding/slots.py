@@ -536,7 +536,7 @@ def _matching(patterns: Iterable[str], names: Mapping[str, None], argument: str)
     """Return the names that match any of the patterns.
 
     Raises:
-        ArgumentError: a pattern is no regular expression, or matches no name.
+        ArgumentError: a pattern is not a regular expression, or matches no name.
     """
     matching: set[str] = set()
     for pattern in patterns:

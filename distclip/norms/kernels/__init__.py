@@ -48,7 +48,7 @@ def power_sums(
         norm_type: p.
         device: where the result is needed.
         description: of the tensors, if they have been described already.
-        with_checksums: whether to compute the checksums as well, mostly in the same pass.
+        with_checksums: whether to compute the checksums as well, in the same pass where possible.
 
     Returns:
         (n,) float64, whether any tensor is float64 or complex128, and the checksums.
@@ -65,11 +65,11 @@ def power_sums(
     has_float64 = any(tensor.dtype in _FLOAT64_DTYPES for tensor in tensors)
     sums = torch.empty(len(tensors), dtype=accumulation_dtype(device), device=device)
     words = torch.empty(len(tensors), dtype=torch.int64, device=device) if with_checksums else None
-    # Otherwise one call for each kind of tensor, so that one odd tensor does not slow down the others.
+    # Otherwise there is one call for each kind of tensor, so that one odd tensor does not slow down the others.
     positions_by_kind = _positions_by_kind(tensors)
     for positions in positions_by_kind:
         group = [tensors[i] for i in positions]
-        # With a single kind, the fused kernel has already refused these very tensors.
+        # With a single kind, the fused kernel has already refused exactly these tensors.
         fused = (
             fused_power_sums(group, norm_type, with_checksums=with_checksums) if len(positions_by_kind) > 1 else None
         )

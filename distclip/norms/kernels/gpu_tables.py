@@ -80,7 +80,7 @@ def get_table(tensors: Sequence[Tensor], description: TensorTable | None = None)
         None if a tensor is not dense or not real, or if a CUDA graph is being captured and these addresses were not
         described before the capture.
 
-    Host syncs: none. Numbers travel to the device from pinned memory.
+    Host syncs: none. Numbers are copied to the device from pinned memory.
     """
     device = tensors[0].device
     table = description or describe_tensors(tensors, device.type)

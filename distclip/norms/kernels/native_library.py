@@ -28,7 +28,7 @@ class Library:
 
     def __init__(self, path: str) -> None:
         number, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-        # `describe` inspects Python objects, so that it must hold the GIL. PyDLL also raises the exceptions it sets.
+        # `describe` inspects Python objects, so it must hold the GIL. PyDLL also raises the exceptions it sets.
         with_gil, without_gil = ctypes.PyDLL(path), ctypes.CDLL(path)
         self.describe: Any = with_gil.distclip_describe
         self.describe.argtypes = [pointer, size, pointer, number, pointer, pointer, pointer]

@@ -38,7 +38,7 @@ _PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 _DLPACK_DEVICE_TYPES = {"cpu": 1, "cuda": 10 if torch.version.hip else 2, "xpu": 14}
 
 KERNEL_DEVICES = frozenset(_DLPACK_DEVICE_TYPES)
-"""Device types of which tensors can be described."""
+"""Types of devices whose tensors can be described."""
 
 _UNKNOWN_API = 2
 """Return value of the C function `distclip_describe` if torch has a newer DLPack API than native.c knows."""
@@ -94,7 +94,7 @@ def describe_tensors(tensors: Sequence[Tensor], device: str) -> TensorTable | No
     except (BufferError, RuntimeError):
         # DLPack raises for a tensor that it cannot express, such as a sparse one.
         return None
-    # Forget the API, so that later calls read the attributes of each tensor at once.
+    # Without the API, later calls read the attributes of each tensor right away.
     if status == _UNKNOWN_API:
         library.dlpack = None
         return describe_tensors(tensors, device)

@@ -226,7 +226,7 @@ def _power(chunk: Tensor, norm_type: float) -> Tensor:
     if norm_type == math.inf:
         return size.amax()
     if norm_type == -math.inf:
-        # Negated, so that the pieces of this norm too are combined with a maximum.
+        # Negated, so that the pieces of this norm are combined with a maximum too.
         return -size.amin()
     return size.sum() if norm_type == 1 else size.pow_(norm_type).sum()
 

@@ -1,4 +1,4 @@
-"""Launch Triton kernels over many GPU tensors at once: power sums, and scaling by a factor that only the GPU knows.
+"""Launch Triton kernels over many GPU tensors at once: power sums, and scaling by a factor that is on the GPU.
 
 A launch has one program for each chunk of 65,536 elements, whatever tensor the chunk belongs to. There are no host
 syncs. Sums are reproducible: each chunk has one sum, and the sums of a tensor are added in order. They are float64, or
