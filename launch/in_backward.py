@@ -1,4 +1,4 @@
-"""Compare clipping within backward with ordinary clipping: the bound, what it costs, and held-out losses.
+"""Compare clipping within backward with ordinary clipping: the bound, its cost, and held-out losses.
 
 `python launch/in_backward.py --steps 100000` divides the bound over synthetic norms of 200 tensors.
 `python launch/in_backward.py rescue lstm gpt --seeds 3` trains these experiments both ways, in one process. With
@@ -33,12 +33,13 @@ OVERRIDES = {
 
 
 def divide(num_steps: int, scatter: float, ratio: float) -> None:
-    """Divide a bound over synthetic norms, and print the largest norm and what was removed for nothing.
+    """Divide a bound over synthetic norms, and print the largest norm and the unnecessary clipping.
 
     Args:
-        num_steps: number of steps, two of which in a thousand are spikes: of all tensors, and of a single one.
-        scatter: standard deviation of the logarithm of one tensor's norm. That of all together is 0.25.
-        ratio: bound by the median norm.
+        num_steps: number of steps. Two in a thousand are spikes, one of all tensors and one of a single tensor.
+        scatter: standard deviation of the logarithm of one tensor's norm. A factor that all tensors share has one of
+            0.25.
+        ratio: bound divided by the median norm.
     """
     rng = np.random.default_rng(0)
     usual = np.exp(rng.normal(0, 1.0, 200))
@@ -71,12 +72,12 @@ def divide(num_steps: int, scatter: float, ratio: float) -> None:
 def train(
     experiment: str, seed: int, num_steps: int | None, decay: float, *, in_backward: bool, perturb: float = 0.0
 ) -> tuple[float, float, list[tuple[float, float]]]:
-    """Train, and return what became of it.
+    """Train, and return the loss and the norms of the run.
 
     Args:
         experiment: key of `OVERRIDES`.
         seed, num_steps, decay: see the options.
-        in_backward: clip within backward, with `budget`.
+        in_backward: whether to clip within backward, with `budget`.
         perturb: fraction by which the bound is larger.
 
     Returns:
@@ -121,7 +122,7 @@ def train(
 
 
 def _compare(outcome: Outcome, max_norm: float) -> tuple[float, float]:
-    """Return the norm of a clipped gradient by that of ordinary clipping, and its cosine with the whole."""
+    """Return a clipped gradient's norm relative to ordinary clipping, and its cosine with the whole one."""
     norms = outcome.totals.norms
     kept, norm = float((outcome.coefs * norms).norm()), float(norms.norm())
     return kept / min(norm, max_norm), float((outcome.coefs * norms.square()).sum()) / (kept * norm)
@@ -138,7 +139,7 @@ def _describe(steps: list[tuple[float, float]]) -> str:
 
 
 def main() -> None:
-    """Run what the command line asks for, and exit with an error if a bound was exceeded."""
+    """Run the selected comparison, and exit with an error if a bound was exceeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="*", choices=[[], *OVERRIDES], help="experiments to train")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")

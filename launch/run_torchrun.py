@@ -1,7 +1,7 @@
 """Run torchrun, and omit its traceback if a rank has rejected the settings.
 
-Use `python launch/run_torchrun.py` with the arguments of torchrun. The rank has printed what is wrong. torchrun would
-print 30 lines about processes that have failed below it.
+Use `python launch/run_torchrun.py` with the arguments of torchrun. The rank has already printed the error, and torchrun
+would print 30 lines about failed processes below it.
 """
 
 import logging
@@ -11,7 +11,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from job.overrides import REFUSED
 
-# It prints the signals that are sent to ranks. The summary at the end contains the exit status of each rank.
+# This logger prints the signals that are sent to ranks. The summary at the end already has the exit status of each
+# rank.
 logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
 try:
     run.main()

@@ -26,7 +26,7 @@ from job.run import build_run
 from job.terminal import Terminal
 
 PATIENCE = 10
-"""Seconds in which launchers end the other ranks, once rank 0 has printed what is wrong."""
+"""Seconds within which launchers end the other ranks, once rank 0 has printed the error."""
 
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 ATTEMPT = join_attempt()
@@ -39,17 +39,17 @@ def folder(name: str) -> str:
 
 
 def refuse(text: str) -> SystemExit:
-    """Print on one rank what is wrong with the settings, and return the end of this rank."""
+    """Print the error in the settings on one rank, and return the exception that ends this rank."""
     # Ranks do not communicate yet. If rank 0 does not reject the settings, the launcher does not end this rank.
     if RANK != 0:
         time.sleep(PATIENCE)
-    # It may name what is in the files of another run.
+    # The text may contain names from the files of another run.
     print("\n".join(map(printable, text.splitlines())), file=sys.stderr, flush=True)
     return SystemExit(REFUSED)
 
 
 def remove_if_empty(directory: Path) -> None:
-    """Remove the directory that Hydra has made for a job, and `outputs` around it, if nothing is in them."""
+    """Remove the directory that Hydra has made for a job, and `outputs` around it, if they are empty."""
     with contextlib.suppress(OSError):
         if not Path.cwd().is_relative_to(directory):
             directory.rmdir()
@@ -97,7 +97,7 @@ def main(cfg: DictConfig) -> None:
             if summary is not None:
                 summaries[name] = summary
     except Exception:
-        # Hydra would start the next job of a multirun here, while the other ranks wait in this one.
+        # Without this, Hydra would start the next job of a multirun here, while the other ranks wait in this one.
         traceback.print_exc()
         raise SystemExit(1) from None
     if summaries:
@@ -111,7 +111,7 @@ if __name__ == "__main__":
     # Hydra accepts this flag before or after the overrides, but not between them.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
     overrides = sys.argv[1:]
-    # Hydra would print its own text on every rank. With the variable, it raises the error.
+    # Hydra would print its own text on every rank. With the variable, it raises the error instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         # Hydra creates directories and files in every process. Ranks other than 0 get a temporary directory.
@@ -120,7 +120,7 @@ if __name__ == "__main__":
                 sys.argv += [f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}"]
                 sys.argv += ["hydra/hydra_logging=none"]
             elif ATTEMPT is not None and ATTEMPT.directory is not None:
-                # Hydra's default has the time. Quotes allow any character in the path.
+                # Hydra's default directory contains the time. Quotes allow any character in the path.
                 quoted = str(ATTEMPT.directory).replace("'", "\\'")
                 sys.argv += [f"hydra.run.dir='{quoted}'", f"hydra.sweep.dir='{quoted}'"]
             main()

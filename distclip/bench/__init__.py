@@ -6,8 +6,8 @@
               gradients   calls that     interleaved        medians,    terminal,
               to clip     clip them      rounds; costs      ratios      Markdown
 
-All competitors of a case run in one process, in random order in every round, so that a busy machine slows all of them
-down. The median of the rounds' ratios is the result. `world` starts the ranks of the sharded cases, and `machine`
+All competitors of a case run in one process, in a random order in each round, so that a busy machine slows down all of
+them. The result is the median of the rounds' ratios. `world` starts the ranks of the sharded cases, and `machine`
 describes the hardware. No other module of the library imports this package.
 
 `--json` writes {"machine", "versions", "command", "cases"}. A case has the fields of `results.Outcome`. Each of its

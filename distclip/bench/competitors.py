@@ -57,7 +57,7 @@ class Setup:
 
 
 class Bound:
-    """A max_norm that no gradient reaches."""
+    """A max_norm that no norm reaches."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = parameters
@@ -71,7 +71,7 @@ class BelowNorm(Bound):
     """A max_norm 1 % below the norm, so that every call clips and gradients shrink slowly."""
 
     def prepare(self) -> None:
-        # A bf16 norm has an error larger than the 1 % between norm and bound.
+        # A bf16 norm would have an error larger than the 1 % between norm and bound.
         grads = (p.grad for p in self.parameters if p.grad is not None)
         norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
         self.value = 0.99 * float(torch.stack(norms).norm())
@@ -125,7 +125,7 @@ def clipper(
 
 
 def read_limit(grads: Sequence[Tensor]) -> Competitor:
-    """Return a competitor that reads as many bytes as the gradients have, at memory bandwidth.
+    """Return a competitor that reads as many bytes as the gradients have, at full memory bandwidth.
 
     On a CPU it sums a flat buffer. On an accelerator it copies the first half of the buffer over the second half, which
     moves the same number of bytes.

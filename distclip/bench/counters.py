@@ -35,13 +35,12 @@ class Counts:
     """Costs of one call on one rank.
 
     Args:
-        bytes_read: bytes of gradients that are read, by the operators that torch dispatches and by the kernels of
-            distclip.
-        bytes_written: bytes of gradients that are written, by the operators that torch dispatches. At least the bytes
-            of all gradients that have changed.
+        bytes_read: bytes of gradients that torch's dispatched operators and distclip's kernels read.
+        bytes_written: bytes of gradients that torch's dispatched operators write, and at least the bytes of all changed
+            gradients.
         collectives: number of collectives of any kind.
         peak_bytes: highest amount of memory allocated during the call, above the amount before it.
-        norm_error: relative to a float64 norm. None if the call returns no norm.
+        norm_error: error relative to a float64 norm. None if the call returns no norm.
         host_syncs: on CUDA, number of host syncs.
         kernels: on CUDA, number of kernel launches.
     """
@@ -60,7 +59,7 @@ def count(setup: Setup, competitor: Competitor) -> Counts:
 
     Args:
         setup: the gradients.
-        competitor: the same on all ranks.
+        competitor: the competitor, the same on all ranks.
     """
     cuda = setup.grads()[0].device.type == "cuda"
     call = competitor.call
@@ -68,7 +67,7 @@ def count(setup: Setup, competitor: Competitor) -> Counts:
     with Traffic(setup.grads()) as traffic, traffic.include_kernels():
         call()
     competitor.prepare()
-    # Imported here because it needs NumPy, which torch does not install.
+    # This import is here because it needs NumPy, which torch does not install.
     from torch.distributed.tensor.debug import CommDebugMode
 
     with CommDebugMode() as collectives:  # type: ignore[no-untyped-call]
@@ -86,7 +85,7 @@ def count(setup: Setup, competitor: Competitor) -> Counts:
     grads = setup.grads()
     before = [grad.clone() for grad in grads]
     norm = call()
-    # Writes that bypass torch's operators are visible only as changed gradients.
+    # Writes that bypass torch's operators only show as changed gradients.
     changed = sum(g.nbytes for g, old in zip(grads, before, strict=True) if not torch.equal(g, old))
     written = max(traffic.written, changed)
     error = _error(norm, truth)
@@ -97,7 +96,7 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Count the bytes of some storages that operators read and write.
 
     Args:
-        tensors: their storages are counted.
+        tensors: tensors whose storages are counted.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -151,7 +150,7 @@ def _written_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     arguments = func._schema.arguments
     given = dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
     writes = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
-    # The schemas of fused optimizers declare gradients as written. They are written only to unscale them.
+    # The schemas of fused optimizers declare gradients as written, but only unscaling writes them.
     if "grad_scale" in (a.name for a in arguments) and given.get("grad_scale") is None:
         writes.discard("grads")
     return [given.get(name) for name in writes]
@@ -181,7 +180,7 @@ def _error(norm: Tensor | None, truth: float) -> float | None:
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """Return the highest amount of CPU memory that a call had allocated.
+    """Return the peak of the CPU memory that a call allocates.
 
     The profiler's allocations are used because the peak memory of the process also depends on earlier calls.
     """
@@ -229,7 +228,7 @@ def _host_syncs(call: Callable[[], object]) -> int:
             call()
         finally:
             torch.cuda.set_sync_debug_mode(mode)
-    # The mode also emits one warning about itself, which is not counted.
+    # The mode also causes one warning about itself, which is not counted.
     return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 

@@ -6,4 +6,4 @@ __all__ = ["BenchError"]
 
 
 class BenchError(Exception):
-    """Invalid option or failed case of the command. The message ends with what to do."""
+    """Invalid option or failed case of the command. The message ends with a remedy."""

@@ -1,7 +1,7 @@
-"""Compute how long a step takes on GPUs that are not here, from their data sheets: `python -m distclip.bench --model`.
+"""Compute the time of a step on other GPUs from their data sheets: `python -m distclip.bench --model`.
 
-Nothing in this module is measured. A time is the largest of the times that memory traffic and each unit need, if
-everything else is free. A real step takes longer.
+Nothing in this module is measured. A time is the largest of the times that memory traffic and each unit would take
+alone. A real step takes longer.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Gpu:
         architecture: compute capability times ten.
         bandwidth: bandwidth of the memory, bytes/s.
         float32: floating-point operations/s, two for a fused multiply-add.
-        float64: likewise.
-        conversions_per_clock: number of conversions from and to float64, on one multiprocessor, where `float32` is 128
-            lanes.
+        float64: the same for float64.
+        conversions_per_clock: number of conversions from and to float64 per clock on one multiprocessor, which has 128
+            float32 lanes.
     """
 
     name: str
@@ -84,7 +84,7 @@ GPUS = (
     Gpu("RTX 5090", 120, 1.792e12, 104.8e12, 104.8e12 / 64, 2),
     Gpu("RTX PRO 6000", 120, 1.792e12, 125e12, 125e12 / 64, 2),
 )
-"""Ten GPUs that people train on."""
+"""Ten GPUs that are common for training."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,12 @@ class Work:
         who: "distclip" or "torch".
         dtype: dtype of the gradients.
         clipped: whether the step multiplies the gradients.
-        bytes: read and written.
-        instructions: all that are issued in the main loop.
-        integer: those of them that run at half the rate: integers, bits, minimum and maximum.
-        float64: float64 instructions.
+        bytes: number of bytes read and written.
+        instructions: number of all instructions in the main loop.
+        integer: number of those instructions that run at half the rate: integers, bits, minimum and maximum.
+        float64: number of float64 instructions.
         conversions: number of conversions from and to float64.
-        other_conversions: between float32 and bfloat16.
+        other_conversions: number of conversions between float32 and bfloat16.
     """
 
     who: str
@@ -117,8 +117,8 @@ class Work:
 _SIZES = {"fp32": 4, "bf16": 2}
 
 # Instructions for one element in the loop over full blocks, and those at half rate, counted in machine code for sm_90
-# and rounded up. They include checksums, with which replicas are compared in the same pass. torch's are estimates: a
-# conversion, a multiplication and a load.
+# and rounded up. They include the checksums that compare replicas in the same pass. The numbers for torch are
+# estimates: a conversion, a multiplication and a load.
 _MEASURE = {"fp32": (4.5, 2.0), "bf16": (6.0, 3.5)}
 _TORCH_MEASURE = {"fp32": (2.0, 0.5), "bf16": (3.0, 1.5)}
 _SCALE = {"fp32": (2.0, 0.5), "bf16": (3.0, 1.5)}
@@ -132,7 +132,7 @@ def _works() -> Iterator[Work]:
     for dtype, size in _SIZES.items():
         scale, conversions = _SCALE[dtype], _SCALE_CONVERSIONS[dtype]
         for clipped in (False, True):
-            # torch multiplies in any case: one pass that reads, one that reads and writes.
+            # torch always multiplies, so it makes one pass that reads, and one that reads and writes.
             issued, integer = (a + b for a, b in zip(_TORCH_MEASURE[dtype], scale, strict=True))
             yield Work("torch", dtype, clipped, 3 * size, issued, integer, other_conversions=conversions)
             issued, integer = (a + b * clipped for a, b in zip(_MEASURE[dtype], scale, strict=True))

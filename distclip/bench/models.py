@@ -1,4 +1,4 @@
-"""Define the models: GPT-2 by its shapes, and a model of very many tiny layers."""
+"""Define the models: GPT-2 by its shapes, a model of very many tiny layers, and adapters."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def race(
         options: options of the benchmark.
         advance: called after each round.
         barrier: called before each timed call.
-        share_error: takes the error of this rank, and returns the first error of all ranks.
+        share_error: function that takes the error of this rank, and returns the first error of all ranks.
 
     Returns:
         The standings, in the order of competitors.
@@ -69,11 +69,11 @@ def race(
 
 
 def _try(competitor: Competitor) -> str | None:
-    """Call a competitor once, untimed. Return its error, with which it is excluded from the case."""
+    """Call a competitor once, untimed. Return its error, which excludes it from the case."""
     competitor.prepare()
     try:
         with warnings.catch_warnings():
-            # Competitors step the same gradients in turn. This warning is emitted once.
+            # Competitors step the same gradients in turn, which causes this warning once.
             warnings.simplefilter("ignore", UnclippedStepWarning)
             competitor.call()
     except Exception as error:

@@ -33,7 +33,7 @@ class Report:
     outcomes: list[Outcome] = field(default_factory=list)
 
     def save(self) -> None:
-        """Rewrite the file, so that an interrupted command leaves its finished cases.
+        """Rewrite the file, so that an interrupted command keeps its finished cases.
 
         Raises:
             BenchError: the file cannot be written.

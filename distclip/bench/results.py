@@ -19,7 +19,7 @@ class Standing:
     Args:
         name: name of the competitor.
         own: whether it is distclip.
-        samples: one per round. Empty if the competitor failed.
+        samples: one sample per round. Empty if the competitor failed.
         counts: counts of other costs, if they were counted.
         error: error that excluded the competitor.
     """
@@ -42,7 +42,7 @@ class Outcome:
         threads: number of threads of torch on each rank.
         tensors: number of gradients.
         bytes: number of bytes of all gradients on one rank.
-        standings: one per competitor. The first one is the baseline.
+        standings: one result per competitor. The first competitor is the baseline.
     """
 
     name: str
@@ -95,10 +95,10 @@ class Outcome:
 
 
 def merge(ranks: Sequence[Outcome]) -> Outcome:
-    """Merge the outcomes of all ranks: the slowest rank of every round, the largest of every count.
+    """Merge the outcomes of all ranks: the slowest rank of each round, and the largest of each count.
 
     Args:
-        ranks: the outcome of the same case on each rank.
+        ranks: outcome of the same case on each rank.
     """
     columns = zip(*(rank.standings for rank in ranks), strict=True)
     return replace(ranks[0], standings=[_merge_standings(column) for column in columns])

@@ -1,7 +1,7 @@
-"""Count what each rank of a large job does before its first step: `--cases rendezvous slots --ranks 256 65536`.
+"""Count the costs of each rank of a large job before its first step: `--cases rendezvous slots --ranks 256 65536`.
 
-All ranks are simulated in this process. In a rendezvous every rank runs (`simulated`). For slots, ranks with the same
-parameters do the same, so that the lowest one of them runs, and one more that stands for the others.
+All ranks are simulated in this process. In a rendezvous, every rank runs (`simulated`). For slots, ranks with the same
+parameters do the same work, so only the lowest of them runs, and one more that represents the others.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MAX_SEARCH_BYTES = 64 * 1024
 """Budget of one rank in a search."""
 
 _BYTES_PER_RANK = 8192
-"""Memory that a simulated rank takes in this process."""
+"""Memory in bytes that a simulated rank takes in this process."""
 
 _SAMPLE = 16
 """Number of ranks that derive their component in the simulation."""
@@ -105,7 +105,7 @@ class Costs:
 
 
 class _Job:
-    """Groups of a job of some size, one object for all ranks of a group."""
+    """Groups of a job of some size. All ranks of a group share one object."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -116,7 +116,7 @@ class _Job:
         self._lines: dict[tuple[int, int], Ranks] = {}
 
     def line(self, rank: int, step: int, length: int) -> Ranks:
-        """Return the ranks at equal distances of `step` through a rank."""
+        """Return the ranks at distances of `step` that include a rank."""
         start = rank // (step * length) * step * length + rank % step
         if (start, step) not in self._lines:
             self._lines[start, step] = tuple(range(start, start + step * length, step))
@@ -153,7 +153,7 @@ LAYOUTS: dict[str, Callable[[Any, int], RankLayout]] = {
 """Layout of a rank, from the job and the rank."""
 
 _CLASSES = {"PP x FSDP2 x TP": NUM_STAGES, "FSDP2 + experts": WIDTH}
-"""Number of different sets of parameters. Those of stages follow each other, and those of experts alternate."""
+"""Number of different sets of parameters. Ranks of a stage are consecutive, and ranks of an expert alternate."""
 
 
 def measure_search(layout: str, size: int) -> Costs:
@@ -170,7 +170,7 @@ def measure_rendezvous(layout: str, size: int, *, searches: bool = False) -> Cos
     Args:
         layout: key of `LAYOUTS`.
         size: number of ranks, a multiple of 32.
-        searches: whether no rank derives the component.
+        searches: whether the ranks search for each other, because no rank derives the component.
 
     Raises:
         BenchError: another number of ranks.
@@ -178,7 +178,7 @@ def measure_rendezvous(layout: str, size: int, *, searches: bool = False) -> Cos
     start, job = time.monotonic(), _checked_job(size)
     make = LAYOUTS[layout]
     cpu, peak = _measure(lambda: _known(make(_Job(size), 1), 1, size))
-    # Every rank derives the same in a time that grows with the job. A few of them show it here.
+    # Every rank derives the same component, in a time that grows with the job. A few ranks are enough to check that.
     sample = {_known(make(job, rank), rank, size) for rank in range(0, size, max(1, size // _SAMPLE))}
     if len(sample) > 1:
         raise BenchError(f"rendezvous of {layout}: the ranks derive {len(sample)} different components.")
@@ -217,7 +217,7 @@ def measure_slots(layout: str, size: int) -> Costs:
     """
     start, job = time.monotonic(), _checked_job(size)
     num_classes = _CLASSES.get(layout, 1)
-    # The lowest rank of each class, and the next one, which stands for all others of the class.
+    # Each class has its lowest rank, and the next one, which represents all others of the class.
     step = size // NUM_STAGES if layout == "PP x FSDP2 x TP" else 1
     stride = 1 if step > 1 else num_classes
     lowest = [number * step for number in range(num_classes)]
@@ -234,7 +234,7 @@ def measure_slots(layout: str, size: int) -> Costs:
         totals = set(pool.map(make, comms, tables))
     if len(totals) != 1:
         raise BenchError(f"slots of {layout}: the ranks found {sorted(totals)} slots.")
-    # Once more on one rank, alone and on new objects, with the answers that it received.
+    # One rank runs again alone, on new objects, with the answers that it received.
     fresh = _table(LAYOUTS[layout](_Job(size), 0), 0, size)
     cpu, peak = _measure(lambda: make(_RecordedComm(comms[0]), fresh))
     num_bytes = sum(vector.nbytes for vector in comms[0].answers)
@@ -275,7 +275,7 @@ def _known(here: RankLayout, rank: int, size: int) -> Known | None:
 def _table(here: RankLayout, rank: int, size: int) -> ShardTable:
     """Return the table of one rank. Only names, shapes and layouts matter."""
     entries = [
-        # A layout of each parameter, as for DTensors.
+        # Each parameter has a separate layout, as for DTensors.
         (f"{prefix}.{i}.weight", torch.nn.Parameter(torch.zeros(2)), Layout(*_fields(layout)))
         for number, prefix, layout in here.params
         for i in range(number)
@@ -290,7 +290,7 @@ def _fields(layout: Layout) -> tuple[Any, ...]:
 
 
 def _measure(function: Callable[[], object]) -> tuple[float, int]:
-    """Return the CPU seconds of a function, and in a second call the peak of its memory in bytes."""
+    """Return the CPU seconds of a function, and the peak of its memory in bytes in a second call."""
     begin = time.thread_time()
     function()
     seconds = time.thread_time() - begin
@@ -303,7 +303,7 @@ def _measure(function: Callable[[], object]) -> tuple[float, int]:
 
 
 class _Exchange:
-    """Vectors of the threads that stand for all ranks."""
+    """Vectors of the threads that represent all ranks."""
 
     def __init__(self, size: int) -> None:
         self.vectors: list[Any] = [None] * size
@@ -311,14 +311,14 @@ class _Exchange:
 
 
 class _WeightedComm:
-    """Communicator of a thread that stands for several ranks with the same parameters.
+    """Communicator of a thread that represents several ranks with the same parameters.
 
     Args:
-        exchange: exchange of all threads.
+        exchange: the exchange that all threads share.
         index: index of the thread.
-        rank: the lowest rank that it stands for.
+        rank: the lowest rank that it represents.
         size: number of ranks of the job.
-        weight: number of ranks that it stands for.
+        weight: number of ranks that it represents.
     """
 
     ranks: None = None

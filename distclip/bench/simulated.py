@@ -1,7 +1,7 @@
-"""Run ranks of a store protocol in one process and one thread, in virtual time, and count what each of them does.
+"""Run ranks of a store protocol in one process and one thread, in virtual time, and count the costs of each rank.
 
-A rank is a function of a store and a clock. Where it would block, it is stopped by an exception, and later runs again
-from its beginning, with the recorded answers of all that it has done before. So 65,536 ranks need no threads.
+A rank is a function of a store and a clock. If it would block, an exception stops it. Later it runs again from its
+beginning, with the recorded answers to all of its earlier operations. So 65,536 ranks need no threads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["RankCosts", "SimulatedStore", "run_ranks"]
 _TIMED_OUT = object()
 
 _PREEMPTIONS = 0.1
-"""Probability with which another rank runs between two operations of a rank, in a random order."""
+"""Probability that another rank runs between two operations of a rank, if the order is random."""
 
 
 @dataclass(slots=True)
@@ -58,7 +58,7 @@ class SimulatedStore:
     """Store and clock of one simulated rank.
 
     Args:
-        world: shared by all ranks.
+        world: world that all ranks share.
         rank: index of the rank.
     """
 
@@ -80,7 +80,7 @@ class SimulatedStore:
         self._do(run)
 
     def get(self, key: str) -> bytes:
-        """Read a value, once there is one."""
+        """Wait for a value, and read it."""
 
         def run() -> Any:
             value = self._await(key, None)
@@ -150,7 +150,7 @@ class SimulatedStore:
         self._do(run)
 
     def wake(self) -> None:
-        """Run the rank again, soon."""
+        """Schedule the rank to run again."""
         if self._is_waiting:
             self._is_waiting = False
             self._world.ready.append(self)
@@ -172,7 +172,7 @@ class SimulatedStore:
             return False, None
 
     def time_out(self, number: int) -> None:
-        """End a wait by its time limit, unless the rank has gone on since then."""
+        """End a wait at its time limit, unless the rank has continued since then."""
         if self._is_waiting and self._num_stops == number:
             self._is_late = True
             self.wake()
@@ -190,7 +190,7 @@ class SimulatedStore:
     def _do(self, run: Callable[[], Any]) -> Any:
         """Return the recorded answer of an operation, or run it and record its answer."""
         if self._stop is not None:
-            # The rank is being stopped: what it does to clean up must have no effect.
+            # The rank is being stopped, so the operations of its cleanup must have no effect.
             raise self._stop
         if self._next < len(self._log):
             self._next += 1
@@ -218,11 +218,10 @@ def run_ranks(
     """Run a function on every rank, on one store.
 
     Args:
-        function: called with the store of a rank, possibly several times. It must do the same each time, given the same
-            answers.
+        function: called with the store of a rank, possibly several times. It must make the same operations each time,
+            given the same answers.
         size: number of ranks.
-        seed: seed of the order in which operations of different ranks follow each other. None to run each rank until it
-            blocks.
+        seed: seed of the order of operations of different ranks. None to run each rank until it blocks.
 
     Returns:
         Results and costs, by rank.
@@ -239,7 +238,7 @@ def run_ranks(
     world = _World(seed)
     stores = [SimulatedStore(world, rank) for rank in range(size)]
     results: list[Any] = [None] * size
-    # The last one runs next.
+    # The last rank in the list runs next.
     world.ready.extend(reversed(stores))
     num_running = size
     while num_running:

@@ -27,7 +27,7 @@ class Terminal(Screen):
             self.line(", ".join(f"{key} {value}" for key, value in part.items()))
 
     def bar(self) -> Progress:
-        """Return a progress bar. On a pipe, where every update would be a line, the bar is invisible."""
+        """Return a progress bar. It is invisible on a pipe, where every update would be a line."""
         return Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -58,7 +58,7 @@ class Terminal(Screen):
 
 
 def amount(size: int) -> str:
-    """Format bytes with decimal units, as bandwidths are."""
+    """Format bytes with decimal units, like bandwidths."""
     for unit, factor in {"GB": 1e9, "MB": 1e6, "kB": 1e3}.items():
         if size >= factor:
             return f"{size / factor:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""Time competitors in interleaved rounds: each once per round, in random order."""
+"""Time competitors in interleaved rounds. Each is called once per round, in random order."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def time_interleaved(
         rounds: number of timed calls of each competitor, after a warm-up.
         seed: seed of the order, so that all ranks have the same order.
         device: device that is synchronized before and after a call.
-        barrier: called right before each timed call.
+        barrier: function that is called right before each timed call.
         advance: called after each round.
 
     Returns:
@@ -58,7 +58,7 @@ def time_interleaved(
     samples: dict[str, list[Sample]] = {competitor.name: [] for competitor in competitors}
     gc_enabled = gc.isenabled()
     gc.disable()
-    # gc.collect between the rounds then ignores the objects that exist already.
+    # gc.collect between the rounds then ignores existing objects.
     gc.freeze()
     try:
         for number in range(-WARM_UP, rounds):

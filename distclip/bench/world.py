@@ -1,4 +1,4 @@
-"""Start a world of new processes for one job. They rendezvous through a file, and end with the job."""
+"""Start a world of new processes for one job. The processes rendezvous through a file, and end with the job."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def on_ranks(
         device: "cpu" (gloo) or "cuda" (nccl).
         threads: number of threads of torch on each rank. None to share the processors.
         advance: called in this process whenever rank 0 calls its `advance`.
-        kwargs: picklable.
+        kwargs: arguments of the job. They must be picklable.
 
     Returns:
         The return values of the ranks, in order. They must be picklable.
@@ -64,16 +64,16 @@ def start_ranks(
     """Start a process for each rank, and kill all of them at the end, even if they hang.
 
     Args:
-        main: called as `main(rank, folder, connection, *arguments)` in each process. `folder` is empty and the same for
-            all ranks, so that they can rendezvous in it.
+        main: called as `main(rank, folder, connection, *arguments)` in each process. `folder` is an empty directory
+            that all ranks share, so that they can rendezvous in it.
         size: number of ranks.
-        arguments: picklable.
-        preload: modules that the processes have imported before they start.
+        arguments: further arguments of `main`. They must be picklable.
+        preload: modules that are imported before the processes start.
 
     Yields:
         A connection to each rank.
     """
-    # The fork server has imported torch but called nothing, so that it starts a rank in a fraction of a second.
+    # The fork server has imported torch but called nothing, so it starts a rank in a fraction of a second.
     context: Any = mp.get_context("spawn" if sys.platform == "win32" else "forkserver")
     if sys.platform != "win32":
         context.set_forkserver_preload(preload)

@@ -1,17 +1,16 @@
-"""Induce spikes of Adam on small models, and count how many are announced, and how many update_clip prevents.
+"""Induce spikes of Adam on small models, and count the spikes that are announced and that update_clip prevents.
 
-A spike of Adam is a rise of the loss because the second moments are too old for the gradients, which then make too
-large a step. Each seed trains a model, and from its state on one of three things changes, none of which changes the
-loss by itself:
+A spike of Adam is a rise of the loss after a step that is too large, because the second moments are too old for the
+gradients. Each seed trains a model. Then one of three changes happens, none of which changes the loss by itself:
 
-- rows: of an embedding return after a pause, so that their moments have decayed to a millionth.
-- feature: inputs that were 0 so far have values, on weights that are 0.
-- task: the loss of a second head counts fully, after a thousandth.
+- rows: rows of an embedding return after a pause, in which their moments have decayed to a millionth.
+- feature: inputs that were 0 so far get values, on weights that are 0.
+- task: the loss of a second head, which had a weight of a thousandth, counts fully.
 
 A spike is a loss above mean + 6 standard deviations of the last 128 steps, at the earliest one step after the change.
 It is announced if the largest RMS of g / sqrt(v) reaches the alarm of `distclip.monitor` at an earlier step. It is
-prevented if the same steps with `distclip.update_clip()` have no such loss. The published rule, without a warm-up after
-a spike, is `update_clip(recovery=0)`. All other steps are healthy: an alarm there is false.
+prevented if the same steps with `distclip.update_clip()` have no such loss. The published rule, which has no warm-up
+after a spike, is `update_clip(recovery=0)`. All other steps are healthy, so an alarm in them is false.
 
 `python -m launch.comparison.adam_spikes` takes 8 minutes of one core. `--seeds 2` shows how it works.
 """
@@ -33,7 +32,7 @@ from distclip.monitor.jsonl import UPDATE_RMS_ALARM
 KINDS = ("rows", "feature", "task")
 
 WARM_UP, AFTER, WINDOW, SKIPPED = 300, 30, 128, 100
-"""Steps before and after the change, steps of the usual loss, and first steps that do not count as healthy."""
+"""Numbers of steps: before the change, after it, for the usual loss, and at the start without counting as healthy."""
 
 NUM_ROWS, NUM_FEATURES, WIDTH, NUM_OUTPUTS, BATCH, BAG = 64, 64, 64, 8, 32, 8
 
@@ -80,11 +79,11 @@ class Training:
         self.has_changed = False
 
     def change(self) -> None:
-        """Change what the seed is about."""
+        """Make the change of the seed."""
         self.has_changed = True
         if self.kind == "rows":
             state = self.optimizer.state[self.model.embedding.weight]
-            # The same as a pause of 13,800 steps of rows without a gradient.
+            # This equals a pause of 13,800 steps in which the rows have no gradient.
             state["exp_avg_sq"][8:] *= 1e-6
             state["exp_avg"][8:] = 0
 
@@ -126,9 +125,9 @@ class Result:
     """Result of one seed.
 
     Args:
-        spike: first step after the change with a spike, 0-based. None without one.
-        alarm: first step with an alarm, likewise.
-        prevented: whether there is no spike with each policy.
+        spike: first step after the change with a spike, 0-based. None without a spike.
+        alarm: first step after the change with an alarm, 0-based. None without an alarm.
+        prevented: for each policy, whether there is no spike.
         sizes: largest loss after the change, relative to the usual one, without a policy and with each.
         false_alarms: number of healthy steps with an alarm.
         healthy: number of healthy steps.
@@ -145,11 +144,11 @@ class Result:
 
 
 def measure(kind: str, seed: int, lr: float, noise: float, policies: Sequence[distclip.Policy], after: int) -> Result:
-    """Train one seed up to the change, and on from there without a policy and with each.
+    """Train one seed up to the change, and then without a policy and with each policy.
 
     Args:
         kind, seed, lr, noise: see `Training`.
-        policies: update_clip with several arguments.
+        policies: update_clip policies with different arguments.
         after: number of steps with a policy.
     """
     training = Training(kind, seed, lr, noise)
@@ -212,7 +211,7 @@ def main() -> None:
 
 def describe(name: str, results: list[Result]) -> str:
     """Return a row of the table."""
-    # A loss that is unusual in the step of the change itself is no consequence of a step.
+    # If the loss is unusual in the step of the change itself, no optimizer step has caused it.
     spikes = [result for result in results if result.spike]
     announced = [r for r in spikes if r.alarm is not None and r.spike is not None and r.alarm < r.spike]
     num_policies = len(results[0].prevented)

@@ -1,4 +1,4 @@
-"""Clip as the framework of a layout does: by FSDP1's own method, or by the sum over meshes that torchtitan makes."""
+"""Clip like the framework of a layout: by FSDP1's own method, or by torchtitan's sum over meshes."""
 
 from __future__ import annotations
 

@@ -1,19 +1,19 @@
-"""Make incidents of six kinds, and count how often one replay names the right cause and the right sample.
+"""Make incidents of six kinds, and count how often a replay names the right cause and the right sample.
 
-Each run trains a small network for 40 steps with `Recorder(examine=...)`, and something happens in one step:
+Each run trains a small network for 40 steps with `Recorder(examine=...)`, and has an incident in one step:
 
 - label: the target of a sample is a hundred to ten thousand times as large as usual.
-- input: the features of a sample are.
-- mask: a sample has one position that counts a hundredfold, as if all other positions were masked.
-- numerics: the activations overflow float16, and not float32.
-- hardware: an element of a gradient has a flipped bit of its exponent.
-- optimizer: an optimizer step a thousand times too large has left the parameters elsewhere.
+- input: the features of a sample are that much larger than usual.
+- mask: one position of a sample counts a hundredfold, as if all other positions were masked.
+- numerics: the activations overflow float16, but not float32.
+- hardware: an element of a gradient has a flipped bit in its exponent.
+- optimizer: an optimizer step that was a thousand times too large has moved the parameters.
 
-An incident that is no outlier of the norm is not replayed, and counts as wrong. The table has the number of incidents,
-of right causes, and of right samples where the cause is a sample.
+An incident whose norm is not an outlier is not replayed, and counts as wrong. The table has the numbers of incidents,
+of right causes, and of right samples if the cause is a sample.
 
-`python -m launch.comparison.incidents` takes a minute of one core. With `--cost` it measures how much longer
-`per_sample` makes a forward and backward pass of small models.
+`python -m launch.comparison.incidents` takes a minute of one core. With `--cost` it measures the slowdown of the
+forward and backward pass of small models by `per_sample`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Sequences(nn.Module):
 
 
 class Block(nn.Module):
-    """A layer of a transformer, whose parts are modules with a rule of `per_sample`."""
+    """A transformer layer. All of its modules have a rule in `per_sample`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -83,12 +83,12 @@ class Block(nn.Module):
 
 @dataclass
 class Incident:
-    """An incident and what a replay found.
+    """An incident, and the result of its replay.
 
     Args:
         kind: one of `KINDS`.
         verdict: cause that the replay named. Empty if there was no replay.
-        is_right: whether it is the right one.
+        is_right: whether it is the right cause.
         is_right_sample: whether it named the right sample. None for a kind without one.
     """
 
@@ -112,7 +112,7 @@ def make_incident(kind: str, seed: int, directory: Path) -> Incident:
         with Recorder(clipper, directory, every=10, examine=loss_of) as recorder:
             for number in range(1, STEPS + 1):
                 if kind == "optimizer" and number == step:
-                    # The parameters of a step that was far too large.
+                    # This has the effect of a step that was far too large.
                     with torch.no_grad():
                         for parameter in model.parameters():
                             parameter.add_(torch.randn_like(parameter), alpha=size / 20)
@@ -169,7 +169,7 @@ def make_loss(kind: str, model: nn.Module, seed: int, step: int, sample: int, si
 
 
 def set_bit(model: nn.Module, draw: random.Random) -> None:
-    """Set a bit of the exponent of an element of a gradient, which makes the element larger."""
+    """Set a bit in the exponent of one element of a gradient, so that the element gets larger."""
     grads = [parameter.grad.view(-1) for parameter in model.parameters() if parameter.grad is not None]
     grad = draw.choice(grads)
     index = draw.randrange(len(grad))

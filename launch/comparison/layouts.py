@@ -36,7 +36,7 @@ def full_gradient(dtype: torch.dtype = torch.float32, factor: float = 1.0) -> Gr
 
 
 def gradient_of_three_ranks() -> Gradient:
-    """Return the gradient with zeros in the rows that FSDP2 shards to the last of four ranks."""
+    """Return the gradient with zeros in the rows that FSDP2 gives to the last of four ranks."""
     gradient = full_gradient()
     for grad in gradient.values():
         grad[3 * len(grad) // 4 :] = 0

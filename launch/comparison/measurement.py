@@ -27,7 +27,7 @@ MAX_NORM = 1.0
 TOLERANCE = 1e-6
 LIBRARIES = ("distclip", "torch", "framework")
 HANG_TIMEOUT = 5.0
-"""Seconds that the other ranks may need after the first one has finished a call. A rank that needs more hangs."""
+"""Seconds that the other ranks get after the first one has finished a call. A rank that takes longer counts as hung."""
 PRELOAD = ["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "rich.table", "distclip"]
 
 
@@ -87,7 +87,7 @@ def measure(index: int) -> Row:
                 for connection in connections:
                     connection.send(library)
                 results[library] = combine(received := receive_all(connections), truth)
-                # Ranks that hang cannot make another call.
+                # If ranks hang, they cannot make another call, so a new world starts.
                 if None in received:
                     break
     return Row(case.name, truth, **results)
@@ -109,7 +109,7 @@ def combine(rank_results: list[RankResult | None], truth: float) -> Result:
 
 
 def describe_factors(factors: list[float], truth: float) -> str:
-    """Compare the factors that gradients were multiplied by with the right one."""
+    """Describe how the factors that scaled the gradients differ from the right one."""
     right = min(1.0, MAX_NORM / (truth + 1e-6))
     if not all(map(math.isfinite, factors)):
         return "not finite"
@@ -146,7 +146,7 @@ def run_rank(rank: int, folder: str, connection: Connection, index: int) -> None
         # The timeout ends ranks whose parent has died.
         rendezvous, timeout = f"file://{folder}/store", timedelta(seconds=60)
         dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size, timeout=timeout)
-    # The parent kills the rank. A rank that exits could fail a collective of another one.
+    # The parent kills the rank. If a rank exited here, a collective of another rank could fail.
     while True:
         connection.send(clip(CASES[index], connection.recv()))
 

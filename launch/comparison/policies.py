@@ -1,8 +1,8 @@
 """Train every experiment under every policy with three seeds, and print the held-out losses as a Markdown table.
 
 `python launch/comparison/policies.py` makes all runs, which takes about two hours of one core. `--experiments`,
-`--policies` and `--seeds` select some of them. A run of `rescue` takes about 15 s of one core. Runs that `--out` has
-already are not repeated.
+`--policies` and `--seeds` select some of them. A run of `rescue` takes about 15 s of one core. Runs that are already in
+`--out` are not repeated.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ POLICIES = tuple(sorted(path.stem for path in (ROOT / "conf/clip").glob("*.yaml"
 
 
 def main() -> None:
-    """Train what is missing, and print the table."""
+    """Train the missing runs, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS)
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)

@@ -39,7 +39,7 @@ FIXED_KEYS = ("model", "data", "batch", "seed", "optim._target_", "precision.dty
 
 
 class TrainingState(Protocol):
-    """All that training changes."""
+    """All state that training changes."""
 
     def save(self, path: Path) -> None:
         """Write the state. Every rank must call it."""
@@ -57,7 +57,7 @@ class Source:
     """Run to continue.
 
     Args:
-        run: its directory.
+        run: directory of the run.
         before: if set, only checkpoints of earlier steps count.
     """
 
@@ -73,7 +73,7 @@ class Source:
         return self._find(lambda path: (check_checkpoint(path), state.load(path)))[0]
 
     def _find(self, use: Callable[[Path], object]) -> tuple[int, Path]:
-        """Return the newest checkpoint whose use does not find damage."""
+        """Return the newest checkpoint that can be used without finding damage."""
         damages = []
         for step, path in list_checkpoints(self.run, self.before):
             damage = _find_damage(path, use)
@@ -91,7 +91,7 @@ _reported: set[Path] = set()
 
 
 def _find_damage(path: Path, use: Callable[[Path], object]) -> str | None:
-    """Use a checkpoint, and return what is damaged."""
+    """Use a checkpoint, and return its damage, or None if it is whole."""
     try:
         use(path)
     except DamagedError as error:
@@ -119,12 +119,12 @@ def list_checkpoints(run: Path, before: int | None = None) -> list[tuple[int, Pa
 
 
 def _steps_of(run: Path) -> dict[int, Path]:
-    # Names with another ending are those of checkpoints that a job was writing when it ended.
+    # Other endings mark checkpoints that a job was writing when it ended.
     return {int(path.name[5:]): path for path in run.glob("checkpoints/step_*") if path.name[5:].isdigit()}
 
 
 def find_source(cfg: DictConfig, directory: Path | None, *, is_restart: bool) -> Source | None:
-    """Return the run to continue, None to start at step 1, or exit if the settings do not tell.
+    """Return the run to continue, or None to start at step 1, or exit if the settings are ambiguous.
 
     Args:
         cfg: config of this run.
@@ -140,7 +140,7 @@ def find_source(cfg: DictConfig, directory: Path | None, *, is_restart: bool) ->
                 "resume=auto: every job has another run directory by default. Set hydra.run.dir=DIRECTORY, and the job "
                 "continues what it finds there"
             )
-        # If the run had ended, its last part is repeated, which gives the same results.
+        # If the run has ended, its last part is repeated, which gives the same results.
         if any(step < cfg.steps for step in own):
             return Source(directory, before=cfg.steps)
         if own and not is_restart:
@@ -182,8 +182,8 @@ def first_step(cfg: DictConfig, source: Source | None) -> int:
 def check_policy(run: Path, cfg: DictConfig, model: nn.Module, clipper: GradClipper) -> None:
     """Exit if a policy cannot continue from the state that the resumed run's policy has saved.
 
-    The saved config is compared through the two policies that are built from the configs, so that a policy with new
-    arguments needs no change here.
+    The configs are compared through the policies that are built from them, so that a policy with new arguments needs no
+    change here.
     """
     saved_cfg = read_config(run, cfg)
     changes = [
@@ -207,20 +207,20 @@ def check_policy(run: Path, cfg: DictConfig, model: nn.Module, clipper: GradClip
 def save(state: TrainingState, run: Path, step: int) -> None:
     """Save a checkpoint. Every rank must call it."""
     path = run / "checkpoints" / f"step_{step:06}"
-    # It is renamed once it is complete, so that a killed job leaves nothing that looks like a checkpoint.
+    # The directory is renamed once it is complete, so that a killed job leaves nothing that looks like a checkpoint.
     unfinished = path.with_suffix(".unfinished")
     state.save(unfinished)
     if RANK == 0:
         replaced = path.with_suffix(".replaced")
         if path.exists():
-            # A run that continues from an earlier checkpoint than its newest one repeats steps.
+            # A run that continues from a checkpoint before its newest one repeats steps.
             path.rename(replaced)
         unfinished.rename(path)
         shutil.rmtree(replaced, ignore_errors=True)
 
 
 def remove_leftovers(run: Path) -> None:
-    """Remove on rank 0 what a job was writing when it was killed, before any rank saves."""
+    """Remove, on rank 0, checkpoints that a job was writing when it was killed, before any rank saves."""
     for pattern in ("*.unfinished", "*.replaced"):
         for path in run.glob(f"checkpoints/step_{pattern}"):
             shutil.rmtree(path)
@@ -271,7 +271,7 @@ class ShardedState:
             part.state = states if isinstance(part.cell, nn.LSTM) else states[0]
 
     def _build(self) -> dict[str, Any]:
-        """Return the state dict that is written, or read into."""
+        """Return the state dict to write, or to read into."""
         model, optimizer = get_state_dict(self.module, self.optimizer, options=OPTIONS)
         carried = {}
         for name, part in recurrences(self.module).items():

@@ -26,7 +26,7 @@ def run_configs(cfg: DictConfig) -> dict[str, DictConfig]:
     """Return the config of each run by its name: one run named "", or those of `compare`."""
     hydra = HydraConfig.get()
     if cfg.replay is not None:
-        # It imports torch, which `launch/check_overrides.py` does without.
+        # This imports torch, which `launch/check_overrides.py` avoids.
         from .replay import replay_config
 
         return {"": check_values(replay_config(cfg))}
@@ -78,7 +78,7 @@ def check_types(cfg: DictConfig | None, overrides: list[str]) -> DictConfig:
 
 
 def check_values(cfg: DictConfig) -> DictConfig:
-    """Return a config whose numbers are in their ranges, or exit with the one that is not."""
+    """Return the config if its numbers are in their ranges, or exit with the first that is not."""
     for key in ("steps", "batch", "log.every"):
         if (value := OmegaConf.select(cfg, key)) < 1:
             raise SystemExit(f"{key}={value}: too small. Use 1 or more")

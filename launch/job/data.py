@@ -1,6 +1,6 @@
 """Provide data sets that need no download, as whole global batches.
 
-The batches do not depend on the layout, so that runs in different layouts can be compared.
+The batches do not depend on the layout, so runs in different layouts can be compared.
 """
 
 import math
@@ -95,7 +95,7 @@ def topics(batch: int, length: int, held_out: float) -> Text:
     return Text(passes, test, cross_entropy, vocabulary, guess, "tokens", None, len(train), vocabulary, length)
 
 
-# The runs of one job share it.
+# The runs of one job share the result.
 @cache
 def _characters() -> tuple[Tensor, int]:
     """Return Python's help topics as indices of characters, and the number of different characters."""
@@ -120,7 +120,7 @@ def _streams(ids: Tensor, batch: int, length: int) -> list[Batch]:
 
 def digits(batch: int, held_out: float) -> Table:
     """Load scikit-learn's handwritten digits."""
-    # Imported here because it takes two seconds, which a language model need not spend.
+    # This import is here because it takes two seconds, and language models do not need it.
     from sklearn.datasets import load_digits
 
     x, y = (torch.tensor(array) for array in load_digits(return_X_y=True))

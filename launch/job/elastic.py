@@ -1,7 +1,7 @@
 """Continue a job whose ranks torchrun has restarted: find the other ranks, and the run directory.
 
-The ranks of all attempts share the store of torchrun's agent. It holds addresses of ranks that have ended, so that each
-attempt needs its own part of the store. Every rank starts an attempt by a handshake with rank 0.
+The ranks of all attempts share the store of torchrun's agent. It still has addresses of ranks that have ended, so each
+attempt needs a separate part of the store. Every rank starts an attempt with a handshake with rank 0.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.distributed import PrefixStore, Store, TCPStore
 
-# Seconds. torchrun ends the ranks itself if one of them does not start.
+# This is in seconds. torchrun itself ends the ranks if one of them does not start.
 _PATIENCE = 1800
 
 
@@ -28,7 +28,7 @@ class Attempt:
         store: store of this attempt alone.
         directory: directory of the job, from an earlier attempt; None in the first one.
         started: directories of the runs that an earlier attempt has started.
-        job_store: job store of all attempts.
+        job_store: store that all attempts share.
     """
 
     store: Store
@@ -44,7 +44,7 @@ class Attempt:
 
 
 def join_attempt() -> Attempt | None:
-    """Find the ranks of this attempt. Return None without torchrun, whose ranks alone are restarted.
+    """Find the ranks of this attempt. Return None without torchrun, because only it restarts ranks.
 
     Every rank must call it, once.
     """
@@ -66,12 +66,12 @@ def join_attempt() -> Attempt | None:
 def handshake(store: Store, rank: int, world_size: int) -> dict[str, Any]:
     """Return the same message on all ranks of one attempt.
 
-    Ranks of earlier attempts have left messages in the store. A rank accepts only an answer to its own greeting, and
-    rank 0 answers until every rank has accepted. The number of restarts would not do, because torchrun counts it on
-    each node.
+    Ranks of earlier attempts have left messages in the store. So a rank accepts only an answer to its own greeting, and
+    rank 0 answers until every rank has accepted. The number of restarts cannot identify an attempt, because torchrun
+    counts it on each node separately.
 
     Args:
-        store: store of all attempts.
+        store: store that all attempts share.
         rank: rank of this process in this attempt.
         world_size: world size of this attempt.
     """
@@ -99,9 +99,9 @@ def handshake(store: Store, rank: int, world_size: int) -> dict[str, Any]:
 
 
 def find_job_directory(attempt: Attempt | None, arguments: Sequence[str]) -> Path | None:
-    """Return the directory of the job as far as every rank knows it.
+    """Return the directory of the job if every rank can find it, or None.
 
-    It is that of an earlier attempt, or the one on the command line. Hydra's default has the time, which differs
+    It is that of an earlier attempt, or the one on the command line. Hydra's default contains the time, which differs
     between ranks.
 
     Args:

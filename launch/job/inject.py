@@ -37,8 +37,8 @@ class Inject:
         kind: "nan" or "inf" overwrites the first element. "spike" multiplies the shard by `factor`.
         step: 1-based step.
         rank: rank whose shard is corrupted. Replicas of this shard on other ranks are corrupted too.
-        parameter: regular expression. The first parameter with a match in its name is taken, among the parameters of
-            which the rank holds a shard.
+        parameter: regular expression. Among the parameters that the rank holds a shard of, the first one whose name
+            matches is corrupted.
         factor: factor of a spike.
     """
 
@@ -49,7 +49,7 @@ class Inject:
     factor: float = 1.0
 
     def check(self, model: nn.Module, steps: range) -> None:
-        """Exit if the run has no such step, rank or parameter. No rank waits for another one here."""
+        """Exit if the run has no such step, rank or parameter. This does not communicate."""
         if self.kind not in (*VALUES, "spike"):
             raise SystemExit(f"inject.kind={self.kind}: unknown. Use nan, inf or spike")
         if self.step not in steps:
@@ -83,7 +83,7 @@ class Inject:
                 f"inject.parameter={self.parameter}: matches no shard on rank {self.rank}. "
                 f"Use a part of one of {', '.join(name for name, _ in keys)}"
             )
-        # Every replica is corrupted, just as a reduction of gradients hands a bad number to every replica.
+        # Every replica is corrupted, as a reduction of gradients would give a bad number to every replica.
         get_gradient = gradients.get(key)
 
         @torch.no_grad()

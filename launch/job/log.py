@@ -56,7 +56,7 @@ class RunLog:
         self.directory = directory
         if RANK == 0:
             directory.mkdir(parents=True, exist_ok=True)
-            # A job that is killed here leaves the whole old file.
+            # If the job is killed here, the old file stays complete.
             OmegaConf.save(cfg, directory / "config.yaml.unfinished", resolve=True)
             (directory / "config.yaml.unfinished").replace(directory / "config.yaml")
 
@@ -84,7 +84,7 @@ class RunLog:
             nonfinite=len(all_norms) - len(norms),
             first_nonfinite=next((row["step"] for row in self.rows if not math.isfinite(row["norm"])), None),
             skipped=sum(row["skipped"] for row in self.rows),
-            # The norm is measured again after elements were set to zero, and is finite then.
+            # After elements are set to zero, the norm is measured again, and is then finite.
             zeroed=sum("nonfinite" in row and row["finite"] for row in self.rows),
             incidents=list(incidents),
             r2=None if data.variance is None else 1 - held_out / data.variance,

@@ -26,7 +26,8 @@ from .terminal import Terminal
 def train(run: Run, log: RunLog, terminal: Terminal) -> Summary | None:
     """Train to the last step, evaluate, and return the summary on rank 0. Other ranks return None.
 
-    With `audit=true` print how the model is spread, and return None. Exit with status 1 if the audit finds a problem.
+    With `audit=true`, print the distribution of the model and return None, or exit with status 1 if the audit finds a
+    problem.
     """
     cfg, data = run.cfg, run.data
     ranks = run.parallelism.build(run.device.type, WORLD_SIZE)
@@ -75,7 +76,7 @@ def train(run: Run, log: RunLog, terminal: Terminal) -> Summary | None:
 
     start = time.perf_counter()
     with terminal.progress_bar(cfg.log.bar) as bar, warnings.catch_warnings():
-        # All ranks would print the same warnings.
+        # Without this, all ranks would print the same warnings.
         for category in (ExplodedWarmupWarning, FrequentClippingWarning, NonFiniteWarning):
             warnings.simplefilter("default" if RANK == 0 else "ignore", category)
         task = bar.add_task("", total=cfg.steps, completed=first_step - 1)

@@ -33,7 +33,7 @@ class Ranks(Protocol):
         """Return the state of the global batch, given this rank's rows of it along dim 1."""
 
     def local_state(self, state: Tensor) -> Tensor:
-        """Return this rank's rows of what `global_state` returned."""
+        """Return this rank's rows of a result of `global_state`."""
 
 
 class OneProcess:
@@ -101,10 +101,10 @@ def to_local(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Parallelism:
-    """Way to distribute a model: the config group `parallel`.
+    """A way to distribute a model: the config group `parallel`.
 
     Args:
-        mesh: size of each axis. One of them may be -1, which stands for all remaining ranks.
+        mesh: size of each axis. One size may be -1, for all remaining ranks.
         place: function that distributes a model over that mesh and returns a `ParallelModel`.
         autocast: whether autocast provides a lower precision. False if the parameters have that precision.
         whole_gradients: whether every rank holds whole parameters with whole gradients.

@@ -1,4 +1,4 @@
-"""Compose the configs of a job, and explain a wrong override in one line with its nearest valid choices."""
+"""Compose the configs of a job, and explain a wrong override in one line with the nearest valid choices."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -27,13 +27,13 @@ _SET_ALREADY = r"Could not append to config\. An item is already at '([^']+)'|Mu
 def check(arguments: Sequence[str]) -> None:
     """Compose the configs of a job in this process, or exit with the override that is wrong.
 
-    torch is not imported. The ranks validate what depends on the model, the data or the number of ranks.
+    torch is not imported. The ranks validate the settings that depend on the model, the data or the number of ranks.
 
     Args:
         arguments: arguments of `launch/train.py`.
     """
     args = get_args_parser().parse_intermixed_args(list(arguments))
-    # These print something and exit, or name another config.
+    # With these options, Hydra prints something and exits, or uses another config.
     if any((args.help, args.hydra_help, args.cfg, args.info, args.shell_completion)):
         return
     if args.config_path or args.config_name or args.config_dir:
@@ -43,7 +43,7 @@ def check(arguments: Sequence[str]) -> None:
             for overrides in _split_sweep(args.overrides) if args.multirun else [args.overrides]:
                 HydraConfig.instance().set_config(compose("config", overrides, return_hydra_config=True))
                 cfg = compose("config", overrides)
-                # The other settings of a step that is repeated are in the files of its run.
+                # If a step is repeated, the other settings are in the files of its run.
                 if cfg.replay is None:
                     run_configs(cfg)
     except (HydraException, OmegaConfBaseException) as error:
@@ -51,7 +51,7 @@ def check(arguments: Sequence[str]) -> None:
 
 
 def explain(error: Exception, overrides: Sequence[str]) -> str:
-    """Return one line about an override that Hydra has rejected, with the valid choices that are nearest.
+    """Return one line about an override that Hydra has rejected, with the nearest valid choices.
 
     Args:
         error: error of Hydra or OmegaConf.
@@ -90,7 +90,7 @@ def _split_sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
     sweeps = {
         i: list(override.sweep_string_iterator()) for i, override in enumerate(parsed) if override.is_discrete_sweep()
     }
-    # A sweeper may understand more than a list of values. Those overrides are left to it.
+    # A sweeper may support more than a list of values. Such overrides are not checked here.
     kept = [i for i, override in enumerate(parsed) if i in sweeps or not override.is_sweep_override()]
 
     def job(values: dict[int, str]) -> list[str]:

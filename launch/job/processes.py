@@ -19,10 +19,11 @@ from .slurm import torchrun_variables
 
 T = TypeVar("T")
 
-# As below torchrun, torch.distributed and the child processes find the ranks in the environment.
+# As under torchrun, torch.distributed and the child processes find the ranks in the environment.
 os.environ.update(torchrun_variables(os.environ))
 
-# Variables of Open MPI, and of MPICH and Intel MPI. torchrun's ranks count if mpirun started one torchrun on each node.
+# These are variables of Open MPI, and of MPICH and Intel MPI. If mpirun started one torchrun on each node, torchrun's
+# ranks count.
 _MPIRUN_SIZES = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"}
 UNDER_MPIRUN = "TORCHELASTIC_RUN_ID" not in os.environ and bool(_MPIRUN_SIZES & os.environ.keys())
 
@@ -71,7 +72,7 @@ class TorchDistributed:
 
     def join(self, device: torch.device, store: Store | None) -> None:
         """Start the default process group, which all runs of a Hydra multirun share."""
-        # A second group would read the first one's addresses in the launcher's store, and hang.
+        # A second group would read the addresses of the first one in the launcher's store, and hang.
         if dist.is_initialized():
             return
         if device.type == "cuda":
@@ -121,15 +122,15 @@ def leave() -> None:
     if dist.is_initialized():
         assert dist.group.WORLD is not None
         # A gloo thread that drops its last tensor while Python shuts down aborts the process (pytorch #190489). A group
-        # joins its threads when it is freed. Modules imported after the start hold some groups, whose threads get their
-        # time from the barrier.
+        # joins its threads when it is freed. Some groups are held by modules that were imported after the start, and
+        # the barrier gives their threads time.
         dist.group.WORLD._get_backend(torch.device("cpu")).barrier().wait()
         dist.destroy_process_group()
         gc.collect()
 
 
 def abort_mpi_job(status: int) -> None:
-    """End all MPI ranks if this one exits with an error. torchrun does so by itself.
+    """End all MPI ranks if this one exits with an error. torchrun does this itself.
 
     Args:
         status: status of this process at its exit.

@@ -1,6 +1,6 @@
 """Repeat one step of a run from the checkpoint before it, to distinguish bad data from a transient fault.
 
-`launch/train.py resume=RUN replay=STEP` uses the settings of that run, with the changes that the command line makes.
+`launch/train.py resume=RUN replay=STEP` uses the settings of that run, with the changes from the command line.
 """
 
 import json
@@ -24,12 +24,12 @@ from .data import Batch, Data
 from .processes import RANK, gather
 from .untrusted import read_config
 
-# A sample with so many times the median part of the gradient is named as the cause.
+# A sample is named as the cause if its part of the gradient is at least this many times the median part.
 SAMPLE_FACTOR = 4.0
 
 NUM_SAMPLES = 10
 
-# Relative. Other layouts sum in another order. The bits are equal in an equal layout.
+# This is a relative tolerance. Another layout sums in another order. In the same layout the bits are equal.
 TOLERANCE = 1e-3
 
 
@@ -44,7 +44,7 @@ def replay_config(cfg: DictConfig) -> DictConfig:
     list_checkpoints(run, before=step)
     read_step(run, step)
     run_cfg = read_config(run, cfg)
-    # Above all, the gradient must not be corrupted again.
+    # Most importantly, the gradient must not be corrupted again.
     run_cfg.update({"inject": None, "compare": {}, "note": "", "probe": None, "log": cfg.log})
     run_cfg.checkpoint.every = 0
     hydra = HydraConfig.get()

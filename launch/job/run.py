@@ -1,6 +1,6 @@
 """Build and validate one run before its ranks communicate.
 
-Every rank validates the same config, so that all ranks exit with the same error and none waits for another one.
+Every rank validates the same config, so all ranks exit with the same error, and none waits for another one.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class Run:
 
 
 def build_run(cfg: DictConfig, directory: Path | None = None, *, is_restart: bool = False) -> Run:
-    """Build a run, or exit with the setting that is wrong.
+    """Build a run, or exit with an error about a wrong setting.
 
     Args:
         directory: directory of the run, if all ranks know it.
@@ -59,7 +59,7 @@ def build_run(cfg: DictConfig, directory: Path | None = None, *, is_restart: boo
     model: nn.Sequential = instantiate(cfg.model)(data)
     try:
         policy: Policy = instantiate(cfg.clip)
-        # These two only check the arguments. The run builds its own, for the distributed parameters.
+        # These two only check the arguments. The run builds others for the distributed parameters.
         instantiate(cfg.optim)(model.parameters())
         clipper = GradClipper(model, policy, comm=LocalComm(), on_nonfinite=cfg.on_nonfinite, max_skips=cfg.max_skips)
     except (ArgumentError, InstantiationException, TypeError, ValueError) as error:

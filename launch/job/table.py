@@ -14,7 +14,7 @@ LOSS = "held-out loss"
 
 
 def build_tables(summaries: Mapping[str, Summary], console: Console) -> list[Table]:
-    """Return one table of all runs, or as few tables of equal size as fit the console's width."""
+    """Return one table of all runs, or the fewest tables of equal size that fit the console's width."""
     names, unbounded = list(summaries), console.options.update(width=10**6)
     for num_tables in range(1, len(names) + 1):
         num_columns = ceil(len(names) / num_tables)

@@ -1,4 +1,4 @@
-"""Print what a run shows on the terminal of rank 0."""
+"""Print the output of a run on the terminal of rank 0."""
 
 import os
 import sys
@@ -66,16 +66,16 @@ class Terminal:
         self._line(f"plot its norms: {command} report {quote(directory)}")
 
     def audit(self, report: Audit) -> None:
-        """Print how the model is spread over the ranks."""
+        """Print the distribution of the model over the ranks."""
         for line in report.to_text(self.console.width).splitlines():
             self._line(line)
 
     def paragraph(self, text: str) -> None:
-        """Print a paragraph. It is wrapped on a terminal only."""
+        """Print a paragraph. It is wrapped only on a terminal."""
         if text:
             for line in text.strip().splitlines():
                 self.console.print(cell(line), soft_wrap=not self.console.is_terminal, highlight=False)
 
     def _line(self, text: str, style: str = "") -> None:
-        """Print a line that is never wrapped. Names in it, of runs and parameters, are plain text."""
+        """Print a line that is never wrapped. Names of runs and parameters in it are plain text."""
         self.console.print(cell(text, style), soft_wrap=True, highlight=False)

@@ -31,7 +31,8 @@ _SIZES = "sizes.json"
 
 _CONF = Path(__file__).parents[2] / "conf"
 
-# Types that torch.distributed.checkpoint writes into its file .metadata. None of them runs code when it is created.
+# These are the types that torch.distributed.checkpoint writes into its file .metadata. None of them runs code when it
+# is created.
 _METADATA = "torch.distributed.checkpoint.metadata"
 _METADATA_TYPES = {
     (_METADATA, "BytesStorageMetadata"),
@@ -57,16 +58,16 @@ class DamagedError(Exception):
 
 
 class UnsafeError(Exception):
-    """A checkpoint names something that is not known to be safe to load."""
+    """A checkpoint names a type or file that is not known to be safe to load."""
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads nothing but the types of a checkpoint's metadata."""
+    """Reads only the types of a checkpoint's metadata."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _METADATA_TYPES:
             return super().find_class(module, name)
-        # Neither is imported here. A name that no module has is more likely damage than an attack.
+        # The module is not imported here. A name that no module has is more likely damage than an attack.
         kind = UnsafeError if module.partition(".")[0] in {*sys.modules, *sys.stdlib_module_names} else DamagedError
         raise kind(f"its .metadata names {printable(f'{module}.{name}')}, which is no type of a checkpoint")
 
@@ -74,7 +75,7 @@ class _Unpickler(pickle.Unpickler):
 class Reader(FileSystemReader):
     """Reads a checkpoint of torch.distributed.checkpoint, whose metadata is a pickle."""
 
-    # The signature lacks the `rank` of torch's, so that torch does not look for a pickle of each rank.
+    # Unlike torch's signature, this one has no `rank`, so torch does not look for a pickle of each rank.
     def read_metadata(self) -> Metadata:
         """Return the metadata.
 
@@ -86,7 +87,7 @@ class Reader(FileSystemReader):
         except (DamagedError, UnsafeError):
             raise
         except Exception as error:
-            # A pickle with damage raises errors of any kind.
+            # A damaged pickle can raise any error.
             raise DamagedError(f"its .metadata cannot be read ({type(error).__name__})") from None
         if type(metadata) is not Metadata or not isinstance(metadata.storage_data, dict):
             raise DamagedError("its .metadata is not that of a checkpoint")
@@ -94,7 +95,7 @@ class Reader(FileSystemReader):
         return metadata
 
     def _slice_file(self, file: Any, sinfo: Any) -> Any:
-        """Return the bytes of one tensor or value, whose checksum is right."""
+        """Return the bytes of one tensor or value, after a check of its checksum."""
         data = io.BytesIO(super()._slice_file(file, sinfo).read(-1))
         _check_sum(data)
         return data
@@ -106,7 +107,7 @@ class Planner(DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Load one value."""
         safe = io.BytesIO()
-        # torch's planner unpickles the bytes that it is given, so it is given what has been read safely.
+        # torch's planner unpickles the bytes that it gets, so it gets bytes that have been read safely.
         torch.save(load_weights(value), safe)
         safe.seek(0)
         super().load_bytes(read_item, safe)
@@ -130,8 +131,8 @@ def load_weights(file: Any) -> Any:
 
 
 def _check_sum(file: Any) -> None:
-    """Raise unless the contents of a file of `torch.save` have the checksums that it was saved with."""
-    # torch writes them, and does not read them.
+    """Raise unless the contents of a file of `torch.save` match its checksums."""
+    # torch writes checksums, but does not check them.
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
@@ -144,13 +145,13 @@ def _check_sum(file: Any) -> None:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Check what can be checked without reading the tensors: the metadata, and the size of every file.
+    """Check the metadata and the size of every file, without reading the tensors.
 
     Raises:
         DamagedError: the checkpoint is not whole. UnsafeError: loading it could run code, or read other files.
     """
     if not (path / ".metadata").is_file():
-        # DeepSpeed's have another format.
+        # DeepSpeed's checkpoints have another format.
         if not (path / "engine").is_dir():
             raise DamagedError("it has no .metadata")
         for name, size in _read_sizes(path).items():
@@ -164,7 +165,7 @@ def check_checkpoint(path: Path) -> None:
 
 
 def write_sizes(path: Path) -> None:
-    """List the files of a checkpoint whose format has no list."""
+    """Write the list of a checkpoint's files, if its format has no such list."""
     files = [file for file in sorted(path.rglob("*")) if file.is_file()]
     (path / _SIZES).write_text(json.dumps({str(file.relative_to(path)): file.stat().st_size for file in files}))
 
@@ -185,7 +186,7 @@ def _check_size(path: Path, name: str, size: int) -> None:
 
 @contextmanager
 def weights_only(types: Sequence[Any]) -> Iterator[None]:
-    """Make every `torch.load` in the block safe, also one of a library that asks for the opposite.
+    """Make every `torch.load` in the block safe, even if a library asks for the opposite.
 
     Args:
         types: types of the library that hold nothing but data.
@@ -202,11 +203,11 @@ def weights_only(types: Sequence[Any]) -> Iterator[None]:
 
 
 def read_config(run: Path, cfg: DictConfig) -> DictConfig:
-    """Return the config of a run, or exit if it cannot be read, or names what this job does not build.
+    """Return the config of a run, or exit if it cannot be read or names unknown targets.
 
     Args:
         run: its directory.
-        cfg: config of this job, which is trusted, as its command line is.
+        cfg: config of this job, which is trusted, like its command line.
     """
     path = run / "config.yaml"
     try:
@@ -216,7 +217,7 @@ def read_config(run: Path, cfg: DictConfig) -> DictConfig:
         raise SystemExit(f"resume={run}: its config.yaml cannot be read ({reason}). Use another run") from None
     if not isinstance(saved, DictConfig):
         raise SystemExit(f"resume={run}: its config.yaml is not a config. Use another run")
-    # A job saves its config without interpolations. One could build a `_target_` when it is read.
+    # A job saves its config without interpolations. An interpolation could build a `_target_` when it is read.
     if "${" in path.read_text(encoding="utf-8"):
         raise SystemExit(f"resume={run}: its config.yaml has interpolations, which no job writes. Use another run")
     unknown = {*_targets(saved)} - {*_own_targets(), *_targets(cfg)}

@@ -1,4 +1,4 @@
-"""List the cases of the benchmark: local ones in one process, and sharded ones on a world of ranks."""
+"""List the cases of the benchmark: local cases in one process, and sharded cases on a world of ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["CASES", "Case"]
 
 
 class Case(Protocol):
-    """Gradients of one kind, which competitors clip."""
+    """Gradients of one kind for competitors to clip."""
 
     @property
     def name(self) -> str:

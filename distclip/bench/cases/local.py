@@ -31,7 +31,7 @@ class LocalCase:
         title: description in one line.
         build: makes gradients and competitors.
         devices: types of devices that the case runs on.
-        divisor: divisor of the world size, which a local case does not use.
+        divisor: see `ShardedCase`. A local case does not use it.
     """
 
     name: str
@@ -61,7 +61,7 @@ def make_parameters(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device:
 
 
 def into_buckets(parameters: Sequence[Tensor], bucket: int) -> None:
-    """Make gradients views of buckets, as DDP's gradient_as_bucket_view does, from the last one on.
+    """Make gradients views of buckets, as DDP's gradient_as_bucket_view does, in reverse order.
 
     Args:
         parameters: parameters with gradients of one dtype.
@@ -99,7 +99,7 @@ def small(options: Options, dtype: torch.dtype = torch.float32, views: bool = Fa
 
 
 def adamw(options: Options, dtype: torch.dtype = torch.float32) -> Setup:
-    """Build the step of a fused optimizer, which all competitors share so that each does the same work."""
+    """Build the step of a fused optimizer. All competitors share it, so that each does the same work."""
     parameters = make_parameters(gpt_shapes(options.scale), dtype, options.device)
     optimizer = torch.optim.AdamW(parameters, lr=1e-8, fused=True)
     grad_clipper = distclip.GradClipper(parameters, distclip.global_norm(1e9))

@@ -81,7 +81,7 @@ class FirstCalls:
     divisor: int = 1
 
     def measure(self, options: Options, advance: Callable[[], object]) -> Outcome:
-        """Start one world per competitor and round, in random order. Rounds are a third of `--rounds`."""
+        """Start one world per competitor and round, in random order. There are a third of `--rounds` rounds."""
         order = random.Random(options.seed)
         names = ["torch", "distclip", *options.against]
         calls: dict[str, list[Outcome]] = {name: [] for name in names}
@@ -148,7 +148,7 @@ def adapters(options: Options) -> nn.Module:
 
 
 def tenants(model: Adapters) -> list[Competitor]:
-    """Return clippers of all adapters as one group, and of each as a group that is isolated."""
+    """Return a clipper with all adapters as one group, and one with an isolated group per adapter."""
     isolated = isolated_adapters(model)
     return [
         clipper(model.adapters, distclip.global_norm(1e9), "one group"),
@@ -183,7 +183,7 @@ def replicated(options: Options) -> nn.Module:
 
 
 def replica_checks(model: nn.Module) -> list[Competitor]:
-    """Return clippers that compare no replicas, and all of them."""
+    """Return a clipper that compares no replicas, and one that compares all of them."""
 
     def make(name: str, replicas: Literal["off", "warn"]) -> Competitor:
         grad_clipper = distclip.GradClipper(model, distclip.global_norm(1e9), replicas=replicas)

@@ -32,16 +32,16 @@ def attach(
     """Replace Megatron's own clipping in `optimizer.step()` by a policy.
 
     Works with FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer and LayerWiseDistributedOptimizer
-    (that of Muon), and with chains of them, under tensor, pipeline, expert and data parallelism, also under
-    Megatron-FSDP, with loss scaling. A policy per tensor or row gets whole parameters, wherever a distributed optimizer
-    or Megatron-FSDP cuts them. If the optimizer is precision-aware, a policy that reads weights gets those of the
-    model, because TransformerEngine keeps the float32 copies. A tied embedding counts as one parameter, with its name
-    on the first stage. `config.clip_grad` is ignored. `step()` returns (True, norm, zeros) as usual, or (False, None,
-    None) for a skipped step. Loss scales back off only if the step is non-finite, and then all scales of a chain do so
-    together.
+    (that of Muon), and with chains of them, under tensor, pipeline, expert and data parallelism, including
+    Megatron-FSDP, and with loss scaling. A policy per tensor or row gets whole parameters, wherever a distributed
+    optimizer or Megatron-FSDP cuts them. If the optimizer is precision-aware, a policy that reads weights gets those of
+    the model, because TransformerEngine keeps the float32 copies. A tied embedding counts as one parameter, with its
+    name on the first stage. `config.clip_grad` is ignored. `step()` returns (True, norm, zeros) as usual, or (False,
+    None, None) for a skipped step. Loss scales back off only if the step is non-finite, and then all scales of a chain
+    do so together.
 
     Args:
-        optimizer: what `megatron.core.optimizer.get_megatron_optimizer` returned, also on a rank without parameters.
+        optimizer: what `megatron.core.optimizer.get_megatron_optimizer` returned, even on a rank without parameters.
         policy: the policy, for example `distclip.global_norm(1.0)`.
         model: the modules of this rank, which have the names of the parameters. Policies per group, tensor or row need
             the names.

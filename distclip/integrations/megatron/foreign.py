@@ -67,7 +67,7 @@ class Parameter(Protocol):
 
 
 class FsdpParameter(Protocol):
-    """A DTensor that an optimizer steps under Megatron-FSDP. Its shards may be of any size, also empty."""
+    """A DTensor that an optimizer steps under Megatron-FSDP. Its shards may have any size, even 0."""
 
     orig_param: Tensor  # the parameter of the model, with Megatron's attributes. Between steps it has no memory
     megatron_fsdp_dist_index: Any  # FSDPDistributedIndex, the groups

@@ -17,12 +17,12 @@ class Recurrence(nn.Module):
         self.state: Tensor | tuple[Tensor, ...] | None = None
 
     def reset(self) -> None:
-        """Forget the state, so that the next batch starts from zero."""
+        """Clear the state, so that the next batch starts from zero."""
         self.state = None
 
     def forward(self, x: Tensor) -> Tensor:
-        # Rounding errors accumulate in a state that is carried through the whole text. The state stays in fp32, unless
-        # the weights are in lower precision.
+        # Rounding errors accumulate in a state that is carried through the whole text. So the state stays in fp32,
+        # unless the weights have lower precision.
         with autocast(x.device.type, enabled=False):
             y, state = self.cell(x.to(next(self.cell.parameters()).dtype), self.state)
         self.state = tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach()
@@ -36,7 +36,7 @@ class Recurrence(nn.Module):
 
 
 def original_name(name: str) -> str:
-    """Remove what DDP and FSDP1 add to the name of a module or a parameter."""
+    """Remove the parts that DDP and FSDP1 add to the name of a module or a parameter."""
     return ".".join(part for part in name.split(".") if part != "_fsdp_wrapped_module").removeprefix("module.")
 
 

@@ -53,13 +53,13 @@ class ClippedOptimizer(Protocol):
         """Clip the gradients and update the parameters, unless the step is skipped."""
 
     def audit(self) -> Audit:
-        """Check on all ranks together how the parameters are spread."""
+        """Check the distribution of the parameters, on all ranks together."""
 
     def gradients(self) -> dict[ShardKey, Callable[[], Tensor | None]]:
         """Return a getter for the gradient of each shard on this rank."""
 
     def training_state(self, ranks: Ranks, num_rows: int) -> TrainingState:
-        """Return what saves and loads the run. `num_rows` rows of a batch are on this rank."""
+        """Return the object that saves and loads the run. `num_rows` rows of a batch are on this rank."""
 
 
 class ParallelModel:
@@ -81,7 +81,7 @@ class ParallelModel:
         self.criterion = criterion
         self.split_over = split_over
         self.comm = comm
-        # Applied before the backward pass. Reported losses are unscaled.
+        # This is applied before the backward pass. Reported losses are unscaled.
         self.scale_loss: Callable[[Tensor], Tensor] = lambda loss: loss
 
     def forward_backward(self, x: Tensor, y: Tensor) -> Tensor | None:
@@ -91,7 +91,7 @@ class ParallelModel:
         return loss.detach()
 
     def measure_samples(self) -> PerSample | None:
-        """Return what measures each sample's part of the gradient, or None if the layout does not allow it."""
+        """Return a measurement of each sample's part of the gradient, or None if the layout does not allow it."""
         return per_sample(self.module)
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from ..data import Criterion
 from ..models.gpt import Block, Embed
 from .base import ParallelModel
 
-# The warning is about in-place writes to the model's output. The loss makes none.
+# The warning is about in-place writes to the model's output, and the loss makes none.
 warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
 
 
@@ -69,12 +69,12 @@ def shard_(model: nn.Sequential, mesh: DeviceMesh) -> nn.Sequential:
 
 
 def split_(model: nn.Sequential, mesh: DeviceMesh) -> nn.Sequential:
-    """Apply tensor parallelism to all parts but recurrent layers and norms, which remain replicated."""
+    """Apply tensor parallelism to all parts except recurrent layers and norms, which remain replicated."""
     plan: dict[str, ParallelStyle] = {}
     linears = [name for name, part in model.named_children() if isinstance(part, nn.Linear)]
     for i, name in enumerate(linears):
-        # A column-wise layer is followed by a row-wise one, which needs no gather between them. The last layer gathers
-        # its output if it has no partner.
+        # A column-wise layer is followed by a row-wise one, so that no gather is needed between them. The last layer
+        # gathers its output if it has no partner.
         if i % 2:
             plan[name] = RowwiseParallel()
         elif i + 1 < len(linears):

@@ -32,7 +32,7 @@ _RANK_FILE = f"rank_{RANK}_of_{WORLD_SIZE}.pt"
 
 
 class DeepSpeedModel(ParallelModel):
-    """A model for a DeepSpeed engine, which is created together with the optimizer."""
+    """A model for a DeepSpeed engine. The engine is created together with the optimizer."""
 
     def __init__(self, module: nn.Module, criterion: Criterion, config: Mapping[str, Any], batch: int) -> None:
         super().__init__(module, criterion)
@@ -58,7 +58,7 @@ class DeepSpeedOptimizer:
         # DeepSpeed logs a screenful of settings while it starts.
         logging.disable(logging.WARNING)
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-        # Imported here because it takes seconds.
+        # This import is here because it takes seconds.
         import deepspeed
         import deepspeed.ops
         from deepspeed.accelerator import get_accelerator
@@ -67,7 +67,7 @@ class DeepSpeedOptimizer:
 
         deepspeed.utils.logger.setLevel("ERROR")
         if config.device.type == "cpu":
-            # DeepSpeed would compile its own collectives, which takes a minute. gloo's are used instead.
+            # DeepSpeed would compile its own collectives, which takes a minute, so gloo's are used instead.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             # DeepSpeed rejects float16 on CPUs without fast float16 instructions. torch computes with it on any CPU.
             get_accelerator().is_fp16_supported = lambda: True
@@ -140,7 +140,8 @@ class DeepSpeedState:
                 f"resume={path}: DeepSpeed's checkpoints fit the number of ranks that saved them, not {WORLD_SIZE}. "
                 "Start as many ranks as that run had"
             )
-        # DeepSpeed may raise on one rank and wait on another one, so the ranks share the files and check them before.
+        # DeepSpeed may raise on one rank and wait on another one, so the ranks first check the files, each a part of
+        # them.
         errors = FirstError()
         with weights_only(_state_types()):
             with errors:

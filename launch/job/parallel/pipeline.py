@@ -45,7 +45,7 @@ class PipelineModel(ParallelModel):
             return None
         self.losses.clear()
         step(*inputs, target=y)
-        # One loss for each microbatch.
+        # There is one loss for each microbatch.
         return torch.stack(self.losses).mean()
 
 
@@ -57,7 +57,7 @@ def pp(model: nn.Sequential, mesh: DeviceMesh, criterion: Criterion, x: Tensor, 
         raise SystemExit(
             f"parallel.mesh.pp={num_stages}: the model has {len(model)} parts. Use {len(model)} stages or fewer"
         )
-    # A carried state goes from one whole batch to the next one.
+    # A carried state passes from one whole batch to the next.
     microbatches = 1 if recurrences(model) else microbatches
     if len(x) % microbatches:
         raise SystemExit(
@@ -65,8 +65,8 @@ def pp(model: nn.Sequential, mesh: DeviceMesh, criterion: Criterion, x: Tensor, 
             "Use a divisor, or another batch"
         )
     cuts = [i * len(model) // num_stages for i in range(num_stages + 1)]
-    # torch is given the shapes between the stages. It would otherwise find them in a forward pass, which would change a
-    # carried state.
+    # torch gets the shapes between the stages here. Otherwise it would find them by a forward pass, which would change
+    # a carried state.
     activations = [x[: len(x) // microbatches]]
     with torch.no_grad():
         for start, stop in pairwise(cuts):

@@ -1,1 +1,1 @@
-"""Measure more of a run than its norms: one class for each choice of the config group `probe`."""
+"""Measure a run beyond its norms: one class for each choice of the config group `probe`."""

@@ -16,7 +16,7 @@ from .probe import Metric, Probe
 def degrees(a: Tensor, b: Tensor) -> float:
     """Return the angle between two vectors in degrees.
 
-    NaN if exactly one of them is zero, or if one is not finite.
+    The angle is NaN if exactly one of them is zero, or if one is not finite.
     """
     a, b = a.double(), b.double()
     if torch.equal(a, b):

@@ -14,9 +14,9 @@ from . import landscape
 from .probe import Metric, Probe
 
 SOLVED_LOSS = 1e-3
-"""Loss below which a problem is solved: its output is within 0.03 of the target."""
+"""Loss below which a problem counts as solved. Its output is then within 0.03 of the target."""
 THROWN_DISTANCE = 10.0
-"""Distance from its start beyond which one step has thrown a problem over the cliff."""
+"""Distance from its start beyond which a problem counts as thrown over the cliff by one step."""
 
 
 class Descent(Probe):

@@ -35,7 +35,7 @@ class Recovery(Probe):
 def steps_to_recover(losses: Sequence[float], usual: float) -> float:
     """Return the number of losses after which the mean of the next `NUM_AHEAD` is at most `usual`.
 
-    Infinity if it never is.
+    The result is infinity if it never is.
     """
     starts = range(len(losses) - NUM_AHEAD + 1)
     return next((i for i in starts if fmean(losses[i : i + NUM_AHEAD]) <= usual), math.inf)
