@@ -74,7 +74,7 @@ class Units:
 
     Args:
         table: parameters of this rank, with a slot for each.
-        comm: all ranks concerned.
+        comm: communicator of all ranks involved.
         averaged: ids of the parameters whose gradients DDP averages. They come in buckets, see `bucket`.
     """
 
@@ -103,7 +103,7 @@ class Units:
             gathered: names and slots of the units of every rank.
 
         Raises:
-            LayoutError: some rank has other units; on every rank.
+            LayoutError: some rank has other units. It is raised on every rank.
         """
         names = [sorted(name for name, _ in units) for units in gathered]
         if any(other != names[0] for other in names):

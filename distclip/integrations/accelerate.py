@@ -163,7 +163,7 @@ class Attachment(base.Attachment):
 
     Args:
         accelerator: the accelerator.
-        deferred: has the policy.
+        deferred: the deferred clipper, which has the policy.
         comm: see `attach`.
         owners: the objects that `detach` takes.
     """

@@ -114,7 +114,7 @@ class Attachment(accelerate.Attachment):
 
     Args:
         trainer: the Trainer.
-        deferred: has the policy.
+        deferred: the deferred clipper, which has the policy.
     """
 
     def __init__(self, trainer: Any, deferred: DeferredClipper) -> None:

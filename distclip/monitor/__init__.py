@@ -41,7 +41,7 @@ _MODULES = {
     "Webhook": "alerts",
     "per_sample": "sample_norms",
 }
-"""Modules of public names, imported at the first use because they need torch.
+"""Modules of public names. They are imported on first use, because they need torch.
 
 All other names are in `sinks`.
 """

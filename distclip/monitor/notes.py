@@ -32,7 +32,7 @@ def convert_note(value: Any) -> Number | Tensor:
         value: a number of Python, NumPy or another library, or an array or tensor of one element.
 
     Raises:
-        ValueError: it is something else. The message continues "expected a number: ".
+        ValueError: it is something else. The message describes it.
 
     Host syncs: none, or one for a tensor of a subclass or of a rare dtype.
     """

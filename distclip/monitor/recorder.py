@@ -62,7 +62,7 @@ class Recorder:
         sinks: one more destination (see `distclip.monitor.sinks`), or several. Only those of the rank that writes are
             used.
         per_tensor: whether to record the norm of every parameter's gradient, see `GradClipper.measure_tensors`.
-        top: the number of most extreme steps to record with their sample ids, worst rank and worst tensor, ≥ 0.
+        top: how many of the most extreme steps to record with their sample ids, worst rank and worst tensor, ≥ 0.
         facts: facts about the run for the header of the file, for example {"batch": 512, "precision": "fp16"}.
         alerts: a function of a dictionary, the URL of a webhook, or several of them. They are called for each step
             whose norm is not finite, or is at least three times the running median.

@@ -96,7 +96,7 @@ class IsolatedEngine(Engine):
     ) -> Generator[Shards, bool, Outcome]:
         """Decide about each group, see `Engine.decide`.
 
-        Collectives: those of `Engine.decide`. Host syncs: on an accelerator one.
+        Collectives: those of `Engine.decide`. Host syncs: one on an accelerator.
         """
         self._prepare(errors, function, loss_scale, watch)
         step, rule = self.counter.steps + 1, Skip(expected=True) if expect_overflow else self.rule

@@ -34,7 +34,7 @@ __all__ = ["Access", "Actor", "Group", "Node", "Tree", "accesses", "explored_pro
 class Count:
     """Number in a reply that the rank has not read yet.
 
-    Each comparison is a request, so that histories differ only in the comparisons.
+    Each comparison is a request, so that few different histories arise.
 
     Args:
         ask: function that makes the requests.

@@ -22,7 +22,7 @@ _WRITES = frozenset({"set", "add", "append", "compare_set"})
 """Requests that change a key of the store."""
 
 _FAILS = frozenset({"raises before measuring", "raises while measuring", "different arguments"})
-"""Conditions that must fail a call."""
+"""Conditions that must make a call fail."""
 
 
 class Play:

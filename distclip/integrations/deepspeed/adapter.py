@@ -131,7 +131,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def install(self, patches: MethodPatches, decide: Decide, write: Write) -> None:
-        """Replace the methods with which DeepSpeed measures and clips."""
+        """Replace the methods that DeepSpeed uses to measure and clip."""
 
     def piece(
         self,

@@ -36,7 +36,7 @@ NUM_ERRORS = 3.0
 """A difference of two losses counts if it exceeds this number of standard errors."""
 
 LOST = 0.5
-"""Share of its progress that a run must lose to count as diverged, or for a while to have an excursion."""
+"""Share of its progress that a diverged run has lost at its end, and that an excursion loses for a while."""
 
 EXPLOSION = 3.0
 """Minimum factor between a loss and the first one if training explodes within the first steps."""

@@ -81,7 +81,7 @@ class ColumnarLines(JsonLines):
         part = make_part_of_lines(lines)
         if part is not None:
             self._store.add(part)
-        # If the first step after a header is still among the lines, the header has not begun a session yet.
+        # If the first step after a header is among the remaining lines, the header has not begun a session yet.
         columns = {"part": self._store.last_number() + 1, "continues": lines[-1] is not header}
         first = json.dumps({"distclip": "", **header, "columns": columns}).encode() + b"\n"
         _replace(self.path, b"".join([first, *texts[num_stored:]]))

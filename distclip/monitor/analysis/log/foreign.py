@@ -130,7 +130,7 @@ def convert(rows: Rows, keys: Keys, path: Path) -> tuple[list[Line], tuple[str, 
         Lines in the order of their steps, and a sentence about each fact that the log does not contain.
 
     Raises:
-        RunError: the log has no column for the step or the norm, or several.
+        RunError: the log has no column for the step or the norm, or has several.
     """
     names = list(dict.fromkeys(key for row in rows for key in row))
     step_key = next((name for wanted in STEPS for name in names if name.lower() == wanted), None)
