@@ -52,7 +52,6 @@ class GroupVerdicts:
         coefs: (slots,), coefficients.
         bounds: (slots,), the largest norm allowed for each group, inf for no bound.
         skips: (slots,) bool, true for a group whose policy skips the step.
-        clip_rate: fraction of groups that a policy with state scales down.
     """
 
     coefs: Tensor

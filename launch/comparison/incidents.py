@@ -7,7 +7,7 @@ Each run trains a small network for 40 steps with `Recorder(examine=...)`, and h
 - mask: one position of a sample counts a hundredfold, as if all other positions were masked.
 - numerics: the activations overflow float16, but not float32.
 - hardware: an element of a gradient has a flipped bit in its exponent.
-- optimizer: an optimizer step that was a thousand times too large has moved the parameters.
+- optimizer: optimizer steps that were far too large have moved the parameters.
 
 An incident whose norm is not an outlier is not replayed, and counts as wrong. The table has the numbers of incidents,
 of right causes, and of right samples if the cause is a sample.

@@ -316,7 +316,7 @@ def test_refused(name: str) -> None:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_optimizer_without_second_moments_is_refused(momentum: float) -> None:
-    """Refuse SGD in its first step. It may never have a state, from which it could be told apart from a new Adam."""
+    """Refuse SGD in its first step. It may never have a state, and a new Adam has none either."""
     weight = nn.Parameter(torch.ones(4))
     optimizer, clipper = torch.optim.SGD([weight], 0.1, momentum=momentum), GradClipper([weight], update_clip())
     weight.grad = torch.ones(4)
