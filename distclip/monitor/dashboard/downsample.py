@@ -61,9 +61,16 @@ def bucket_peaks(values: Numbers, marked: NDArray[np.bool_], num_buckets: int) -
 def bucket_medians(values: Numbers, num_buckets: int) -> tuple[Indices, Numbers]:
     """Return the middle index and the median of every bucket. The median is NaN where no value is finite."""
     starts = _starts(len(values), num_buckets)
-    parts = np.split(values, starts[1:])
-    middles = starts + np.array([len(part) // 2 for part in parts], np.int64)
-    return middles, np.array([finite_median(part) for part in parts])
+    sizes = np.diff(np.append(starts, len(values)))
+    medians = np.empty(len(starts))
+    # The buckets have at most two sizes, and those of one size are the rows of a matrix.
+    for size in np.unique(sizes):
+        same = np.flatnonzero(sizes == size)
+        parts = values[starts[same, None] + np.arange(size)]
+        is_finite = np.isfinite(parts).all(axis=1)
+        medians[same[is_finite]] = np.median(parts[is_finite], axis=1)
+        medians[same[~is_finite]] = [finite_median(part) for part in parts[~is_finite]]
+    return starts + sizes // 2, medians
 
 
 def sample_evenly(indices: Indices, limit: int) -> Indices:

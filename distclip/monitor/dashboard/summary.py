@@ -23,7 +23,7 @@ from ..analysis.formatting import (
     printable,
     shorten,
 )
-from ..analysis.log import Log
+from ..analysis.log import Log, once_per_log
 from ..analysis.statistics import finite_median
 from .findings import Assessment, assess
 from .palette import Style, assign_styles
@@ -118,10 +118,20 @@ def _header_value(log: Log, key: str) -> str:
 
 def _norm_percentile(level: float) -> Callable[[Log], str]:
     def cell(log: Log) -> str:
-        finite = log.norms[np.isfinite(log.norms)]
-        return format_number(float(np.percentile(finite, level))) if len(finite) else MISSING
+        percentiles = _norm_percentiles(log)
+        return format_number(percentiles[level]) if percentiles else MISSING
 
     return cell
+
+
+@once_per_log
+def _norm_percentiles(log: Log) -> dict[float, float]:
+    """Return the percentiles of the table by level, or nothing without a finite norm."""
+    finite = log.norms[np.isfinite(log.norms)]
+    if not len(finite):
+        return {}
+    levels = (50.0, 90.0, 99.0, 100.0)
+    return dict(zip(levels, np.percentile(finite, levels).tolist(), strict=True))
 
 
 def _bound(log: Log) -> str:

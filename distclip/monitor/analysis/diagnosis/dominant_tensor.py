@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..formatting import format_percent
-from ..log import Log
+from ..log import Log, once_per_log
 from .context import Context, Finding
 
 __all__ = ["check_dominant_tensor", "find_dominant_tensor"]
@@ -36,6 +36,7 @@ def check_dominant_tensor(context: Context) -> Iterator[Finding]:
     )
 
 
+@once_per_log
 def find_dominant_tensor(log: Log) -> tuple[str, float] | None:
     """Find the tensor with most of the squared norm, in the median over the steps.
 
