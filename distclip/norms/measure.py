@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import devices
 from ..comm.agreement import Call, CallCounter
 from ..comm.ranks import Ranks
-from ..devices import accumulation_dtype, device_constant, on_one_thread
+from ..devices import device_constant, on_one_thread
 from ..sharding.shard import ShardInfos, Shards
 from .kernels import checksums, power_sums, powers_by_row
 from .kernels.torch_ops import identity
@@ -195,7 +195,7 @@ def _powers_by_slot(
     replicas: list[PerTensorChecksums] = []
 
     # 1. All shards that count in one slot each, in one kernel.
-    sums = torch.empty(0, dtype=accumulation_dtype(device), device=device)
+    sums: Tensor | None = None
     grads = [shards.grads[i] for i in whole] if others else shards.grads
     if grads:
         compares = rounded is not None and bool(infos.by_replica_group)
@@ -212,28 +212,38 @@ def _powers_by_slot(
 
     # 2. All shards whose rows have a slot each, in one kernel.
     if by_row:
-        grads, counts = [shards.grads[i] for i in by_row], row_infos.row_counts
-        powers = powers_by_row(grads, row_infos.rows, norm_type, device)
+        row_grads, counts = [shards.grads[i] for i in by_row], row_infos.row_counts
+        powers = powers_by_row(row_grads, row_infos.rows, norm_type, device)
         per_tensor.append(PerTensorPowers(row_infos.names, powers, counts))
         if rounded is not None and row_infos.by_replica_group:
-            for info, grad, piece in zip(row_infos, grads, torch.split(powers, list(counts)), strict=True):
+            for info, grad, piece in zip(row_infos, row_grads, torch.split(powers, list(counts)), strict=True):
                 if info.replicas:
                     # The kernel for rows computes no checksums.
                     replicas.append((ShardInfos((info,)), piece.sum(0, keepdim=True), checksums([grad], device)))
+
+    # 3. The sums of all slots.
+    if not by_row:
+        total = _sum_whole(sums, infos, norm_type, device, num_slots)
+    else:
         with on_one_thread(num_slots, device):
             is_plain = devices.host_reads_free(device) and not row_infos.num_replicas
             positions = shards.infos.only_summands(num_slots) if is_plain else None
             if positions is not None:
                 # One rank has all rows: there is nothing to add.
-                total = torch.cat([sums, powers]).index_select(0, positions)
+                total = (powers if sums is None else torch.cat([sums, powers])).index_select(0, positions)
             else:
-                total = sum_by_slot(sums, infos, norm_type, num_slots)
+                total = _sum_whole(sums, infos, norm_type, device, num_slots)
                 _add_rows(total, row_infos, powers, norm_type)
-    elif grads:
-        total = sum_by_slot(sums, infos, norm_type, num_slots)
-    else:
-        total = identity(norm_type, device).repeat(num_slots)
     return total, has_fp64, tuple(per_tensor), tuple(replicas)
+
+
+def _sum_whole(
+    sums: Tensor | None, infos: ShardInfos, norm_type: float, device: torch.device, num_slots: int
+) -> Tensor:
+    """Add up the power sums of whole gradients by slot, or return those of none."""
+    if sums is None:
+        return identity(norm_type, device).repeat(num_slots)
+    return sum_by_slot(sums, infos, norm_type, num_slots)
 
 
 def _add_rows(total: Tensor, infos: ShardInfos, powers: Tensor, norm_type: float) -> None:
