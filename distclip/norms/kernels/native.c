@@ -1,9 +1,9 @@
 /* Compute power sums of many CPU tensors, or scale the tensors, at memory bandwidth: one call for any number of tensors
    and threads.
 
-   Sums are float64 from the first element on. bfloat16 is summed in float32 in runs of 2,048 elements, and again in
-   float64 if a run overflows or underflows in float32. A tensor is split into blocks at fixed elements, and blocks are
-   added in order, so that the bits of a sum depend neither on threads nor on alignment.
+   Sums are float64 from the first element on. bfloat16 is summed in float32, in runs of 2,048 elements or in parts of a
+   row of 512, and again in float64 if a run or a part overflows or underflows in float32. A tensor is split into blocks
+   at fixed elements, and blocks are added in order, so that the bits of a sum depend neither on threads nor on alignment.
 
    The words of a tensor are added up in the same pass, modulo 2^32. A word is the 32 bits of a float32, either half of a
    float64, or the 16 bits of a bfloat16 or float16 as a signed number. Their sum does not depend on any order.
