@@ -93,7 +93,12 @@ class Totals:
         """Norm of the whole gradient, all slots together, 0-d float64."""
         if self.powers.numel() == 1:
             return self.norms[0]
-        return self._unscaled(root(combine(self.powers, self.norm_type), self.norm_type))
+        return self._unscaled(root(self._power, self.norm_type))
+
+    @cached_property
+    def _power(self) -> Tensor:
+        """Power sum of the whole gradient, all slots together, 0-d."""
+        return combine(self.powers, self.norm_type)
 
     @cached_property
     def weight_norms(self) -> Tensor:
@@ -147,8 +152,10 @@ class Totals:
             return as_fact(math.isfinite(self.powers.item())) if is_free else Fact(self.powers.isfinite()[0])
         with devices.on_one_thread(self.powers.numel(), self.powers.device):
             # Checking the sum takes an eighth of the time. A sum that is not finite may only have overflowed.
-            if devices.host_reads_free(self.powers.device) and math.isfinite(self.powers.sum().item()):
-                return ALWAYS
+            if devices.host_reads_free(self.powers.device):
+                total = self.powers.sum() if math.isinf(self.norm_type) else self._power
+                if math.isfinite(total.item()):
+                    return ALWAYS
             return Fact(self.powers.isfinite().all())
 
     @property
