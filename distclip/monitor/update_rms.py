@@ -13,6 +13,7 @@ from ..clipper import GradClipper
 from ..comm.consensus import FirstError, gather_or_raise
 from ..errors import ArgumentError, short_repr
 from ..norms.measure import measure
+from ..norms.moments import may_get_moments
 from ..norms.reduce import reduce
 from ..norms.spec import NormSpec
 from ..sharding.dtensor import local_of
@@ -120,9 +121,7 @@ class UpdateRms:
                         step = torch.as_tensor(state["step"], device=moment.device, dtype=torch.float32)
                         # 1 - beta ** step would lose digits in float32.
                         moments[id(parameter)] = local_of(moment) / -torch.expm1(step * math.log(beta))
-        # SGD without momentum never has a state.
-        may_have = not found_state and any("betas" in group for group in self._optimizer.param_groups)
-        if not moments and not may_have:
+        if not moments and (found_state or not may_get_moments(self._optimizer)):
             raise ArgumentError(
                 f"optimizer: {type(self._optimizer).__name__} has no second moments (exp_avg_sq). Use Adam or AdamW."
             )

@@ -25,7 +25,7 @@ from ..errors import ArgumentError, LayoutError
 from ..sharding.dtensor import local_of
 from ..sharding.shard import Shards
 
-__all__ = ["SecondMoments", "sum_ratios"]
+__all__ = ["SecondMoments", "may_get_moments", "sum_ratios"]
 
 _Moment = tuple[Tensor, float, Any]
 """Second moments of one parameter before bias correction, β2, and the number of steps that they include."""
@@ -117,6 +117,19 @@ def _debias(beta: float, step: Any, device: torch.device) -> Any:
     return -torch.expm1((step.to(device, torch.float32) + 1) * math.log(beta)) if beta > 0 else 1.0
 
 
+def may_get_moments(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer without state may have second moments after its first step.
+
+    Their decay is a β of its groups: `betas` of Adam, `beta1` and others of Adafactor. SGD without momentum never has a
+    state.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(1))
+    >>> may_get_moments(torch.optim.Adam([weight])), may_get_moments(torch.optim.SGD([weight]))
+    (True, False)
+    """
+    return any(key.startswith("beta") for group in optimizer.param_groups for key in group)
+
+
 def _find_moments(known: SecondMoments) -> dict[int, _Moment]:
     """Return the second moments of this rank, by the identity of their parameter."""
     moments: dict[int, _Moment] = {}
@@ -139,10 +152,8 @@ def _find_moments(known: SecondMoments) -> dict[int, _Moment]:
                 if values and isinstance(second := values.get("exp_avg_sq"), Tensor):
                     num_found += 1
                     moments[id(parameter)] = local_of(second), beta, values.get("step", 0)
-        # Some parameters may never have had a gradient, but an optimizer with state has moments of at least one. SGD
-        # without momentum never has a state.
-        may_have = not state and any("betas" in group for group in inner.param_groups)
-        if not num_found and not may_have:
+        # Some parameters may never have had a gradient, but an optimizer with state has moments of at least one.
+        if not num_found and (state or not may_get_moments(inner)):
             raise ArgumentError(
                 f"optimizer: {type(inner).__name__} has no second moments (exp_avg_sq), with which "
                 "gradients are compared. Use Adam or AdamW, or another policy."

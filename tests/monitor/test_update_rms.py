@@ -79,6 +79,24 @@ def test_loss_scale() -> None:
     assert float(update.by_name["model"]) == pytest.approx(3.0)
 
 
+class OneBeta(torch.optim.Adam):
+    """Adam with the names that Adafactor has in its groups."""
+
+    def __init__(self, params: list[Tensor]) -> None:
+        super().__init__(params)
+        for group in self.param_groups:
+            group["beta1"] = group.pop("betas")[0]
+
+
+def test_optimizers_of_other_libraries_are_measured_from_their_first_step_on() -> None:
+    """Measure an optimizer that has no second moments yet, and names their decay otherwise than Adam."""
+    weight = nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    update = UpdateRms(distclip.GradClipper([weight], distclip.global_norm(1.0)), OneBeta([weight]))
+    update.measure()
+    assert math.isnan(float(update.rms))
+
+
 def test_invalid_arguments() -> None:
     weight = nn.Parameter(torch.ones(3))
     clipper = distclip.GradClipper([weight], distclip.global_norm(1.0))
