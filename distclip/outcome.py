@@ -145,10 +145,11 @@ class Outcome:
 
     @property
     def scales_nothing(self) -> bool:
-        """True if the host finds without a sync that every factor is 1."""
-        if not host_reads_free(self.coefs.device) or self.factors is not self.coefs:
+        """True if the host finds without a sync that each of several factors is 1."""
+        # `scale_` looks at a single factor itself.
+        if self.coefs.numel() == 1 or not host_reads_free(self.coefs.device) or self.factors is not self.coefs:
             return False
-        return self.coefs.item() == 1 if self.coefs.numel() == 1 else not self.is_scaled
+        return not self.is_scaled
 
     def without_gradients(self) -> Outcome:
         """Return a copy that keeps no gradient alive."""

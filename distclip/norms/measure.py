@@ -222,28 +222,21 @@ def _powers_by_slot(
                     replicas.append((ShardInfos((info,)), piece.sum(0, keepdim=True), checksums([grad], device)))
 
     # 3. The sums of all slots.
-    if not by_row:
-        total = _sum_whole(sums, infos, norm_type, device, num_slots)
-    else:
+    is_plain = bool(by_row) and devices.host_reads_free(device) and not row_infos.num_replicas
+    positions = shards.infos.only_summands(num_slots) if is_plain else None
+    if positions is not None:
+        # One rank has all rows: there is nothing to add.
         with on_one_thread(num_slots, device):
-            is_plain = devices.host_reads_free(device) and not row_infos.num_replicas
-            positions = shards.infos.only_summands(num_slots) if is_plain else None
-            if positions is not None:
-                # One rank has all rows: there is nothing to add.
-                total = (powers if sums is None else torch.cat([sums, powers])).index_select(0, positions)
-            else:
-                total = _sum_whole(sums, infos, norm_type, device, num_slots)
-                _add_rows(total, row_infos, powers, norm_type)
-    return total, has_fp64, tuple(per_tensor), tuple(replicas)
-
-
-def _sum_whole(
-    sums: Tensor | None, infos: ShardInfos, norm_type: float, device: torch.device, num_slots: int
-) -> Tensor:
-    """Add up the power sums of whole gradients by slot, or return those of none."""
+            total = (powers if sums is None else torch.cat([sums, powers])).index_select(0, positions)
+        return total, has_fp64, tuple(per_tensor), tuple(replicas)
     if sums is None:
-        return identity(norm_type, device).repeat(num_slots)
-    return sum_by_slot(sums, infos, norm_type, num_slots)
+        total = identity(norm_type, device).repeat(num_slots)
+    else:
+        total = sum_by_slot(sums, infos, norm_type, num_slots)
+    if by_row:
+        with on_one_thread(num_slots, device):
+            _add_rows(total, row_infos, powers, norm_type)
+    return total, has_fp64, tuple(per_tensor), tuple(replicas)
 
 
 def _add_rows(total: Tensor, infos: ShardInfos, powers: Tensor, norm_type: float) -> None:

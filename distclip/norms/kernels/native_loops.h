@@ -294,6 +294,9 @@ ROWS(square_rows_f16, uint16_t, LOAD_F16, SQUARE)
 
 /* Four rows of bfloat16, in float32 like a run: each of 16 sums adds at most 32 squares. A part of a row is summed again
    in float64 if its sum is not finite, or so small that a square may have underflowed. */
+#define SQUARES_BF16(odd, even, p) { \
+    u32w two_; memcpy(&two_, p, sizeof two_); \
+    SQUARE(odd, (f32w)(two_ & 0xffff0000u)); SQUARE(even, (f32w)(two_ << 16)); }
 static void NAME(square_rows_bf16)(const void *const *rows, int64_t n, double *sums) {
     enum { STEP = sizeof(u32w) / sizeof(uint16_t), PART = 32 * STEP };
     const uint16_t *p[4] = {rows[0], rows[1], rows[2], rows[3]};
@@ -302,20 +305,12 @@ static void NAME(square_rows_bf16)(const void *const *rows, int64_t n, double *s
         int64_t length = n - start < PART ? n - start : PART, left = length % STEP, i = start;
         f32w odd[4] = {{0}}, even[4] = {{0}};
         for (; i < start + length - left; i += STEP)
-            for (int j = 0; j < 4; j++) {
-                u32w two;
-                memcpy(&two, p[j] + i, sizeof two);
-                SQUARE(odd[j], (f32w)(two & 0xffff0000u));
-                SQUARE(even[j], (f32w)(two << 16));
-            }
+            for (int j = 0; j < 4; j++) SQUARES_BF16(odd[j], even[j], p[j] + i)
         if (left)
             for (int j = 0; j < 4; j++) {
                 uint16_t tail[STEP] = {0}; /* zeros add nothing */
-                u32w two;
                 memcpy(tail, p[j] + i, left * sizeof *tail);
-                memcpy(&two, tail, sizeof two);
-                SQUARE(odd[j], (f32w)(two & 0xffff0000u));
-                SQUARE(even[j], (f32w)(two << 16));
+                SQUARES_BF16(odd[j], even[j], tail)
             }
         for (int j = 0; j < 4; j++) {
             f32w all = odd[j] + even[j];
@@ -331,5 +326,6 @@ static const loop_of_rows NAME(loops_of_rows)[4] = {
     NAME(square_rows_f64), NAME(square_rows_f32), NAME(square_rows_bf16), NAME(square_rows_f16)};
 
 #undef LOAD_F16
+#undef SQUARES_BF16
 #undef PAIRS
 #undef WIDEN
