@@ -32,6 +32,7 @@ __all__ = [
     "has_addresses",
     "has_fast_float64",
     "has_float64",
+    "host_bools",
     "host_reads_free",
     "is_capturing",
     "is_fake",
@@ -432,6 +433,15 @@ def device_constant(numbers: tuple[float, ...], device: torch.device, dtype: tor
     if torch._C._len_torch_dispatch_stack() > 0:
         return torch.tensor(numbers, dtype=dtype, device=device)
     return _cached_constant(numbers, device, dtype)
+
+
+def host_bools(*values: bool) -> tuple[Tensor, ...]:
+    """Return bools as 0-d tensors on the CPU, in two operators. The caller may write to them.
+
+    >>> host_bools(True, False)
+    (tensor(True), tensor(False))
+    """
+    return _cached_constant(values, _CPU, torch.bool).clone().unbind()
 
 
 def odd_numbers(count: int, device: torch.device) -> Tensor:

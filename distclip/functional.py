@@ -29,7 +29,7 @@ from .graphs import in_graph
 from .norms.memory import read_gradients
 from .norms.reduce import Totals
 from .norms.spec import NormSpec
-from .policies.norm_policy import coefficient
+from .policies.norm_policy import coefficient, host_coefficient
 from .policies.validation import check_flags, to_float
 from .policies.value import value
 from .replicas.described import compare_split, undescribed_stages
@@ -127,8 +127,12 @@ def clip_grad_norm_(
     clips = bound < math.inf
     table, shards, totals = _measure(cached_table, parameters, norm_type, split_over, comm, errors, call, clips=clips)
     _raise_if_nonfinite(totals, error_if_nonfinite)
-    coef = coefficient(totals.norms, device_constant((bound,), totals.norms.device, totals.norms.dtype))
-    scale_(shards, totals.mask_if_failed(coef), foreach)
+    if (norm := totals.host_norm) is not None:
+        scale_(shards, host_coefficient(norm, bound), foreach)
+    else:
+        norms = totals.norms
+        coef = coefficient(norms, device_constant((bound,), norms.device, norms.dtype))
+        scale_(shards, totals.mask_if_failed(coef), foreach)
     if clips:
         mark_clipped(table)
         await_steps(table)

@@ -97,16 +97,16 @@ def find_stepped(table: ShardTable) -> list[Tensor]:
 
     Collectives: none. Host syncs: none.
     """
-    sample = _sample(table)
+    sample, grads = _sample(table)
     ids = list(map(id, sample))
     # Usually the last call has watched the same parameters.
-    if _last_watched != ids or [vars(param).get(_WATCHED) for param in sample] != ids:
+    if _last_watched != ids or [own.get(_WATCHED) for own in map(vars, sample)] != ids:
         for param in sample:
             _watch(param)
         _last_watched[:] = ids
     by_hand = find_steps_by_hand(sample)
-    late = [param for param in sample if _is_late(param.grad)]
-    return late or by_hand or (sample if _are_emptied(sample) else [])
+    late = [param for param, grad in zip(sample, grads, strict=True) if _is_late(grad)]
+    return late or by_hand or (sample if _are_emptied(grads) else [])
 
 
 def has_had_gradients(table: ShardTable) -> bool:
@@ -121,9 +121,9 @@ def is_clipped_anywhere(params: Sequence[Tensor]) -> bool:
 
 def mark_clipped(table: ShardTable) -> None:
     """Mark the gradients of a table, because they have been clipped. Collectives: none. Host syncs: none."""
-    for param in _sample(table):
-        if (version := _version_of(param.grad)) is not None:
-            vars(param.grad)[_MARK] = version, _CLIPPED
+    for grad in _sample(table)[1]:
+        if (version := _version_of(grad)) is not None:
+            vars(grad)[_MARK] = version, _CLIPPED
 
 
 def warn_of_late_clip(function: str, table: ShardTable, stepped: Sequence[Tensor]) -> None:
@@ -136,7 +136,7 @@ def warn_of_late_clip(function: str, table: ShardTable, stepped: Sequence[Tensor
     """
     if not (stepped or _replaced):
         return
-    sample = _sample(table)
+    sample, _ = _sample(table)
     replaced = [param for param in sample if _replaced.pop(id(param), ()) is None]
     found = stepped or replaced
     # A wrong order recurs in every step, and some parameters may show it later than others, so one warning is enough.
@@ -160,16 +160,27 @@ def warn_of_late_clip(function: str, table: ShardTable, stepped: Sequence[Tensor
         )
 
 
-def _sample(table: ShardTable) -> list[Tensor]:
-    """Return a few parameters of a table that have a gradient, usually the same ones in every call."""
+def _sample(table: ShardTable) -> tuple[list[Tensor], list[Tensor]]:
+    """Return a few parameters of a table that have a gradient, usually the same ones in every call.
+
+    Returns:
+        The parameters, and the gradient of each.
+    """
     tensors, metadata = table.tensors, table.metadata
-    sample = [tensor for i in metadata.sample or () if (tensor := tensors[i]).grad is not None]
-    if not sample:
+    positions: Sequence[int] = metadata.sample or ()
+    # Reading the gradient of a DTensor takes as long as everything else here.
+    grads = [tensors[i].grad for i in positions]
+    if not positions or all(grad is None for grad in grads):
         with_grad = [i for i, tensor in enumerate(tensors) if tensor.grad is not None]
-        if with_grad:
-            metadata.sample = with_grad[:: _stride(len(with_grad))]
-            sample = [tensors[i] for i in metadata.sample]
-    return sample if table.only is None else [param for param in sample if id(param) in table.only]
+        positions = with_grad[:: _stride(len(with_grad))]
+        metadata.sample = positions or metadata.sample
+        grads = [tensors[i].grad for i in positions]
+    only, sample, found = table.only, [], []
+    for i, grad in zip(positions, grads, strict=True):
+        if grad is not None and (only is None or id(tensors[i]) in only):
+            sample.append(tensors[i])
+            found.append(grad)
+    return sample, found
 
 
 def _stride(count: int) -> int:
@@ -273,17 +284,19 @@ def _is_late(grad: Any) -> bool:
     return bool(mark == _LATE and version == _version_of(grad))
 
 
-def _are_emptied(sample: Sequence[Tensor]) -> bool:
+def _are_emptied(grads: Sequence[Tensor]) -> bool:
     """Return whether several calls have found gradients that were stepped unclipped, then set to 0.
+
+    Args:
+        grads: some gradients of a call.
 
     Host syncs: one per gradient, if all of them were written after a step that was not clipped.
     """
-    first = vars(sample[0].grad) if sample else {}
+    first = vars(grads[0]) if grads else {}
     count = first.pop(_EMPTIED, 0) + 1
     # Usually the gradient was clipped.
     if first.get(_MARK, _UNMARKED)[1] != _LATE:
         return False
-    grads = [grad for param in sample if (grad := param.grad) is not None]
     if any(vars(grad).get(_MARK, _UNMARKED)[1] != _LATE for grad in grads) or any(map(_has_values, grads)):
         return False
     first[_EMPTIED] = count

@@ -20,19 +20,23 @@ _PLAIN = {Tensor, torch.nn.Parameter}
 _HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
-def scale_(shards: Shards, coefs: Tensor, foreach: bool | None = None) -> None:
+def scale_(shards: Shards, coefs: Tensor | float, foreach: bool | None = None) -> None:
     """Multiply every gradient by the coefficient of its slot in place.
 
     A partial gradient is scaled like its sum.
 
     Args:
         shards: this rank's shards.
-        coefs: (slots,), or 0-d for a single slot. On a CPU, a coefficient of exactly 1 writes nothing.
+        coefs: (slots,), or 0-d or a number for a single slot. On a CPU, a coefficient of exactly 1 writes nothing.
         foreach: whether to use torch's multi-tensor operators. None for the fastest way.
 
     Collectives: none. Host syncs: none (one if `coefs` is on another device than a gradient).
     """
-    if coefs.numel() == 1 and host_reads_free(coefs.device) and coefs.item() == 1:
+    if isinstance(coefs, float):
+        if coefs == 1:
+            return
+        coefs = torch.full((), coefs, dtype=torch.float64)
+    elif coefs.numel() == 1 and host_reads_free(coefs.device) and coefs.item() == 1:
         return
     # Inference mode allows writes to tensors that were made under it, and to all others as well.
     with torch.inference_mode():

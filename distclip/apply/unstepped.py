@@ -76,7 +76,9 @@ _handles: list[Any] = []
 
 def await_steps(table: ShardTable) -> None:
     """Remember the gradients that a call has clipped. Collectives: none. Host syncs: none."""
-    known = _waiting.setdefault(table.metadata, _Waiting())
+    known = _waiting.get(table.metadata)
+    if known is None:
+        known = _waiting[table.metadata] = _Waiting()
     if known.num_calls >= _MAX_CALLS:
         return
     if not _handles:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -162,10 +163,14 @@ def checksum_of(tensors: Sequence[Tensor]) -> int | Tensor:
     >>> checksum_of([torch.tensor([1.0], dtype=torch.float64)])
     3218079744
     """
-    device, dtype = tensors[0].device, accumulation_dtype(tensors[0].device)
-    if len(tensors) == 1 and tensors[0].dtype == dtype and tensors[0].dim() == 1 and tensors[0].is_contiguous():
-        # Usually these are the coefficients of the last step.
-        flat = [tensors[0]]
+    first = tensors[0]
+    if len(tensors) == 1 and first.numel() == 1 and first.dtype == torch.float64 and host_reads_free(first.device):
+        # Usually this is the coefficient of the last step. Python takes its words apart faster than operators do.
+        low, high = struct.unpack("=2i", struct.pack("=d", first.item()))
+        return int(low + 3 * high) % _MODULUS
+    device, dtype = first.device, accumulation_dtype(first.device)
+    if len(tensors) == 1 and first.dtype == dtype and first.dim() == 1 and first.is_contiguous():
+        flat = [first]
     else:
         flat = [tensor.detach().reshape(-1).to(device, dtype) for tensor in tensors]
     words = (flat[0] if len(flat) == 1 else torch.cat(flat)).view(torch.int32)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from ..comm.consensus import raise_gathered, wire_of
 from ..devices import ALWAYS, NEVER, Fact, as_fact
 from ..errors import LayoutError, PeerError
 from .kernels.torch_ops import combine
+from .lazy import lazy
 from .measure import Partials
 from .message import FIELDS, facts_anywhere, maximum, own_counts, own_facts, own_vectors, start_all_reduce
 from .replica_sums import any_differ, to_host
@@ -30,6 +30,9 @@ from .spec import NormSpec
 from .watch import NO_WATCHED_TOTALS, WatchedTotals
 
 __all__ = ["Totals", "gather_facts", "reduce", "root", "start_reduce"]
+
+
+_MAX_FLOAT32 = torch.finfo(torch.float32).max
 
 
 # Not frozen, because one is created in every step, which takes three times as long for a frozen dataclass.
@@ -77,7 +80,7 @@ class Totals:
     loss_scale: Tensor | None = None
     watch: WatchedTotals = NO_WATCHED_TOTALS
 
-    @cached_property
+    @lazy
     def norms(self) -> Tensor:
         r"""Norm of each slot, (slots,) float64.
 
@@ -88,19 +91,31 @@ class Totals:
         """
         return self._unscaled(root(self.powers, self.norm_type))
 
-    @cached_property
+    @lazy
     def norm(self) -> Tensor:
         """Norm of the whole gradient, all slots together, 0-d float64."""
         if self.powers.numel() == 1:
             return self.norms[0]
         return self._unscaled(root(self._power, self.norm_type))
 
-    @cached_property
+    @lazy
+    def host_norm(self) -> float | None:
+        """Norm of the whole gradient, if it is a single number that the host reads without a sync, otherwise None."""
+        is_free = self.powers.numel() == 1 and devices.host_reads_free(self.powers.device)
+        if not is_free or self.loss_scale is not None or self.failed.host is None:
+            return None
+        # A Python number takes a fraction of the time of the operators.
+        if self.norm_type == 2:
+            power = self.powers.item()
+            return math.sqrt(power) if power >= 0 else math.nan
+        return self.norms.item()
+
+    @lazy
     def _power(self) -> Tensor:
         """Power sum of the whole gradient, all slots together, 0-d."""
         return combine(self.powers, self.norm_type)
 
-    @cached_property
+    @lazy
     def weight_norms(self) -> Tensor:
         """Norm of each slot's parameters, (slots,) float64, for a policy whose spec has `needs_weights`."""
         if self.weight_powers is None:
@@ -110,7 +125,7 @@ class Totals:
             )
         return root(self.weight_powers, self.norm_type)
 
-    @cached_property
+    @lazy
     def update_rms(self) -> Tensor:
         """Root mean square of g / √v of each slot, (slots,) float64, for a policy whose spec has `moment_eps`.
 
@@ -123,7 +138,7 @@ class Totals:
             )
         return (self.update_powers / self.update_counts).sqrt()
 
-    @cached_property
+    @lazy
     def update_rate(self) -> Tensor:
         """Mean 1 − β2 of each slot, (slots,) float64, for a policy whose spec has `moment_eps`.
 
@@ -135,7 +150,7 @@ class Totals:
             )
         return self.update_rates / self.update_counts
 
-    @cached_property
+    @lazy
     def finite(self) -> Fact:
         """Fact that every element and every watched scalar is finite, unless a rank has failed.
 
@@ -143,7 +158,7 @@ class Totals:
         """
         return self.powers_finite & self.watch.finite
 
-    @cached_property
+    @lazy
     def powers_finite(self) -> Fact:
         """Fact that every element is finite and no power sum exceeds float64, unless a rank has failed."""
         if self.powers.numel() == 1:
@@ -208,11 +223,14 @@ class Totals:
         It is float32, or float64 if any gradient is float64 or the norm overflows float32. On an accelerator an
         overflow goes unnoticed, because the host does not read the norm.
         """
+        if (number := self.host_norm) is not None:
+            is_wide = self.has_fp64.host or _MAX_FLOAT32 < number < math.inf
+            return torch.full((), number, dtype=torch.float64 if is_wide else torch.float32, device=self.powers.device)
         norm = self.norm
         if self.failed.host is None:
             # A sum over different calls is not a norm.
             norm = norm.masked_fill(self.failed.on(norm.device), math.nan)
-        overflows = devices.host_reads_free(norm.device) and torch.finfo(torch.float32).max < float(norm) < math.inf
+        overflows = devices.host_reads_free(norm.device) and _MAX_FLOAT32 < float(norm) < math.inf
         return norm if self.has_fp64.host or overflows else norm.to(torch.float32)
 
     def _unscaled(self, norm: Tensor) -> Tensor:

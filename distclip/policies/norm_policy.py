@@ -267,6 +267,16 @@ def _default_threshold() -> Threshold:
     return Fixed()
 
 
+def host_coefficient(norm: float, bound: float, eps: float = 1e-6) -> float:
+    """Return what `coefficient` returns, for numbers on the host: this takes less time than an operator.
+
+    >>> host_coefficient(4.0, 1.0)
+    0.24999993750001562
+    """
+    fits = norm + eps <= bound or bound == math.inf or norm == 0
+    return 1.0 if fits else bound / (norm + eps)
+
+
 def coefficient(norm: Tensor, bound: Tensor | float, eps: float = 1e-6) -> Tensor:
     """Return min(1, bound / (norm + eps)) in float64. A norm of NaN gives NaN.
 
@@ -283,10 +293,7 @@ def coefficient(norm: Tensor, bound: Tensor | float, eps: float = 1e-6) -> Tenso
     tensor(0.2500, dtype=torch.float64)
     """
     if host_reads_free(norm.device) and norm.numel() == 1:
-        # One number on the host: Python floats are faster than a tensor per operation.
-        value, limit = float(norm), float(bound)
-        fits = value + eps <= limit or limit == math.inf or value == 0
-        return torch.full(norm.shape, 1.0 if fits else limit / (value + eps), dtype=torch.float64)
+        return torch.full(norm.shape, host_coefficient(float(norm), float(bound), eps), dtype=torch.float64)
     dtype = accumulation_dtype(norm.device)
     length, bound = norm.to(dtype), torch.as_tensor(bound, dtype=dtype, device=norm.device)
     if eps:

@@ -56,9 +56,11 @@ def cached_table(parameters: Parameters, axes: tuple[Axis, ...]) -> ShardTable:
         items = [parameters]
     names: Iterable[Any] = ()
     tensors: list[Any] = items
-    if items and set(map(type, items)) == {tuple} and set(map(len, items)) == {2}:
+    types = set(map(type, items))
+    if types == {tuple} and set(map(len, items)) == {2}:
         names, tensors = map(list, zip(*items, strict=True))
-    if not all(issubclass(cls, Tensor) for cls in set(map(type, tensors))):
+        types = set(map(type, tensors))
+    if not all(issubclass(cls, Tensor) for cls in types):
         return parameter_table(parameters, axes)  # It raises the error of the argument's type.
     key = (axes, structure, tuple(names), tuple(map(id, tensors)), _attribute_values(tensors))
     if (entry := _entries.get(key)) is not None:
@@ -110,7 +112,7 @@ def _attribute_values(tensors: list[Tensor]) -> tuple[Any, ...]:
     """Return the values of all attributes that a source reads, of tensors that have any attributes."""
     attributes = list(map(_attributes_of, tensors))
     # Usually no tensor has one of them, and this test needs no loop over the tensors.
-    if not any(attributes) or SOURCE_ATTRIBUTES.isdisjoint(chain.from_iterable(attributes)):
+    if SOURCE_ATTRIBUTES.isdisjoint(chain.from_iterable(filter(None, attributes))):
         return ()
     values = tuple((i, *map(own.get, _ATTRIBUTES)) for i, own in enumerate(attributes) if own)
     dicts = tuple(

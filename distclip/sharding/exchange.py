@@ -122,10 +122,14 @@ def knows_holders(table: ShardTable, comm: Comm) -> bool:
     """
     if table.has_final_holders or comm.size == 1 or comm.ranks is None:
         return True
+    metadata = table.metadata
+    # In the usual case, the layouts of this rank reach all ranks, as in the last call, and no rank has exchanged any.
+    if metadata.reached_ranks is comm.ranks and _KEY not in metadata.memory:
+        return True
     memory, holdings = memory_of(comm), inventory_of(table, comm).holdings
     exchanged: dict[str, Any] = memory.get(_KEY, {"holdings": ()})
-    # In the usual case, the layouts of this rank reach all ranks, now and in the last exchange.
     if not holdings and not exchanged["holdings"]:
+        metadata.reached_ranks, metadata.memory = comm.ranks, memory
         return True
     if holdings != exchanged["holdings"]:
         return False

@@ -365,6 +365,9 @@ class TableMetadata:
         self._assumed: Mapping[tuple[bool, ...], tuple[ReplicaGroup, ...]] = {}
         # Ranks of the last communicator that contains the groups and axes of the tensors, one object for all calls.
         self.covering_ranks: Sequence[int] | None = None
+        # Ranks of the last communicator all of which the layouts reach, likewise, and what these ranks have exchanged.
+        self.reached_ranks: Sequence[int] | None = None
+        self.memory: Mapping[str, Any] = {}
         # Whether a rank that measures alone has compared itself with others, see `replicas.unlinked`.
         self.was_compared = False
         # Positions of the parameters whose steps are watched, see `apply.consumed`. None before the first call.
@@ -520,9 +523,10 @@ class TableMetadata:
                 present = tuple(compress(range(len(grads)), are_present))
                 subset = list(compress(tensors, are_present))
                 return self._subset_at(present)._shards(subset, list(compress(grads, are_present)), holders)
+            types = set(map(type, grads))
         if self.frozen_errors:
             raise next(iter(self.frozen_errors.values()))
-        return self._shards(tensors, grads, holders)
+        return self._shards(tensors, grads, holders, types)
 
     def shards_of_weights(self, tensors: Sequence[Tensor], holders: Holders) -> Shards:
         """Return this rank's shards of the tensors that train."""
@@ -541,8 +545,18 @@ class TableMetadata:
         """Return this rank's shards of the tensors themselves."""
         return self._shards(tensors, list(tensors), holders)
 
-    def _shards(self, tensors: Sequence[Tensor], grads: list[Any], holders: Holders) -> Shards:
-        infos, types = self.infos(holders), set(map(type, grads))
+    def _shards(
+        self, tensors: Sequence[Tensor], grads: list[Any], holders: Holders, types: set[type] | None = None
+    ) -> Shards:
+        """Return shards of gradients.
+
+        Args:
+            tensors: tensors of this metadata.
+            grads: gradient of each.
+            holders: see `infos`.
+            types: types of the gradients, if the caller has found them.
+        """
+        infos, types = self.infos(holders), types or set(map(type, grads))
         if types <= _PLAIN:
             return Shards(infos, grads)
         are_dtensors = types == {dtensor_class()}

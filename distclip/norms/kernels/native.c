@@ -59,6 +59,8 @@ typedef struct {
     int (*tensor_from_object)(void *object, dlpack_tensor *out);
 } dlpack_api;
 
+typedef void *(*list_item)(void *list, intptr_t index); /* PyList_GetItem */
+
 enum { MAX_DIMS = 16 };
 
 /* Return whether the elements fill a range of memory, each exactly once, in any order. */
@@ -96,24 +98,25 @@ static int supports(const dlpack_api *api) {
    objects: PyObjects. The caller holds the GIL.
    device: DLPack's number of the device type, 1 for CPU.
    dtypes: 0 for float64, 1 for float32, 2 for bfloat16, 3 for float16.
+   item: PyList_GetItem of the running Python, which returns a borrowed reference.
    Returns 0 for success, 1 if a tensor has another dtype or device or is not dense, 2 if the API has another version,
    -1 with a Python exception set. */
-int distclip_describe(const dlpack_api *api, int64_t count, void *const *objects, int device, const char **tensors,
-                      int64_t *lengths, int32_t *dtypes) {
+int distclip_describe(const dlpack_api *api, int64_t count, void *list, list_item item, int device,
+                      const char **tensors, int64_t *lengths, int32_t *dtypes) {
     if (!supports(api)) return 2;
     for (int64_t i = 0; i < count; i++) {
         dlpack_tensor t;
         /* Thousands of tensors are scattered in memory. The word after the two header words of a Python object is, in
            torch, the address of the C++ tensor. Prefetching it halves the time, and is harmless if the word is
            something else. */
-        if (i + 16 < count) __builtin_prefetch(objects[i + 16]);
+        if (i + 16 < count) __builtin_prefetch(item(list, i + 16));
         if (i + 8 < count) {
-            const char *inside = ((const char *const *)objects[i + 8])[2];
+            const char *inside = ((const char *const *)item(list, i + 8))[2];
             __builtin_prefetch(inside);
             __builtin_prefetch(inside + 64);
             __builtin_prefetch(inside + 128);
         }
-        if (api->tensor_from_object(objects[i], &t) != 0) return -1;
+        if (api->tensor_from_object(item(list, i), &t) != 0) return -1;
         if (t.device.type != device || (dtypes[i] = dtype_of(&t)) < 0 || !is_dense(&t)) return 1;
         tensors[i] = (const char *)t.data + t.byte_offset;
         lengths[i] = 1;

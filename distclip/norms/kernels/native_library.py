@@ -14,10 +14,10 @@ __all__ = ["Library", "load_library"]
 
 
 class Library:
-    """Functions of the shared library, and the addresses of two functions of torch that the library calls.
+    """Functions of the shared library, and the addresses of functions of Python and torch that the library calls.
 
-    `openmp` is the address of GOMP_parallel, or None. `dlpack` is the address of torch's DLPack exchange API, or None
-    up to torch 2.10, which has none.
+    `list_item` is the address of PyList_GetItem. `openmp` is that of GOMP_parallel, or None. `dlpack` is that of the
+    DLPack exchange API of torch, or None up to torch 2.10, which has none.
 
     Args:
         path: of the shared library.
@@ -31,13 +31,14 @@ class Library:
         # `describe` inspects Python objects, so it must hold the GIL. PyDLL also raises the exceptions it sets.
         with_gil, without_gil = ctypes.PyDLL(path), ctypes.CDLL(path)
         self.describe: Any = with_gil.distclip_describe
-        self.describe.argtypes = [pointer, size, pointer, number, pointer, pointer, pointer]
+        self.describe.argtypes = [pointer, size, ctypes.py_object, pointer, number, pointer, pointer, pointer]
         self.measure: Any = without_gil.distclip_measure
         self.measure.argtypes = [number, size, pointer, pointer, pointer, pointer, pointer, number, pointer]
         self.measure_rows: Any = without_gil.distclip_measure_rows
         self.measure_rows.argtypes = [number, size, *[pointer] * 7, number, pointer]
         self.scale: Any = without_gil.distclip_scale
         self.scale.argtypes = [ctypes.c_double, size, pointer, pointer, pointer, number, pointer]
+        self.list_item = ctypes.cast(ctypes.pythonapi.PyList_GetItem, pointer).value
         self.openmp = _find_openmp()
         self.dlpack = _find_dlpack()
 

@@ -86,9 +86,8 @@ def describe_tensors(tensors: Sequence[Tensor], device: str) -> TensorTable | No
     table, library = TensorTable(len(tensors)), load_library()
     if library is None or library.dlpack is None:
         return table if _fill(table, tensors, device) else None
-    # In CPython, the id of an object is its address.
-    objects = array("q", list(map(id, tensors)))
-    arguments = (library.dlpack, len(tensors), objects.buffer_info()[0], _DLPACK_DEVICE_TYPES[device])
+    listed = tensors if type(tensors) is list else list(tensors)
+    arguments = (library.dlpack, len(listed), listed, library.list_item, _DLPACK_DEVICE_TYPES[device])
     try:
         status = library.describe(*arguments, *table.pointers())
     except (BufferError, RuntimeError):
