@@ -130,8 +130,13 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.read += 0 if sums is None else self._bytes(tensors)
             return sums
 
-        def count_by_row(grads: Sequence[Tensor], rows: Sequence[Rows], norm_type: float) -> Tensor | None:
-            powers = by_row(grads, rows, norm_type)
+        def count_by_row(
+            grads: Sequence[Tensor],
+            rows: Sequence[Rows],
+            norm_type: float,
+            out: tuple[Tensor, Sequence[int]] | None = None,
+        ) -> Tensor | None:
+            powers = by_row(grads, rows, norm_type, out)
             self.read += 0 if powers is None else self._bytes(grads)
             return powers
 

@@ -161,10 +161,17 @@ def measure(
         for shard in shards:
             beyond |= any_out_of_limits(shard, *spec.limits, magnitudes=spec.limits_magnitudes).to(device)
         out_of_limits = bool(beyond) if devices.host_reads_free(device) else beyond
-    powers, has_fp64, per_tensor, replicas = _powers_by_slot(shards, spec.norm_type, device, num_slots, rounded)
+    compares = rounded is not None and bool(shards.infos.by_replica_group)
     weight_powers = None
-    if spec.needs_weights and weights is not None:
-        weight_powers = _powers_by_slot(weights, spec.norm_type, device, num_slots, None)[0]
+    if spec.needs_weights and weights is not None and not compares and devices.host_reads_free(device):
+        powers, weight_powers, has_fp64, per_tensor = _powers_of_both(
+            shards, weights, spec.norm_type, device, num_slots
+        )
+        replicas: tuple[PerTensorChecksums, ...] = ()
+    else:
+        powers, has_fp64, per_tensor, replicas = _powers_by_slot(shards, spec.norm_type, device, num_slots, rounded)
+        if spec.needs_weights and weights is not None:
+            weight_powers = _powers_by_slot(weights, spec.norm_type, device, num_slots, None)[0]
     # A shard that is measured neither as a whole tensor nor by row is partial.
     has_partial_grads = len(shards.infos.by_row[1]) < len(shards.infos.whole[2])
     partials = Partials(
@@ -179,6 +186,29 @@ def measure(
         partials.replica_sums = add_sums(partials.replica_sums, sum_by_group(words, infos, sums, rounded or ()))
     partials.per_tensor_checksums = replicas
     return partials
+
+
+def _powers_of_both(
+    shards: Shards, weights: Shards, norm_type: float, device: torch.device, num_slots: int
+) -> tuple[Tensor, Tensor, bool, tuple[PerTensorPowers, ...]]:
+    """Return power sums of gradients and parameters by slot, measured in one call of each kernel.
+
+    Args:
+        shards, weights, norm_type, device, num_slots: see `measure`.
+
+    Returns:
+        Power sums of the gradients, those of the parameters, whether any gradient is float64, and the power sums of
+        each gradient.
+    """
+    both = shards.followed_by(weights, num_slots)
+    powers, has_fp64, per_tensor, _ = _powers_by_slot(both, norm_type, device, 2 * num_slots, None)
+    if has_fp64:
+        has_fp64 = any(grad.dtype in _FLOAT64 for grad in shards.grads)
+    (whole, _, _), (by_row, _) = shards.infos.whole, shards.infos.by_row
+    # The gradients come first, either in one order for all of them or in one for each kind.
+    counts = [len(whole) + len(by_row)] if len(per_tensor) == 1 else [len(whole), len(by_row)]
+    of_gradients = tuple(one.first(count) for one, count in zip(per_tensor, counts, strict=True) if count)
+    return powers[:num_slots], powers[num_slots:], has_fp64, of_gradients
 
 
 def _powers_by_slot(
@@ -213,22 +243,27 @@ def _powers_by_slot(
     # 2. All shards whose rows have a slot each, in one kernel.
     if by_row:
         row_grads, counts = [shards.grads[i] for i in by_row], row_infos.row_counts
+        compares_rows = rounded is not None and bool(row_infos.by_replica_group)
+        is_plain = devices.host_reads_free(device) and not (compares_rows or row_infos.num_replicas)
+        order = shards.infos.slot_order(num_slots) if is_plain else None
+        if order is not None:
+            # Every slot has one summand: there is nothing to add, and the kernel writes to the slots.
+            total = torch.empty(num_slots, dtype=torch.float64)
+            if sums is not None:
+                total.index_copy_(0, device_constant(order.whole_slots, device, torch.int64), sums)
+            powers = powers_by_row(row_grads, row_infos.rows, norm_type, device, (total, order.first_slots))
+            if powers is not total:
+                total.index_copy_(0, row_infos.row_slots, powers)
+            return total, has_fp64, (PerTensorPowers(order.names, total, order.counts),), tuple(replicas)
         powers = powers_by_row(row_grads, row_infos.rows, norm_type, device)
         per_tensor.append(PerTensorPowers(row_infos.names, powers, counts))
-        if rounded is not None and row_infos.by_replica_group:
+        if compares_rows:
             for info, grad, piece in zip(row_infos, row_grads, torch.split(powers, list(counts)), strict=True):
                 if info.replicas:
                     # The kernel for rows computes no checksums.
                     replicas.append((ShardInfos((info,)), piece.sum(0, keepdim=True), checksums([grad], device)))
 
     # 3. The sums of all slots.
-    is_plain = bool(by_row) and devices.host_reads_free(device) and not row_infos.num_replicas
-    positions = shards.infos.only_summands(num_slots) if is_plain else None
-    if positions is not None:
-        # One rank has all rows: there is nothing to add.
-        with on_one_thread(num_slots, device):
-            total = (powers if sums is None else torch.cat([sums, powers])).index_select(0, positions)
-        return total, has_fp64, tuple(per_tensor), tuple(replicas)
     if sums is None:
         total = identity(norm_type, device).repeat(num_slots)
     else:

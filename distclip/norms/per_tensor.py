@@ -21,8 +21,8 @@ class PerTensorPowers(NamedTuple):
 
     Args:
         names: of the parameters.
-        powers: (n,), those of whole gradients, or those of the rows of all gradients, one gradient after another.
-        rows: number of rows of each gradient. None for whole gradients.
+        powers: (n,), those of whole gradients, or those of the slots of all gradients, one gradient after another.
+        counts: number of slots of each gradient, one for each row or for the whole gradient. None for whole gradients.
 
     >>> by_row = PerTensorPowers(("w", "b"), torch.tensor([1.0, 2.0, 4.0]), (2, 1))
     >>> by_row.sums(), by_row.any(by_row.powers > 3)
@@ -31,16 +31,21 @@ class PerTensorPowers(NamedTuple):
 
     names: tuple[str, ...]
     powers: Tensor
-    rows: tuple[int, ...] | None = None
+    counts: tuple[int, ...] | None = None
+
+    def first(self, count: int) -> PerTensorPowers:
+        """Return those of the first gradients."""
+        counts = None if self.counts is None else self.counts[:count]
+        return PerTensorPowers(self.names[:count], self.powers[: count if counts is None else sum(counts)], counts)
 
     def sums(self) -> Tensor:
         """Return the power sum of each gradient, (n,)."""
-        return self.powers if self.rows is None else torch.stack([rows.sum() for rows in self._split(self.powers)])
+        return self.powers if self.counts is None else torch.stack([rows.sum() for rows in self._split(self.powers)])
 
     def any(self, marked: Tensor) -> Tensor:
         """Return for each gradient whether one of its power sums is marked, (n,) bool."""
-        return marked if self.rows is None else torch.stack([rows.any() for rows in self._split(marked)])
+        return marked if self.counts is None else torch.stack([rows.any() for rows in self._split(marked)])
 
     def _split(self, values: Tensor) -> Sequence[Tensor]:
         # The values are split here and not when measured, because few steps need those of single gradients.
-        return torch.split(values, list(self.rows or ()))
+        return torch.split(values, list(self.counts or ()))

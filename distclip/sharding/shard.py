@@ -7,11 +7,13 @@ package depends on DDP, FSDP, tensor, pipeline or expert parallelism.
 
 from __future__ import annotations
 
+import itertools
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -109,6 +111,22 @@ class Shard:
         return ShardInfo(self.name, self.num_replicas, self.partial_sums, self.slot, self.rows, self.replicas)
 
 
+class SlotOrder(NamedTuple):
+    """Order of shards that have slots of their own.
+
+    Args:
+        whole_slots: slot of each shard that counts as a whole.
+        first_slots: slot of the first row of each shard that counts by row.
+        names: of the parameters, in the order of their slots.
+        counts: number of slots of each.
+    """
+
+    whole_slots: tuple[int, ...]
+    first_slots: array[int]
+    names: tuple[str, ...]
+    counts: tuple[int, ...]
+
+
 class ShardInfos(tuple[ShardInfo, ...]):
     """Metadata of all shards of a rank, with columns that are computed once."""
 
@@ -167,24 +185,32 @@ class ShardInfos(tuple[ShardInfo, ...]):
 
     _row_slots: Tensor | None = None
 
-    def only_summands(self, num_slots: int) -> Tensor | None:
-        """Return for each slot the position of its only summand, (num_slots,) int64 on a CPU.
+    def slot_order(self, num_slots: int) -> SlotOrder | None:
+        """Return the order of the shards by slot.
 
-        The summands are those of the shards in `whole`, and then those of the rows in `by_row`.
+        Args:
+            num_slots: number of slots.
 
         Returns:
-            None if a slot has no summand, or several.
+            None if a slot has no summand, or several. The summands are the shards in `whole` and the rows in `by_row`.
         """
         # Computed once, see `by_slot`.
-        if self._only_summands is None:
-            with torch.utils._python_dispatch._disable_current_modes():
-                slots = torch.cat([torch.tensor(self.whole[0].slots, dtype=torch.int64), self.by_row[0].row_slots])
-                positions = slots.argsort()
-                is_filled = len(slots) == num_slots and torch.equal(slots[positions], torch.arange(num_slots))
-                self._only_summands = (positions if is_filled else None,)
-        return self._only_summands[0]
+        if self._slot_order is None:
+            whole, (by_row, _) = self.whole[0], self.by_row
+            rows = [(info.slot + info.rows.first, info.rows.count, info.name) for info in by_row if info.rows]
+            ordered = sorted([*((info.slot, 1, info.name) for info in whole), *rows])
+            ends = itertools.accumulate(count for _, count, _ in ordered)
+            is_filled = [first for first, _, _ in ordered] + [num_slots] == [0, *ends]
+            order = SlotOrder(
+                whole.slots,
+                array("q", [first for first, _, _ in rows]),
+                tuple(name for _, _, name in ordered),
+                tuple(count for _, count, _ in ordered),
+            )
+            self._slot_order = (order if is_filled else None,)
+        return self._slot_order[0]
 
-    _only_summands: tuple[Tensor | None] | None = None
+    _slot_order: tuple[SlotOrder | None] | None = None
 
     @cached_property
     def by_replica_group(self) -> dict[ReplicaGroup, tuple[int, ...]]:
@@ -205,6 +231,9 @@ class ShardInfos(tuple[ShardInfo, ...]):
         return self._by_slot
 
     _by_slot: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+
+    followed_by: tuple[ShardInfos, int, ShardInfos] | None = None
+    """Other metadata, the first slot of it, and both together, see `Shards.followed_by`."""
 
     in_memory: Any = None
     """Facts that `norms.memory` keeps about the memory of these shards for the next step."""
@@ -237,6 +266,15 @@ class Shards(Sequence[Shard]):
         """Collect shards from an iterable."""
         shards = list(shards)
         return cls(ShardInfos(shard.info for shard in shards), [shard.grad for shard in shards])
+
+    def followed_by(self, others: Shards, first_slot: int) -> Shards:
+        """Return these shards and then others, whose slots begin at `first_slot`, and whose replicas are not known."""
+        known = self.infos.followed_by
+        # Usually every step has the same metadata.
+        if known is None or known[0] is not others.infos or known[1] != first_slot:
+            shifted = (replace(info, slot=info.slot + first_slot, replicas=()) for info in others.infos)
+            known = self.infos.followed_by = others.infos, first_slot, ShardInfos((*self.infos, *shifted))
+        return Shards(known[2], [*self.grads, *others.grads])
 
     def where(self, positions: Sequence[int]) -> Shards:
         """Return the shards at some positions."""

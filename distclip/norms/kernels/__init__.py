@@ -121,7 +121,13 @@ def checksums(
     return words
 
 
-def powers_by_row(grads: Sequence[Tensor], rows: Sequence[Rows], norm_type: float, device: torch.device) -> Tensor:
+def powers_by_row(
+    grads: Sequence[Tensor],
+    rows: Sequence[Rows],
+    norm_type: float,
+    device: torch.device,
+    out: tuple[Tensor, Sequence[int]] | None = None,
+) -> Tensor:
     """Compute Σ|g|^p, or max|g|, of each row of local tensors.
 
     Args:
@@ -130,15 +136,16 @@ def powers_by_row(grads: Sequence[Tensor], rows: Sequence[Rows], norm_type: floa
         rows: the rows that each tensor holds.
         norm_type: p > 0, or `inf`.
         device: where the result is needed.
+        out: float64 vector on a CPU that is preferred for the result, see `native.powers_by_row`.
 
     Returns:
-        (rows of all tensors,) float64, tensor after tensor.
+        The vector of `out`, or another one of (rows of all tensors,) float64, tensor after tensor.
 
     >>> powers_by_row([torch.tensor([[3.0, 4.0], [0.0, 1.0]])], [Rows(0, 2)], 2.0, torch.device("cpu"))
     tensor([25.,  1.], dtype=torch.float64)
     """
     # The usual case: one kernel takes all of them.
-    if all(map(_is_cpu, grads)) and (powers := native.powers_by_row(grads, rows, norm_type)) is not None:
+    if all(map(_is_cpu, grads)) and (powers := native.powers_by_row(grads, rows, norm_type, out)) is not None:
         return powers.to(device)
     results = []
     for grad, one in zip(grads, rows, strict=True):

@@ -280,7 +280,7 @@ typedef struct {
     const int64_t *rows, *leads, *widths;
     int64_t count;               /* number of tensors */
     int64_t *first;              /* first group of rows of each tensor; first[count] is the number of groups */
-    int64_t *output;             /* index of the first row of each tensor in `sums_by_row` */
+    const int64_t *output;       /* index of the first row of each tensor in `sums_by_row` */
     double *sums_by_row;
     int64_t next;                /* next group that no thread has taken yet */
 } rows_work;
@@ -356,31 +356,29 @@ static void process_rows_openmp(void *job) {
    rows: rows[i] is the number of rows of tensor i.
    leads: number of elements of the first row that are not in the tensor. Its last row may be cut as well.
    widths: number of elements in a row.
-   sums: those of all rows of the first tensor, then those of the second one, and so on. */
+   output: output[i] is the index in `sums` of the first row of tensor i. The sums of its other rows follow. */
 int distclip_measure_rows(int operation, int64_t count, char *const *tensors, const int64_t *lengths,
                           const int32_t *dtypes, const int64_t *rows, const int64_t *leads, const int64_t *widths,
-                          double *sums, int threads, openmp parallel) {
+                          const int64_t *output, double *sums, int threads, openmp parallel) {
     const loop *loops = loops_plain[operation];
     const loop_of_rows *fours = operation == 0 ? loops_of_rows_plain : NULL;
 #ifdef HAS_AVX2
     if (has_avx2()) loops = loops_avx2[operation];
     if (has_avx2() && operation == 0) fours = loops_of_rows_avx2;
 #endif
-    int64_t elements = 0, *tables = malloc((2 * count + 2) * sizeof *tables);
-    if (tables == NULL) return 1;
-    int64_t *first = tables, *output = tables + count + 1;
-    first[0] = output[0] = 0;
+    int64_t elements = 0, *first = malloc((count + 1) * sizeof *first);
+    if (first == NULL) return 1;
+    first[0] = 0;
     for (int64_t i = 0; i < count; i++) {
         int64_t at_a_time = rows_at_a_time(widths[i]);
         elements += lengths[i];
         first[i + 1] = first[i] + (rows[i] + at_a_time - 1) / at_a_time;
-        output[i + 1] = output[i] + rows[i];
     }
     rows_work job = {.operation = operation, .sums = loops, .fours = fours, .tensors = tensors, .lengths = lengths,
                      .dtypes = dtypes, .rows = rows, .leads = leads, .widths = widths, .count = count, .first = first,
                      .output = output, .sums_by_row = sums};
     run_threads(process_rows, process_rows_openmp, &job, elements, threads, parallel);
-    free(tables);
+    free(first);
     return 0;
 }
 

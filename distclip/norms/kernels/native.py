@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Sequence
 
@@ -69,16 +70,23 @@ def row_powers(grad: Tensor, rows: Rows, norm_type: float) -> Tensor | None:
     return powers_by_row([grad], [rows], norm_type)
 
 
-def powers_by_row(grads: Sequence[Tensor], rows: Sequence[Rows], norm_type: float) -> Tensor | None:
+def powers_by_row(
+    grads: Sequence[Tensor],
+    rows: Sequence[Rows],
+    norm_type: float,
+    out: tuple[Tensor, Sequence[int]] | None = None,
+) -> Tensor | None:
     """Compute Σ|g|^p, or max|g|, of each row of each tensor.
 
     Args:
         grads: contiguous.
         rows: the rows that each tensor holds. With `width`, the tensor is a slice of a flattened parameter.
         norm_type: p.
+        out: float64 vector to write to, and the index in it of the first row of each tensor. The other rows of the
+            tensor follow. None for a new vector, with tensor after tensor.
 
     Returns:
-        (rows of all tensors,) float64, tensor after tensor. None if the C kernel cannot do it: see `power_sums`.
+        The vector. None, without a write, if the C kernel cannot do it: see `power_sums`.
 
     >>> powers = powers_by_row([torch.tensor([4.0, 0.0, 1.0])], [Rows(0, 2, lead=1, width=2)], 2.0)
     >>> powers if load_library() else torch.tensor([16.0, 1.0], dtype=torch.float64)
@@ -91,8 +99,14 @@ def powers_by_row(grads: Sequence[Tensor], rows: Sequence[Rows], norm_type: floa
     if not all(map(Tensor.is_contiguous, grads)):
         return None
     widths = (one.width or length // max(1, one.count) for one, length in zip(rows, table.lengths, strict=True))
-    columns = [array("q", [one.count for one in rows]), array("q", [one.lead for one in rows]), array("q", widths)]
-    sums = torch.empty(sum(columns[0]), dtype=torch.float64)
+    counts = array("q", [one.count for one in rows])
+    columns = [counts, array("q", [one.lead for one in rows]), array("q", widths)]
+    if out is None:
+        firsts: Sequence[int] = [0, *itertools.accumulate(counts[:-1])] if counts else []
+        sums = torch.empty(sum(counts), dtype=torch.float64)
+    else:
+        sums, firsts = out
+    columns.append(array("q", firsts))
     addresses = (*table.pointers(), *(column.buffer_info()[0] for column in columns), sums.data_ptr())
     operation, threads = OPERATIONS[norm_type], torch.get_num_threads()
     if library.measure_rows(operation, len(grads), *addresses, threads, library.openmp):

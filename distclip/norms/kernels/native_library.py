@@ -35,7 +35,7 @@ class Library:
         self.measure: Any = without_gil.distclip_measure
         self.measure.argtypes = [number, size, pointer, pointer, pointer, pointer, pointer, number, pointer]
         self.measure_rows: Any = without_gil.distclip_measure_rows
-        self.measure_rows.argtypes = [number, size, *[pointer] * 7, number, pointer]
+        self.measure_rows.argtypes = [number, size, *[pointer] * 8, number, pointer]
         self.scale: Any = without_gil.distclip_scale
         self.scale.argtypes = [ctypes.c_double, size, pointer, pointer, pointer, number, pointer]
         self.list_item = ctypes.cast(ctypes.pythonapi.PyList_GetItem, pointer).value
