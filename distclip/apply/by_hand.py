@@ -24,7 +24,7 @@ from torch._compile import _disable_dynamo
 from .. import devices
 from ..sharding.dtensor import local_of
 
-__all__ = ["find_steps_by_hand", "first_elements", "num_passes", "watch_backward"]
+__all__ = ["are_steps_due", "find_steps_by_hand", "first_elements", "num_passes", "watch_backward"]
 
 _NUM_CALLS = 4
 """Number of calls that check a parameter. A few are enough, because a wrong order recurs in every step."""
@@ -67,6 +67,8 @@ class _Record:
 
 # The keys are ids, because torch.utils.swap_tensors refuses a tensor with weak references.
 _records: dict[int, _Record] = {}
+# Ids of the parameters that have been remembered after a backward pass, until a call checks them.
+_remembered: dict[int, None] = {}
 
 
 def watch_backward(param: Tensor) -> None:
@@ -84,7 +86,9 @@ def watch_backward(param: Tensor) -> None:
     record = _records[id(param)] = _Record(None)
     record.handle = param.register_post_accumulate_grad_hook(_remember)  # type: ignore[no-untyped-call]
     while len(_records) > _MAX_WATCHED:
-        _records.pop(next(iter(_records))).handle.remove()
+        old = next(iter(_records))
+        _records.pop(old).handle.remove()
+        _remembered.pop(old, None)
 
 
 def num_passes(key: int) -> int:
@@ -95,6 +99,11 @@ def num_passes(key: int) -> int:
     """
     record = _records.get(key)
     return 0 if record is None else record.num_passes
+
+
+def are_steps_due() -> bool:
+    """Return whether `find_steps_by_hand` has something to check, for any parameter."""
+    return bool(_remembered)
 
 
 def find_steps_by_hand(params: Sequence[Tensor]) -> list[Tensor]:
@@ -115,6 +124,7 @@ def find_steps_by_hand(params: Sequence[Tensor]) -> list[Tensor]:
         if record is None or not record.is_of(param):
             watch_backward(param)
             continue
+        _remembered.pop(id(param), None)
         if record.version is None:
             continue
         version = _version_of(param)
@@ -138,6 +148,7 @@ def _remember(param: Tensor) -> None:
         return
     record.num_passes += 1
     record.version, record.values = _version_of(param), first_elements(param).clone()
+    _remembered[id(param)] = None
 
 
 def _version_of(param: Tensor) -> int:

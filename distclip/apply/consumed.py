@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ..errors import UnclippedStepWarning, warn_user
 from ..sharding.dtensor import local_of
 from ..sharding.table import ShardTable
-from .by_hand import find_steps_by_hand, num_passes, watch_backward
+from .by_hand import are_steps_due, find_steps_by_hand, num_passes, watch_backward
 from .step_gate import closure_in
 
 __all__ = [
@@ -76,6 +76,8 @@ _clipped_before: dict[int, tuple[Tensor, int, int]] = {}
 """Clipped gradients before the current step with a closure: gradient, version, number of backward passes."""
 _replaced: dict[int, None] = {}
 """Ids of parameters whose clipped gradients a closure has replaced by others, which were then stepped."""
+_stepped: dict[int, None] = {}
+"""Ids of watched parameters whose gradients were stepped and not clipped, until the next call searches for them."""
 _handles: list[Any] = []
 
 
@@ -97,6 +99,8 @@ def find_stepped(table: ShardTable) -> list[Tensor]:
 
     Collectives: none. Host syncs: none.
     """
+    if _is_quiet(table):
+        return []
     sample, grads = _sample(table)
     ids = list(map(id, sample))
     # Usually the last call has watched the same parameters.
@@ -106,7 +110,25 @@ def find_stepped(table: ShardTable) -> list[Tensor]:
         _last_watched[:] = ids
     by_hand = find_steps_by_hand(sample)
     late = [param for param, grad in zip(sample, grads, strict=True) if _is_late(grad)]
-    return late or by_hand or (sample if _are_emptied(grads) else [])
+    found = late or by_hand or (sample if _are_emptied(grads) else [])
+    for key in ids:
+        _stepped.pop(key, None)
+    metadata = table.metadata
+    is_complete = len(sample) == len(metadata.sample or ()) > 0 and table.only is None
+    metadata.quiet_since = _num_changes if is_complete and not found and _EMPTIED not in vars(grads[0]) else None
+    return found
+
+
+def _is_quiet(table: ShardTable) -> bool:
+    """Return whether nothing has happened since the last call with a table that a search could find.
+
+    The hooks record everything that a search finds, so that most calls need none.
+    """
+    if table.metadata.quiet_since != _num_changes or _stepped or _replaced or are_steps_due() or table.only is not None:
+        return False
+    # A program may have swapped the contents of all parameters.
+    first = table.tensors[(table.metadata.sample or (0,))[0]]
+    return vars(first).get(_WATCHED) == id(first)
 
 
 def has_had_gradients(table: ShardTable) -> bool:
@@ -173,7 +195,7 @@ def _sample(table: ShardTable) -> tuple[list[Tensor], list[Tensor]]:
     if not positions or all(grad is None for grad in grads):
         with_grad = [i for i, tensor in enumerate(tensors) if tensor.grad is not None]
         positions = with_grad[:: _stride(len(with_grad))]
-        metadata.sample = positions or metadata.sample
+        metadata.sample, metadata.quiet_since = positions or metadata.sample, None
         grads = [tensors[i].grad for i in positions]
     only, sample, found = table.only, [], []
     for i, grad in zip(positions, grads, strict=True):
@@ -200,7 +222,9 @@ def _watch(param: Tensor) -> None:
     _watched[key] = None
     vars(param)[_WATCHED] = key
     while len(_watched) > _MAX_WATCHED:
-        _watched.pop(next(iter(_watched)), None)
+        old = next(iter(_watched))
+        _watched.pop(old, None)
+        _stepped.pop(old, None)
     if not _handles:
         _handles.append(register_optimizer_step_pre_hook(_remember_versions))
         _handles.append(register_optimizer_step_post_hook(_mark_stepped))
@@ -235,6 +259,8 @@ def _mark_stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         elif mark == _CLIPPED:
             mark = _STEPPED
         vars(grad)[_MARK] = now, mark
+        if mark == _LATE:
+            _stepped[key] = None
 
 
 def _note_replaced(key: int, grad: Tensor) -> None:

@@ -206,7 +206,7 @@ def _powers_of_both(
         has_fp64 = any(grad.dtype in _FLOAT64 for grad in shards.grads)
     (whole, _, _), (by_row, _) = shards.infos.whole, shards.infos.by_row
     # The gradients come first, either in one order for all of them or in one for each kind.
-    counts = [len(whole) + len(by_row)] if len(per_tensor) == 1 else [len(whole), len(by_row)]
+    counts = [len(whole), len(by_row)] if len(per_tensor) == 2 else [len(whole) + len(by_row)] * len(per_tensor)
     of_gradients = tuple(one.first(count) for one, count in zip(per_tensor, counts, strict=True) if count)
     return powers[:num_slots], powers[num_slots:], has_fp64, of_gradients
 
@@ -244,7 +244,8 @@ def _powers_by_slot(
     if by_row:
         row_grads, counts = [shards.grads[i] for i in by_row], row_infos.row_counts
         compares_rows = rounded is not None and bool(row_infos.by_replica_group)
-        is_plain = devices.host_reads_free(device) and not (compares_rows or row_infos.num_replicas)
+        has_replicas = compares_rows or bool(infos.num_replicas or row_infos.num_replicas)
+        is_plain = devices.host_reads_free(device) and not has_replicas
         order = shards.infos.slot_order(num_slots) if is_plain else None
         if order is not None:
             # Every slot has one summand: there is nothing to add, and the kernel writes to the slots.

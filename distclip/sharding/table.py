@@ -380,6 +380,8 @@ class TableMetadata:
         self.was_compared = False
         # Positions of the parameters whose steps are watched, see `apply.consumed`. None before the first call.
         self.sample: list[int] | None = None
+        # Number of changes of all watched parameters when nothing was left to find, see `apply.consumed`.
+        self.quiet_since: int | None = None
 
     @cached_property
     def groups(self) -> frozenset[Ranks]:
