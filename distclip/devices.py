@@ -23,6 +23,7 @@ __all__ = [
     "ALWAYS",
     "NEVER",
     "Fact",
+    "Numbers",
     "accumulation_dtype",
     "as_fact",
     "copy_to_host_async",
@@ -42,6 +43,7 @@ __all__ = [
     "odd_numbers",
     "on_one_thread",
     "outside_fake_mode",
+    "outside_modes",
     "prefers_foreach",
     "rounds_grad_scale",
     "runs_triton",
@@ -49,6 +51,7 @@ __all__ = [
     "without_autograd",
 ]
 
+N = TypeVar("N", bound=float)
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -390,6 +393,26 @@ def without_autograd(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def outside_modes(function: Callable[P, R]) -> Callable[P, R]:
+    """Run a function without autograd, and outside of FakeTensorMode and LocalTensorMode.
+
+    See `outside_fake_mode` and `without_autograd`, which take longer together.
+    """
+    outside = outside_fake_mode(without_autograd(function))
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        # Usually no mode is active.
+        if _len_stack() > 0:
+            return outside(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return call
+
+
 def is_capturing() -> bool:
     """Return whether a CUDA graph is being captured, in whose replays the host takes no part."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
@@ -412,11 +435,26 @@ def copy_to_host_async(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
     return tensor.to("cpu", non_blocking=True), torch.cuda.current_stream(tensor.device).record_event().synchronize
 
 
+class Numbers(tuple[N, ...]):
+    """Numbers for `device_constant`, whose hash is computed once.
+
+    >>> hash(Numbers((1.0, 2.0))) == hash((1.0, 2.0))
+    True
+    """
+
+    _hash: int | None = None
+
+    def __hash__(self) -> int:
+        if self._hash is None:
+            self._hash = super().__hash__()
+        return self._hash
+
+
 def device_constant(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Return a tensor of numbers that are the same at every step. The caller must not write to it.
 
     Args:
-        numbers: the elements, in order.
+        numbers: the elements, in order. `Numbers` if they are many.
         device: where the tensor is needed.
         dtype: dtype of the tensor. None infers it as `torch.tensor` does.
 

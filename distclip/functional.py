@@ -21,7 +21,7 @@ from .comm.agreement import Call
 from .comm.consensus import FirstError
 from .comm.discovery import call_counter, resolve_comm
 from .comm.ranks import Axis
-from .devices import Fact, accumulation_dtype, device_constant, is_capturing, outside_fake_mode, without_autograd
+from .devices import Fact, accumulation_dtype, device_constant, is_capturing, outside_modes
 from .engine import measure_all_ranks, run
 from .errors import ArgumentError, NonFiniteError, short_repr
 from .graphs import functional as graph
@@ -52,8 +52,7 @@ _REPLICA_LOG = ReplicaLog()
 
 
 @in_graph(graph.clip_grad_norm_, graph.reason_against_clip)
-@outside_fake_mode
-@without_autograd
+@outside_modes
 def clip_grad_norm_(
     parameters: Parameters,
     max_norm: float,
@@ -140,8 +139,7 @@ def clip_grad_norm_(
 
 
 @in_graph(graph.get_total_norm, graph.reason_against_norm)
-@outside_fake_mode
-@without_autograd
+@outside_modes
 def get_total_norm(
     tensors: Parameters,
     norm_type: float = 2.0,
@@ -182,8 +180,7 @@ def get_total_norm(
 
 
 @in_graph(graph.clip_grads_with_norm_, graph.reason_against_bound)
-@outside_fake_mode
-@without_autograd
+@outside_modes
 def clip_grads_with_norm_(
     parameters: Parameters, max_norm: float, total_norm: Tensor, foreach: bool | None = None
 ) -> None:
@@ -221,8 +218,7 @@ def clip_grads_with_norm_(
 
 
 @in_graph(graph.clip_grad_value_, graph.reason_against_limits)
-@outside_fake_mode
-@without_autograd
+@outside_modes
 def clip_grad_value_(
     parameters: Parameters, clip_value: float | tuple[float, float], foreach: bool | None = None
 ) -> None:

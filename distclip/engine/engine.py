@@ -39,6 +39,7 @@ from ..devices import (
     as_fact,
     device_constant,
     outside_fake_mode,
+    outside_modes,
     without_autograd,
 )
 from ..errors import ArgumentError, warn_user
@@ -851,15 +852,13 @@ class Engine:
         return device_constant(self.slots.excluded_by_slot, device, torch.bool)
 
 
-@outside_fake_mode
-@without_autograd
+@outside_modes
 def _begin_decision(decision: Generator[Shards, bool, Outcome]) -> Shards:
     """Run `Engine._decide` until the all-reduce has begun, and return this rank's shards."""
     return begin(decision)
 
 
-@outside_fake_mode
-@without_autograd
+@outside_modes
 def _finish_decision(decision: Generator[Shards, bool, Outcome], *, must_read: bool) -> Outcome:
     """Run `Engine._decide` from the all-reduce to its end."""
     return complete(decision, must_read)

@@ -21,7 +21,7 @@ from ..apply.scale import clamp_, scale_
 from ..apply.step_gate import hold_still, release
 from ..apply.unstepped import await_steps
 from ..apply.updates import ScaledUpdates, scale_next_step
-from ..devices import outside_fake_mode, without_autograd
+from ..devices import outside_modes
 from ..errors import ArgumentError
 from ..norms.spec import NormSpec
 from ..outcome import Outcome
@@ -213,8 +213,7 @@ class Execution:
         """
         return frozenset(map(id, self.table.tensors)) if outcome.skip.read() else frozenset()
 
-    @outside_fake_mode
-    @without_autograd
+    @outside_modes
     def write_(self, outcome: Outcome, shards: Shards) -> None:
         """Scale gradients, and clamp their elements if the outcome has limits.
 

@@ -100,7 +100,10 @@ class Totals:
 
     @lazy
     def host_norm(self) -> float | None:
-        """Norm of the whole gradient, if it is a single number that the host reads without a sync, otherwise None."""
+        """Norm of the whole gradient as a number of Python.
+
+        None if there are several slots, or if the host cannot read the number without a sync.
+        """
         is_free = self.powers.numel() == 1 and devices.host_reads_free(self.powers.device)
         if not is_free or self.loss_scale is not None or self.failed.host is None:
             return None

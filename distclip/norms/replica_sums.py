@@ -63,7 +63,8 @@ def sum_by_group(
                 # A power sum of 0 or infinity has no finite logarithm, and is not compared.
                 sums[group] = torch.where(steps.isfinite(), steps, 0.0).to(torch.int64)
         elif by_host:
-            sums[group] = sum(map(numbers.__getitem__, positions))
+            has_all = len(positions) == len(numbers)
+            sums[group] = sum(numbers if has_all else map(numbers.__getitem__, positions))
         else:
             sums[group] = _select(checksums, positions).sum()
     return sums

@@ -42,10 +42,9 @@ class Scrubber:
         Collectives: none. Host syncs: none.
         """
         # All parts are computed in the first step, even if the part of this step is empty.
-        infos = self._infos[step % NUM_PARTS]
+        infos, positions, ranges = self._columns[step % NUM_PARTS]
         if not infos:
             return {}
-        positions, ranges = zip(*self._parts[step % NUM_PARTS], strict=True)
         tensors = self._table.local_weights(positions)
         return sum_by_group(checksums(tensors, tensors[0].device, ranges), infos, None, rounded)
 
@@ -71,9 +70,13 @@ class Scrubber:
         return parts
 
     @cached_property
-    def _infos(self) -> list[ShardInfos]:
+    def _columns(self) -> list[tuple[ShardInfos, list[int], list[tuple[int, int]]]]:
+        """Metadata, positions and ranges of the tensors of each part."""
         infos = self._table.metadata.infos(self._table.holders)
-        return [ShardInfos(infos[i] for i, _ in pieces) for pieces in self._parts]
+        return [
+            (ShardInfos(infos[i] for i, _ in pieces), [i for i, _ in pieces], [elements for _, elements in pieces])
+            for pieces in self._parts
+        ]
 
 
 def scrubbed_positions(table: ShardTable) -> list[int]:

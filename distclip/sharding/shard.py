@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..comm.ranks import Ranks
+from ..devices import Numbers
 from .replicas import ReplicaGroup
 
 __all__ = [
@@ -112,7 +113,7 @@ class Shard:
 
 
 class SlotOrder(NamedTuple):
-    """Order of shards that have slots of their own.
+    """Order of shards none of which shares a slot with another.
 
     Args:
         whole_slots: slot of each shard that counts as a whole.
@@ -121,7 +122,7 @@ class SlotOrder(NamedTuple):
         counts: number of slots of each.
     """
 
-    whole_slots: tuple[int, ...]
+    whole_slots: Numbers[int]
     first_slots: array[int]
     names: tuple[str, ...]
     counts: tuple[int, ...]
@@ -136,14 +137,14 @@ class ShardInfos(tuple[ShardInfo, ...]):
         return tuple(info.name for info in self)
 
     @cached_property
-    def slots(self) -> tuple[int, ...]:
+    def slots(self) -> Numbers[int]:
         """Slot of each shard."""
-        return tuple(info.slot for info in self)
+        return Numbers(info.slot for info in self)
 
     @cached_property
-    def num_replicas(self) -> tuple[float, ...]:
+    def num_replicas(self) -> Numbers[float]:
         """Number of replicas of each shard, or empty if all shards have one replica."""
-        return () if all(info.num_replicas == 1 for info in self) else tuple(info.num_replicas for info in self)
+        return Numbers(() if all(info.num_replicas == 1 for info in self) else (info.num_replicas for info in self))
 
     @cached_property
     def whole(self) -> tuple[ShardInfos, tuple[int, ...], tuple[int, ...]]:
@@ -221,16 +222,16 @@ class ShardInfos(tuple[ShardInfo, ...]):
                 positions.setdefault(group, []).append(i)
         return {group: tuple(members) for group, members in positions.items()}
 
-    def by_slot(self, num_slots: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def by_slot(self, num_slots: int) -> tuple[Numbers[int], Numbers[int]]:
         """Return the positions of all shards ordered by slot, and the number of shards in each slot."""
         # Computed once: the number of slots is fixed when a clipper is made.
         if self._by_slot is None:
             counts = Counter(self.slots)
-            order = tuple(sorted(range(len(self)), key=self.slots.__getitem__))
-            self._by_slot = order, tuple(counts[slot] for slot in range(num_slots))
+            order = Numbers(sorted(range(len(self)), key=self.slots.__getitem__))
+            self._by_slot = order, Numbers(counts[slot] for slot in range(num_slots))
         return self._by_slot
 
-    _by_slot: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    _by_slot: tuple[Numbers[int], Numbers[int]] | None = None
 
     followed_by: tuple[ShardInfos, int, ShardInfos] | None = None
     """Other metadata, the first slot of it, and both together, see `Shards.followed_by`."""
@@ -268,7 +269,12 @@ class Shards(Sequence[Shard]):
         return cls(ShardInfos(shard.info for shard in shards), [shard.grad for shard in shards])
 
     def followed_by(self, others: Shards, first_slot: int) -> Shards:
-        """Return these shards and then others, whose slots begin at `first_slot`, and whose replicas are not known."""
+        """Return these shards and then others.
+
+        Args:
+            others: further shards. Their slots are shifted by `first_slot`, and their replicas are left out.
+            first_slot: number of slots of these shards.
+        """
         known = self.infos.followed_by
         # Usually every step has the same metadata.
         if known is None or known[0] is not others.infos or known[1] != first_slot:

@@ -70,7 +70,7 @@ def sums_by_slot(shards: list[Shard], norm_type: float, num_slots: int) -> Tenso
 def test_gradients_and_parameters_are_measured_together(
     cases: list[tuple[str, torch.dtype, bool]], norm_type: float
 ) -> None:
-    """Measure both in one call, in which each has slots of its own, whichever parameters have a gradient."""
+    """Measure both in one call, whichever parameters have a gradient."""
     kinds, dtypes = [kind for kind, _, _ in cases], [dtype for _, dtype, _ in cases]
     all_gradients, num_slots = shards_of(kinds, dtypes, seed=0)
     weights, _ = shards_of(kinds, dtypes, seed=1)

@@ -182,7 +182,8 @@ def _kind(node: ast.AST) -> str:
     if isinstance(node, ast.ClassDef):
         return "class"
     decorators = [ast.unparse(decorator) for decorator in getattr(node, "decorator_list", [])]
-    return "property" if any("property" in decorator for decorator in decorators) else "function"
+    is_property = any("property" in decorator or decorator == "lazy" for decorator in decorators)
+    return "property" if is_property else "function"
 
 
 def _is_string(node: ast.AST) -> bool:

@@ -14,7 +14,7 @@ __all__ = ["Library", "load_library"]
 
 
 class Library:
-    """Functions of the shared library, and the addresses of functions of Python and torch that the library calls.
+    """Functions of the shared library, and the addresses of functions that it calls.
 
     `list_item` is the address of PyList_GetItem. `openmp` is that of GOMP_parallel, or None. `dlpack` is that of the
     DLPack exchange API of torch, or None up to torch 2.10, which has none.
