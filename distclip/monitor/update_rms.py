@@ -2,9 +2,6 @@ r"""Compare gradients with Adam's second moments, which gives early warning of s
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -13,10 +10,9 @@ from ..clipper import GradClipper
 from ..comm.consensus import FirstError, gather_or_raise
 from ..errors import ArgumentError, short_repr
 from ..norms.measure import measure
-from ..norms.moments import may_get_moments
+from ..norms.moments import debias, find_moments
 from ..norms.reduce import reduce
 from ..norms.spec import NormSpec
-from ..sharding.dtensor import local_of
 from ..sharding.shard import Shards
 
 __all__ = ["UpdateRms"]
@@ -84,11 +80,12 @@ class UpdateRms:
         ratios = ones = Shards.of(())
         with errors:
             shards, tensors = table.gradients(), table.tensors_with_gradient()
-            moments = self._second_moments()
+            moments = find_moments([self._optimizer], is_alone=self._clipper.comm.size == 1)
             pairs = []
             for info, grad, tensor in zip(shards.infos, shards.grads, tensors, strict=True):
-                moment = moments.get(id(tensor))
-                if moment is not None and moment.shape == grad.shape:
+                second, beta, step = moments.get(id(tensor), (None, 0.0, None))
+                if second is not None and second.shape == grad.shape:
+                    moment = second if step is None else second / debias(beta, step, second.device)
                     # If both are zero, the parameter does not move, so the ratio is zero.
                     scaled = (grad.float() / grad_scale) / moment.float().sqrt().clamp(min=1e-30)
                     pairs.append((info, torch.where(grad == 0, 0.0, scaled)))
@@ -105,24 +102,3 @@ class UpdateRms:
         by_slot = (squares / counts).sqrt()
         names = self._clipper.tensors or self._clipper.slots
         self.by_name = dict(zip(names, by_slot, strict=True)) if len(names) == len(by_slot) else {}
-
-    def _second_moments(self) -> dict[int, Tensor]:
-        """Return the local bias-corrected second moments, by the `id` of their parameter."""
-        moments: dict[int, Tensor] = {}
-        found_state = False
-        for group in self._optimizer.param_groups:
-            beta = group.get("betas", (0.0, 0.0))[1]
-            for parameter in group["params"]:
-                state: dict[str, Any] = self._optimizer.state.get(parameter, {})
-                found_state |= bool(state)
-                if isinstance(moment := state.get("exp_avg_sq"), Tensor):
-                    moments[id(parameter)] = local_of(moment)
-                    if "step" in state and beta > 0:
-                        step = torch.as_tensor(state["step"], device=moment.device, dtype=torch.float32)
-                        # 1 - beta ** step would lose digits in float32.
-                        moments[id(parameter)] = local_of(moment) / -torch.expm1(step * math.log(beta))
-        if not moments and (found_state or not may_get_moments(self._optimizer)):
-            raise ArgumentError(
-                f"optimizer: {type(self._optimizer).__name__} has no second moments (exp_avg_sq). Use Adam or AdamW."
-            )
-        return moments

@@ -25,10 +25,13 @@ from ..errors import ArgumentError, LayoutError
 from ..sharding.dtensor import local_of
 from ..sharding.shard import Shards
 
-__all__ = ["SecondMoments", "may_get_moments", "sum_ratios"]
+__all__ = ["SecondMoments", "debias", "find_moments", "may_get_moments", "sum_ratios"]
 
 _Moment = tuple[Tensor, float, Any]
-"""Second moments of one parameter before bias correction, β2, and the number of steps that they include."""
+"""Second moments of one parameter before bias correction, β2, and the number of steps that they include.
+
+The number is None for an optimizer that counts no steps.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,7 @@ def sum_ratios(
     Collectives: none. Host syncs: none.
     """
     # The results are in the order of the shards, to match their slots and numbers of replicas.
-    known = _find_moments(moments)
+    known = find_moments(moments.optimizers, is_alone=moments.is_alone)
     sums: list[Tensor] = []
     counts: list[float] = []
     rates: list[float] = []
@@ -104,17 +107,28 @@ def _sum_ratios(grad: Tensor, moment: _Moment, moments: SecondMoments) -> Tensor
         squares = squares / moments.loss_scale.to(squares)
     squares = squares.square()
     # The optimizer divides by these moments in this step.
-    current = torch.lerp(squares, _as_real(second).to(dtype), beta) / _debias(beta, step, grad.device)
+    current = torch.lerp(squares, _as_real(second).to(dtype), beta) / debias(beta, (step or 0) + 1, grad.device)
     total: Tensor = (squares / current.clamp_(min=moments.eps**2)).sum(dtype=devices.accumulation_dtype(grad.device))
     return total
 
 
-def _debias(beta: float, step: Any, device: torch.device) -> Any:
-    """Return 1 - β2^t for the step that is about to be taken."""
-    if not isinstance(step, Tensor) or devices.host_reads_free(step.device):
-        return -math.expm1((float(step) + 1) * math.log(beta)) if beta > 0 else 1.0
-    # In float32, 1 - β2^t would lose digits.
-    return -torch.expm1((step.to(device, torch.float32) + 1) * math.log(beta)) if beta > 0 else 1.0
+def debias(beta: float, num_steps: Any, device: torch.device) -> Any:
+    """Return 1 - β2^t, by which second moments of t steps are divided.
+
+    Args:
+        beta: β2. No correction is needed for 0.
+        num_steps: t ≥ 1, a number or a 0-d tensor.
+        device: where the result is needed.
+
+    >>> round(debias(0.999, 1, torch.device("cpu")), 6)
+    0.001
+    """
+    if beta <= 0:
+        return 1.0
+    # 1 - β2^t would lose digits in float32.
+    if not isinstance(num_steps, Tensor) or devices.host_reads_free(num_steps.device):
+        return -math.expm1(float(num_steps) * math.log(beta))
+    return -torch.expm1(num_steps.to(device, torch.float32) * math.log(beta))
 
 
 def may_get_moments(optimizer: Optimizer) -> bool:
@@ -130,13 +144,22 @@ def may_get_moments(optimizer: Optimizer) -> bool:
     return any(key.startswith("beta") for group in optimizer.param_groups for key in group)
 
 
-def _find_moments(known: SecondMoments) -> dict[int, _Moment]:
-    """Return the second moments of this rank, by the identity of their parameter."""
+def find_moments(optimizers: Sequence[Optimizer], *, is_alone: bool) -> dict[int, _Moment]:
+    """Return the second moments of this rank, by the identity of their parameter.
+
+    Args:
+        optimizers: of this rank.
+        is_alone: see `SecondMoments`.
+
+    Raises:
+        ArgumentError: an optimizer has no second moments, and will have none after its first step, or has moments on
+            other ranks although this rank is alone.
+    """
     moments: dict[int, _Moment] = {}
-    for optimizer in known.optimizers:
+    for optimizer in optimizers:
         # ZeroRedundancyOptimizer steps the parameters of this rank with an inner optimizer, which has the state.
         inner: Any = getattr(optimizer, "optim", optimizer)
-        if known.is_alone and inner is not optimizer and getattr(optimizer, "world_size", 1) > 1:
+        if is_alone and inner is not optimizer and getattr(optimizer, "world_size", 1) > 1:
             raise ArgumentError(
                 f"optimizer: {type(optimizer).__name__} keeps the second moments of some parameters on other ranks, "
                 "with which this clipper does not communicate. Pass it the DistributedDataParallel module, or "
@@ -151,12 +174,12 @@ def _find_moments(known: SecondMoments) -> dict[int, _Moment]:
                 values = state.get(parameter)
                 if values and isinstance(second := values.get("exp_avg_sq"), Tensor):
                     num_found += 1
-                    moments[id(parameter)] = local_of(second), beta, values.get("step", 0)
+                    moments[id(parameter)] = local_of(second), beta, values.get("step")
         # Some parameters may never have had a gradient, but an optimizer with state has moments of at least one.
         if not num_found and (state or not may_get_moments(inner)):
             raise ArgumentError(
-                f"optimizer: {type(inner).__name__} has no second moments (exp_avg_sq), with which "
-                "gradients are compared. Use Adam or AdamW, or another policy."
+                f"optimizer: {type(inner).__name__} has no second moments (exp_avg_sq), with which gradients are "
+                "compared. Use Adam or AdamW."
             )
     return moments
 
