@@ -91,7 +91,7 @@ class ProcessGroupComm:
         backend = dist.get_backend(group)
         is_limited = self.device.type == "cpu" and any(one in backend for one in _LIMITED)
         self._log_after = patience(_LOG_AFTER) if is_limited else None
-        self._first_wait = _limit(self._log_after or _LOG_AFTER)
+        self._first_wait = _limit(_LOG_AFTER if self._log_after is None else self._log_after)
         self._is_gloo = is_limited and "gloo" in backend
         _used.add(self)
         if covers_holders:

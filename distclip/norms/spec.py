@@ -28,8 +28,8 @@ class NormSpec:
     The spec must be equal on every rank, because it determines the all-reduce.
 
     Args:
-        norm_type: p of the norm, any number: `inf` for the largest element, `-inf` for the smallest, 0 for the number of
-            elements that are not 0.
+        norm_type: p of the norm, any number: `inf` for the largest element, `-inf` for the smallest, 0 for the number
+            of elements that are not 0.
         per: granularity. Each unit has a slot in the vector of norms.
         groups: for per="group", {group name: regular expression that is searched in parameter names}. Instead of an
             expression, a group can be a reference: an optimizer, one of its parameter groups, a module or a list of

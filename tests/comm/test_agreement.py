@@ -383,3 +383,18 @@ def test_host_and_operators_compute_one_checksum(numbers: list[float]) -> None:
         expected = checksum_of(tensors)
     assert checksum_of(tensors) == expected
     assert checksum_of([tensors[0][:1], tensors[0][1:]]) == expected
+
+
+@on_ranks(2)
+def test_ranks_agree_on_the_dtype_although_only_some_have_gathered_it() -> None:
+    """Return float64 on all ranks if one has such a gradient, and another has passed new tensors since the gather."""
+    param, dtype = nn.Parameter(torch.zeros(3)), torch.float32
+    if dist.get_rank() != ODD:
+        dtype = torch.float64
+        param = nn.Parameter(torch.zeros(3, dtype=dtype))
+    for renews in (False, False, True, False):
+        if renews and dist.get_rank() == ODD:
+            param = nn.Parameter(torch.zeros(3))
+        param.grad = torch.ones(3, dtype=dtype)
+        norm = distclip.clip_grad_norm_([param], 1.0, split_over=dist.group.WORLD)
+        assert gather_from_ranks((norm.dtype, float(norm))) == [(torch.float64, 6**0.5)] * 2

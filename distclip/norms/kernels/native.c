@@ -95,7 +95,7 @@ static int supports(const dlpack_api *api) {
 }
 
 /* Read the address, the number of elements and the dtype of each of `count` torch.Tensors.
-   objects: PyObjects. The caller holds the GIL.
+   list: Python list of `count` tensors. The caller holds the GIL.
    device: DLPack's number of the device type, 1 for CPU.
    dtypes: 0 for float64, 1 for float32, 2 for bfloat16, 3 for float16.
    item: PyList_GetItem of the running Python, which returns a borrowed reference.
