@@ -101,9 +101,13 @@ def num_passes(key: int) -> int:
     return 0 if record is None else record.num_passes
 
 
-def are_steps_due() -> bool:
-    """Return whether `find_steps_by_hand` has something to check, for any parameter."""
-    return bool(_remembered)
+def are_steps_due(ids: Sequence[int]) -> bool:
+    """Return whether `find_steps_by_hand` has something to check.
+
+    Args:
+        ids: of the parameters.
+    """
+    return not _remembered.keys().isdisjoint(ids)
 
 
 def find_steps_by_hand(params: Sequence[Tensor]) -> list[Tensor]:

@@ -124,11 +124,15 @@ def _is_quiet(table: ShardTable) -> bool:
 
     The hooks record everything that a search finds, so that most calls need none.
     """
-    if table.metadata.quiet_since != _num_changes or _stepped or _replaced or are_steps_due() or table.only is not None:
+    positions = table.metadata.sample
+    if positions is None or table.metadata.quiet_since != _num_changes or _replaced or table.only is not None:
+        return False
+    sample = [table.tensors[i] for i in positions]
+    ids = list(map(id, sample))
+    if are_steps_due(ids) or not _stepped.keys().isdisjoint(ids):
         return False
     # A program may have swapped the contents of all parameters.
-    first = table.tensors[(table.metadata.sample or (0,))[0]]
-    return vars(first).get(_WATCHED) == id(first)
+    return vars(sample[0]).get(_WATCHED) == ids[0]
 
 
 def has_had_gradients(table: ShardTable) -> bool:
