@@ -113,9 +113,9 @@ def find_stepped(table: ShardTable) -> list[Tensor]:
     found = late or by_hand or (sample if _are_emptied(grads) else [])
     for key in ids:
         _stepped.pop(key, None)
-    metadata = table.metadata
-    is_complete = len(sample) == len(metadata.sample or ()) > 0 and table.only is None
-    metadata.quiet_since = _num_changes if is_complete and not found and _EMPTIED not in vars(grads[0]) else None
+    # Calls that find emptied gradients are counted, and the next one must continue or end the count.
+    is_complete = len(sample) == len(table.metadata.sample or ()) > 0 and _EMPTIED not in vars(grads[0])
+    table.metadata.quiet_since = _num_changes if is_complete else None
     return found
 
 
@@ -125,7 +125,7 @@ def _is_quiet(table: ShardTable) -> bool:
     The hooks record everything that a search finds, so that most calls need none.
     """
     positions = table.metadata.sample
-    if positions is None or table.metadata.quiet_since != _num_changes or _replaced or table.only is not None:
+    if positions is None or table.metadata.quiet_since != _num_changes:
         return False
     sample = [table.tensors[i] for i in positions]
     ids = list(map(id, sample))

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import distclip
 from distclip import GradClipper, UnclippedStepWarning
+from distclip.apply import consumed
+from distclip.sharding.table import ShardTable
 from tests.ranks import gather_from_ranks, on_ranks
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
@@ -123,6 +126,76 @@ def test_a_warning_means_that_a_gradient_was_stepped_unclipped(
             is_clipped, is_late = True, False
             texts += texts_of(clips[event])
     assert bool(texts) == expected
+
+
+@settings(max_examples=40)
+@given(
+    events=st.lists(
+        st.sampled_from(["backward", "clip", "clip a part", "step", "step by hand", "drop", "zero", "other step"]),
+        max_size=25,
+    ),
+    optimizer=st.sampled_from(sorted(OPTIMIZERS)),
+)
+def test_a_call_that_does_not_search_would_find_nothing(events: list[str], optimizer: str) -> None:
+    """Search in each call that leaves the search out, in programs that begin with ordinary steps."""
+    params, others = params_of(5), params_of(2)
+    one, other = OPTIMIZERS[optimizer](params), SGD(others, lr=0.1)
+    num_quiet, is_quiet = 0, consumed._is_quiet
+
+    def search_anyway(table: ShardTable) -> bool:
+        nonlocal num_quiet
+        if not is_quiet(table):
+            return False
+        num_quiet += 1
+        with mock.patch.object(consumed, "_is_quiet", return_value=False):
+            assert consumed.find_stepped(table) == []
+        return True
+
+    def drop(*, set_to_none: bool) -> None:
+        for each in (one, other):
+            each.zero_grad(set_to_none=set_to_none)
+
+    @torch.no_grad()
+    def step_by_hand() -> None:
+        for param in params:
+            if param.grad is not None:
+                param -= 0.1 * param.grad
+
+    run: dict[str, Callable[[], object]] = {
+        "backward": lambda: torch.stack([(p + 3).square().sum() for p in [*params, *others]]).sum().backward(),
+        "clip": GradClipper(params, distclip.global_norm(1.0)).clip,
+        "clip a part": lambda: distclip.clip_grad_norm_(params[::2], 1.0),
+        "step": one.step,
+        "step by hand": step_by_hand,
+        "drop": lambda: drop(set_to_none=True),
+        "zero": lambda: drop(set_to_none=False),
+        "other step": other.step,
+    }
+    with mock.patch.object(consumed, "_is_quiet", search_anyway), warnings.catch_warnings():
+        for event in ["backward", "clip", "step", "drop"] * 8:
+            run[event]()
+        assert num_quiet > 0
+        warnings.simplefilter("ignore")
+        for event in events:
+            run[event]()
+
+
+def test_emptied_gradients_are_counted_in_consecutive_calls() -> None:
+    """Warn when the third call in a row finds gradients that were stepped unclipped, and then set to 0."""
+    params = params_of(2)
+    one, call = SGD(params, lr=0.1), GradClipper(params, distclip.global_norm(1.0)).clip
+
+    def run(*steps: Callable[[], object]) -> None:
+        one.zero_grad(set_to_none=False)
+        torch.stack([(param + 3).square().sum() for param in params]).sum().backward()
+        for step in steps:
+            step()
+
+    ordinary = partial(run, call, one.step)
+    emptied = partial(run, one.step, lambda: one.zero_grad(set_to_none=False), call)
+    assert texts_of(lambda: [ordinary() for _ in range(8)]) == []
+    assert texts_of(lambda: (emptied(), emptied(), ordinary(), emptied(), emptied())) == []
+    assert len(texts_of(emptied)) == 1
 
 
 def test_optimizers_of_other_parameters_and_in_turn_are_silent() -> None:
