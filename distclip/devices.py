@@ -33,7 +33,6 @@ __all__ = [
     "has_addresses",
     "has_fast_float64",
     "has_float64",
-    "host_bools",
     "host_reads_free",
     "is_capturing",
     "is_fake",
@@ -394,23 +393,8 @@ def without_autograd(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def outside_modes(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a function without autograd, and outside of FakeTensorMode and LocalTensorMode.
-
-    See `outside_fake_mode` and `without_autograd`, which take longer together.
-    """
-    outside = outside_fake_mode(without_autograd(function))
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        # Usually no mode is active.
-        if _len_stack() > 0:
-            return outside(*args, **kwargs)
-        if not torch.is_grad_enabled():
-            return function(*args, **kwargs)
-        with torch.no_grad():
-            return function(*args, **kwargs)
-
-    return call
+    """Run a function without autograd, and outside of FakeTensorMode and LocalTensorMode."""
+    return outside_fake_mode(without_autograd(function))
 
 
 def is_capturing() -> bool:
@@ -471,15 +455,6 @@ def device_constant(numbers: tuple[float, ...], device: torch.device, dtype: tor
     if torch._C._len_torch_dispatch_stack() > 0:
         return torch.tensor(numbers, dtype=dtype, device=device)
     return _cached_constant(numbers, device, dtype)
-
-
-def host_bools(*values: bool) -> tuple[Tensor, ...]:
-    """Return bools as 0-d tensors on the CPU, in two operators. The caller may write to them.
-
-    >>> host_bools(True, False)
-    (tensor(True), tensor(False))
-    """
-    return _cached_constant(values, _CPU, torch.bool).clone().unbind()
 
 
 def odd_numbers(count: int, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .devices import NEVER, Fact, host_bools, host_reads_free, on_one_thread, outside_fake_mode
+from .devices import NEVER, Fact, host_reads_free, on_one_thread, outside_fake_mode
 from .norms.lazy import lazy
 from .norms.per_tensor import PerTensorPowers
 from .norms.reduce import Totals
@@ -168,15 +168,7 @@ class Outcome:
     def _make_report(self) -> Report:
         totals, coefs, device = self.totals, self.coefs, self.coefs.device
         coef = coefs[0] if coefs.numel() == 1 else None
-        facts = [totals.finite, self.skip, self.replicas_differ]
-        on_host = [value for fact in facts if (value := fact.host) is not None]
-        if coef is not None and len(on_host) == len(facts) and host_reads_free(device):
-            # One number on the host: it is compared there, and two operators make all of these tensors.
-            clipped, finite, skipped, differ = host_bools(coef.item() != 1.0, *on_host)
-            is_scaled = clipped
-        else:
-            clipped = is_scaled = self.is_scaled if coef is None else coef.ne(1.0)
-            finite, skipped, differ = [fact.on(device) for fact in facts]
+        clipped = is_scaled = self.is_scaled if coef is None else coef.ne(1.0)
         # A non-finite group changes nothing, and must not hide the coefficient of the others.
         norms = totals.norms if self.skips is None else totals.norms.where(~self.skips, 0.0)
         if totals.out_of_limits.host is not False:
@@ -185,14 +177,14 @@ class Outcome:
             norm=totals.as_user_dtype(),
             coef=_overall_coef(norms, coefs, totals.norm_type, is_scaled) if coef is None else coef,
             clipped=clipped,
-            finite=finite,
-            skipped=skipped,
+            finite=totals.finite.on(device),
+            skipped=self.skip.on(device),
             norms=totals.norms,
             coefs=coefs,
             bounds=self.bounds,
             tensor_norms=None if self.tensor_norms is None else self.tensor_norms.per_parameter(self.measured),
             update_rms=None if self.measured.update_powers is None else self.measured.update_rms,
-            replicas_differ=differ,
+            replicas_differ=self.replicas_differ.on(device),
             skips=self.skips,
             watch=totals.watch.values or None,
         )

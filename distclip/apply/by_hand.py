@@ -67,8 +67,6 @@ class _Record:
 
 # The keys are ids, because torch.utils.swap_tensors refuses a tensor with weak references.
 _records: dict[int, _Record] = {}
-# Ids of the parameters that have been remembered after a backward pass, until a call checks them.
-_remembered: dict[int, None] = {}
 
 
 def watch_backward(param: Tensor) -> None:
@@ -86,9 +84,7 @@ def watch_backward(param: Tensor) -> None:
     record = _records[id(param)] = _Record(None)
     record.handle = param.register_post_accumulate_grad_hook(_remember)  # type: ignore[no-untyped-call]
     while len(_records) > _MAX_WATCHED:
-        old = next(iter(_records))
-        _records.pop(old).handle.remove()
-        _remembered.pop(old, None)
+        _records.pop(next(iter(_records))).handle.remove()
 
 
 def num_passes(key: int) -> int:
@@ -107,7 +103,7 @@ def are_steps_due(ids: Sequence[int]) -> bool:
     Args:
         ids: of the parameters.
     """
-    return not _remembered.keys().isdisjoint(ids)
+    return any((record := _records.get(key)) is not None and record.version is not None for key in ids)
 
 
 def find_steps_by_hand(params: Sequence[Tensor]) -> list[Tensor]:
@@ -128,7 +124,6 @@ def find_steps_by_hand(params: Sequence[Tensor]) -> list[Tensor]:
         if record is None or not record.is_of(param):
             watch_backward(param)
             continue
-        _remembered.pop(id(param), None)
         if record.version is None:
             continue
         version = _version_of(param)
@@ -152,7 +147,6 @@ def _remember(param: Tensor) -> None:
         return
     record.num_passes += 1
     record.version, record.values = _version_of(param), first_elements(param).clone()
-    _remembered[id(param)] = None
 
 
 def _version_of(param: Tensor) -> int:

@@ -104,7 +104,7 @@ def find_stepped(table: ShardTable) -> list[Tensor]:
     sample, grads = _sample(table)
     ids = list(map(id, sample))
     # Usually the last call has watched the same parameters.
-    if _last_watched != ids or [own.get(_WATCHED) for own in map(vars, sample)] != ids:
+    if _last_watched != ids or [vars(param).get(_WATCHED) for param in sample] != ids:
         for param in sample:
             _watch(param)
         _last_watched[:] = ids

@@ -91,7 +91,6 @@ class ProcessGroupComm:
         backend = dist.get_backend(group)
         is_limited = self.device.type == "cpu" and any(one in backend for one in _LIMITED)
         self._log_after = patience(_LOG_AFTER) if is_limited else None
-        self._first_wait = _limit(_LOG_AFTER if self._log_after is None else self._log_after)
         self._is_gloo = is_limited and "gloo" in backend
         _used.add(self)
         if covers_holders:
@@ -186,9 +185,9 @@ class ProcessGroupComm:
             work.wait()
             return
 
-        def has_ended(seconds: float | None) -> bool:
+        def has_ended(seconds: float) -> bool:
             try:
-                work.wait(self._first_wait if seconds is None else _limit(seconds))
+                work.wait(timedelta(seconds=min(seconds, 1e6)))
             except RuntimeError:
                 # Either the time has passed, or the all-reduce has failed.
                 if work.is_completed():
@@ -199,7 +198,7 @@ class ProcessGroupComm:
             return True
 
         try:
-            if has_ended(None):
+            if has_ended(self._log_after):
                 return
             other = self._meetings.wait("all-reduce", number, has_ended, may_leave=self.covers_holders)
             if other is not None:
@@ -235,11 +234,6 @@ def _meetings_of(group: dist.ProcessGroup, session: int) -> Meetings:
     ranks = tuple(dist.get_process_group_ranks(group))
     # Groups of disjoint ranks can have the same name.
     return meetings_of(group, f"{session}/{group.group_name}/{ranks[0]}", ranks, dist.get_rank())
-
-
-def _limit(seconds: float) -> timedelta:
-    """Return a time limit that a backend accepts."""
-    return timedelta(seconds=min(seconds, 1e6))
 
 
 def begin_all_reduce(tensor: Tensor, op: Any, group: dist.ProcessGroup) -> Any:

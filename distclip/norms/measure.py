@@ -161,16 +161,17 @@ def measure(
         for shard in shards:
             beyond |= any_out_of_limits(shard, *spec.limits, magnitudes=spec.limits_magnitudes).to(device)
         out_of_limits = bool(beyond) if devices.host_reads_free(device) else beyond
+    weights = weights if spec.needs_weights else None
     compares = rounded is not None and bool(shards.infos.by_replica_group)
     weight_powers = None
-    if spec.needs_weights and weights is not None and not compares and devices.host_reads_free(device):
+    if weights is not None and not compares and devices.host_reads_free(device):
         powers, weight_powers, has_fp64, per_tensor = _powers_of_both(
             shards, weights, spec.norm_type, device, num_slots
         )
         replicas: tuple[PerTensorChecksums, ...] = ()
     else:
         powers, has_fp64, per_tensor, replicas = _powers_by_slot(shards, spec.norm_type, device, num_slots, rounded)
-        if spec.needs_weights and weights is not None:
+        if weights is not None:
             weight_powers = _powers_by_slot(weights, spec.norm_type, device, num_slots, None)[0]
     # A shard that is measured neither as a whole tensor nor by row is partial.
     has_partial_grads = len(shards.infos.by_row[1]) < len(shards.infos.whole[2])
@@ -251,7 +252,7 @@ def _powers_by_slot(
             # Every slot has one summand: there is nothing to add, and the kernel writes to the slots.
             total = torch.empty(num_slots, dtype=torch.float64)
             if sums is not None:
-                total.index_copy_(0, device_constant(order.whole_slots, device, torch.int64), sums)
+                total.index_copy_(0, device_constant(infos.slots, device, torch.int64), sums)
             powers = powers_by_row(row_grads, row_infos.rows, norm_type, device, (total, order.first_slots))
             if powers is not total:
                 total.index_copy_(0, row_infos.row_slots, powers)

@@ -116,13 +116,11 @@ class SlotOrder(NamedTuple):
     """Order of shards none of which shares a slot with another.
 
     Args:
-        whole_slots: slot of each shard that counts as a whole.
         first_slots: slot of the first row of each shard that counts by row.
         names: of the parameters, in the order of their slots.
         counts: number of slots of each.
     """
 
-    whole_slots: Numbers[int]
     first_slots: array[int]
     names: tuple[str, ...]
     counts: tuple[int, ...]
@@ -203,7 +201,6 @@ class ShardInfos(tuple[ShardInfo, ...]):
             ends = itertools.accumulate(count for _, count, _ in ordered)
             is_filled = [first for first, _, _ in ordered] + [num_slots] == [0, *ends]
             order = SlotOrder(
-                whole.slots,
                 array("q", [first for first, _, _ in rows]),
                 tuple(name for _, _, name in ordered),
                 tuple(count for _, count, _ in ordered),

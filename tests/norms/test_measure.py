@@ -47,17 +47,22 @@ def shards_of(kinds: list[str], dtypes: list[torch.dtype], seed: int) -> tuple[l
     return shards, num_slots
 
 
+def powers_of(shard: Shard, norm_type: float) -> Tensor:
+    """Return the power of each element in float64."""
+    dense = shard.grad.to_dense() if shard.grad.is_sparse else shard.grad
+    return dense.double().abs().pow(norm_type)
+
+
 def sums_by_tensor(shards: list[Shard], norm_type: float) -> dict[str, float]:
     """Return the power sum of each shard, computed by torch in float64."""
-    values = {shard.name: (shard.grad.to_dense() if shard.grad.is_sparse else shard.grad) for shard in shards}
-    return {name: float(value.double().abs().pow(norm_type).sum()) for name, value in values.items()}
+    return {shard.name: float(powers_of(shard, norm_type).sum()) for shard in shards}
 
 
 def sums_by_slot(shards: list[Shard], norm_type: float, num_slots: int) -> Tensor:
     """Return the power sums of the slots, computed row by row in float64."""
     total = torch.zeros(num_slots, dtype=torch.float64)
     for shard in shards:
-        powers = (shard.grad.to_dense() if shard.grad.is_sparse else shard.grad).double().abs().pow(norm_type)
+        powers = powers_of(shard, norm_type)
         if shard.rows is None:
             total[shard.slot] += powers.sum() / shard.num_replicas
             continue

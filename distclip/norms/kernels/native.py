@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -102,7 +102,7 @@ def powers_by_row(
     counts = array("q", [one.count for one in rows])
     columns = [counts, array("q", [one.lead for one in rows]), array("q", widths)]
     if out is None:
-        firsts: Sequence[int] = [0, *itertools.accumulate(counts[:-1])] if counts else []
+        firsts: Iterable[int] = itertools.accumulate(counts, initial=0)
         sums = torch.empty(sum(counts), dtype=torch.float64)
     else:
         sums, firsts = out
