@@ -104,13 +104,14 @@ def warn_if_unstepped(function: str, table: ShardTable) -> None:
     if known is None or known.at == _num_steps or known.num_calls >= _MAX_CALLS:
         return
     tensors, ids = table.tensors, set(map(id, table.tensors))
-    recent = [one for reference, at in _stepped.values() if at > known.at and (one := reference()) is not None]
+    existing = [(one, at) for reference, at in _stepped.values() if (one := reference()) is not None]
+    recent = [one for one, at in existing if at > known.at]
     stepped = {id(param) for one in recent for param in parameters_of([one])}
     known.at = _num_steps
     unstepped = {i for i in known.with_grad if id(tensors[i]) not in stepped}
     if len(unstepped) == len(known.with_grad):
         return  # Other optimizers.
-    if not stepped <= ids or len(_stepped) >= _MAX_OPTIMIZERS:
+    if not stepped <= ids or len(existing) >= _MAX_OPTIMIZERS:
         # The optimizers may step copies of parameters, which are then written back.
         known.num_calls = _MAX_CALLS
         return

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +15,15 @@ from torch.optim import SGD, Optimizer
 
 import distclip
 from distclip import GradClipper, UnclippedStepWarning
+from distclip.apply import unstepped
+
+
+@pytest.fixture(autouse=True)
+def no_other_optimizers() -> Iterator[None]:
+    """Forget the optimizers of other tests, of which a process may have more than are remembered."""
+    with mock.patch.dict(unstepped._stepped, clear=True):
+        yield
+
 
 CLIPS: dict[str, Callable[[nn.Module], Callable[[], object]]] = {
     "clip": lambda module: GradClipper(module, distclip.global_norm(1.0)).clip,
@@ -122,6 +133,15 @@ def test_gradients_that_no_optimizer_steps_warn_once(function: str, name: str) -
             next(steps)
     assert [warning.category for warning in caught] == [UnclippedStepWarning] * expected
     assert all("no optimizer has stepped 0.weight, 0.bias" in str(warning.message) for warning in caught)
+
+
+def test_optimizers_that_no_longer_exist_hide_nothing() -> None:
+    """Warn in a program that has made as many optimizers as are remembered, and uses one of them."""
+    gone = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    others = {-i: (weakref.ref(gone), 0) for i in range(1, unstepped._MAX_OPTIMIZERS)}
+    del gone
+    with mock.patch.dict(unstepped._stepped, others, clear=True):
+        test_gradients_that_no_optimizer_steps_warn_once("clip", "a part")
 
 
 class Hidden(Optimizer):
